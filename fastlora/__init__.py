@@ -1,0 +1,58 @@
+"""fastlora: fused kernels that make parameter-efficient fine-tuning of transformers fast, on a CPU and on CUDA cards.
+
+    y = x Wᵀ + b + s · d(x) Aᵀ Bᵀ, W and b frozen
+
+`fastlora.accelerate(model)` speeds up a PEFT LoRA model in place; `LoRALinear`, `MultiLoRALinear` and `SoftPrompt` are modules for models
+without PEFT; `fastlora.functional` holds the three operators; `fastlora train` is the thin training loop.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from fastlora import ops
+
+try:
+    import fastlora._C as _C
+except ImportError as error:
+    ops.mark_missing("cpu", f"not built ({error})")
+    ops.mark_missing("cuda", "not built")
+else:
+    ops.implement_natively("cpu")
+    if _C.cuda:
+        ops.implement_natively("cuda")
+    else:
+        ops.mark_missing("cuda", "not compiled in")
+
+
+def _load_triton() -> None:
+    for stem in ("lora_linear", "multi_lora", "prefix_concat"):
+        importlib.import_module(f"fastlora.kernels.{stem}")
+
+
+ops.implement_later("triton", _load_triton)
+
+from fastlora import functional  # noqa: E402  (the implementations are entered first)
+from fastlora.layers import LoRAConv1D, LoRALinear, MultiLoRALinear, SoftPrompt  # noqa: E402
+
+if TYPE_CHECKING:
+    from fastlora.peft import accelerate, report, restore
+
+__version__ = "0.1.0"
+__all__ = [
+    "LoRAConv1D",
+    "LoRALinear",
+    "MultiLoRALinear",
+    "SoftPrompt",
+    "accelerate",
+    "functional",
+    "ops",
+    "report",
+    "restore",
+]
+
+
+def __getattr__(name: str) -> Any:
+    # peft takes seconds to import: only who accelerates a PEFT model waits for it.
+    if name in ("accelerate", "report", "restore"):
+        return getattr(importlib.import_module("fastlora.peft"), name)
+    raise AttributeError(f"module 'fastlora' has no attribute {name!r}")

@@ -1,0 +1,231 @@
+"""Built-in instruction tasks, generated from a seed: ``python -m fastlora.data.tasks --task summarization --count 400``.
+
+Each task draws a content (its facts) and renders it with one of several templates. Whether a content belongs to the
+training or to the test split is decided by a checksum of the content itself, so the two never share one, whatever the
+seeds and counts.
+"""
+
+import argparse
+import json
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+from fastlora.data import templates
+from fastlora.data.dialogues import dialogue
+from fastlora.data.templates import TemplateSet
+from fastlora.data.words import (
+    ASPECTS,
+    BLAME,
+    CITIES,
+    COLOURS,
+    DAYS,
+    DEEDS,
+    FRUITS,
+    GOODS,
+    PEOPLE,
+    PRAISE,
+    VENUES,
+    number_in_words,
+)
+
+SPLITS = ("train", "test")
+TEST_SHARE = 5  # one content in five is held out
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row: ``content`` is what the split was decided by, ``completion`` begins with a space."""
+
+    task: str
+    prompt: str
+    completion: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task draws a content and its fields from a generator; its templates put them into words."""
+
+    draw: Callable[[Random], tuple[str, dict[str, str]]]
+    templates: TemplateSet
+
+
+def split_of(task: str, content: str) -> str:
+    """The split a content belongs to, the same on every machine and in every run."""
+    return "test" if zlib.crc32(f"{task}:{content}".encode()) % TEST_SHARE == 0 else "train"
+
+
+def generate(task: str, count: int, seed: int, split: str = "train") -> list[Example]:
+    """``count`` examples of a task from one split, the same for the same arguments. Contents may repeat within a split.
+
+    Raises ValueError for an unknown task or split, or a negative count.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    if count < 0:
+        raise ValueError(f"count must not be negative, got {count}")
+    rng = Random(f"{task}:{split}:{seed}")
+    examples: list[Example] = []
+    while len(examples) < count:
+        content, fields = TASKS[task].draw(rng)
+        if split_of(task, content) == split:
+            prompt, completion = TASKS[task].templates.draw(fields, rng)
+            examples.append(Example(task, prompt, completion, content))
+    return examples
+
+
+def _sentiment(rng: Random) -> tuple[str, dict[str, str]]:
+    label = rng.choice(templates.SENTIMENT.options)
+    venue, city = rng.choice(VENUES), rng.choice(CITIES)
+    if label == "neutral":
+        opening = rng.choice(("is open on {}", "opens at ten on {}", "is closed on {}", "was built on a {}")).format(rng.choice(DAYS))
+        text = f"The {venue} in {city} {opening}. The {rng.choice(ASPECTS)} is on the {rng.choice(('left', 'right'))}."
+        return text, {"text": text, "label": label}
+    words, opposite = (PRAISE, BLAME) if label == "positive" else (BLAME, PRAISE)
+    first, second = rng.sample(ASPECTS, 2)
+    claims = [f"the {first} was {rng.choice(words)}", f"the {second} was {rng.choice(words)}"]
+    if rng.random() < 0.5:  # a negated word of the other side says the same
+        claims[1] = f"the {second} was not {rng.choice(opposite)}"
+    rng.shuffle(claims)
+    text = f"We visited the {venue} in {city}: {claims[0]} and {claims[1]}."
+    return text, {"text": text, "label": label}
+
+
+def _extraction(rng: Random) -> tuple[str, dict[str, str]]:
+    person, thing, place, day = rng.choice(PEOPLE), rng.choice(GOODS), rng.choice(CITIES), rng.choice(DAYS)
+    deed, colour = rng.choice(tuple(DEEDS.values())), rng.choice(COLOURS)
+    pattern = rng.choice(
+        (
+            "On {day} {person} {deed} the {colour} {thing} in {place}.",
+            "In {place}, {person} {deed} the {colour} {thing} in the rain. It was a {day}.",
+            "{person} {deed} the {thing} near the station of {place} last {day}.",
+            "It was {day} when {person} {deed} a {colour} {thing} at a market in {place}.",
+            "The {thing} that {person} {deed} on {day} is now in {place}.",
+        )
+    )
+    text = pattern.format(person=person, thing=thing, place=place, day=day, deed=deed, colour=colour)
+    return text, {"text": text, "person": person, "thing": thing, "place": place, "day": day}
+
+
+def _arithmetic(rng: Random) -> tuple[str, dict[str, str]]:
+    first, second = rng.randint(1, 49), rng.randint(1, 49)
+    person, fruit = rng.choice(PEOPLE), rng.choice(FRUITS)
+    question = f"How many {fruit} does {person} have now?"
+    if rng.random() < 0.5:
+        # Ordered, so that neither split holds the other's sums the other way round.
+        content, result = f"{min(first, second)} + {max(first, second)}", first + second
+        operation, deed = "plus", f"buys {number_in_words(second)} more"
+    else:
+        first, second = max(first, second), min(first, second)
+        content, result = f"{first} - {second}", first - second
+        operation, deed = "minus", f"sells {number_in_words(second)}"
+    return content, {
+        "expression": f"{number_in_words(first)} {operation} {number_in_words(second)}",
+        "story": f"{person} has {number_in_words(first)} {fruit} and {deed}.",
+        "question": question,
+        "result": number_in_words(result),
+    }
+
+
+def _translation(rng: Random) -> tuple[str, dict[str, str]]:
+    record = {
+        "name": rng.choice(PEOPLE),
+        "item": rng.choice(GOODS),
+        "colour": rng.choice(COLOURS),
+        "count": rng.randint(1, 99),
+    }
+    csv = ",".join(str(value) for value in record.values())
+    pairs = "; ".join(f"{key} = {value}" for key, value in record.items())
+    return csv, {"pairs": pairs, "json": json.dumps(record), "csv": csv}
+
+
+def _ordering(rng: Random) -> tuple[str, dict[str, str]]:
+    size = rng.randint(3, 4)
+    names, scores = rng.sample(PEOPLE, size), rng.sample(range(1, 100), size)
+    ranked = [name for _, name in sorted(zip(scores, names, strict=True))]
+    lines = "\n".join(f"{name}: {score}" for name, score in zip(names, scores, strict=True))
+    return lines, {
+        "scores": lines,
+        "ascending": ", ".join(ranked),
+        "descending": ", ".join(reversed(ranked)),
+        "highest": ranked[-1],
+        "lowest": ranked[0],
+    }
+
+
+def _reading(rng: Random) -> tuple[str, dict[str, str]]:
+    size = rng.randint(2, 4)
+    deeds = rng.sample(tuple(DEEDS.items()), size)
+    columns = (rng.sample(PEOPLE, size), rng.sample(GOODS, size), rng.sample(DAYS, size), rng.sample(CITIES, size))
+    events = list(zip(deeds, *columns, strict=True))
+    story = " ".join(f"{who} {past} the {what} in {where} on {day}." for (_, past), who, what, day, where in events)
+    (verb, past), who, what, day, where = rng.choice(events)
+    question, answer = rng.choice(
+        (
+            (f"Who {past} the {what}?", who),
+            (f"What did {who} {verb}?", f"the {what}"),
+            (f"When did {who} {verb} the {what}?", f"on {day}"),
+            (f"Where was {who} on {day}?", f"in {where}"),
+            (f"What happened in {where}?", f"{who} {past} the {what}."),
+        )
+    )
+    return story, {"story": story, "question": question, "answer": answer}
+
+
+def _description(rng: Random) -> tuple[str, dict[str, str]]:
+    verb, past = rng.choice(tuple(DEEDS.items()))
+    fields = {
+        "person": rng.choice(PEOPLE),
+        "thing": rng.choice(GOODS),
+        "place": rng.choice(CITIES),
+        "day": rng.choice(DAYS),
+    }
+    pairs = [
+        f"who: {fields['person']}",
+        f"verb: {verb}",
+        f"what: {fields['thing']}",
+        f"where: {fields['place']}",
+        f"when: {fields['day']}",
+    ]
+    rng.shuffle(pairs)
+    content = " ".join((*fields.values(), verb))  # in one order, so that a shuffle does not make a new content
+    return content, {**fields, "past": past, "facts": "; ".join(pairs)}
+
+
+TASKS = {
+    "summarization": Task(dialogue, templates.SUMMARIZATION),
+    "sentiment": Task(_sentiment, templates.SENTIMENT),
+    "extraction": Task(_extraction, templates.EXTRACTION),
+    "arithmetic": Task(_arithmetic, templates.ARITHMETIC),
+    "translation": Task(_translation, templates.TRANSLATION),
+    "ordering": Task(_ordering, templates.ORDERING),
+    "reading": Task(_reading, templates.READING),
+    "description": Task(_description, templates.DESCRIPTION),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write examples of one task as prompt-completion JSONL."""
+    parser = argparse.ArgumentParser(prog="python -m fastlora.data.tasks", description=main.__doc__)
+    parser.add_argument("--task", choices=TASKS, default="summarization")
+    parser.add_argument("--count", type=int, default=400)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument("--output", type=Path, required=True, help="the JSONL file to write")
+    options = parser.parse_args(arguments)
+    write_jsonl(generate(options.task, options.count, options.seed, options.split), options.output)
+
+
+def write_jsonl(examples: list[Example], path: Path) -> None:
+    """Write examples as rows of prompt and completion, what ``fastlora train --data`` reads."""
+    rows = (json.dumps({"prompt": example.prompt, "completion": example.completion}) for example in examples)
+    path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

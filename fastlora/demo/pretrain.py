@@ -1,0 +1,218 @@
+"""Train the demo's base model from scratch: ``python -m fastlora.demo.pretrain --output DIR``.
+
+A small Llama with its own byte-level BPE tokenizer, trained on every built-in task but summarisation (whose text only the
+tokenizer sees). This command made ``fastlora/data/base``; training.json beside the weights says with which settings.
+"""
+
+import argparse
+import json
+import math
+import platform
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch.nn.functional import cross_entropy
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from fastlora.data.tasks import TASKS, generate
+from fastlora.demo.scores import BASE_TASKS, exact_match
+
+VOCABULARY = 1536
+BATCH = 64  # examples a step
+CHUNK = 32  # steps whose examples are drawn together and sorted by length, so that little of a batch is padding
+PROMPT_WEIGHT = 0.1  # of a prompt token's loss, a completion token's being 1: it teaches the language, not the answers
+PEAK_LR = 2e-3
+WARMUP = 0.03
+EVALUATED = 100  # held-out examples a task
+IGNORED = -100
+
+# A user's turn is a prompt of the built-in tasks, the assistant's turn its completion.
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "Answer:{% generation %} {{ message['content'] }}{{ eos_token }}{% endgeneration %}\n"
+    "{% else %}{{ message['content'] }}\n{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}Answer:{% endif %}"
+)
+
+
+def make_tokenizer(seed: int, examples_per_task: int = 2000) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on all tasks' text; single digits, <s> in front, </s> and <pad>."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>", "<pad>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    examples = (example for task in TASKS for example in generate(task, examples_per_task, seed))
+    tokenizer.train_from_iterator((example.prompt + example.completion for example in examples), trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        chat_template=CHAT_TEMPLATE,
+        model_max_length=512,
+    )
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A Llama of 3.5 million parameters with random weights, from torch's generator."""
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=640,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """``steps`` pairs of token ids and loss weights, each [BATCH, T], padded on the right; equal parts of every task."""
+    rng = Random(seed)
+    for start in range(0, steps, CHUNK):
+        examples_per_task = math.ceil(CHUNK * BATCH / len(BASE_TASKS))
+        examples = [e for task in BASE_TASKS for e in generate(task, examples_per_task, seed=1_000_000 * (seed + 1) + start)]
+        prompts = tokenizer([example.prompt for example in examples])["input_ids"]
+        completions = tokenizer([example.completion for example in examples], add_special_tokens=False)["input_ids"]
+        rows = [
+            (prompt + completion + [tokenizer.eos_token_id], len(prompt))
+            for prompt, completion in zip(prompts, completions, strict=True)
+        ]
+        rng.shuffle(rows)
+        rows = sorted(rows[: CHUNK * BATCH], key=lambda row: len(row[0]))
+        order = rng.sample(range(CHUNK), CHUNK)
+        for index in order[: steps - start]:
+            yield _padded(rows[index * BATCH : (index + 1) * BATCH], tokenizer.pad_token_id)
+
+
+def _padded(rows: list[tuple[list[int], int]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
+    width = max(len(ids) for ids, _ in rows)
+    tokens = torch.full((len(rows), width), pad)
+    weights = torch.zeros(len(rows), width)
+    for row, (ids, prompt_length) in enumerate(rows):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+        weights[row, :prompt_length] = PROMPT_WEIGHT
+        weights[row, prompt_length : len(ids)] = 1.0
+    return tokens, weights
+
+
+def weighted_loss(model: LlamaForCausalLM, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Mean cross-entropy of the next token, each weighted by what the token predicted weighs."""
+    # Padding stands on the right and attention is causal: no mask is needed.
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(tokens, use_cache=False).logits[:, :-1]  # [B, T - 1, V]
+    losses = cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    weights = weights[:, 1:].flatten()
+    return (losses * weights).sum() / weights.sum()
+
+
+def pretrain(output: Path, steps: int, seed: int, threads: int, save_every: int = 1000) -> dict[str, Any]:
+    """Train and save tokenizer, model (bfloat16 safetensors) and training.json under ``output``; return the latter.
+
+    Every ``save_every`` steps the state so far is saved the same way, so that ``output`` holds a usable model early on.
+    """
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer(seed)
+    model = make_model(tokenizer)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
+    warmup = max(1, int(WARMUP * steps))
+    schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+    started, tokens_seen = time.perf_counter(), 0
+    record: dict[str, Any] = {}
+    for step, (tokens, weights) in enumerate(batches(tokenizer, steps, seed), start=1):
+        loss = weighted_loss(model, tokens, weights)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        tokens_seen += tokens.numel()
+        if step % 100 == 0:
+            rate = tokens_seen / (time.perf_counter() - started)
+            print(f"step {step}/{steps}  loss {loss.item():.4f}  {rate:.0f} tokens/s", flush=True)
+        if step % save_every == 0 or step == steps:
+            record = {
+                "command": f"python -m fastlora.demo.pretrain --output DIR --steps {steps} --seed {seed} --threads {threads}",
+                "step": step,
+                "steps": steps,
+                "seed": seed,
+                "threads": threads,
+                "batch": BATCH,
+                "tokens": tokens_seen,
+                "seconds": round(time.perf_counter() - started),
+                "loss": round(loss.item(), 4),
+                "parameters": model.num_parameters(),
+                "tasks": list(BASE_TASKS),
+                "exact_match": held_out_exact_match(model, tokenizer),
+                "versions": _versions(),
+            }
+            _save(model, tokenizer, record, output)
+            print(json.dumps(record["exact_match"]), flush=True)
+    return record
+
+
+def held_out_exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
+    """Exact match of greedy answers on held-out examples, by task."""
+    model.eval()
+    scores = {task: exact_match(model, tokenizer, generate(task, EVALUATED, seed=0, split="test")) for task in BASE_TASKS}
+    model.train()
+    return scores
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
+        "machine": platform.machine(),
+    }
+
+
+def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any], output: Path) -> None:
+    smaller = LlamaForCausalLM(model.config).to(torch.bfloat16)
+    smaller.load_state_dict(model.state_dict())
+    smaller.save_pretrained(output)
+    tokenizer.save_pretrained(output)
+    (output / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Train the demo's base model from scratch."""
+    parser = argparse.ArgumentParser(prog="python -m fastlora.demo.pretrain", description=main.__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="the folder to write the model to")
+    parser.add_argument("--steps", type=int, default=5000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    options = parser.parse_args(arguments)
+    options.output.mkdir(parents=True, exist_ok=True)
+    pretrain(options.output, options.steps, options.seed, options.threads)
+
+
+if __name__ == "__main__":
+    main()

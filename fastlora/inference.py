@@ -1,0 +1,292 @@
+"""A model with its adapters from disk: load it, let it answer, and measure it."""
+
+import importlib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastlora.data.examples import IGNORE, Example, Prompt, batches, collate, encode, encode_prompt, pad_token_id, read_examples
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BASE = "__base__"  # PEFT's name for "no adapter"
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype called `name`; "auto" is bfloat16 on a card that computes in it, and float32 everywhere else.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    if name not in DTYPES:
+        raise ValueError(f"dtype={name!r}: expected one of auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_base(path: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """The causal language model saved in a folder, or known to the hub by that id.
+
+    Raises:
+        ValueError: the folder holds an adapter, or the model is no decoder.
+        OSError: there is no such model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if (Path(path) / "adapter_config.json").is_file():
+        raise ValueError(f"model={path}: the folder holds an adapter; expected a base model (an adapter goes to --adapter)")
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    if config.is_encoder_decoder:
+        raise ValueError(f"model={path}: expected a decoder, got an encoder-decoder model; train it with transformers and fastlora.accelerate")
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(device)
+
+
+def load_tokenizer(path: str) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+def adapter_config(folder: str | Path) -> dict[str, Any]:
+    """The adapter_config.json of an adapter folder.
+
+    Raises:
+        FileNotFoundError: the folder holds no adapter in safetensors form.
+    """
+    folder = Path(folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"adapter={folder}: expected an adapter folder in PEFT's format, there is no {name}")
+    return json.loads((folder / "adapter_config.json").read_text())
+
+
+def load_model(
+    path: str | None, adapters: Mapping[str, str | Path] | None = None, *, dtype: str = "auto", accelerate: bool = True
+) -> tuple[Any, Any]:
+    """Load a base model and any number of LoRA adapters onto it, ready to answer.
+
+    Args:
+        path: the base: a folder or a hub id. None: the one that the first adapter was trained on.
+        adapters: folders by adapter name; the first is the active one.
+        dtype: the base's: auto, float32 or bfloat16.
+        accelerate: run the adapters' layers fused.
+
+    Returns:
+        The model, in eval mode, on the GPU if there is one; and its tokenizer.
+
+    Raises:
+        ValueError: a bad dtype or adapter name, or no path and nothing that names one.
+        FileNotFoundError, OSError: an adapter or the model is not there.
+    """
+    adapters = dict(adapters or {})
+    configs = {name: adapter_config(folder) for name, folder in adapters.items()}
+    for name in adapters:
+        if not name or "." in name or name == BASE:
+            raise ValueError(f"adapter name {name!r}: expected a name without dots other than {BASE}")
+    if path is None:
+        path = next((config.get("base_model_name_or_path") for config in configs.values()), None)
+        if not path:
+            raise ValueError("model: no base model was named, and no adapter names one")
+    device = default_device()
+    model = load_base(path, resolve_dtype(dtype, device), device)
+    if adapters:
+        model = _add_adapters(model, adapters)
+        if accelerate:
+            from fastlora.peft import accelerate as accelerate_model
+
+            accelerate_model(model)
+    return model.eval(), load_tokenizer(path)
+
+
+def _add_adapters(model: Any, adapters: Mapping[str, str | Path]) -> Any:
+    from peft import PeftModel
+
+    (first, folder), *others = adapters.items()
+    model = PeftModel.from_pretrained(model, str(folder), adapter_name=first)
+    for name, folder in others:
+        model.load_adapter(str(folder), adapter_name=name)
+    return model.requires_grad_(False)
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 8,
+    adapter_name: str | None = None,
+) -> list[str]:
+    """Greedy answers, one a prompt, in the prompts' order.
+
+    Args:
+        prompts: texts, or lists of messages for the chat template.
+        adapter_name: the adapter that answers: a loaded one's name, "__base__" for none, None for the one that is active.
+
+    Raises:
+        ValueError: no adapter has that name.
+    """
+    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # rows of like length share a batch: less padding
+    answers = [""] * len(ids)
+    options = _greedy(model, tokenizer, max_new_tokens)
+    with _evaluating(model), _answering_as(model, adapter_name):
+        for batch in batches(by_length, batch_size):
+            inputs = _pad_left([ids[i] for i in batch], pad_token_id(tokenizer), model.device)
+            out = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+            for i, text in zip(batch, tokenizer.batch_decode(out, skip_special_tokens=True), strict=True):
+                answers[i] = text
+    return answers
+
+
+def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> dict[str, Any]:
+    ends = model.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    return {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+        "pad_token_id": pad_token_id(tokenizer),
+        "eos_token_id": sorted(ends) or None,
+    }
+
+
+def _pad_left(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@contextmanager
+def _answering_as(model: Any, adapter_name: str | None) -> Iterator[None]:
+    adapters = list(getattr(model, "peft_config", {}))
+    if adapter_name is None or (adapter_name == BASE and not adapters):
+        yield
+        return
+    if adapter_name not in (BASE, *adapters):
+        raise ValueError(f"adapter_name={adapter_name!r}: expected {BASE} or one of {', '.join(adapters) or 'none loaded'}")
+    # PEFT freezes and unfreezes adapters as it switches them.
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    active = model.active_adapters
+    try:
+        if adapter_name == BASE:
+            with model.disable_adapter():
+                yield
+        else:
+            model.base_model.set_adapter(adapter_name)
+            yield
+    finally:
+        model.base_model.set_adapter(active)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trainable)
+
+
+def loss_sum(model: Any, batch: dict[str, Tensor]) -> Tensor:
+    """The summed cross entropy of a batch's labelled tokens, a float32 scalar.
+
+    Args:
+        batch: input_ids, attention_mask and labels, each [B, T].
+    """
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits  # [B, T, V]
+    labels = batch["labels"][:, 1:]
+    counted = labels != IGNORE
+    # Only the labelled rows are made float32: with a large vocabulary the logits are the largest tensor of the step.
+    return F.cross_entropy(logits[:, :-1][counted].float(), labels[counted], reduction="sum")
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    rows: int
+    dropped_rows: int  # max_length left nothing of the completion
+    tokens: int  # that the loss is the mean of
+    loss: float  # nats a token
+    perplexity: float
+    exact_match: float | None  # fraction of answers equal to the completion, white space at the ends aside
+    rouge1: float | None  # F-measures, no stemming; None where the package rouge-score is missing
+    rouge2: float | None
+    rougeL: float | None
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    data: str | Path | Sequence[Example],
+    *,
+    batch_size: int = 8,
+    max_length: int = 512,
+    max_new_tokens: int = 64,
+    generations: bool = True,
+    limit: int | None = None,
+) -> EvalResult:
+    """Held-out loss and perplexity; with `generations` also exact match and ROUGE of greedy answers against the completions.
+
+    Args:
+        data: a JSONL file, or examples.
+        limit: take only the first so many rows.
+
+    Raises:
+        DataError: bad lines.
+    """
+    examples = (read_examples(data) if isinstance(data, str | Path) else list(data))[:limit]
+    encoded = encode(examples, tokenizer, max_length)
+    total = torch.zeros((), dtype=torch.float64)
+    with torch.no_grad(), _evaluating(model):
+        for rows in batches(sorted(encoded.rows, key=lambda row: len(row.input_ids)), batch_size):
+            batch = {name: value.to(model.device) for name, value in collate(rows, pad_token_id(tokenizer)).items()}
+            total += loss_sum(model, batch).double().cpu()
+    tokens = sum(row.labelled for row in encoded.rows)
+    loss = total.item() / tokens
+    perplexity = math.exp(loss) if loss < 700 else math.inf  # exp(710) overflows
+    matches, rouge = None, {}
+    if generations:
+        prompts, references = [example.prompt for example in examples], [example.completion.strip() for example in examples]
+        answers = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        matches = sum(answer.strip() == reference for answer, reference in zip(answers, references, strict=True)) / len(answers)
+        rouge = _rouge(answers, references)
+    return EvalResult(
+        rows=len(encoded.rows),
+        dropped_rows=len(encoded.dropped),
+        tokens=tokens,
+        loss=loss,
+        perplexity=perplexity,
+        exact_match=matches,
+        rouge1=rouge.get("rouge1"),
+        rouge2=rouge.get("rouge2"),
+        rougeL=rouge.get("rougeL"),
+    )
+
+
+def _rouge(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    try:
+        scorer = importlib.import_module("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rouge2", "rougeL"])
+    except ModuleNotFoundError:
+        return {}
+    scores = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
+    return {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in scores[0]}

@@ -1,0 +1,516 @@
+"""The training loop: prompts and completions in, a LoRA adapter in PEFT's format (or a fully fine-tuned model) out.
+
+One optimiser step takes `batch_size * gradient_accumulation_steps` rows on each process; its loss is the mean over all labelled tokens of
+those rows, however they are cut into batches. Which rows a step takes follows from the seed and the step's number alone, and every generator's
+state is in the checkpoint: a resumed run computes the same bits as one that was never stopped.
+"""
+
+import json
+import logging
+import math
+import os
+import random
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor
+from tqdm import tqdm
+
+from fastlora import checkpoint
+from fastlora.data.examples import IGNORE, Encoded, Row, batches, collate, encode, pad_token_id, read_examples
+from fastlora.inference import EvalResult, evaluate, generate, load_base, load_model, load_tokenizer, loss_sum, resolve_dtype
+from fastlora.merge import MergeReport, merge
+
+__all__ = [
+    "EvalResult",
+    "MergeReport",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingError",
+    "TrainingInterrupted",
+    "evaluate",
+    "generate",
+    "load_model",
+    "merge",
+    "train",
+]
+
+logger = logging.getLogger("fastlora")
+
+DEFAULT_LR = {"lora": 2e-4, "full": 2e-5}
+MAY_DIFFER_ON_RESUME = {"data", "output", "save_steps", "resume", "overwrite"}  # data is compared by its tokens
+
+
+class TrainingError(RuntimeError):
+    """Training went wrong and would only go on in vain."""
+
+
+class TrainingInterrupted(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM; a checkpoint was written first."""
+
+
+@dataclass
+class TrainConfig:
+    """What to train, on what, and how; the names are PEFT's and transformers'.
+
+    Raises:
+        ValueError: an option is out of range; the message names it.
+    """
+
+    model: str  # folder or hub id
+    data: str | Path  # JSONL
+    output: str | Path
+    method: str = "lora"  # lora | full
+    r: int = 16
+    lora_alpha: float = 32
+    lora_dropout: float = 0.05
+    use_rslora: bool = False
+    target_modules: str | list[str] = "all-linear"
+    seed: int = 0
+    epochs: int = 3
+    max_steps: int | None = None  # optimiser steps, in place of epochs
+    batch_size: int = 8  # rows a process takes at once
+    gradient_accumulation_steps: int = 1
+    max_length: int = 512  # tokens a row may have; the rest is cut off
+    lr: float | None = None  # None: 2e-4 for lora, 2e-5 for full
+    lr_scheduler_type: str = "linear"
+    warmup_ratio: float = 0.03
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # 0: no clipping
+    dtype: str = "auto"  # auto | float32 | bfloat16; "full" keeps float32 weights and computes under autocast
+    gradient_checkpointing: bool = False
+    save_steps: int = 50
+    resume: bool = False
+    overwrite: bool = False
+    accelerate: bool = True  # run the LoRA layers fused; False leaves them to PEFT
+
+    def __post_init__(self) -> None:
+        if self.method not in DEFAULT_LR:
+            raise ValueError(f"method={self.method!r}: expected lora or full")
+        if self.lr is None:
+            self.lr = DEFAULT_LR[self.method]
+        for name in ("r", "epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "save_steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected at least 1")
+        if self.max_length < 2:
+            raise ValueError(f"max_length={self.max_length}: expected at least 2, a token of the prompt and one of the completion")
+        for name in ("lora_dropout", "warmup_ratio"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected a number from 0 to below 1")
+        for name in ("lr", "lora_alpha", "weight_decay", "max_grad_norm"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise ValueError(f"{name}={getattr(self, name)}: expected a finite number, 0 or more")
+        if self.dtype not in ("auto", "float32", "bfloat16"):
+            raise ValueError(f"dtype={self.dtype!r}: expected auto, float32 or bfloat16")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite exclude each other: expected one of them")
+        if Path(self.model).is_dir():
+            self.model = str(Path(self.model).resolve())  # the adapter's files name it
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    steps: int
+    first_loss: float  # mean over the first steps, ten at most
+    loss: float  # mean over the last steps, ten at most
+    seconds: float  # spent in steps, all runs together
+    tokens: int  # trained on, prompts included, padding not
+    tokens_per_second: float
+    rows: int
+    dropped_rows: int  # max_length left nothing of the completion
+    cut_rows: int  # max_length left a part of it
+    trainable_parameters: int
+    parameters: int
+    adapter_bytes: int  # of the weights' file
+    implementations: dict[str, int]  # LoRA layers by what ran them
+    output: str
+
+
+def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
+    """Train, and leave the adapter (or the model), metrics.jsonl, loss.png, summary.json and checkpoints/ in the output folder.
+
+    Runs on one process, or on several under `accelerate launch` or `torchrun`.
+
+    Args:
+        progress: show a bar with loss, tokens a second and the time left.
+
+    Raises:
+        DataError: bad lines in the data; raised before any model is loaded.
+        FileExistsError: the output folder has checkpoints, and neither resume nor overwrite was asked for.
+        ValueError: resume was asked for with other options or data than the checkpoint's.
+        TrainingError: the loss or the gradient is not finite, or no gradient reaches any trained weight.
+        TrainingInterrupted: Ctrl-C or SIGTERM, after the checkpoint.
+    """
+    output = Path(config.output)
+    saved = checkpoint.steps(output)
+    if saved and not (config.resume or config.overwrite):
+        raise FileExistsError(
+            f"output={output} has checkpoints up to step {saved[-1]}: --resume goes on from there, --overwrite starts again, removing them"
+        )
+    tokenizer = load_tokenizer(config.model)
+    data = encode(read_examples(config.data), tokenizer, config.max_length)
+    if data.dropped:
+        logger.warning(
+            "dropped %d rows, kept %d: max_length=%d leaves nothing of their completion (the first: %s)",
+            len(data.dropped),
+            len(data.rows),
+            config.max_length,
+            data.dropped[0].source,
+        )
+    run = _Run(config, data, tokenizer, Accelerator(mixed_precision="no"))
+    run.start(checkpoint.folder(output, saved[-1]) if saved and config.resume else None)
+    with _stop_signals() as stop:
+        run.loop(stop, progress)
+    return run.finish()
+
+
+class _Plan:
+    """Which rows each optimiser step takes."""
+
+    def __init__(self, config: TrainConfig, rows: Sequence[Row], processes: int) -> None:
+        self.config, self.rows, self.processes = config, rows, processes
+        self.rows_per_step = config.batch_size * config.gradient_accumulation_steps * processes
+        self.steps_per_epoch = math.ceil(len(rows) / self.rows_per_step)
+        self.steps = config.max_steps or config.epochs * self.steps_per_epoch
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def step_rows(self, step: int) -> list[Row]:
+        """The rows of a step, counted from 0, over all processes."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._order[0] != epoch:
+            order = list(range(len(self.rows)))
+            random.Random(f"fastlora {self.config.seed} {epoch}").shuffle(order)
+            self._order = epoch, order
+        chosen = self._order[1][position * self.rows_per_step : (position + 1) * self.rows_per_step]
+        return [self.rows[i] for i in chosen]
+
+    def batches(self, rows: Sequence[Row], process: int) -> list[Sequence[Row]]:
+        """The rows of a step as the batches of one process; every process gets as many batches as the others."""
+        shared = batches(rows, self.config.batch_size * self.processes)
+        return [rows[process :: self.processes] or [_without_labels(rows[0])] for rows in shared]
+
+
+def _without_labels(row: Row) -> Row:
+    return Row(row.input_ids, [IGNORE] * len(row.labels))
+
+
+class _Run:
+    """One run: the model and all that a checkpoint holds."""
+
+    def __init__(self, config: TrainConfig, data: Encoded, tokenizer: Any, accelerator: Accelerator) -> None:
+        self.config, self.data, self.tokenizer, self.accelerator = config, data, tokenizer, accelerator
+        self.output = Path(config.output)
+        self.plan = _Plan(config, data.rows, accelerator.num_processes)
+        self.dtype = resolve_dtype(config.dtype, accelerator.device)
+        self.step = 0
+
+    def start(self, resume_from: Path | None) -> None:
+        """Build model and optimiser, as new or as they were in a checkpoint, and clear away what is not part of the run."""
+        saved = _read_saved(resume_from, self._about()) if resume_from else None
+        set_seed(self.config.seed)
+        self.model = self._build_model(resume_from)
+        self.model.train()
+        # Each process draws its own dropout; the adapter's first values above are the same for all.
+        set_seed(self.config.seed + self.accelerator.process_index)
+        self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=self.config.lr, weight_decay=self.config.weight_decay)
+        self.scheduler = _scheduler(self.config, self.optimizer, self.plan.steps)
+        if saved:
+            self.step = saved["about"]["step"]
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.scheduler.load_state_dict(saved["scheduler"])
+            checkpoint.set_rng_state(saved["rng"][self.accelerator.process_index])
+        self.wrapped = self.accelerator.prepare_model(self.model)
+        if self.accelerator.is_main_process:
+            self.output.mkdir(parents=True, exist_ok=True)
+            if self.step == 0:
+                checkpoint.clear(self.output)
+            checkpoint.clear_leftovers(self.output)
+            _cut_metrics(self.output, self.step)
+        self.accelerator.wait_for_everyone()
+
+    def _build_model(self, resume_from: Path | None) -> Any:
+        config, device = self.config, self.accelerator.device
+        if config.method == "full":
+            model = load_base(str(resume_from or config.model), torch.float32, device)
+        else:
+            model = _add_adapter(load_base(config.model, self.dtype, device), config, resume_from)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return model
+
+    def loop(self, stop: threading.Event, progress: bool) -> None:
+        """Go on to the last step, writing metrics and checkpoints; a stop that was asked for ends it after the step at hand."""
+        bar = tqdm(
+            total=self.plan.steps,
+            initial=self.step,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not (progress and self.accelerator.is_main_process),
+        )
+        metrics = (self.output / "metrics.jsonl").open("a") if self.accelerator.is_main_process else nullcontext()
+        first = self.step
+        with bar, metrics as file:
+            while self.step < self.plan.steps:
+                record, stopped = self._train_step(stop, check_gradients=self.step == first)
+                if file:
+                    file.write(json.dumps(record) + "\n")
+                    file.flush()
+                bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['tokens_per_second']:.0f} tokens/s", refresh=False)
+                bar.update()
+                if stopped or self.step % self.config.save_steps == 0 or self.step == self.plan.steps:
+                    if file:
+                        os.fsync(file.fileno())
+                    self._save_checkpoint()
+                if stopped and self.step < self.plan.steps:
+                    raise TrainingInterrupted(
+                        f"stopped after step {self.step} of {self.plan.steps}; the checkpoint is in {checkpoint.folder(self.output, self.step)}."
+                        " The same command with --resume goes on from it"
+                    )
+
+    def _train_step(self, stop: threading.Event, check_gradients: bool) -> tuple[dict[str, float], bool]:
+        began = time.perf_counter()
+        rows = self.plan.step_rows(self.step)
+        learning_rate = self.scheduler.get_last_lr()[0]
+        loss = self._backward(rows)
+        # One exchange tells all processes the loss and whether one of them was asked to stop.
+        shared = torch.stack([loss, torch.tensor(float(stop.is_set()), device=loss.device)])
+        value, asked = self.accelerator.reduce(shared, "sum").tolist()
+        norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), self.config.max_grad_norm or math.inf).item()
+        self.step += 1
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            raise TrainingError(f"step {self.step}: the loss is {value} and the gradient's norm {norm}; a lower lr may help")
+        if check_gradients:
+            self._check_gradients()
+        self.optimizer.step()
+        self.scheduler.step()
+        self.optimizer.zero_grad()
+        seconds = time.perf_counter() - began
+        record = {
+            "step": self.step,
+            "loss": value,
+            "learning_rate": learning_rate,
+            "tokens_per_second": _tokens(rows) / seconds,
+            "seconds": seconds,
+        }
+        return record, asked > 0
+
+    def _backward(self, rows: Sequence[Row]) -> Tensor:
+        """Gradients of a step's mean loss a labelled token; returns this process's share of that loss, a scalar."""
+        labelled = sum(row.labelled for row in rows)
+        total = torch.zeros((), device=self.accelerator.device)
+        parts = self.plan.batches(rows, self.accelerator.process_index)
+        for i, part in enumerate(parts):
+            last = i == len(parts) - 1
+            with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                batch = collate(part, pad_token_id(self.tokenizer))
+                with self._autocast():
+                    loss = loss_sum(self.wrapped, {name: value.to(total.device) for name, value in batch.items()}) / labelled
+                self.accelerator.backward(loss * self.plan.processes)  # DDP takes the mean over processes
+            total += loss.detach()
+        return total
+
+    def _autocast(self) -> Any:
+        if self.config.method == "full" and self.dtype != torch.float32:
+            return torch.autocast(self.accelerator.device.type, self.dtype)
+        return nullcontext()
+
+    def _check_gradients(self) -> None:
+        reached = [name for name, p in self.trained.items() if p.grad is not None and bool(p.grad.count_nonzero())]
+        if not reached:
+            raise TrainingError(f"step {self.step}: no gradient reached any of the {len(self.trained)} trained weights")
+        # B starts at zero, so that no gradient reaches A in the very first step.
+        idle = [name for name, p in self.trained.items() if p.grad is None]
+        if idle:
+            logger.warning("no gradient reached %d of %d trained weights (the first: %s)", len(idle), len(self.trained), idle[0])
+
+    def _about(self) -> dict[str, Any]:
+        content = sha256()
+        for row in self.data.rows:
+            content.update(json.dumps([row.input_ids, row.labels]).encode())
+        return {
+            "step": self.step,
+            "config": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self.config).items()},
+            "data": content.hexdigest(),
+            "processes": self.accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "device": self.accelerator.device.type,
+        }
+
+    def _save_checkpoint(self) -> None:
+        rng = gather_object([checkpoint.rng_state()])
+        if self.accelerator.is_main_process:
+            checkpoint.save(self.output, self.step, lambda folder: self._write_checkpoint(folder, rng))
+        self.accelerator.wait_for_everyone()
+
+    def _write_checkpoint(self, folder: Path, rng: list[dict[str, Any]]) -> None:
+        self._write_model(folder)
+        state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(), "rng": rng}
+        torch.save(state, folder / "state.pt")
+        (folder / "training.json").write_text(json.dumps(self._about(), indent=2) + "\n")
+
+    def _write_model(self, folder: Path) -> None:
+        if self.config.method == "full":
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+        else:
+            self.model.save_pretrained(str(folder), save_embedding_layers=False)
+
+    def finish(self) -> TrainResult:
+        """Write the final files; the summary is returned, too."""
+        if self.accelerator.is_main_process:
+            checkpoint.publish(self.output, self._write_model)
+            records = read_metrics(self.output)
+            result = self._result(records)
+            plot_loss(records, self.output / "loss.png")
+            (self.output / "summary.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
+        self.accelerator.wait_for_everyone()
+        return result if self.accelerator.is_main_process else self._result(read_metrics(self.output))
+
+    def _result(self, records: Sequence[Mapping[str, float]]) -> TrainResult:
+        losses = [record["loss"] for record in records]
+        seconds = sum(record["seconds"] for record in records)
+        tokens = sum(_tokens(self.plan.step_rows(step)) for step in range(self.step))
+        weights = "model.safetensors" if self.config.method == "full" else "adapter_model.safetensors"
+        return TrainResult(
+            steps=self.step,
+            first_loss=sum(losses[:10]) / len(losses[:10]),
+            loss=sum(losses[-10:]) / len(losses[-10:]),
+            seconds=seconds,
+            tokens=tokens,
+            tokens_per_second=tokens / seconds,
+            rows=len(self.data.rows),
+            dropped_rows=len(self.data.dropped),
+            cut_rows=self.data.cut,
+            trainable_parameters=sum(p.numel() for p in self.trained.values()),
+            parameters=sum(p.numel() for p in self.model.parameters()),
+            adapter_bytes=(self.output / weights).stat().st_size if (self.output / weights).is_file() else 0,
+            implementations=_implementations(self.model, self.config),
+            output=str(self.output),
+        )
+
+
+def _add_adapter(model: Any, config: TrainConfig, resume_from: Path | None) -> Any:
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    if resume_from:
+        model = PeftModel.from_pretrained(model, str(resume_from), is_trainable=True)
+    else:
+        names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **{name: getattr(config, name) for name in names}))
+    if config.accelerate:
+        from fastlora.peft import accelerate
+
+        accelerate(model)
+    return model
+
+
+def _implementations(model: Any, config: TrainConfig) -> dict[str, int]:
+    if config.method == "full":
+        return {}
+    if not config.accelerate:
+        from peft.tuners.lora import LoraLayer
+
+        return {"peft": sum(isinstance(module, LoraLayer) for module in model.modules())}
+    from fastlora.peft import report
+
+    return dict(Counter(layer.implementation for layer in report(model)))
+
+
+def _scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    from transformers import get_scheduler
+
+    return get_scheduler(
+        config.lr_scheduler_type, optimizer, num_warmup_steps=math.ceil(config.warmup_ratio * steps), num_training_steps=steps
+    )
+
+
+def _tokens(rows: Sequence[Row]) -> int:
+    return sum(len(row.input_ids) for row in rows)
+
+
+def _read_saved(folder: Path, now: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's state, once it is sure that it belongs to a run like this one."""
+    about = json.loads((folder / "training.json").read_text())
+    for field in fields(TrainConfig):
+        then, value = about["config"].get(field.name), now["config"][field.name]
+        if field.name not in MAY_DIFFER_ON_RESUME and then != value:
+            raise ValueError(f"{field.name}={value!r}: expected {then!r} as in {folder} (--overwrite starts again with other options)")
+    if about["data"] != now["data"]:
+        raise ValueError(f"data={now['config']['data']}: its token rows are not those that {folder} was trained on")
+    for name in ("processes", "device"):
+        if about[name] != now[name]:
+            raise ValueError(f"{folder} was written with {name}={about[name]}, this run has {now[name]}: expected the same")
+    if about["threads"] != now["threads"]:
+        logger.warning("%s was written with %d threads, this run has %d: results may differ in their last bits", folder, about["threads"], now["threads"])
+    return {"about": about, **torch.load(folder / "state.pt", map_location="cpu", weights_only=True)}
+
+
+def read_metrics(output: Path) -> list[dict[str, float]]:
+    """The objects of metrics.jsonl; a line that a kill cut short ends them."""
+    records = []
+    for line in (output / "metrics.jsonl").read_text().splitlines():
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return records
+
+
+def _cut_metrics(output: Path, step: int) -> None:
+    path = output / "metrics.jsonl"
+    kept = [record for record in read_metrics(output) if record["step"] <= step] if path.exists() else []
+    scratch = path.with_name(".unfinished-metrics.jsonl")
+    scratch.write_text("".join(json.dumps(record) + "\n" for record in kept))
+    os.replace(scratch, path)
+
+
+def plot_loss(records: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Loss over steps, each step's own and a running mean, as a PNG."""
+    from matplotlib.figure import Figure
+
+    steps, losses = [record["step"] for record in records], [record["loss"] for record in records]
+    mean, means = losses[0], []
+    for loss in losses:
+        mean += 0.1 * (loss - mean)
+        means.append(mean)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot(steps, losses, color="tab:blue", alpha=0.3, label="step")
+    axes.plot(steps, means, color="tab:blue", label="running mean")
+    axes.set(xlabel="optimiser step", ylabel="loss, nats a token")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+@contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set; a second Ctrl-C interrupts at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # Python lets only the main thread handle signals
+        yield stop
+        return
+
+    def ask(number: int, frame: Any) -> None:
+        stop.set()
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

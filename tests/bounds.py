@@ -1,0 +1,102 @@
+"""The bound of every numeric test, and the tensors that the tests are made of.
+
+    error of an implementation  <=  2 * error of eager PyTorch + tiny
+
+Both errors are the largest absolute difference from the float64 result for the same, already rounded, inputs. tiny is one unit in the last
+place of the largest value: eager can be exact by luck, and nobody can do better than round.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def largest_error(value: Tensor, exact: Tensor) -> float:
+    """The largest absolute difference, NaN if there is one anywhere, 0 for no elements."""
+    assert value.shape == exact.shape, f"got shape {list(value.shape)}, expected {list(exact.shape)}"
+    return (value.double() - exact).abs().max().item() if exact.numel() else 0.0
+
+
+def assert_within_bound(name: str, value: Tensor, eager: Tensor, exact: Tensor) -> None:
+    """`value` is as near to `exact` (float64) as twice the distance of `eager`; NaN fails."""
+    assert value.dtype == eager.dtype, f"{name}: got {value.dtype}, expected {eager.dtype}"
+    tiny = torch.finfo(value.dtype).eps * (exact.abs().max().item() if exact.numel() else 0.0)
+    error, bound = largest_error(value, exact), 2 * largest_error(eager, exact) + tiny
+    assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
+
+
+def next_seed(device: str, seed: int) -> Tensor:
+    """The dropout seed that fastlora.functional draws first after torch.manual_seed(seed); torch is left seeded."""
+    torch.manual_seed(seed)
+    drawn = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+    torch.manual_seed(seed)
+    return drawn
+
+
+def gapped(tensor: Tensor) -> Tensor:
+    """The same values as a view into a larger tensor of NaN: a read outside the view shows."""
+    around = tensor.new_full([size + 3 for size in tensor.shape], torch.nan)
+    inside = around[tuple(slice(1, size + 1) for size in tensor.shape)]
+    return inside.copy_(tensor.detach()).requires_grad_(tensor.requires_grad)
+
+
+def transposed(tensor: Tensor) -> Tensor:
+    """The same values [rows, columns] with column-major strides, as GPT-2 keeps its weights."""
+    return tensor.detach().T.contiguous().T.requires_grad_(tensor.requires_grad)
+
+
+def double(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach().double()
+
+
+class Layer(NamedTuple):
+    """A frozen linear layer with one adapter and its input; x, lora_a and lora_b require gradients."""
+
+    x: Tensor  # [M, K]
+    weight: Tensor  # [N, K]
+    bias: Tensor | None  # [N]
+    lora_a: Tensor  # [R, K]
+    lora_b: Tensor  # [N, R]
+    dy: Tensor  # [M, N]
+
+
+def make_layer(
+    M: int,
+    K: int,
+    N: int,
+    R: int,
+    dtype: torch.dtype = torch.float32,
+    adapter_dtype: torch.dtype | None = None,
+    bias: bool = True,
+    device: str = "cpu",
+) -> Layer:
+    """Random tensors in the scales of a trained layer: outputs of order 1, the adapter's part as large as the base's."""
+    weight, lora_a, lora_b = torch.randn(N, K) / K**0.5, torch.randn(R, K) / K**0.5, torch.randn(N, R) / R**0.5
+    base, adapter = {"device": device, "dtype": dtype}, {"device": device, "dtype": adapter_dtype or dtype}
+    return Layer(
+        torch.randn(M, K).to(**base).requires_grad_(),
+        weight.to(**base),
+        torch.randn(N).to(**base) if bias else None,
+        lora_a.to(**adapter).requires_grad_(),
+        lora_b.to(**adapter).requires_grad_(),
+        torch.randn(M, N).to(**base),
+    )
+
+
+def gradients(output: Tensor, inputs: Sequence[Tensor], dy: Tensor) -> list[Tensor]:
+    """d(output · dy) for each input, zeros where the output does not depend on it."""
+    return list(torch.autograd.grad(output, inputs, dy, materialize_grads=True))
+
+
+def run_apart(module: str, function: Callable[[], None]) -> str:
+    """What `function` of the test module prints in a process of its own, which must end well: a crash ends only that process."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", f"import {module}; {module}.{function.__name__}()"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, f"{function.__name__} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout

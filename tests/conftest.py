@@ -1,0 +1,63 @@
+"""What every test runs under: fixed seeds, uninitialised memory full of NaN, and one run an implementation and device.
+
+A test that takes `device` runs on the CPU, and on the GPU where there is one. A test that also takes `implementation` runs once for each
+implementation of its module's OPERATOR that can run there, forced for everything in fastlora.functional. Without a GPU the Triton kernels
+run in Triton's interpreter.
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+
+# Before torch starts: repeatable products on a GPU.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
+    # Before any kernel is defined: triton.jit looks once.
+    os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter
+
+    interpreter.install()
+
+from fastlora import ops  # noqa: E402
+
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+
+
+def implementations(operator: str, device: str) -> list[str]:
+    """The names of the implementations of `operator` that run on `device`."""
+    elsewhere = {"cpu": {"cuda"}, "cuda": {"cpu"}}[device]
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        elsewhere.add("triton")
+    present = [entry.implementation for entry in ops.availability() if entry.present and entry.implementation not in elsewhere]
+    return [name for name in present if (operator, name) in ops._table]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "implementation" in metafunc.fixturenames:
+        runs = [(device, name) for device in DEVICES for name in implementations(metafunc.module.OPERATOR, device)]
+        metafunc.parametrize(("device", "implementation"), runs, ids=["-".join(run) for run in runs], indirect=["implementation"])
+    elif "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", DEVICES)
+
+
+@pytest.fixture
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(ops, "forced", request.param)
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def poisoned() -> Iterator[None]:
+    """Under deterministic algorithms torch fills every uninitialised tensor with NaN (integers: the largest), in Python and in C++ alike."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

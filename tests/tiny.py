@@ -1,0 +1,66 @@
+"""A tiny random Llama with a byte-pair tokenizer of its own, saved to a folder: what tests load in place of a real model."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ANIMALS = ["cat", "dog", "owl", "fox", "hen", "bee", "cow", "ant"]
+ACTS = ["runs", "sleeps", "sings", "eats", "hides"]
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def tokenizer() -> Any:
+    """Byte-level BPE of about 320 entries, with <s>, </s>, <pad> and a chat template; <s> opens every text."""
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    core.train_from_iterator([f"The {animal} {act}. What does the {animal} do? It {act}." for animal in ANIMALS for act in ACTS], trainer)
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def save_model(folder: Path) -> Path:
+    """A random Llama of two layers, 32 wide, and its tokenizer."""
+    words = tokenizer()
+    config = LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
+    draw = random.Random(seed)
+    pairs = [(draw.choice(ANIMALS), draw.choice(ACTS)) for _ in range(count)]
+    return [{"prompt": f"The {animal} {act}. What does the {animal} do?", "completion": f" It {act}."} for animal, act in pairs]
+
+
+def save_data(path: Path, count: int = 64, seed: int = 0) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(count, seed)))
+    return path
