@@ -1,7 +1,7 @@
 """Checkpoints that a kill cannot spoil.
 
-A checkpoint is a folder OUTPUT/checkpoints/step-N. It is written under another name, forced to disk and then renamed, so that a folder
-called step-N is always whole; so are the final files. The newest two are kept.
+A checkpoint is a folder OUTPUT/checkpoints/step-N. It is written under another name, forced to disk and then renamed,
+so that a folder called step-N is always whole; so are the final files. The newest two are kept.
 """
 
 import os
@@ -16,6 +16,7 @@ import numpy
 import torch
 
 KEPT = 2
+UNFINISHED = ".unfinished-"
 
 
 def folder(output: Path, step: int) -> Path:
@@ -29,7 +30,7 @@ def steps(output: Path) -> list[int]:
 
 
 def save(output: Path, step: int, fill: Callable[[Path], None]) -> None:
-    """Write the checkpoint of `step`, whose files `fill` writes into the folder it is given, and remove all but the newest two."""
+    """Write the checkpoint of `step`, whose files `fill` writes into the folder it is given; keep the newest two."""
     target = folder(output, step)
     scratch = _fill(output / "checkpoints", fill)
     _remove(target)
@@ -61,12 +62,12 @@ def clear_leftovers(output: Path) -> None:
 
 
 def _leftovers(output: Path) -> list[Path]:
-    return [*output.glob(".unfinished-*"), *(output / "checkpoints").glob(".unfinished-*")]
+    return [*output.glob(f"{UNFINISHED}*"), *(output / "checkpoints").glob(f"{UNFINISHED}*")]
 
 
 def _fill(parent: Path, fill: Callable[[Path], None]) -> Path:
     parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=".unfinished-", dir=parent))
+    scratch = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=parent))
     scratch.chmod(0o755)  # mkdtemp lets only the owner in
     fill(scratch)
     for path in (*scratch.rglob("*"), scratch):
@@ -76,12 +77,12 @@ def _fill(parent: Path, fill: Callable[[Path], None]) -> Path:
 
 def _remove(path: Path) -> None:
     """Remove a folder under another name, so that a kill never leaves half of it under its own."""
-    if path.exists():
-        doomed = path.with_name(f".unfinished-{path.name}")
-        if path != doomed and not path.name.startswith(".unfinished-"):
-            os.replace(path, doomed)
-            path = doomed
+    if path.is_dir() and not path.name.startswith(UNFINISHED):
+        path = path.rename(path.with_name(UNFINISHED + path.name))
+    if path.is_dir():
         shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _force(path: Path) -> None:

@@ -25,66 +25,88 @@ def _describe(value: Any) -> str:
     return repr(value)
 
 
-def _expect(condition: bool, name: str, value: Any, expected: str, error: type[Exception] = ValueError) -> None:
-    if not condition:
-        raise error(f"{name}: got {_describe(value)}, expected {expected}")
+def _wrong(name: str, value: Any, expected: str) -> ValueError:
+    return ValueError(f"{name}: got {_describe(value)}, expected {expected}")
 
 
-def _expect_tensor(value: Any, name: str) -> None:
+def _wrong_type(name: str, value: Any, expected: str) -> TypeError:
+    return TypeError(f"{name}: got {type(value).__name__}, expected {expected}")
+
+
+def _check_floats(value: Any, name: str) -> None:
     if not isinstance(value, Tensor):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a torch.Tensor")
+        raise _wrong_type(name, value, "a torch.Tensor")
+    if value.dtype not in FLOATS:
+        raise _wrong(name, value, "float32, bfloat16, float16 or float64")
 
 
-def _expect_base(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    for value, name in ((x, "x"), (weight, "weight"), *(((bias, "bias"),) if bias is not None else ())):
-        _expect_tensor(value, name)
-    _expect(x.dtype in FLOATS, "x", x, "float32, bfloat16, float16 or float64")
-    _expect(x.dim() >= 1, "x", x, "at least one dimension, the last of size K")
-    K = x.shape[-1]
-    _expect(weight.dim() == 2 and weight.shape[1] == K, "weight", weight, f"shape [N, {K}] to match the last dimension of x {list(x.shape)}")
-    _expect(weight.dtype == x.dtype, "weight", weight, f"x's dtype {x.dtype}")
-    _expect(weight.device == x.device, "weight", weight, f"x's device {x.device}")
+def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -> None:
+    """x, weight and bias fit together; under autocast their dtypes may differ, since all three are cast."""
+    _check_floats(weight, "weight")
+    if x.dim() == 0:
+        raise _wrong("x", x, "at least one dimension, the last of size K")
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        raise _wrong("weight", weight, f"shape [N, {x.shape[-1]}] to match the last dimension of x {list(x.shape)}")
+    if weight.dtype != x.dtype and not autocast:
+        raise _wrong("weight", weight, f"x's dtype {x.dtype}")
+    if weight.device != x.device:
+        raise _wrong("weight", weight, f"x's device {x.device}")
     if bias is not None:
-        _expect(bias.dim() == 1 and bias.shape[0] == weight.shape[0], "bias", bias, f"shape [{weight.shape[0]}]")
-        _expect(bias.dtype == x.dtype, "bias", bias, f"x's dtype {x.dtype}")
-        _expect(bias.device == x.device, "bias", bias, f"x's device {x.device}")
+        _check_floats(bias, "bias")
+        if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
+            raise _wrong("bias", bias, f"shape [{weight.shape[0]}]")
+        if bias.dtype != x.dtype and not autocast:
+            raise _wrong("bias", bias, f"x's dtype {x.dtype}")
+        if bias.device != x.device:
+            raise _wrong("bias", bias, f"x's device {x.device}")
     if torch.is_grad_enabled():
         for value, name in ((weight, "weight"), (bias, "bias")):
             if value is not None and value.requires_grad:
                 raise ValueError(f"{name}: requires a gradient, expected a frozen tensor (call {name}.requires_grad_(False))")
 
 
-def _expect_adapter(x: Tensor, N: int, lora_a: Tensor, lora_b: Tensor, scale: float, which: str = "") -> None:
-    _expect_tensor(lora_a, f"lora_a{which}")
-    _expect_tensor(lora_b, f"lora_b{which}")
-    K = x.shape[-1]
-    _expect(lora_a.dim() == 2 and lora_a.shape[1] == K, f"lora_a{which}", lora_a, f"shape [R, {K}]")
-    _expect(lora_a.shape[0] >= 1, f"lora_a{which}", lora_a, "a rank of at least 1")
-    R = lora_a.shape[0]
-    _expect(lora_b.dim() == 2 and lora_b.shape[0] == N and lora_b.shape[1] == R, f"lora_b{which}", lora_b, f"shape [{N}, {R}]")
-    _expect(lora_a.dtype in (x.dtype, torch.float32), f"lora_a{which}", lora_a, f"x's dtype {x.dtype} or float32")
-    _expect(lora_b.dtype == lora_a.dtype, f"lora_b{which}", lora_b, f"lora_a's dtype {lora_a.dtype}")
-    _expect(lora_a.device == x.device, f"lora_a{which}", lora_a, f"x's device {x.device}")
-    _expect(lora_b.device == x.device, f"lora_b{which}", lora_b, f"x's device {x.device}")
-    _expect_number(scale, f"scale{which}")
+def _check_adapter(x: Tensor, dtype: torch.dtype, N: int, lora_a: Tensor, lora_b: Tensor, scale: float, which: str = "") -> None:
+    """One adapter fits x and the weight; `dtype` is x's, after autocast."""
+    _check_floats(lora_a, f"lora_a{which}")
+    _check_floats(lora_b, f"lora_b{which}")
+    if lora_a.dim() != 2 or lora_a.shape[1] != x.shape[-1]:
+        raise _wrong(f"lora_a{which}", lora_a, f"shape [R, {x.shape[-1]}]")
+    if lora_a.shape[0] < 1:
+        raise _wrong(f"lora_a{which}", lora_a, "a rank of at least 1")
+    if lora_b.dim() != 2 or lora_b.shape[0] != N or lora_b.shape[1] != lora_a.shape[0]:
+        raise _wrong(f"lora_b{which}", lora_b, f"shape [{N}, {lora_a.shape[0]}]")
+    if lora_a.dtype != dtype and lora_a.dtype != torch.float32:
+        raise _wrong(f"lora_a{which}", lora_a, f"x's dtype {dtype} or float32")
+    if lora_b.dtype != lora_a.dtype:
+        raise _wrong(f"lora_b{which}", lora_b, f"lora_a's dtype {lora_a.dtype}")
+    for value, name in ((lora_a, "lora_a"), (lora_b, "lora_b")):
+        if value.device != x.device:
+            raise _wrong(f"{name}{which}", value, f"x's device {x.device}")
+    _check_number(scale, f"scale{which}")
 
 
-def _expect_number(value: Any, name: str) -> None:
+def _check_number(value: Any, name: str) -> None:
     if isinstance(value, Tensor) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a float")
-    _expect(math.isfinite(value), name, value, "a finite number")
+        raise _wrong_type(name, value, "a float")
+    if not -math.inf < value < math.inf:
+        raise _wrong(name, value, "a finite number")
 
 
-def _expect_probability(value: Any, name: str) -> None:
-    _expect_number(value, name)
-    _expect(0 <= value <= 1, name, value, "a probability between 0 and 1")
+def _check_probability(value: Any, name: str) -> None:
+    _check_number(value, name)
+    if not 0 <= value <= 1:
+        raise _wrong(name, value, "a probability between 0 and 1")
 
 
-def _expect_integers(value: Any, name: str, shape: tuple[int, ...], device: torch.device) -> None:
-    _expect_tensor(value, name)
-    _expect(not value.is_floating_point() and not value.is_complex() and value.dtype != torch.bool, name, value, "an integer tensor")
-    _expect(value.shape == shape, name, value, f"shape {list(shape)}")
-    _expect(value.device == device, name, value, f"device {device}")
+def _check_integers(value: Any, name: str, shape: Sequence[int], device: torch.device) -> None:
+    if not isinstance(value, Tensor):
+        raise _wrong_type(name, value, "an integer tensor")
+    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+        raise _wrong(name, value, "an integer tensor")
+    if tuple(value.shape) != tuple(shape):
+        raise _wrong(name, value, f"shape {list(shape)}")
+    if value.device != device:
+        raise _wrong(name, value, f"device {device}")
 
 
 class _Pending(NamedTuple):
@@ -97,7 +119,7 @@ _pending: list[_Pending] = []
 """Values that a GPU found out of range and that no one has read back yet."""
 
 
-def _expect_in_range(bad: Tensor, message: str) -> None:
+def _check_in_range(bad: Tensor, message: str) -> None:
     """Raise IndexError where any of `bad` is true: at once on a CPU; on a GPU at the first check after the device has got there."""
     if torch.compiler.is_compiling():
         return
@@ -124,14 +146,15 @@ def raise_pending() -> None:
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast would give x Wᵀ here, or None where autocast is off or leaves x alone."""
     device = x.device.type
-    if not torch.is_autocast_enabled(device) or x.dtype == torch.float64:
+    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device)
 
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
     """Autocast off, where it is on: the operators are told their dtypes."""
-    return torch.autocast(device.type, enabled=False) if torch.is_autocast_enabled(device.type) else nullcontext()
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def _draw_seed(dropout_p: float, training: bool, x: Tensor) -> Tensor | None:
@@ -184,21 +207,20 @@ def lora_linear(
         ValueError: a shape, dtype, device, rank, scale or probability does not fit, or weight or bias requires a gradient.
         fastlora.ops.ImplementationError: FASTLORA_IMPL names an implementation that cannot run.
     """
-    cast = _autocast_dtype(x) if isinstance(x, Tensor) else None
+    _check_floats(x, "x")
+    cast = _autocast_dtype(x)
+    _check_base(x, weight, bias, autocast=cast is not None)
+    _check_adapter(x, cast or x.dtype, weight.shape[0], lora_a, lora_b, scale)
+    _check_probability(dropout_p, "dropout_p")
     if cast is not None:
-        with _without_autocast(x.device):
-            return lora_linear(
-                x.to(cast), weight.to(cast), None if bias is None else bias.to(cast), lora_a, lora_b, scale, dropout_p=dropout_p, training=training
-            )
-    _expect_base(x, weight, bias)
-    _expect_adapter(x, weight.shape[0], lora_a, lora_b, scale)
-    _expect_probability(dropout_p, "dropout_p")
+        x, weight, bias = x.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
     seed = _draw_seed(dropout_p, training, x)
     rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
-    if torch.is_grad_enabled():
-        y = LoRALinearFunction.apply(rows, weight, bias, lora_a, lora_b, float(scale), float(dropout_p), seed)
-    else:
-        y, _ = torch.ops.fastlora.lora_linear(rows, weight, bias, lora_a, lora_b, float(scale), float(dropout_p), seed)
+    with _without_autocast(x.device):
+        if torch.is_grad_enabled():
+            y = LoRALinearFunction.apply(rows, weight, bias, lora_a, lora_b, float(scale), float(dropout_p), seed)
+        else:
+            y, _ = torch.ops.fastlora.lora_linear(rows, weight, bias, lora_a, lora_b, float(scale), float(dropout_p), seed)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -237,10 +259,14 @@ def group_rows(index: Tensor, adapters: int) -> RowGroups:
         TypeError, ValueError: index is no integer tensor, or there are no adapters.
         IndexError: an index is out of range. On a CUDA device it is raised by a later call instead, and those rows become NaN.
     """
-    _expect_tensor(index, "index")
-    _expect_integers(index, "index", tuple(index.shape), index.device)
-    _expect(adapters >= 1, "adapters", adapters, "at least 1")
-    _expect_in_range((index < -1) | (index >= adapters), f"index: expected numbers from -1 to {adapters - 1} (one for each adapter, -1: base only)")
+    if not isinstance(index, Tensor):
+        raise _wrong_type("index", index, "an integer tensor")
+    _check_integers(index, "index", index.shape, index.device)
+    if not isinstance(adapters, int):
+        raise _wrong_type("adapters", adapters, "the number of adapters")
+    if adapters < 1:
+        raise _wrong("adapters", adapters, "at least 1")
+    _check_in_range((index < -1) | (index >= adapters), f"index: expected numbers from -1 to {adapters - 1} (one for each adapter, -1: base only)")
     return RowGroups(index.long(), adapters)
 
 
@@ -294,49 +320,69 @@ def multi_lora(
         TypeError, ValueError: as `lora_linear`; the message names the adapter, as in lora_a[2].
         IndexError: an index is out of range (on a CUDA device raised by a later call; those rows become NaN).
     """
-    cast = _autocast_dtype(x) if isinstance(x, Tensor) else None
-    if cast is not None:
-        with _without_autocast(x.device):
-            return multi_lora(
-                x.to(cast), weight.to(cast), None if bias is None else bias.to(cast), lora_a, lora_b, scale, index, dropout_p=dropout_p, training=training
-            )
-    _expect_base(x, weight, bias)
+    _check_floats(x, "x")
+    cast = _autocast_dtype(x)
+    _check_base(x, weight, bias, autocast=cast is not None)
     for name, values in (("lora_a", lora_a), ("lora_b", lora_b), ("scale", scale)):
         if isinstance(values, Tensor) or not isinstance(values, Sequence):
-            raise TypeError(f"{name}: got {type(values).__name__}, expected a list with one entry an adapter")
+            raise _wrong_type(name, values, "a list with one entry an adapter")
     S = len(lora_a)
-    _expect(S >= 1, "lora_a", list(lora_a), "at least one adapter")
-    _expect(len(lora_b) == S, "lora_b", f"{len(lora_b)} entries", f"{S}, one for each lora_a")
-    _expect(len(scale) == S, "scale", list(scale), f"{S} numbers, one for each lora_a")
+    if S < 1:
+        raise _wrong("lora_a", list(lora_a), "at least one adapter")
+    if len(lora_b) != S:
+        raise _wrong("lora_b", f"{len(lora_b)} entries", f"{S}, one for each lora_a")
+    if len(scale) != S:
+        raise _wrong("scale", list(scale), f"{S} numbers, one for each lora_a")
     for i in range(S):
-        _expect_adapter(x, weight.shape[0], lora_a[i], lora_b[i], scale[i], f"[{i}]")
-        _expect(lora_a[i].dtype == lora_a[0].dtype, f"lora_a[{i}]", lora_a[i], f"the dtype of lora_a[0], {lora_a[0].dtype}")
-    probabilities = [dropout_p] * S if isinstance(dropout_p, (int, float)) else list(dropout_p)
-    _expect(len(probabilities) == S, "dropout_p", probabilities, f"one probability, or {S}, one for each adapter")
-    for i, p in enumerate(probabilities):
-        _expect_probability(p, f"dropout_p[{i}]")
+        _check_adapter(x, cast or x.dtype, weight.shape[0], lora_a[i], lora_b[i], scale[i], f"[{i}]")
+        if lora_a[i].dtype != lora_a[0].dtype:
+            raise _wrong(f"lora_a[{i}]", lora_a[i], f"the dtype of lora_a[0], {lora_a[0].dtype}")
+    if isinstance(dropout_p, (int, float)):
+        dropout_p = [dropout_p] * S
+    if isinstance(dropout_p, Tensor) or not isinstance(dropout_p, Sequence):
+        raise _wrong_type("dropout_p", dropout_p, "a probability, or a list with one an adapter")
+    if len(dropout_p) != S:
+        raise _wrong("dropout_p", list(dropout_p), f"one probability, or {S}, one for each adapter")
+    for i, p in enumerate(dropout_p):
+        _check_probability(p, f"dropout_p[{i}]")
+    groups = _groups_of(x, index, S)
+    if cast is not None:
+        x, weight, bias = x.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
 
+    rows = x.reshape(-1, x.shape[-1])
+    order, offsets = groups.for_rows(rows.shape[0])
+    scales, probabilities = [float(s) for s in scale], [float(p) for p in dropout_p]
+    seed = _draw_seed(max(probabilities), training, x)
+    with _without_autocast(x.device):
+        if torch.is_grad_enabled():
+            y = MultiLoRAFunction.apply(rows, weight, bias, scales, probabilities, seed, order, offsets, *lora_a, *lora_b)
+        else:
+            y, _ = torch.ops.fastlora.multi_lora(
+                rows, weight, bias, list(lora_a), list(lora_b), scales, probabilities, seed, order, offsets
+            )
+    return y.view(*x.shape[:-1], y.shape[1])
+
+
+def _groups_of(x: Tensor, index: Tensor | RowGroups, adapters: int) -> RowGroups:
+    """The RowGroups of an index for x [..., K], checked against x's shape and device."""
     if isinstance(index, Tensor):
         if tuple(index.shape) not in (tuple(x.shape[:1]), tuple(x.shape[:-1])):
-            raise ValueError(f"index: got shape {list(index.shape)}, expected {list(x.shape[:1])} (an example) or {list(x.shape[:-1])} (a row)")
-        groups = group_rows(index, S)
+            raise _wrong("index", index, f"shape {list(x.shape[:1])} (an example) or {list(x.shape[:-1])} (a row)")
+        groups = group_rows(index, adapters)
     elif isinstance(index, RowGroups):
         groups = index
     else:
-        raise TypeError(f"index: got {type(index).__name__}, expected an integer tensor or the RowGroups of group_rows")
-    rows = x.reshape(-1, x.shape[-1])
-    _expect(groups.adapters == S, "index", f"groups for {groups.adapters} adapters", f"groups for {S}")
-    _expect(groups.index.device == x.device, "index", groups.index, f"x's device {x.device}")
-    fits = rows.shape[0] == 0 if groups.index.numel() == 0 else rows.shape[0] % groups.index.numel() == 0
-    _expect(fits, "index", groups.index, f"one number an example or a row of x {list(x.shape)}")
-    order, offsets = groups.for_rows(rows.shape[0])
-    seed = _draw_seed(max(probabilities), training, x)
-    scales, probabilities = [float(s) for s in scale], [float(p) for p in probabilities]
-    if torch.is_grad_enabled():
-        y = MultiLoRAFunction.apply(rows, weight, bias, scales, probabilities, seed, order, offsets, *lora_a, *lora_b)
-    else:
-        y, _ = torch.ops.fastlora.multi_lora(rows, weight, bias, list(lora_a), list(lora_b), scales, probabilities, seed, order, offsets)
-    return y.view(*x.shape[:-1], y.shape[1])
+        raise _wrong_type("index", index, "an integer tensor or the RowGroups of group_rows")
+    if groups.adapters != adapters:
+        raise ValueError(f"index: expected RowGroups for {adapters} adapters, got them for another number")
+    if groups.index.device != x.device:
+        raise _wrong("index", groups.index, f"x's device {x.device}")
+    given, rows = groups.index.numel(), math.prod(x.shape[:-1])
+    # Only a flattened x [M, K] leaves open how many rows an example has.
+    fits = rows % given == 0 if x.dim() == 2 and given else given in (x.shape[0], rows)
+    if not fits:
+        raise _wrong("index", groups.index, f"one number an example or a row of x {list(x.shape)}")
+    return groups
 
 
 class Prefixed(NamedTuple):
@@ -395,61 +441,52 @@ def prefix_concat(
         ValueError: a shape, dtype or device does not fit, prompts is empty, or embedding requires a gradient.
         IndexError: a prompt or token number is out of range (on a CUDA device raised by a later call; those rows become NaN).
     """
-    if isinstance(prompts, Tensor):
-        _expect(prompts.dim() == 3 and prompts.shape[0] >= 1, "prompts", prompts, "shape [S, P, D] with at least one prompt")
-        S, length, D = prompts.shape
-        flat, lengths = prompts.reshape(S * length, D), [length] * S
-        starts = torch.arange(S + 1, device=prompts.device) * length
-    elif isinstance(prompts, Sequence):
-        _expect(len(prompts) >= 1, "prompts", list(prompts), "at least one prompt")
-        for i, prompt in enumerate(prompts):
-            _expect_tensor(prompt, f"prompts[{i}]")
-            _expect(prompt.dim() == 2 and prompt.shape[1] == prompts[0].shape[-1], f"prompts[{i}]", prompt, f"shape [P, {prompts[0].shape[-1]}]")
-            for what in ("dtype", "device"):
-                first = getattr(prompts[0], what)
-                _expect(getattr(prompt, what) == first, f"prompts[{i}]", prompt, f"the {what} of prompts[0], {first}")
-        flat, lengths = torch.cat(list(prompts)), [len(prompt) for prompt in prompts]
-        starts = _starts(tuple(lengths), flat.device)
-    else:
-        raise TypeError(f"prompts: got {type(prompts).__name__}, expected a tensor [S, P, D] or a list of [P_i, D]")
+    flat, starts, lengths = _flatten_prompts(prompts)
     S, D, device = len(lengths), flat.shape[1], flat.device
-    _expect(flat.dtype in FLOATS, "prompts", flat, "float32, bfloat16, float16 or float64")
-
-    _expect_tensor(attention_mask, "attention_mask")
-    _expect(attention_mask.dim() == 2, "attention_mask", attention_mask, "shape [B, T]")
-    _expect(attention_mask.device == device, "attention_mask", attention_mask, f"the prompts' device {device}")
+    if not isinstance(attention_mask, Tensor):
+        raise _wrong_type("attention_mask", attention_mask, "a torch.Tensor")
+    if attention_mask.dim() != 2 or attention_mask.is_complex():
+        raise _wrong("attention_mask", attention_mask, "booleans or numbers of shape [B, T]")
+    if attention_mask.device != device:
+        raise _wrong("attention_mask", attention_mask, f"the prompts' device {device}")
     B, T = attention_mask.shape
     if embeds is None:
         if input_ids is None or embedding is None:
             raise ValueError("embeds: got None, expected a tensor [B, T, D], or None together with input_ids and embedding")
-        _expect_integers(input_ids, "input_ids", (B, T), device)
-        _expect_tensor(embedding, "embedding")
-        V = embedding.shape[0]
-        _expect(embedding.dim() == 2 and V >= 1 and embedding.shape[1] == D, "embedding", embedding, f"shape [V, {D}]")
-        _expect(embedding.dtype in FLOATS, "embedding", embedding, "float32, bfloat16, float16 or float64")
-        _expect(embedding.device == device, "embedding", embedding, f"the prompts' device {device}")
+        _check_integers(input_ids, "input_ids", (B, T), device)
+        _check_floats(embedding, "embedding")
+        if embedding.dim() != 2 or embedding.shape[0] < 1 or embedding.shape[1] != D:
+            raise _wrong("embedding", embedding, f"shape [V, {D}]")
+        if embedding.device != device:
+            raise _wrong("embedding", embedding, f"the prompts' device {device}")
         if torch.is_grad_enabled() and embedding.requires_grad:
             raise ValueError("embedding: requires a gradient, expected a frozen tensor; look the tokens up yourself and pass embeds")
-        real = attention_mask != 0
-        _expect_in_range(real & ((input_ids < 0) | (input_ids >= V)), f"input_ids: expected numbers from 0 to {V - 1} (embedding {list(embedding.shape)})")
+        V = embedding.shape[0]
+        absent = (attention_mask != 0) & ((input_ids < 0) | (input_ids >= V))
+        _check_in_range(absent, f"input_ids: expected numbers from 0 to {V - 1} (embedding [{V}, {D}])")
         input_ids = input_ids.long()
     else:
         if input_ids is not None or embedding is not None:
             raise ValueError("embeds: got a tensor, expected None where input_ids or embedding is given")
-        _expect_tensor(embeds, "embeds")
-        _expect(embeds.shape == (B, T, D), "embeds", embeds, f"shape {[B, T, D]}")
-        _expect(embeds.dtype in FLOATS, "embeds", embeds, "float32, bfloat16, float16 or float64")
-        _expect(embeds.device == device, "embeds", embeds, f"the prompts' device {device}")
+        _check_floats(embeds, "embeds")
+        if tuple(embeds.shape) != (B, T, D):
+            raise _wrong("embeds", embeds, f"shape {[B, T, D]}")
+        if embeds.device != device:
+            raise _wrong("embeds", embeds, f"the prompts' device {device}")
     if prompt_index is None:
-        _expect(S == 1, "prompt_index", None, f"a tensor [{B}] that says which of the {S} prompts each row has")
+        if S != 1:
+            raise ValueError(f"prompt_index: got None, expected a tensor [{B}] that says which of the {S} prompts each row has")
         prompt_index = torch.zeros(B, dtype=torch.int64, device=device)
     else:
-        _expect_integers(prompt_index, "prompt_index", (B,), device)
-        _expect_in_range((prompt_index < 0) | (prompt_index >= S), f"prompt_index: expected numbers from 0 to {S - 1} ({S} prompts)")
+        _check_integers(prompt_index, "prompt_index", (B,), device)
+        absent = (prompt_index < 0) | (prompt_index >= S)
+        _check_in_range(absent, f"prompt_index: expected numbers from 0 to {S - 1} ({S} prompts)")
         prompt_index = prompt_index.long()
     for value, name in ((labels, "labels"), (position_ids, "position_ids")):
         if value is not None:
-            _expect_integers(value, name, (B, T), device)
+            _check_integers(value, name, (B, T), device)
+    if labels is input_ids and labels is not None:
+        labels = labels.view_as(labels)  # the same tensor twice is more than torch.compile takes
     out, mask, positions, new_labels = PrefixConcatFunction.apply(
         flat,
         starts,
@@ -465,7 +502,26 @@ def prefix_concat(
     return Prefixed(out, mask, positions, None if labels is None else new_labels)
 
 
-def _starts(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    """[S + 1] int64: where each prompt begins among all rows of prompts."""
-    ends = torch.tensor((0, *lengths), device=device)
-    return ends.cumsum(0)
+def _flatten_prompts(prompts: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
+    """All prompts one after the other [sum P_i, D], where each begins [S + 1] int64, and their lengths."""
+    if isinstance(prompts, Tensor):
+        _check_floats(prompts, "prompts")
+        if prompts.dim() != 3 or prompts.shape[0] < 1:
+            raise _wrong("prompts", prompts, "shape [S, P, D] with at least one prompt")
+        S, length, D = prompts.shape
+        starts = torch.arange(S + 1, device=prompts.device) * length
+        return prompts.reshape(S * length, D), starts, [length] * S
+    if not isinstance(prompts, Sequence):
+        raise _wrong_type("prompts", prompts, "a tensor [S, P, D] or a list of [P_i, D]")
+    if len(prompts) < 1:
+        raise _wrong("prompts", list(prompts), "at least one prompt")
+    for i, prompt in enumerate(prompts):
+        _check_floats(prompt, f"prompts[{i}]")
+        if prompt.dim() != 2:
+            raise _wrong(f"prompts[{i}]", prompt, "shape [P, D]")
+        first = prompts[0]
+        if prompt.shape[1] != first.shape[1] or prompt.dtype != first.dtype or prompt.device != first.device:
+            raise _wrong(f"prompts[{i}]", prompt, f"width, dtype and device of prompts[0], {_describe(first)}")
+    lengths = [prompt.shape[0] for prompt in prompts]
+    flat = torch.cat(list(prompts))
+    return flat, torch.tensor([0, *lengths], device=flat.device).cumsum(0), lengths

@@ -4,7 +4,7 @@ import importlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastlora.data.examples import IGNORE, Example, Prompt, batches, collate, encode, encode_prompt, pad_token_id, read_examples
+from fastlora.data.examples import (
+    IGNORE,
+    Example,
+    Prompt,
+    batches,
+    collate,
+    encode,
+    encode_prompt,
+    pad_token_id,
+    read_examples,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BASE = "__base__"  # PEFT's name for "no adapter"
@@ -30,7 +40,8 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
         ValueError: another name.
     """
     if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float32
     if name not in DTYPES:
         raise ValueError(f"dtype={name!r}: expected one of auto, {', '.join(DTYPES)}")
     return DTYPES[name]
@@ -46,17 +57,36 @@ def load_base(path: str, dtype: torch.dtype, device: torch.device) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     if (Path(path) / "adapter_config.json").is_file():
-        raise ValueError(f"model={path}: the folder holds an adapter; expected a base model (an adapter goes to --adapter)")
-    config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        raise ValueError(
+            f"model={path}: the folder holds an adapter; expected a base model (an adapter goes to --adapter)"
+        )
+    with _named(path):
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     if config.is_encoder_decoder:
-        raise ValueError(f"model={path}: expected a decoder, got an encoder-decoder model; train it with transformers and fastlora.accelerate")
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False).to(device)
+        raise ValueError(
+            f"model={path}: expected a decoder, got an encoder-decoder model"
+            " (transformers' trainers take it, with fastlora.accelerate)"
+        )
+    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+    return model.to(device)
 
 
 def load_tokenizer(path: str) -> Any:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    with _named(path):
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+
+
+@contextmanager
+def _named(path: str) -> Iterator[None]:
+    """Errors of a model that is not there say which one it is; a path that is no hub id is not looked for there."""
+    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
+        raise FileNotFoundError(f"model: there is no folder {path}")
+    try:
+        yield
+    except OSError as error:
+        raise OSError(f"model={path}: neither a model's folder nor to be had from the hub: {error}") from error
 
 
 def adapter_config(folder: str | Path) -> dict[str, Any]:
@@ -68,7 +98,9 @@ def adapter_config(folder: str | Path) -> dict[str, Any]:
     folder = Path(folder)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"adapter={folder}: expected an adapter folder in PEFT's format, there is no {name}")
+            raise FileNotFoundError(
+                f"adapter={folder}: expected an adapter folder in PEFT's format, there is no {name}"
+            )
     return json.loads((folder / "adapter_config.json").read_text())
 
 
@@ -134,7 +166,7 @@ def generate(
 
     Args:
         prompts: texts, or lists of messages for the chat template.
-        adapter_name: the adapter that answers: a loaded one's name, "__base__" for none, None for the one that is active.
+        adapter_name: who answers: a loaded adapter, "__base__" for none of them, None for the one that is active.
 
     Raises:
         ValueError: no adapter has that name.
@@ -191,7 +223,9 @@ def _answering_as(model: Any, adapter_name: str | None) -> Iterator[None]:
         yield
         return
     if adapter_name not in (BASE, *adapters):
-        raise ValueError(f"adapter_name={adapter_name!r}: expected {BASE} or one of {', '.join(adapters) or 'none loaded'}")
+        raise ValueError(
+            f"adapter_name={adapter_name!r}: expected {BASE} or one of {', '.join(adapters) or 'none loaded'}"
+        )
     # PEFT freezes and unfreezes adapters as it switches them.
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     active = model.active_adapters
@@ -214,7 +248,9 @@ def loss_sum(model: Any, batch: dict[str, Tensor]) -> Tensor:
     Args:
         batch: input_ids, attention_mask and labels, each [B, T].
     """
-    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits  # [B, T, V]
+    logits = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    ).logits  # [B, T, V]
     labels = batch["labels"][:, 1:]
     counted = labels != IGNORE
     # Only the labelled rows are made float32: with a large vocabulary the logits are the largest tensor of the step.
@@ -245,7 +281,7 @@ def evaluate(
     generations: bool = True,
     limit: int | None = None,
 ) -> EvalResult:
-    """Held-out loss and perplexity; with `generations` also exact match and ROUGE of greedy answers against the completions.
+    """Held-out loss and perplexity; with `generations` also exact match and ROUGE of greedy answers.
 
     Args:
         data: a JSONL file, or examples.
@@ -266,9 +302,14 @@ def evaluate(
     perplexity = math.exp(loss) if loss < 700 else math.inf  # exp(710) overflows
     matches, rouge = None, {}
     if generations:
-        prompts, references = [example.prompt for example in examples], [example.completion.strip() for example in examples]
+        prompts, references = (
+            [example.prompt for example in examples],
+            [example.completion.strip() for example in examples],
+        )
         answers = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
-        matches = sum(answer.strip() == reference for answer, reference in zip(answers, references, strict=True)) / len(answers)
+        matches = sum(answer.strip() == reference for answer, reference in zip(answers, references, strict=True)) / len(
+            answers
+        )
         rouge = _rouge(answers, references)
     return EvalResult(
         rows=len(encoded.rows),

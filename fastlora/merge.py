@@ -1,6 +1,7 @@
 """Fold an adapter into its base's weights, and say what rounding to the working dtype cost."""
 
 import importlib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,18 +18,23 @@ PROBES, PROBE_TOKENS = 4, 64
 class MergeReport:
     dtype: str
     layers: int  # merged
-    weight_max_error: float  # |merged weight - the one computed in float32|, largest element of all layers
+    weight_max_error: float  # |merged weight - the one computed in float64|, largest element of all layers
     weight_relative_error: float  # norm of that difference over the norm of the merged weights, all layers together
-    update_relative_error: float  # norm of that difference over the norm of s B A: the part of the adapter that rounding lost
+    update_relative_error: (
+        float  # norm of that difference over the norm of s B A: the part of the adapter that rounding lost
+    )
     logits_max_error: float  # |merged model's logits - those with the adapter beside the base|
     logits_relative_error: float  # norm of that difference over the norm of the logits
     output: str
 
 
-def merge(model: str | None, adapter: str | Path, output: str | Path, *, dtype: str = "auto", overwrite: bool = False) -> MergeReport:
-    """Write the base with W + s B A for every layer of the adapter, as an ordinary transformers model with its tokenizer.
+def merge(
+    model: str | None, adapter: str | Path, output: str | Path, *, dtype: str = "auto", overwrite: bool = False
+) -> MergeReport:
+    """Write the base with W + s B A in every layer of the adapter: an ordinary transformers model, with its tokenizer.
 
-    The weights' error is measured layer by layer against the same sum in float32, the logits' on four sequences of 64 random tokens.
+    The weights' error is measured layer by layer against the same sum in float64, the logits' on four sequences of 64
+    random tokens.
 
     Args:
         model: the base: a folder or a hub id; None: the one that the adapter names.
@@ -46,7 +52,9 @@ def merge(model: str | None, adapter: str | Path, output: str | Path, *, dtype: 
     probes = _probes(peft_model)
     before = _logits(peft_model, probes)
     errors = _merge_layers(peft_model)
-    merged = peft_model.merge_and_unload()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="All adapters are already merged")
+        merged = peft_model.merge_and_unload()
     after = _logits(merged, probes)
     merged.save_pretrained(output)
     tokenizer.save_pretrained(output)
@@ -78,13 +86,16 @@ def _merge_layers(peft_model: Any) -> _Errors:
     layers = [module for module in peft_model.modules() if isinstance(module, lora_layer)]
     variants = [layer for layer in layers if getattr(layer, "lora_variant", {})]
     if variants:
-        raise TypeError(f"adapter: expected plain LoRA layers, {len(variants)} of {len(layers)} are a variant such as DoRA; merge them with PEFT")
+        raise TypeError(
+            f"adapter: expected plain LoRA layers, {len(variants)} of {len(layers)} are variants such as DoRA;"
+            " PEFT's merge_and_unload merges them"
+        )
     for layer in layers:
         # One layer at a time, so that a second copy of one weight is all that measuring costs.
-        update = layer.get_delta_weight("default").float()
-        exact = layer.get_base_layer().weight.float() + update
+        update = layer.get_delta_weight("default").double()
+        exact = layer.get_base_layer().weight.double() + update
         layer.merge(safe_merge=True)
-        difference = layer.get_base_layer().weight.float() - exact
+        difference = layer.get_base_layer().weight.double() - exact
         errors.layers += 1
         errors.largest = max(errors.largest, difference.abs().max().item())
         errors.difference += _square(difference)
@@ -94,7 +105,7 @@ def _merge_layers(peft_model: Any) -> _Errors:
 
 
 def _square(tensor: Tensor) -> float:
-    return tensor.double().square().sum().item()
+    return tensor.square().sum().item()
 
 
 def _probes(model: Any) -> Tensor:

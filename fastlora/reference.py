@@ -235,16 +235,14 @@ def prefix_concat(
         rows = embedding[ids.clamp(0, embedding.shape[0] - 1)]
         rows = torch.where(is_token[..., None], torch.where(found[..., None], rows, torch.nan), 0)
     else:
-        flat = embeds.reshape(B * T, -1)
+        flat = embeds.reshape(B * T, embeds.shape[2])
         rows = torch.cat((flat.new_zeros(1, flat.shape[1]), flat))[token_row]
     prompt_rows = torch.cat((prompts.new_zeros(1, prompts.shape[1]), prompts)).to(rows.dtype)[prompt_row]
     prompt_rows = torch.where(exists[:, None, None] | ~is_prompt[..., None], prompt_rows, torch.nan)
     out = torch.where(is_prompt[..., None], prompt_rows, rows)
 
     mask = torch.where(is_prompt, attention_mask.new_ones(()), tokens_of(attention_mask, 0))
-    begin = (source >= 0).int().argmax(1, keepdim=True)  # [B, 1]
-    column = torch.arange(source.shape[1], device=source.device)
-    positions = torch.where(source >= 0, column - begin, 0)
+    positions = torch.where(source >= 0, (source >= 0).cumsum(1) - 1, 0)  # a row's content is one run of columns
     if position_ids is not None:
         length = starts[index + 1] - starts[index]
         positions = torch.where(is_token, tokens_of(position_ids, 0) + length[:, None], positions)

@@ -1,8 +1,9 @@
 """The training loop: prompts and completions in, a LoRA adapter in PEFT's format (or a fully fine-tuned model) out.
 
-One optimiser step takes `batch_size * gradient_accumulation_steps` rows on each process; its loss is the mean over all labelled tokens of
-those rows, however they are cut into batches. Which rows a step takes follows from the seed and the step's number alone, and every generator's
-state is in the checkpoint: a resumed run computes the same bits as one that was never stopped.
+One optimiser step takes `batch_size * gradient_accumulation_steps` rows on each process; its loss is the mean over all
+labelled tokens of those rows, however they are cut into batches. Which rows a step takes follows from the seed and the
+step's number alone, and every generator's state is in the checkpoint: a resumed run computes the same bits as one that
+was never stopped.
 """
 
 import json
@@ -27,9 +28,18 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from fastlora import checkpoint
+from fastlora import checkpoint, metrics
 from fastlora.data.examples import IGNORE, Encoded, Row, batches, collate, encode, pad_token_id, read_examples
-from fastlora.inference import EvalResult, evaluate, generate, load_base, load_model, load_tokenizer, loss_sum, resolve_dtype
+from fastlora.inference import (
+    EvalResult,
+    evaluate,
+    generate,
+    load_base,
+    load_model,
+    load_tokenizer,
+    loss_sum,
+    resolve_dtype,
+)
 from fastlora.merge import MergeReport, merge
 
 __all__ = [
@@ -105,7 +115,9 @@ class TrainConfig:
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: expected at least 1")
         if self.max_length < 2:
-            raise ValueError(f"max_length={self.max_length}: expected at least 2, a token of the prompt and one of the completion")
+            raise ValueError(
+                f"max_length={self.max_length}: expected at least 2, a token of the prompt and one of the completion"
+            )
         for name in ("lora_dropout", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a number from 0 to below 1")
@@ -139,7 +151,7 @@ class TrainResult:
 
 
 def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
-    """Train, and leave the adapter (or the model), metrics.jsonl, loss.png, summary.json and checkpoints/ in the output folder.
+    """Train, and leave the adapter (or model), metrics.jsonl, loss.png, summary.json and checkpoints/ in the output.
 
     Runs on one process, or on several under `accelerate launch` or `torchrun`.
 
@@ -157,7 +169,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     saved = checkpoint.steps(output)
     if saved and not (config.resume or config.overwrite):
         raise FileExistsError(
-            f"output={output} has checkpoints up to step {saved[-1]}: --resume goes on from there, --overwrite starts again, removing them"
+            f"output={output} has checkpoints up to step {saved[-1]}:"
+            " --resume goes on from there, --overwrite removes them and starts again"
         )
     tokenizer = load_tokenizer(config.model)
     data = encode(read_examples(config.data), tokenizer, config.max_length)
@@ -169,8 +182,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
             config.max_length,
             data.dropped[0].source,
         )
-    run = _Run(config, data, tokenizer, Accelerator(mixed_precision="no"))
-    run.start(checkpoint.folder(output, saved[-1]) if saved and config.resume else None)
+    run = _Run(config, data, tokenizer, checkpoint.folder(output, saved[-1]) if saved and config.resume else None)
+    run.claim_output()
     with _stop_signals() as stop:
         run.loop(stop, progress)
     return run.finish()
@@ -207,38 +220,55 @@ def _without_labels(row: Row) -> Row:
 
 
 class _Run:
-    """One run: the model and all that a checkpoint holds."""
+    """One run: the model, and all else that a checkpoint holds."""
 
-    def __init__(self, config: TrainConfig, data: Encoded, tokenizer: Any, accelerator: Accelerator) -> None:
-        self.config, self.data, self.tokenizer, self.accelerator = config, data, tokenizer, accelerator
+    def __init__(self, config: TrainConfig, data: Encoded, tokenizer: Any, resume_from: Path | None) -> None:
+        self.config, self.data, self.tokenizer = config, data, tokenizer
         self.output = Path(config.output)
-        self.plan = _Plan(config, data.rows, accelerator.num_processes)
-        self.dtype = resolve_dtype(config.dtype, accelerator.device)
+        self.accelerator = Accelerator(mixed_precision="no")
+        self.plan = _Plan(config, data.rows, self.accelerator.num_processes)
+        self.dtype = resolve_dtype(config.dtype, self.accelerator.device)
         self.step = 0
-
-    def start(self, resume_from: Path | None) -> None:
-        """Build model and optimiser, as new or as they were in a checkpoint, and clear away what is not part of the run."""
-        saved = _read_saved(resume_from, self._about()) if resume_from else None
-        set_seed(self.config.seed)
+        self.setup = self._setup()
+        saved = _read_saved(resume_from, self.setup) if resume_from else None
+        set_seed(config.seed)
         self.model = self._build_model(resume_from)
         self.model.train()
-        # Each process draws its own dropout; the adapter's first values above are the same for all.
-        set_seed(self.config.seed + self.accelerator.process_index)
+        # The adapter's first values are the same on all processes; dropout is each one's own.
+        set_seed(config.seed + self.accelerator.process_index)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=self.config.lr, weight_decay=self.config.weight_decay)
-        self.scheduler = _scheduler(self.config, self.optimizer, self.plan.steps)
+        lr = config.lr or 0.0
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=lr, weight_decay=config.weight_decay)
+        self.scheduler = _scheduler(config, self.optimizer, self.plan.steps)
+        self.wrapped = self.accelerator.prepare_model(self.model)
         if saved:
-            self.step = saved["about"]["step"]
+            self.step = saved["setup"]["step"]
             self.optimizer.load_state_dict(saved["optimizer"])
             self.scheduler.load_state_dict(saved["scheduler"])
             checkpoint.set_rng_state(saved["rng"][self.accelerator.process_index])
-        self.wrapped = self.accelerator.prepare_model(self.model)
+
+    def _setup(self) -> dict[str, Any]:
+        """What a resumed run must have in common with the run before."""
+        content = sha256()
+        for row in self.data.rows:
+            content.update(json.dumps([row.input_ids, row.labels]).encode())
+        options = asdict(self.config).items()
+        return {
+            "config": {name: str(value) if isinstance(value, Path) else value for name, value in options},
+            "data": content.hexdigest(),
+            "processes": self.accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "device": self.accelerator.device.type,
+        }
+
+    def claim_output(self) -> None:
+        """Clear away what an earlier run left in the output folder and this one does not go on from."""
         if self.accelerator.is_main_process:
             self.output.mkdir(parents=True, exist_ok=True)
             if self.step == 0:
                 checkpoint.clear(self.output)
             checkpoint.clear_leftovers(self.output)
-            _cut_metrics(self.output, self.step)
+            metrics.cut(self.output, self.step)
         self.accelerator.wait_for_everyone()
 
     def _build_model(self, resume_from: Path | None) -> Any:
@@ -252,7 +282,7 @@ class _Run:
         return model
 
     def loop(self, stop: threading.Event, progress: bool) -> None:
-        """Go on to the last step, writing metrics and checkpoints; a stop that was asked for ends it after the step at hand."""
+        """Go on to the last step, with metrics and checkpoints; a stop that was asked for ends it after a step."""
         bar = tqdm(
             total=self.plan.steps,
             initial=self.step,
@@ -260,15 +290,16 @@ class _Run:
             dynamic_ncols=True,
             disable=not (progress and self.accelerator.is_main_process),
         )
-        metrics = (self.output / "metrics.jsonl").open("a") if self.accelerator.is_main_process else nullcontext()
+        log = (self.output / metrics.NAME).open("a") if self.accelerator.is_main_process else nullcontext()
         first = self.step
-        with bar, metrics as file:
+        with bar, log as file:
             while self.step < self.plan.steps:
                 record, stopped = self._train_step(stop, check_gradients=self.step == first)
                 if file:
                     file.write(json.dumps(record) + "\n")
                     file.flush()
-                bar.set_postfix_str(f"loss {record['loss']:.4f}, {record['tokens_per_second']:.0f} tokens/s", refresh=False)
+                shown = f"loss {record['loss']:.4f}, {record['tokens_per_second']:.0f} tokens/s"
+                bar.set_postfix_str(shown, refresh=False)
                 bar.update()
                 if stopped or self.step % self.config.save_steps == 0 or self.step == self.plan.steps:
                     if file:
@@ -276,8 +307,8 @@ class _Run:
                     self._save_checkpoint()
                 if stopped and self.step < self.plan.steps:
                     raise TrainingInterrupted(
-                        f"stopped after step {self.step} of {self.plan.steps}; the checkpoint is in {checkpoint.folder(self.output, self.step)}."
-                        " The same command with --resume goes on from it"
+                        f"stopped after step {self.step} of {self.plan.steps}; the same command with --resume goes on"
+                        f" from {checkpoint.folder(self.output, self.step)}"
                     )
 
     def _train_step(self, stop: threading.Event, check_gradients: bool) -> tuple[dict[str, float], bool]:
@@ -291,7 +322,9 @@ class _Run:
         norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), self.config.max_grad_norm or math.inf).item()
         self.step += 1
         if not (math.isfinite(value) and math.isfinite(norm)):
-            raise TrainingError(f"step {self.step}: the loss is {value} and the gradient's norm {norm}; a lower lr may help")
+            raise TrainingError(
+                f"step {self.step}: the loss is {value} and the gradient's norm {norm}; a lower lr may help"
+            )
         if check_gradients:
             self._check_gradients()
         self.optimizer.step()
@@ -316,8 +349,9 @@ class _Run:
             last = i == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 batch = collate(part, pad_token_id(self.tokenizer))
+                batch = {name: value.to(total.device) for name, value in batch.items()}
                 with self._autocast():
-                    loss = loss_sum(self.wrapped, {name: value.to(total.device) for name, value in batch.items()}) / labelled
+                    loss = loss_sum(self.wrapped, batch) / labelled
                 self.accelerator.backward(loss * self.plan.processes)  # DDP takes the mean over processes
             total += loss.detach()
         return total
@@ -334,20 +368,9 @@ class _Run:
         # B starts at zero, so that no gradient reaches A in the very first step.
         idle = [name for name, p in self.trained.items() if p.grad is None]
         if idle:
-            logger.warning("no gradient reached %d of %d trained weights (the first: %s)", len(idle), len(self.trained), idle[0])
-
-    def _about(self) -> dict[str, Any]:
-        content = sha256()
-        for row in self.data.rows:
-            content.update(json.dumps([row.input_ids, row.labels]).encode())
-        return {
-            "step": self.step,
-            "config": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self.config).items()},
-            "data": content.hexdigest(),
-            "processes": self.accelerator.num_processes,
-            "threads": torch.get_num_threads(),
-            "device": self.accelerator.device.type,
-        }
+            logger.warning(
+                "no gradient reached %d of %d trained weights (the first: %s)", len(idle), len(self.trained), idle[0]
+            )
 
     def _save_checkpoint(self) -> None:
         rng = gather_object([checkpoint.rng_state()])
@@ -359,7 +382,7 @@ class _Run:
         self._write_model(folder)
         state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(), "rng": rng}
         torch.save(state, folder / "state.pt")
-        (folder / "training.json").write_text(json.dumps(self._about(), indent=2) + "\n")
+        (folder / "training.json").write_text(json.dumps({"step": self.step, **self.setup}, indent=2) + "\n")
 
     def _write_model(self, folder: Path) -> None:
         if self.config.method == "full":
@@ -372,12 +395,16 @@ class _Run:
         """Write the final files; the summary is returned, too."""
         if self.accelerator.is_main_process:
             checkpoint.publish(self.output, self._write_model)
-            records = read_metrics(self.output)
-            result = self._result(records)
-            plot_loss(records, self.output / "loss.png")
-            (self.output / "summary.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
         self.accelerator.wait_for_everyone()
-        return result if self.accelerator.is_main_process else self._result(read_metrics(self.output))
+        records = metrics.read(self.output)
+        result = self._result(records)
+        if self.accelerator.is_main_process:
+            (self.output / "summary.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
+            try:
+                metrics.plot(records, self.output / "loss.png")
+            except ModuleNotFoundError:
+                logger.warning("no loss.png: the package matplotlib is missing (pip install matplotlib)")
+        return result
 
     def _result(self, records: Sequence[Mapping[str, float]]) -> TrainResult:
         losses = [record["loss"] for record in records]
@@ -409,7 +436,9 @@ def _add_adapter(model: Any, config: TrainConfig, resume_from: Path | None) -> A
         model = PeftModel.from_pretrained(model, str(resume_from), is_trainable=True)
     else:
         names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **{name: getattr(config, name) for name in names}))
+        model = get_peft_model(
+            model, LoraConfig(task_type="CAUSAL_LM", **{name: getattr(config, name) for name in names})
+        )
     if config.accelerate:
         from fastlora.peft import accelerate
 
@@ -433,7 +462,10 @@ def _scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int
     from transformers import get_scheduler
 
     return get_scheduler(
-        config.lr_scheduler_type, optimizer, num_warmup_steps=math.ceil(config.warmup_ratio * steps), num_training_steps=steps
+        config.lr_scheduler_type,
+        optimizer,
+        num_warmup_steps=math.ceil(config.warmup_ratio * steps),
+        num_training_steps=steps,
     )
 
 
@@ -443,57 +475,23 @@ def _tokens(rows: Sequence[Row]) -> int:
 
 def _read_saved(folder: Path, now: dict[str, Any]) -> dict[str, Any]:
     """A checkpoint's state, once it is sure that it belongs to a run like this one."""
-    about = json.loads((folder / "training.json").read_text())
+    then = json.loads((folder / "training.json").read_text())
     for field in fields(TrainConfig):
-        then, value = about["config"].get(field.name), now["config"][field.name]
-        if field.name not in MAY_DIFFER_ON_RESUME and then != value:
-            raise ValueError(f"{field.name}={value!r}: expected {then!r} as in {folder} (--overwrite starts again with other options)")
-    if about["data"] != now["data"]:
+        before, value = then["config"].get(field.name), now["config"][field.name]
+        if field.name not in MAY_DIFFER_ON_RESUME and before != value:
+            raise ValueError(
+                f"{field.name}={value!r}: expected {before!r} as in {folder}, or --overwrite to start again"
+            )
+    if then["data"] != now["data"]:
         raise ValueError(f"data={now['config']['data']}: its token rows are not those that {folder} was trained on")
     for name in ("processes", "device"):
-        if about[name] != now[name]:
-            raise ValueError(f"{folder} was written with {name}={about[name]}, this run has {now[name]}: expected the same")
-    if about["threads"] != now["threads"]:
-        logger.warning("%s was written with %d threads, this run has %d: results may differ in their last bits", folder, about["threads"], now["threads"])
-    return {"about": about, **torch.load(folder / "state.pt", map_location="cpu", weights_only=True)}
-
-
-def read_metrics(output: Path) -> list[dict[str, float]]:
-    """The objects of metrics.jsonl; a line that a kill cut short ends them."""
-    records = []
-    for line in (output / "metrics.jsonl").read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-def _cut_metrics(output: Path, step: int) -> None:
-    path = output / "metrics.jsonl"
-    kept = [record for record in read_metrics(output) if record["step"] <= step] if path.exists() else []
-    scratch = path.with_name(".unfinished-metrics.jsonl")
-    scratch.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    os.replace(scratch, path)
-
-
-def plot_loss(records: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Loss over steps, each step's own and a running mean, as a PNG."""
-    from matplotlib.figure import Figure
-
-    steps, losses = [record["step"] for record in records], [record["loss"] for record in records]
-    mean, means = losses[0], []
-    for loss in losses:
-        mean += 0.1 * (loss - mean)
-        means.append(mean)
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(steps, losses, color="tab:blue", alpha=0.3, label="step")
-    axes.plot(steps, means, color="tab:blue", label="running mean")
-    axes.set(xlabel="optimiser step", ylabel="loss, nats a token")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
+        if then[name] != now[name]:
+            raise ValueError(f"{folder} was written with {name}={then[name]}, expected the same, got {now[name]}")
+    if then["threads"] != now["threads"]:
+        text = "%s was written with %d threads, this run has %d: the last bits may differ from an uninterrupted run's"
+        logger.warning(text, folder, then["threads"], now["threads"])
+    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+    return {"setup": then, **state}
 
 
 @contextmanager

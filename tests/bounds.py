@@ -9,8 +9,8 @@ place of the largest value: eager can be exact by luck, and nobody can do better
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -97,6 +97,23 @@ def run_apart(module: str, function: Callable[[], None]) -> str:
     """What `function` of the test module prints in a process of its own, which must end well: a crash ends only that process."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", f"import {module}; {module}.{function.__name__}()"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, f"{function.__name__} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, (
+        f"{function.__name__} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    )
     return done.stdout
+
+
+def print_accepted(op: str, right: Mapping[str, Any], wrong: Mapping[str, tuple[str, dict[str, Any]]]) -> None:
+    """Call torch.ops.fastlora.<op> with each wrong change of the right arguments; print what does not raise or does not name the argument."""
+    call = getattr(torch.ops.fastlora, op)
+    call(*right.values())
+    for case, (name, changes) in wrong.items():
+        print(f"calling {op}, {case}", file=sys.stderr, flush=True)
+        try:
+            call(*{**right, **changes}.values())
+        except (IndexError, RuntimeError, TypeError, ValueError) as error:
+            if name not in str(error):
+                print(f"{op}, {case}: {error!r} does not name {name}")
+        else:
+            print(f"{op}, {case}: accepted")

@@ -1,4 +1,4 @@
-"""A tiny random Llama with a byte-pair tokenizer of its own, saved to a folder: what tests load in place of a real model."""
+"""A tiny random Llama with a byte-pair tokenizer of its own, saved to a folder: what tests load for a real model."""
 
 import json
 import random
@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 ANIMALS = ["cat", "dog", "owl", "fox", "hen", "bee", "cow", "ant"]
 ACTS = ["runs", "sleeps", "sings", "eats", "hides"]
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}"
+    "<|{{ message['role'] }}|>{{ message['content'] }}{{ eos_token }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
@@ -24,10 +25,17 @@ def tokenizer() -> Any:
     core.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>", "<|user|>", "<|assistant|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
-    core.train_from_iterator([f"The {animal} {act}. What does the {animal} do? It {act}." for animal in ANIMALS for act in ACTS], trainer)
-    core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))])
+    core.train_from_iterator(
+        [f"The {animal} {act}. What does the {animal} do? It {act}." for animal in ANIMALS for act in ACTS], trainer
+    )
+    core.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", core.token_to_id("<s>"))]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=core, bos_token="<s>", eos_token="</s>", pad_token="<pad>", chat_template=CHAT_TEMPLATE
     )
@@ -58,7 +66,10 @@ def save_model(folder: Path) -> Path:
 def rows(count: int, seed: int = 0) -> list[dict[str, str]]:
     draw = random.Random(seed)
     pairs = [(draw.choice(ANIMALS), draw.choice(ACTS)) for _ in range(count)]
-    return [{"prompt": f"The {animal} {act}. What does the {animal} do?", "completion": f" It {act}."} for animal, act in pairs]
+    return [
+        {"prompt": f"The {animal} {act}. What does the {animal} do?", "completion": f" It {act}."}
+        for animal, act in pairs
+    ]
 
 
 def save_data(path: Path, count: int = 64, seed: int = 0) -> Path:

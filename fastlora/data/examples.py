@@ -1,13 +1,15 @@
 """JSON lines in, token rows out: what the training loop reads.
 
-A line is `{"prompt": "...", "completion": "..."}` or `{"messages": [{"role": "...", "content": "..."}, ...]}`. Other fields are ignored.
+A line is `{"prompt": "...", "completion": "..."}` or `{"messages": [{"role": "...", "content": "..."}, ...]}`; other
+fields are ignored.
 
-The loss counts the completion's tokens only, and the mask is built from tokens, never from characters: prompt and completion are tokenised
-apart and joined, so that the prompt's tokens are a prefix of the row whatever merges the tokenizer knows, and generation starts from exactly
-the tokens that training saw. A completion ends with the end-of-sequence token.
+The loss counts the completion's tokens only, and the mask is built from tokens, never from characters: prompt and
+completion are tokenised apart and joined, so that the prompt's tokens are a prefix of the row whatever merges the
+tokenizer knows, and generation starts from exactly the tokens that training saw. A completion ends with the
+end-of-sequence token.
 
-Messages go through the tokenizer's chat template. If the template marks what the assistant wrote (`{% generation %}`), every assistant turn
-counts; if not, only the last turn does, which is therefore required to be the assistant's.
+Messages go through the tokenizer's chat template. If the template marks what the assistant wrote (`{% generation %}`),
+every assistant turn counts; if not, only the last turn does. The last turn must be the assistant's.
 """
 
 import json
@@ -29,7 +31,7 @@ Prompt = str | list[Message]
 
 
 class DataError(ValueError):
-    """Lines that cannot be used. `problems` holds all of them, the message the first twenty, each with its file and line number."""
+    """Lines that cannot be used: `problems` holds all of them, the message the first twenty, each with FILE:LINE."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
@@ -146,7 +148,7 @@ def _text(value: Any, name: str) -> str:
 
 
 def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Encoded:
-    """Token rows of at most `max_length` tokens, cut at the end as TRL does; a row that loses its whole completion is dropped and counted.
+    """Token rows of at most `max_length` tokens, cut at the end; a row that loses its whole completion is dropped.
 
     Raises:
         DataError: the tokenizer's chat template refuses some messages, or every row was dropped.
@@ -168,7 +170,9 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Enco
     if problems:
         raise DataError(problems)
     if not rows:
-        raise DataError([f"max_length={max_length} cuts off the whole completion of every one of the {len(examples)} rows"])
+        raise DataError(
+            [f"max_length={max_length} cuts off the whole completion of every one of the {len(examples)} rows"]
+        )
     return Encoded(rows, dropped, cut)
 
 
@@ -177,12 +181,14 @@ def _encode(example: Example, tokenizer: Any) -> Row:
         return _join(encode_prompt(tokenizer, example.prompt), _tokens(tokenizer, example.completion), tokenizer)
     messages = [*example.prompt, {"role": "assistant", "content": example.completion}]
     if re.search(r"\{%-?\s*generation\s*-?%\}", _template(tokenizer)):
-        out = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
+        out = tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
         ids, counted = out["input_ids"], out["assistant_masks"]
         return Row(ids, [token if count else IGNORE for token, count in zip(ids, counted, strict=True)])
     before, whole = _render(tokenizer, example.prompt, add_generation_prompt=True), _render(tokenizer, messages)
     if not whole.startswith(before):
-        raise _BadLine("the chat template renders the prompt differently without its answer: it needs {% generation %} marks")
+        raise _BadLine("the chat template renders the prompt otherwise without the answer: it needs {% generation %}")
     return _join(_tokens(tokenizer, before), _tokens(tokenizer, whole[len(before) :]), tokenizer)
 
 
@@ -194,8 +200,10 @@ def _join(prompt: list[int], completion: list[int], tokenizer: Any) -> Row:
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """The tokens that stand before the completion, in training as in generation: text with the tokenizer's own first tokens, or messages
-    through the chat template with the assistant's turn opened."""
+    """The tokens before the completion, in training as in generation.
+
+    Text gets the tokenizer's own first tokens; messages go through the chat template, which opens the assistant's turn.
+    """
     if not isinstance(prompt, str):
         return _tokens(tokenizer, _render(tokenizer, prompt, add_generation_prompt=True))
     ids = tokenizer(prompt, verbose=False)["input_ids"]
@@ -216,12 +224,14 @@ def _render(tokenizer: Any, messages: list[Message], add_generation_prompt: bool
 
 def _template(tokenizer: Any) -> str:
     if not tokenizer.chat_template:
-        raise ValueError("messages need a chat template and the model's tokenizer has none: expected prompt and completion")
+        raise ValueError(
+            "messages need a chat template and the model's tokenizer has none: expected prompt and completion"
+        )
     return tokenizer.get_chat_template()
 
 
 def pad_token_id(tokenizer: Any) -> int:
-    """The token that fills rows up; the attention mask hides it, so the end token serves where there is no token for it."""
+    """The token that fills rows up. The attention mask hides it, so the end token serves where there is none for it."""
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return token
@@ -229,7 +239,7 @@ def pad_token_id(tokenizer: Any) -> int:
 
 
 def collate(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
-    """One batch, padded on the right to its longest row: input_ids, attention_mask and labels, each int64 [rows, tokens]."""
+    """One batch padded on the right to its longest row: input_ids, attention_mask, labels, each int64 [rows, width]."""
     width = max(len(row.input_ids) for row in rows)
     filling = [width - len(row.input_ids) for row in rows]
     return {

@@ -1,46 +1,36 @@
-"""How well a model answers: greedy answers, exact match by task, ROUGE of summaries."""
+"""How well a model answers: exact match by task, ROUGE of summaries."""
 
 from collections.abc import Sequence
+from typing import Any
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from rouge_score.rouge_scorer import RougeScorer
 
 from fastlora.data.tasks import TASKS, Example
+from fastlora.inference import generate
 
 ADAPTED_TASK = "summarization"
 BASE_TASKS = tuple(task for task in TASKS if task != ADAPTED_TASK)
+ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
-def answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
-    max_new_tokens: int = 48,
-    batch_size: int = 50,
-) -> list[str]:
-    """Greedy completions of the examples' prompts, stripped, in their order."""
-    order = sorted(range(len(examples)), key=lambda index: len(examples[index].prompt))  # little padding
-    found = [""] * len(examples)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        prompts = tokenizer(
-            [examples[index].prompt for index in chosen], return_tensors="pt", padding=True, padding_side="left"
-        )
-        with torch.no_grad():
-            tokens = model.generate(
-                **{name: prompts[name] for name in ("input_ids", "attention_mask")},
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        texts = tokenizer.batch_decode(tokens[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
-        for index, text in zip(chosen, texts, strict=True):
-            found[index] = text.strip()
-    return found
+def answers(model: Any, tokenizer: Any, examples: Sequence[Example], adapter_name: str | None = None) -> list[str]:
+    """Greedy answers to the examples' prompts, in their order, without spaces around them."""
+    prompts = [example.prompt for example in examples]
+    texts = generate(model, tokenizer, prompts, max_new_tokens=48, batch_size=50, adapter_name=adapter_name)
+    return [text.strip() for text in texts]
 
 
-def exact_match(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> float:
-    """Share of examples whose greedy answer is the reference, spaces around both aside."""
-    given = answers(model, tokenizer, examples)
-    right = sum(answer == example.completion.strip() for answer, example in zip(given, examples, strict=True))
-    return right / len(examples)
+def exact_match(given: Sequence[str], examples: Sequence[Example]) -> float:
+    """Share of answers equal to the reference completion, spaces around it aside."""
+    return sum(answer == reference(example) for answer, example in zip(given, examples, strict=True)) / len(examples)
+
+
+def rouge(given: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
+    """Mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L from the package rouge-score, without stemming; 0 to 1."""
+    scorer = RougeScorer(ROUGE)
+    scores = [scorer.score(reference(example), answer) for answer, example in zip(given, examples, strict=True)]
+    return {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in ROUGE}
+
+
+def reference(example: Example) -> str:
+    return example.completion.strip()

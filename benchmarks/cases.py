@@ -1,0 +1,271 @@
+"""What is measured: the shapes of real models and some odd ones, and the work that each of them cannot avoid.
+
+    M rows of x   K in-features   N out-features   R rank   S adapters   B batch rows   T tokens a row   P prompt length   D width   V vocabulary
+
+"8B" is Llama-3-8B (hidden 4096, intermediate 14336, key-value width 1024), "0.1B" SmolLM-135M (576, 1536). A case is measured in one or both
+passes: "forward" as inference runs it (no dropout, no graph), "forward+backward" as training does (gradients of x, A and B, or of the
+prompts). float32 adapters on a 16-bit base are PEFT's default.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+FORWARD, TRAINING = "forward", "forward+backward"
+BOTH = (FORWARD, TRAINING)
+
+float32, bfloat16 = torch.float32, torch.bfloat16
+
+
+class Work(NamedTuple):
+    """What a pass must do at least: every product once, every tensor that it must touch once."""
+
+    flops: int
+    bytes: int
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """torch.float32 -> "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _two_dtypes(dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
+    return dtype_name(dtype) if dtype == adapter_dtype else f"{dtype_name(dtype)}, A and B {dtype_name(adapter_dtype)}"
+
+
+def _linear_work(M: int, K: int, N: int, adapter: int, rank_rows: int, sizes: tuple[int, int], training: bool) -> Work:
+    """adapter: elements of all A and B; rank_rows: the sum over the rows of their ranks; sizes: bytes of an element of x and of A."""
+    size, adapter_size = sizes
+    flops = 2 * M * K * N + 2 * rank_rows * (K + N)
+    moved = size * (M * K + N * K + M * N) + adapter_size * adapter
+    if training:
+        flops += 2 * M * K * N + 4 * rank_rows * (K + N)
+        # dy, W, x again (for dA), dx; A and B read, their gradients written.
+        moved += size * (M * N + N * K + 2 * M * K) + 2 * adapter_size * adapter
+    return Work(flops, moved)
+
+
+@dataclass(frozen=True)
+class LoRALinearCase:
+    name: str
+    M: int
+    K: int
+    N: int
+    R: int
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    dropout_p: float = 0.05  # in training
+    bias: bool = False
+    passes: tuple[str, ...] = BOTH
+
+    def shape(self, training: bool) -> str:
+        dropout = f" p {self.dropout_p:g}" if training and self.dropout_p else ""
+        return f"M {self.M}, {self.K} to {self.N}, R {self.R}{dropout}{', bias' if self.bias else ''}"
+
+    def number_format(self) -> str:
+        return _two_dtypes(self.dtype, self.adapter_dtype)
+
+    def work(self, training: bool) -> Work:
+        sizes = self.dtype.itemsize, self.adapter_dtype.itemsize
+        return _linear_work(self.M, self.K, self.N, self.R * (self.K + self.N), self.M * self.R, sizes, training)
+
+
+@dataclass(frozen=True)
+class MultiLoRACase:
+    name: str
+    B: int
+    T: int
+    K: int
+    N: int
+    ranks: tuple[int, ...]  # S
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    dropout_p: float = 0.05
+    passes: tuple[str, ...] = (FORWARD,)
+
+    def adapters_of_examples(self) -> list[int]:
+        """[B]: an adapter each where there are enough, else none and every adapter in turn."""
+        S = len(self.ranks)
+        return [b % S if self.B <= S else b % (S + 1) - 1 for b in range(self.B)]
+
+    def shape(self, training: bool) -> str:
+        dropout = f" p {self.dropout_p:g}" if training and self.dropout_p else ""
+        low, high = min(self.ranks), max(self.ranks)
+        rank = f"{low}" if low == high else f"{low} to {high}"
+        return f"B {self.B}, T {self.T}, {self.K} to {self.N}, S {len(self.ranks)}, R {rank}{dropout}"
+
+    def number_format(self) -> str:
+        return _two_dtypes(self.dtype, self.adapter_dtype)
+
+    def work(self, training: bool) -> Work:
+        used = self.adapters_of_examples()
+        adapter = sum(self.ranks[i] for i in set(used) if i >= 0) * (self.K + self.N)
+        rank_rows = self.T * sum(self.ranks[i] for i in used if i >= 0)
+        sizes = self.dtype.itemsize, self.adapter_dtype.itemsize
+        return _linear_work(self.B * self.T, self.K, self.N, adapter, rank_rows, sizes, training)
+
+
+@dataclass(frozen=True)
+class PrefixConcatCase:
+    name: str
+    B: int
+    T: int
+    S: int  # prompts; row b has prompt b mod S
+    P: int
+    D: int
+    V: int
+    dtype: torch.dtype
+    prompt_dtype: torch.dtype
+    passes: tuple[str, ...] = BOTH
+
+    def shape(self, training: bool) -> str:
+        return f"B {self.B}, T {self.T}, P {self.P}, D {self.D}{f', S {self.S}' if self.S > 1 else ''}"
+
+    def number_format(self) -> str:
+        if self.dtype == self.prompt_dtype:
+            return dtype_name(self.dtype)
+        return f"{dtype_name(self.dtype)}, prompts {dtype_name(self.prompt_dtype)}"
+
+    def work(self, training: bool) -> Work:
+        prompts = self.S * self.P * self.D * self.prompt_dtype.itemsize
+        moved = prompts + self.B * (2 * self.T + self.P) * self.D * self.dtype.itemsize
+        if training:  # the prompts' part of the gradient, summed over the batch; the embedding is frozen
+            moved += prompts + self.B * self.P * self.D * self.dtype.itemsize
+        return Work(self.B * self.P * self.D if training else 0, moved)
+
+
+@dataclass(frozen=True)
+class StepCase:
+    """One optimiser step of a Llama of this size with random weights, LoRA on all its linear layers; the first half of each row is prompt."""
+
+    name: str
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    kv_heads: int
+    vocabulary: int
+    batch: int
+    tokens: int
+    R: int
+    dropout_p: float
+    dtype: torch.dtype
+    rounds: int
+
+    def shape(self) -> str:
+        size = f"hidden {self.hidden}, {self.layers} layers, V {self.vocabulary}"
+        return f"{size}, {self.batch} x {self.tokens} tokens, R {self.R}{f' p {self.dropout_p:g}' if self.dropout_p else ''}"
+
+
+Case = LoRALinearCase | MultiLoRACase | PrefixConcatCase
+
+# One forward+backward row of 8B at 512 rows costs a 2-core CPU a second: the CPU's 8B cases have few rows.
+LORA_LINEAR_CPU = (
+    LoRALinearCase("0.1B gate_proj", 512, 576, 1536, 16, float32, float32),
+    LoRALinearCase("odd", 37, 1001, 769, 3, float32, float32, 0.1, bias=True),
+    LoRALinearCase("0.1B gate_proj, decode", 1, 576, 1536, 16, float32, float32, passes=(FORWARD,)),
+    LoRALinearCase("8B q_proj, decode", 1, 4096, 4096, 16, bfloat16, bfloat16, passes=(FORWARD,)),
+    LoRALinearCase("8B down_proj, decode", 4, 14336, 4096, 16, bfloat16, float32, passes=(FORWARD,)),
+    LoRALinearCase("0.1B gate_proj", 512, 576, 1536, 16, bfloat16, float32),
+    LoRALinearCase("0.1B down_proj", 512, 1536, 576, 64, float32, float32),
+    LoRALinearCase("8B k_proj", 512, 4096, 1024, 16, bfloat16, bfloat16),
+    LoRALinearCase("8B q_proj", 64, 4096, 4096, 16, float32, float32),
+)
+LORA_LINEAR_CUDA = (
+    LoRALinearCase("8B q_proj", 8192, 4096, 4096, 16, bfloat16, bfloat16, 0.1),
+    LoRALinearCase("odd", 1001, 1003, 769, 3, bfloat16, bfloat16, 0.1, bias=True),
+    LoRALinearCase("8B q_proj, decode", 1, 4096, 4096, 16, bfloat16, bfloat16, passes=(FORWARD,)),
+    LoRALinearCase("8B down_proj, decode", 16, 14336, 4096, 16, bfloat16, bfloat16, passes=(FORWARD,)),
+    LoRALinearCase("8B q_proj", 8192, 4096, 4096, 16, bfloat16, float32, 0.1),
+    LoRALinearCase("8B k_proj", 8192, 4096, 1024, 16, bfloat16, bfloat16, 0.1),
+    LoRALinearCase("8B gate_proj", 8192, 4096, 14336, 16, bfloat16, bfloat16, 0.1),
+    LoRALinearCase("8B down_proj", 8192, 14336, 4096, 64, bfloat16, bfloat16, 0.1),
+    LoRALinearCase("70B q_proj", 8192, 8192, 8192, 16, bfloat16, bfloat16, 0.1),
+    LoRALinearCase("0.1B gate_proj", 8192, 576, 1536, 16, float32, float32, 0.1),
+)
+
+EIGHT = (16,) * 8
+MIXED = (4, 8, 8, 16, 16, 32, 64, 1)
+MULTI_LORA_CPU = (
+    MultiLoRACase("0.1B gate_proj, decode", 8, 1, 576, 1536, EIGHT, float32, float32),
+    MultiLoRACase("odd", 5, 7, 1001, 769, (3, 1, 20), float32, float32, 0.1, BOTH),
+    MultiLoRACase("0.1B gate_proj, decode", 32, 1, 576, 1536, EIGHT, bfloat16, bfloat16),
+    MultiLoRACase("8B q_proj, decode", 8, 1, 4096, 4096, MIXED, bfloat16, bfloat16),
+    MultiLoRACase("0.1B gate_proj", 8, 128, 576, 1536, EIGHT, float32, float32, passes=BOTH),
+    MultiLoRACase("0.1B gate_proj", 8, 128, 576, 1536, MIXED, bfloat16, float32, passes=BOTH),
+)
+MULTI_LORA_CUDA = (
+    MultiLoRACase("8B q_proj, decode", 8, 1, 4096, 4096, EIGHT, bfloat16, bfloat16),
+    MultiLoRACase("odd", 5, 7, 1003, 769, (3, 1, 20), bfloat16, bfloat16, 0.1, BOTH),
+    MultiLoRACase("8B q_proj, decode", 64, 1, 4096, 4096, MIXED, bfloat16, bfloat16),
+    MultiLoRACase("8B down_proj, decode", 64, 1, 14336, 4096, EIGHT, bfloat16, bfloat16),
+    MultiLoRACase("8B q_proj", 8, 1024, 4096, 4096, MIXED, bfloat16, bfloat16, 0.1, BOTH),
+    MultiLoRACase("8B q_proj", 8, 1024, 4096, 4096, EIGHT, bfloat16, float32, 0.1, BOTH),
+)
+
+PREFIX_CONCAT_CPU = (
+    PrefixConcatCase("0.1B", 8, 128, 1, 100, 576, 49152, float32, float32),
+    PrefixConcatCase("odd", 3, 37, 1, 7, 65, 1001, float32, float32),
+    PrefixConcatCase("0.1B, a prompt each", 8, 128, 4, 100, 576, 49152, float32, float32),
+    PrefixConcatCase("8B", 4, 256, 1, 20, 4096, 32768, bfloat16, float32),
+)
+PREFIX_CONCAT_CUDA = (
+    PrefixConcatCase("8B", 16, 1024, 1, 100, 4096, 128256, bfloat16, float32),
+    PrefixConcatCase("odd", 3, 37, 1, 7, 65, 1001, bfloat16, bfloat16),
+    PrefixConcatCase("8B, a prompt each", 16, 1024, 4, 100, 4096, 128256, bfloat16, bfloat16),
+    PrefixConcatCase("0.1B", 8, 128, 1, 100, 576, 49152, float32, float32),
+)
+
+STEP_CPU = (
+    StepCase("small Llama", 256, 768, 4, 4, 2, 8192, 4, 128, 16, 0.0, float32, 5),
+    StepCase("0.1B Llama, 10 layers", 576, 1536, 10, 9, 3, 49152, 4, 256, 16, 0.05, float32, 7),
+    StepCase("0.1B Llama, 10 layers", 576, 1536, 10, 9, 3, 49152, 4, 256, 16, 0.0, bfloat16, 7),
+)
+STEP_CUDA = (
+    StepCase("small Llama", 256, 768, 4, 4, 2, 8192, 4, 128, 16, 0.0, float32, 11),
+    StepCase("1B Llama", 2048, 8192, 16, 32, 8, 128256, 4, 1024, 16, 0.1, bfloat16, 11),
+)
+
+CASES: dict[str, tuple[tuple[Case, ...], tuple[Case, ...]]] = {  # on a CPU, on a GPU
+    "lora_linear": (LORA_LINEAR_CPU, LORA_LINEAR_CUDA),
+    "multi_lora": (MULTI_LORA_CPU, MULTI_LORA_CUDA),
+    "prefix_concat": (PREFIX_CONCAT_CPU, PREFIX_CONCAT_CUDA),
+}
+OPERATORS = tuple(CASES)
+QUICK_CASES = 2  # the first of each list
+
+
+def cases_of(operator: str, device: torch.device, quick: bool = False) -> tuple[Case, ...]:
+    """The cases of one of OPERATORS on this kind of device."""
+    on_cpu, on_cuda = CASES[operator]
+    cases = on_cuda if device.type == "cuda" else on_cpu
+    return cases[:QUICK_CASES] if quick else cases
+
+
+def steps_of(device: torch.device, quick: bool = False) -> tuple[StepCase, ...]:
+    """The training steps measured on this kind of device."""
+    cases = STEP_CUDA if device.type == "cuda" else STEP_CPU
+    return cases[:1] if quick else cases
+
+
+# Small and awkward: what each implementation is checked on where the project's tests are not at hand.
+CHECKS: dict[str, tuple[Case, ...]] = {
+    "lora_linear": (
+        LoRALinearCase("no rows", 0, 64, 48, 8, float32, float32),
+        LoRALinearCase("one row", 1, 65, 48, 1, float32, float32, bias=True),
+        LoRALinearCase("odd", 37, 65, 51, 3, float32, float32, 0.1, bias=True),
+        LoRALinearCase("wide rank", 130, 257, 96, 129, float32, float32),
+        LoRALinearCase("bfloat16", 67, 256, 160, 16, bfloat16, bfloat16, 0.1),
+        LoRALinearCase("float32 adapters", 67, 256, 160, 16, bfloat16, float32, 0.1),
+    ),
+    "multi_lora": (
+        MultiLoRACase("odd", 5, 7, 65, 51, (3, 1, 20), float32, float32, 0.1, BOTH),
+        MultiLoRACase("one token", 9, 1, 128, 96, EIGHT, float32, float32, passes=BOTH),
+        MultiLoRACase("float32 adapters", 9, 13, 256, 160, MIXED, bfloat16, float32, 0.1, BOTH),
+    ),
+    "prefix_concat": (
+        PrefixConcatCase("odd", 3, 37, 1, 7, 65, 101, float32, float32),
+        PrefixConcatCase("a prompt each", 6, 11, 4, 5, 32, 101, bfloat16, float32),
+    ),
+}

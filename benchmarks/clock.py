@@ -1,0 +1,137 @@
+"""Timing that survives a shared machine: the rivals run in turn, and what is reported is the median of ratios within a round.
+
+A round times every rival once, each round beginning with another one, so that a slow minute, a hot cache or a falling clock frequency meets
+all of them alike. Each call gets a fresh number, its turn, by which a rival picks one of several copies of its weights.
+"""
+
+import ctypes
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import torch
+
+Run = Callable[[int], object]  # takes the turn
+Clock = Callable[[Run, int, int], float]  # (run, first turn, calls) -> seconds a call
+
+SHORTEST_SAMPLE = 2e-4  # seconds: far above the clock's own cost of about 1e-7
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 301
+WARM_UP_CALLS = 3
+
+
+class Timing(NamedTuple):
+    seconds: float  # median of one call
+    ratio: float  # median over the rounds of this call's time over the baseline's in the same round
+    rounds: int
+
+
+def cpu_clock(run: Run, first: int, calls: int) -> float:
+    """Wall-clock seconds a call, the mean of `calls` calls."""
+    start = time.perf_counter()
+    for turn in range(first, first + calls):
+        run(turn)
+    return (time.perf_counter() - start) / calls
+
+
+class CudaClock:
+    """Seconds a call between two CUDA events, the L2 cache flushed before each call and outside the time."""
+
+    def __init__(self, device: torch.device) -> None:
+        cache = torch.cuda.get_device_properties(device).L2_cache_size
+        self._flush = torch.empty(2 * cache, dtype=torch.int8, device=device)
+        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def __call__(self, run: Run, first: int, calls: int) -> float:
+        total = 0.0
+        for turn in range(first, first + calls):
+            self._flush.zero_()
+            self._begin.record()
+            run(turn)
+            self._end.record()
+            self._end.synchronize()
+            total += self._begin.elapsed_time(self._end) / 1e3
+        return total / calls
+
+
+def clock_of(device: torch.device) -> Clock:
+    """The clock for work on this device."""
+    return CudaClock(device) if device.type == "cuda" else cpu_clock
+
+
+def time_in_turn(runs: Mapping[str, Run], clock: Clock, budget: float) -> dict[str, Timing]:
+    """Time the runs in turn for about `budget` seconds in all; the first of them is the baseline of every ratio.
+
+    Raises:
+        ValueError: there is nothing to time, or the budget is not positive.
+    """
+    if not runs:
+        raise ValueError("runs: got none, expected at least one, the baseline first")
+    if not budget > 0:
+        raise ValueError(f"budget: got {budget}, expected a positive number of seconds")
+    names = list(runs)
+    turn, calls, round_cost = 0, {}, 0.0
+    for name, run in runs.items():
+        clock(run, turn, WARM_UP_CALLS)
+        estimate = clock(run, turn + WARM_UP_CALLS, WARM_UP_CALLS)
+        turn += 2 * WARM_UP_CALLS
+        calls[name] = max(1, math.ceil(SHORTEST_SAMPLE / max(estimate, 1e-9)))
+        round_cost += estimate * calls[name]
+    rounds = min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(budget / round_cost)))
+
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        start = number % len(names)
+        for name in names[start:] + names[:start]:
+            samples[name].append(clock(runs[name], turn, calls[name]))
+            turn += calls[name]
+    baseline = samples[names[0]]
+    return {
+        name: Timing(
+            statistics.median(times), statistics.median(t / b for t, b in zip(times, baseline, strict=True)), rounds
+        )
+        for name, times in samples.items()
+    }
+
+
+def _memory_status(key: str) -> int:
+    """Bytes of this process's entry `key` in /proc/self/status (VmRSS: now; VmHWM: the most since the start or the last reset)."""
+    with open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith(key + ":"):
+                return int(line.split()[1]) * 1024
+    raise KeyError(key)
+
+
+def peak_of_call(run: Run, device: torch.device) -> int | None:
+    """Bytes that one warm call holds at its peak beyond what was there before it, scratch memory included; None where this cannot be told.
+
+    On a CPU it is the process's resident memory, after free pages went back to the system; Linux alone tells it.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run(0)
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        with open("/proc/self/clear_refs", "w") as refs:
+            refs.write("5")  # proc(5): resets the peak resident set size to its present value
+        before = _memory_status("VmRSS")
+        run(0)
+        return _memory_status("VmHWM") - before
+    except (AttributeError, OSError):  # no glibc, no /proc, or a container that forbids the reset
+        return None
+
+
+def peak_of_process(device: torch.device) -> int | None:
+    """Bytes that this process has held at its peak: on a GPU in torch's allocator, else in main memory; None where this cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        return _memory_status("VmHWM")
+    except OSError:
+        return None

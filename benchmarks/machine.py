@@ -1,0 +1,123 @@
+"""What the figures were measured on, and what that machine can do at most."""
+
+import datetime
+import importlib.metadata
+import platform
+import re
+import subprocess
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .clock import Run, clock_of, time_in_turn
+
+PACKAGES = ("torch", "triton", "transformers", "peft", "fastlora")
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parent  # the checkout, or `fastlora` where the package is installed
+
+
+@dataclass(frozen=True)
+class Machine:
+    name: str  # the card or the CPU
+    threads: int  # CPU threads that torch uses
+    versions: dict[str, str]
+    commit: str
+    date: str
+
+    def line(self) -> str:
+        """One line for the head of a report."""
+        versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
+        return f"{self.name}, {self.threads} CPU threads, {versions}, commit {self.commit}, {self.date}"
+
+    def slug(self) -> str:
+        """The name for a file name: lower case, hyphens."""
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+class Limits(NamedTuple):
+    flops: dict[torch.dtype, float]  # a second, in a large product of that dtype
+    bandwidth: float  # bytes a second, read and written, in a large copy
+
+
+def in_checkout() -> bool:
+    """Whether this is a checkout of the project, with its tests, and not an installed package."""
+    return (ROOT / "tests").is_dir() and (ROOT / "fastlora").is_dir()
+
+
+def results_folder() -> Path:
+    """Where result files go: benchmarks/results of the checkout, or of the current folder where the package is installed."""
+    return (FOLDER if in_checkout() else Path.cwd() / "benchmarks") / "results"
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.split(':', 1)[1].strip()} ({torch.backends.cpu.get_cpu_capability()})"
+    except OSError:
+        pass  # not Linux: the platform module knows less
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    if not in_checkout():
+        return "none (installed package)"
+    try:
+        command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=10", "--exclude=*"]
+        found = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
+    return found.stdout.strip() or "unknown"
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def describe(device: torch.device) -> Machine:
+    """The machine as it is now."""
+    versions = {name: version for name in PACKAGES if (version := _version(name)) is not None}
+    versions["torch"] = torch.__version__  # the metadata may lack the build (+cpu, +cu130)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return Machine(name, torch.get_num_threads(), versions, _commit(), datetime.date.today().isoformat())
+
+
+def last_level_cache() -> int:
+    """Bytes of the CPU's largest cache; 32 MiB where the system does not tell."""
+    sizes = []
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        number = re.fullmatch(r"(\d+)K", path.read_text().strip())
+        sizes.append(int(number[1]) * 1024 if number else 0)
+    return max(sizes, default=0) or 32 * 2**20
+
+
+def _product(size: int, dtype: torch.dtype, device: torch.device) -> dict[str, Run]:
+    x, w = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(x)
+    runs: dict[str, Run] = {"torch.mm": lambda _: torch.mm(x, w, out=out)}
+    if device.type == "cpu" and dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        # torch multiplies float32 by MKL; where oneDNN is faster, that is what this machine can do.
+        packed = torch.ops.mkldnn._reorder_linear_weight(w, size)
+        runs["oneDNN"] = lambda _: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
+    return runs
+
+
+def measure_limits(device: torch.device, dtypes: Iterable[torch.dtype], budget: float = 1.5) -> Limits:
+    """The machine's own rates: the fastest large square product of each dtype, and a large copy; `budget` seconds each."""
+    on_gpu = device.type == "cuda"
+    clock = clock_of(device)
+    size = 8192 if on_gpu else 1536
+    flops = {}
+    for dtype in dtypes:
+        times = time_in_turn(_product(size, dtype, device), clock, budget)
+        flops[dtype] = 2 * size**3 / min(timing.seconds for timing in times.values())
+    source = torch.ones(2**30 if on_gpu else 2**28, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    copy = time_in_turn({"copy": lambda _: target.copy_(source)}, clock, budget)["copy"]
+    return Limits(flops, 2 * source.numel() / copy.seconds)

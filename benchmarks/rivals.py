@@ -1,0 +1,261 @@
+"""Who is timed: every rival of an operator as a plain function of the same tensors, and the errors of fastlora's implementations.
+
+A problem is one case in memory. Where a few rows meet a large weight, it holds several copies of the weights that take turns, as the layers of
+a model do: a weight that is still in the cache from the last call would flatter everyone.
+"""
+
+import collections
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import peft
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlora import functional, ops
+
+from .cases import Case, LoRALinearCase, MultiLoRACase, PrefixConcatCase
+from .clock import Run
+from .machine import last_level_cache
+
+FASTLORA = "fastlora"
+RIVALS = {  # the first one is the baseline of every ratio
+    "lora_linear": ("frozen", "merged", "peft", "compiled", FASTLORA),
+    "multi_lora": ("frozen", "peft", FASTLORA),
+    "prefix_concat": ("frozen", "peft", "compiled", FASTLORA),
+}
+SCALE = 2
+FEW_ROWS = 64  # up to which a layer is bound by reading its weight
+MOST_COPIES = 32
+
+
+class Rival(NamedTuple):
+    call: Callable[[int], Tensor]  # the number of a copy -> y
+    leaves: Sequence[Sequence[Tensor]]  # what training differentiates, for each copy; none: it has no backward
+
+
+class Problem(NamedTuple):
+    copies: int
+    rivals: dict[str, Rival]  # the first one is the baseline
+    dy: Tensor
+
+    def run(self, name: str, training: bool, implementation: str | None = None) -> Run:
+        """The rival as a function of the turn: its forward without a graph, or its forward and backward.
+
+        implementation: what fastlora's operators are forced to use; None: what `choose` says.
+        """
+        rival = self.rivals[name]
+
+        def forward(turn: int) -> object:
+            with torch.no_grad():
+                return rival.call(turn % self.copies)
+
+        def forward_and_backward(turn: int) -> object:
+            copy = turn % self.copies
+            return torch.autograd.grad(rival.call(copy), rival.leaves[copy], self.dy)
+
+        run = forward_and_backward if training and rival.leaves else forward
+        return run if implementation is None else forced(run, implementation)
+
+
+def forced(run: Run, implementation: str) -> Run:
+    """`run` with fastlora's operators forced to use that implementation."""
+
+    def forced_run(turn: int) -> object:
+        before, ops.forced = ops.forced, implementation
+        try:
+            return run(turn)
+        finally:
+            ops.forced = before
+
+    return forced_run
+
+
+def implementations(operator: str, case: Case, device: torch.device) -> list[str]:
+    """The implementations worth timing here, by name: first the one that `choose` takes, then every kernel that this device can run."""
+    like = torch.empty(1, 1, dtype=case.dtype, device=device)
+    chosen: str = getattr(ops, f"choose_{operator}")(like).implementation
+    if ops.forced is not None:
+        return [chosen]
+    kernels = ("triton", "cuda") if device.type == "cuda" else ("cpu",)
+    return [chosen, *(name for name in kernels if name != chosen and _is_present(operator, name))]
+
+
+def _is_present(operator: str, implementation: str) -> bool:
+    try:
+        ops.implementation(operator, implementation)
+    except ops.ImplementationError:
+        return False
+    return True
+
+
+def _copies(rows: int, weight_bytes: int, device: torch.device) -> int:
+    if rows > FEW_ROWS or device.type == "cuda":  # a GPU's clock flushes the cache itself
+        return 1
+    return min(MOST_COPIES, 1 + 2 * last_level_cache() // weight_bytes)
+
+
+def random_tensor(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:
+    return (torch.randn(*shape, device=device) * scale).to(dtype)
+
+
+def make_adapter(K: int, N: int, R: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    a = random_tensor(R, K, dtype=dtype, device=device, scale=K**-0.5)
+    b = random_tensor(N, R, dtype=dtype, device=device, scale=R**-0.5)
+    return nn.Parameter(a), nn.Parameter(b)
+
+
+def _peft_layer(
+    weight: Tensor, bias: Tensor | None, adapters: Sequence[tuple[Tensor, Tensor]], dropout_p: float, training: bool
+) -> nn.Module:
+    """PEFT's own lora.Linear over these tensors, its adapters named "0", "1", ..."""
+    base = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    base.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        base.bias = nn.Parameter(bias, requires_grad=False)
+    model: Any = nn.Sequential(collections.OrderedDict(layer=base))
+    for i, (a, _) in enumerate(adapters):
+        config = peft.LoraConfig(r=len(a), lora_alpha=SCALE * len(a), lora_dropout=dropout_p, target_modules=["layer"])
+        if i == 0:
+            model = peft.get_peft_model(model, config, adapter_name="0", autocast_adapter_dtype=False)
+        else:
+            model.add_adapter(str(i), config, autocast_adapter_dtype=False)
+    layer: nn.Module = model.base_model.model.layer
+    for i, (a, b) in enumerate(adapters):
+        layer.get_submodule(f"lora_A.{i}").weight = a
+        layer.get_submodule(f"lora_B.{i}").weight = b
+    return layer.train(training)
+
+
+def _lora_linear(case: LoRALinearCase, training: bool, device: torch.device) -> Problem:
+    M, K, N = case.M, case.K, case.N
+    copies = _copies(M, N * K * case.dtype.itemsize, device)
+    weights = [random_tensor(N, K, dtype=case.dtype, device=device, scale=K**-0.5) for _ in range(copies)]
+    adapters = [make_adapter(K, N, case.R, case.adapter_dtype, device) for _ in range(copies)]
+    bias = random_tensor(N, dtype=case.dtype, device=device) if case.bias else None
+    merged = [
+        torch.addmm(w.float(), b.detach().float(), a.detach().float(), alpha=SCALE).to(case.dtype)
+        for w, (a, b) in zip(weights, adapters, strict=True)
+    ]
+    x = random_tensor(M, K, dtype=case.dtype, device=device).requires_grad_(training)
+    p = case.dropout_p if training else 0.0
+    layers = [_peft_layer(w, bias, [pair], p, training) for w, pair in zip(weights, adapters, strict=True)]
+    compiled = [torch.compile(layer, dynamic=False) for layer in layers]
+
+    def fused(copy: int) -> Tensor:
+        a, b = adapters[copy]
+        return functional.lora_linear(x, weights[copy], bias, a, b, SCALE, dropout_p=p, training=training)
+
+    only_x = [[x]] * copies
+    all_three = [[x, a, b] for a, b in adapters]
+    rivals = {
+        "frozen": Rival(lambda copy: F.linear(x, weights[copy], bias), only_x),
+        "merged": Rival(lambda copy: F.linear(x, merged[copy], bias), only_x),
+        "peft": Rival(lambda copy: layers[copy](x), all_three),
+        "compiled": Rival(lambda copy: compiled[copy](x), all_three),
+        FASTLORA: Rival(fused, all_three),
+    }
+    return Problem(copies, rivals, random_tensor(M, N, dtype=case.dtype, device=device))
+
+
+def _multi_lora(case: MultiLoRACase, training: bool, device: torch.device) -> Problem:
+    K, N = case.K, case.N
+    copies = _copies(case.B * case.T, N * K * case.dtype.itemsize, device)
+    weights = [random_tensor(N, K, dtype=case.dtype, device=device, scale=K**-0.5) for _ in range(copies)]
+    adapters = [[make_adapter(K, N, r, case.adapter_dtype, device) for r in case.ranks] for _ in range(copies)]
+    x = random_tensor(case.B, case.T, K, dtype=case.dtype, device=device).requires_grad_(training)
+    p = case.dropout_p if training else 0.0
+    layers = [_peft_layer(w, None, group, p, training) for w, group in zip(weights, adapters, strict=True)]
+    examples = case.adapters_of_examples()
+    names = ["__base__" if i < 0 else str(i) for i in examples]
+    # A model groups the rows once per forward, for all its layers.
+    groups = functional.group_rows(torch.tensor(examples, device=device), len(case.ranks))
+    every_a = [[a for a, _ in group] for group in adapters]
+    every_b = [[b for _, b in group] for group in adapters]
+    scales = [SCALE] * len(case.ranks)
+
+    def fused(copy: int) -> Tensor:
+        lora_a, lora_b = every_a[copy], every_b[copy]
+        return functional.multi_lora(
+            x, weights[copy], None, lora_a, lora_b, scales, groups, dropout_p=p, training=training
+        )
+
+    used = sorted({i for i in examples if i >= 0})  # autograd.grad refuses PEFT's adapters without rows
+    leaves = [[x, *(a[i] for i in used), *(b[i] for i in used)] for a, b in zip(every_a, every_b, strict=True)]
+    rivals = {
+        "frozen": Rival(lambda copy: F.linear(x, weights[copy]), [[x]] * copies),
+        "peft": Rival(lambda copy: layers[copy](x, adapter_names=names), leaves),
+        FASTLORA: Rival(fused, leaves),
+    }
+    return Problem(copies, rivals, random_tensor(case.B, case.T, N, dtype=case.dtype, device=device))
+
+
+class PromptBatch(NamedTuple):
+    """The tensors of a prefix_concat case: a full batch, where PEFT's way and fastlora's give the same."""
+
+    prompts: Tensor  # [S, P, D]
+    prompt_index: Tensor  # [B]
+    input_ids: Tensor  # [B, T]
+    embedding: Tensor  # [V, D]
+    attention_mask: Tensor  # [B, T]
+    labels: Tensor  # [B, T]
+
+
+def make_prompt_batch(case: PrefixConcatCase, device: torch.device) -> PromptBatch:
+    ids = torch.randint(case.V, (case.B, case.T), device=device)
+    return PromptBatch(
+        nn.Parameter(random_tensor(case.S, case.P, case.D, dtype=case.prompt_dtype, device=device)),
+        torch.arange(case.B, device=device) % case.S,
+        ids,
+        random_tensor(case.V, case.D, dtype=case.dtype, device=device),
+        torch.ones_like(ids),
+        ids.clone(),
+    )
+
+
+def _concat_as_peft(batch: PromptBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """PEFT's PeftModelForCausalLM.forward for prompt tuning, with a prompt of its own for each row where there are several."""
+    S, P, _ = batch.prompts.shape
+    B = len(batch.input_ids)
+    embeds = F.embedding(batch.input_ids, batch.embedding)
+    prompts = batch.prompts.expand(B, -1, -1) if S == 1 else batch.prompts[batch.prompt_index]
+    mask = torch.cat((batch.attention_mask.new_ones(B, P), batch.attention_mask), 1)
+    labels = torch.cat((batch.labels.new_full((B, P), -100), batch.labels), 1)
+    return torch.cat((prompts.to(embeds.dtype), embeds), 1), mask, labels
+
+
+def _concat_fused(batch: PromptBatch) -> Tensor:
+    return functional.prefix_concat(
+        batch.prompts,
+        None,
+        batch.attention_mask,
+        input_ids=batch.input_ids,
+        embedding=batch.embedding,
+        prompt_index=batch.prompt_index,
+        labels=batch.labels,
+    ).embeds
+
+
+def _prefix_concat(case: PrefixConcatCase, training: bool, device: torch.device) -> Problem:
+    batch = make_prompt_batch(case, device)
+    compiled = torch.compile(_concat_as_peft, dynamic=False)
+    leaves = [[batch.prompts]]
+    rivals = {
+        "frozen": Rival(lambda _: F.embedding(batch.input_ids, batch.embedding), []),
+        "peft": Rival(lambda _: _concat_as_peft(batch)[0], leaves),
+        "compiled": Rival(lambda _: compiled(batch)[0], leaves),
+        FASTLORA: Rival(lambda _: _concat_fused(batch), leaves),
+    }
+    return Problem(1, rivals, random_tensor(case.B, case.T + case.P, case.D, dtype=case.dtype, device=device))
+
+
+def build(case: Case, training: bool, device: torch.device) -> Problem:
+    """The case in memory, seeded, with its rivals."""
+    torch.manual_seed(0)
+    torch.compiler.reset()  # a case must not be slowed by the graphs compiled for the cases before it
+    if isinstance(case, LoRALinearCase):
+        return _lora_linear(case, training, device)
+    if isinstance(case, MultiLoRACase):
+        return _multi_lora(case, training, device)
+    return _prefix_concat(case, training, device)

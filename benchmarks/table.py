@@ -1,0 +1,105 @@
+"""Rows as text: one table an operator, worst first, losses printed like wins."""
+
+from collections.abc import Sequence
+
+from .cases import StepCase, dtype_name
+from .measure import Row
+from .rivals import FASTLORA, RIVALS
+from .step import StepResult
+
+BASELINES = {
+    "lora_linear": "the frozen layer alone",
+    "multi_lora": "the frozen layer alone",
+    "prefix_concat": "the lookup of the token embeddings alone, which has no backward",
+}
+MEANINGS = {
+    "merged": "merged: the adapter added into the weight beforehand",
+    "peft": "peft: PEFT's own code, eager",
+    "compiled": "compiled: the same under torch.compile",
+    "fastlora": "fastlora: this library (a row an implementation; * is the one that runs by default)",
+}
+
+
+def render(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns aligned: text to the left, what begins with a digit or a dash to the right."""
+    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+    right = [all(row[column][:1] in "0123456789-" for row in rows) for column in range(len(head))]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))
+        return "  ".join(padded).rstrip()
+
+    return "\n".join((line(head), "  ".join("-" * width for width in widths), *(line(row) for row in rows)))
+
+
+def seconds(value: float) -> str:
+    """2.5e-05 -> "25.0 us"."""
+    for factor, unit in ((1, "s"), (1e3, "ms"), (1e6, "us")):
+        if value * factor >= 1:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value * 1e6:.2g} us"
+
+
+def mebibytes(value: int | None) -> str:
+    """Bytes in MiB, a dash where they are unknown."""
+    if value is None:
+        return "-"
+    return f"{value / 2**20:.0f}" if value >= 100 * 2**20 else f"{value / 2**20:.3g}"
+
+
+def _rate(row: Row) -> str:
+    own = row.seconds[FASTLORA]
+    return f"{row.flops / own / 1e9:.4g} GFLOP/s" if row.bound_by == "flops" else f"{row.bytes / own / 1e9:.3g} GB/s"
+
+
+def operator_table(operator: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
+    """The table of one operator with what its columns mean, and how often fastlora loses."""
+    rivals = [name for name in RIVALS[operator][1:] if any(name in row.ratios for row in rows)]
+    head = ["case", "shape", "numbers", "pass", "implementation", "frozen", *rivals]
+    head += ["over peft", "rate", "of limit", "peak MiB", "peft's", "error", "eager's"]
+    body = []
+    for row in sorted(rows, key=lambda row: -row.ratios[FASTLORA] / row.ratios["peft"]):
+        cells = [row.case, row.shape, row.numbers, row.pass_, row.implementation + ("*" if row.chosen else "")]
+        cells += [seconds(row.seconds["frozen"])]
+        cells += [f"{row.ratios[name]:.2f}" if name in row.ratios else "-" for name in rivals]
+        cells += [f"{row.ratios[FASTLORA] / row.ratios['peft']:.2f}", _rate(row), f"{100 * row.limit:.0f} %"]
+        cells += [mebibytes(row.peak_bytes[FASTLORA]), mebibytes(row.peak_bytes["peft"])]
+        cells += [f"{row.error.error:.1e}", f"{row.error.eager:.1e}"]
+        body.append(cells)
+    chosen = [row for row in rows if row.chosen]
+    lost = sum(row.loses() for row in chosen)
+    rounds = sorted(row.rounds for row in rows)
+    legend = [
+        f"{operator}: time over that of {BASELINES[operator]} (frozen = 1),"
+        f" medians of {rounds[0]} to {rounds[-1]} rounds timed in turn",
+        *(MEANINGS[name] for name in rivals),
+        "of limit: the least time that this machine's own product and copy rates allow, over fastlora's;"
+        " peak: memory of one call; error: against float64, relative to the largest value",
+    ]
+    verdict = f"fastlora* is slower than PEFT or PEFT compiled in {lost} of {len(chosen)} rows"
+    return "\n".join([*legend, "", render(head, body), "", verdict, *notes])
+
+
+def step_table(results: Sequence[tuple[StepCase, StepResult]]) -> str:
+    """The table of the training steps."""
+    head = ["case", "shape", "numbers", "peft", "fastlora", "over peft", "tokens/s", "peft's", "peak MiB", "peft's"]
+    head += ["first loss", "peft's", "last loss", "peft's", "layers by implementation"]
+    body = []
+    for case, result in results:
+        ours, theirs = result.losses["fastlora"], result.losses["peft"]
+        tokens = case.batch * case.tokens
+        cells = [case.name, case.shape(), dtype_name(case.dtype)]
+        cells += [seconds(result.seconds["peft"]), seconds(result.seconds["fastlora"]), f"{result.ratio:.2f}"]
+        cells += [f"{tokens / result.seconds[variant]:.0f}" for variant in ("fastlora", "peft")]
+        cells += [mebibytes(result.peak_bytes[variant]) for variant in ("fastlora", "peft")]
+        cells += [f"{ours[0]:.6f}", f"{theirs[0]:.6f}", f"{ours[-1]:.6f}", f"{theirs[-1]:.6f}"]
+        cells += [", ".join(f"{count} {name}" for name, count in sorted(result.implementations.items()))]
+        body.append(cells)
+    lost = sum(result.ratio > 1 for _, result in results)
+    rounds = sorted(result.rounds for _, result in results)
+    legend = (
+        "step: one training step of an accelerated PEFT model, and of the same model under PEFT and transformers alone,"
+        f" each in a process of its own,\nmedians of {rounds[0]} to {rounds[-1]} rounds timed in turn;"
+        " peak: memory of the whole process; with dropout the masks, and so the losses, differ"
+    )
+    return "\n".join([legend, "", render(head, body), "", f"fastlora is slower in {lost} of {len(results)} rows"])

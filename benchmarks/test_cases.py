@@ -1,0 +1,61 @@
+"""The same cases under pytest-benchmark: `pytest benchmarks`, or a part of them: `pytest benchmarks -k "lora_linear and decode"`.
+
+Every case is checked before it is timed, as in `python -m benchmarks`; no test asserts a time.
+"""
+
+import functools
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from .cases import OPERATORS, TRAINING, Case, StepCase, cases_of, steps_of
+from .gate import errors, worst
+from .rivals import FASTLORA, RIVALS, Problem, build, implementations
+from .step import VARIANTS, Worker
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@functools.lru_cache(maxsize=1)  # the rivals of a case follow one another
+def _problem(case: Case, training: bool) -> Problem:
+    return build(case, training, DEVICE)
+
+
+def _rows() -> list[Any]:
+    return [
+        pytest.param(operator, case, pass_, rival, id=f"{operator}-{case.name}-{case.number_format()}-{pass_}-{rival}")
+        for operator in OPERATORS
+        for case in cases_of(operator, DEVICE)
+        for pass_ in case.passes
+        for rival in RIVALS[operator]
+    ]
+
+
+@pytest.mark.parametrize(("operator", "case", "pass_", "rival"), _rows())
+def test_operator(benchmark: Any, operator: str, case: Case, pass_: str, rival: str) -> None:
+    training = pass_ == TRAINING
+    if rival == FASTLORA:
+        error = worst(errors(case, training, implementations(operator, case, DEVICE)[0], DEVICE))
+        assert error.within, f"error of {error.result} {error.error:.2g}, bound {error.bound:.2g}: not timed"
+    run, turns = _problem(case, training).run(rival, training), itertools.count()
+
+    def call() -> None:
+        run(next(turns))
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    for _ in range(3):
+        call()
+    benchmark.group = f"{operator}: {case.name}, {case.shape(training)}, {case.number_format()}, {pass_}"
+    benchmark(call)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("case", steps_of(DEVICE), ids=lambda case: f"{case.name}-{case.dtype}")
+def test_step(benchmark: Any, case: StepCase, variant: str) -> None:
+    benchmark.group = f"step: {case.name}, {case.shape()}, {case.dtype}"
+    with Worker(case, variant, DEVICE) as worker:
+        step = benchmark.pedantic(worker.step, rounds=case.rounds, warmup_rounds=1)
+    assert 0 < step.loss < float("inf")

@@ -1,0 +1,50 @@
+// Checks of what Python hands over. A failed check becomes a Python exception that names the argument, before any memory is touched.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <initializer_list>
+#include <sstream>
+#include <string>
+
+namespace fastlora {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string describe(const Tensor& tensor) {
+  std::ostringstream text;
+  text << torch::headeronly::toString(tensor.scalar_type()) << " [";
+  for (int64_t i = 0; i < tensor.dim(); ++i) text << (i ? ", " : "") << tensor.size(i);
+  text << "]";
+  return text.str();
+}
+
+constexpr int64_t ANY = -1;  // a size that may be anything
+
+inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
+  bool fits = tensor.dim() == static_cast<int64_t>(sizes.size());
+  std::ostringstream expected;
+  int64_t i = 0;
+  for (const int64_t size : sizes) {
+    fits = fits && (size == ANY || tensor.size(i) == size);
+    expected << (i++ ? ", " : "") << (size == ANY ? "any" : std::to_string(size));
+  }
+  STD_TORCH_CHECK(fits, name, ": got ", describe(tensor), ", expected shape [", expected.str(), "]");
+}
+
+inline void check_dtype(const Tensor& tensor, const char* name, std::initializer_list<ScalarType> dtypes) {
+  bool fits = false;
+  std::ostringstream expected;
+  for (const ScalarType dtype : dtypes) {
+    fits = fits || tensor.scalar_type() == dtype;
+    expected << (expected.tellp() > 0 ? " or " : "") << torch::headeronly::toString(dtype);
+  }
+  STD_TORCH_CHECK(fits, name, ": got ", describe(tensor), ", expected ", expected.str());
+}
+
+inline void check_cpu(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.is_cpu(), name, ": got a tensor on another device, expected one on the CPU");
+}
+
+}  // namespace fastlora

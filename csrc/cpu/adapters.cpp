@@ -1,0 +1,400 @@
+#include "adapters.h"
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <array>
+#include <string>
+
+namespace fastlora {
+
+namespace {
+
+using torch::stable::parallel_for;
+
+constexpr int64_t GRAIN = 1 << 15;  // multiplications or elements worth a thread
+
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight), torch::stable::detail::from(bias)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+Tensor multiply(const Tensor& a, const Tensor& b) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+/// The matrix itself where each row lies together in memory, however far the rows are apart; else a copy.
+Tensor with_dense_rows(const Tensor& matrix) {
+  return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
+}
+
+Kind kind_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float: return Kind::FLOAT32;
+    case ScalarType::BFloat16: return Kind::BFLOAT16;
+    default: return Kind::FLOAT16;
+  }
+}
+
+/// Calls body with a null pointer of the tensor's element type.
+template <class Body>
+void with_type(const Tensor& tensor, const Body& body) {
+  switch (kind_of(tensor)) {
+    case Kind::FLOAT32: return body(static_cast<float*>(nullptr));
+    case Kind::BFLOAT16: return body(static_cast<torch::headeronly::BFloat16*>(nullptr));
+    case Kind::FLOAT16: return body(static_cast<torch::headeronly::Half*>(nullptr));
+  }
+}
+
+float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+/// The small matrices of all adapters in float32, one below the other, [sum R_i, columns], padded with zeros to COLUMN_UNIT columns.
+Tensor new_panels(const Tensor& like, const Adapters& adapters, int64_t columns) {
+  const std::array<int64_t, 2> sizes{adapters.all_ranks(), round_up(columns, COLUMN_UNIT)};
+  return torch::stable::new_zeros(like, sizes, ScalarType::Float);
+}
+
+/// to[r][l] = factor · from[l · column_stride + r · row_stride].
+template <class T>
+void pack(const T* from, int64_t rank_stride, int64_t column_stride, int64_t rank, int64_t columns, float factor, float* to, int64_t stride) {
+  parallel_for(0, columns, GRAIN / rank + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t l = begin; l < end; ++l) {
+      for (int64_t r = 0; r < rank; ++r) to[r * stride + l] = factor * static_cast<float>(from[l * column_stride + r * rank_stride]);
+    }
+  });
+}
+
+/// A_i, one below the other.
+Tensor pack_a(const Adapters& adapters) {
+  const int64_t K = adapters.a[0].size(1);
+  const Tensor panels = new_panels(adapters.a[0], adapters, K);
+  float* to = floats(panels);
+  for (const Tensor& a : adapters.a) {
+    with_type(a, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      pack(static_cast<const T*>(a.const_data_ptr()), a.stride(0), a.stride(1), a.size(0), K, 1.0f, to, panels.size(1));
+    });
+    to += a.size(0) * panels.size(1);
+  }
+  return panels;
+}
+
+/// s_i B_iᵀ, one below the other.
+Tensor pack_b(const Adapters& adapters) {
+  const int64_t N = adapters.b[0].size(0);
+  const Tensor panels = new_panels(adapters.b[0], adapters, N);
+  float* to = floats(panels);
+  for (size_t i = 0; i < adapters.b.size(); ++i) {
+    const Tensor& b = adapters.b[i];
+    with_type(b, [&](auto* type) {
+      using T = std::remove_pointer_t<decltype(type)>;
+      const float scale = static_cast<float>(adapters.scale[i]);
+      pack(static_cast<const T*>(b.const_data_ptr()), b.stride(1), b.stride(0), b.size(1), N, scale, to, panels.size(1));
+    });
+    to += b.size(1) * panels.size(1);
+  }
+  return panels;
+}
+
+/// to[r · rank_stride + l · column_stride] = factor · from[r][l].
+template <class T>
+void unpack(const float* from, int64_t stride, int64_t rank, int64_t columns, float factor, T* to, int64_t rank_stride, int64_t column_stride) {
+  parallel_for(0, columns, GRAIN / rank + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t l = begin; l < end; ++l) {
+      for (int64_t r = 0; r < rank; ++r) to[r * rank_stride + l * column_stride] = static_cast<T>(factor * from[r * stride + l]);
+    }
+  });
+}
+
+/// Gradients of A_i [R_i, K] from their panels, flat, in lora_a's dtype.
+Tensor unpack_a(const Adapters& adapters, const Tensor& panels) {
+  const int64_t K = adapters.a[0].size(1), stride = panels.size(1);
+  const std::array<int64_t, 1> sizes{adapters.all_ranks() * K};
+  const Tensor flat = torch::stable::new_empty(adapters.a[0], sizes);
+  with_type(flat, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    unpack(floats(panels), stride, adapters.all_ranks(), K, 1.0f, static_cast<T*>(flat.mutable_data_ptr()), K, 1);
+  });
+  return flat;
+}
+
+/// Gradients of B_i [N, R_i] from panels that hold them transposed and without s_i, flat, in lora_b's dtype.
+Tensor unpack_b(const Adapters& adapters, const Tensor& panels) {
+  const int64_t N = adapters.b[0].size(0), stride = panels.size(1);
+  const std::array<int64_t, 1> sizes{adapters.all_ranks() * N};
+  const Tensor flat = torch::stable::new_empty(adapters.b[0], sizes);
+  with_type(flat, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    const float* from = floats(panels);
+    T* to = static_cast<T*>(flat.mutable_data_ptr());
+    for (size_t i = 0; i < adapters.b.size(); ++i) {
+      const int64_t rank = adapters.b[i].size(1);
+      unpack(from, stride, rank, N, static_cast<float>(adapters.scale[i]), to, 1, rank);
+      from += rank * stride;
+      to += rank * N;
+    }
+  });
+  return flat;
+}
+
+/// How a pass is cut into cells: row parts x column parts.
+struct Grid {
+  int64_t row_parts = 1, column_parts = 1;
+
+  int64_t cells() const { return row_parts * column_parts; }
+};
+
+/// As many cells as there are threads with enough work, and of the grids with so many the one that leaves the least to sum: a row part costs
+/// row_cost, a column part column_cost. Depends on sizes and the number of threads only.
+Grid cut(int64_t work, int64_t rows, int64_t columns, int64_t row_cost, int64_t column_cost) {
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), work / GRAIN + 1);
+  const int64_t units = (columns + COLUMN_UNIT - 1) / COLUMN_UNIT;
+  Grid best;
+  int64_t best_cost = 0;
+  for (int64_t column_parts = 1; column_parts <= std::min(threads, units); ++column_parts) {
+    const Grid grid{std::min(threads / column_parts, rows), column_parts};
+    const int64_t cost = (grid.row_parts - 1) * row_cost + (grid.column_parts - 1) * column_cost;
+    if (grid.cells() > best.cells() || (grid.cells() == best.cells() && cost < best_cost)) best = grid, best_cost = cost;
+  }
+  return best;
+}
+
+int64_t first_place(const Batch& batch) { return batch.segments.front().begin; }
+int64_t place_count(const Batch& batch) { return batch.segments.back().end - first_place(batch); }
+
+/// Runs pass(segment, cell, row part, column part) for every segment's share of every cell of the grid.
+template <class Pass>
+void for_each_cell(const Batch& batch, const Grid& grid, int64_t columns, const Pass& pass) {
+  const int64_t units = (columns + COLUMN_UNIT - 1) / COLUMN_UNIT;
+  parallel_for(0, grid.cells(), 1, [&](int64_t cell_begin, int64_t cell_end) {
+    for (int64_t index = cell_begin; index < cell_end; ++index) {
+      const int64_t i = index / grid.column_parts, j = index % grid.column_parts;
+      const int64_t begin = first_place(batch) + place_count(batch) * i / grid.row_parts;
+      const int64_t end = first_place(batch) + place_count(batch) * (i + 1) / grid.row_parts;
+      Cell cell;
+      cell.column_begin = units * j / grid.column_parts * COLUMN_UNIT;
+      cell.column_end = std::min(units * (j + 1) / grid.column_parts * COLUMN_UNIT, columns);
+      for (const Segment& segment : batch.segments) {
+        cell.begin = std::max(begin, segment.begin);
+        cell.end = std::min(end, segment.end);
+        if (cell.begin < cell.end) pass(segment, cell, i, j);
+      }
+    }
+  });
+}
+
+/// total[k] = the sum over parts of part[k], in the order of parts.
+void sum_parts(const Tensor& parts, float* total) {
+  const int64_t count = parts.size(0), size = parts.numel() / count;
+  const float* from = floats(parts);
+  parallel_for(0, size, GRAIN, [&](int64_t begin, int64_t end) {
+    std::copy(from + begin, from + end, total + begin);
+    for (int64_t part = 1; part < count; ++part) {
+      for (int64_t k = begin; k < end; ++k) total[k] += from[part * size + k];
+    }
+  });
+}
+
+Rows rows_of(const Tensor& v, const Batch& batch, const Adapters& adapters) {
+  Rows rows;
+  rows.kind = kind_of(v);
+  rows.stride = v.stride(0);
+  rows.width = v.size(1);
+  rows.order = batch.order;
+  rows.seed = adapters.seed ? static_cast<uint64_t>(*adapters.seed->const_data_ptr<int64_t>()) : 0;
+  return rows;
+}
+
+/// The segment with dropout, or without.
+Segment with_dropout(Segment segment, bool drop) {
+  if (!drop) segment.threshold = 0;
+  return segment;
+}
+
+/// One pass over v [M, L]. projected [M, max R_i] = d(v) P_iᵀ if there are panels, gradient [sum R_i, L] = c_iᵀ d(v) if there are coefficients.
+void read(
+    const Tensor& v, const Batch& batch, const Adapters& adapters, bool drop, const Tensor* panels, const Tensor* projected,
+    const Tensor* coefficients, const Tensor* gradient) {
+  if (place_count(batch) == 0) return;
+  const int64_t M = v.size(0), L = v.size(1), most = adapters.most_ranks(), stride = round_up(L, COLUMN_UNIT);
+  const int64_t work = place_count(batch) * L * most;
+  const Grid grid = cut(work, place_count(batch), L, gradient ? adapters.all_ranks() * L : 0, projected ? M * most : 0);
+
+  Read pass{rows_of(v, batch, adapters)};
+  pass.v = v.const_data_ptr();
+  pass.panel_stride = stride;
+  pass.panel = panels ? floats(*panels) : nullptr;
+  pass.projected = projected ? floats(*projected) : nullptr;
+  pass.projected_stride = most;
+  pass.coefficients = coefficients ? floats(*coefficients) : nullptr;
+  pass.coefficient_stride = coefficients ? coefficients->stride(0) : 0;
+  pass.gradient = gradient ? floats(*gradient) : nullptr;
+
+  std::optional<Tensor> projected_parts, gradient_parts;
+  if (projected && grid.column_parts > 1) {
+    projected_parts = torch::stable::new_zeros(*projected, std::array<int64_t, 3>{grid.column_parts, M, most});
+  }
+  if (gradient && grid.row_parts > 1) {
+    gradient_parts = torch::stable::new_zeros(*gradient, std::array<int64_t, 3>{grid.row_parts, adapters.all_ranks(), stride});
+  }
+  float* projected_base = projected_parts ? floats(*projected_parts) : nullptr;
+  float* gradient_base = gradient_parts ? floats(*gradient_parts) : nullptr;
+  for_each_cell(batch, grid, L, [&](const Segment& segment, const Cell& cell, int64_t i, int64_t j) {
+    Read part = pass;
+    if (projected_base) part.projected = projected_base + j * M * most;
+    if (gradient_base) part.gradient = gradient_base + i * adapters.all_ranks() * stride;
+    kernels().read(part, with_dropout(segment, drop), cell);
+  });
+  if (projected_parts) sum_parts(*projected_parts, pass.projected);
+  if (gradient_parts) sum_parts(*gradient_parts, pass.gradient);
+}
+
+/// One pass over v [M, L]: v += d'(c P_i).
+void add(const Tensor& v, const Batch& batch, const Adapters& adapters, bool drop, const Tensor& coefficients, const Tensor& panels) {
+  if (place_count(batch) == 0) return;
+  Add pass{rows_of(v, batch, adapters)};
+  pass.v = v.mutable_data_ptr();
+  pass.panel = floats(panels);
+  pass.panel_stride = panels.size(1);
+  pass.coefficients = floats(coefficients);
+  pass.coefficient_stride = coefficients.stride(0);
+  const Grid grid = cut(place_count(batch) * v.size(1) * adapters.most_ranks(), place_count(batch), v.size(1), 0, 0);
+  for_each_cell(batch, grid, v.size(1), [&](const Segment& segment, const Cell& cell, int64_t, int64_t) {
+    kernels().add(pass, with_dropout(segment, drop), cell);
+  });
+}
+
+Tensor new_projection(const Tensor& x, const Adapters& adapters) {
+  return torch::stable::new_zeros(x, std::array<int64_t, 2>{x.size(0), adapters.most_ranks()}, ScalarType::Float);
+}
+
+}  // namespace
+
+int64_t Adapters::all_ranks() const {
+  int64_t ranks = 0;
+  for (const Tensor& matrix : a) ranks += matrix.size(0);
+  return ranks;
+}
+
+int64_t Adapters::most_ranks() const {
+  int64_t most = 0;
+  for (const Tensor& matrix : a) most = std::max(most, matrix.size(0));
+  return most;
+}
+
+void check_layer(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Adapters& adapters) {
+  check_cpu(x, "x");
+  check_shape(x, "x", {ANY, ANY});
+  check_dtype(x, "x", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+  const int64_t K = x.size(1);
+  check_cpu(weight, "weight");
+  check_shape(weight, "weight", {ANY, K});
+  check_dtype(weight, "weight", {x.scalar_type()});
+  const int64_t N = weight.size(0);
+  if (bias) {
+    check_cpu(*bias, "bias");
+    check_shape(*bias, "bias", {N});
+    check_dtype(*bias, "bias", {x.scalar_type()});
+  }
+  const size_t S = adapters.a.size();
+  STD_TORCH_CHECK(S >= 1, "lora_a: got no adapter, expected at least one");
+  STD_TORCH_CHECK(adapters.b.size() == S, "lora_b: got ", adapters.b.size(), " adapters, expected ", S);
+  STD_TORCH_CHECK(adapters.scale.size() == S, "scale: got ", adapters.scale.size(), " numbers, expected ", S);
+  STD_TORCH_CHECK(adapters.dropout_p.size() == S, "dropout_p: got ", adapters.dropout_p.size(), " numbers, expected ", S);
+  for (size_t i = 0; i < S; ++i) {
+    const std::string which = S == 1 ? "" : "[" + std::to_string(i) + "]";
+    const std::string a = "lora_a" + which, b = "lora_b" + which;
+    check_cpu(adapters.a[i], a.c_str());
+    check_shape(adapters.a[i], a.c_str(), {ANY, K});
+    STD_TORCH_CHECK(adapters.a[i].size(0) >= 1, a, ": got ", describe(adapters.a[i]), ", expected a rank of at least 1");
+    check_dtype(adapters.a[i], a.c_str(), {x.scalar_type(), ScalarType::Float});
+    check_dtype(adapters.a[i], a.c_str(), {adapters.a[0].scalar_type()});
+    check_cpu(adapters.b[i], b.c_str());
+    check_shape(adapters.b[i], b.c_str(), {N, adapters.a[i].size(0)});
+    check_dtype(adapters.b[i], b.c_str(), {adapters.a[0].scalar_type()});
+    const double p = adapters.dropout_p[i];
+    STD_TORCH_CHECK(p >= 0 && p <= 1, "dropout_p", which, ": got ", p, ", expected a probability between 0 and 1");
+  }
+  if (adapters.seed) {
+    check_cpu(*adapters.seed, "seed");
+    check_dtype(*adapters.seed, "seed", {ScalarType::Long});
+    STD_TORCH_CHECK(adapters.seed->numel() == 1, "seed: got ", describe(*adapters.seed), ", expected one element");
+  }
+}
+
+void check_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight, const Adapters& adapters, const Tensor& xa) {
+  check_layer(x, weight, std::nullopt, adapters);
+  check_cpu(dy, "dy");
+  check_shape(dy, "dy", {x.size(0), weight.size(0)});
+  check_dtype(dy, "dy", {x.scalar_type()});
+  check_cpu(xa, "xa");
+  check_shape(xa, "xa", {x.size(0), adapters.most_ranks()});
+  check_dtype(xa, "xa", {ScalarType::Float});
+}
+
+std::vector<Segment> make_segments(const Adapters& adapters, const std::vector<int64_t>& bounds) {
+  std::vector<Segment> segments;
+  int64_t panel_row = 0;
+  for (size_t i = 0; i < adapters.a.size(); ++i) {
+    // reference.py::drop_threshold and keep_scale.
+    const int64_t threshold = adapters.seed ? static_cast<int64_t>(65536 * adapters.dropout_p[i] + 0.5) : 0;
+    Segment segment;
+    segment.begin = bounds[i];
+    segment.end = bounds[i + 1];
+    segment.rank = adapters.a[i].size(0);
+    segment.panel_row = panel_row;
+    segment.threshold = static_cast<uint32_t>(threshold);
+    segment.keep_scale = threshold < 65536 ? static_cast<float>(65536.0 / static_cast<double>(65536 - threshold)) : 0.0f;
+    segments.push_back(segment);
+    panel_row += segment.rank;
+  }
+  return segments;
+}
+
+std::tuple<Tensor, Tensor> forward(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Adapters& adapters, const Batch& batch) {
+  const Tensor rows = with_dense_rows(x);
+  const Tensor y = with_dense_rows(linear(rows, weight, bias));
+  const Tensor xa = new_projection(x, adapters);
+  const Tensor panel_a = pack_a(adapters);
+  read(rows, batch, adapters, true, &panel_a, &xa, nullptr, nullptr);
+  add(y, batch, adapters, false, xa, pack_b(adapters));
+  return {y, xa};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor& dy, const Tensor& x, const Tensor& weight, const Adapters& adapters, const Tensor& xa, const Batch& batch, bool need_dx,
+    bool need_da, bool need_db) {
+  const Tensor dy_rows = with_dense_rows(dy), xa_rows = with_dense_rows(xa);
+  const std::array<int64_t, 1> none{0};
+  Tensor dx = torch::stable::new_empty(x, none);
+  Tensor da = torch::stable::new_empty(adapters.a[0], none), db = torch::stable::new_empty(adapters.b[0], none);
+  const bool need_dxa = need_dx || need_da;
+  const Tensor dxa = new_projection(x, adapters);
+  if (need_dxa || need_db) {
+    const Tensor panel_b = pack_b(adapters);
+    const Tensor db_panels = new_panels(x, adapters, dy.size(1));
+    read(dy_rows, batch, adapters, false, need_dxa ? &panel_b : nullptr, need_dxa ? &dxa : nullptr, need_db ? &xa_rows : nullptr,
+         need_db ? &db_panels : nullptr);
+    if (need_db) db = unpack_b(adapters, db_panels);
+  }
+  if (need_dx) {
+    dx = with_dense_rows(multiply(dy_rows, weight));
+    add(dx, batch, adapters, true, dxa, pack_a(adapters));
+  }
+  if (need_da) {
+    const Tensor da_panels = new_panels(x, adapters, x.size(1));
+    read(with_dense_rows(x), batch, adapters, true, nullptr, nullptr, &dxa, &da_panels);
+    da = unpack_a(adapters, da_panels);
+  }
+  return {dx, da, db};
+}
+
+}  // namespace fastlora

@@ -1,0 +1,48 @@
+// Which of the compiled instruction sets runs: the widest that the machine has, or the one that FASTLORA_ISA names.
+#include "adapter_passes.h"
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <string>
+
+namespace fastlora {
+
+namespace portable {
+extern const Kernels passes;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Kernels passes;
+}
+namespace avx512 {
+extern const Kernels passes;
+}
+#endif
+
+namespace {
+
+const Kernels& pick() {
+  const char* forced = std::getenv("FASTLORA_ISA");
+  const std::string name = forced ? forced : "";
+  const bool known = name.empty() || name == "portable" || name == "avx2" || name == "avx512";
+  STD_TORCH_CHECK(known, "FASTLORA_ISA=", name, ": expected portable, avx2 or avx512");
+#if defined(__x86_64__)
+  const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (has_avx512 && (name.empty() || name == "avx512")) return avx512::passes;
+  if (has_avx2 && (name.empty() || name == "avx2")) return avx2::passes;
+#endif
+  STD_TORCH_CHECK(name.empty() || name == "portable", "FASTLORA_ISA=", name, ": this machine does not have it");
+  return portable::passes;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& picked = pick();
+  return picked;
+}
+
+}  // namespace fastlora

@@ -1,0 +1,197 @@
+// The vector layer: loads that widen, stores that round, sums across lanes, and dropout's Philox bits.
+//
+// Included by files that are compiled once per instruction set, with FASTLORA_ISA naming the namespace. No standard library function may be
+// called here: the linker keeps one copy of those, and it could be the one compiled for a newer CPU than the user's.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace fastlora {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+namespace FASTLORA_ISA {
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+
+typedef float Floats __attribute__((vector_size(WIDTH * 4)));
+typedef uint32_t Words __attribute__((vector_size(WIDTH * 4)));
+typedef int32_t Integers __attribute__((vector_size(WIDTH * 4)));
+typedef uint64_t Longs __attribute__((vector_size(WIDTH * 4)));
+typedef uint16_t Halves __attribute__((vector_size(WIDTH * 2)));
+
+template <class Vector>
+inline Vector read(const void* from) {
+  Vector vector;
+  __builtin_memcpy(&vector, from, sizeof(Vector));
+  return vector;
+}
+
+template <class Vector>
+inline void write(void* to, Vector vector) {
+  __builtin_memcpy(to, &vector, sizeof(Vector));
+}
+
+inline Words choose(Integers condition, Words yes, Words no) { return ((Words)condition & yes) | (~(Words)condition & no); }
+
+inline Floats load(const float* from) { return read<Floats>(from); }
+
+inline void store(float* to, Floats value) { write(to, value); }
+
+inline Floats load(const BFloat16* from) { return (Floats)(__builtin_convertvector(read<Halves>(from), Words) << 16); }
+
+inline void store(BFloat16* to, Floats value) {
+  const Words bits = (Words)value;
+  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+  write(to, __builtin_convertvector(choose(value == value, rounded, Words{} + 0x7fc0), Halves));
+}
+
+#if defined(__AVX512F__)
+inline Floats load(const Float16* from) { return (Floats)_mm512_cvtph_ps(read<__m256i>(from)); }
+inline void store(Float16* to, Floats value) { write(to, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT)); }
+#elif defined(__F16C__)
+inline Floats load(const Float16* from) { return (Floats)_mm256_cvtph_ps(read<__m128i>(from)); }
+inline void store(Float16* to, Floats value) { write(to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT)); }
+#else
+inline Floats load(const Float16* from) {
+  const Words half = __builtin_convertvector(read<Halves>(from), Words);
+  const Words exponent = half & 0x7c00, magnitude = (half & 0x7fff) << 13;
+  const Words normal = magnitude + (112 << 23);
+  const Words special = magnitude + (224 << 23);  // infinity and NaN
+  const Floats subnormal = (Floats)(magnitude + (113 << 23)) - (Floats)(Words{} + (113 << 23));
+  const Words finite = choose(exponent == 0, (Words)subnormal, normal);
+  return (Floats)(choose(exponent == 0x7c00, special, finite) | (half & 0x8000) << 16);
+}
+
+inline void store(Float16* to, Floats value) {
+  const Words sign = (Words)value & 0x80000000, magnitude = (Words)value ^ sign;
+  const Words large = choose(magnitude > 0x7f800000, Words{} + 0x7e00, Words{} + 0x7c00);  // NaN; overflow and infinity
+  const Words normal = (magnitude - (112 << 23) + 0xfff + ((magnitude >> 13) & 1)) >> 13;  // to nearest, ties to even
+  const Words magic = Words{} + (126u << 23);  // adding 0.5 shifts a subnormal half into place, rounded
+  const Words small = (Words)((Floats)magnitude + (Floats)magic) - magic;
+  const Words finite = choose(magnitude < (113u << 23), small, normal);
+  const Words half = choose(magnitude >= (143u << 23), large, finite);
+  write(to, __builtin_convertvector(half | (sign >> 16), Halves));
+}
+#endif
+
+/// The first `count` elements of a vector; zeros beyond.
+template <class T>
+inline Floats load_some(const T* from, int64_t count) {
+  T buffer[WIDTH] = {};
+  for (int64_t i = 0; i < count; ++i) buffer[i] = from[i];
+  return load(buffer);
+}
+
+template <class T>
+inline void store_some(T* to, Floats value, int64_t count) {
+  T buffer[WIDTH];
+  store(buffer, value);
+  for (int64_t i = 0; i < count; ++i) to[i] = buffer[i];
+}
+
+/// Which lane of (a, b) goes to `lane` of the lower or upper operand where blocks of 2 STEP lanes are folded in two and added.
+template <int STEP>
+constexpr unsigned folded(unsigned lane, bool upper) {
+  const unsigned block = lane / (2 * STEP) * (2 * STEP), within = lane % (2 * STEP);
+  return block + within % STEP + (upper ? STEP : 0) + (within < STEP ? 0 : WIDTH);
+}
+
+#if defined(__clang__)
+#define FASTLORA_SHUFFLE(Mask, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define FASTLORA_SHUFFLE(Mask, a, b, ...) __builtin_shuffle(a, b, Mask{__VA_ARGS__})
+#endif
+
+template <int STEP, unsigned... LANE>
+inline Floats fold(Floats a, Floats b, std::integer_sequence<unsigned, LANE...>) {
+  return FASTLORA_SHUFFLE(Words, a, b, folded<STEP>(LANE, false)...) + FASTLORA_SHUFFLE(Words, a, b, folded<STEP>(LANE, true)...);
+}
+
+/// Lane i of the result is the sum of the lanes of vectors[i]. The order of the additions is fixed.
+template <int STEP = WIDTH / 2>
+inline Floats sums(Floats* vectors) {
+  if constexpr (STEP == 0) {
+    return vectors[0];
+  } else {
+    for (int i = 0; i < STEP; ++i) {
+      vectors[i] = fold<STEP>(vectors[i], vectors[i + STEP], std::make_integer_sequence<unsigned, WIDTH>{});
+    }
+    return sums<STEP / 2>(vectors);
+  }
+}
+
+/// The 64-bit products of the low halves of each lane.
+inline Longs multiply_low(Longs a, uint32_t b) {
+#if defined(__AVX512F__)
+  return (Longs)_mm512_mul_epu32((__m512i)a, _mm512_set1_epi64(b));
+#elif defined(__AVX2__)
+  return (Longs)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
+#elif defined(__x86_64__)
+  return (Longs)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+#else
+  return (a & 0xffffffff) * b;
+#endif
+}
+
+/// Lanes FIRST, FIRST + 1, ... of low and high, in turn.
+template <uint64_t FIRST, uint64_t... LANE>
+inline Longs interleave(Longs low, Longs high, std::integer_sequence<uint64_t, LANE...>) {
+  return FASTLORA_SHUFFLE(Longs, low, high, (FIRST + LANE / 2 + (LANE % 2 ? sizeof...(LANE) : 0))...);
+}
+
+constexpr int DECISIONS = 4 * WIDTH;  // columns that one call of philox decides: WIDTH / 2 counters, 8 half-words each
+
+/// Philox4x32-10 for the counters from `counter` on: half-word j of the result decides column j. fastlora/reference.py::keep_mask.
+inline void philox(uint64_t seed, uint64_t counter, uint16_t* decisions) {
+  constexpr int COUNTERS = WIDTH / 2;
+  Longs lanes{};
+  for (int i = 0; i < COUNTERS; ++i) lanes[i] = i;
+  lanes += counter;
+  // Each 64-bit lane holds one 32-bit word; what is above it is never read.
+  Longs c0 = lanes, c1 = lanes >> 32, c2{}, c3{};
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const Longs p0 = multiply_low(c0, 0xD2511F53), p1 = multiply_low(c2, 0xCD9E8D57);
+    c0 = (p1 >> 32) ^ c1 ^ k0;
+    c1 = p1;
+    c2 = (p0 >> 32) ^ c3 ^ k1;
+    c3 = p0;
+    k0 += 0x9E3779B9;
+    k1 += 0xBB67AE85;
+  }
+  const Longs low = (c0 & 0xffffffff) | (c1 << 32), high = (c2 & 0xffffffff) | (c3 << 32);
+  write(decisions, interleave<0>(low, high, std::make_integer_sequence<uint64_t, COUNTERS>{}));
+  write(decisions + DECISIONS / 2, interleave<COUNTERS / 2>(low, high, std::make_integer_sequence<uint64_t, COUNTERS>{}));
+}
+
+/// Masks for columns begin to end of one row (begin a multiple of 8): all ones where dropout keeps the element. Writes whole calls of philox.
+inline void draw_keep(uint64_t seed, uint32_t threshold, int64_t row, int64_t groups, int64_t begin, int64_t end, uint32_t* keep) {
+  for (int64_t column = begin; column < end; column += DECISIONS, keep += DECISIONS) {
+    uint16_t decisions[DECISIONS];
+    philox(seed, static_cast<uint64_t>(row * groups + column / 8), decisions);
+    for (int i = 0; i < DECISIONS; i += WIDTH) {
+      const Words half_words = __builtin_convertvector(read<Halves>(decisions + i), Words);
+      write(keep + i, (Words)(half_words >= threshold));
+    }
+  }
+}
+
+}  // namespace FASTLORA_ISA
+}  // namespace fastlora

@@ -1,0 +1,3 @@
+from fastlora.cli import main
+
+main()

@@ -1,0 +1,348 @@
+"""The command line: `fastlora train | eval | generate | merge | bench | env | demo`.
+
+Every command is a thin call of the function of the same name; what is slow to import is imported inside, so that --help
+is quick. Exit codes: 0 done, 1 training went wrong, 2 wrong options or data, 130 interrupted. An expected error is one
+plain message; FASTLORA_TRACEBACK=1 shows where it came from.
+"""
+
+import functools
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="Fused kernels for parameter-efficient fine-tuning: train an adapter, measure it, use it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Method(StrEnum):
+    lora = "lora"
+    full = "full"
+
+
+class Dtype(StrEnum):
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+ModelOption = Annotated[str, typer.Option(help="Base model: a folder or a hub id.")]
+OptionalModelOption = Annotated[
+    str | None, typer.Option(help="Base model: a folder or a hub id. Without it, the one the adapter names.")
+]
+DataOption = Annotated[Path, typer.Option(help="JSONL: prompt and completion, or messages.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU that computes in it, else float32.")]
+MaxLengthOption = Annotated[int, typer.Option(help="Tokens a row may have; the rest is cut off.")]
+OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
+NewTokensOption = Annotated[int, typer.Option(min=1, help="Length of an answer, at most.")]
+BatchOption = Annotated[int, typer.Option(min=1, help="Rows a batch.")]
+
+
+def command(function: Callable[..., None]) -> Callable[..., None]:
+    """Enter a function as a command whose expected errors end in one plain message and an exit code."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        name = function.__name__.removesuffix("_")
+        try:
+            function(*args, **kwargs)
+        except KeyboardInterrupt as interrupt:
+            _fail(name, str(interrupt) or "interrupted", 130)
+        except (ValueError, TypeError, OSError, ImportError) as error:
+            if os.environ.get("FASTLORA_TRACEBACK"):
+                raise
+            _fail(name, _message(error), 2)
+        except RuntimeError as error:
+            if type(error).__module__.partition(".")[0] != "fastlora":
+                raise
+            _fail(name, _message(error), 1)
+
+    return app.command(function.__name__.removesuffix("_"))(run)
+
+
+def _fail(name: str, message: str, code: int) -> None:
+    print(f"fastlora {name}: {message}", file=sys.stderr)
+    raise typer.Exit(code)
+
+
+def _message(error: Exception) -> str:
+    """The error's own words; hub and file errors spread theirs over many lines, only data errors with reason."""
+    from fastlora.data.examples import DataError
+
+    text = str(error) or type(error).__name__
+    return text if isinstance(error, DataError) else " ".join(text.split())
+
+
+def _quiet() -> None:
+    """Silence the bars and hints that transformers shows while it loads; our warnings stay."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+
+
+@command
+def train(
+    model: ModelOption,
+    data: DataOption,
+    output: Annotated[
+        Path, typer.Option(help="Folder for the adapter, metrics.jsonl, loss.png, summary.json and checkpoints/.")
+    ],
+    method: Annotated[Method, typer.Option(help="lora trains an adapter, full the whole model.")] = Method.lora,
+    r: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
+    lora_alpha: Annotated[float, typer.Option(help="The update is scaled by lora_alpha / r.")] = 32,
+    lora_dropout: Annotated[float, typer.Option(help="Dropout on the adapter's input.")] = 0.05,
+    use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by lora_alpha / sqrt(r).")] = False,
+    target_modules: Annotated[
+        str, typer.Option(help="all-linear, or names with commas: q_proj,v_proj.")
+    ] = "all-linear",
+    seed: Annotated[int, typer.Option(help="For the adapter's first values, the order of the rows, and dropout.")] = 0,
+    epochs: Annotated[int, typer.Option(help="Times through the data.")] = 3,
+    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps, in place of epochs.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Rows a process takes at once.")] = 8,
+    gradient_accumulation_steps: Annotated[int, typer.Option(help="Batches an optimiser step.")] = 1,
+    max_length: MaxLengthOption = 512,
+    lr: Annotated[
+        float | None, typer.Option(help="Highest learning rate. [default: 2e-4 for lora, 2e-5 for full]")
+    ] = None,
+    lr_scheduler_type: Annotated[
+        str, typer.Option(help="As transformers names them: linear, cosine, constant, ...")
+    ] = "linear",
+    warmup_ratio: Annotated[float, typer.Option(help="Part of the steps in which the learning rate rises.")] = 0.03,
+    weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
+    max_grad_norm: Annotated[float, typer.Option(help="Longer gradients are cut to this norm. 0: never.")] = 1.0,
+    dtype: DtypeOption = Dtype.auto,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations twice to save memory.")
+    ] = False,
+    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints: what a kill loses at most.")] = 50,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint; without one, start afresh.")
+    ] = False,
+    overwrite: OverwriteOption = False,
+    accelerate: Annotated[bool, typer.Option(help="Run the LoRA layers fused, or leave them to PEFT.")] = True,
+) -> None:
+    """Train a LoRA adapter, or the whole model, on prompts and completions."""
+    _quiet()
+    from fastlora import train as training
+
+    config = training.TrainConfig(
+        model=model,
+        data=data,
+        output=output,
+        method=method.value,
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        use_rslora=use_rslora,
+        target_modules=_module_names(target_modules),
+        seed=seed,
+        epochs=epochs,
+        max_steps=max_steps,
+        batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        max_length=max_length,
+        lr=lr,
+        lr_scheduler_type=lr_scheduler_type,
+        warmup_ratio=warmup_ratio,
+        weight_decay=weight_decay,
+        max_grad_norm=max_grad_norm,
+        dtype=dtype.value,
+        gradient_checkpointing=gradient_checkpointing,
+        save_steps=save_steps,
+        resume=resume,
+        overwrite=overwrite,
+        accelerate=accelerate,
+    )
+    result = training.train(config)
+    if os.environ.get("RANK", "0") == "0":  # one summary, however many processes torchrun started
+        _print_table("fastlora train", asdict(result))
+
+
+def _module_names(text: str) -> str | list[str]:
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    if not names:
+        raise ValueError("target_modules is empty: expected all-linear or module names with commas")
+    return "all-linear" if names == ["all-linear"] else names
+
+
+@command
+def eval_(
+    data: DataOption,
+    model: OptionalModelOption = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Adapter folder; without one the base model is measured.")
+    ] = None,
+    batch_size: BatchOption = 8,
+    max_length: MaxLengthOption = 512,
+    max_new_tokens: NewTokensOption = 64,
+    generations: Annotated[bool, typer.Option(help="Also let the model answer: exact match and ROUGE.")] = True,
+    limit: Annotated[int | None, typer.Option(min=1, help="Take only the first so many rows.")] = None,
+    dtype: DtypeOption = Dtype.auto,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of the table.")] = False,
+) -> None:
+    """Held-out loss, perplexity, exact match and ROUGE."""
+    _quiet()
+    from fastlora.data.examples import read_examples
+    from fastlora.inference import evaluate, load_model
+
+    examples = read_examples(data)  # bad lines are reported before anything is loaded
+    loaded, tokenizer = load_model(model, {"default": adapter} if adapter else {}, dtype=dtype.value)
+    result = evaluate(
+        loaded,
+        tokenizer,
+        examples,
+        batch_size=batch_size,
+        max_length=max_length,
+        max_new_tokens=max_new_tokens,
+        generations=generations,
+        limit=limit,
+    )
+    if generations and result.rouge1 is None:
+        print("ROUGE was not measured: the package rouge-score is missing (pip install rouge-score)", file=sys.stderr)
+    if as_json:
+        print(json.dumps(asdict(result)))
+    else:
+        _print_table("fastlora eval", asdict(result))
+
+
+@command
+def generate(
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to answer; may be given several times.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Take the prompts of this JSONL file.")] = None,
+    model: OptionalModelOption = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(help="Adapter folder, or name=folder; may be given several times.")
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send each prompt through the chat template, as the user's message.")
+    ] = False,
+    max_new_tokens: NewTokensOption = 64,
+    batch_size: BatchOption = 8,
+    dtype: DtypeOption = Dtype.auto,
+) -> None:
+    """Greedy answers; with several adapters, each one's, swapped on one base."""
+    _quiet()
+    from fastlora.data.examples import Prompt, read_examples
+    from fastlora.inference import generate as answer
+    from fastlora.inference import load_model
+
+    if bool(prompt) == bool(data):
+        raise ValueError("expected either --prompt or --data")
+    prompts: list[Prompt] = [example.prompt for example in read_examples(data)] if data else list(prompt or [])
+    if chat:
+        prompts = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
+    adapters = _named_adapters(adapter or [])
+    loaded, tokenizer = load_model(model, adapters, dtype=dtype.value)
+    names: list[str | None] = [*adapters] or [None]
+    answers = [
+        answer(loaded, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, adapter_name=name)
+        for name in names
+    ]
+    for position, text in enumerate(prompts):
+        print(f"> {text if isinstance(text, str) else text[-1]['content']}")
+        for name, texts in zip(names, answers, strict=True):
+            print(f"{name}: {texts[position].strip()}" if name else texts[position].strip())
+
+
+def _named_adapters(arguments: list[str]) -> dict[str, Path]:
+    """Folders by name: `name=folder`, or a folder whose own name serves."""
+    adapters: dict[str, Path] = {}
+    for argument in arguments:
+        name, separator, folder = argument.partition("=")
+        path = Path(folder if separator and not Path(argument).exists() else argument)
+        if path == Path(argument):
+            name = path.resolve().name.replace(".", "_")  # PEFT's adapter names have no dots
+        if name in adapters:
+            raise ValueError(f"two adapters are called {name!r}: name them, --adapter NAME=FOLDER")
+        adapters[name] = path
+    return adapters
+
+
+@command
+def merge(
+    adapter: Annotated[Path, typer.Option(help="Adapter folder.")],
+    output: Annotated[Path, typer.Option(help="Folder for the merged model.")],
+    model: OptionalModelOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    overwrite: OverwriteOption = False,
+) -> None:
+    """Fold an adapter into its base's weights, and report what rounding cost."""
+    _quiet()
+    from fastlora.merge import merge as merge_adapter
+
+    _print_table(
+        "fastlora merge", asdict(merge_adapter(model, adapter, output, dtype=dtype.value, overwrite=overwrite))
+    )
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def bench(context: typer.Context) -> None:
+    """Test and time the operators: fastlora bench [OPERATOR ...] [--json] (the same as python -m benchmarks)."""
+    from fastlora.benchmarks.__main__ import main as benchmark
+
+    raise typer.Exit(benchmark(context.args) or 0)
+
+
+@command
+def env() -> None:
+    """What this machine has, what it lacks, and what that costs."""
+    from fastlora.environment import describe
+
+    table = Table(box=None, show_header=False, pad_edge=False)
+    part = ""
+    for finding in describe():
+        mark = "yes" if finding.present else "no"
+        table.add_row(finding.part if finding.part != part else "", finding.name, mark, finding.detail)
+        part = finding.part
+    _console().print(table)
+
+
+@command
+def demo(output: Annotated[Path, typer.Option(help="Folder for report.html and the adapters.")] = Path("demo")) -> None:
+    """Adapt the embedded base model to dialogue summarisation, and report what came out."""
+    _quiet()
+    from fastlora.demo import main as run_demo
+
+    run_demo(output)
+
+
+def _print_table(title: str, values: dict[str, Any]) -> None:
+    table = Table(title=title, title_justify="left", show_header=False, box=None)
+    for name, value in values.items():
+        if value not in (None, {}):
+            table.add_row(name, _shown(value))
+    _console().print(table)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{count} {name}" for name, count in value.items())
+    return str(value)
+
+
+def _console() -> Console:
+    # Where nobody looks (a pipe, a log) rich would cut lines at 80 columns.
+    return Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
+
+
+def main() -> None:
+    app()

@@ -1,0 +1,85 @@
+"""The time of a training step: fastlora against PEFT with plain transformers, on the same batches, timed in turn."""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import fastlora
+from fastlora.data.examples import collate, encode, pad_token_id, read_examples
+from fastlora.inference import loss_sum
+
+Batch = dict[str, Tensor]  # input_ids, attention_mask, labels, each [B, T]
+
+
+def compare_steps(base: Path, data: Path, lora: dict[str, Any], lr: float, rows: int, steps: int) -> dict[str, Any]:
+    """Time ``steps`` optimiser steps of both, each on the same ``rows`` rows in turn; the first of both is not counted.
+
+    Both start from the same adapter (with dropout, each draws its own masks) and update it with AdamW at ``lr``.
+    Returns medians in seconds, the median of the steps' ratios (fastlora / PEFT), and the losses of all steps of both.
+    """
+    batches = _batches(base, data, rows, steps + 1)
+    variants = {"fastlora": _fastlora_step(base, lora, lr), "peft": _peft_step(base, lora, lr)}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    losses: dict[str, list[float]] = {name: [] for name in variants}
+    for index, batch in enumerate(batches):
+        turn = list(variants) if index % 2 else list(reversed(variants))
+        for name in turn:
+            began = time.perf_counter()
+            loss = variants[name](batch)
+            seconds[name].append(time.perf_counter() - began)
+            losses[name].append(loss)
+    counted = {name: times[1:] for name, times in seconds.items()}
+    ratios = [ours / theirs for ours, theirs in zip(counted["fastlora"], counted["peft"], strict=True)]
+    return {
+        "rows": rows,
+        "steps": steps,
+        "tokens_per_step": sum(int(batch["attention_mask"].sum()) for batch in batches[1:]) / steps,
+        "seconds": {name: median(times) for name, times in counted.items()},
+        "ratio": median(ratios),
+        "losses": losses,
+    }
+
+
+def _batches(base: Path, data: Path, rows: int, count: int) -> list[Batch]:
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    encoded = encode(read_examples(data), tokenizer, max_length=512).rows
+    if len(encoded) < rows:
+        raise ValueError(f"data must have at least rows={rows} rows, got {len(encoded)}")
+    starts = [index * rows % (len(encoded) - rows + 1) for index in range(count)]
+    return [collate(encoded[start : start + rows], pad_token_id(tokenizer)) for start in starts]
+
+
+def _adapted(base: Path, lora: dict[str, Any]) -> Any:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora)).train()
+
+
+def _fastlora_step(base: Path, lora: dict[str, Any], lr: float) -> Callable[[Batch], float]:
+    model = fastlora.accelerate(_adapted(base, lora))
+    return _step(model, lr, lambda batch: loss_sum(model, batch) / (batch["labels"][:, 1:] != -100).sum())
+
+
+def _peft_step(base: Path, lora: dict[str, Any], lr: float) -> Callable[[Batch], float]:
+    model = _adapted(base, lora)
+    return _step(model, lr, lambda batch: model(**batch, use_cache=False).loss)
+
+
+def _step(model: Any, lr: float, loss_of: Callable[[Batch], Tensor]) -> Callable[[Batch], float]:
+    optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr, weight_decay=0.0)
+
+    def step(batch: Batch) -> float:
+        loss = loss_of(batch)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step

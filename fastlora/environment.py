@@ -1,0 +1,97 @@
+"""What this machine has, what it lacks, and what each lack costs: `fastlora env`."""
+
+import os
+import platform
+import shutil
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fastlora import ops
+
+REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "typer")
+OPTIONAL = {
+    "triton": "no Triton kernels on a GPU",
+    "matplotlib": "no loss plot",
+    "rouge-score": "`fastlora eval` leaves ROUGE out",
+    "datasets": "nothing: fastlora reads JSONL itself",
+    "trl": "nothing, but for those who train with TRL",
+}
+COMPILERS = {
+    "g++": "the native extension cannot be built: CPUs run plain PyTorch (reference)",
+    "nvcc": "the CUDA part of the native extension cannot be built: GPUs run Triton or plain PyTorch",
+}
+
+
+class Finding(NamedTuple):
+    part: str  # machine | package | compiler | implementation
+    name: str
+    present: bool
+    detail: str  # version or description; where absent, what that costs
+
+
+def describe() -> list[Finding]:
+    """All findings, in the order in which they are printed. Reads no network and changes nothing."""
+    return [*_machine(), *_packages(), *_compilers(), *_implementations()]
+
+
+def _machine() -> list[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    capability = torch.backends.cpu.get_cpu_capability()
+    findings = [
+        Finding("machine", "python", True, f"{platform.python_version()} on {platform.platform()}"),
+        Finding(
+            "machine",
+            "cpu",
+            True,
+            f"{_cpu_model()}, {cores} cores usable, {torch.get_num_threads()} torch threads, {capability}",
+        ),
+    ]
+    if not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
+        return [*findings, Finding("machine", "gpu", False, f"none that torch ({built}) can use: all runs on the CPU")]
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        detail = (
+            f"{card.name}, sm_{card.major}{card.minor}, {card.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
+        )
+        findings.append(Finding("machine", f"gpu {index}", True, detail))
+    return findings
+
+
+def _cpu_model() -> str:
+    information = Path("/proc/cpuinfo")
+    if information.exists():
+        for line in information.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _packages() -> list[Finding]:
+    found = [_package(name, "fastlora train does not run") for name in ("fastlora", *REQUIRED)]
+    return found + [_package(name, cost) for name, cost in OPTIONAL.items()]
+
+
+def _package(name: str, cost: str) -> Finding:
+    try:
+        return Finding("package", name, True, metadata.version(name))
+    except metadata.PackageNotFoundError:
+        return Finding("package", name, False, "runs from its source folder" if name == "fastlora" else cost)
+
+
+def _compilers() -> list[Finding]:
+    if sys.platform == "win32":
+        return []
+    found = []
+    for name, cost in COMPILERS.items():
+        path = shutil.which(os.environ.get("CXX", name) if name == "g++" else name)
+        found.append(Finding("compiler", name, path is not None, path or cost))
+    return found
+
+
+def _implementations() -> list[Finding]:
+    return [Finding("implementation", name, present, reason) for name, present, reason in ops.availability()]

@@ -1,0 +1,312 @@
+"""The benchmarks measure what they say: the clock's ratios, the work counted, rivals that compute the same, and no time on a red gate."""
+
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from benchmarks import __main__ as command
+from benchmarks import cases, clock, gate, machine, measure, rivals, step, table
+from benchmarks.cases import BOTH, FORWARD, LoRALinearCase, MultiLoRACase, PrefixConcatCase, StepCase
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from fastlora import ops, reference
+
+CPU = torch.device("cpu")
+TINY = LoRALinearCase("tiny", 5, 24, 16, 3, torch.float32, torch.float32, 0.1)
+TINY_CASES = {
+    "lora_linear": TINY,
+    "multi_lora": MultiLoRACase("tiny", 4, 3, 24, 16, (2, 3), torch.float32, torch.float32, 0.1, BOTH),
+    "prefix_concat": PrefixConcatCase("tiny", 3, 5, 2, 4, 8, 11, torch.float32, torch.float32),
+}
+TINY_STEP = StepCase("tiny", 32, 64, 1, 2, 1, 64, 2, 8, 4, 0.0, torch.float32, 2)
+LIMITS = machine.Limits({torch.float32: 1e11}, 1e10)
+
+
+class FakeClock:
+    """Every run costs what `costs` says, times a factor that grows from call to call; notes who ran and with which turns."""
+
+    def __init__(self, drift: float = 1.0) -> None:
+        self.factor, self.drift = 1.0, drift
+        self.order: list[str] = []
+        self.turns: list[int] = []
+
+    def __call__(self, run: clock.Run, first: int, calls: int) -> float:
+        self.factor *= self.drift
+        self.turns += range(first, first + calls)
+        name, cost = run(first)  # type: ignore[misc]
+        self.order.append(name)
+        return cost * self.factor
+
+
+def fake_runs(**costs: float) -> dict[str, clock.Run]:
+    def make(name: str, cost: float) -> clock.Run:
+        return lambda turn: (name, cost)
+
+    return {name: make(name, cost) for name, cost in costs.items()}
+
+
+def test_clock_gives_medians_over_the_baseline() -> None:
+    times = clock.time_in_turn(fake_runs(base=0.01, double=0.02), FakeClock(), 0.6)
+    assert times["base"] == clock.Timing(0.01, 1.0, 20)
+    assert times["double"] == clock.Timing(0.02, 2.0, 20)
+
+
+def test_clock_begins_every_round_with_another_and_never_repeats_a_turn() -> None:
+    fake = FakeClock()
+    clock.time_in_turn(fake_runs(a=1.0, b=1.0, c=1.0), fake, 1.0)
+    assert (
+        "".join(fake.order[6:]) == "abc" + "bca" + "cab" + "abc" + "bca"
+    )  # six calls of warm-up, then the fewest rounds
+    assert fake.turns == list(range(len(fake.turns)))
+
+
+def test_clock_ratio_survives_a_machine_that_slows_down() -> None:
+    times = clock.time_in_turn(fake_runs(base=0.01, same=0.01), FakeClock(drift=1.01), 2.0)
+    assert times["base"].rounds > 20
+    assert abs(times["same"].ratio - 1) <= 0.011
+
+
+def test_clock_repeats_short_calls_within_a_sample() -> None:
+    fake = FakeClock()
+    times = clock.time_in_turn(fake_runs(short=3e-6), fake, 1.0)
+    assert times["short"].rounds == clock.MOST_ROUNDS
+    assert len(fake.turns) == 2 * clock.WARM_UP_CALLS + 67 * clock.MOST_ROUNDS
+
+
+def test_clock_refuses_nothing_to_time() -> None:
+    with pytest.raises(ValueError, match="runs"):
+        clock.time_in_turn({}, FakeClock(), 1.0)
+    for budget in (0.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match="budget"):
+            clock.time_in_turn(fake_runs(base=1.0), FakeClock(), budget)
+
+
+def test_cpu_clock_is_a_mean_over_calls() -> None:
+    turns: list[int] = []
+    assert 0 < clock.cpu_clock(turns.append, 7, 3) < 1
+    assert turns == [7, 8, 9]
+
+
+def test_peak_of_call_sees_the_memory_of_the_call() -> None:
+    def hold(_: int) -> None:
+        torch.ones(64 * 2**20, dtype=torch.int8)
+
+    hold(0)
+    peak = clock.peak_of_call(hold, CPU)
+    if peak is None:
+        pytest.skip("this system does not let a process reset its peak memory")
+    assert 63 * 2**20 <= peak <= 80 * 2**20
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("operator", ["lora_linear", "multi_lora"])
+def test_work_counts_the_reference_products(operator: str, training: bool) -> None:
+    case = TINY_CASES[operator]
+    in_place = {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm]}  # which torch's counter does not know
+    with FlopCounterMode(display=False, custom_mapping=in_place) as counter:
+        compute = gate.inputs_of(case, training, CPU)
+        compute("reference", lambda value: value)
+    assert case.work(training).flops == counter.get_total_flops()
+
+
+def test_work_counts_every_tensor_once() -> None:
+    M, K, N, R = 5, 24, 16, 3
+    forward = 4 * (M * K + N * K + M * N + R * (K + N))
+    assert TINY.work(False).bytes == forward
+    assert TINY.work(True).bytes == forward + 4 * (M * N + N * K + 2 * M * K + 2 * R * (K + N))
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("operator", cases.OPERATORS)
+def test_rivals_compute_the_same(operator: str, training: bool) -> None:
+    case = replace(TINY_CASES[operator], **({} if operator == "prefix_concat" else {"dropout_p": 0.0}))
+    problem = rivals.build(case, training, CPU)
+    assert tuple(problem.rivals) == rivals.RIVALS[operator]
+    for copy in {0, problem.copies - 1}:
+        outputs = {name: problem.rivals[name].call(copy) for name in problem.rivals if name != "compiled"}
+        for name in outputs.keys() - {"frozen"}:
+            torch.testing.assert_close(outputs[name], outputs["peft"])
+        if operator != "prefix_concat":
+            assert not torch.allclose(outputs["frozen"], outputs["peft"])
+        if training:
+            ours, theirs = problem.run("fastlora", True)(copy), problem.run("peft", True)(copy)
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_a_few_rows_meet_weights_that_are_not_in_the_cache() -> None:
+    decode = LoRALinearCase("decode", 1, 256, 1024, 2, torch.float32, torch.float32, passes=(FORWARD,))
+    problem = rivals.build(decode, False, CPU)
+    weight_bytes = 256 * 1024 * 4
+    assert problem.copies == rivals.MOST_COPIES or problem.copies * weight_bytes > 2 * machine.last_level_cache()
+    outputs = [problem.rivals["frozen"].call(copy) for copy in range(2)]
+    assert not torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("operator", cases.OPERATORS)
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_cases_are_real_and_none_is_there_twice(operator: str, kind: str) -> None:
+    found = cases.cases_of(operator, torch.device(kind))
+    assert cases.cases_of(operator, torch.device(kind), quick=True) == found[: cases.QUICK_CASES]
+    assert len(set(found)) == len(found)
+    for case in found:
+        assert set(case.passes) <= set(BOTH)
+        for training in (False, True):
+            assert case.work(training).bytes > 0
+    assert any("8B" in case.name for case in found)
+    assert any("odd" in case.name for case in found)
+
+
+@pytest.mark.parametrize("operator", cases.OPERATORS)
+def test_gate_is_green_here(operator: str) -> None:
+    assert gate.check(operator, CPU) == []
+
+
+def break_lora_linear(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Enter a `cpu` implementation whose y is wrong."""
+
+    def wrong(*inputs):
+        y, xa = reference.lora_linear(*inputs)
+        return change(y), xa
+
+    monkeypatch.setitem(ops._table, ("lora_linear", "cpu"), wrong)
+    monkeypatch.setitem(ops._table, ("lora_linear_backward", "cpu"), reference.lora_linear_backward)
+
+
+@pytest.mark.parametrize("change", [lambda y: y * 1.001, lambda y: y * torch.nan], ids=["a little off", "NaN"])
+def test_gate_reports_a_wrong_implementation(monkeypatch, change) -> None:
+    break_lora_linear(monkeypatch, change)
+    wrong = gate.check("lora_linear", CPU)
+    assert any(line.startswith("lora_linear cpu, odd, forward: error of y") for line in wrong)
+
+
+def refuse_to_time(*_: object) -> None:
+    raise AssertionError("timed in spite of a red gate")
+
+
+def test_nothing_is_timed_where_the_check_fails(monkeypatch, capsys) -> None:
+    break_lora_linear(monkeypatch, lambda y: y * 1.001)
+    monkeypatch.setattr(command, "measure", refuse_to_time)
+    monkeypatch.setattr(command, "measure_limits", refuse_to_time)
+    assert command.main(["lora_linear", "--quick"]) == 1
+    assert "wrong: not timed" in capsys.readouterr().out
+
+
+def test_nothing_is_timed_where_the_tests_are_red(monkeypatch, tmp_path, capsys) -> None:
+    for folder in ("tests", "fastlora"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "tests" / "test_lora_linear.py").write_text("def test_red():\n    assert False\n")
+    for module in (machine, gate):
+        monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(command, "measure", refuse_to_time)
+    monkeypatch.setattr(command, "measure_limits", refuse_to_time)
+    assert command.main(["lora_linear"]) == 1
+    assert "the tests are red: not timed" in capsys.readouterr().out
+
+
+def test_a_case_beyond_its_bound_is_not_timed(monkeypatch) -> None:
+    break_lora_linear(monkeypatch, lambda y: y * 1.001)
+    monkeypatch.setattr(measure, "time_in_turn", refuse_to_time)
+    with pytest.raises(measure.CaseError, match="tiny, forward: the error of y is .*: not timed"):
+        list(measure.measure("lora_linear", TINY, CPU, LIMITS, 0.01, False, []))
+
+
+@pytest.mark.parametrize("operator", cases.OPERATORS)
+def test_command_prints_a_table_and_writes_a_file(monkeypatch, tmp_path, capsys, operator: str) -> None:
+    monkeypatch.setattr(command, "cases_of", lambda *_: (TINY_CASES[operator],))
+    monkeypatch.setattr(command, "measure_limits", lambda *_: LIMITS)
+    monkeypatch.setattr(command, "results_folder", lambda: tmp_path)
+    monkeypatch.setattr(command, "QUICK_SECONDS", 0.02)
+    assert command.main([operator, "--quick", "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert machine.describe(CPU).line() in printed.splitlines()[0]
+    (path,) = tmp_path.iterdir()
+    assert path.name.endswith(f"-{operator}.json")
+    assert path.name.startswith(machine.describe(CPU).date)
+    content = json.loads(path.read_text())
+    assert content["command"] == f"python -m benchmarks {operator} --quick --json"
+    assert content["machine"]["versions"]["torch"] == torch.__version__
+    assert {row["pass"] for row in content["rows"]} == set(BOTH)
+    for row in content["rows"]:
+        assert row["ratios"]["frozen"] == 1.0
+        assert row["seconds"]["fastlora"] > 0
+        assert row["error"]["error"] <= row["error"]["bound"]
+        assert row["limit"] > 0
+    lines = printed.split(f"\n{operator}: time over")[1].splitlines()
+    (rule,) = (number for number, line in enumerate(lines) if set(line) == {"-", " "})
+    body = list(itertools.takewhile(bool, lines[rule + 1 :]))
+    assert len(body) == len(content["rows"])
+    chosen = sum(row["chosen"] for row in content["rows"])
+    assert f"of {chosen} rows" in printed
+
+
+def row(ratio: float, peft: float, chosen: bool = True) -> measure.Row:
+    error = gate.Error("y", 1e-7, 1e-7, 3e-7)
+    seconds = {"frozen": 1e-3, "merged": 1e-3, "peft": peft * 1e-3, "fastlora": ratio * 1e-3}
+    ratios = {"frozen": 1.0, "merged": 1.0, "peft": peft, "fastlora": ratio}
+    peaks = {"peft": None, "fastlora": 5 * 2**20}
+    name = f"case {ratio}"
+    return measure.Row(
+        name, "M 1", "float32", FORWARD, "cpu", chosen, 9, seconds, ratios, peaks, 10, 10, 0.5, "flops", error
+    )
+
+
+def test_table_puts_the_worst_first_and_counts_losses() -> None:
+    text = table.operator_table(
+        "lora_linear", [row(0.8, 1.2), row(1.5, 1.2), row(1.1, 1.2), row(9.0, 1.2, chosen=False)], []
+    )
+    places = [text.index(f"case {ratio}") for ratio in (9.0, 1.5, 1.1, 0.8)]
+    assert places == sorted(places)
+    assert "slower than PEFT or PEFT compiled in 1 of 3 rows" in text
+
+
+def test_table_aligns_its_columns() -> None:
+    lines = table.render(["name", "time"], [["a", "1.5"], ["longer", "10"]]).splitlines()
+    assert lines == ["name    time", "------  ----", "a        1.5", "longer    10"]
+
+
+def test_quantities_read_well() -> None:
+    assert [table.seconds(value) for value in (2.5, 0.0123, 4.2e-5)] == ["2.5 s", "12.3 ms", "42 us"]
+    assert [table.mebibytes(value) for value in (None, 2**19, 300 * 2**20)] == ["-", "0.5", "300"]
+
+
+@pytest.mark.parametrize("arguments", [["lora"], ["--device", "tpu"], ["--device", "mps"], ["--fast"]])
+def test_wrong_arguments_end_with_2(arguments: list[str], capsys) -> None:
+    assert command.main(arguments) == 2
+    assert arguments[-1] in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_a_missing_card_is_said(capsys) -> None:
+    assert command.main(["--device", "cuda"]) == 2
+    assert "finds no CUDA device" in capsys.readouterr().err
+
+
+def test_training_steps_are_timed_in_turn_and_agree() -> None:
+    result = step.measure_step(TINY_STEP, CPU)
+    assert result.rounds == 2
+    assert all(len(losses) == 3 for losses in result.losses.values())
+    for ours, theirs in zip(result.losses["fastlora"], result.losses["peft"], strict=True):
+        assert abs(ours - theirs) <= 1e-4 * theirs
+    assert sum(result.implementations.values()) == 7  # q, k, v, o, gate, up, down
+    assert result.ratio > 0
+    text = table.step_table([(TINY_STEP, result)])
+    assert f"in {int(result.ratio > 1)} of 1 rows" in text
+
+
+def test_a_training_process_that_fails_says_why() -> None:
+    with (
+        step.Worker(replace(TINY_STEP, R=0), "peft", CPU) as worker,
+        pytest.raises(step.StepError, match="peft, tiny:(.|\n)*ValueError"),
+    ):
+        worker.step()
+
+
+@pytest.mark.parametrize("loss", [9.0, float("nan")])
+def test_steps_whose_losses_differ_are_not_timed(loss: float) -> None:
+    with pytest.raises(step.StepError, match="tiny: the first loss is"):
+        step.require_agreement(TINY_STEP, {"peft": [4.0], "fastlora": [loss]})
+    step.require_agreement(replace(TINY_STEP, dropout_p=0.1), {"peft": [4.0], "fastlora": [4.1]})
+    step.require_agreement(TINY_STEP, {"peft": [4.0], "fastlora": [4.0000001]})

@@ -1,0 +1,221 @@
+"""The command line: each command does what its function does, and an error is one line and an exit code."""
+
+import json
+import os
+import signal
+import threading
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from fastlora.cli import app
+from fastlora.inference import generate, load_model
+
+PROMPT = "The fox sings. What does the fox do?"
+
+
+@pytest.fixture(autouse=True)
+def as_before():
+    """Commands silence transformers, each for a process of its own."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    with warnings.catch_warnings():
+        yield
+    transformers_logging.set_verbosity(verbosity)
+    transformers_logging.enable_progress_bar()
+
+
+def run(*words: object, code: int = 0) -> str:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, result.output + repr(result.exception)
+    return result.output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A base in model/, its data, and two adapters: truth/ says what the animal does, lies/ always that it eats."""
+    folder = tmp_path_factory.mktemp("cli")
+    tiny.save_model(folder / "model")
+    tiny.save_data(folder / "truth.jsonl", 64)
+    lies = [{**row, "completion": " It eats."} for row in tiny.rows(64)]
+    (folder / "lies.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lies))
+    for name in ("truth", "lies"):
+        run(
+            *("train", "--model", folder / "model", "--data", folder / f"{name}.jsonl", "--output", folder / name),
+            *("--method", "lora", "--r", 8, "--lora-alpha", 16, "--lora-dropout", 0, "--target-modules", "all-linear"),
+            *("--seed", 0, "--epochs", 12, "--batch-size", 8, "--lr", 1e-2, "--max-length", 128, "--save-steps", 40),
+        )
+    return folder
+
+
+def test_train_writes_the_adapter_and_prints_a_summary(folder):
+    config = json.loads((folder / "truth" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (8, 16)
+    assert config["base_model_name_or_path"] == str(folder / "model")
+    assert len((folder / "truth" / "metrics.jsonl").read_text().splitlines()) == 96
+    output = run(
+        "train",
+        "--model",
+        folder / "model",
+        "--data",
+        folder / "truth.jsonl",
+        "--output",
+        folder / "short",
+        "--max-steps",
+        2,
+    )
+    assert "steps" in output and "implementations" in output
+
+
+def test_eval_measures_base_and_adapter(folder):
+    measured = {}
+    for name, options in {"base": ("--model", folder / "model"), "truth": ("--adapter", folder / "truth")}.items():
+        output = run("eval", *options, "--data", folder / "truth.jsonl", "--max-new-tokens", 8, "--json")
+        measured[name] = json.loads(output.splitlines()[-1])
+    assert measured["truth"]["loss"] < measured["base"]["loss"] / 2
+    assert measured["truth"]["exact_match"] > measured["base"]["exact_match"]
+    table = run(
+        "eval", "--adapter", folder / "truth", "--data", folder / "truth.jsonl", "--no-generations", "--limit", 3
+    )
+    assert "perplexity" in table and "rouge1" not in table
+
+
+def test_generate_swaps_between_adapters_on_one_base(folder):
+    options = ("--prompt", PROMPT, "--max-new-tokens", 8)
+    output = run("generate", "--adapter", folder / "truth", "--adapter", f"liar={folder / 'lies'}", *options)
+    assert output.splitlines()[-3:] == [f"> {PROMPT}", "truth: It sings.", "liar: It eats."]
+
+
+def test_swapping_leaves_the_model_as_it_was(folder):
+    model, tokenizer = load_model(None, {"truth": folder / "truth", "lies": folder / "lies"})
+    model.set_adapter("lies")
+    trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    model.train()
+    alone, _ = load_model(str(folder / "model"))
+    answers = {
+        name: generate(model, tokenizer, [PROMPT, "The cat runs."], max_new_tokens=4, adapter_name=name)
+        for name in ("truth", "__base__", None)
+    }
+    assert answers["truth"][0].startswith(" It sings") and answers[None][0].startswith(" It eats")
+    assert answers["__base__"] == generate(alone, tokenizer, [PROMPT, "The cat runs."], max_new_tokens=4)
+    assert model.active_adapters == ["lies"] and model.training
+    assert trainable == [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    with pytest.raises(ValueError, match="'other': expected __base__ or one of truth, lies"):
+        generate(model, tokenizer, [PROMPT], adapter_name="other")
+
+
+def test_padding_changes_no_answer(folder):
+    model, tokenizer = load_model(None, {"truth": folder / "truth"})
+    prompts = [row["prompt"] for row in tiny.rows(5, seed=4)] + ["The cat", "The owl hides. " * 3]
+    apart = generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=1)
+    assert len(set(apart)) > 2
+    assert generate(model, tokenizer, prompts, max_new_tokens=6, batch_size=4) == apart
+
+
+def test_generate_reads_prompts_and_chats(folder):
+    data = tiny.save_data(folder / "two.jsonl", 2, seed=3)
+    output = run("generate", "--adapter", folder / "truth", "--data", data, "--max-new-tokens", 8)
+    assert [line.startswith("> The") for line in output.splitlines()[-4:]] == [True, False, True, False]
+    assert run("generate", "--adapter", folder / "truth", "--prompt", PROMPT, "--chat", "--max-new-tokens", 2)
+
+
+def test_merge_folds_the_adapter_in_and_reports_the_error(folder):
+    tokens = torch.randint(5, 300, (2, 9), generator=torch.Generator().manual_seed(0))
+    beside, _ = load_model(None, {"truth": folder / "truth"})
+    for dtype in ("float32", "bfloat16"):
+        output = run("merge", "--adapter", folder / "truth", "--output", folder / dtype, "--dtype", dtype)
+        report = {words[0]: words[-1] for words in map(str.split, output.splitlines()) if words}
+        assert report["dtype"] == dtype and report["layers"] == "14"
+        bound = {"float32": 2.0**-24, "bfloat16": 2.0**-8}[dtype]
+        assert 0 < float(report["weight_relative_error"]) <= bound
+        merged = AutoModelForCausalLM.from_pretrained(folder / dtype)
+        assert str(merged.dtype) == f"torch.{dtype}"
+        with torch.no_grad():
+            expected, got = beside(input_ids=tokens).logits, merged(input_ids=tokens).logits.float()
+        assert (expected - got).norm() <= {"float32": 1e-5, "bfloat16": 0.05}[dtype] * expected.norm()
+    assert "--overwrite" in run("merge", "--adapter", folder / "truth", "--output", folder / "float32", code=2)
+
+
+def test_env_says_what_is_here(folder):
+    output = run("env")
+    assert all(name in output for name in ("python", "cpu", "gpu", torch.__version__, "reference", "triton", "cuda"))
+
+
+ERRORS = {
+    "no such data": ("train --model {model} --data {none}.jsonl --output {none}", "there is no file"),
+    "bad option": ("train --model {model} --data {data} --output {none} --r 0", "r=0: expected at least 1"),
+    "unknown modules": ("train --model {model} --data {data} --output {none} --target-modules nope", "nope"),
+    "no such model": ("eval --model {none} --data {data}", "model: there is no folder"),
+    "an adapter as the base": ("eval --model {adapter} --data {data}", "expected a base model"),
+    "no adapter": ("merge --adapter {model} --output {none}", "there is no adapter_config.json"),
+    "no prompt": ("generate --model {model}", "expected either --prompt or --data"),
+    "one name twice": (
+        "generate --adapter {adapter} --adapter {adapter} --prompt a",
+        "two adapters are called 'truth'",
+    ),
+    "nothing to load": ("generate --prompt a", "no base model was named"),
+    "output in use": ("train --model {model} --data {data} --output {adapter}", "--resume goes on"),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_an_error_is_one_line_and_exit_code_2(folder, case):
+    words, message = ERRORS[case]
+    names = {
+        "model": folder / "model",
+        "data": folder / "truth.jsonl",
+        "adapter": folder / "truth",
+        "none": folder / "none",
+    }
+    lines = run(*(word.format(**names) for word in words.split()), code=2).splitlines()
+    assert lines[-1].startswith(f"fastlora {words.split()[0]}: ") and message in lines[-1]
+
+
+def test_bad_lines_are_listed(folder):
+    bad = folder / "bad.jsonl"
+    bad.write_text('{"prompt": "a"}\n{"completion": "b"}\n')
+    output = run("train", "--model", folder / "model", "--data", bad, "--output", folder / "none", code=2)
+    assert output.splitlines()[-3:] == [
+        "fastlora train: 2 bad lines in the data:",
+        f"{bad}:1: no field 'completion'",
+        f"{bad}:2: no field 'prompt'",
+    ]
+
+
+def test_training_that_goes_wrong_exits_1(folder):
+    options = (
+        "--model",
+        folder / "model",
+        "--data",
+        folder / "truth.jsonl",
+        "--output",
+        folder / "wrong",
+        "--lora-alpha",
+        0,
+    )
+    assert "no gradient reached" in run("train", *options, code=1)
+
+
+def test_an_interrupt_saves_and_exits_130(folder):
+    metrics = folder / "interrupted" / "metrics.jsonl"
+
+    def interrupt() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    options = ("--model", folder / "model", "--data", folder / "truth.jsonl", "--output", metrics.parent)
+    output = run("train", *options, "--max-steps", 300, code=130)
+    thread.join()
+    assert "stopped after step" in output and "--resume" in output
+    assert list((metrics.parent / "checkpoints").glob("step-*"))

@@ -1,0 +1,130 @@
+"""The house's rules that a machine can check: imports point down, implementations stand apart, names say something."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OPERATORS = ("lora_linear", "multi_lora", "prefix_concat")
+
+# From the bottom up; a file imports only from floors below its own, or from its own package.
+FLOORS = (
+    {"reference"},
+    {"ops", "packed"},
+    {"kernels", "_C"},
+    {"functional"},
+    {"layers"},
+    {"peft"},
+    {"fastlora"},  # the package itself
+    {"data", "metrics", "checkpoint", "environment"},
+    {"inference"},
+    {"merge"},
+    {"train"},
+    {"demo", "benchmarks"},
+    {"cli"},
+    {"__main__"},
+)
+FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+
+
+def sources() -> list[Path]:
+    """Every Python file of the product; kernels and benchmarks also appear inside fastlora, as links."""
+    folders = ("fastlora", "kernels", "benchmarks")
+    found = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    return sorted(path for path in found if not any(parent.is_symlink() for parent in path.parents))
+
+
+def part_of(path: Path) -> str:
+    """The name in FLOORS of a file: its module, or the package that it lies in."""
+    folder, *rest = path.relative_to(ROOT).parts
+    if folder != "fastlora":
+        return folder
+    return "fastlora" if rest == ["__init__.py"] else rest[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> list[tuple[int, str]]:
+    """(line, name in FLOORS) for everything of fastlora that a file imports, also inside functions."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            package, *rest = name.split(".")
+            if package == "fastlora":
+                found.append((node.lineno, rest[0] if rest and rest[0] in FLOOR_OF else "fastlora"))
+            elif package in ("kernels", "benchmarks"):
+                found.append((node.lineno, package))
+    return found
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_point_down(path: Path) -> None:
+    part = part_of(path)
+    assert part in FLOOR_OF, f"{path.name} has no floor: give it one in FLOORS"
+    for line, name in imports_of(path):
+        assert name == part or FLOOR_OF[name] < FLOOR_OF[part], f"line {line} imports {name}, which is not below {part}"
+
+
+def test_the_walk_sees_imports() -> None:
+    """The rule above is about something: the known arrows are found."""
+    assert {name for _, name in imports_of(ROOT / "fastlora" / "ops.py")} == {"reference"}
+    assert {"functional", "layers"} <= {name for _, name in imports_of(ROOT / "fastlora" / "peft.py")}
+    assert len(sources()) > 10
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_kernels_stand_apart(operator: str) -> None:
+    """An operator's kernels import no other operator's and not the reference; what they share has files with names of their own."""
+    others = [stem for stem in OPERATORS if stem != operator]
+    tree = ast.parse((ROOT / "kernels" / f"{operator}.py").read_text())
+    modules = [
+        f"{node.module}.{alias.name}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    ]
+    modules += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    assert "fastlora.ops" in modules
+    for module in modules:
+        assert not set(module.split(".")) & {*others, "reference"}, module
+
+
+def test_shared_kernel_files_import_no_operator() -> None:
+    for path in (ROOT / "kernels").glob("*.py"):
+        if path.stem not in OPERATORS:
+            assert not re.search(rf"^\s*(from|import) .*\b({'|'.join(OPERATORS)})\b", path.read_text(), re.MULTILINE), (
+                path.name
+            )
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc").rglob("*.cpp")), ids=lambda path: path.name)
+def test_native_files_stand_apart(path: Path) -> None:
+    """An operator's C++ includes no other operator's, and no .cpp."""
+    for included in re.findall(r'#include "([^"]+)"', path.read_text()):
+        stem, _, suffix = Path(included).name.partition(".")
+        assert suffix in ("h", "hpp") and (stem not in OPERATORS or stem == path.stem), included
+
+
+def test_kernels_is_no_regular_package() -> None:
+    """With an __init__.py there, transformers would take it for Hugging Face's package `kernels`."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+    link = ROOT / "fastlora" / "kernels"
+    assert link.is_symlink() and link.readlink() == Path("../kernels")
+
+
+def test_files_have_names() -> None:
+    nameless = {"utils", "util", "common", "helpers", "helper", "misc"}
+    folders = ("fastlora", "kernels", "csrc", "benchmarks", "tests")
+    for path in (path for folder in folders for path in (ROOT / folder).rglob("*")):
+        assert not nameless & set(re.split(r"[_.]", path.name.lower())), path
+
+
+def test_each_operator_is_one_stem_everywhere() -> None:
+    for operator in OPERATORS:
+        for path in (f"kernels/{operator}.py", f"csrc/cpu/{operator}.cpp", f"tests/test_{operator}.py"):
+            assert (ROOT / path).is_file(), path

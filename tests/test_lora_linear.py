@@ -1,0 +1,423 @@
+"""lora_linear: y = x Wᵀ + b + s d(x) Aᵀ Bᵀ, every implementation against the float64 reference, forward and backward."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bounds import (
+    Layer,
+    assert_within_bound,
+    double,
+    gapped,
+    gradients,
+    make_layer,
+    next_seed,
+    print_accepted,
+    run_apart,
+    transposed,
+)
+from conftest import implementations
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fastlora import ops, reference
+from fastlora.functional import lora_linear
+
+OPERATOR = "lora_linear"
+SCALE = 1.7
+
+
+def exactly(layer: Layer, scale: float, dropout_p: float, seed: Tensor | None) -> list[Tensor]:
+    """y, dx, da, db in float64 by the reference."""
+    dy = double(layer.dy)
+    x, weight, bias, lora_a, lora_b = (double(tensor) for tensor in layer[:5])
+    y, xa = reference.lora_linear(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+    return [
+        y,
+        *reference.lora_linear_backward(dy, x, weight, lora_a, lora_b, xa, scale, dropout_p, seed, True, True, True),
+    ]
+
+
+def eagerly(layer: Layer, scale: float, dropout_p: float, seed: Tensor | None) -> list[Tensor]:
+    """y, dx, da, db the way PEFT computes them, A and B cast to x's dtype, with the mask that the seed gives."""
+    x, weight, bias, lora_a, lora_b, dy = layer
+    dropped = x
+    if seed is not None:
+        kept = reference.keep_mask(seed, torch.arange(len(x), device=x.device), x.shape[1], dropout_p)
+        dropped = x * kept * reference.keep_scale(dropout_p)
+    y = F.linear(x, weight, bias) + F.linear(F.linear(dropped, lora_a.to(x.dtype)), lora_b.to(x.dtype)) * scale
+    return [y, *gradients(y, (x, lora_a, lora_b), dy)]
+
+
+def fused(layer: Layer, scale: float, dropout_p: float) -> list[Tensor]:
+    x, weight, bias, lora_a, lora_b, dy = layer
+    y = lora_linear(x, weight, bias, lora_a, lora_b, scale, dropout_p=dropout_p)
+    return [y, *gradients(y, (x, lora_a, lora_b), dy)]
+
+
+def check(layer: Layer, dropout_p: float, scale: float = SCALE) -> None:
+    before = [None if tensor is None else tensor.detach().clone() for tensor in layer]
+    seed = next_seed(layer.x.device.type, 1) if dropout_p else None
+    results = zip(
+        ("y", "dx", "da", "db"),
+        fused(layer, scale, dropout_p),
+        eagerly(layer, scale, dropout_p, seed),
+        exactly(layer, scale, dropout_p, seed),
+        strict=True,
+    )
+    for name, value, eager, exact in results:
+        assert_within_bound(name, value.detach(), eager.detach(), exact)
+    for name, tensor, copy in zip(Layer._fields, layer, before, strict=True):
+        assert tensor is None or torch.equal(tensor, copy), f"{name} was written to"
+
+
+class Case(NamedTuple):
+    M: int
+    K: int
+    N: int
+    R: int
+    dtype: torch.dtype = torch.float32
+    adapter_dtype: torch.dtype | None = None
+    bias: bool = True
+    dropout_p: float = 0.0
+
+
+CASES = {
+    "plain": Case(32, 64, 48, 8),
+    "no rows": Case(0, 65, 48, 8, dropout_p=0.1),
+    "one row": Case(1, 64, 48, 8),
+    "one row, dropout, bfloat16": Case(1, 65, 48, 8, torch.bfloat16, torch.float32, dropout_p=0.1),
+    "one column": Case(5, 1, 1, 1, dropout_p=0.1),
+    "odd": Case(37, 65, 48, 3, dropout_p=0.1),
+    "rank 1": Case(37, 65, 48, 1, bias=False),
+    "rank 64": Case(37, 65, 48, 64, bias=False, dropout_p=0.1),
+    "rank 129": Case(37, 65, 48, 129, dropout_p=0.1),
+    "many tiles": Case(130, 300, 201, 16, dropout_p=0.1),
+    "bfloat16": Case(37, 65, 48, 8, torch.bfloat16, dropout_p=0.1),
+    "bfloat16, rank 1": Case(37, 65, 48, 1, torch.bfloat16, bias=False),
+    "bfloat16, many tiles": Case(130, 300, 201, 16, torch.bfloat16),
+    "bfloat16, float32 adapter": Case(37, 65, 48, 8, torch.bfloat16, torch.float32, dropout_p=0.1),
+    "bfloat16, float32 adapter, rank 129": Case(37, 65, 48, 129, torch.bfloat16, torch.float32, bias=False),
+    "float16": Case(37, 65, 48, 3, torch.float16, dropout_p=0.1),
+    "float16, float32 adapter": Case(37, 65, 48, 64, torch.float16, torch.float32, bias=False, dropout_p=0.1),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_bound(device: str, implementation: str, case: Case) -> None:
+    *sizes, dropout_p = case
+    check(make_layer(*sizes, device=device), dropout_p)
+
+
+LAYOUTS: dict[str, Callable[[Layer], Layer]] = {
+    "x with gaps": lambda layer: layer._replace(x=gapped(layer.x)),
+    "x transposed": lambda layer: layer._replace(x=transposed(layer.x)),
+    "weight transposed": lambda layer: layer._replace(weight=transposed(layer.weight)),
+    "everything with gaps": lambda layer: Layer(*(gapped(tensor) for tensor in layer)),
+    "adapter transposed": lambda layer: layer._replace(
+        lora_a=transposed(layer.lora_a), lora_b=transposed(layer.lora_b)
+    ),
+    "dy transposed": lambda layer: layer._replace(dy=transposed(layer.dy)),
+    "dy expanded": lambda layer: layer._replace(dy=layer.dy[:1, :1].expand_as(layer.dy)),
+    "x expanded": lambda layer: layer._replace(x=layer.x[:1].detach().expand_as(layer.x).requires_grad_()),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts(device: str, implementation: str, layout: Callable[[Layer], Layer], dtype: torch.dtype) -> None:
+    check(layout(make_layer(19, 33, 24, 5, dtype, device=device)), dropout_p=0.1)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 0), (2, 1, 3)], ids=str)
+def test_leading_dimensions(device: str, implementation: str, shape: tuple[int, ...]) -> None:
+    layer = make_layer(max(1, torch.Size(shape).numel()) if 0 not in shape else 0, 20, 12, 4, device=device)
+    x = layer.x.detach().reshape(*shape, 20).requires_grad_()
+    y = lora_linear(x, *layer[1:5], SCALE)
+    flat = lora_linear(*layer[:5], SCALE)
+    assert y.shape == (*shape, 12)
+    assert torch.equal(y.flatten(), flat.flatten())
+    dx, flat_dx = (torch.autograd.grad(out, inp, layer.dy.view_as(out))[0] for out, inp in ((y, x), (flat, layer.x)))
+    assert torch.equal(dx, flat_dx.view_as(x))
+
+
+@pytest.mark.parametrize(
+    "wanted", [(True, False, False), (False, True, False), (False, False, True), (False, True, True)], ids=str
+)
+def test_only_what_is_needed(device: str, implementation: str, wanted: tuple[bool, bool, bool]) -> None:
+    """Each gradient alone is the one of the full backward, and what is not wanted has no elements."""
+    layer = make_layer(13, 24, 16, 4, device=device)
+    seed = next_seed(device, 1)
+    x, weight, bias, lora_a, lora_b, dy = (tensor.detach() for tensor in layer)
+    _, xa = ops.implementation("lora_linear", implementation)(x, weight, bias, lora_a, lora_b, SCALE, 0.1, seed)
+    backward = ops.implementation("lora_linear_backward", implementation)
+    everything = backward(dy, x, weight, lora_a, lora_b, xa, SCALE, 0.1, seed, True, True, True)
+    for need, some, full in zip(
+        wanted, backward(dy, x, weight, lora_a, lora_b, xa, SCALE, 0.1, seed, *wanted), everything, strict=True
+    ):
+        assert torch.equal(some, full) if need else some.numel() == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_xa(device: str, implementation: str, dtype: torch.dtype) -> None:
+    """xa leaves in float32, within the bound: the backward of any other implementation may read it."""
+    layer = make_layer(13, 65, 16, 4, dtype, device=device)
+    seed = next_seed(device, 1)
+    inputs = [tensor.detach() for tensor in layer[:5]]
+    _, xa = ops.implementation("lora_linear", implementation)(*inputs, SCALE, 0.1, seed)
+    _, exact = reference.lora_linear(*(tensor.double() for tensor in inputs), SCALE, 0.1, seed)
+    _, eager = reference.lora_linear(*inputs, SCALE, 0.1, seed)
+    assert_within_bound("xa", xa, eager, exact)
+
+
+def dropped_ones(device: str, rows: int, K: int, dropout_p: float, **options: Any) -> tuple[Tensor, Tensor]:
+    """d(1) [rows, K] and the gradient of its sum: with W = 0 and A = B = 1 nothing but dropout is left of the layer."""
+    x = torch.ones(rows, K, device=device, requires_grad=True)
+    one = torch.eye(K, device=device)
+    y = lora_linear(x, torch.zeros(K, K, device=device), None, one, one, 1.0, dropout_p=dropout_p, **options)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    return y.detach(), dx
+
+
+@pytest.mark.parametrize("K", [1, 7, 8, 65])
+def test_mask_bits(device: str, implementation: str, K: int) -> None:
+    seed = next_seed(device, 3)
+    expected = reference.keep_mask(seed, torch.arange(21, device=device), K, 0.3).float() * reference.keep_scale(0.3)
+    y, dx = dropped_ones(device, 21, K, 0.3)
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(dx, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("dropout_p", "value"), [(0.0, 1.0), (1e-7, 1.0), (1.0, 0.0), (1 - 1e-7, 0.0)], ids=["0", "tiny", "1", "nearly 1"]
+)
+def test_dropout_at_its_ends(device: str, implementation: str, dropout_p: float, value: float) -> None:
+    y, dx = dropped_ones(device, 5, 17, dropout_p)
+    assert (y == value).all() and (dx == value).all()
+
+
+def test_dropout_only_in_training(device: str, implementation: str) -> None:
+    y, dx = dropped_ones(device, 5, 17, 0.5, training=False)
+    assert (y == 1).all() and (dx == 1).all()
+
+
+def test_every_call_draws_its_own_mask(device: str, implementation: str) -> None:
+    torch.manual_seed(0)
+    first, second = (dropped_ones(device, 8, 32, 0.5)[0] for _ in range(2))
+    assert not torch.equal(first, second)
+    torch.manual_seed(0)
+    assert torch.equal(first, dropped_ones(device, 8, 32, 0.5)[0])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_checkpointing_replays_dropout(device: str, implementation: str, use_reentrant: bool) -> None:
+    layer = make_layer(9, 24, 24, 4, device=device)
+
+    def twice(x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = lora_linear(x, *layer[1:5], SCALE, dropout_p=0.5)
+        return x
+
+    torch.manual_seed(5)
+    plain = gradients(twice(layer.x), (layer.x, layer.lora_a, layer.lora_b), layer.dy)
+    torch.manual_seed(5)
+    y = checkpoint(twice, layer.x, use_reentrant=use_reentrant)
+    leaves = (layer.x, layer.lora_a, layer.lora_b)
+    y.backward(layer.dy)  # the reentrant kind supports no autograd.grad
+    for leaf, expected in zip(leaves, plain, strict=True):
+        assert torch.equal(leaf.grad, expected)
+
+
+def test_two_runs_are_equal(device: str, implementation: str) -> None:
+    torch.use_deterministic_algorithms(False)  # the tests' own setting must not be what makes it so
+    layer = make_layer(130, 96, 64, 16, device=device)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        runs.append(fused(layer, SCALE, 0.1))
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_without_gradients(device: str, implementation: str) -> None:
+    layer = make_layer(13, 24, 16, 4, device=device)
+    with_grad = lora_linear(*layer[:5], SCALE)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            y = lora_linear(*layer[:5], SCALE)
+        assert not y.requires_grad and torch.equal(y, with_grad)
+
+
+@pytest.mark.parametrize("adapter_dtype", [torch.float32, torch.bfloat16], ids=["float32 adapter", "bfloat16 adapter"])
+def test_autocast(device: str, implementation: str, adapter_dtype: torch.dtype) -> None:
+    """Under autocast the layer is what it is on tensors cast by hand, and the gradients come back in their own dtypes."""
+    layer = make_layer(13, 24, 16, 4, torch.float32, adapter_dtype, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        y = lora_linear(*layer[:5], SCALE)
+    cast = layer._replace(**{name: getattr(layer, name).detach().bfloat16() for name in ("x", "weight", "bias", "dy")})
+    cast.x.requires_grad_()
+    expected = lora_linear(*cast[:5], SCALE)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected)
+    got = gradients(y, (layer.x, layer.lora_a, layer.lora_b), cast.dy)
+    wanted = gradients(expected, (cast.x, cast.lora_a, cast.lora_b), cast.dy)
+    assert [grad.dtype for grad in got] == [torch.float32, adapter_dtype, adapter_dtype]
+    for grad, want in zip(got, wanted, strict=True):
+        assert torch.equal(grad, want.to(grad.dtype))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_gradcheck(device: str, bias: bool, dropout_p: float) -> None:
+    layer = make_layer(3, 9, 5, 2, torch.float64, bias=bias, device=device)
+
+    def function(x: Tensor, lora_a: Tensor, lora_b: Tensor) -> Tensor:
+        torch.manual_seed(0)  # the same mask at each evaluation
+        return lora_linear(x, layer.weight, layer.bias, lora_a, lora_b, SCALE, dropout_p=dropout_p)
+
+    assert torch.autograd.gradcheck(function, (layer.x, layer.lora_a, layer.lora_b))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_opcheck(device: str, dtype: torch.dtype) -> None:
+    layer = make_layer(5, 16, 12, 4, dtype, torch.float32, device=device)
+    x, weight, bias, lora_a, lora_b, dy = (tensor.detach() for tensor in layer)
+    seed = next_seed(device, 0)
+    torch.library.opcheck(torch.ops.fastlora.lora_linear.default, (x, weight, bias, lora_a, lora_b, SCALE, 0.1, seed))
+    xa = torch.randn(5, 4, device=device)
+    for need in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(
+            torch.ops.fastlora.lora_linear_backward.default,
+            (dy, x, weight, lora_a, lora_b, xa, SCALE, 0.1, seed, *need),
+        )
+
+
+def test_compiles_whole(device: str, implementation: str) -> None:
+    """torch.compile traces forward and backward as one graph, for any number of rows, and dropout stays drawn by torch's generator."""
+    torch.compiler.reset()
+    compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager", dynamic=True)
+    for M in (6, 11):
+        layer = make_layer(M, 24, 16, 4, device=device)
+        inputs = (layer.x, layer.lora_a, layer.lora_b)
+        y, expected = (function(*layer[:5], SCALE) for function in (compiled, lora_linear))
+        assert torch.equal(y, expected)
+        for grad, want in zip(gradients(y, inputs, layer.dy), gradients(expected, inputs, layer.dy), strict=True):
+            assert torch.equal(grad, want)
+    y = compiled(*layer[:5], SCALE, dropout_p=0.5)
+    assert y.isfinite().all() and not torch.equal(y, compiled(*layer[:5], SCALE, dropout_p=0.5))
+
+
+def right_arguments() -> dict[str, Any]:
+    x, weight, bias, lora_a, lora_b, _ = make_layer(6, 16, 12, 4)
+    return {"x": x, "weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b, "scale": 2.0, "dropout_p": 0.1}
+
+
+NAN, INF = float("nan"), float("inf")
+WRONG: dict[str, tuple[str, dict[str, Any]]] = {
+    "x: a list": ("x", {"x": [1.0]}),
+    "x: None": ("x", {"x": None}),
+    "x: integers": ("x", {"x": torch.ones(6, 16, dtype=torch.int64)}),
+    "x: no dimension": ("x", {"x": torch.tensor(1.0)}),
+    "x: on meta": ("weight", {"x": torch.ones(6, 16, device="meta")}),
+    "x: another K": ("weight", {"x": torch.ones(6, 15)}),
+    "weight: None": ("weight", {"weight": None}),
+    "weight: 1-D": ("weight", {"weight": torch.ones(16)}),
+    "weight: no dimension": ("weight", {"weight": torch.tensor(1.0)}),
+    "weight: transposed": ("weight", {"weight": torch.ones(16, 12)}),
+    "weight: dtype": ("weight", {"weight": torch.ones(12, 16, dtype=torch.float16)}),
+    "weight: quantised": ("weight", {"weight": torch.ones(12, 16, dtype=torch.int8)}),
+    "weight: on meta": ("weight", {"weight": torch.ones(12, 16, device="meta")}),
+    "weight: requires grad": ("weight", {"weight": torch.ones(12, 16, requires_grad=True)}),
+    "bias: a number": ("bias", {"bias": 1.0}),
+    "bias: 2-D": ("bias", {"bias": torch.ones(1, 12)}),
+    "bias: another N": ("bias", {"bias": torch.ones(11)}),
+    "bias: dtype": ("bias", {"bias": torch.ones(12, dtype=torch.float64)}),
+    "bias: on meta": ("bias", {"bias": torch.ones(12, device="meta")}),
+    "bias: requires grad": ("bias", {"bias": torch.ones(12, requires_grad=True)}),
+    "lora_a: None": ("lora_a", {"lora_a": None}),
+    "lora_a: 1-D": ("lora_a", {"lora_a": torch.ones(16)}),
+    "lora_a: another K": ("lora_a", {"lora_a": torch.ones(4, 15)}),
+    "lora_a: rank 0": ("lora_a", {"lora_a": torch.ones(0, 16), "lora_b": torch.ones(12, 0)}),
+    "lora_a: dtype": ("lora_a", {"lora_a": torch.ones(4, 16).bfloat16(), "lora_b": torch.ones(12, 4).bfloat16()}),
+    "lora_a: integers": ("lora_a", {"lora_a": torch.ones(4, 16).int()}),
+    "lora_a: on meta": ("lora_a", {"lora_a": torch.ones(4, 16, device="meta")}),
+    "lora_b: None": ("lora_b", {"lora_b": None}),
+    "lora_b: another rank": ("lora_b", {"lora_b": torch.ones(12, 5)}),
+    "lora_b: another N": ("lora_b", {"lora_b": torch.ones(11, 4)}),
+    "lora_b: 3-D": ("lora_b", {"lora_b": torch.ones(12, 4, 1)}),
+    "lora_b: dtype": ("lora_b", {"lora_b": torch.ones(12, 4).bfloat16()}),
+    "lora_b: on meta": ("lora_b", {"lora_b": torch.ones(12, 4, device="meta")}),
+    "scale: None": ("scale", {"scale": None}),
+    "scale: a string": ("scale", {"scale": "2"}),
+    "scale: a tensor": ("scale", {"scale": torch.tensor(2.0)}),
+    "scale: NaN": ("scale", {"scale": NAN}),
+    "scale: infinite": ("scale", {"scale": -INF}),
+    "dropout_p: negative": ("dropout_p", {"dropout_p": -0.1}),
+    "dropout_p: above 1": ("dropout_p", {"dropout_p": 1.1}),
+    "dropout_p: NaN": ("dropout_p", {"dropout_p": NAN}),
+    "dropout_p: None": ("dropout_p", {"dropout_p": None}),
+}
+
+
+CAST_AWAY = {"weight: dtype", "bias: dtype", "lora_a: dtype", "lora_b: dtype"}
+
+
+@pytest.mark.parametrize(("name", "changes"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments(name: str, changes: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=rf"^{name}: .*expected"):
+        lora_linear(**{**right_arguments(), **changes})
+
+
+@pytest.mark.parametrize("case", [case for case in WRONG if case not in CAST_AWAY])
+def test_wrong_arguments_under_autocast(case: str) -> None:
+    """What autocast does not cast is as wrong as without it."""
+    name, changes = WRONG[case]
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises((TypeError, ValueError), match=rf"^{name}: .*expected"):
+        lora_linear(**{**right_arguments(), **changes})
+
+
+WRONG_RAW = {
+    case: (name, changes)
+    for case, (name, changes) in WRONG.items()
+    if name not in ("scale", "dropout_p") and not case.endswith(("None", "on meta", "requires grad"))
+}
+WRONG_SEED = {
+    "seed: dtype": ("seed", {"seed": torch.tensor(1, dtype=torch.int32)}),
+    "seed: empty": ("seed", {"seed": torch.ones(0, dtype=torch.int64)}),
+}
+WRONG_BACKWARD = {
+    "dy: another N": ("dy", {"dy": torch.ones(6, 11)}),
+    "dy: another M": ("dy", {"dy": torch.ones(5, 12)}),
+    "dy: 1-D": ("dy", {"dy": torch.ones(12)}),
+    "dy: dtype": ("dy", {"dy": torch.ones(6, 12).bfloat16()}),
+    "xa: another rank": ("xa", {"xa": torch.ones(6, 3)}),
+    "xa: another M": ("xa", {"xa": torch.ones(5, 4)}),
+    "xa: dtype": ("xa", {"xa": torch.ones(6, 4).bfloat16()}),
+}
+
+
+def call_the_native_operators_wrongly() -> None:
+    right = {name: value.detach() if isinstance(value, Tensor) else value for name, value in right_arguments().items()}
+    seed = {"seed": torch.tensor(1)}
+    print_accepted("lora_linear_cpu", {**right, **seed}, WRONG_RAW | WRONG_SEED)
+    forward = {name: value for name, value in right.items() if name not in ("bias", "scale", "dropout_p")}
+    rest = {
+        "xa": torch.ones(6, 4),
+        "scale": 2.0,
+        "dropout_p": 0.1,
+        **seed,
+        "need_dx": True,
+        "need_da": True,
+        "need_db": True,
+    }
+    wrong = {case: (name, changes) for case, (name, changes) in WRONG_RAW.items() if name != "bias"}
+    print_accepted(
+        "lora_linear_backward_cpu", {"dy": torch.ones(6, 12), **forward, **rest}, wrong | WRONG_SEED | WRONG_BACKWARD
+    )
+
+
+@pytest.mark.skipif("cpu" not in implementations(OPERATOR, "cpu"), reason="the native extension is not built")
+def test_wrong_arguments_to_the_native_operators() -> None:
+    """They raise, naming the argument, also when no one checks before them; none ends the process."""
+    assert run_apart("test_lora_linear", call_the_native_operators_wrongly) == ""

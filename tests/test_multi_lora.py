@@ -1,0 +1,474 @@
+"""multi_lora: each row its own adapter, every implementation against the float64 reference, forward and backward."""
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bounds import (
+    assert_within_bound,
+    double,
+    gapped,
+    gradients,
+    make_layer,
+    next_seed,
+    print_accepted,
+    run_apart,
+    transposed,
+)
+from conftest import implementations
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from fastlora import ops, reference
+from fastlora.functional import RowGroups, group_rows, lora_linear, multi_lora
+
+OPERATOR = "multi_lora"
+
+
+class Mixed(NamedTuple):
+    """A frozen layer, S adapters and a batch whose rows use them; x, lora_a and lora_b require gradients."""
+
+    x: Tensor  # [M, K]
+    weight: Tensor  # [N, K]
+    bias: Tensor | None  # [N]
+    lora_a: list[Tensor]  # S of [R_i, K]
+    lora_b: list[Tensor]  # S of [N, R_i]
+    scale: list[float]
+    index: Tensor  # [M]
+    dropout_p: list[float]
+    dy: Tensor  # [M, N]
+
+
+def make_mixed(
+    index: list[int],
+    ranks: list[int],
+    K: int = 33,
+    N: int = 24,
+    dtype: torch.dtype = torch.float32,
+    adapter_dtype: torch.dtype | None = None,
+    bias: bool = True,
+    dropout: bool = True,
+    device: str = "cpu",
+) -> Mixed:
+    """Every adapter has its own rank and scale and, with dropout, its own probability: 0, 0.3, 0, 0.5, 0, ..."""
+    layers = [make_layer(len(index), K, N, rank, dtype, adapter_dtype, bias, device) for rank in ranks]
+    x, weight, frozen, _, _, dy = layers[0]
+    return Mixed(
+        x,
+        weight,
+        frozen,
+        [layer.lora_a for layer in layers],
+        [layer.lora_b for layer in layers],
+        [(-1) ** i * (0.5 + i) for i in range(len(ranks))],
+        torch.tensor(index, dtype=torch.int64, device=device),
+        [(0.0, 0.3, 0.0, 0.5)[i % 4] if dropout else 0.0 for i in range(len(ranks))],
+        dy,
+    )
+
+
+def fused(mixed: Mixed) -> list[Tensor]:
+    """y, dx, every dA, every dB."""
+    x, weight, bias, lora_a, lora_b, scale, index, dropout_p, dy = mixed
+    y = multi_lora(x, weight, bias, lora_a, lora_b, scale, index, dropout_p=dropout_p)
+    return [y, *gradients(y, (x, *lora_a, *lora_b), dy)]
+
+
+def eagerly(mixed: Mixed, seed: Tensor | None) -> list[Tensor]:
+    """The same the way PEFT does it: the base for all rows, then adapter by adapter on its rows."""
+    x, weight, bias, lora_a, lora_b, scale, index, dropout_p, dy = mixed
+    y = F.linear(x, weight, bias)
+    for i, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
+        (rows,) = torch.nonzero(index == i, as_tuple=True)
+        dropped = x[rows]
+        if seed is not None and dropout_p[i]:
+            dropped = (
+                dropped * reference.keep_mask(seed, rows, x.shape[1], dropout_p[i]) * reference.keep_scale(dropout_p[i])
+            )
+        y = y.index_add(0, rows, F.linear(F.linear(dropped, a.to(x.dtype)), b.to(x.dtype)) * scale[i])
+    return [y, *gradients(y, (x, *lora_a, *lora_b), dy)]
+
+
+def exactly(mixed: Mixed, seed: Tensor | None) -> list[Tensor]:
+    """The same in float64 by the reference."""
+    x, weight, bias, dy = (double(tensor) for tensor in (mixed.x, mixed.weight, mixed.bias, mixed.dy))
+    lora_a, lora_b = ([tensor.detach().double() for tensor in tensors] for tensors in (mixed.lora_a, mixed.lora_b))
+    sorting = mixed.dropout_p, seed, *group_rows(mixed.index, len(lora_a)).for_rows(len(x))
+    y, xa = reference.multi_lora(x, weight, bias, lora_a, lora_b, mixed.scale, *sorting)
+    dx, da, db = reference.multi_lora_backward(
+        dy, x, weight, lora_a, lora_b, xa, mixed.scale, *sorting, True, True, True
+    )
+    das = [grad.view_as(a) for grad, a in zip(da.split([a.numel() for a in lora_a]), lora_a, strict=True)]
+    dbs = [grad.view_as(b) for grad, b in zip(db.split([b.numel() for b in lora_b]), lora_b, strict=True)]
+    return [y, dx, *das, *dbs]
+
+
+def check(mixed: Mixed) -> None:
+    S = len(mixed.lora_a)
+    seed = next_seed(mixed.x.device.type, 1) if any(mixed.dropout_p) else None
+    names = ["y", "dx", *(f"da[{i}]" for i in range(S)), *(f"db[{i}]" for i in range(S))]
+    for name, value, eager, exact in zip(names, fused(mixed), eagerly(mixed, seed), exactly(mixed, seed), strict=True):
+        assert_within_bound(name, value.detach(), eager.detach(), exact)
+
+
+SHUFFLED = [2, -1, 0, 3, 3, 0, 2, -1, 2, 0, 0, 3, -1, 2, 2, 0, 3]  # adapter 1 has no row
+CASES: dict[str, dict[str, Any]] = {
+    "one adapter, all rows": {"index": [0] * 19, "ranks": [8]},
+    "no row with an adapter": {"index": [-1] * 5, "ranks": [4, 2]},
+    "no rows": {"index": [], "ranks": [4, 2]},
+    "one row": {"index": [1], "ranks": [3, 8, 1]},
+    "one row, base only": {"index": [-1], "ranks": [3]},
+    "shuffled": {"index": SHUFFLED, "ranks": [1, 8, 3, 17]},
+    "shuffled, no bias, no dropout": {"index": SHUFFLED, "ranks": [4, 4, 4, 4], "bias": False, "dropout": False},
+    "an adapter a row": {"index": list(range(9)), "ranks": list(range(1, 10))},
+    "large ranks": {"index": [0, 1, 1, 0, 1], "ranks": [64, 129], "K": 65, "N": 48},
+    "many rows": {"index": [i % 4 - 1 for i in range(150)], "ranks": [16, 8, 5], "K": 130, "N": 70},
+    "bfloat16": {"index": SHUFFLED, "ranks": [1, 8, 3, 17], "dtype": torch.bfloat16},
+    "bfloat16, float32 adapters": {
+        "index": SHUFFLED,
+        "ranks": [1, 8, 3, 17],
+        "dtype": torch.bfloat16,
+        "adapter_dtype": torch.float32,
+    },
+    "float16": {"index": SHUFFLED, "ranks": [1, 8, 3, 17], "dtype": torch.float16, "bias": False},
+    "float16, float32 adapters": {
+        "index": [1, 0, 1],
+        "ranks": [2, 64],
+        "dtype": torch.float16,
+        "adapter_dtype": torch.float32,
+    },
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_bound(device: str, implementation: str, case: dict[str, Any]) -> None:
+    check(make_mixed(**case, device=device))
+
+
+@pytest.mark.parametrize("layout", [gapped, transposed], ids=["gaps", "transposed"])
+def test_layouts(device: str, implementation: str, layout: Any) -> None:
+    mixed = make_mixed(SHUFFLED, [1, 8, 3, 17], device=device)
+    tensors = {name: layout(getattr(mixed, name)) for name in ("x", "weight", "dy")}
+    lists = {name: [layout(tensor) for tensor in getattr(mixed, name)] for name in ("lora_a", "lora_b")}
+    check(mixed._replace(**tensors, **lists))
+
+
+def test_equals_lora_linear_where_all_rows_share_an_adapter(device: str, implementation: str) -> None:
+    """Row numbers, and so masks, are those of the whole x: the two operators drop the same elements."""
+    mixed = make_mixed([0] * 14, [4], dropout=False, device=device)
+    torch.manual_seed(8)
+    y = multi_lora(*mixed[:3], mixed.lora_a, mixed.lora_b, [2.0], mixed.index, dropout_p=0.4)
+    torch.manual_seed(8)
+    expected = lora_linear(*mixed[:3], mixed.lora_a[0], mixed.lora_b[0], 2.0, dropout_p=0.4)
+    torch.testing.assert_close(y, expected)
+
+
+def test_index_a_row_an_example_and_groups(device: str, implementation: str) -> None:
+    """One number an example says the same as that number on each of the example's rows; groups made once say the same again."""
+    mixed = make_mixed([0] * 12, [3, 8], dropout=False, device=device)
+    x = mixed.x.view(3, 4, -1)
+    an_example = torch.tensor([1, -1, 0], device=device)
+    a_row = an_example[:, None].expand(3, 4)
+    adapters = mixed.lora_a, mixed.lora_b, mixed.scale
+    expected = multi_lora(x, *mixed[1:3], *adapters, a_row)
+    assert expected.shape == (3, 4, 24)
+    groups = group_rows(an_example, 2)
+    for index in (an_example, an_example.int(), an_example.to(torch.int8), groups, groups, group_rows(a_row, 2)):
+        assert torch.equal(multi_lora(x, *mixed[1:3], *adapters, index), expected)
+    # The same groups serve an x with one row an example.
+    torch.testing.assert_close(multi_lora(x[:, 0], *mixed[1:3], *adapters, groups), expected[:, 0])
+    torch.testing.assert_close(multi_lora(x[0, 0], *mixed[1:3], *adapters, an_example[0]), expected[0, 0])
+
+
+def test_invalid_rows_become_nan(device: str, implementation: str) -> None:
+    """Where an index cannot be read back, its rows are NaN and no other row is touched; nothing is read out of bounds."""
+    mixed = make_mixed([0, 1, 0, 1], [3, 8], dropout=False, device=device)
+    x, weight, bias, dy = (tensor.detach() for tensor in (mixed.x, mixed.weight, mixed.bias, mixed.dy))
+    lora_a, lora_b = ([tensor.detach() for tensor in tensors] for tensors in (mixed.lora_a, mixed.lora_b))
+    sorting = [0.0, 0.0], None, *RowGroups(torch.tensor([0, 7, -2, 1], device=device), 2).for_rows(4)
+    y, xa = ops.implementation("multi_lora", implementation)(x, weight, bias, lora_a, lora_b, mixed.scale, *sorting)
+    expected = multi_lora(x, weight, bias, lora_a, lora_b, mixed.scale, mixed.index)
+    assert y[1:3].isnan().all()
+    torch.testing.assert_close(y[[0, 3]], expected[[0, 3]])
+    backward = ops.implementation("multi_lora_backward", implementation)
+    dx, da, db = backward(dy, x, weight, lora_a, lora_b, xa, mixed.scale, *sorting, True, True, True)
+    assert dx[1:3].isnan().all() and dx[[0, 3]].isfinite().all() and da.isfinite().all() and db.isfinite().all()
+
+
+def test_only_some_adapters_train(device: str, implementation: str) -> None:
+    """Adapters that require no gradient get none, the others the same as when all train; x may need none."""
+    mixed = make_mixed(SHUFFLED, [1, 8, 3, 17], dropout=False, device=device)
+    _, _, *full = fused(mixed)
+    some = mixed._replace(
+        x=mixed.x.detach(),
+        lora_a=[a.detach().requires_grad_(i in (1, 2)) for i, a in enumerate(mixed.lora_a)],
+        lora_b=[b.detach() for b in mixed.lora_b],
+    )
+    y = multi_lora(*some[:7])
+    y.backward(some.dy)
+    for i, a in enumerate(some.lora_a):
+        assert torch.equal(a.grad, full[i]) if i in (1, 2) else a.grad is None
+    assert not some.lora_a[1].grad.any()  # no rows: zeros
+
+
+def test_dropout_at_its_ends(device: str, implementation: str) -> None:
+    mixed = make_mixed(SHUFFLED, [1, 8, 3, 17], dropout=False, device=device)
+    kept = multi_lora(*mixed[:7])
+    for options in ({"dropout_p": 0.0}, {"dropout_p": 1e-7}, {"dropout_p": [0.5] * 4, "training": False}):
+        assert torch.equal(multi_lora(*mixed[:7], **options), kept)
+    base = F.linear(mixed.x, mixed.weight, mixed.bias)
+    torch.testing.assert_close(multi_lora(*mixed[:7], dropout_p=1), base)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_checkpointing_replays_dropout(device: str, implementation: str, use_reentrant: bool) -> None:
+    mixed = make_mixed(SHUFFLED, [1, 8, 3, 17], K=24, N=24, device=device)
+    leaves = (mixed.x, *mixed.lora_a, *mixed.lora_b)
+
+    def twice(x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = multi_lora(x, *mixed[1:7], dropout_p=mixed.dropout_p)
+        return x
+
+    torch.manual_seed(5)
+    plain = gradients(twice(mixed.x), leaves, mixed.dy)
+    torch.manual_seed(5)
+    checkpoint(twice, mixed.x, use_reentrant=use_reentrant).backward(mixed.dy)
+    for leaf, expected in zip(leaves, plain, strict=True):
+        assert torch.equal(leaf.grad, expected)
+
+
+def test_two_runs_are_equal(device: str, implementation: str) -> None:
+    torch.use_deterministic_algorithms(False)  # the tests' own setting must not be what makes it so
+    mixed = make_mixed([i % 4 - 1 for i in range(150)], [16, 8, 5], device=device)
+    runs = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        runs.append(fused(mixed))
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_without_gradients(device: str, implementation: str) -> None:
+    mixed = make_mixed(SHUFFLED, [1, 8, 3, 17], device=device)
+    with_grad = multi_lora(*mixed[:7])
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            y = multi_lora(*mixed[:7])
+        assert not y.requires_grad and torch.equal(y, with_grad)
+
+
+def test_autocast(device: str, implementation: str) -> None:
+    mixed = make_mixed(SHUFFLED, [1, 8, 3, 17], dropout=False, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        y = multi_lora(*mixed[:7])
+    cast = mixed._replace(**{name: getattr(mixed, name).detach().bfloat16() for name in ("x", "weight", "bias", "dy")})
+    cast.x.requires_grad_()
+    expected = fused(cast)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected[0])
+    for grad, want in zip(gradients(y, (mixed.x, *mixed.lora_a, *mixed.lora_b), cast.dy), expected[1:], strict=True):
+        assert grad.dtype == torch.float32 and torch.equal(grad, want.float())
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_gradcheck(device: str, bias: bool) -> None:
+    mixed = make_mixed([1, -1, 0, 1], [2, 1, 3], K=9, N=5, dtype=torch.float64, bias=bias, device=device)
+
+    def function(x: Tensor, *adapters: Tensor) -> Tensor:
+        torch.manual_seed(0)  # the same mask at each evaluation
+        return multi_lora(
+            x, *mixed[1:3], adapters[:3], adapters[3:], mixed.scale, mixed.index, dropout_p=mixed.dropout_p
+        )
+
+    assert torch.autograd.gradcheck(function, (mixed.x, *mixed.lora_a, *mixed.lora_b))
+
+
+def test_opcheck(device: str) -> None:
+    mixed = make_mixed([1, -1, 0, 1], [2, 1, 3], device=device)
+    x, weight, bias, dy = (tensor.detach() for tensor in (mixed.x, mixed.weight, mixed.bias, mixed.dy))
+    lora_a, lora_b = ([tensor.detach() for tensor in tensors] for tensors in (mixed.lora_a, mixed.lora_b))
+    sorting = mixed.dropout_p, next_seed(device, 0), *group_rows(mixed.index, 3).for_rows(4)
+    torch.library.opcheck(
+        torch.ops.fastlora.multi_lora.default, (x, weight, bias, lora_a, lora_b, mixed.scale, *sorting)
+    )
+    xa = torch.randn(4, 3, device=device)
+    for need in ((True, True, True), (False, True, False)):
+        arguments = (dy, x, weight, lora_a, lora_b, xa, mixed.scale, *sorting, *need)
+        torch.library.opcheck(torch.ops.fastlora.multi_lora_backward.default, arguments)
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["index", "groups"])
+def test_compiles_whole(device: str, implementation: str, grouped: bool) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(multi_lora, fullgraph=True, backend="aot_eager", dynamic=True)
+    for index in (SHUFFLED, SHUFFLED + [1, 1, 0]):
+        mixed = make_mixed(index, [1, 8, 3, 17], dropout=False, device=device)
+        inputs = (mixed.x, *mixed.lora_a, *mixed.lora_b)
+        which = group_rows(mixed.index, 4) if grouped else mixed.index
+        y, expected = (function(*mixed[:6], which) for function in (compiled, multi_lora))
+        assert torch.equal(y, expected)
+        for grad, want in zip(gradients(y, inputs, mixed.dy), gradients(expected, inputs, mixed.dy), strict=True):
+            assert torch.equal(grad, want)
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+def right_arguments() -> dict[str, Any]:
+    mixed = make_mixed([0, 1, -1, 1, 0, 0], [4, 2], K=16, N=12)
+    return {**mixed._asdict(), "dy": None}
+
+
+def adapters(*shapes: tuple[int, int], dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
+    return [torch.ones(shape, dtype=dtype, device=device) for shape in shapes]
+
+
+A, B = ((4, 16), (2, 16)), ((12, 4), (12, 2))
+WRONG: dict[str, tuple[str, dict[str, Any]]] = {
+    "x: a list": ("x", {"x": [1.0]}),
+    "x: integers": ("x", {"x": torch.ones(6, 16, dtype=torch.int64)}),
+    "x: no dimension": ("x", {"x": torch.tensor(1.0)}),
+    "x: on meta": ("weight", {"x": torch.ones(6, 16, device="meta")}),
+    "x: another K": ("weight", {"x": torch.ones(6, 15)}),
+    "x: another M": ("index", {"x": torch.ones(7, 16)}),
+    "weight: None": ("weight", {"weight": None}),
+    "weight: transposed": ("weight", {"weight": torch.ones(16, 12)}),
+    "weight: dtype": ("weight", {"weight": torch.ones(12, 16, dtype=torch.float16)}),
+    "weight: on meta": ("weight", {"weight": torch.ones(12, 16, device="meta")}),
+    "weight: requires grad": ("weight", {"weight": torch.ones(12, 16, requires_grad=True)}),
+    "bias: another N": ("bias", {"bias": torch.ones(11)}),
+    "bias: requires grad": ("bias", {"bias": torch.ones(12, requires_grad=True)}),
+    "lora_a: None": ("lora_a", {"lora_a": None}),
+    "lora_a: a tensor": ("lora_a", {"lora_a": torch.ones(2, 4, 16)}),
+    "lora_a: empty": ("lora_a", {"lora_a": [], "lora_b": [], "scale": []}),
+    "lora_a: None inside": ("lora_a[1]", {"lora_a": [torch.ones(4, 16), None]}),
+    "lora_a: another K": ("lora_a[1]", {"lora_a": adapters((4, 16), (2, 15))}),
+    "lora_a: 1-D": ("lora_a[0]", {"lora_a": [torch.ones(16), torch.ones(2, 16)]}),
+    "lora_a: rank 0": ("lora_a[1]", {"lora_a": adapters((4, 16), (0, 16)), "lora_b": adapters((12, 4), (12, 0))}),
+    "lora_a: dtype": (
+        "lora_a[0]",
+        {"lora_a": adapters(*A, dtype=torch.float16), "lora_b": adapters(*B, dtype=torch.float16)},
+    ),
+    "lora_a: on meta": ("lora_a[0]", {"lora_a": adapters(*A, device="meta")}),
+    "lora_b: a tensor": ("lora_b", {"lora_b": torch.ones(2, 12, 4)}),
+    "lora_b: too few": ("lora_b", {"lora_b": adapters((12, 4))}),
+    "lora_b: another rank": ("lora_b[1]", {"lora_b": adapters((12, 4), (12, 4))}),
+    "lora_b: another N": ("lora_b[0]", {"lora_b": adapters((11, 4), (11, 2))}),
+    "lora_b: dtype": ("lora_b[0]", {"lora_b": adapters(*B, dtype=torch.float64)}),
+    "scale: a number": ("scale", {"scale": 1.0}),
+    "scale: a tensor": ("scale", {"scale": torch.ones(2)}),
+    "scale: too many": ("scale", {"scale": [1.0, 1.0, 1.0]}),
+    "scale: NaN": ("scale[1]", {"scale": [1.0, NAN]}),
+    "scale: infinite": ("scale[0]", {"scale": [INF, 1.0]}),
+    "scale: a tensor inside": ("scale[0]", {"scale": [torch.tensor(1.0), 1.0]}),
+    "index: None": ("index", {"index": None}),
+    "index: a list": ("index", {"index": [0, 1, -1, 1, 0, 0]}),
+    "index: floats": ("index", {"index": torch.zeros(6)}),
+    "index: bools": ("index", {"index": torch.zeros(6, dtype=torch.bool)}),
+    "index: too long": ("index", {"index": torch.zeros(12, dtype=torch.int64)}),
+    "index: no dimension": ("index", {"index": torch.tensor(0)}),
+    "index: 2-D": ("index", {"index": torch.zeros(6, 1, dtype=torch.int64)}),
+    "index: too large": ("index", {"index": torch.tensor([0, 1, 2, 0, 0, 0])}),
+    "index: below -1": ("index", {"index": torch.tensor([0, 1, -2, 0, 0, 0])}),
+    "index: far out of range": ("index", {"index": torch.tensor([0, 1, 2**62, 0, 0, 0])}),
+    "index: on meta": ("index", {"index": torch.zeros(6, dtype=torch.int64, device="meta")}),
+    "index: groups of other adapters": ("index", {"index": RowGroups(torch.zeros(6, dtype=torch.int64), 3)}),
+    "index: groups of other rows": ("index", {"index": RowGroups(torch.zeros(4, dtype=torch.int64), 2)}),
+    "index: groups of no rows": ("index", {"index": RowGroups(torch.zeros(0, dtype=torch.int64), 2)}),
+    "index: groups on meta": ("index", {"index": RowGroups(torch.zeros(6, dtype=torch.int64, device="meta"), 2)}),
+    "dropout_p: None": ("dropout_p", {"dropout_p": None}),
+    "dropout_p: a tensor": ("dropout_p", {"dropout_p": torch.tensor(0.1)}),
+    "dropout_p: too few": ("dropout_p", {"dropout_p": [0.1]}),
+    "dropout_p: above 1": ("dropout_p[1]", {"dropout_p": [0.1, 1.1]}),
+    "dropout_p: NaN": ("dropout_p", {"dropout_p": NAN}),
+    "dropout_p: a string inside": ("dropout_p[0]", {"dropout_p": ["0.1", 0.1]}),
+}
+
+
+def expect_named(name: str, arguments: dict[str, Any]) -> None:
+    start = name.replace("[", r"\[").replace("]", r"\]")
+    with pytest.raises((IndexError, TypeError, ValueError), match=rf"^{start}(\[\d+\])?: .*expected"):
+        multi_lora(**{key: value for key, value in arguments.items() if key != "dy"})
+
+
+@pytest.mark.parametrize(("name", "changes"), WRONG.values(), ids=WRONG)
+def test_wrong_arguments(name: str, changes: dict[str, Any]) -> None:
+    expect_named(name, {**right_arguments(), **changes})
+
+
+@pytest.mark.parametrize("case", [case for case in WRONG if case != "weight: dtype"])
+def test_wrong_arguments_under_autocast(case: str) -> None:
+    name, changes = WRONG[case]
+    with torch.autocast("cpu", torch.bfloat16):
+        expect_named(name, {**right_arguments(), **changes})
+
+
+def test_groups_must_fit_the_examples() -> None:
+    """Groups of 2 examples are none for an x of 4 examples, though 2 divides its number of rows."""
+    mixed = make_mixed([0] * 12, [4, 2], K=16, N=12)
+    with pytest.raises(ValueError, match="^index: "):
+        multi_lora(mixed.x.view(4, 3, 16), *mixed[1:6], group_rows(torch.tensor([0, 1]), 2))
+
+
+@pytest.mark.parametrize("adapters", [0, -1, 1.5, None], ids=str)
+def test_group_rows_wants_a_number_of_adapters(adapters: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="^adapters: "):
+        group_rows(torch.zeros(3, dtype=torch.int64), adapters)
+
+
+def call_the_native_operators_wrongly() -> None:
+    mixed = make_mixed([0, 1, -1, 1, 0, 0], [4, 2], K=16, N=12)
+    order, offsets = group_rows(mixed.index, 2).for_rows(6)
+    sorting = {
+        "scale": [1.0, 2.0],
+        "dropout_p": [0.1, 0.0],
+        "seed": torch.tensor(1),
+        "order": order,
+        "offsets": offsets,
+    }
+    tensors = {
+        "x": mixed.x.detach(),
+        "weight": mixed.weight,
+        "bias": mixed.bias,
+        "lora_a": adapters(*A),
+        "lora_b": adapters(*B),
+    }
+    wrong = {
+        case: (name.partition("[")[0], changes)
+        for case, (name, changes) in WRONG.items()
+        if name.partition("[")[0] not in ("index", "scale", "dropout_p")
+        and not case.endswith(("None", "on meta", "requires grad"))
+    }
+    wrong |= {
+        "scale: too few": ("scale", {"scale": [1.0]}),
+        "dropout_p: too few": ("dropout_p", {"dropout_p": [0.1]}),
+        "seed: dtype": ("seed", {"seed": torch.tensor(1, dtype=torch.int32)}),
+        "order: too short": ("order", {"order": order[:5]}),
+        "order: dtype": ("order", {"order": order.int()}),
+        "order: too large": ("order", {"order": order + 1}),
+        "order: negative": ("order", {"order": order - 1}),
+        "offsets: too short": ("offsets", {"offsets": offsets[:4]}),
+        "offsets: dtype": ("offsets", {"offsets": offsets.float()}),
+        "offsets: beyond the rows": ("offsets", {"offsets": offsets * 1000}),
+        "offsets: falling": ("offsets", {"offsets": offsets.flip(0)}),
+    }
+    print_accepted("multi_lora_cpu", {**tensors, **sorting}, wrong)
+    wrong = {case: change for case, change in wrong.items() if change[0] != "bias"}
+    wrong |= {
+        "dy: another N": ("dy", {"dy": torch.ones(6, 11)}),
+        "dy: another M": ("dy", {"dy": torch.ones(5, 12)}),
+        "dy: dtype": ("dy", {"dy": torch.ones(6, 12).bfloat16()}),
+        "xa: another rank": ("xa", {"xa": torch.ones(6, 3)}),
+        "xa: another M": ("xa", {"xa": torch.ones(5, 4)}),
+        "xa: dtype": ("xa", {"xa": torch.ones(6, 4).bfloat16()}),
+    }
+    del tensors["bias"]
+    need = {"need_dx": True, "need_da": True, "need_db": True}
+    right = {"dy": torch.ones(6, 12), **tensors, "xa": torch.ones(6, 4), **sorting, **need}
+    print_accepted("multi_lora_backward_cpu", right, wrong)
+
+
+@pytest.mark.skipif("cpu" not in implementations(OPERATOR, "cpu"), reason="the native extension is not built")
+def test_wrong_arguments_to_the_native_operators() -> None:
+    """They raise, naming the argument, also when no one checks before them; none ends the process."""
+    assert run_apart("test_multi_lora", call_the_native_operators_wrongly) == ""

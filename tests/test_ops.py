@@ -1,0 +1,203 @@
+"""ops.py: which implementations there are, which one runs, and that none replaces another in silence."""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from bounds import make_layer
+from conftest import implementations
+
+from fastlora import ops
+from fastlora.functional import lora_linear
+
+CHOOSERS = {
+    "lora_linear": ops.choose_lora_linear,
+    "multi_lora": ops.choose_multi_lora,
+    "prefix_concat": ops.choose_prefix_concat,
+}
+CALL = """
+import torch, fastlora
+from fastlora import functional, ops
+x, weight, a, b = torch.ones(2, 4), torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1)
+print(functional.lora_linear(x, weight, None, a, b, 2.0).tolist(), ops.choose_lora_linear(x))
+"""
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process of its own, without this one's interpreter for Triton."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FASTLORA_IMPL")}
+    inherited["PYTHONPATH"] = os.pathsep.join(sys.path)
+    command = [sys.executable, "-c", code]
+    return subprocess.run(
+        command, check=False, env=inherited | environment, capture_output=True, text=True, timeout=120
+    )
+
+
+def test_uninitialised_memory_is_poisoned() -> None:
+    """What conftest promises to every test: memory that nobody wrote shows."""
+    for tensor in (torch.empty(3), torch.ones(2).new_empty(3), torch.empty_like(torch.ones(3).bfloat16())):
+        assert tensor.isnan().all()
+
+
+def test_every_implementation_has_every_operator(device: str) -> None:
+    names = implementations("lora_linear", device)
+    assert "reference" in names
+    for op in ops.SCHEMAS:
+        assert implementations(op, device) == names, op
+
+
+def test_backward_and_forward_are_chosen_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One forced name reaches all six operators: each is entered in the table's place under it."""
+    called = []
+    table = dict(ops._table)
+    for op in ops.SCHEMAS:
+        table[op, "reference"] = lambda *args, op=op: called.append(op) or getattr(ops.reference, op)(*args)
+    monkeypatch.setattr(ops, "_table", table)
+    monkeypatch.setattr(ops, "forced", "reference")
+    layer = make_layer(3, 4, 5, 2)
+    lora_linear(*layer[:5], 1.0).sum().backward()
+    assert called == ["lora_linear", "lora_linear_backward"]
+
+
+@pytest.mark.parametrize("op", CHOOSERS)
+def test_choice_on_a_cpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The native extension where it is built and computes in the dtype, else the reference, with the reason."""
+    monkeypatch.setattr(ops, "forced", None)
+    native = "cpu" in implementations(op, "cpu")
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert CHOOSERS[op](torch.ones(2, 2, dtype=dtype)).implementation == ("cpu" if native else "reference")
+    choice = CHOOSERS[op](torch.ones(2, 2, dtype=torch.float64))
+    assert choice.implementation == "reference" and choice.reason
+    monkeypatch.setattr(ops, "_table", {key: value for key, value in ops._table.items() if key[1] == "reference"})
+    monkeypatch.setattr(ops, "_missing", {"cpu": "not built (no compiler)"})
+    choice = CHOOSERS[op](torch.ones(2, 2))
+    assert choice.implementation == "reference" and "no compiler" in choice.reason
+
+
+@pytest.mark.parametrize("op", CHOOSERS)
+def test_forced_choice(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in implementations(op, "cpu"):
+        monkeypatch.setattr(ops, "forced", name)
+        assert CHOOSERS[op](torch.ones(2, 2)) == (name, "FASTLORA_IMPL")
+
+
+@pytest.mark.parametrize(
+    "implementation", [name for name in implementations("lora_linear", "cpu") if name != "reference"]
+)
+def test_forced_and_unable_raises(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float64 is for the reference: a forced implementation says so and does not hand over."""
+    monkeypatch.setattr(ops, "forced", implementation)
+    with pytest.raises(ops.ImplementationError, match="float64"):
+        lora_linear(*make_layer(3, 4, 5, 2, torch.float64)[:5], 1.0)
+
+
+def test_unknown_names() -> None:
+    with pytest.raises(ops.ImplementationError, match="nonsense.*expected one of reference, cpu, triton, cuda"):
+        ops.implementation("lora_linear", "nonsense")
+    with pytest.raises(ops.ImplementationError, match="nonsense"):
+        ops.implementation("nonsense", "reference")
+
+
+def test_availability() -> None:
+    found = ops.availability()
+    assert [entry.implementation for entry in found] == list(ops.IMPLEMENTATIONS)
+    assert found[0].present
+    for entry in found:
+        assert entry.reason
+        assert entry.present or "without it" in entry.reason  # what its absence costs
+
+
+def empty_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_table", "_missing", "_loaders"):
+        monkeypatch.setattr(ops, name, {})
+
+
+def test_late_loading(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loader runs once, when the name is first asked for."""
+    empty_tables(monkeypatch)
+    calls = []
+
+    def load() -> None:
+        calls.append(1)
+        ops.implement("lora_linear", "triton", max)
+
+    ops.implement_later("triton", load)
+    assert not calls
+    assert ops.implementation("lora_linear", "triton") is ops.implementation("lora_linear", "triton") is max
+    assert calls == [1]
+
+
+def test_late_loading_of_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty_tables(monkeypatch)
+
+    def load() -> None:
+        raise ImportError("No module named 'triton'")
+
+    ops.implement_later("triton", load)
+    for _ in range(2):
+        with pytest.raises(ops.ImplementationError, match="No module named 'triton'"):
+            ops.implementation("lora_linear", "triton")
+
+
+def test_late_loading_that_breaks_says_so_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defect in an implementation is no missing implementation, not even the second time."""
+    empty_tables(monkeypatch)
+
+    def load() -> None:
+        raise AttributeError("a defect")
+
+    ops.implement_later("triton", load)
+    for _ in range(2):
+        with pytest.raises(AttributeError, match="a defect"):
+            ops.implementation("lora_linear", "triton")
+
+
+def test_environment_forces() -> None:
+    done = python(CALL, FASTLORA_IMPL="reference")
+    assert "[[12.0, 12.0, 12.0], [12.0, 12.0, 12.0]]" in done.stdout and "'FASTLORA_IMPL'" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("setting", [{}, {"FASTLORA_IMPL": ""}], ids=["unset", "empty"])
+def test_environment_without_a_name_forces_nothing(setting: dict[str, Any]) -> None:
+    done = python(CALL, **setting)
+    assert "[[12.0, 12.0, 12.0], [12.0, 12.0, 12.0]]" in done.stdout and "'FASTLORA_IMPL'" not in done.stdout, (
+        done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nonsense", "FASTLORA_IMPL='nonsense': expected one of reference, cpu, triton, cuda"),
+        ("cuda", "cuda"),
+        ("triton", "triton"),
+    ],
+)
+def test_environment_that_cannot_be_followed_raises(name: str, message: str) -> None:
+    done = python(CALL, FASTLORA_IMPL=name)
+    assert done.returncode != 0 and done.stdout == ""
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("fastlora.ops.ImplementationError: ") and message in last
+
+
+def test_environment_without_the_extension() -> None:
+    """Not built: the reference runs and the reason is told; asked for by name, it raises."""
+    blocked = "import sys; sys.modules['fastlora._C'] = None\n" + CALL
+    done = python(blocked)
+    assert "implementation='reference'" in done.stdout and "not built" in done.stdout, done.stderr
+    done = python(blocked, FASTLORA_IMPL="cpu")
+    assert (
+        done.returncode != 0
+        and "ImplementationError: lora_linear has no implementation 'cpu' here: not built" in done.stderr
+    )
+
+
+def test_import_is_light() -> None:
+    """`import fastlora` waits for none of the large packages."""
+    done = python(
+        "import sys, fastlora; print(sorted({'peft', 'transformers', 'triton', 'datasets'} & set(sys.modules)))"
+    )
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
