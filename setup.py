@@ -81,9 +81,19 @@ def find_ninja() -> str | None:
     return str(Path(ninja.BIN_DIR) / "ninja")
 
 
-def objects(folder: Path) -> Iterator[tuple[Path, str, list[str]]]:
+def find_python() -> Path:
+    """The folder that holds Python.h."""
+    folder = Path(sysconfig.get_paths()["include"])
+    if not (folder / "Python.h").is_file():
+        raise CompileError(f"Python's headers were not found in {folder}")
+    return folder
+
+
+def objects(folder: Path, torch: Path) -> Iterator[tuple[Path, str, list[str]]]:
     """(object file, source, flags of its own), one a compilation."""
-    for source in ("csrc/module.cpp", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp"))):
+    # Only the module sees pybind11, whose folder is another one in each of pip's isolated builds: the rest is not compiled again for that.
+    yield folder / "module.o", "csrc/module.cpp", [f"-isystem{path}" for path in (find_pybind11(torch), find_python())]
+    for source in sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp")):
         name = Path(source).stem
         if name == "adapter_passes":
             for isa, flags in INSTRUCTION_SETS.items():
@@ -99,23 +109,22 @@ class BuildNative(build_ext):
         try:
             self.compile_and_link(Path(self.get_ext_fullpath(ext.name)).resolve())
         except CompileError as error:
+            # An older build left behind would be installed, or imported, as if it were this one.
+            for stale in (Path(self.get_ext_fullpath(ext.name)), ROOT / self.get_ext_filename(ext.name)):
+                stale.unlink(missing_ok=True)
             if not REQUIRED:
                 print(f"fastlora: no native extension ({error}); everything runs as plain PyTorch", file=sys.stderr, flush=True)
             raise
 
     def compile_and_link(self, target: Path) -> None:
         compiler, torch = find_compiler(), find_torch()
-        python = sysconfig.get_paths()["include"]
-        if not Path(python, "Python.h").is_file():
-            raise CompileError(f"Python's headers were not found in {python}")
-        includes = ["-Icsrc", *(f"-isystem{path}" for path in (find_pybind11(torch), torch / "include", python))]
-        compile_line = [*compiler, *FLAGS, *includes]
+        compile_line = [*compiler, *FLAGS, f"-isystem{torch / 'include'}"]
         link_line = [*compiler, "-shared", f"-L{torch / 'lib'}"]
         libraries = ["-ltorch_cpu"]
         folder = ROOT / "build" / f"native-{sysconfig.get_config_var('SOABI')}"
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        units = list(objects(folder))
+        units = list(objects(folder, torch))
         ninja = find_ninja()
         if ninja is None:
             print("fastlora: ninja was not found, compiling file by file", file=sys.stderr, flush=True)

@@ -1,1 +1,1 @@
-"""The benchmarks: `python -m benchmarks`, and after `pip install` `python -m fastlora.benchmarks` or `fastlora bench`."""
+"""The benchmarks: `python -m benchmarks`; after `pip install`, `fastlora bench`."""

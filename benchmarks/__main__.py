@@ -1,7 +1,8 @@
 """python -m benchmarks [lora_linear multi_lora prefix_concat step] [--quick] [--json] [--device cuda] [--no-gate]
 
-Runs the tests of each operator named (all by default), and times it only if they are green: fastlora against the frozen layer alone, PEFT,
-PEFT under torch.compile and the merged weight. Exit codes: 0 done, 1 something was wrong and was not timed, 2 wrong arguments.
+Runs the tests of each operator named (all by default), and times it only if they are green: fastlora against the
+frozen layer alone, PEFT, PEFT under torch.compile and the merged weight. Exit codes: 0 done, 1 something was wrong
+and was not timed, 2 wrong arguments.
 """
 
 import argparse

@@ -1,10 +1,11 @@
 """What is measured: the shapes of real models and some odd ones, and the work that each of them cannot avoid.
 
-    M rows of x   K in-features   N out-features   R rank   S adapters   B batch rows   T tokens a row   P prompt length   D width   V vocabulary
+    M rows of x   K in-features   N out-features   R rank   S adapters
+    B batch rows   T tokens a row   P prompt length   D embedding width   V vocabulary
 
-"8B" is Llama-3-8B (hidden 4096, intermediate 14336, key-value width 1024), "0.1B" SmolLM-135M (576, 1536). A case is measured in one or both
-passes: "forward" as inference runs it (no dropout, no graph), "forward+backward" as training does (gradients of x, A and B, or of the
-prompts). float32 adapters on a 16-bit base are PEFT's default.
+"8B" is Llama-3-8B (hidden 4096, intermediate 14336, key-value width 1024), "0.1B" SmolLM-135M (576, 1536). A case is
+measured in one or both passes: "forward" as inference runs it (no dropout, no graph), "forward+backward" as training
+does (gradients of x, A and B, or of the prompts). float32 adapters on a 16-bit base are PEFT's default.
 """
 
 from dataclasses import dataclass
@@ -35,7 +36,7 @@ def _two_dtypes(dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
 
 
 def _linear_work(M: int, K: int, N: int, adapter: int, rank_rows: int, sizes: tuple[int, int], training: bool) -> Work:
-    """adapter: elements of all A and B; rank_rows: the sum over the rows of their ranks; sizes: bytes of an element of x and of A."""
+    """adapter: elements of all A and B; rank_rows: the rows' ranks in all; sizes: bytes of an element of x and of A."""
     size, adapter_size = sizes
     flops = 2 * M * K * N + 2 * rank_rows * (K + N)
     moved = size * (M * K + N * K + M * N) + adapter_size * adapter
@@ -137,7 +138,7 @@ class PrefixConcatCase:
 
 @dataclass(frozen=True)
 class StepCase:
-    """One optimiser step of a Llama of this size with random weights, LoRA on all its linear layers; the first half of each row is prompt."""
+    """One step of a Llama of this size with random weights, LoRA on all linear layers, half of each row prompt."""
 
     name: str
     hidden: int
@@ -154,8 +155,9 @@ class StepCase:
     rounds: int
 
     def shape(self) -> str:
+        dropout = f" p {self.dropout_p:g}" if self.dropout_p else ""
         size = f"hidden {self.hidden}, {self.layers} layers, V {self.vocabulary}"
-        return f"{size}, {self.batch} x {self.tokens} tokens, R {self.R}{f' p {self.dropout_p:g}' if self.dropout_p else ''}"
+        return f"{size}, {self.batch} x {self.tokens} tokens, R {self.R}{dropout}"
 
 
 Case = LoRALinearCase | MultiLoRACase | PrefixConcatCase

@@ -1,7 +1,8 @@
-"""Timing that survives a shared machine: the rivals run in turn, and what is reported is the median of ratios within a round.
+"""Timing that survives a shared machine: rivals run in turn, and the median of their ratios within a round is reported.
 
-A round times every rival once, each round beginning with another one, so that a slow minute, a hot cache or a falling clock frequency meets
-all of them alike. Each call gets a fresh number, its turn, by which a rival picks one of several copies of its weights.
+A round times every rival once, each round beginning with another one, so that a slow minute, a hot cache or a falling
+clock frequency meets all of them alike. Each call gets a fresh number, its turn, by which a rival picks one of
+several copies of its weights.
 """
 
 import ctypes
@@ -96,7 +97,7 @@ def time_in_turn(runs: Mapping[str, Run], clock: Clock, budget: float) -> dict[s
 
 
 def _memory_status(key: str) -> int:
-    """Bytes of this process's entry `key` in /proc/self/status (VmRSS: now; VmHWM: the most since the start or the last reset)."""
+    """Bytes in this process's entry of /proc/self/status: VmRSS, resident now; VmHWM, the most since the last reset."""
     with open("/proc/self/status") as status:
         for line in status:
             if line.startswith(key + ":"):
@@ -105,9 +106,10 @@ def _memory_status(key: str) -> int:
 
 
 def peak_of_call(run: Run, device: torch.device) -> int | None:
-    """Bytes that one warm call holds at its peak beyond what was there before it, scratch memory included; None where this cannot be told.
+    """Bytes that one warm call holds at its peak, beyond what was there before it and its scratch memory included.
 
-    On a CPU it is the process's resident memory, after free pages went back to the system; Linux alone tells it.
+    On a CPU it is the process's resident memory, after free pages went back to the system. None where the system
+    does not tell it (Linux does).
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -128,7 +130,7 @@ def peak_of_call(run: Run, device: torch.device) -> int | None:
 
 
 def peak_of_process(device: torch.device) -> int | None:
-    """Bytes that this process has held at its peak: on a GPU in torch's allocator, else in main memory; None where this cannot be told."""
+    """Bytes that this process has held at its peak: in torch's allocator on a GPU, else in main memory (Linux only)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     try:

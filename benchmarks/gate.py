@@ -1,9 +1,9 @@
-"""Check first, then time: an operator's tests, and the errors of every case against the float64 reference before its times are taken.
+"""Check first, then time: an operator's tests, then the errors of each case before its times are taken.
 
     error of an implementation  <=  2 * error of eager PyTorch + tiny
 
-Errors are the largest absolute difference from the float64 result for the same inputs, dropout mask included; eager PyTorch is the reference
-in the working dtype; tiny is one unit in the last place of the largest value. NaN fails.
+Errors are the largest absolute difference from the float64 result for the same inputs, dropout mask included; eager
+PyTorch is the reference in the working dtype; tiny is one unit in the last place of the largest value. NaN fails.
 """
 
 import importlib.util
@@ -123,7 +123,7 @@ def _error(result: str, value: Tensor, eager: Tensor, exact: Tensor) -> Error:
 
 
 def inputs_of(case: Case, training: bool, device: torch.device) -> Compute:
-    """The case's tensors, seeded, behind a function: (implementation, cast) -> every result by name, computed on the cast tensors."""
+    """The case's tensors, seeded, behind a function (implementation, cast) -> results by name, of the cast tensors."""
     torch.manual_seed(0)
     if isinstance(case, LoRALinearCase):
         return _lora_linear(case, training, device)
@@ -151,7 +151,7 @@ def worst(found: Sequence[Error]) -> Error:
 
 
 def check(operator: str, device: torch.device) -> list[str]:
-    """Compare every implementation worth timing with the float64 reference on small, awkward cases; returns what is wrong."""
+    """What is wrong with the implementations worth timing, on small, awkward cases against the float64 reference."""
     wrong = []
     for case in CHECKS[operator]:
         for implementation in implementations(operator, case, device):

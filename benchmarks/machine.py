@@ -48,7 +48,7 @@ def in_checkout() -> bool:
 
 
 def results_folder() -> Path:
-    """Where result files go: benchmarks/results of the checkout, or of the current folder where the package is installed."""
+    """Where result files go: benchmarks/results of the checkout, or of the current folder for an installed package."""
     return (FOLDER if in_checkout() else Path.cwd() / "benchmarks") / "results"
 
 
@@ -109,7 +109,7 @@ def _product(size: int, dtype: torch.dtype, device: torch.device) -> dict[str, R
 
 
 def measure_limits(device: torch.device, dtypes: Iterable[torch.dtype], budget: float = 1.5) -> Limits:
-    """The machine's own rates: the fastest large square product of each dtype, and a large copy; `budget` seconds each."""
+    """The machine's own rates, `budget` seconds each: the fastest large product of each dtype, and a large copy."""
     on_gpu = device.type == "cuda"
     clock = clock_of(device)
     size = 8192 if on_gpu else 1536

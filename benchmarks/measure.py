@@ -1,4 +1,4 @@
-"""One case measured: every rival timed in turn, peak memory, the part of the machine's limit that is reached, the errors."""
+"""One case measured: the times of every rival, peak memory, how near the machine's limit it comes, the errors."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ def _compile_or_drop(runs: dict[str, Run], notes: list[str], case: str) -> None:
 
 
 def _runs(problem: Problem, training: bool, names: list[str], with_compile: bool) -> dict[str, Run]:
-    """Every rival, and fastlora once for each implementation: chosen first and as the user gets it, the others forced."""
+    """Every rival, and fastlora for each implementation: the chosen first, as the user gets it, the others forced."""
     runs = {
         name: problem.run(name, training)
         for name in problem.rivals
@@ -69,7 +69,7 @@ def _runs(problem: Problem, training: bool, names: list[str], with_compile: bool
 def measure(
     operator: str, case: Case, device: torch.device, limits: Limits, budget: float, with_compile: bool, notes: list[str]
 ) -> Iterator[Row]:
-    """The rows of a case: one for each of its passes and each implementation worth timing; about `budget` seconds a pass.
+    """The rows of a case, one for each of its passes and each implementation worth timing; `budget` seconds a pass.
 
     Raises:
         CaseError: an implementation's error is beyond its bound; nothing of this pass is timed then.

@@ -1,7 +1,8 @@
-"""Who is timed: every rival of an operator as a plain function of the same tensors, and the errors of fastlora's implementations.
+"""Who is timed: every rival of an operator as a plain function of the same tensors.
 
-A problem is one case in memory. Where a few rows meet a large weight, it holds several copies of the weights that take turns, as the layers of
-a model do: a weight that is still in the cache from the last call would flatter everyone.
+A problem is one case in memory. Where a few rows meet a large weight, it holds several copies of the weights that
+take turns, as the layers of a model do: a weight that is still in the cache from the last call would flatter
+everyone.
 """
 
 import collections
@@ -73,7 +74,7 @@ def forced(run: Run, implementation: str) -> Run:
 
 
 def implementations(operator: str, case: Case, device: torch.device) -> list[str]:
-    """The implementations worth timing here, by name: first the one that `choose` takes, then every kernel that this device can run."""
+    """The implementations worth timing here: first the one that `choose` takes, then every kernel of this device."""
     like = torch.empty(1, 1, dtype=case.dtype, device=device)
     chosen: str = getattr(ops, f"choose_{operator}")(like).implementation
     if ops.forced is not None:
@@ -215,7 +216,7 @@ def make_prompt_batch(case: PrefixConcatCase, device: torch.device) -> PromptBat
 
 
 def _concat_as_peft(batch: PromptBatch) -> tuple[Tensor, Tensor, Tensor]:
-    """PEFT's PeftModelForCausalLM.forward for prompt tuning, with a prompt of its own for each row where there are several."""
+    """As PEFT's PeftModelForCausalLM does prompt tuning, and with a prompt of its own for each row where S > 1."""
     S, P, _ = batch.prompts.shape
     B = len(batch.input_ids)
     embeds = F.embedding(batch.input_ids, batch.embedding)

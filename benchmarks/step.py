@@ -1,7 +1,7 @@
-"""One training step of a small Llama: fastlora.accelerate'd against PEFT + transformers, each in a fresh process of its own.
+"""One training step of a small Llama: PEFT + transformers against the same accelerated, each in a fresh process.
 
-The two processes take turns, so that both meet the same machine; each tells its own peak memory. Both start from the same weights and see the
-same batches, so that without dropout their losses agree.
+The two processes take turns, so that both meet the same machine; each tells its own peak memory. Both start from the
+same weights and see the same batches, so that without dropout their losses agree.
 """
 
 import multiprocessing

@@ -1,5 +1,6 @@
 """Rows as text: one table an operator, worst first, losses printed like wins."""
 
+import re
 from collections.abc import Sequence
 
 from .cases import StepCase, dtype_name
@@ -7,6 +8,7 @@ from .measure import Row
 from .rivals import FASTLORA, RIVALS
 from .step import StepResult
 
+QUANTITY = re.compile(r"-|[\d.]+(e[+-]\d+)?( \S+)?")
 BASELINES = {
     "lora_linear": "the frozen layer alone",
     "multi_lora": "the frozen layer alone",
@@ -21,9 +23,9 @@ MEANINGS = {
 
 
 def render(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns aligned: text to the left, what begins with a digit or a dash to the right."""
+    """Columns aligned: text to the left, quantities to the right."""
     widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    right = [all(row[column][:1] in "0123456789-" for row in rows) for column in range(len(head))]
+    right = [all(QUANTITY.fullmatch(row[column]) for row in rows) for column in range(len(head))]
 
     def line(cells: Sequence[str]) -> str:
         padded = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(cells, widths, right, strict=True))

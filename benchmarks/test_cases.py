@@ -1,4 +1,4 @@
-"""The same cases under pytest-benchmark: `pytest benchmarks`, or a part of them: `pytest benchmarks -k "lora_linear and decode"`.
+"""The same cases under pytest-benchmark: `pytest benchmarks`, or some: `pytest benchmarks -k "lora_linear and decode"`.
 
 Every case is checked before it is timed, as in `python -m benchmarks`; no test asserts a time.
 """

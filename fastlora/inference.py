@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,7 +31,8 @@ BASE = "__base__"  # PEFT's name for "no adapter"
 
 
 def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The device that training uses, too: this process's GPU if there is one, unless ACCELERATE_USE_CPU is set."""
+    return PartialState().device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -85,12 +85,13 @@ def mark_missing(implementation: str, reason: str) -> None:
 
 
 def _load(implementation: str) -> None:
-    load = _loaders.pop(implementation, None)
+    load = _loaders.get(implementation)
     if load is not None:
         try:
             load()
         except ImportError as error:
             mark_missing(implementation, f"cannot be imported: {error}")
+        del _loaders[implementation]
 
 
 def implementation(op: str, name: str) -> Callable[..., Any]:
@@ -139,23 +140,35 @@ forced: str | None = _forced_by_environment()
 """FASTLORA_IMPL, read once: the implementation that every operator must use."""
 
 
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the compiled implementations compute in; float64 is the reference's."""
+
+
+def _obstacle(op: str, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the implementation cannot run `op` on this device in this dtype, or None."""
+    _load(name)
+    if (op, name) not in _table:
+        return f"{name} is {_missing.get(name, 'not built')}"
+    if name == "reference":
+        return None
+    if dtype not in KERNEL_DTYPES:
+        return f"{name} does not compute in {str(dtype).removeprefix('torch.')}"
+    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if device.type != ("cpu" if name == "cpu" else "cuda") and not interpreted:
+        return f"{name} does not run on {device.type} devices"
+    return None
+
+
 def _choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
     """A fixed order, for now: the native extension on a CPU; plain PyTorch elsewhere, until a measurement says otherwise."""
     if forced is not None:
-        implementation(op, forced)
-        if forced == "cpu" and device.type != "cpu":
-            raise ImplementationError(f"FASTLORA_IMPL=cpu: {op} was called on a {device.type} device, expected a CPU")
-        if forced == "cuda" and device.type != "cuda":
-            raise ImplementationError(f"FASTLORA_IMPL=cuda: {op} was called on a {device.type} device, expected a GPU")
-        if forced == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-            raise ImplementationError(f"FASTLORA_IMPL=triton: {op} was called on a {device.type} device, expected a GPU")
+        obstacle = _obstacle(op, forced, device, dtype)
+        if obstacle is not None:
+            raise ImplementationError(f"FASTLORA_IMPL={forced}: {op} cannot run: {obstacle}")
         return Choice(forced, "FASTLORA_IMPL")
     if device.type == "cpu":
-        if (op, "cpu") not in _table:
-            return Choice("reference", f"the native extension is {_missing.get('cpu', 'not built')}")
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return Choice("reference", f"the native extension does not compute in {str(dtype).removeprefix('torch.')}")
-        return Choice("cpu", "native C++")
+        obstacle = _obstacle(op, "cpu", device, dtype)
+        return Choice("reference", obstacle) if obstacle else Choice("cpu", "native C++")
     if device.type == "cuda":
         return Choice("reference", "no measurement for this GPU is shipped; FASTLORA_IMPL=triton runs the Triton kernels")
     return Choice("reference", f"no kernels for {device.type} devices")

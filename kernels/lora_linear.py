@@ -3,7 +3,7 @@
     forward     xa = d(x) Aᵀ                          one read of x, the mask drawn in the kernel; a long sum is split and added in order
                 y  = x Wᵀ + (s xa) Bᵀ + b             one product, the rank step last, the bias on the way out
     backward    dxa = s dy B, dB = s dyᵀ xa           one read of dy; partial sums added in order
-                dA = dxaᵀ d(x)                        one read of x, the mask redrawn
+                dA = dxaᵀ d(x)                        one read of x; the mask redrawn once, as bits, for this and the next
                 dx = d'(dxa A) + dy W                 one product; the rank step first, so that the mask needs no second accumulator
 
 Products accumulate in float32. With a 16-bit x, tensor cores read A, B, s xa and dxa rounded once to x's dtype; float32 A and B are rounded as they
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastlora import ops
 from fastlora.kernels import tuning
-from fastlora.kernels.philox import drop_threshold, keep_mask, keep_scale
+from fastlora.kernels.philox import drop_threshold, keep_bits, keep_mask, keep_scale, load_keep_mask
 from fastlora.kernels.tiles import partials_for, sum_partials, tile_of
 
 
@@ -115,11 +115,10 @@ def _shrink_back_kernel(
         tl.store(db_ptr + (part.to(tl.int64) * N + n)[:, None] * R + r[None, :], db * scale, mask=ranks)
 
 
-@triton.jit(do_not_specialize=["M", "span", "threshold"])
+@triton.jit(do_not_specialize=["M", "span"])
 def _adapter_grad_kernel(
-    x_ptr, dxa_ptr, da_ptr, seed_ptr,  # dA: partial sums [parts, R, K]
-    M, K, R, span,  # span: rows of x a part
-    threshold, factor,
+    x_ptr, dxa_ptr, da_ptr, bits_ptr,  # dA: partial sums [parts, R, K]
+    M, K, R, span, factor,  # span: rows of x a part
     x_m, x_k,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
@@ -133,8 +132,8 @@ def _adapter_grad_kernel(
         m = m0 + tl.arange(0, BLOCK_M)
         x_ptrs = x_ptr + m[:, None] * x_m + k[None, :] * x_k
         x = tl.load(x_ptrs, mask=(m < end)[:, None] & (k < K)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-        if seed_ptr is not None:
-            x = tl.where(keep_mask(seed_ptr, m, first_k, K, threshold, BLOCK_K), x, 0.0)
+        if bits_ptr is not None:
+            x = tl.where(load_keep_mask(bits_ptr, m, m < end, first_k, K, BLOCK_K), x, 0.0)
         rows = (m < end)[:, None] & (r < R)[None, :]
         dxa = tl.load(dxa_ptr + m[:, None] * R + r[None, :], mask=rows, other=0.0).to(x.dtype)  # [BLOCK_M, BLOCK_R]
         da = tl.dot(tl.trans(x), dxa, da, input_precision="ieee")
@@ -142,11 +141,10 @@ def _adapter_grad_kernel(
     tl.store(da_ptrs, da * factor, mask=(k < K)[:, None] & (r < R)[None, :])
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M"])
 def _linear_back_kernel(
-    dy_ptr, weight_ptr, a_ptr, dxa_ptr, dx_ptr, seed_ptr,
-    M, N, K, R,
-    threshold, factor,
+    dy_ptr, weight_ptr, a_ptr, dxa_ptr, dx_ptr, bits_ptr,
+    M, N, K, R, factor,
     dy_m, dy_n, w_n, w_k, a_r, a_k,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -161,8 +159,8 @@ def _linear_back_kernel(
         a_ptrs = a_ptr + r.to(tl.int64)[:, None] * a_r + k[None, :] * a_k
         a = tl.load(a_ptrs, mask=(r < R)[:, None] & (k < K)[None, :], other=0.0)  # [BLOCK_R, BLOCK_K]
         dx = tl.dot(dxa.to(dtype), a.to(dtype), dx, input_precision="ieee")
-    if seed_ptr is not None:
-        dx = tl.where(keep_mask(seed_ptr, m, tile_k * BLOCK_K, K, threshold, BLOCK_K), dx * factor, 0.0)
+    if bits_ptr is not None:
+        dx = tl.where(load_keep_mask(bits_ptr, m, m < M, tile_k * BLOCK_K, K, BLOCK_K), dx * factor, 0.0)
     n = tl.arange(0, BLOCK_N).to(tl.int64)
     dy_ptrs = dy_ptr + m[:, None] * dy_m + n[None, :] * dy_n
     w_ptrs = weight_ptr + n[:, None] * w_n + k[None, :] * w_k
@@ -249,13 +247,14 @@ def lora_linear_backward(
         if dxa_partials is not None:
             sum_partials(dxa_partials, dxa)
 
+        bits = keep_bits(seed, M, K, threshold) if seed is not None and (need_dx or need_da) else None
         if need_da:
             tile = tuning.adapter_grad(x, M, K, R)
             tiles_k, tiles_r = triton.cdiv(K, tile.columns), triton.cdiv(R, tile.rank)
             parts = tuning.parts(x, tiles_k * tiles_r, triton.cdiv(M, tile.rows))
             da_partials = partials_for(da, parts)
             _adapter_grad_kernel[tiles_k, parts, tiles_r](
-                x, dxa, da_partials, seed, M, K, R, triton.cdiv(triton.cdiv(M, parts), tile.rows) * tile.rows, threshold, factor, *x.stride(),
+                x, dxa, da_partials, bits, M, K, R, triton.cdiv(triton.cdiv(M, parts), tile.rows) * tile.rows, factor, *x.stride(),
                 BLOCK_M=tile.rows, BLOCK_K=tile.columns, BLOCK_R=tile.rank, **tile.launch,
             )  # fmt: skip
             sum_partials(da_partials, da)
@@ -263,7 +262,7 @@ def lora_linear_backward(
         if need_dx and M > 0:
             tile = tuning.linear(x, M, K, R)
             _linear_back_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(K, tile.columns),)](
-                dy, weight, lora_a, dxa, dx, seed, M, N, K, R, threshold, factor, *dy.stride(), *weight.stride(), *lora_a.stride(),
+                dy, weight, lora_a, dxa, dx, bits, M, N, K, R, factor, *dy.stride(), *weight.stride(), *lora_a.stride(),
                 BLOCK_M=tile.rows, BLOCK_K=tile.columns, BLOCK_N=tile.inner, BLOCK_R=tile.rank, GROUP_M=tuning.GROUP_M, **tile.launch,
             )  # fmt: skip
     return dx, da, db

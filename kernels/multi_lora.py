@@ -6,8 +6,8 @@ sorted places offsets[g] : offsets[g + 1]; order[place] is the row. Everything i
     forward     xa      tiles of one group each, at most ceil(M / rows of a tile) + S + 2 of them, whatever the groups
                 y       tiles of sorted places that may span groups: W is read once a tile, with one rank step a group in the tile
     backward    dxa, dB one read of dy, group by group; partial sums added in order
-                dA      one read of x, group by group
-                dx      tiles as for y; rank steps first, and then the mask, drawn once for all groups in the tile
+                dA      one read of x, group by group; the mask redrawn once, as bits, for this and the next
+                dx      tiles as for y; rank steps first, then the mask, once for all groups in the tile
 
 The adapters are laid side by side first (A [sum R_i, K], B [N, sum R_i]): one copy of them, small beside W. Rounding is that of lora_linear.py.
 """
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastlora import ops
 from fastlora.kernels import tuning
-from fastlora.kernels.philox import drop_threshold, keep_mask, keep_scale
+from fastlora.kernels.philox import BLOCK_GROUPS, BLOCK_ROWS, draw_bits, drop_threshold, keep_mask, keep_scale, load_keep_mask
 from fastlora.kernels.tiles import partials_for, sum_partials, tile_of
 
 # Rows of the two tables that hold, for each of the S + 2 groups, whole numbers (int64) and fractions (float32).
@@ -174,9 +174,25 @@ def _shrink_back_kernel(
         tl.store(db_ptrs, db * scale, mask=mask)
 
 
+@triton.jit(do_not_specialize=["groups"])
+def _keep_bits_kernel(
+    bits_ptr, seed_ptr, order_ptr, offsets_ptr, whole_ptr, columns, groups,
+    ROWS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    group, first, last = _places_of_tile(offsets_ptr, tl.program_id(0), groups, ROWS, BLOCK_S)
+    place = first + tl.arange(0, ROWS)
+    m = tl.load(order_ptr + place, mask=place < last, other=0)
+    threshold = tl.load(whole_ptr + THRESHOLD * groups + group).to(tl.int32)
+    column_groups = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
+    bits = draw_bits(seed_ptr, m, column_groups, columns, threshold)
+    a_row = tl.cdiv(columns, 8)
+    mask = (place < last)[:, None] & (column_groups < a_row)[None, :]
+    tl.store(bits_ptr + m[:, None] * a_row + column_groups[None, :], bits.to(tl.uint8), mask=mask)
+
+
 @triton.jit(do_not_specialize=["M", "groups", "ranks", "parts"])
 def _adapter_grad_kernel(
-    x_ptr, dxa_ptr, da_ptr, seed_ptr, order_ptr, offsets_ptr, whole_ptr, fraction_ptr,  # dA: partial sums [parts, ranks * K]
+    x_ptr, dxa_ptr, da_ptr, bits_ptr, order_ptr, offsets_ptr, whole_ptr, fraction_ptr,  # dA: partial sums [parts, ranks * K]
     M, K, R, groups, ranks, parts,
     x_m, x_k,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -188,7 +204,6 @@ def _adapter_grad_kernel(
     first_k = tl.program_id(0) * BLOCK_K
     k = first_k.to(tl.int64) + tl.arange(0, BLOCK_K)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    threshold = tl.load(whole_ptr + THRESHOLD * groups + group).to(tl.int32)
     begin, end = _places_of_part(offsets_ptr, group, part, parts, BLOCK_M)
     da = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     for start in range(begin, end, BLOCK_M):
@@ -196,8 +211,8 @@ def _adapter_grad_kernel(
         m = tl.load(order_ptr + place, mask=place < end, other=0)
         x_ptrs = x_ptr + m[:, None] * x_m + k[None, :] * x_k
         x = tl.load(x_ptrs, mask=(place < end)[:, None] & (k < K)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-        if seed_ptr is not None:
-            x = tl.where(keep_mask(seed_ptr, m, first_k, K, threshold, BLOCK_K), x, 0.0)
+        if bits_ptr is not None:
+            x = tl.where(load_keep_mask(bits_ptr, m, place < end, first_k, K, BLOCK_K), x, 0.0)
         rows = (place < end)[:, None] & (r < rank)[None, :]
         dxa = tl.load(dxa_ptr + m[:, None] * R + r[None, :], mask=rows, other=0.0).to(x.dtype)  # [BLOCK_M, BLOCK_R]
         da = tl.dot(tl.trans(x), dxa, da, input_precision="ieee")
@@ -208,7 +223,7 @@ def _adapter_grad_kernel(
 
 @triton.jit(do_not_specialize=["M", "groups"])
 def _linear_back_kernel(
-    dy_ptr, weight_ptr, a_ptr, dxa_ptr, dx_ptr, seed_ptr, order_ptr, offsets_ptr, whole_ptr, fraction_ptr,
+    dy_ptr, weight_ptr, a_ptr, dxa_ptr, dx_ptr, bits_ptr, order_ptr, offsets_ptr, whole_ptr, fraction_ptr,
     M, N, K, R, groups,
     dy_m, dy_n, w_n, w_k,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr,
@@ -218,7 +233,6 @@ def _linear_back_kernel(
     m = tl.load(order_ptr + place, mask=place < M, other=0)
     k = tile_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
     dtype = dy_ptr.dtype.element_ty
-    threshold = tl.zeros((BLOCK_M,), tl.int32)
     factor = tl.full((BLOCK_M,), 1.0, tl.float32)
     dx = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
     at = tile_m.to(tl.int64) * BLOCK_M
@@ -228,7 +242,6 @@ def _linear_back_kernel(
         end = tl.minimum(tl.load(offsets_ptr + group + 1), stop)
         mine = (place >= at) & (place < end)
         first, rank = tl.load(whole_ptr + FIRST * groups + group), tl.load(whole_ptr + RANK * groups + group)
-        threshold = tl.where(mine, tl.load(whole_ptr + THRESHOLD * groups + group).to(tl.int32), threshold)
         factor = tl.where(mine, tl.load(fraction_ptr + FACTOR * groups + group), factor)
         for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
             r = r0 + tl.arange(0, BLOCK_R)
@@ -237,9 +250,8 @@ def _linear_back_kernel(
             a = tl.load(a_ptrs, mask=(r < rank)[:, None] & (k < K)[None, :], other=0.0)  # [BLOCK_R, BLOCK_K]
             dx = tl.dot(dxa.to(dtype), a.to(dtype), dx, input_precision="ieee")
         at = tl.maximum(end, at + 1)
-    if seed_ptr is not None:
-        keep = keep_mask(seed_ptr, m, tile_k * BLOCK_K, K, threshold[:, None], BLOCK_K)
-        dx = tl.where(keep, dx * factor[:, None], 0.0)
+    if bits_ptr is not None:
+        dx = tl.where(load_keep_mask(bits_ptr, m, place < M, tile_k * BLOCK_K, K, BLOCK_K), dx * factor[:, None], 0.0)
     n = tl.arange(0, BLOCK_N).to(tl.int64)
     dy_ptrs = dy_ptr + m[:, None] * dy_m + n[None, :] * dy_n
     w_ptrs = weight_ptr + n[:, None] * w_n + k[None, :] * w_k
@@ -325,6 +337,7 @@ def multi_lora_backward(
     ranks = tuple(a.shape[0] for a in lora_a)
     (M, K), N, R, S = x.shape, weight.shape[0], max(ranks), len(ranks)
     groups, all_ranks = S + 2, sum(ranks)
+    block_s = triton.next_power_of_2(groups)
     dropout_p, seed = _dropout(dropout_p, seed)
     dx = x.new_empty((M, K) if need_dx else 0)
     da = lora_a[0].new_empty(all_ranks * K if need_da else 0)
@@ -348,13 +361,19 @@ def multi_lora_backward(
         if dxa_partials is not None:
             sum_partials(dxa_partials, dxa)
 
+        bits = None
+        if seed is not None and (need_dx or need_da):
+            bits = x.new_empty(M, triton.cdiv(K, 8), dtype=torch.uint8)
+            grid = (M + groups * (BLOCK_ROWS - 1)) // BLOCK_ROWS, triton.cdiv(bits.shape[1], BLOCK_GROUPS)
+            _keep_bits_kernel[grid](bits, seed, *rows[:3], K, groups, ROWS=BLOCK_ROWS, GROUPS=BLOCK_GROUPS, BLOCK_S=block_s)
+
         if need_da:
             tile = tuning.adapter_grad(x, M, K, R)
             tiles_k, tiles_r = triton.cdiv(K, tile.columns), triton.cdiv(R, tile.rank)
             parts = tuning.parts(x, tiles_k * tiles_r * S, triton.cdiv(M, tile.rows))
             da_partials = partials_for(da, parts)
             _adapter_grad_kernel[tiles_k, S * parts, tiles_r](
-                x, dxa, da_partials, seed, *rows, M, K, R, groups, all_ranks, parts, *x.stride(),
+                x, dxa, da_partials, bits, *rows, M, K, R, groups, all_ranks, parts, *x.stride(),
                 BLOCK_M=tile.rows, BLOCK_K=tile.columns, BLOCK_R=tile.rank, **tile.launch,
             )  # fmt: skip
             sum_partials(da_partials, da)
@@ -362,8 +381,8 @@ def multi_lora_backward(
         if need_dx and M > 0:
             tile = tuning.linear(x, M, K, R)
             _linear_back_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(K, tile.columns),)](
-                dy, weight, a, dxa, dx, seed, *rows, M, N, K, R, groups, *dy.stride(), *weight.stride(),
-                BLOCK_M=tile.rows, BLOCK_K=tile.columns, BLOCK_N=tile.inner, BLOCK_R=tile.rank, BLOCK_S=triton.next_power_of_2(groups),
+                dy, weight, a, dxa, dx, bits, *rows, M, N, K, R, groups, *dy.stride(), *weight.stride(),
+                BLOCK_M=tile.rows, BLOCK_K=tile.columns, BLOCK_N=tile.inner, BLOCK_R=tile.rank, BLOCK_S=block_s,
                 GROUP_M=tuning.GROUP_M, **tile.launch,
             )  # fmt: skip
     return dx, da, db

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 # Before torch starts: repeatable products on a GPU.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
     # Before any kernel is defined: triton.jit looks once.
@@ -22,7 +22,7 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
 
     interpreter.install()
 
-from fastlora import ops  # noqa: E402
+from fastlora import ops
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 

@@ -20,6 +20,12 @@ from fastlora.inference import generate, load_model
 PROMPT = "The fox sings. What does the fox do?"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def on_cpu():
+    with tiny.on_cpu():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def as_before():
     """Commands silence transformers, each for a process of its own."""

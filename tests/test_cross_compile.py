@@ -46,7 +46,8 @@ def test_every_kernel_was_compiled(kernels):
 
 
 def test_nothing_spills(kernels):
-    assert [kernel for kernel in kernels if kernel["local_memory"] != 0] == []
+    # Registers that do not fit are spilled to the stack, which nothing else here uses.
+    assert [kernel for kernel in kernels if kernel["stack"] != 0] == []
 
 
 def test_shared_memory_fits_every_card_from_sm_80_on(kernels):
@@ -58,14 +59,14 @@ def test_16_bit_products_run_on_tensor_cores(kernels):
     assert len(products) >= 20
     for kernel in products:
         # wgmma takes 64 rows or more; smaller tiles use mma.sync, as all tiles on sm_80 do.
-        instruction = "HGMMA" if kernel["arch"] == 90 and kernel["tile"]["BLOCK_M"] >= 64 else "HMMA"
+        instruction = "wgmma" if kernel["arch"] == 90 and kernel["tile"]["BLOCK_M"] >= 64 else "mma"
         assert kernel[instruction] > 0, kernel
 
 
 def test_loads_of_the_big_operands_are_asynchronous(kernels):
     for kernel in kernels:
         if kernel["name"] in ("lora_linear._linear_kernel", "lora_linear._linear_back_kernel"):
-            assert kernel["LDGSTS"] > 0, kernel
+            assert kernel["asynchronous_loads"] > 0, kernel
 
 
 def compile_only(arch: int) -> None:
@@ -88,15 +89,17 @@ def compile_only(arch: int) -> None:
 
 
 def describe(kernel: Any) -> dict[str, int]:
-    """What the machine code of a compiled kernel holds: bytes of shared memory, and counts of instructions."""
+    """A compiled kernel's registers and bytes of stack a thread, its shared memory, and how many of some instructions it has."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        code = subprocess.run([tool, "-sass", file.name], capture_output=True, text=True, check=True).stdout
-    counts = {name: len(re.findall(rf"\b{name}\b", code)) for name in ("HGMMA", "HMMA", "LDGSTS")}
-    # Registers that do not fit are spilled to local memory, which nothing else here uses.
-    return {"shared": kernel.metadata.shared, "local_memory": len(re.findall(r"\b(?:LDL|STL)\b", code)), **counts}
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    names = {"wgmma": "wgmma.mma_async", "mma": "mma.sync", "asynchronous_loads": "cp.async."}
+    counts = {name: kernel.asm["ptx"].count(instruction) for name, instruction in names.items()}
+    return {"registers": int(found[1]), "stack": int(found[2]), "shared": kernel.metadata.shared, **counts}
 
 
 def launch_everything() -> None:
@@ -119,7 +122,7 @@ def launch_everything() -> None:
 
     for dtype in (torch.bfloat16, torch.float32):
         launch_lora(dtype, 8192, 16, 0.1, torch.float32)
-    for M, R, dropout_p in ((8192, 128, 0.1), (8192, 16, 0.0), (64, 16, 0.1), (8, 16, 0.1)):
+    for M, R, dropout_p in ((8192, 128, 0.1), (64, 16, 0.0), (8, 16, 0.1)):
         launch_lora(torch.float16, M, R, dropout_p, torch.float16)
 
     B, T, P, D = 8, 512, 100, 4096

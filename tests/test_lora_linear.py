@@ -94,6 +94,7 @@ CASES = {
     "rank 1": Case(37, 65, 48, 1, bias=False),
     "rank 64": Case(37, 65, 48, 64, bias=False, dropout_p=0.1),
     "rank 129": Case(37, 65, 48, 129, dropout_p=0.1),
+    "rank 512": Case(7, 65, 48, 512),
     "many tiles": Case(130, 300, 201, 16, dropout_p=0.1),
     "bfloat16": Case(37, 65, 48, 8, torch.bfloat16, dropout_p=0.1),
     "bfloat16, rank 1": Case(37, 65, 48, 1, torch.bfloat16, bias=False),
@@ -293,7 +294,7 @@ def test_opcheck(device: str, dtype: torch.dtype) -> None:
         )
 
 
-def test_compiles_whole(device: str, implementation: str) -> None:
+def test_compiles_whole(device: str) -> None:
     """torch.compile traces forward and backward as one graph, for any number of rows, and dropout stays drawn by torch's generator."""
     torch.compiler.reset()
     compiled = torch.compile(lora_linear, fullgraph=True, backend="aot_eager", dynamic=True)

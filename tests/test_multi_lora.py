@@ -122,7 +122,7 @@ CASES: dict[str, dict[str, Any]] = {
     "shuffled, no bias, no dropout": {"index": SHUFFLED, "ranks": [4, 4, 4, 4], "bias": False, "dropout": False},
     "an adapter a row": {"index": list(range(9)), "ranks": list(range(1, 10))},
     "large ranks": {"index": [0, 1, 1, 0, 1], "ranks": [64, 129], "K": 65, "N": 48},
-    "many rows": {"index": [i % 4 - 1 for i in range(150)], "ranks": [16, 8, 5], "K": 130, "N": 70},
+    "many rows": {"index": [i % 4 - 1 for i in range(90)], "ranks": [16, 8, 5], "K": 130, "N": 70},
     "bfloat16": {"index": SHUFFLED, "ranks": [1, 8, 3, 17], "dtype": torch.bfloat16},
     "bfloat16, float32 adapters": {
         "index": SHUFFLED,
@@ -240,7 +240,7 @@ def test_checkpointing_replays_dropout(device: str, implementation: str, use_ree
 
 def test_two_runs_are_equal(device: str, implementation: str) -> None:
     torch.use_deterministic_algorithms(False)  # the tests' own setting must not be what makes it so
-    mixed = make_mixed([i % 4 - 1 for i in range(150)], [16, 8, 5], device=device)
+    mixed = make_mixed([i % 4 - 1 for i in range(70)], [16, 8, 5], device=device)
     runs = []
     for _ in range(2):
         torch.manual_seed(0)
@@ -298,7 +298,7 @@ def test_opcheck(device: str) -> None:
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["index", "groups"])
-def test_compiles_whole(device: str, implementation: str, grouped: bool) -> None:
+def test_compiles_whole(device: str, grouped: bool) -> None:
     torch.compiler.reset()
     compiled = torch.compile(multi_lora, fullgraph=True, backend="aot_eager", dynamic=True)
     for index in (SHUFFLED, SHUFFLED + [1, 1, 0]):

@@ -84,12 +84,10 @@ def test_forced_choice(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert CHOOSERS[op](torch.ones(2, 2)) == (name, "FASTLORA_IMPL")
 
 
-@pytest.mark.parametrize(
-    "implementation", [name for name in implementations("lora_linear", "cpu") if name != "reference"]
-)
-def test_forced_and_unable_raises(implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", [name for name in implementations("lora_linear", "cpu") if name != "reference"])
+def test_forced_and_unable_raises(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """float64 is for the reference: a forced implementation says so and does not hand over."""
-    monkeypatch.setattr(ops, "forced", implementation)
+    monkeypatch.setattr(ops, "forced", name)
     with pytest.raises(ops.ImplementationError, match="float64"):
         lora_linear(*make_layer(3, 4, 5, 2, torch.float64)[:5], 1.0)
 

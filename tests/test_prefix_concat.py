@@ -164,7 +164,7 @@ DTYPES = {
 @pytest.mark.parametrize(("dtype", "prompts_dtype"), DTYPES.values(), ids=DTYPES)
 def test_dtypes(device: str, implementation: str, dtype: torch.dtype, prompts_dtype: torch.dtype | None) -> None:
     """The result has the embeddings' dtype; many rows share a prompt, so that its gradient is a sum worth rounding once."""
-    check(make_batch(["01111", "11111", "00111"] * 6, (4, 2), 33, dtype, prompts_dtype, device))
+    check(make_batch(["01111", "11111", "00111"] * 3, (4, 2), 33, dtype, prompts_dtype, device))
 
 
 def test_wide_rows(device: str, implementation: str) -> None:
@@ -328,9 +328,9 @@ def test_numbers_that_do_not_exist(device: str, implementation: str, wrong: int)
 
 def test_two_runs_are_equal(device: str, implementation: str) -> None:
     torch.use_deterministic_algorithms(False)  # the tests' own setting must not be what makes it so
-    batch = make_batch(["01111", "11111", "00111"] * 12, (4, 2), 33, device=device)
+    batch = make_batch(["01111", "11111", "00111"] * 4, (4, 2), 9, device=device)
     runs = []
-    dout = torch.randn(36, 9, 33, device=device)
+    dout = torch.randn(12, 9, 9, device=device)
     for _ in range(2):
         out = prefix_concat(*batch[:3], prompt_index=batch.prompt_index).embeds
         runs.append([out, *gradients(out, (batch.embeds, *batch.prompts), dout)])
@@ -395,7 +395,7 @@ def test_opcheck(device: str) -> None:
 
 
 @pytest.mark.parametrize("stacked", [True, False], ids=["tensor", "list"])
-def test_compiles_whole(device: str, implementation: str, stacked: bool) -> None:
+def test_compiles_whole(device: str, stacked: bool) -> None:
     torch.compiler.reset()
     compiled = torch.compile(prefix_concat, fullgraph=True, backend="aot_eager", dynamic=True)
     for mask in (["0011", "1111"], ["00111", "11111", "00001"]):
@@ -416,7 +416,7 @@ def test_compiles_whole(device: str, implementation: str, stacked: bool) -> None
             assert torch.equal(grad, want)
 
 
-def test_compiles_with_labels_that_are_the_ids(device: str, implementation: str) -> None:
+def test_compiles_with_labels_that_are_the_ids(device: str) -> None:
     """A causal model's labels are often its input_ids, the very same tensor."""
     torch.compiler.reset()
     compiled = torch.compile(prefix_concat, fullgraph=True, backend="aot_eager")

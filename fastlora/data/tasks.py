@@ -113,17 +113,14 @@ def _extraction(rng: Random) -> tuple[str, dict[str, str]]:
 
 
 def _arithmetic(rng: Random) -> tuple[str, dict[str, str]]:
-    first, second = rng.randint(1, 49), rng.randint(1, 49)
+    first, second = rng.randint(10, 89), rng.randint(1, 9)
     person, fruit = rng.choice(PEOPLE), rng.choice(FRUITS)
     question = f"How many {fruit} does {person} have now?"
     if rng.random() < 0.5:
-        # Ordered, so that neither split holds the other's sums the other way round.
-        content, result = f"{min(first, second)} + {max(first, second)}", first + second
-        operation, deed = "plus", f"buys {number_in_words(second)} more"
+        sign, result, operation, deed = "+", first + second, "plus", f"buys {number_in_words(second)} more"
     else:
-        first, second = max(first, second), min(first, second)
-        content, result = f"{first} - {second}", first - second
-        operation, deed = "minus", f"sells {number_in_words(second)}"
+        sign, result, operation, deed = "-", first - second, "minus", f"sells {number_in_words(second)}"
+    content = f"{first} {sign} {second}"
     return content, {
         "expression": f"{number_in_words(first)} {operation} {number_in_words(second)}",
         "story": f"{person} has {number_in_words(first)} {fruit} and {deed}.",
@@ -146,7 +143,7 @@ def _translation(rng: Random) -> tuple[str, dict[str, str]]:
 
 def _ordering(rng: Random) -> tuple[str, dict[str, str]]:
     size = rng.randint(3, 4)
-    names, scores = rng.sample(PEOPLE, size), rng.sample(range(1, 100), size)
+    names, scores = rng.sample(PEOPLE, size), rng.sample(range(1, 10), size)
     ranked = [name for _, name in sorted(zip(scores, names, strict=True))]
     lines = "\n".join(f"{name}: {score}" for name, score in zip(names, scores, strict=True))
     return lines, {

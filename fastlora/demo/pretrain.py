@@ -30,7 +30,7 @@ BATCH = 32  # examples a step
 PARTS = 2  # that a step is cut into by length, so that less of it is padding
 CHUNK = 64  # steps whose examples are drawn together
 PROMPT_WEIGHT = 0.1  # of a prompt token's loss, a completion token's being 1: it teaches the language, not the answers
-PEAK_LR = 1.5e-3
+PEAK_LR = 2e-3
 WARMUP = 0.03
 INIT_STD = 0.06  # 1 / sqrt(hidden size): a small model learns to copy sooner than with 0.02
 EVALUATED = 100  # held-out examples a task
@@ -216,7 +216,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Train the demo's base model from scratch."""
     parser = argparse.ArgumentParser(prog="python -m fastlora.demo.pretrain", description=main.__doc__)
     parser.add_argument("--output", type=Path, required=True, help="the folder to write the model to")
-    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--steps", type=int, default=5000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
