@@ -24,7 +24,7 @@ from .step import StepError, measure_step
 from .table import operator_table, step_table
 
 ALL = (*OPERATORS, "step")
-SECONDS = {"lora_linear": 75.0, "multi_lora": 40.0, "prefix_concat": 20.0}  # of timing alone, on all cases
+SECONDS = {"lora_linear": 60.0, "multi_lora": 30.0, "prefix_concat": 16.0}  # of timing alone, on all cases
 QUICK_SECONDS = 4.0
 
 

@@ -9,7 +9,7 @@ import ctypes
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,7 @@ WARM_UP_CALLS = 3
 
 class Timing(NamedTuple):
     seconds: float  # median of one call
+    fastest: float
     ratio: float  # median over the rounds of this call's time over the baseline's in the same round
     rounds: int
 
@@ -87,13 +88,12 @@ def time_in_turn(runs: Mapping[str, Run], clock: Clock, budget: float) -> dict[s
         for name in names[start:] + names[:start]:
             samples[name].append(clock(runs[name], turn, calls[name]))
             turn += calls[name]
-    baseline = samples[names[0]]
-    return {
-        name: Timing(
-            statistics.median(times), statistics.median(t / b for t, b in zip(times, baseline, strict=True)), rounds
-        )
-        for name, times in samples.items()
-    }
+    return {name: _timing(times, samples[names[0]]) for name, times in samples.items()}
+
+
+def _timing(times: Sequence[float], baseline: Sequence[float]) -> Timing:
+    ratios = [one / of_baseline for one, of_baseline in zip(times, baseline, strict=True)]
+    return Timing(statistics.median(times), min(times), statistics.median(ratios), len(times))
 
 
 def _memory_status(key: str) -> int:

@@ -109,15 +109,18 @@ def _product(size: int, dtype: torch.dtype, device: torch.device) -> dict[str, R
 
 
 def measure_limits(device: torch.device, dtypes: Iterable[torch.dtype], budget: float = 1.5) -> Limits:
-    """The machine's own rates, `budget` seconds each: the fastest large product of each dtype, and a large copy."""
+    """The machine's own rates, `budget` seconds each: the fastest large product of each dtype, and a large copy.
+
+    The best of many samples: what others do on the machine meanwhile does not lower its limit.
+    """
     on_gpu = device.type == "cuda"
     clock = clock_of(device)
     size = 8192 if on_gpu else 1536
     flops = {}
     for dtype in dtypes:
         times = time_in_turn(_product(size, dtype, device), clock, budget)
-        flops[dtype] = 2 * size**3 / min(timing.seconds for timing in times.values())
+        flops[dtype] = 2 * size**3 / min(timing.fastest for timing in times.values())
     source = torch.ones(2**30 if on_gpu else 2**28, dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     copy = time_in_turn({"copy": lambda _: target.copy_(source)}, clock, budget)["copy"]
-    return Limits(flops, 2 * source.numel() / copy.seconds)
+    return Limits(flops, 2 * source.numel() / copy.fastest)

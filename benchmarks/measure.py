@@ -42,7 +42,7 @@ class CaseError(RuntimeError):
     """An implementation is outside its error bound on a case that was to be timed."""
 
 
-def _compile_or_drop(runs: dict[str, Run], notes: list[str], case: str) -> None:
+def compile_or_drop(runs: dict[str, Run], notes: list[str], case: str) -> None:
     """Warm the compiled rival up; where torch.compile cannot run here, leave it out and say why."""
     try:
         for turn in range(2):
@@ -88,7 +88,7 @@ def measure(
         problem = build(case, training, device)
         runs = _runs(problem, training, names, with_compile)
         if "compiled" in runs:
-            _compile_or_drop(runs, notes, f"{case.name}, {pass_}")
+            compile_or_drop(runs, notes, f"{case.name}, {pass_}")
         times = time_in_turn(runs, clock, budget)
         peaks = {name: peak_of_call(run, device) for name, run in runs.items()}
         work = case.work(training)

@@ -55,10 +55,10 @@ def linear(x: Tensor, rows: int, columns: int, rank: int) -> Config:
     if x.dtype == torch.float32:
         return Config(_up_to(rows, 64), _up_to(columns, 64), 32, _up_to(rank, 32), 4, 2)
     if rows <= 32:
-        return Config(_up_to(rows, 32), _up_to(columns, 64), 128, _up_to(rank, 64), 4, 3)
+        return Config(_up_to(rows, 32), _up_to(columns, 64), 128, _up_to(rank, 32), 4, 3)
     if rows <= 64 or columns <= 64:
-        return Config(64, _up_to(columns, 64), 64, _up_to(rank, 64), 4, 3)
-    return Config(128, 128, 64, _up_to(rank, 64), 8, 3)
+        return Config(64, _up_to(columns, 64), 64, _up_to(rank, 32), 4, 3)
+    return Config(128, 128, 64, _up_to(rank, 32), 8, 3)
 
 
 def shrink(x: Tensor, rows: int, rank: int) -> Config:

@@ -54,8 +54,8 @@ def fake_runs(**costs: float) -> dict[str, clock.Run]:
 
 def test_clock_gives_medians_over_the_baseline() -> None:
     times = clock.time_in_turn(fake_runs(base=0.01, double=0.02), FakeClock(), 0.6)
-    assert times["base"] == clock.Timing(0.01, 1.0, 20)
-    assert times["double"] == clock.Timing(0.02, 2.0, 20)
+    assert times["base"] == clock.Timing(0.01, 0.01, 1.0, 20)
+    assert times["double"] == clock.Timing(0.02, 0.02, 2.0, 20)
 
 
 def test_clock_begins_every_round_with_another_and_never_repeats_a_turn() -> None:
@@ -219,6 +219,17 @@ def test_a_case_beyond_its_bound_is_not_timed(monkeypatch) -> None:
     monkeypatch.setattr(measure, "time_in_turn", refuse_to_time)
     with pytest.raises(measure.CaseError, match=r"tiny, forward: the error of y is .*: not timed"):
         list(measure.measure("lora_linear", TINY, CPU, LIMITS, 0.01, False, []))
+
+
+def test_a_torch_compile_that_fails_is_left_out_and_said() -> None:
+    def fail(_: int) -> None:
+        raise RuntimeError("no compiler\nand a long story")
+
+    runs: dict[str, clock.Run] = {"peft": print, "compiled": fail}
+    notes: list[str] = []
+    measure.compile_or_drop(runs, notes, "tiny, forward")
+    assert list(runs) == ["peft"]
+    assert notes == ["tiny, forward: torch.compile fails here, its column is empty: no compiler"]
 
 
 @pytest.mark.parametrize("operator", cases.OPERATORS)
