@@ -27,7 +27,9 @@ from setuptools.errors import CompileError
 ROOT = Path(__file__).resolve().parent
 REQUIRED = os.environ.get("FASTLORA_REQUIRE_NATIVE") == "1"
 OLDEST_TORCH = (2, 11)
-FLAGS = "-O3 -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=fast -DTORCH_TARGET_VERSION=0x020b000000000000ULL".split()
+FLAGS = (
+    "-O3 -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=fast -DTORCH_TARGET_VERSION=0x020b000000000000ULL".split()
+)
 # The passes are compiled once for each; the machine picks one at run time.
 INSTRUCTION_SETS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
@@ -105,15 +107,24 @@ def objects(folder: Path, torch: Path) -> Iterator[tuple[Path, str, list[str]]]:
 class BuildNative(build_ext):
     """Compiles with ninja, in build/native, so that only what changed is compiled again."""
 
+    def run(self) -> None:
+        self.into_source = self.inplace  # setuptools clears it while it builds, and copies afterwards
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         try:
             self.compile_and_link(Path(self.get_ext_fullpath(ext.name)).resolve())
         except CompileError as error:
             # An older build left behind would be installed, or imported, as if it were this one.
-            for stale in (Path(self.get_ext_fullpath(ext.name)), ROOT / self.get_ext_filename(ext.name)):
-                stale.unlink(missing_ok=True)
+            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+            if self.into_source:
+                (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
             if not REQUIRED:
-                print(f"fastlora: no native extension ({error}); everything runs as plain PyTorch", file=sys.stderr, flush=True)
+                print(
+                    f"fastlora: no native extension ({error}); everything runs as plain PyTorch",
+                    file=sys.stderr,
+                    flush=True,
+                )
             raise
 
     def compile_and_link(self, target: Path) -> None:
@@ -137,7 +148,13 @@ class BuildNative(build_ext):
         self.run_command_line([ninja, "-f", str(plan)])
 
     @staticmethod
-    def plan(compile_line: list[str], link_line: list[str], libraries: list[str], units: list[tuple[Path, str, list[str]]], target: Path) -> str:
+    def plan(
+        compile_line: list[str],
+        link_line: list[str],
+        libraries: list[str],
+        units: list[tuple[Path, str, list[str]]],
+        target: Path,
+    ) -> str:
         def path(value: object) -> str:
             return str(value).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
@@ -155,7 +172,11 @@ class BuildNative(build_ext):
         ]
         for output, source, flags in units:
             lines += [f"build {path(output)}: compile {path(source)}", f"  flags = {command(flags)}"]
-        lines += [f"build {path(target)}: link {' '.join(path(output) for output, _, _ in units)}", f"default {path(target)}", ""]
+        lines += [
+            f"build {path(target)}: link {' '.join(path(output) for output, _, _ in units)}",
+            f"default {path(target)}",
+            "",
+        ]
         return "\n".join(lines)
 
     @staticmethod
@@ -175,6 +196,8 @@ def packages() -> list[str]:
 setup(
     packages=packages(),
     package_dir={"fastlora.kernels": "kernels", "fastlora.benchmarks": "benchmarks"},
-    ext_modules=[] if os.environ.get("FASTLORA_BUILD") == "none" else [Extension("fastlora._C", [], optional=not REQUIRED)],
+    ext_modules=[]
+    if os.environ.get("FASTLORA_BUILD") == "none"
+    else [Extension("fastlora._C", [], optional=not REQUIRED)],
     cmdclass={"build_ext": BuildNative},
 )

@@ -94,10 +94,16 @@ def _measure(operator: str, device: torch.device, limits: Limits | None, quick: 
     budget = (QUICK_SECONDS if quick else SECONDS[operator]) / sum(len(case.passes) for case in cases)
     rows: list[Row] = []
     notes: list[str] = ["torch.compile was left out (--quick)"] if quick else []
+    not_timed: list[str] = []
     for number, operator_case in enumerate(cases, 1):
         _say(f"{operator} {number}/{len(cases)}: {operator_case.name}")
-        rows += measure(operator, operator_case, device, limits, budget, not quick, notes)
-    return operator_table(operator, rows, notes), {"limits": limits, "rows": rows, "notes": notes}
+        try:
+            for row in measure(operator, operator_case, device, limits, budget, not quick, notes):
+                rows.append(row)
+        except CaseError as error:
+            not_timed.append(str(error))
+    result = {"limits": limits, "rows": rows, "notes": notes, "not_timed": not_timed}
+    return operator_table(operator, rows, [*notes, *not_timed]), result
 
 
 def _jsonable(value: Any) -> Any:
@@ -152,10 +158,11 @@ def main(argv: Sequence[str]) -> int:
     for operator in green:
         try:
             table, result = _measure(operator, device, limits, arguments.quick)
-        except (CaseError, StepError) as error:
+        except StepError as error:
             print(f"\n{operator}: {error}", flush=True)
             failed = True
             continue
+        failed |= bool(result.get("not_timed"))
         print(f"\n{table}", flush=True)
         if arguments.json:
             print(f"written: {_write(machine, operator, argv, result)}", flush=True)

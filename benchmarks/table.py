@@ -56,6 +56,8 @@ def _rate(row: Row) -> str:
 
 def operator_table(operator: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
     """The table of one operator with what its columns mean, and how often fastlora loses."""
+    if not rows:
+        return "\n".join([f"{operator}: nothing was timed", *notes])
     rivals = [name for name in RIVALS[operator][1:] if any(name in row.ratios for row in rows)]
     head = ["case", "shape", "numbers", "pass", "implementation", "frozen", *rivals]
     head += ["over peft", "rate", "of limit", "peak MiB", "peft's", "error", "eager's"]

@@ -22,7 +22,7 @@ OPTIONAL = {
 }
 COMPILERS = {
     "g++": "the native extension cannot be built: CPUs run plain PyTorch (reference)",
-    "nvcc": "the CUDA part of the native extension cannot be built: GPUs run Triton or plain PyTorch",
+    "nvcc": "nothing yet: this version has no CUDA C++ implementation",
 }
 
 

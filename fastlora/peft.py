@@ -117,7 +117,7 @@ class FusedLinear(lora.Linear):
                 [self.lora_A[adapter].weight for adapter in used],
                 [self.lora_B[adapter].weight for adapter in used],
                 [self.scaling[adapter] for adapter in used],
-                _groups(tuple(adapter_names), tuple(used), x.device),
+                _groups(tuple(adapter_names), tuple(used), x.device, torch.is_inference_mode_enabled()),
                 dropout_p=[_dropout_p(self.lora_dropout[adapter]) for adapter in used],
             )
         if len(used) == 1:
@@ -167,8 +167,11 @@ class FusedLinear(lora.Linear):
 
 
 @functools.lru_cache(maxsize=4)
-def _groups(adapter_names: tuple[str, ...], used: tuple[str, ...], device: torch.device) -> RowGroups:
-    """The rows of a mixed batch, sorted once and shared by all layers and steps that have the same names."""
+def _groups(adapter_names: tuple[str, ...], used: tuple[str, ...], device: torch.device, inference: bool) -> RowGroups:
+    """The rows of a mixed batch, sorted once and shared by all layers and steps that have the same names.
+
+    inference: whether inference mode is on; its tensors are kept apart, since autograd cannot take them.
+    """
     number = {adapter: i for i, adapter in enumerate(used)}
     index = torch.tensor([number.get(name, -1) for name in adapter_names], device=device)
     return functional.group_rows(index, len(used))

@@ -183,7 +183,7 @@ def prefix_concat(
     if B == 0:
         return out, mask, positions, new_labels, source
     with torch.cuda.device_of(prompts):
-        block = min(triton.next_power_of_2(W), BLOCK_T)
+        block = min(triton.next_power_of_2(max(W, 1)), BLOCK_T)
         plain_mask = _plain(attention_mask)
         tokens, padded_left = (starts.new_empty(B, dtype=torch.int32) for _ in range(2))
         _count_kernel[(B,)](plain_mask, tokens, padded_left, T, *plain_mask.stride(), BLOCK=block)

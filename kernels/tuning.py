@@ -57,7 +57,7 @@ def linear(x: Tensor, rows: int, columns: int, rank: int) -> Config:
     if rows <= 32:
         return Config(_up_to(rows, 32), _up_to(columns, 64), 128, _up_to(rank, 32), 4, 3)
     if rows <= 64 or columns <= 64:
-        return Config(64, _up_to(columns, 64), 64, _up_to(rank, 32), 4, 3)
+        return Config(64, _up_to(columns, 64), 64, _up_to(rank, 32), 8, 3)
     return Config(128, 128, 64, _up_to(rank, 32), 8, 3)
 
 
@@ -65,7 +65,7 @@ def shrink(x: Tensor, rows: int, rank: int) -> Config:
     """For xa [rows, rank], a sum over the columns of x."""
     if x.dtype == torch.float32:
         return Config(_up_to(rows, 64), 0, 32, _up_to(rank, 64), 4, 2)
-    return Config(_up_to(rows, 64), 0, 64, _up_to(rank, 128), 4 if rank <= 64 else 8, 3)
+    return Config(_up_to(rows, 64), 0, 64, _up_to(rank, 128), 8, 3)
 
 
 def shrink_back(dy: Tensor, rows: int, columns: int, rank: int) -> Config:

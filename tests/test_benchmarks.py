@@ -221,6 +221,21 @@ def test_a_case_beyond_its_bound_is_not_timed(monkeypatch) -> None:
         list(measure.measure("lora_linear", TINY, CPU, LIMITS, 0.01, False, []))
 
 
+def test_the_other_cases_are_timed_and_the_command_fails(monkeypatch, capsys) -> None:
+    def one_bad(operator, case, *_):
+        if case.bias:
+            raise measure.CaseError("bad, forward: not timed")
+        yield row(0.9, 1.2)
+
+    monkeypatch.setattr(command, "cases_of", lambda *_: (replace(TINY, bias=True), TINY))
+    monkeypatch.setattr(command, "measure_limits", lambda *_: LIMITS)
+    monkeypatch.setattr(command, "measure", one_bad)
+    assert command.main(["lora_linear", "--no-gate"]) == 1
+    printed = capsys.readouterr().out
+    assert "case 0.9" in printed
+    assert "bad, forward: not timed" in printed
+
+
 def test_a_torch_compile_that_fails_is_left_out_and_said() -> None:
     def fail(_: int) -> None:
         raise RuntimeError("no compiler\nand a long story")

@@ -161,6 +161,41 @@ def test_only_what_is_needed(device: str, implementation: str, wanted: tuple[boo
         assert torch.equal(some, full) if need else some.numel() == 0
 
 
+@pytest.mark.parametrize("wanted", ["x", "lora_a", "lora_b"])
+def test_only_one_input_trains(device: str, implementation: str, wanted: str) -> None:
+    """The gradient of the one input that requires it is the one of the full backward; the others get none."""
+    layer = make_layer(13, 24, 16, 4, device=device)
+    names = ("x", "lora_a", "lora_b")
+    full = dict(zip(names, fused(layer, SCALE, 0.0)[1:], strict=True))
+    frozen = layer._replace(**{name: getattr(layer, name).detach() for name in names if name != wanted})
+    lora_linear(*frozen[:5], SCALE).backward(layer.dy)
+    assert torch.equal(getattr(frozen, wanted).grad, full[wanted])
+    assert all(getattr(frozen, name).grad is None for name in names if name != wanted)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3)], ids=str)
+def test_no_features(device: str, implementation: str, shape: tuple[int, ...]) -> None:
+    """K = 0: the bias alone, as nn.Linear gives it."""
+    x, weight, bias = (
+        torch.ones(*shape, 0, device=device),
+        torch.ones(4, 0, device=device),
+        torch.arange(4.0, device=device),
+    )
+    y = lora_linear(
+        x, weight, bias, torch.ones(1, 0, device=device), torch.ones(4, 1, device=device), 2.0, dropout_p=0.5
+    )
+    assert torch.equal(y, bias.expand(*shape, 4))
+
+
+def test_on_meta() -> None:
+    """Shapes and dtypes without memory: a model can be laid out on meta, gradients too."""
+    x, weight, bias, lora_a, lora_b, dy = make_layer(6, 16, 12, 4, torch.bfloat16, torch.float32, device="meta")
+    y = lora_linear(x.view(2, 3, 16), weight, bias, lora_a, lora_b, SCALE, dropout_p=0.1)
+    assert y.is_meta and y.shape == (2, 3, 12) and y.dtype == torch.bfloat16
+    for leaf, grad in zip((x, lora_a, lora_b), gradients(y, (x, lora_a, lora_b), dy.view_as(y)), strict=True):
+        assert grad.is_meta and grad.shape == leaf.shape and grad.dtype == leaf.dtype
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_xa(device: str, implementation: str, dtype: torch.dtype) -> None:
     """xa leaves in float32, within the bound: the backward of any other implementation may read it."""

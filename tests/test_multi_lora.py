@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import ops, reference
-from fastlora.functional import RowGroups, group_rows, lora_linear, multi_lora
+from fastlora.functional import RowGroups, group_rows, lora_linear, multi_lora, raise_pending
 
 OPERATOR = "multi_lora"
 
@@ -180,6 +180,39 @@ def test_index_a_row_an_example_and_groups(device: str, implementation: str) -> 
     torch.testing.assert_close(multi_lora(x[0, 0], *mixed[1:3], *adapters, an_example[0]), expected[0, 0])
 
 
+def test_groups_keep_what_the_index_said(device: str, implementation: str) -> None:
+    """The index was checked in group_rows: a buffer that is filled anew afterwards changes nothing."""
+    mixed = make_mixed([0, -1, 1, 0], [3, 8], dropout=False, device=device)
+    expected = multi_lora(*mixed[:7])
+    index = mixed.index.clone()
+    groups = group_rows(index, 2)
+    index.fill_(7)
+    assert torch.equal(multi_lora(*mixed[:6], groups), expected)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 2)], ids=str)
+def test_no_features(device: str, implementation: str, shape: tuple[int, ...]) -> None:
+    """K = 0: the bias alone, as nn.Linear gives it."""
+    x, weight, bias = (
+        torch.ones(*shape, 0, device=device),
+        torch.ones(4, 0, device=device),
+        torch.arange(4.0, device=device),
+    )
+    index = torch.tensor([0, -1, 0], device=device)
+    y = multi_lora(x, weight, bias, [torch.ones(1, 0, device=device)], [torch.ones(4, 1, device=device)], [2.0], index)
+    assert torch.equal(y, bias.expand(*shape, 4))
+
+
+def test_on_meta() -> None:
+    """Shapes and dtypes without memory: a model can be laid out on meta, gradients too."""
+    mixed = make_mixed([0, 1, -1, 0, 0, 0], [3, 8], dtype=torch.bfloat16, adapter_dtype=torch.float32, device="meta")
+    y = multi_lora(*mixed[:7], dropout_p=mixed.dropout_p)
+    assert y.is_meta and y.shape == mixed.dy.shape and y.dtype == torch.bfloat16
+    leaves = (mixed.x, *mixed.lora_a, *mixed.lora_b)
+    for leaf, grad in zip(leaves, gradients(y, leaves, mixed.dy), strict=True):
+        assert grad.is_meta and grad.shape == leaf.shape and grad.dtype == leaf.dtype
+
+
 def test_invalid_rows_become_nan(device: str, implementation: str) -> None:
     """Where an index cannot be read back, its rows are NaN and no other row is touched; nothing is read out of bounds."""
     mixed = make_mixed([0, 1, 0, 1], [3, 8], dropout=False, device=device)
@@ -193,6 +226,17 @@ def test_invalid_rows_become_nan(device: str, implementation: str) -> None:
     backward = ops.implementation("multi_lora_backward", implementation)
     dx, da, db = backward(dy, x, weight, lora_a, lora_b, xa, mixed.scale, *sorting, True, True, True)
     assert dx[1:3].isnan().all() and dx[[0, 3]].isfinite().all() and da.isfinite().all() and db.isfinite().all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: only there an index is not read back")
+def test_index_out_of_range_on_a_gpu() -> None:
+    """No sync: the rows become NaN, and a later check raises."""
+    mixed = make_mixed([0, 1, -1, 1], [3, 8], dropout=False, device="cuda")
+    y = multi_lora(*mixed[:6], torch.tensor([0, 7, -1, 1], device="cuda"))
+    assert y[1].isnan().all() and y[[0, 2, 3]].isfinite().all()
+    torch.cuda.synchronize()
+    with pytest.raises(IndexError, match="^index: expected numbers from -1 to 1"):
+        raise_pending()
 
 
 def test_only_some_adapters_train(device: str, implementation: str) -> None:

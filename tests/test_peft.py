@@ -240,6 +240,16 @@ def test_mixed_batch(pair):
         logits(model, adapter_names=names[:2])
 
 
+def test_mixed_batch_under_inference_mode_leaves_autograd_alone(pair):
+    model, _ = pair
+    names = ["default", "other", "__base__"]
+    with torch.inference_mode():
+        inferred = model(input_ids=IDS, adapter_names=names).logits.clone()
+    out = model(input_ids=IDS, adapter_names=names).logits
+    out.sum().backward()
+    assert torch.equal(out, inferred)
+
+
 def test_merge_and_unload(pair):
     model, peer = pair
     expected = logits(peer)

@@ -9,7 +9,7 @@ from conftest import implementations
 from torch import Tensor
 
 from fastlora import ops
-from fastlora.functional import Prefixed, prefix_concat
+from fastlora.functional import Prefixed, prefix_concat, raise_pending
 
 OPERATOR = "prefix_concat"
 
@@ -326,6 +326,17 @@ def test_numbers_that_do_not_exist(device: str, implementation: str, wrong: int)
         assert bad.sum() == 1 and bad[1].any() and torch.equal(out[~bad], right[~bad])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: only there a number is not read back")
+def test_prompt_index_out_of_range_on_a_gpu() -> None:
+    """No sync: the row's prompt becomes NaN, and a later check raises."""
+    batch = make_batch(["0011", "1111"], device="cuda")
+    out = prefix_concat(*batch[:3], prompt_index=torch.tensor([3, 0], device="cuda")).embeds
+    assert out[0].isnan().any() and out[1].isfinite().all()
+    torch.cuda.synchronize()
+    with pytest.raises(IndexError, match="^prompt_index: expected numbers from 0 to 2"):
+        raise_pending()
+
+
 def test_two_runs_are_equal(device: str, implementation: str) -> None:
     torch.use_deterministic_algorithms(False)  # the tests' own setting must not be what makes it so
     batch = make_batch(["01111", "11111", "00111"] * 4, (4, 2), 9, device=device)
@@ -380,6 +391,20 @@ def test_gradcheck(device: str) -> None:
         return prefix_concat(prompts, embeds, batch.attention_mask, prompt_index=batch.prompt_index).embeds
 
     assert torch.autograd.gradcheck(function, (embeds, *batch.prompts))
+
+
+def test_on_meta() -> None:
+    """Shapes and dtypes without memory, gradients too."""
+    prompts = [torch.ones(length, 5, device="meta", requires_grad=True) for length in (2, 3)]
+    embeds = torch.ones(2, 4, 5, device="meta", dtype=torch.bfloat16, requires_grad=True)
+    mask, index = torch.ones(2, 4, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
+    result = prefix_concat(prompts, embeds, mask, prompt_index=index)
+    assert result.embeds.is_meta and result.embeds.shape == (2, 7, 5) and result.embeds.dtype == torch.bfloat16
+    assert result.attention_mask.shape == result.position_ids.shape == (2, 7) and result.labels is None
+    for leaf, grad in zip(
+        (embeds, *prompts), gradients(result.embeds, (embeds, *prompts), result.embeds.detach()), strict=True
+    ):
+        assert grad.is_meta and grad.shape == leaf.shape and grad.dtype == leaf.dtype
 
 
 def test_opcheck(device: str) -> None:

@@ -1,0 +1,199 @@
+"""What gets installed, and that it runs without the native extension, without Triton and without a compiler."""
+
+import os
+import runpy
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tomllib
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import setuptools
+import torch
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def read_setup(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], dict[str, Any]]:
+    """setup.py's names, and what it hands to setuptools."""
+    handed: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", handed.update)
+    return runpy.run_path(str(ROOT / "setup.py")), handed
+
+
+def run_setup(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "setup.py", *arguments]
+    return subprocess.run(
+        command, check=False, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a wheel is made from, without anything built."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    built = shutil.ignore_patterns("*.so", "__pycache__")
+    for name in ("csrc", "fastlora", "kernels", "benchmarks"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=built)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path) -> zipfile.ZipFile:
+    done = run_setup(checkout, "-q", "bdist_wheel", "--dist-dir", "wheel", FASTLORA_BUILD="none")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = (checkout / "wheel").glob("*.whl")
+    return zipfile.ZipFile(path)
+
+
+def test_kernels_is_no_package() -> None:
+    """With an __init__.py transformers takes the folder for Hugging Face's package of that name."""
+    assert not (ROOT / "kernels" / "__init__.py").exists()
+
+
+@pytest.mark.parametrize("name", ["kernels", "benchmarks"])
+def test_links_are_relative(name: str) -> None:
+    assert (ROOT / "fastlora" / name).readlink() == Path("..") / name
+
+
+def test_every_module_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+    names = set(wheel.namelist())
+    modules = [path for path in (ROOT / "fastlora").rglob("*.py") if not any(p.is_symlink() for p in path.parents)]
+    expected = {str(path.relative_to(ROOT)) for path in modules}
+    for folder in ("kernels", "benchmarks"):
+        expected |= {f"fastlora/{path.relative_to(ROOT)}" for path in (ROOT / folder).rglob("*.py")}
+    assert expected <= names, sorted(expected - names)
+    top = {name.split("/")[0] for name in names}
+    assert top == {"fastlora", f"fastlora-{PYPROJECT['project']['version']}.dist-info"}
+
+
+def test_data_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+    names = set(wheel.namelist())
+    data = [
+        path
+        for folder in ("fastlora/data/base", "benchmarks/results")
+        for path in (ROOT / folder).glob("*")
+        if path.is_file()
+    ]
+    expected = {
+        ("" if path.is_relative_to(ROOT / "fastlora") else "fastlora/") + str(path.relative_to(ROOT)) for path in data
+    }
+    assert expected <= names, sorted(expected - names)
+
+
+def test_the_command_line_is_installed(wheel: zipfile.ZipFile) -> None:
+    (entry_points,) = (name for name in wheel.namelist() if name.endswith("entry_points.txt"))
+    assert "fastlora = fastlora.cli:main" in wheel.read(entry_points).decode()
+
+
+def test_the_source_archive_can_be_built_from(checkout: Path) -> None:
+    done = run_setup(checkout, "-q", "sdist", "--formats", "zip", "--dist-dir", "archive", FASTLORA_BUILD="none")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (path,) = (checkout / "archive").glob("*.zip")
+    names = {name.split("/", 1)[1] for name in zipfile.ZipFile(path).namelist()}
+    needed = {"setup.py", "pyproject.toml", "README.md", "LICENSE"}
+    needed |= {str(source.relative_to(ROOT)) for source in (ROOT / "csrc").rglob("*.*")}
+    needed |= {str(kernel.relative_to(ROOT)) for kernel in (ROOT / "kernels").glob("*.py")}
+    assert needed <= names, sorted(needed - names)
+
+
+def test_without_a_compiler(checkout: Path) -> None:
+    """Nothing is built, an older build does not pass for this one, and the reason is told; unless the extension is required."""
+    older = checkout / "fastlora" / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    older.touch()
+    environment = {"CXX": "no-such-compiler", "FASTLORA_REQUIRE_NATIVE": "0"}
+    done = run_setup(checkout, "build_ext", "--inplace", **environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "no native extension (no C++ compiler: no-such-compiler was not found)" in done.stderr
+    assert not older.exists()
+    done = run_setup(checkout, "build_ext", "--inplace", **{**environment, "FASTLORA_REQUIRE_NATIVE": "1"})
+    assert done.returncode != 0
+    assert "no-such-compiler was not found" in done.stderr
+
+
+def test_without_torch_or_with_an_old_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names, _ = read_setup(monkeypatch)
+    find_torch = names["find_torch"]
+    monkeypatch.setitem(find_torch.__globals__, "site_folders", lambda: iter([tmp_path]))
+    with pytest.raises(names["CompileError"], match="install torch 2.11 or newer"):
+        find_torch()
+    header = tmp_path / "torch/include/torch/csrc/stable/library.h"
+    header.parent.mkdir(parents=True)
+    header.touch()
+    (tmp_path / "torch/version.py").write_text("__version__ = '2.10.1+cpu'\n")
+    with pytest.raises(names["CompileError"], match=r"is 2\.10, expected 2\.11 or newer"):
+        find_torch()
+    (tmp_path / "torch/version.py").write_text("__version__ = '2.11.0'\n")
+    assert find_torch() == tmp_path / "torch"
+
+
+def test_setup_finds_this_torch_and_never_imports_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    names, handed = read_setup(monkeypatch)
+    assert names["find_torch"]() == Path(torch.__file__).parent
+    assert "torch" not in {name for name, value in names.items() if type(value) is type(os)}
+    assert not any(Requirement(text).name == "torch" for text in PYPROJECT["build-system"]["requires"])
+    assert {"fastlora", "fastlora.kernels", "fastlora.benchmarks", "fastlora.data"} <= set(handed["packages"])
+
+
+BARE = """
+import sys
+sys.modules["fastlora._C"] = None
+sys.modules["triton"] = None
+import torch
+import fastlora
+from fastlora import functional, ops
+
+x = torch.randn(4, 6, requires_grad=True)
+a, b = torch.randn(2, 6, requires_grad=True), torch.randn(5, 2, requires_grad=True)
+functional.lora_linear(x, torch.randn(5, 6), None, a, b, 2.0, dropout_p=0.5).sum().backward()
+assert a.grad is not None and x.grad is not None
+functional.multi_lora(x, torch.randn(5, 6), None, [a], [b], [2.0], torch.zeros(4, dtype=torch.int64)).sum().backward()
+functional.prefix_concat(torch.randn(1, 2, 6), torch.randn(3, 4, 6), torch.ones(3, 4))
+for found in ops.availability():
+    print(found.implementation, found.present, found.reason)
+"""
+
+
+def test_it_runs_as_plain_pytorch() -> None:
+    """No extension, no Triton: the package imports, computes, and says what is missing and what that costs."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("TRITON_INTERPRET", "FASTLORA_IMPL")}
+    environment["PYTHONPATH"] = str(ROOT)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BARE],
+        check=False,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    reference, cpu, triton, cuda = done.stdout.splitlines()
+    assert reference.startswith("reference True")
+    assert cpu.startswith("cpu False not built") and "plain PyTorch" in cpu
+    assert triton.startswith("triton False cannot be imported")
+    assert cuda.startswith("cuda False not built")
+
+
+def pins() -> dict[str, Version]:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    return {
+        name: Version(version) for name, version in (line.split("==") for line in lines if line[:1] not in ("", "#"))
+    }
+
+
+def test_the_pinned_versions_are_within_the_ranges() -> None:
+    project = PYPROJECT["project"]
+    texts = project["dependencies"] + project["optional-dependencies"]["test"] + PYPROJECT["build-system"]["requires"]
+    pinned = pins()
+    for requirement in map(Requirement, texts):
+        assert requirement.name in pinned, f"{requirement.name} is not pinned in constraints.txt"
+        assert pinned[requirement.name] in requirement.specifier, f"{requirement} excludes {pinned[requirement.name]}"

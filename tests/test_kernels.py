@@ -1,0 +1,289 @@
+"""What is special to the Triton implementations: their tiles, their mask, their split sums, their groups; and the interpreter they are tested in."""
+
+import dataclasses
+import itertools
+
+import pytest
+import torch
+from bounds import assert_within_bound, double, gapped, make_layer, transposed
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed: there are no kernels")
+
+import triton
+import triton.language as tl
+
+from fastlora import ops, reference
+from fastlora.functional import RowGroups
+from fastlora.kernels import lora_linear, multi_lora, prefix_concat, tuning
+from fastlora.kernels.philox import drop_threshold, keep_bits, keep_mask, keep_scale
+from fastlora.kernels.tiles import partials_for, sum_partials, tile_of
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="with a GPU the kernels are compiled, and the interpreter is not used")
+OUTPUTS = ("y", "xa", "dx", "da", "db")
+
+
+def run_lora(implementation: str, layer, scale: float, dropout_p: float, seed: Tensor | None) -> list[Tensor]:
+    """y, xa, dx, dA and dB of an implementation."""
+    x, weight, bias, a, b, dy = (None if value is None else value.detach() for value in layer)
+    y, xa = ops.implementation("lora_linear", implementation)(x, weight, bias, a, b, scale, dropout_p, seed)
+    backward = ops.implementation("lora_linear_backward", implementation)
+    return [y, xa, *backward(dy, x, weight, a, b, xa, scale, dropout_p, seed, True, True, True)]
+
+
+def assert_right(layer, scale: float, dropout_p: float, seed: Tensor | None) -> None:
+    # float32 adapters of a 16-bit x are rounded to it first, as the equations say.
+    rounded = layer._replace(lora_a=layer.lora_a.to(layer.x.dtype), lora_b=layer.lora_b.to(layer.x.dtype))
+    values, eager = (run_lora(name, layer, scale, dropout_p, seed) for name in ("triton", "reference"))
+    exact = run_lora("reference", type(layer)(*map(double, rounded)), scale, dropout_p, seed)
+    for name, *results in zip(OUTPUTS, values, eager, exact, strict=True):
+        assert_within_bound(name, *results)
+
+
+def use_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 16 by 16 by 16, so that small inputs have many, in every direction."""
+    for name in ("linear", "shrink", "shrink_back", "adapter_grad"):
+        config = tuning.Config(16, 16, 16, 16, num_warps=4, num_stages=2)
+        monkeypatch.setattr(tuning, name, lambda *args, config=config: config)
+
+
+@pytest.mark.parametrize(("parts", "dropout_p"), [(1, 0.3), (3, 0.0), (3, 0.3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_lora_linear_in_many_tiles(monkeypatch, dtype, parts, dropout_p):
+    use_small_tiles(monkeypatch)
+    monkeypatch.setattr(tuning, "parts", lambda x, programs, steps: parts)
+    monkeypatch.setattr(tuning, "GROUP_M", 2)
+    layer = make_layer(36, 35, 20, 18, dtype, torch.float32, device=DEVICE)
+    layer = layer._replace(x=gapped(layer.x), weight=transposed(layer.weight), dy=gapped(layer.dy), lora_b=gapped(layer.lora_b))
+    seed = torch.tensor(2**62 + 12345, device=DEVICE)
+    assert_right(layer, 1.7, dropout_p, seed)
+    first, second = (run_lora("triton", layer, 1.7, dropout_p, seed) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=3)), ids=str)
+def test_lora_linear_backward_gives_what_is_needed_and_no_more(needed):
+    x, weight, _, a, b, dy = (None if value is None else value.detach() for value in make_layer(5, 20, 12, 3, device=DEVICE))
+    xa, seed = torch.randn(5, 3, device=DEVICE), torch.tensor(7, device=DEVICE)
+    arguments = (dy, x, weight, a, b, xa, 0.5, 0.2, seed)
+    everything = lora_linear.lora_linear_backward(*arguments, True, True, True)
+    for value, full, wanted in zip(lora_linear.lora_linear_backward(*arguments, *needed), everything, needed, strict=True):
+        assert torch.equal(value, full) if wanted else value.numel() == 0
+
+
+def test_dy_may_be_expanded():
+    layer = make_layer(9, 20, 12, 3, device=DEVICE)
+    assert_right(layer._replace(dy=torch.tensor(0.7, device=DEVICE).expand(9, 12)), 1.0, 0.0, None)
+
+
+def test_rows_of_zeros_and_nan_stay_in_their_rows():
+    layer = make_layer(20, 33, 17, 4, device=DEVICE)
+    x = layer.x.detach().clone()
+    x[3] = torch.nan
+    y, xa, dx, *_ = run_lora("triton", layer._replace(x=x), 1.0, 0.0, None)
+    assert y[3].isnan().all() and xa[3].isnan().all() and dx.isfinite().all()
+    assert y[torch.arange(20) != 3].isfinite().all()
+
+
+@triton.jit
+def keep_mask_kernel(out_ptr, seed_ptr, rows_ptr, columns, threshold, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    i, column = tl.arange(0, ROWS), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    keep = keep_mask(seed_ptr, tl.load(rows_ptr + i), tl.program_id(0) * BLOCK, columns, threshold, BLOCK)
+    tl.store(out_ptr + i[:, None] * columns + column[None, :], keep.to(tl.uint8), mask=(column < columns)[None, :])
+
+
+@pytest.mark.parametrize("dropout_p", [1e-6, 0.1, 0.5, 0.99999, 1.0])
+def test_the_mask_has_the_references_bits(dropout_p):
+    K = 61
+    rows = torch.tensor([0, 1, 2, 7, 2**29, 2**31 - 1, 2**31, 2**40 + 3], device=DEVICE)  # row * 8 passes 32 bits
+    for seed in (torch.tensor(value, device=DEVICE) for value in (0, 1, 2**32 - 1, 2**32, 2**63 - 1)):
+        expected = reference.keep_mask(seed, rows, K, dropout_p)
+        out = torch.zeros(len(rows), K, dtype=torch.uint8, device=DEVICE)
+        keep_mask_kernel[(2,)](out, seed, rows, K, drop_threshold(dropout_p), ROWS=len(rows), BLOCK=32)
+        assert torch.equal(out.bool(), expected)
+        bits = keep_bits(seed, 19, K, drop_threshold(dropout_p))
+        drawn = (bits[:, :, None] >> torch.arange(8, device=DEVICE)) & 1
+        expected = reference.keep_mask(seed, torch.arange(19, device=DEVICE), K, dropout_p)
+        assert torch.equal(drawn.reshape(19, -1)[:, :K].bool(), expected)
+
+
+def test_the_mask_has_the_references_probabilities():
+    for p in (0.0, 1e-9, 1 / 131072, 0.05, 0.1, 1 / 3, 0.5, 0.999999, 1.0):
+        assert (drop_threshold(p), keep_scale(p)) == (reference.drop_threshold(p), reference.keep_scale(p))
+
+
+@triton.jit
+def tile_kernel(out_ptr, tiles_m, tiles_n, GROUP_M: tl.constexpr):
+    m, n = tile_of(tl.program_id(0), tiles_m, tiles_n, GROUP_M)
+    tl.store(out_ptr + m * tiles_n + n, 1)
+
+
+@pytest.mark.parametrize("tiles", [(1, 1), (7, 3), (8, 5), (17, 2), (3, 9)], ids=str)
+def test_every_tile_is_computed(tiles):
+    out = torch.zeros(tiles, dtype=torch.int32, device=DEVICE)
+    tile_kernel[(tiles[0] * tiles[1],)](out, *tiles, GROUP_M=8)
+    assert bool((out == 1).all())
+
+
+@pytest.mark.parametrize("parts", [1, 2, 5])
+def test_partial_sums_are_added_in_order(parts):
+    out = torch.empty(3, 700, device=DEVICE, dtype=torch.bfloat16)
+    partials = partials_for(out, parts)
+    assert partials.data_ptr() == out.data_ptr() if parts == 1 else partials.dtype == torch.float32
+    partials.normal_()
+    expected = torch.zeros(3, 700, device=DEVICE)
+    for partial in partials:
+        expected = expected + partial
+    sum_partials(partials, out)
+    assert torch.equal(out, expected.to(out.dtype))
+
+
+def test_every_tile_is_one_that_a_tensor_core_takes():
+    for dtype, rows, columns, rank in itertools.product(tuning.FLOATS, (1, 33, 64, 8192), (1, 48, 4096), (1, 3, 65, 512)):
+        x = torch.empty(0, dtype=dtype)
+        configs = [tuning.linear(x, rows, columns, rank), tuning.shrink(x, rows, rank)]
+        configs += [tuning.shrink_back(x, rows, columns, rank), tuning.adapter_grad(x, rows, columns, rank)]
+        for config in configs:
+            sizes = [size for size in dataclasses.astuple(config)[:4] if size != 0]  # 0: the kernel has no such dimension
+            assert all(size >= 16 and size & (size - 1) == 0 for size in sizes), config
+
+
+@pytest.mark.parametrize("op", ["lora_linear", "multi_lora"])
+def test_float64_is_refused(op):
+    x = torch.zeros(2, 3, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(ops.ImplementationError, match=f"{op}.*float64"):
+        ops.implementation(op, "triton")(x, x, None, x, x, *[None] * (len(ops.SCHEMAS[op].split("->")[0].split(",")) - 5))
+
+
+def run_multi(implementation: str, layers, dropout_p: list[float], seed: Tensor | None, groups: tuple[Tensor, Tensor]) -> list[Tensor]:
+    """y, xa, dx, and every dA and dB; the first layer gives x, weight, bias and dy, each layer an adapter."""
+    x, weight, bias, _, _, dy = layers[0]
+    a, b, scale = [layer.lora_a for layer in layers], [layer.lora_b for layer in layers], [1.0 + i for i in range(len(layers))]
+    y, xa = ops.implementation("multi_lora", implementation)(x, weight, bias, a, b, scale, dropout_p, seed, *groups)
+    backward = ops.implementation("multi_lora_backward", implementation)
+    return [y, xa, *backward(dy, x, weight, a, b, xa, scale, dropout_p, seed, *groups, True, True, True)]
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_multi_lora_in_many_tiles(monkeypatch, dtype, parts):
+    """Groups that end inside tiles, span tiles, or are empty; ranks that span tiles; rows of the base; numbers that do not exist."""
+    use_small_tiles(monkeypatch)
+    monkeypatch.setattr(tuning, "parts", lambda x, programs, steps: parts)
+    ranks = [3, 17, 1, 20, 16]
+    index = torch.tensor([0, 1, 1, -1, 4, 9] + [1] * 20 + [-1] * 3 + [4, 0, -7, 0, 4], device=DEVICE)  # nobody has adapters 2 and 3
+    groups = RowGroups(index, len(ranks)).for_rows(len(index))
+    layers = [make_layer(len(index), 37, 41, R, dtype, device=DEVICE) for R in ranks]
+    layers = [type(layer)(*(value.detach() for value in layer)) for layer in layers]
+    dropout_p, seed = [0.1, 0.0, 0.5, 0.3, 1.0], torch.tensor(2**60 + 1, device=DEVICE)
+    values, eager = (run_multi(name, layers, dropout_p, seed, groups) for name in ("triton", "reference"))
+    exact = run_multi("reference", [type(layer)(*map(double, layer)) for layer in layers], dropout_p, seed, groups)
+    wrong = (index < -1) | (index >= len(ranks))
+    for name, value, near, truth in zip(OUTPUTS, values, eager, exact, strict=True):
+        if name in ("y", "dx"):
+            assert value[wrong].isnan().all()
+            value, near, truth = value[~wrong], near[~wrong], truth[~wrong]
+        assert_within_bound(name, value, near, truth)
+
+
+def test_one_adapter_for_all_rows_is_lora_linear():
+    layer = make_layer(21, 40, 24, 5, device=DEVICE)
+    groups = RowGroups(torch.zeros(21, dtype=torch.int64, device=DEVICE), 1).for_rows(21)
+    seed = torch.tensor(99, device=DEVICE)
+    plain = type(layer)(*(value.detach() for value in layer))
+    for name, one, many in zip(OUTPUTS, run_lora("triton", layer, 1.0, 0.2, seed), run_multi("triton", [plain], [0.2], seed, groups), strict=True):
+        torch.testing.assert_close(many.view_as(one), one, rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("case", range(12))
+def test_prefix_concat_in_many_blocks(monkeypatch, case):
+    """Random batches with holes in their masks, in blocks of four columns: every copy equal, every sum equal."""
+    monkeypatch.setattr(prefix_concat, "BLOCK_T", 4)
+    monkeypatch.setattr(prefix_concat, "BLOCK_D", 4)
+    torch.manual_seed(case)
+    B, T, D, lengths = case % 5 + 1, (case * 7) % 13 + 1, case % 4 * 3 + 1, [case % 6, 3, 9][: case % 3 + 1]
+    starts = torch.tensor([0, *lengths]).cumsum(0)
+    prompts = torch.randn(sum(lengths), D, dtype=torch.float32)
+    index = torch.randint(0, len(lengths), (B,)) if case else torch.tensor([-1])  # the first case: a prompt that does not exist
+    mask = (torch.rand(B, T) > 0.4).to((torch.bool, torch.int64, torch.float32)[case % 3])
+    ids, embedding = torch.randint(0, 9, (B, T)), torch.randn(8 if case % 4 == 0 else 9, D).bfloat16()
+    embeds, numbers = torch.randn(B, T, D).bfloat16(), torch.randint(0, 50, (B, T))
+    tokens = (embeds, None, None) if case % 2 else (None, ids, embedding)
+    extra = ((None, None), (numbers, None), (None, numbers), (numbers.T.contiguous().T, numbers))[case % 4]
+    arguments = [prompts, starts, max(lengths), index, *tokens, mask, *extra]
+    arguments = [value.to(DEVICE) if isinstance(value, Tensor) else value for value in arguments]
+    values, expected = prefix_concat.prefix_concat(*arguments), reference.prefix_concat(*arguments)
+    for name, value, right in zip(("embeds", "mask", "positions", "labels", "source"), values, expected, strict=True):
+        torch.testing.assert_close(value, right, rtol=0, atol=0, equal_nan=True, msg=name)
+
+    dout = torch.randn(B, 1, D, device=DEVICE).expand(B, T + max(lengths), D).bfloat16()
+    for needed in itertools.product([False, True], repeat=2):
+        values = prefix_concat.prefix_concat_backward(dout, expected[4], sum(lengths), T, *needed)
+        for value, right in zip(values, reference.prefix_concat_backward(dout, expected[4], sum(lengths), T, *needed), strict=True):
+            torch.testing.assert_close(value, right, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("B", "T", "P"), [(0, 3, 2), (2, 0, 2), (2, 3, 0), (2, 0, 0)])
+def test_prefix_concat_of_nothing(B, T, P):
+    starts, index = torch.tensor([0, P], device=DEVICE), torch.zeros(B, dtype=torch.int64, device=DEVICE)
+    embeds, mask = torch.randn(B, T, 5, device=DEVICE), torch.ones(B, T, device=DEVICE)
+    prompts = torch.randn(P, 5, device=DEVICE)
+    out, *_, source = prefix_concat.prefix_concat(prompts, starts, P, index, embeds, None, None, mask, None, None)
+    assert torch.equal(out, torch.cat((prompts.expand(B, P, 5), embeds), 1))
+    dprompts, dembeds = prefix_concat.prefix_concat_backward(torch.ones_like(out), source, P, T, True, True)
+    assert torch.equal(dprompts, torch.full((P, 5), float(B), device=DEVICE)) and torch.equal(dembeds, torch.ones_like(embeds))
+
+
+@triton.jit
+def product_kernel(a_ptr, b_ptr, out_ptr, rounded_ptr, K, PRECISION: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for k0 in range(0, K, BLOCK):
+        a, b = tl.load(a_ptr + i[:, None] * K + k0 + i[None, :]), tl.load(b_ptr + (k0 + i)[:, None] * BLOCK + i[None, :])
+        total = tl.dot(a, b, total, input_precision=PRECISION)
+    tl.store(out_ptr + i[:, None] * BLOCK + i[None, :], total)
+    tl.store(rounded_ptr + i[:, None] * BLOCK + i[None, :], total.to(tl.bfloat16) * 2.0 - 1.0)
+
+
+@interpreted
+@pytest.mark.parametrize(("dtype", "precision", "least", "most"), [
+    (torch.bfloat16, "ieee", 0.0, 1e-6),
+    (torch.float32, "ieee", 0.0, 1e-6),
+    (torch.float32, "tf32", 1e-5, 1e-3),  # the interpreter must show what tf32 loses
+], ids=str)  # fmt: skip
+def test_the_interpreter_computes_products(dtype, precision, least, most):
+    a, b = torch.randn(16, 48).to(dtype), torch.randn(48, 16).to(dtype)
+    out, rounded = torch.empty(16, 16), torch.empty(16, 16, dtype=torch.bfloat16)
+    product_kernel[(1,)](a, b, out, rounded, 48, PRECISION=precision, BLOCK=16)
+    exact = a.double() @ b.double()
+    error = float((out - exact).abs().max() / exact.abs().max())
+    assert least <= error <= most
+    assert torch.equal(rounded, out.bfloat16() * 2 - 1)
+
+
+@triton.jit
+def cast_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
+    i = tl.arange(0, BLOCK)
+    tl.store(out_ptr + i, tl.load(x_ptr + i))
+
+
+@interpreted
+def test_the_interpreter_rounds_to_bfloat16_as_torch_does():
+    patterns = torch.randint(-(2**31), 2**31, (4096,), dtype=torch.int64).to(torch.int32)
+    ties = (torch.arange(1024, dtype=torch.int32) << 16) + 0x3F808000
+    special = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 3.4e38, 1e-40, -1e-45]).view(torch.int32)
+    x = torch.cat((patterns, ties, special, torch.zeros(8192 - 4096 - 1024 - 8, dtype=torch.int32))).view(torch.float32)
+    out, back = torch.empty(8192, dtype=torch.bfloat16), torch.empty(8192)
+    cast_kernel[(1,)](x, out, BLOCK=8192)
+    cast_kernel[(1,)](out, back, BLOCK=8192)
+    torch.testing.assert_close(out, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
+    torch.testing.assert_close(back, x.bfloat16().float(), rtol=0, atol=0, equal_nan=True)
+
+
+@interpreted
+def test_the_interpreter_takes_the_first_of_several_configurations():
+    configs = [triton.Config({"BLOCK": 8}), triton.Config({"BLOCK": 16})]
+    x, out = torch.randn(8), torch.zeros(16)
+    triton.autotune(configs, key=[])(cast_kernel)[(1,)](x, out)
+    assert torch.equal(out, torch.cat((x, torch.zeros(8))))

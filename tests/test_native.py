@@ -1,0 +1,217 @@
+"""What is special to the native extension: every instruction set, dropout's bits, its conversions, threads, and far rows.
+
+Which instruction set runs is decided once a process, so each is checked in a process of its own. The equations themselves are tested, for
+every implementation, by test_<operator>.py.
+"""
+
+import os
+
+import pytest
+import torch
+from bounds import assert_within_bound, double, gapped, make_layer, run_apart, transposed
+from torch import Tensor
+
+from fastlora import functional, ops, reference
+
+ISAS = ("portable", "avx2", "avx512")
+SHAPES = ((1, 8, 8, 1), (5, 17, 33, 3), (3, 64, 2000, 40), (33, 1030, 77, 7), (70, 600, 130, 16))  # M, K, N, R
+THREADED = ((1, 4096, 512, 8), (64, 700, 1500, 5), (200, 64, 64, 130))
+
+pytestmark = pytest.mark.skipif(
+    not ops.availability()[1].present,
+    reason="the native extension is not built (make demo, or pip install -e . with g++)",
+)
+
+
+def run(
+    op: str, layer: tuple, scale: float, p: float, seed: Tensor | None, implementation: str = "cpu", **changes: Tensor
+) -> list[Tensor]:
+    """y, xa, dx, da, db of a `bounds.Layer`, computed without autograd."""
+    x, weight, bias, lora_a, lora_b, dy = (None if t is None else t.detach() for t in layer)
+    forward, backward = (ops.implementation(name, implementation) for name in (op, f"{op}_backward"))
+    y, xa = forward(x, weight, bias, lora_a, lora_b, scale, p, seed)
+    xa_given = changes.get("xa", xa)
+    grads = backward(dy, x, weight, lora_a, lora_b, xa_given, scale, p, seed, True, True, True)
+    return [y, xa, *grads]
+
+
+def assert_near_reference(layer: tuple, p: float, got: list[Tensor], seed: Tensor) -> None:
+    dtype = layer[0].dtype
+    exact = run("lora_linear", tuple(double(t) for t in layer), 1.5, p, seed, "reference")
+    narrow = tuple(None if t is None else t.to(dtype) for t in layer)
+    eager = run("lora_linear", narrow, 1.5, p, seed, "reference", xa=exact[1].to(dtype))
+    for name, value, from_eager, right in zip(("y", "xa", "dx", "da", "db"), got, eager, exact, strict=True):
+        assert_within_bound(name, value, from_eager.to(value.dtype), right)
+
+
+def check_masks() -> None:
+    for seed, p, M, K in ((7, 0.5, 5, 200), (-1, 0.1, 3, 77), (2**63 - 1, 1 / 65536, 40, 256), (1 << 40, 0.95, 1, 9)):
+        drawn = torch.tensor(seed)
+        keep = reference.keep_mask(drawn, torch.arange(M), K, p)
+        factor = torch.tensor(reference.keep_scale(p), dtype=torch.float32)
+        expected = torch.where(keep, factor, 0.0)
+        x, frozen = torch.ones(M, K), torch.zeros(M, K)
+        _, xa = torch.ops.fastlora.lora_linear_cpu(x, frozen, None, torch.eye(K), torch.zeros(M, K), 1.0, p, drawn)
+        assert torch.equal(xa, expected), f"forward, seed {seed}"
+        # dxa is the identity where dy and B are: dA = d(x), and dx = d'(A).
+        one = torch.eye(M)
+        dx, da, _ = torch.ops.fastlora.lora_linear_backward_cpu(
+            one, x, frozen, x, one, torch.zeros(M, M), 1.0, p, drawn, True, True, False
+        )
+        assert torch.equal(dx, expected), f"dx, seed {seed}"
+        assert torch.equal(da, expected), f"da, seed {seed}"
+
+
+def check_conversions() -> None:
+    """Every 16-bit number is read as torch reads it, and rounded as torch rounds it."""
+    for dtype in (torch.float16, torch.bfloat16):
+        x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
+        one = torch.ones(1, 1)
+        _, xa = torch.ops.fastlora.lora_linear_cpu(x, one.to(dtype), None, one, one, 1.0, 0.0, None)
+        assert torch.equal(xa.nan_to_num(1.25), x.float().nan_to_num(1.25))
+        finite = x[x.isfinite()][:, None]
+        for scale in (1 / 3, 3.0, 2.0**-14):
+            frozen = torch.zeros(1, 1, dtype=dtype)
+            y, _ = torch.ops.fastlora.lora_linear_cpu(finite, frozen, None, one, one, scale, 0.0, None)
+            assert torch.equal(y, (finite.float() * torch.tensor(scale, dtype=torch.float32)).to(dtype))
+
+
+def check_layers() -> None:
+    torch.manual_seed(0)
+    seed = torch.tensor(20_000_000_000)
+    for M, K, N, R in SHAPES:
+        for dtype, adapter in ((torch.float32, None), (torch.bfloat16, torch.float32), (torch.float16, None)):
+            layer = make_layer(M, K, N, R, dtype, adapter)
+            for p in (0.0, 0.1):
+                assert_near_reference(layer, p, run("lora_linear", layer, 1.5, p, seed), seed)
+
+
+def check_far_rows() -> None:
+    """Rows more than 2**31 elements apart; the memory between them is never touched."""
+    far = torch.empty(2**31 + 64, dtype=torch.bfloat16).as_strided((2, 40), (2**31 + 8, 1))
+    layer = make_layer(2, 40, 24, 4, torch.bfloat16)
+    near = run("lora_linear", layer, 1.5, 0.3, torch.tensor(3))
+    with torch.no_grad():
+        far.copy_(layer.x)
+    for got, right in zip(run("lora_linear", layer._replace(x=far), 1.5, 0.3, torch.tensor(3)), near, strict=True):
+        assert torch.equal(got, right)
+
+
+def check_instruction_set() -> None:
+    import fastlora._C
+
+    assert fastlora._C.isa() == os.environ["FASTLORA_ISA"]
+    check_masks()
+    check_conversions()
+    check_layers()
+    check_far_rows()
+
+
+def name_instruction_set() -> None:
+    import fastlora._C
+
+    print(fastlora._C.isa())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTLORA_ISA", raising=False)
+    best = run_apart("test_native", name_instruction_set).strip()
+    if ISAS.index(isa) > ISAS.index(best):
+        pytest.skip(f"this machine has no {isa}, only {best}")
+    monkeypatch.setenv("FASTLORA_ISA", isa)
+    run_apart("test_native", check_instruction_set)
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLORA_ISA", "avx1024")
+    with pytest.raises(AssertionError, match="FASTLORA_ISA=avx1024: expected portable, avx2 or avx512"):
+        run_apart("test_native", name_instruction_set)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("shape", THREADED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_threads(threads, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """However the work is cut, results are within the bound, and equal to the bit where it is cut alike."""
+    seed, layer = torch.tensor(99), make_layer(*shape, dtype)
+    for count in (1, 2, 3, 8):
+        threads(count)
+        first = run("lora_linear", layer, 1.5, 0.2, seed)
+        assert_near_reference(layer, 0.2, first, seed)
+        for once, again in zip(first, run("lora_linear", layer, 1.5, 0.2, seed), strict=True):
+            assert torch.equal(once, again)
+
+
+def test_a_mixed_batch_is_its_adapters(threads) -> None:
+    """Cells that cut through adapters: each row's y and dx are those of its own layer, bit for bit where one thread sums."""
+    torch.manual_seed(0)
+    base = make_layer(90, 300, 200, 4)
+    ranks = (3, 24, 8)
+    a, b = [torch.randn(r, 300) for r in ranks], [torch.randn(200, r) for r in ranks]
+    index = torch.randint(0, 3, (90,))
+    order, offsets = functional.group_rows(index, 3).for_rows(90)
+    x, weight, bias, dy = (t.detach() for t in (base.x, base.weight, base.bias, base.dy))
+    for count in (1, 3):
+        threads(count)
+        y, xa = torch.ops.fastlora.multi_lora_cpu(x, weight, bias, a, b, [1.5] * 3, [0.0] * 3, None, order, offsets)
+        dx, da, db = torch.ops.fastlora.multi_lora_backward_cpu(
+            dy, x, weight, a, b, xa, [1.5] * 3, [0.0] * 3, None, order, offsets, True, True, True
+        )
+        das, dbs = da.split([m.numel() for m in a]), db.split([m.numel() for m in b])
+        for i in range(3):
+            mine = index == i
+            layer = (x[mine], weight, bias, a[i], b[i], dy[mine])
+            got = [y[mine], xa[mine, : ranks[i]], dx[mine], das[i].view_as(a[i]), dbs[i].view_as(b[i])]
+            assert_near_reference(layer, 0.0, got, torch.tensor(0))
+            assert not xa[mine, ranks[i] :].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layouts(dtype: torch.dtype) -> None:
+    """Gaps and transposition change nothing: not even a bit, but for the products that torch itself does."""
+    layer = make_layer(20, 70, 50, 6, dtype)
+    seed = torch.tensor(11)
+    dense = run("lora_linear", layer, 1.5, 0.1, seed)
+    loose = layer._replace(
+        x=gapped(layer.x), dy=transposed(layer.dy), lora_a=transposed(layer.lora_a), lora_b=gapped(layer.lora_b)
+    )
+    got = run("lora_linear", loose, 1.5, 0.1, seed)
+    assert_near_reference(layer, 0.1, got, seed)
+    for one, other in zip(dense[1::2], got[1::2], strict=True):  # xa and da
+        assert torch.equal(one, other)
+
+
+def test_nothing_is_dropped_or_everything() -> None:
+    layer = make_layer(4, 40, 24, 3)
+    seed = torch.tensor(1)
+    for one, other in zip(
+        run("lora_linear", layer, 1.5, 0.0, seed), run("lora_linear", layer, 1.5, 0.0, None), strict=True
+    ):
+        assert torch.equal(one, other)
+    _, xa, _, da, db = run("lora_linear", layer, 1.5, 1.0, seed)
+    assert not xa.any() and not da.any() and not db.any()
+
+
+def test_a_dropped_infinity_is_zero() -> None:
+    """As torch.where has it, not inf · 0."""
+    x = torch.full((64, 16), torch.inf)
+    keep = reference.keep_mask(torch.tensor(4), torch.arange(64), 16, 0.5)
+    _, xa = torch.ops.fastlora.lora_linear_cpu(
+        x, torch.zeros(2, 16), None, torch.ones(1, 16), torch.zeros(2, 1), 1.0, 0.5, torch.tensor(4)
+    )
+    assert torch.equal(xa[:, 0].isinf(), keep.any(1)) and not xa.isnan().any()
+
+
+def test_it_says_what_it_is() -> None:
+    import fastlora._C
+
+    assert fastlora._C.isa() in ISAS
+    assert isinstance(fastlora._C.cuda, bool)
+    assert fastlora._C.compiler.split()[0] in ("g++", "clang")
