@@ -215,7 +215,7 @@ def lora_linear(
     if cast is not None:
         x, weight, bias = x.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
     seed = _draw_seed(dropout_p, training, x)
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.dim() != 2 else x
     with _without_autocast(x.device):
         if torch.is_grad_enabled():
             y = LoRALinearFunction.apply(rows, weight, bias, lora_a, lora_b, float(scale), float(dropout_p), seed)
@@ -267,7 +267,7 @@ def group_rows(index: Tensor, adapters: int) -> RowGroups:
     if adapters < 1:
         raise _wrong("adapters", adapters, "at least 1")
     _check_in_range((index < -1) | (index >= adapters), f"index: expected numbers from -1 to {adapters - 1} (one for each adapter, -1: base only)")
-    return RowGroups(index.long(), adapters)
+    return RowGroups(index.to(torch.int64, copy=True), adapters)  # sorted later, whatever becomes of the caller's
 
 
 class MultiLoRAFunction(torch.autograd.Function):
@@ -349,7 +349,7 @@ def multi_lora(
     if cast is not None:
         x, weight, bias = x.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
 
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     order, offsets = groups.for_rows(rows.shape[0])
     scales, probabilities = [float(s) for s in scale], [float(p) for p in dropout_p]
     seed = _draw_seed(max(probabilities), training, x)

@@ -181,7 +181,14 @@ def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[Tensor | None, int,
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float, dropout_p: float, seed: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y [M, N] in x's dtype and xa [M, R] in float32, as `fastlora.reference.lora_linear`, on x's device and any strides.
 

@@ -21,7 +21,15 @@ from torch import Tensor
 
 from fastlora import ops
 from fastlora.kernels import tuning
-from fastlora.kernels.philox import BLOCK_GROUPS, BLOCK_ROWS, draw_bits, drop_threshold, keep_mask, keep_scale, load_keep_mask
+from fastlora.kernels.philox import (
+    BLOCK_GROUPS,
+    BLOCK_ROWS,
+    draw_bits,
+    drop_threshold,
+    keep_mask,
+    keep_scale,
+    load_keep_mask,
+)
 from fastlora.kernels.tiles import partials_for, sum_partials, tile_of
 
 # Rows of the two tables that hold, for each of the S + 2 groups, whole numbers (int64) and fractions (float32).
@@ -90,7 +98,8 @@ def _shrink_kernel(
         x_ptrs += tl.cast(BLOCK_K, tl.int64) * x_k
         a_ptrs += BLOCK_K
     xa *= tl.load(fraction_ptr + FACTOR * groups + group)
-    tl.store(xa_ptr + (part.to(tl.int64) * M + m)[:, None] * R + r[None, :], xa, mask=(place < last)[:, None] & (r < R)[None, :])
+    xa_ptrs = xa_ptr + (part.to(tl.int64) * M + m)[:, None] * R + r[None, :]
+    tl.store(xa_ptrs, xa, mask=(place < last)[:, None] & (r < R)[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "groups"])
@@ -154,7 +163,8 @@ def _shrink_back_kernel(
     n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = (n < N)[:, None] & (r < rank)[None, :]
-    b = tl.load(b_ptr + n[:, None] * b_n + (first + r)[None, :], mask=mask, other=0.0).to(dy_ptr.dtype.element_ty)  # [BLOCK_N, BLOCK_R]
+    b = tl.load(b_ptr + n[:, None] * b_n + (first + r)[None, :], mask=mask, other=0.0)  # [BLOCK_N, BLOCK_R]
+    b = b.to(dy_ptr.dtype.element_ty)
     begin, end = _places_of_part(offsets_ptr, group, part, parts, BLOCK_M)
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for start in range(begin, end, BLOCK_M):
@@ -267,12 +277,14 @@ def _linear_back_kernel(
 
 
 @functools.lru_cache(maxsize=1024)
-def _tables(ranks: tuple[int, ...], scale: tuple[float, ...], dropout_p: tuple[float, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """(int64 [3, S + 2]: FIRST, RANK, THRESHOLD; float32 [2, S + 2]: SCALE, FACTOR) of each group. Kept, so that later steps copy nothing to the card."""
+def _tables(
+    ranks: tuple[int, ...], scale: tuple[float, ...], dropout_p: tuple[float, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:  # int64 [3, S + 2]: FIRST, RANK, THRESHOLD; float32 [2, S + 2]: SCALE, FACTOR
+    """What the kernels need to know of each group. Kept, so that later steps copy nothing to the card."""
     first = [sum(ranks[:i]) for i in range(len(ranks))]
     whole = [[0, *first, 0], [0, *ranks, 0], [0, *map(drop_threshold, dropout_p), 0]]
     fraction = [[0.0, *scale, 0.0], [1.0, *map(keep_scale, dropout_p), 1.0]]
-    return torch.tensor(whole, dtype=torch.int64, device=device), torch.tensor(fraction, dtype=torch.float32, device=device)
+    return torch.tensor(whole, device=device), torch.tensor(fraction, dtype=torch.float32, device=device)
 
 
 def _dropout(dropout_p: list[float], seed: Tensor | None) -> tuple[list[float], Tensor | None]:
@@ -365,7 +377,9 @@ def multi_lora_backward(
         if seed is not None and (need_dx or need_da):
             bits = x.new_empty(M, triton.cdiv(K, 8), dtype=torch.uint8)
             grid = (M + groups * (BLOCK_ROWS - 1)) // BLOCK_ROWS, triton.cdiv(bits.shape[1], BLOCK_GROUPS)
-            _keep_bits_kernel[grid](bits, seed, *rows[:3], K, groups, ROWS=BLOCK_ROWS, GROUPS=BLOCK_GROUPS, BLOCK_S=block_s)
+            _keep_bits_kernel[grid](
+                bits, seed, *rows[:3], K, groups, ROWS=BLOCK_ROWS, GROUPS=BLOCK_GROUPS, BLOCK_S=block_s
+            )
 
         if need_da:
             tile = tuning.adapter_grad(x, M, K, R)

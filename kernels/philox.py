@@ -1,7 +1,8 @@
 """The dropout mask on the device, the bits of `fastlora.reference.keep_mask`: Philox4x32-10, eight 16-bit decisions a call.
 
-Where x is read in its own order the mask is drawn on the spot. In a product's result, threads hold columns in twos and would draw each call four times
-over: a backward pass draws the mask once, as bits (a sixteenth of a 16-bit x), and its kernels read those.
+Where x is read in its own order the mask is drawn on the spot. In a product's result, threads hold columns in twos and
+would make each call four times over: a backward pass draws the mask once, as bits (a sixteenth of a 16-bit x), and its
+kernels read those.
 """
 
 import torch
@@ -59,7 +60,8 @@ def load_keep_mask(bits_ptr, rows, inside, first_column, columns, BLOCK: tl.cons
     """`keep_mask` from bits that were drawn before, uint8 [rows of x, ceil(columns / 8)]; False for rows that are not `inside`."""
     groups = first_column // 8 + tl.arange(0, BLOCK // 8)
     a_row = tl.cdiv(columns, 8)
-    bits = tl.load(bits_ptr + rows[:, None] * a_row + groups[None, :], mask=inside[:, None] & (groups < a_row)[None, :], other=0)
+    mask = inside[:, None] & (groups < a_row)[None, :]
+    bits = tl.load(bits_ptr + rows[:, None] * a_row + groups[None, :], mask=mask, other=0)
     return _spread(bits.to(tl.int32), BLOCK)
 
 
@@ -69,7 +71,8 @@ def _keep_bits_kernel(bits_ptr, seed_ptr, M, columns, threshold, ROWS: tl.conste
     groups = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
     bits = draw_bits(seed_ptr, m, groups, columns, threshold)
     a_row = tl.cdiv(columns, 8)
-    tl.store(bits_ptr + m[:, None] * a_row + groups[None, :], bits.to(tl.uint8), mask=(m < M)[:, None] & (groups < a_row)[None, :])
+    mask = (m < M)[:, None] & (groups < a_row)[None, :]
+    tl.store(bits_ptr + m[:, None] * a_row + groups[None, :], bits.to(tl.uint8), mask=mask)
 
 
 def keep_bits(seed: Tensor, rows: int, columns: int, threshold: int) -> Tensor:

@@ -142,7 +142,8 @@ def _prompt_grad_kernel(dout_ptr, spans_ptr, dprompts_ptr, B, D, dout_b, dout_w,
     dtype = dprompts_ptr.dtype.element_ty
     total = tl.zeros((BLOCK,), dtype)
     for b in range(B):
-        begin, start, length = tl.load(spans_ptr + b * 3), tl.load(spans_ptr + b * 3 + 1), tl.load(spans_ptr + b * 3 + 2)
+        begin, start = tl.load(spans_ptr + b * 3), tl.load(spans_ptr + b * 3 + 1)
+        length = tl.load(spans_ptr + b * 3 + 2)
         has_row = (row >= start) & (row < start + length)
         offset = tl.cast(b, tl.int64) * dout_b + (begin + row - start) * dout_w
         total += tl.load(dout_ptr + offset + d * dout_d, mask=(d < D) & has_row, other=0.0).to(dtype)
@@ -203,18 +204,26 @@ def prefix_concat(
 def prefix_concat_backward(
     dout: Tensor, source: Tensor, prompt_rows: int, tokens: int, need_prompts: bool, need_embeds: bool
 ) -> tuple[Tensor, Tensor]:
-    """(dprompts [sum P_i, D] in float32 or wider, dembeds [B, T, D]), as `fastlora.reference.prefix_concat_backward`; without elements where not needed."""
+    """(dprompts [sum P_i, D] in float32 or wider, dembeds [B, T, D]), as `fastlora.reference.prefix_concat_backward`.
+
+    One that is not needed has no elements.
+    """
     B, W, D = dout.shape
-    dprompts = dout.new_empty((prompt_rows, D) if need_prompts else 0, dtype=torch.promote_types(dout.dtype, torch.float32))
+    wide = torch.promote_types(dout.dtype, torch.float32)
+    dprompts = dout.new_empty((prompt_rows, D) if need_prompts else 0, dtype=wide)
     dembeds = dout.new_zeros((B, tokens, D) if need_embeds else 0)
     block = min(triton.next_power_of_2(max(D, 1)), BLOCK_D)
     with torch.cuda.device_of(dout):
         if need_prompts:
             spans = source.new_empty(B, 3)
             _span_kernel[(B,)](source, spans, W, prompt_rows, BLOCK=min(triton.next_power_of_2(max(W, 1)), BLOCK_T))
-            _prompt_grad_kernel[prompt_rows, triton.cdiv(D, block)](dout, spans, dprompts, B, D, *dout.stride(), BLOCK=block)
+            _prompt_grad_kernel[prompt_rows, triton.cdiv(D, block)](
+                dout, spans, dprompts, B, D, *dout.stride(), BLOCK=block
+            )
         if need_embeds:
-            _embeds_grad_kernel[B * W, triton.cdiv(D, block)](dout, source, dembeds, W, D, prompt_rows, *dout.stride(), BLOCK=block)
+            _embeds_grad_kernel[B * W, triton.cdiv(D, block)](
+                dout, source, dembeds, W, D, prompt_rows, *dout.stride(), BLOCK=block
+            )
     return dprompts, dembeds
 
 

@@ -36,7 +36,9 @@ class Config:
 def require_float(op: str, x: Tensor) -> None:
     """Raise ImplementationError where x's dtype has no kernels."""
     if x.dtype not in FLOATS:
-        raise ImplementationError(f"{op}: the Triton kernels take float32, bfloat16 and float16, got {str(x.dtype).removeprefix('torch.')}")
+        raise ImplementationError(
+            f"{op}: the Triton kernels take float32, bfloat16 and float16, got {str(x.dtype).removeprefix('torch.')}"
+        )
 
 
 @functools.cache

@@ -70,13 +70,17 @@ def _through_float32(method: Callable[..., TensorHandle]) -> Callable[..., Tenso
 def _repair_arithmetic() -> None:
     binary, ternary, unary = InterpreterBuilder.binary_op, InterpreterBuilder.ternary_op, InterpreterBuilder.unary_op
 
-    def binary_op(self: InterpreterBuilder, left: TensorHandle, right: TensorHandle, op: Callable[..., Any]) -> TensorHandle:
+    def binary_op(
+        self: InterpreterBuilder, left: TensorHandle, right: TensorHandle, op: Callable[..., Any]
+    ) -> TensorHandle:
         if not _is_bfloat16(left) or op in BITWISE:
             return binary(self, left, right, op)
         result = binary(self, _decode(left), _decode(right), op)
         return TensorHandle(result.data, tl.int1) if op in COMPARISONS else _encode(result)
 
-    def ternary_op(self: InterpreterBuilder, first: TensorHandle, second: TensorHandle, third: TensorHandle, op: Any) -> TensorHandle:
+    def ternary_op(
+        self: InterpreterBuilder, first: TensorHandle, second: TensorHandle, third: TensorHandle, op: Any
+    ) -> TensorHandle:
         repaired = ternary if op is np.where else _through_float32(ternary)
         return repaired(self, first, second, third, op)
 
@@ -102,7 +106,9 @@ def _repair_casts() -> None:
             return source
         return TensorHandle(float32_to_bfloat16(wide.data.astype(np.float32)), tl.bfloat16)
 
-    def create_fp_to_fp(self: InterpreterBuilder, source: TensorHandle, target: tl.dtype, rounding: Any) -> TensorHandle:
+    def create_fp_to_fp(
+        self: InterpreterBuilder, source: TensorHandle, target: tl.dtype, rounding: Any
+    ) -> TensorHandle:
         rounds_to_nearest = rounding != interpreter._ir.ROUNDING_MODE.RTZ
         if target.scalar == tl.bfloat16 and source.dtype.scalar == tl.float32 and rounds_to_nearest:
             return cast_impl(self, source, target)
@@ -116,7 +122,9 @@ def _repair_casts() -> None:
 def _repair_dot() -> None:
     dot = InterpreterBuilder.create_dot
 
-    def create_dot(self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, c: TensorHandle, precision: Any, *rest: Any) -> TensorHandle:
+    def create_dot(
+        self: InterpreterBuilder, a: TensorHandle, b: TensorHandle, c: TensorHandle, precision: Any, *rest: Any
+    ) -> TensorHandle:
         if getattr(precision, "name", str(precision)).upper() == "TF32" and a.dtype.scalar == tl.float32:
             a, b = (TensorHandle(float32_to_tf32(handle.data), tl.float32) for handle in (a, b))
         result = dot(self, _decode(a), _decode(b), _decode(c), precision, *rest)
@@ -128,7 +136,7 @@ def _repair_dot() -> None:
 def _repair_range() -> None:
     patch = interpreter._patch_lang_tensor
 
-    def patch_lang_tensor(tensor: type, *scope: Any) -> None:
+    def patch_lang_tensor(tensor: Any, *scope: Any) -> None:
         patch(tensor, *scope)
         # The scope, where there is one, remembers the original already: it was given one by `patch`.
         tensor.__index__ = lambda self: int(np.asarray(self.handle.data).reshape(-1)[0])

@@ -15,12 +15,14 @@ import triton.language as tl
 
 from fastlora import ops, reference
 from fastlora.functional import RowGroups
-from fastlora.kernels import lora_linear, multi_lora, prefix_concat, tuning
+from fastlora.kernels import lora_linear, prefix_concat, tuning
 from fastlora.kernels.philox import drop_threshold, keep_bits, keep_mask, keep_scale
 from fastlora.kernels.tiles import partials_for, sum_partials, tile_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-interpreted = pytest.mark.skipif(DEVICE == "cuda", reason="with a GPU the kernels are compiled, and the interpreter is not used")
+interpreted = pytest.mark.skipif(
+    DEVICE == "cuda", reason="with a GPU the kernels are compiled, and the interpreter is not used"
+)
 OUTPUTS = ("y", "xa", "dx", "da", "db")
 
 
@@ -55,7 +57,9 @@ def test_lora_linear_in_many_tiles(monkeypatch, dtype, parts, dropout_p):
     monkeypatch.setattr(tuning, "parts", lambda x, programs, steps: parts)
     monkeypatch.setattr(tuning, "GROUP_M", 2)
     layer = make_layer(36, 35, 20, 18, dtype, torch.float32, device=DEVICE)
-    layer = layer._replace(x=gapped(layer.x), weight=transposed(layer.weight), dy=gapped(layer.dy), lora_b=gapped(layer.lora_b))
+    layer = layer._replace(
+        x=gapped(layer.x), weight=transposed(layer.weight), dy=gapped(layer.dy), lora_b=gapped(layer.lora_b)
+    )
     seed = torch.tensor(2**62 + 12345, device=DEVICE)
     assert_right(layer, 1.7, dropout_p, seed)
     first, second = (run_lora("triton", layer, 1.7, dropout_p, seed) for _ in range(2))
@@ -64,11 +68,15 @@ def test_lora_linear_in_many_tiles(monkeypatch, dtype, parts, dropout_p):
 
 @pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=3)), ids=str)
 def test_lora_linear_backward_gives_what_is_needed_and_no_more(needed):
-    x, weight, _, a, b, dy = (None if value is None else value.detach() for value in make_layer(5, 20, 12, 3, device=DEVICE))
+    x, weight, _, a, b, dy = (
+        None if value is None else value.detach() for value in make_layer(5, 20, 12, 3, device=DEVICE)
+    )
     xa, seed = torch.randn(5, 3, device=DEVICE), torch.tensor(7, device=DEVICE)
     arguments = (dy, x, weight, a, b, xa, 0.5, 0.2, seed)
     everything = lora_linear.lora_linear_backward(*arguments, True, True, True)
-    for value, full, wanted in zip(lora_linear.lora_linear_backward(*arguments, *needed), everything, needed, strict=True):
+    for value, full, wanted in zip(
+        lora_linear.lora_linear_backward(*arguments, *needed), everything, needed, strict=True
+    ):
         assert torch.equal(value, full) if wanted else value.numel() == 0
 
 
@@ -140,12 +148,16 @@ def test_partial_sums_are_added_in_order(parts):
 
 
 def test_every_tile_is_one_that_a_tensor_core_takes():
-    for dtype, rows, columns, rank in itertools.product(tuning.FLOATS, (1, 33, 64, 8192), (1, 48, 4096), (1, 3, 65, 512)):
+    for dtype, rows, columns, rank in itertools.product(
+        tuning.FLOATS, (1, 33, 64, 8192), (1, 48, 4096), (1, 3, 65, 512)
+    ):
         x = torch.empty(0, dtype=dtype)
         configs = [tuning.linear(x, rows, columns, rank), tuning.shrink(x, rows, rank)]
         configs += [tuning.shrink_back(x, rows, columns, rank), tuning.adapter_grad(x, rows, columns, rank)]
         for config in configs:
-            sizes = [size for size in dataclasses.astuple(config)[:4] if size != 0]  # 0: the kernel has no such dimension
+            sizes = [
+                size for size in dataclasses.astuple(config)[:4] if size != 0
+            ]  # 0: the kernel has no such dimension
             assert all(size >= 16 and size & (size - 1) == 0 for size in sizes), config
 
 
@@ -153,13 +165,21 @@ def test_every_tile_is_one_that_a_tensor_core_takes():
 def test_float64_is_refused(op):
     x = torch.zeros(2, 3, dtype=torch.float64, device=DEVICE)
     with pytest.raises(ops.ImplementationError, match=f"{op}.*float64"):
-        ops.implementation(op, "triton")(x, x, None, x, x, *[None] * (len(ops.SCHEMAS[op].split("->")[0].split(",")) - 5))
+        ops.implementation(op, "triton")(
+            x, x, None, x, x, *[None] * (len(ops.SCHEMAS[op].split("->")[0].split(",")) - 5)
+        )
 
 
-def run_multi(implementation: str, layers, dropout_p: list[float], seed: Tensor | None, groups: tuple[Tensor, Tensor]) -> list[Tensor]:
+def run_multi(
+    implementation: str, layers, dropout_p: list[float], seed: Tensor | None, groups: tuple[Tensor, Tensor]
+) -> list[Tensor]:
     """y, xa, dx, and every dA and dB; the first layer gives x, weight, bias and dy, each layer an adapter."""
     x, weight, bias, _, _, dy = layers[0]
-    a, b, scale = [layer.lora_a for layer in layers], [layer.lora_b for layer in layers], [1.0 + i for i in range(len(layers))]
+    a, b, scale = (
+        [layer.lora_a for layer in layers],
+        [layer.lora_b for layer in layers],
+        [1.0 + i for i in range(len(layers))],
+    )
     y, xa = ops.implementation("multi_lora", implementation)(x, weight, bias, a, b, scale, dropout_p, seed, *groups)
     backward = ops.implementation("multi_lora_backward", implementation)
     return [y, xa, *backward(dy, x, weight, a, b, xa, scale, dropout_p, seed, *groups, True, True, True)]
@@ -172,7 +192,9 @@ def test_multi_lora_in_many_tiles(monkeypatch, dtype, parts):
     use_small_tiles(monkeypatch)
     monkeypatch.setattr(tuning, "parts", lambda x, programs, steps: parts)
     ranks = [3, 17, 1, 20, 16]
-    index = torch.tensor([0, 1, 1, -1, 4, 9] + [1] * 20 + [-1] * 3 + [4, 0, -7, 0, 4], device=DEVICE)  # nobody has adapters 2 and 3
+    index = torch.tensor(
+        [0, 1, 1, -1, 4, 9] + [1] * 20 + [-1] * 3 + [4, 0, -7, 0, 4], device=DEVICE
+    )  # nobody has adapters 2 and 3
     groups = RowGroups(index, len(ranks)).for_rows(len(index))
     layers = [make_layer(len(index), 37, 41, R, dtype, device=DEVICE) for R in ranks]
     layers = [type(layer)(*(value.detach() for value in layer)) for layer in layers]
@@ -192,7 +214,12 @@ def test_one_adapter_for_all_rows_is_lora_linear():
     groups = RowGroups(torch.zeros(21, dtype=torch.int64, device=DEVICE), 1).for_rows(21)
     seed = torch.tensor(99, device=DEVICE)
     plain = type(layer)(*(value.detach() for value in layer))
-    for name, one, many in zip(OUTPUTS, run_lora("triton", layer, 1.0, 0.2, seed), run_multi("triton", [plain], [0.2], seed, groups), strict=True):
+    for name, one, many in zip(
+        OUTPUTS,
+        run_lora("triton", layer, 1.0, 0.2, seed),
+        run_multi("triton", [plain], [0.2], seed, groups),
+        strict=True,
+    ):
         torch.testing.assert_close(many.view_as(one), one, rtol=1e-5, atol=1e-5, msg=name)
 
 
@@ -205,7 +232,9 @@ def test_prefix_concat_in_many_blocks(monkeypatch, case):
     B, T, D, lengths = case % 5 + 1, (case * 7) % 13 + 1, case % 4 * 3 + 1, [case % 6, 3, 9][: case % 3 + 1]
     starts = torch.tensor([0, *lengths]).cumsum(0)
     prompts = torch.randn(sum(lengths), D, dtype=torch.float32)
-    index = torch.randint(0, len(lengths), (B,)) if case else torch.tensor([-1])  # the first case: a prompt that does not exist
+    index = (
+        torch.randint(0, len(lengths), (B,)) if case else torch.tensor([-1])
+    )  # the first case: a prompt that does not exist
     mask = (torch.rand(B, T) > 0.4).to((torch.bool, torch.int64, torch.float32)[case % 3])
     ids, embedding = torch.randint(0, 9, (B, T)), torch.randn(8 if case % 4 == 0 else 9, D).bfloat16()
     embeds, numbers = torch.randn(B, T, D).bfloat16(), torch.randint(0, 50, (B, T))
@@ -220,7 +249,9 @@ def test_prefix_concat_in_many_blocks(monkeypatch, case):
     dout = torch.randn(B, 1, D, device=DEVICE).expand(B, T + max(lengths), D).bfloat16()
     for needed in itertools.product([False, True], repeat=2):
         values = prefix_concat.prefix_concat_backward(dout, expected[4], sum(lengths), T, *needed)
-        for value, right in zip(values, reference.prefix_concat_backward(dout, expected[4], sum(lengths), T, *needed), strict=True):
+        for value, right in zip(
+            values, reference.prefix_concat_backward(dout, expected[4], sum(lengths), T, *needed), strict=True
+        ):
             torch.testing.assert_close(value, right, rtol=0, atol=0)
 
 
@@ -232,7 +263,9 @@ def test_prefix_concat_of_nothing(B, T, P):
     out, *_, source = prefix_concat.prefix_concat(prompts, starts, P, index, embeds, None, None, mask, None, None)
     assert torch.equal(out, torch.cat((prompts.expand(B, P, 5), embeds), 1))
     dprompts, dembeds = prefix_concat.prefix_concat_backward(torch.ones_like(out), source, P, T, True, True)
-    assert torch.equal(dprompts, torch.full((P, 5), float(B), device=DEVICE)) and torch.equal(dembeds, torch.ones_like(embeds))
+    assert torch.equal(dprompts, torch.full((P, 5), float(B), device=DEVICE)) and torch.equal(
+        dembeds, torch.ones_like(embeds)
+    )
 
 
 @triton.jit
@@ -240,7 +273,10 @@ def product_kernel(a_ptr, b_ptr, out_ptr, rounded_ptr, K, PRECISION: tl.constexp
     i = tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK, BLOCK), tl.float32)
     for k0 in range(0, K, BLOCK):
-        a, b = tl.load(a_ptr + i[:, None] * K + k0 + i[None, :]), tl.load(b_ptr + (k0 + i)[:, None] * BLOCK + i[None, :])
+        a, b = (
+            tl.load(a_ptr + i[:, None] * K + k0 + i[None, :]),
+            tl.load(b_ptr + (k0 + i)[:, None] * BLOCK + i[None, :]),
+        )
         total = tl.dot(a, b, total, input_precision=PRECISION)
     tl.store(out_ptr + i[:, None] * BLOCK + i[None, :], total)
     tl.store(rounded_ptr + i[:, None] * BLOCK + i[None, :], total.to(tl.bfloat16) * 2.0 - 1.0)
