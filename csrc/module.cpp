@@ -1,5 +1,5 @@
-// fastlora._C: importing it registers the native operators with torch (the STABLE_TORCH_LIBRARY_IMPL blocks beside this file). The schemas are
-// defined by fastlora/ops.py, which must be imported first.
+// fastlora._C: importing it registers the native operators with torch (the STABLE_TORCH_LIBRARY_IMPL blocks of the other files).
+// The schemas are defined by fastlora/ops.py, which must be imported first.
 #include <pybind11/pybind11.h>
 
 #include "cpu/adapter_passes.h"
@@ -12,5 +12,7 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("compiler") = "g++ " __VERSION__;
 #endif
-  m.def("isa", [] { return fastlora::kernels().isa; }, "The instruction set that runs: portable, avx2 or avx512 (FASTLORA_ISA forces one).");
+  m.def(
+      "isa", [] { return fastlora::kernels().isa; },
+      "The instruction set that runs: portable, avx2 or avx512 (FASTLORA_ISA forces one).");
 }

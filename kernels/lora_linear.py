@@ -2,7 +2,7 @@
 
     forward     xa = d(x) Aᵀ                          one read of x, the mask drawn in the kernel; a long sum is split and added in order
                 y  = x Wᵀ + (s xa) Bᵀ + b             one product, the rank step last, the bias on the way out
-    backward    dxa = s dy B, dB = s dyᵀ xa           one read of dy; partial sums added in order
+    backward    dxa = s dy B, dB = s dyᵀ xa           one read of dy while R fits a tile; partial sums added in order
                 dA = dxaᵀ d(x)                        one read of x; the mask redrawn once, as bits, for this and the next
                 dx = d'(dxa A) + dy W                 one product; the rank step first, so that the mask needs no second accumulator
 
@@ -180,6 +180,23 @@ def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[Tensor | None, int,
     return (None, 0, 1.0) if seed is None or threshold == 0 else (seed, threshold, keep_scale(dropout_p))
 
 
+def _shrink(x: Tensor, a: Tensor, seed: Tensor | None, threshold: int, factor: float) -> Tensor:
+    """factor d(x) aᵀ [M, R] in float32, without the factor of d."""
+    (M, K), R = x.shape, a.shape[0]
+    xa = x.new_empty(M, R, dtype=torch.float32)
+    tile = tuning.shrink(x, M, R)
+    tiles_m, tiles_r = triton.cdiv(M, tile.rows), triton.cdiv(R, tile.rank)
+    parts = tuning.parts(x, tiles_m * tiles_r, triton.cdiv(K, tile.inner))
+    span = triton.cdiv(triton.cdiv(K, parts), tile.inner) * tile.inner
+    partials = partials_for(xa, parts)
+    _shrink_kernel[tiles_m, parts, tiles_r](
+        x, a, partials, seed, M, K, R, span, threshold, factor, *x.stride(), *a.stride(),
+        BLOCK_M=tile.rows, BLOCK_K=tile.inner, BLOCK_R=tile.rank, **tile.launch,
+    )  # fmt: skip
+    sum_partials(partials, xa)
+    return xa
+
+
 def lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -198,21 +215,11 @@ def lora_linear(
     tuning.require_float("lora_linear", x)
     (M, K), N, R = x.shape, weight.shape[0], lora_a.shape[0]
     seed, threshold, factor = _dropout(dropout_p, seed)
-    y, xa = x.new_empty(M, N), x.new_empty(M, R, dtype=torch.float32)
-    if M == 0:
-        return y, xa
+    y = x.new_empty(M, N)
     with torch.cuda.device_of(x):
-        tile = tuning.shrink(x, M, R)
-        tiles_m, tiles_r = triton.cdiv(M, tile.rows), triton.cdiv(R, tile.rank)
-        parts = tuning.parts(x, tiles_m * tiles_r, triton.cdiv(K, tile.inner))
-        span = triton.cdiv(triton.cdiv(K, parts), tile.inner) * tile.inner
-        partials = partials_for(xa, parts)
-        _shrink_kernel[tiles_m, parts, tiles_r](
-            x, lora_a, partials, seed, M, K, R, span, threshold, factor, *x.stride(), *lora_a.stride(),
-            BLOCK_M=tile.rows, BLOCK_K=tile.inner, BLOCK_R=tile.rank, **tile.launch,
-        )  # fmt: skip
-        sum_partials(partials, xa)
-
+        xa = _shrink(x, lora_a, seed, threshold, factor)
+        if M == 0:
+            return y, xa
         tile = tuning.linear(x, M, N, R)
         _linear_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
             x, weight, bias, lora_b, xa, y, M, N, K, R, scale,
@@ -237,13 +244,17 @@ def lora_linear_backward(
     dx = x.new_empty((M, K) if need_dx else 0)
     da = lora_a.new_empty((R, K) if need_da else 0)
     db = lora_b.new_empty((N, R) if need_db else 0)
-    dxa = x.new_empty(M, R, dtype=torch.float32)
     with torch.cuda.device_of(x):
         tile = tuning.shrink_back(dy, M, N, R)
         tiles_n, tiles_r = triton.cdiv(N, tile.columns), triton.cdiv(R, tile.rank)
         parts = tuning.parts(x, tiles_n * tiles_r, triton.cdiv(M, tile.rows))
-        dxa_partials = partials_for(dxa, tiles_n) if need_dx or need_da else None
         db_partials = partials_for(db, parts) if need_db else None
+        dxa_partials = None
+        if tiles_r == 1:
+            dxa = x.new_empty(M, R, dtype=torch.float32)
+            dxa_partials = partials_for(dxa, tiles_n) if need_dx or need_da else None
+        else:  # the partial sums would be larger than dy
+            dxa = _shrink(dy, lora_b.T, None, 0, scale)
         _shrink_back_kernel[tiles_n, parts, tiles_r](
             dy, lora_b, xa, dxa_partials, db_partials, M, N, R, triton.cdiv(triton.cdiv(M, parts), tile.rows) * tile.rows, scale,
             *dy.stride(), *lora_b.stride(),

@@ -5,7 +5,7 @@ sorted places offsets[g] : offsets[g + 1]; order[place] is the row. Everything i
 
     forward     xa      tiles of one group each, at most ceil(M / rows of a tile) + S + 2 of them, whatever the groups
                 y       tiles of sorted places that may span groups: W is read once a tile, with one rank step a group in the tile
-    backward    dxa, dB one read of dy, group by group; partial sums added in order
+    backward    dxa, dB one read of dy while every R_i fits a tile, group by group; partial sums added in order
                 dA      one read of x, group by group; the mask redrawn once, as bits, for this and the next
                 dx      tiles as for y; rank steps first, then the mask, once for all groups in the tile
 
@@ -68,9 +68,9 @@ def _places_of_part(offsets_ptr, group, part, parts, BLOCK_M: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M", "groups"])
 def _shrink_kernel(
-    x_ptr, a_ptr, xa_ptr, seed_ptr, order_ptr, offsets_ptr, whole_ptr, fraction_ptr,  # xa: partial sums [parts, M, R]
+    x_ptr, a_ptr, xa_ptr, seed_ptr, order_ptr, offsets_ptr, whole_ptr, factor_ptr,  # xa: partial sums [parts, M, R]
     M, K, R, span, groups,  # R: the largest rank; span: columns of x a part
-    x_m, x_k,
+    x_m, x_k, a_r, a_k,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     group, first, last = _places_of_tile(offsets_ptr, tl.program_id(0), groups, BLOCK_M, BLOCK_S)
@@ -85,7 +85,7 @@ def _shrink_kernel(
     end = tl.where((tl.program_id(2) * BLOCK_R < rank) & (first < last), end, begin)
     k = (begin + tl.arange(0, BLOCK_K)).to(tl.int64)
     x_ptrs = x_ptr + m[:, None] * x_m + k[None, :] * x_k
-    a_ptrs = a_ptr + (tl.load(whole_ptr + FIRST * groups + group) + r)[None, :] * K + k[:, None]
+    a_ptrs = a_ptr + (tl.load(whole_ptr + FIRST * groups + group) + r)[None, :] * a_r + k[:, None] * a_k
     xa = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k0 in range(begin, end, BLOCK_K):
         inside = k0 + tl.arange(0, BLOCK_K) < end
@@ -96,8 +96,8 @@ def _shrink_kernel(
         a = tl.load(a_ptrs, mask=inside[:, None] & (r < rank)[None, :], other=0.0).to(x.dtype)  # [BLOCK_K, BLOCK_R]
         xa = tl.dot(x, a, xa, input_precision="ieee")
         x_ptrs += tl.cast(BLOCK_K, tl.int64) * x_k
-        a_ptrs += BLOCK_K
-    xa *= tl.load(fraction_ptr + FACTOR * groups + group)
+        a_ptrs += tl.cast(BLOCK_K, tl.int64) * a_k
+    xa *= tl.load(factor_ptr + group)
     xa_ptrs = xa_ptr + (part.to(tl.int64) * M + m)[:, None] * R + r[None, :]
     tl.store(xa_ptrs, xa, mask=(place < last)[:, None] & (r < R)[None, :])
 
@@ -294,6 +294,25 @@ def _dropout(dropout_p: list[float], seed: Tensor | None) -> tuple[list[float], 
     return dropout_p, seed
 
 
+def _shrink(
+    x: Tensor, a: Tensor, R: int, seed: Tensor | None, order: Tensor, offsets: Tensor, whole: Tensor, factor: Tensor
+) -> Tensor:
+    """factor_i d_i(x) a_iᵀ [M, R] in float32 for each row's own adapter, 0 beyond its rank, without the factor of d_i; a [sum R_i, K]."""
+    (M, K), groups = x.shape, whole.shape[1]
+    xa = x.new_empty(M, R, dtype=torch.float32)
+    tile = tuning.shrink(x, M, R)
+    tiles_m, tiles_r = (M + groups * (tile.rows - 1)) // tile.rows, triton.cdiv(R, tile.rank)
+    parts = tuning.parts(x, tiles_m * tiles_r, triton.cdiv(K, tile.inner))
+    span = triton.cdiv(triton.cdiv(K, parts), tile.inner) * tile.inner
+    partials = partials_for(xa, parts)
+    _shrink_kernel[tiles_m, parts, tiles_r](
+        x, a, partials, seed, order, offsets, whole, factor, M, K, R, span, groups, *x.stride(), *a.stride(),
+        BLOCK_M=tile.rows, BLOCK_K=tile.inner, BLOCK_R=tile.rank, BLOCK_S=triton.next_power_of_2(groups), **tile.launch,
+    )  # fmt: skip
+    sum_partials(partials, xa)
+    return xa
+
+
 def multi_lora(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], scale: list[float], dropout_p: list[float],
     seed: Tensor | None, order: Tensor, offsets: Tensor,
@@ -306,26 +325,15 @@ def multi_lora(
     tuning.require_float("multi_lora", x)
     ranks = tuple(a.shape[0] for a in lora_a)
     (M, K), N, R, groups = x.shape, weight.shape[0], max(ranks), len(ranks) + 2
-    y, xa = x.new_empty(M, N), x.new_empty(M, R, dtype=torch.float32)
-    if M == 0:
-        return y, xa
+    y = x.new_empty(M, N)
     dropout_p, seed = _dropout(dropout_p, seed)
     with torch.cuda.device_of(x):
         rows = (order, offsets, *_tables(ranks, tuple(scale), tuple(dropout_p), x.device))
         a, b = torch.cat(lora_a), torch.cat(lora_b, 1)  # [sum R_i, K], [N, sum R_i]
         block_s = triton.next_power_of_2(groups)
-
-        tile = tuning.shrink(x, M, R)
-        tiles_m, tiles_r = (M + groups * (tile.rows - 1)) // tile.rows, triton.cdiv(R, tile.rank)
-        parts = tuning.parts(x, tiles_m * tiles_r, triton.cdiv(K, tile.inner))
-        span = triton.cdiv(triton.cdiv(K, parts), tile.inner) * tile.inner
-        partials = partials_for(xa, parts)
-        _shrink_kernel[tiles_m, parts, tiles_r](
-            x, a, partials, seed, *rows, M, K, R, span, groups, *x.stride(),
-            BLOCK_M=tile.rows, BLOCK_K=tile.inner, BLOCK_R=tile.rank, BLOCK_S=block_s, **tile.launch,
-        )  # fmt: skip
-        sum_partials(partials, xa)
-
+        xa = _shrink(x, a, R, seed, *rows[:3], rows[3][FACTOR.value])
+        if M == 0:
+            return y, xa
         tile = tuning.linear(x, M, N, R)
         _linear_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
             x, weight, bias, b, xa, y, *rows, M, N, K, R, groups,
@@ -354,7 +362,6 @@ def multi_lora_backward(
     dx = x.new_empty((M, K) if need_dx else 0)
     da = lora_a[0].new_empty(all_ranks * K if need_da else 0)
     db = lora_b[0].new_empty(all_ranks * N if need_db else 0)
-    dxa = x.new_empty(M, R, dtype=torch.float32)
     with torch.cuda.device_of(x):
         rows = (order, offsets, *_tables(ranks, tuple(scale), tuple(dropout_p), x.device))
         a, b = torch.cat(lora_a), torch.cat(lora_b, 1)  # [sum R_i, K], [N, sum R_i]
@@ -362,8 +369,13 @@ def multi_lora_backward(
         tile = tuning.shrink_back(dy, M, N, R)
         tiles_n, tiles_r = triton.cdiv(N, tile.columns), triton.cdiv(R, tile.rank)
         parts = tuning.parts(x, tiles_n * tiles_r * S, triton.cdiv(M, tile.rows))
-        dxa_partials = partials_for(dxa, tiles_n) if need_dx or need_da else None
         db_partials = partials_for(db, parts) if need_db else None
+        dxa_partials = None
+        if tiles_r == 1:
+            dxa = x.new_empty(M, R, dtype=torch.float32)
+            dxa_partials = partials_for(dxa, tiles_n) if need_dx or need_da else None
+        else:  # the partial sums would be larger than dy
+            dxa = _shrink(dy, b.T, R, None, *rows[:3], rows[3][SCALE.value])
         _shrink_back_kernel[tiles_n, S * parts, tiles_r](
             dy, b, xa, dxa_partials, db_partials, *rows, M, N, R, groups, all_ranks, parts, *dy.stride(), b.stride(0),
             BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_R=tile.rank, **tile.launch,

@@ -33,8 +33,8 @@ def partials_for(out: Tensor, parts: int) -> Tensor:
 
 
 def sum_partials(partials: Tensor, out: Tensor) -> None:
-    """out = the sum over the first dimension of `partials`, in float32 and in that dimension's order; nothing where they are one tensor."""
-    if partials.shape[0] > 1:
+    """out = the sum over the first dimension of `partials`, in float32 and in that dimension's order; they are `out` where there is one."""
+    if partials.shape[0] != 1:
         _sum_kernel[(triton.cdiv(out.numel(), SUM_BLOCK),)](
             partials, out, partials.shape[0], out.numel(), BLOCK=SUM_BLOCK
         )

@@ -19,7 +19,7 @@ MOST_PARTS = 64  # partial results of one sum
 
 @dataclass(frozen=True)
 class Config:
-    """One kernel's tile. `rows` are rows of x, `columns` columns of the result, `inner` the dimension that is summed over, `rank` ranks at a time."""
+    """One kernel's tile: rows of x, columns of the result, steps of the sum, ranks at a time; 0 for what a kernel does not have."""
 
     rows: int
     columns: int

@@ -43,17 +43,17 @@ def assert_right(layer, scale: float, dropout_p: float, seed: Tensor | None) -> 
         assert_within_bound(name, *results)
 
 
-def use_small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tiles of 16 by 16 by 16, so that small inputs have many, in every direction."""
+def use_small_tiles(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    """Tiles of 16 by 16 by 16, so that small inputs have many, in every direction; `rank` ranks at a time."""
     for name in ("linear", "shrink", "shrink_back", "adapter_grad"):
-        config = tuning.Config(16, 16, 16, 16, num_warps=4, num_stages=2)
+        config = tuning.Config(16, 16, 16, rank, num_warps=4, num_stages=2)
         monkeypatch.setattr(tuning, name, lambda *args, config=config: config)
 
 
-@pytest.mark.parametrize(("parts", "dropout_p"), [(1, 0.3), (3, 0.0), (3, 0.3)])
+@pytest.mark.parametrize(("rank", "parts", "dropout_p"), [(16, 1, 0.3), (32, 3, 0.0), (32, 3, 0.3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_lora_linear_in_many_tiles(monkeypatch, dtype, parts, dropout_p):
-    use_small_tiles(monkeypatch)
+def test_lora_linear_in_many_tiles(monkeypatch, dtype, rank, parts, dropout_p):
+    use_small_tiles(monkeypatch, rank)
     monkeypatch.setattr(tuning, "parts", lambda x, programs, steps: parts)
     monkeypatch.setattr(tuning, "GROUP_M", 2)
     layer = make_layer(36, 35, 20, 18, dtype, torch.float32, device=DEVICE)
@@ -185,11 +185,11 @@ def run_multi(
     return [y, xa, *backward(dy, x, weight, a, b, xa, scale, dropout_p, seed, *groups, True, True, True)]
 
 
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(("rank", "parts"), [(16, 1), (32, 2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_multi_lora_in_many_tiles(monkeypatch, dtype, parts):
+def test_multi_lora_in_many_tiles(monkeypatch, dtype, rank, parts):
     """Groups that end inside tiles, span tiles, or are empty; ranks that span tiles; rows of the base; numbers that do not exist."""
-    use_small_tiles(monkeypatch)
+    use_small_tiles(monkeypatch, rank)
     monkeypatch.setattr(tuning, "parts", lambda x, programs, steps: parts)
     ranks = [3, 17, 1, 20, 16]
     index = torch.tensor(
@@ -235,7 +235,11 @@ def test_prefix_concat_in_many_blocks(monkeypatch, case):
     index = (
         torch.randint(0, len(lengths), (B,)) if case else torch.tensor([-1])
     )  # the first case: a prompt that does not exist
-    mask = (torch.rand(B, T) > 0.4).to((torch.bool, torch.int64, torch.float32)[case % 3])
+    mask = torch.rand(B, T) > 0.4
+    if B > 2:  # a row without tokens, a row without padding, and a row padded on the left, whose side they take
+        mask[:3] = torch.tensor([0, 1, 1])[:, None]
+        mask[2, 0] = False
+    mask = mask.to((torch.bool, torch.int64, torch.float32)[case % 3])
     ids, embedding = torch.randint(0, 9, (B, T)), torch.randn(8 if case % 4 == 0 else 9, D).bfloat16()
     embeds, numbers = torch.randn(B, T, D).bfloat16(), torch.randint(0, 50, (B, T))
     tokens = (embeds, None, None) if case % 2 else (None, ids, embedding)

@@ -23,11 +23,11 @@ inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1)
 
 inline int64_t row_at(const Rows& rows, int64_t place) { return rows.order ? rows.order[place] : place; }
 
-/// to[0 : round_up(count)] = from[0 : count] in float32, dropped where a mask is given; zeros up to the next multiple of COLUMN_UNIT.
+/// to[0 : count] = from[0 : count] in float32, scaled and dropped where a mask is given; zeros up to a multiple of COLUMN_UNIT.
 template <class T>
-void widen(const T* from, int64_t count, const uint32_t* keep, float keep_scale, float* to) {
+void widen(const T* from, int64_t count, const uint32_t* keep, float factor, float* to) {
   const auto put = [&](int64_t i, Floats value) {
-    if (keep) value = (Floats)((Words)(value * keep_scale) & read<Words>(keep + i));
+    if (keep) value = (Floats)((Words)(value * factor) & read<Words>(keep + i));
     store(to + i, value);
   };
   int64_t i = 0;
@@ -122,18 +122,21 @@ void read_cell(const Read& pass, const Segment& segment, const Cell& cell) {
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t row = row_at(pass, place + i);
         if (drops) draw_keep(pass.seed, segment.threshold, row, groups, column, column + columns, keep);
-        widen(static_cast<const T*>(pass.v) + row * pass.stride + column, columns, drops ? keep : nullptr, segment.keep_scale, tile + i * COLUMN_BLOCK);
+        const T* from = static_cast<const T*>(pass.v) + row * pass.stride + column;
+        widen(from, columns, drops ? keep : nullptr, segment.factor, tile + i * COLUMN_BLOCK);
         v[i] = tile + i * COLUMN_BLOCK;
         if (gradient) coefficients[i] = pass.coefficients + row * pass.coefficient_stride;
         if (panel) projected[i] = pass.projected + row * pass.projected_stride;
       }
+      const bool first = column == cell.column_begin;
       for (int64_t r = 0; panel && r < segment.rank; r += RANKS) {
+        const float* ranks_of_panel = panel + r * pass.panel_stride + column;
         with_count<RANKS>(at_most(RANKS, segment.rank - r), [&](auto ranks) {
           for (int64_t i = 0; i < rows; i += ROWS) {
             float* out[ROWS];
             for (int64_t k = 0; k < at_most(ROWS, rows - i); ++k) out[k] = projected[i + k] + r;
             with_count<ROWS>(at_most(ROWS, rows - i), [&](auto count) {
-              project_tile<count(), ranks()>(v + i, panel + r * pass.panel_stride + column, pass.panel_stride, padded, out, column == cell.column_begin);
+              project_tile<count(), ranks()>(v + i, ranks_of_panel, pass.panel_stride, padded, out, first);
             });
           }
         });
@@ -153,13 +156,12 @@ void read_cell(const Read& pass, const Segment& segment, const Cell& cell) {
   }
 }
 
-/// to[0 : count] += change, where change is scaled and dropped first if a mask is given.
+/// to[0 : count] += factor · change, dropped where a mask is given.
 template <class T>
-void add_row(T* to, int64_t count, const float* change, const uint32_t* keep, float keep_scale) {
+void add_row(T* to, int64_t count, const float* change, const uint32_t* keep, float factor) {
   const auto changed = [&](int64_t i, Floats old) {
-    Floats value = load(change + i);
-    if (keep) value = (Floats)((Words)(value * keep_scale) & read<Words>(keep + i));
-    return old + value;
+    const Floats value = load(change + i) * factor;
+    return keep ? old + (Floats)((Words)value & read<Words>(keep + i)) : old + value;
   };
   int64_t i = 0;
   for (; i + WIDTH <= count; i += WIDTH) store(to + i, changed(i, load(to + i)));
@@ -189,7 +191,8 @@ void add_cell(const Add& pass, const Segment& segment, const Cell& cell) {
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t row = row_at(pass, place + i);
         if (drops) draw_keep(pass.seed, segment.threshold, row, groups, column, column + columns, keep);
-        add_row(static_cast<T*>(pass.v) + row * pass.stride + column, columns, change + i * COLUMN_BLOCK, drops ? keep : nullptr, segment.keep_scale);
+        T* to = static_cast<T*>(pass.v) + row * pass.stride + column;
+        add_row(to, columns, change + i * COLUMN_BLOCK, drops ? keep : nullptr, segment.factor);
       }
     }
   }

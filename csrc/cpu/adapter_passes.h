@@ -1,11 +1,11 @@
 // The passes over a big activation that the adapters' part of a layer is made of, each reading it once:
 //
 //     read    v [M, L] -> projected = d(v) Pᵀ [M, R]  and  gradient = cᵀ d(v) [R, L], either or both
-//     add     v [M, L] += d'(c P)
+//     add     v [M, L] += s d'(c P)
 //
-// with a panel P [R, L] in float32 (A, or s Bᵀ) and coefficients c [M, R] in float32. Kernels work on one cell of the problem, a range of rows and a
-// range of columns, alone and in a fixed order; who calls them splits the work and sums the cells. No torch here: adapter_passes.cpp is
-// compiled once per instruction set.
+// with a panel P [R, L] in float32 (A, or Bᵀ) and coefficients c [M, R] in float32. Kernels work on one cell of the problem,
+// a range of rows and a range of columns, alone and in a fixed order; who calls them splits the work and sums the cells.
+// No torch here: adapter_passes.cpp is compiled once per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ struct Segment {
   int64_t rank;
   int64_t panel_row;    // its first row in the stacked panels [sum R_i, L]
   uint32_t threshold;   // half-words below it are dropped; 0: no dropout
-  float keep_scale;
+  float factor;         // of a kept element in a read with dropout; of everything that is added
 };
 
 /// What both passes share.

@@ -55,18 +55,18 @@ void with_type(const Tensor& tensor, const Body& body) {
 
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
-/// The small matrices of all adapters in float32, one below the other, [sum R_i, columns], padded with zeros to COLUMN_UNIT columns.
+/// Zeros for the small matrices of all adapters in float32, one below the other: [sum R_i, columns rounded up to COLUMN_UNIT].
 Tensor new_panels(const Tensor& like, const Adapters& adapters, int64_t columns) {
   const std::array<int64_t, 2> sizes{adapters.all_ranks(), round_up(columns, COLUMN_UNIT)};
   return torch::stable::new_zeros(like, sizes, ScalarType::Float);
 }
 
-/// to[r][l] = factor · from[l · column_stride + r · row_stride].
+/// to[r][l] = from[r · rank_stride + l · column_stride].
 template <class T>
-void pack(const T* from, int64_t rank_stride, int64_t column_stride, int64_t rank, int64_t columns, float factor, float* to, int64_t stride) {
+void pack(const T* from, int64_t rank_stride, int64_t column_stride, int64_t rank, int64_t columns, float* to, int64_t stride) {
   parallel_for(0, columns, GRAIN / rank + 1, [&](int64_t begin, int64_t end) {
     for (int64_t l = begin; l < end; ++l) {
-      for (int64_t r = 0; r < rank; ++r) to[r * stride + l] = factor * static_cast<float>(from[l * column_stride + r * rank_stride]);
+      for (int64_t r = 0; r < rank; ++r) to[r * stride + l] = static_cast<float>(from[r * rank_stride + l * column_stride]);
     }
   });
 }
@@ -79,24 +79,22 @@ Tensor pack_a(const Adapters& adapters) {
   for (const Tensor& a : adapters.a) {
     with_type(a, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      pack(static_cast<const T*>(a.const_data_ptr()), a.stride(0), a.stride(1), a.size(0), K, 1.0f, to, panels.size(1));
+      pack(static_cast<const T*>(a.const_data_ptr()), a.stride(0), a.stride(1), a.size(0), K, to, panels.size(1));
     });
     to += a.size(0) * panels.size(1);
   }
   return panels;
 }
 
-/// s_i B_iᵀ, one below the other.
+/// B_iᵀ, one below the other.
 Tensor pack_b(const Adapters& adapters) {
   const int64_t N = adapters.b[0].size(0);
   const Tensor panels = new_panels(adapters.b[0], adapters, N);
   float* to = floats(panels);
-  for (size_t i = 0; i < adapters.b.size(); ++i) {
-    const Tensor& b = adapters.b[i];
+  for (const Tensor& b : adapters.b) {
     with_type(b, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      const float scale = static_cast<float>(adapters.scale[i]);
-      pack(static_cast<const T*>(b.const_data_ptr()), b.stride(1), b.stride(0), b.size(1), N, scale, to, panels.size(1));
+      pack(static_cast<const T*>(b.const_data_ptr()), b.stride(1), b.stride(0), b.size(1), N, to, panels.size(1));
     });
     to += b.size(1) * panels.size(1);
   }
@@ -105,10 +103,13 @@ Tensor pack_b(const Adapters& adapters) {
 
 /// to[r · rank_stride + l · column_stride] = factor · from[r][l].
 template <class T>
-void unpack(const float* from, int64_t stride, int64_t rank, int64_t columns, float factor, T* to, int64_t rank_stride, int64_t column_stride) {
+void unpack(
+    const float* from, int64_t stride, int64_t rank, int64_t columns, float factor, T* to, int64_t rank_stride, int64_t column_stride) {
   parallel_for(0, columns, GRAIN / rank + 1, [&](int64_t begin, int64_t end) {
     for (int64_t l = begin; l < end; ++l) {
-      for (int64_t r = 0; r < rank; ++r) to[r * rank_stride + l * column_stride] = static_cast<T>(factor * from[r * stride + l]);
+      for (int64_t r = 0; r < rank; ++r) {
+        to[r * rank_stride + l * column_stride] = static_cast<T>(factor * from[r * stride + l]);
+      }
     }
   });
 }
@@ -151,8 +152,8 @@ struct Grid {
   int64_t cells() const { return row_parts * column_parts; }
 };
 
-/// As many cells as there are threads with enough work, and of the grids with so many the one that leaves the least to sum: a row part costs
-/// row_cost, a column part column_cost. Depends on sizes and the number of threads only.
+/// As many cells as there are threads with enough work, and of the grids with so many the one that leaves the least to sum: a row part
+/// costs row_cost, a column part column_cost. Depends on sizes and the number of threads only.
 Grid cut(int64_t work, int64_t rows, int64_t columns, int64_t row_cost, int64_t column_cost) {
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), work / GRAIN + 1);
   const int64_t units = (columns + COLUMN_UNIT - 1) / COLUMN_UNIT;
@@ -212,13 +213,14 @@ Rows rows_of(const Tensor& v, const Batch& batch, const Adapters& adapters) {
   return rows;
 }
 
-/// The segment with dropout, or without.
-Segment with_dropout(Segment segment, bool drop) {
-  if (!drop) segment.threshold = 0;
+Segment without_dropout(Segment segment, double factor) {
+  segment.threshold = 0;
+  segment.factor = static_cast<float>(factor);
   return segment;
 }
 
-/// One pass over v [M, L]. projected [M, max R_i] = d(v) P_iᵀ if there are panels, gradient [sum R_i, L] = c_iᵀ d(v) if there are coefficients.
+/// One pass over v [M, L]: projected [M, max R_i] = d(v) P_iᵀ if there are panels, gradient [sum R_i, L] = c_iᵀ d(v) if there are
+/// coefficients.
 void read(
     const Tensor& v, const Batch& batch, const Adapters& adapters, bool drop, const Tensor* panels, const Tensor* projected,
     const Tensor* coefficients, const Tensor* gradient) {
@@ -250,14 +252,14 @@ void read(
     Read part = pass;
     if (projected_base) part.projected = projected_base + j * M * most;
     if (gradient_base) part.gradient = gradient_base + i * adapters.all_ranks() * stride;
-    kernels().read(part, with_dropout(segment, drop), cell);
+    kernels().read(part, drop ? segment : without_dropout(segment, 1), cell);
   });
   if (projected_parts) sum_parts(*projected_parts, pass.projected);
   if (gradient_parts) sum_parts(*gradient_parts, pass.gradient);
 }
 
 /// One pass over v [M, L]: v += d'(c P_i).
-void add(const Tensor& v, const Batch& batch, const Adapters& adapters, bool drop, const Tensor& coefficients, const Tensor& panels) {
+void add(const Tensor& v, const Batch& batch, const Adapters& adapters, const Tensor& coefficients, const Tensor& panels) {
   if (place_count(batch) == 0) return;
   Add pass{rows_of(v, batch, adapters)};
   pass.v = v.mutable_data_ptr();
@@ -267,8 +269,28 @@ void add(const Tensor& v, const Batch& batch, const Adapters& adapters, bool dro
   pass.coefficient_stride = coefficients.stride(0);
   const Grid grid = cut(place_count(batch) * v.size(1) * adapters.most_ranks(), place_count(batch), v.size(1), 0, 0);
   for_each_cell(batch, grid, v.size(1), [&](const Segment& segment, const Cell& cell, int64_t, int64_t) {
-    kernels().add(pass, with_dropout(segment, drop), cell);
+    kernels().add(pass, segment, cell);
   });
+}
+
+/// The batch with s_i in the place of dropout.
+Batch scaled(Batch batch, const Adapters& adapters) {
+  for (size_t i = 0; i < batch.segments.size(); ++i) batch.segments[i] = without_dropout(batch.segments[i], adapters.scale[i]);
+  return batch;
+}
+
+/// projected [M, max R_i] *= s_i.
+void scale_rows(const Tensor& projected, const Batch& batch) {
+  float* values = floats(projected);
+  const int64_t stride = projected.size(1);
+  for (const Segment& segment : batch.segments) {
+    parallel_for(segment.begin, segment.end, GRAIN / segment.rank + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t place = begin; place < end; ++place) {
+        float* row = values + (batch.order ? batch.order[place] : place) * stride;
+        for (int64_t r = 0; r < segment.rank; ++r) row[r] *= segment.factor;
+      }
+    });
+  }
 }
 
 Tensor new_projection(const Tensor& x, const Adapters& adapters) {
@@ -351,7 +373,7 @@ std::vector<Segment> make_segments(const Adapters& adapters, const std::vector<i
     segment.rank = adapters.a[i].size(0);
     segment.panel_row = panel_row;
     segment.threshold = static_cast<uint32_t>(threshold);
-    segment.keep_scale = threshold < 65536 ? static_cast<float>(65536.0 / static_cast<double>(65536 - threshold)) : 0.0f;
+    segment.factor = threshold < 65536 ? static_cast<float>(65536.0 / static_cast<double>(65536 - threshold)) : 0.0f;
     segments.push_back(segment);
     panel_row += segment.rank;
   }
@@ -365,7 +387,7 @@ std::tuple<Tensor, Tensor> forward(
   const Tensor xa = new_projection(x, adapters);
   const Tensor panel_a = pack_a(adapters);
   read(rows, batch, adapters, true, &panel_a, &xa, nullptr, nullptr);
-  add(y, batch, adapters, false, xa, pack_b(adapters));
+  add(y, scaled(batch, adapters), adapters, xa, pack_b(adapters));
   return {y, xa};
 }
 
@@ -383,11 +405,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor db_panels = new_panels(x, adapters, dy.size(1));
     read(dy_rows, batch, adapters, false, need_dxa ? &panel_b : nullptr, need_dxa ? &dxa : nullptr, need_db ? &xa_rows : nullptr,
          need_db ? &db_panels : nullptr);
+    if (need_dxa) scale_rows(dxa, scaled(batch, adapters));
     if (need_db) db = unpack_b(adapters, db_panels);
   }
   if (need_dx) {
     dx = with_dense_rows(multiply(dy_rows, weight));
-    add(dx, batch, adapters, true, dxa, pack_a(adapters));
+    add(dx, batch, adapters, dxa, pack_a(adapters));
   }
   if (need_da) {
     const Tensor da_panels = new_panels(x, adapters, x.size(1));

@@ -1,6 +1,6 @@
 // Row by row, y = x Wᵀ + b + s_i d_i(x) A_iᵀ B_iᵀ, where i is the row's adapter, and its gradients.
-// The equations are fastlora/reference.py::multi_lora and multi_lora_backward. The frozen product is one for all rows; the adapters' passes go through
-// the rows in the order of their adapters, each at its own rank.
+// The equations are fastlora/reference.py::multi_lora and multi_lora_backward. The frozen product is one for all rows; the adapters'
+// passes go through the rows in the order of their adapters, each at its own rank.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 

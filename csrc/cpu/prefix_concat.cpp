@@ -1,7 +1,7 @@
 // Rows [P_i ; x] with their mask, positions and labels, the padding kept on its side; and the gradients of prompts and embeddings.
-// The equations are fastlora/reference.py::prefix_layout, prefix_concat and prefix_concat_backward. Where each column comes from is worked out
-// first, in integers; then every output row is one copy. In the backward a prompt row's gradient is summed in float32 (float64 for float64) over
-// its batch rows, in their order.
+// The equations are fastlora/reference.py::prefix_layout, prefix_concat and prefix_concat_backward. Where each column comes from is
+// worked out first, in integers; then every output row is one copy. In the backward a prompt row's gradient is summed in float32 (float64
+// for float64) over its batch rows, in their order.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/BFloat16.h>
@@ -44,11 +44,13 @@ std::vector<int64_t> check_starts(const Tensor& starts, int64_t prompt_rows, int
   const Tensor dense = contiguous(starts);
   const int64_t* begin = dense.const_data_ptr<int64_t>();
   const std::vector<int64_t> values(begin, begin + dense.numel());
-  STD_TORCH_CHECK(values.front() == 0 && values.back() == prompt_rows, "starts: got ", values.front(), " to ", values.back(), ", expected 0 to ", prompt_rows,
-                  ", the rows of prompts");
+  STD_TORCH_CHECK(
+      values.front() == 0 && values.back() == prompt_rows, "starts: got ", values.front(), " to ", values.back(), ", expected 0 to ",
+      prompt_rows, ", the rows of prompts");
   for (size_t i = 0; i + 1 < values.size(); ++i) {
     const int64_t length = values[i + 1] - values[i];
-    STD_TORCH_CHECK(length >= 0 && length <= max_prompt, "starts: got a prompt of ", length, " rows, expected 0 to max_prompt = ", max_prompt);
+    const bool fits = length >= 0 && length <= max_prompt;
+    STD_TORCH_CHECK(fits, "starts: got a prompt of ", length, " rows, expected 0 to max_prompt = ", max_prompt);
   }
   return values;
 }
@@ -61,7 +63,8 @@ struct BatchRow {
   int64_t begin;
 };
 
-std::vector<BatchRow> lay_out(const std::vector<int64_t>& starts, const int64_t* prompt_index, const bool* real, int64_t B, int64_t T, int64_t W) {
+std::vector<BatchRow> lay_out(
+    const std::vector<int64_t>& starts, const int64_t* prompt_index, const bool* real, int64_t B, int64_t T, int64_t W) {
   const int64_t S = static_cast<int64_t>(starts.size()) - 1;
   std::vector<BatchRow> rows(B);
   bool any_left = false;
@@ -114,7 +117,8 @@ Tensor move_values(const Tensor& values, double prompt, double padding, const in
   return to;
 }
 
-Tensor new_positions(const std::vector<BatchRow>& rows, const std::optional<Tensor>& position_ids, const Tensor& source, int64_t prompt_rows) {
+Tensor new_positions(
+    const std::vector<BatchRow>& rows, const std::optional<Tensor>& position_ids, const Tensor& source, int64_t prompt_rows) {
   const Tensor positions = torch::stable::new_empty(source, source.sizes());
   const std::optional<Tensor> given = position_ids ? std::optional(contiguous(*position_ids)) : std::nullopt;
   const int64_t* from = given ? given->const_data_ptr<int64_t>() : nullptr;
@@ -164,7 +168,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_concat_cpu(
   }
   const Tensor& table = embeds ? *embeds : *embedding;
   const int64_t D = table.size(table.dim() - 1);
-  STD_TORCH_CHECK(prompts.size(1) == D, "prompts: got ", describe(prompts), ", expected rows of ", D, " as in ", embeds ? "embeds" : "embedding");
+  const char* tokens_name = embeds ? "embeds" : "embedding";
+  STD_TORCH_CHECK(prompts.size(1) == D, "prompts: got ", describe(prompts), ", expected rows of ", D, " as in ", tokens_name);
   if (position_ids) check_integers(*position_ids, "position_ids", {B, T});
   if (labels) check_integers(*labels, "labels", {B, T});
 

@@ -181,8 +181,10 @@ inline void philox(uint64_t seed, uint64_t counter, uint16_t* decisions) {
   write(decisions + DECISIONS / 2, interleave<COUNTERS / 2>(low, high, std::make_integer_sequence<uint64_t, COUNTERS>{}));
 }
 
-/// Masks for columns begin to end of one row (begin a multiple of 8): all ones where dropout keeps the element. Writes whole calls of philox.
-inline void draw_keep(uint64_t seed, uint32_t threshold, int64_t row, int64_t groups, int64_t begin, int64_t end, uint32_t* keep) {
+/// Masks for columns begin to end of one row (begin a multiple of 8): all ones where dropout keeps the element. `groups` is
+/// ceil(columns of a row / 8). Writes whole calls of philox.
+inline void draw_keep(
+    uint64_t seed, uint32_t threshold, int64_t row, int64_t groups, int64_t begin, int64_t end, uint32_t* keep) {
   for (int64_t column = begin; column < end; column += DECISIONS, keep += DECISIONS) {
     uint16_t decisions[DECISIONS];
     philox(seed, static_cast<uint64_t>(row * groups + column / 8), decisions);

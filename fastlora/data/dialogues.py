@@ -1,8 +1,8 @@
 """Generated dialogues between two people and their summaries, for the summarisation task.
 
-One person asks the other for something; the other agrees, moves it to another day, or refuses with a reason. Greetings and
-small talk (about third persons, other days and other cities) stand around it and are no part of the summary, so no single
-line of the dialogue gives the summary away: it joins the request, the answer and the reason, in the third person.
+One person asks the other for something; the other agrees, moves it to another day, or refuses with a reason.
+Greetings and small talk (about third persons, other days and other cities) stand around it and are no part of the
+summary. No single line gives the summary away: it joins the request, the answer and the reason, in the third person.
 """
 
 from dataclasses import dataclass
@@ -117,7 +117,7 @@ CLOSINGS = (("Thank you!", "You are welcome."), ("See you soon.", "Bye, {asker}.
 
 
 def dialogue(rng: Random) -> tuple[str, dict[str, str]]:
-    """One dialogue of 6 to 8 lines: the facts its summary states (as one string), and the fields dialogue and summary."""
+    """One dialogue of 5 to 8 lines: its content, which is the summary, and the fields dialogue and summary."""
     facts = _facts(rng)
     request = rng.choice(REQUESTS)
     outcome = rng.choice(("agree", "move", "refuse"))

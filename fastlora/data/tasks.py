@@ -1,4 +1,6 @@
-"""Built-in instruction tasks, generated from a seed: ``python -m fastlora.data.tasks --task summarization --count 400``.
+"""Built-in instruction tasks, generated from a seed.
+
+``python -m fastlora.data.tasks --task summarization --count 400 --output FILE.jsonl`` writes some of one task.
 
 Each task draws a content (its facts) and renders it with one of several templates. Whether a content belongs to the
 training or to the test split is decided by a checksum of the content itself, so the two never share one, whatever the
@@ -83,7 +85,8 @@ def _sentiment(rng: Random) -> tuple[str, dict[str, str]]:
     label = rng.choice(templates.SENTIMENT.options)
     venue, city = rng.choice(VENUES), rng.choice(CITIES)
     if label == "neutral":
-        opening = rng.choice(("is open on {}", "opens at ten on {}", "is closed on {}", "was built on a {}")).format(rng.choice(DAYS))
+        fact = rng.choice(("is open on {}", "opens at ten on {}", "is closed on {}", "was built on a {}"))
+        opening = fact.format(rng.choice(DAYS))
         text = f"The {venue} in {city} {opening}. The {rng.choice(ASPECTS)} is on the {rng.choice(('left', 'right'))}."
         return text, {"text": text, "label": label}
     words, opposite = (PRAISE, BLAME) if label == "positive" else (BLAME, PRAISE)

@@ -24,7 +24,7 @@ class Template:
 
 @dataclass(frozen=True)
 class TemplateSet:
-    """All wordings of one task. With ``options``, templates may use {options}: the answers allowed, in an order drawn."""
+    """All wordings of one task. With ``options``, a template may use {options}: the answers allowed, shuffled."""
 
     templates: tuple[Template, ...]
     options: tuple[str, ...] = ()
@@ -69,8 +69,13 @@ SENTIMENT = TemplateSet(
 
 EXTRACTION = TemplateSet(
     (
-        Template("{text}\n\nList the person, the thing, the place and the day.\nAnswer:", "{person}, {thing}, {place}, {day}"),
-        Template("Find the person, the place and the day.\nText: {text}\nAnswer:", "person: {person}; place: {place}; day: {day}"),
+        Template(
+            "{text}\n\nList the person, the thing, the place and the day.\nAnswer:", "{person}, {thing}, {place}, {day}"
+        ),
+        Template(
+            "Find the person, the place and the day.\nText: {text}\nAnswer:",
+            "person: {person}; place: {place}; day: {day}",
+        ),
         Template("Text: {text}\nWhich city is named in the text?\nAnswer:", "{place}"),
         Template("{text}\n\nWho is the text about?\nAnswer:", "{person}"),
         Template("What thing is named in this text?\n{text}\nAnswer:", "the {thing}"),
@@ -124,7 +129,10 @@ READING = TemplateSet(
 
 DESCRIPTION = TemplateSet(
     (
-        Template("{facts}\n\nWrite one sentence with these facts.\nSentence:", "{person} {past} the {thing} in {place} on {day}."),
+        Template(
+            "{facts}\n\nWrite one sentence with these facts.\nSentence:",
+            "{person} {past} the {thing} in {place} on {day}.",
+        ),
         Template("Facts: {facts}\nSentence:", "{person} {past} the {thing} in {place} on {day}."),
         Template("Begin with the day.\n{facts}\nSentence:", "On {day}, {person} {past} the {thing} in {place}."),
         Template("Leave out the city.\n{facts}\nSentence:", "{person} {past} the {thing} on {day}."),

@@ -1,12 +1,12 @@
 """The demo: a small frozen base model learns to summarise dialogues with LoRA, and one report says what came out.
 
-``fastlora demo --output DIR`` or ``python -m fastlora.demo --output DIR``. The base (``fastlora/data/base``) was trained from
-scratch on all built-in tasks but summarisation. LoRA is compared with full fine-tuning (quality, forgetting, memory, file
-size) and with PEFT's own layers (step time, memory, loss). Everything is generated, seeded and offline.
+``fastlora demo --output DIR`` or ``python -m fastlora.demo --output DIR``. The base (``fastlora/data/base``) was
+trained from scratch on all built-in tasks but summarisation. LoRA is compared with full fine-tuning (quality,
+forgetting, memory, file size) and with PEFT's own layers (step time, memory, loss). Everything is generated, seeded and
+offline.
 """
 
 import json
-import sys
 import time
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,8 +29,8 @@ SAMPLES = 4
 def main(output: Path, base: Path = BASE) -> dict[str, Any]:
     """Train, measure and report; everything in the report is returned, too.
 
-    Writes OUTPUT/report.html, report.json, data/ (the dialogues), lora/ (the adapter), full/ (the fully fine-tuned model)
-    and peft/ (the adapter trained by PEFT's own layers). An earlier demo's files there are replaced.
+    Writes OUTPUT/report.html, report.json, data/ (the dialogues), lora/ (the adapter), full/ (the fully fine-tuned
+    model) and peft/ (the adapter trained by PEFT's own layers). An earlier demo's files there are replaced.
     """
     # Imported here: the base model's training needs this package, and none of the below.
     from fastlora.demo import report
@@ -46,7 +46,7 @@ def main(output: Path, base: Path = BASE) -> dict[str, Any]:
     print("3/3 timing training steps, fastlora and PEFT in turn", flush=True)
     steps = compare_steps(base, data["train"], LORA, LR["lora"], rows=TIMED_ROWS, steps=TIMED_STEPS)
     results = {
-        "command": " ".join(["python -m fastlora.demo", *sys.argv[1:]]),
+        "command": f"fastlora demo --output {output}",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": report.machine(),
         "base": json.loads((base / "training.json").read_text(encoding="utf-8")),
@@ -129,10 +129,10 @@ def _score_all(output: Path, base: Path) -> dict[str, Any]:
     for name, (model, adapter) in models.items():
         summaries[name] = answers(model, tokenizer, dialogues, adapter)
         scores["rouge"][name] = rouge(summaries[name], dialogues)
-        scores["exact_match"][name] = {
-            task: exact_match(answers(model, tokenizer, examples, adapter), examples) for task, examples in others.items()
-        }
-        scores["exact_match"][name][ADAPTED_TASK] = exact_match(summaries[name], dialogues)
+        matches = {ADAPTED_TASK: exact_match(summaries[name], dialogues)}
+        for task, examples in others.items():
+            matches[task] = exact_match(answers(model, tokenizer, examples, adapter), examples)
+        scores["exact_match"][name] = matches
     scores["samples"] = [
         {
             "prompt": dialogues[index].prompt,

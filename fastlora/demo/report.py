@@ -15,6 +15,7 @@ from fastlora.environment import describe
 
 MODELS = {"base": "base, before", "lora": "LoRA", "full": "full fine-tuning"}
 METHODS = {"lora": "LoRA, fastlora", "peft": "LoRA, PEFT", "full": "full fine-tuning"}
+STEPPERS = {"fastlora": "fastlora", "peft": "PEFT + transformers"}
 COLOURS = {"base": "#9aa0a6", "lora": "#1a73e8", "full": "#e8710a", "peft": "#34a853", "fastlora": "#1a73e8"}
 ROUGE_NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "rouge-score", "fastlora")
@@ -55,8 +56,8 @@ def html(results: dict[str, Any]) -> str:
         _forgetting_plot(results["exact_match"]),
         "<h2>What it costs</h2>",
         _cost_table(results),
-        "<p class='note'>Peak memory: the highest resident memory of a process that only trains, less what it had after its"
-        " imports; the base's weights are in it. File size: the trained weights on disk.</p>",
+        "<p class='note'>Peak memory: the highest resident memory of a process that only trains, less what it had after"
+        " its imports; the base's weights are in it. File size: the trained weights on disk.</p>",
         _training_plot(results["methods"]),
         "<h2>Time of a training step</h2>",
         _step_table(results),
@@ -104,14 +105,14 @@ def show(results: dict[str, Any]) -> None:
 
 def _introduction(results: dict[str, Any]) -> str:
     base, settings = results["base"], results["settings"]
-    lora = settings["lora"]
+    lora, lr = settings["lora"], settings["lr"]
     return (
-        f"<p>The base is a Llama of {base['parameters']:,} parameters, trained from scratch on {len(base['tasks'])} generated"
-        f" tasks ({', '.join(base['tasks'])}) and never on dialogues. Here it is adapted to"
-        f" {settings['train_dialogues']} generated dialogues in {settings['epochs']} epochs, once with LoRA (rank {lora['r']},"
-        f" alpha {lora['lora_alpha']}, dropout {lora['lora_dropout']}, {lora['target_modules']}, learning rate"
-        f" {settings['lr']['lora']:g}; the base frozen) and once with all weights (learning rate {settings['lr']['full']:g})."
-        f" No held-out dialogue states the facts of a training dialogue.</p>"
+        f"<p>The base is a Llama of {base['parameters']:,} parameters, trained from scratch on {len(base['tasks'])}"
+        f" generated tasks ({', '.join(base['tasks'])}) and never on dialogues. Here it is adapted to"
+        f" {settings['train_dialogues']} generated dialogues in {settings['epochs']} epochs, once with LoRA (rank"
+        f" {lora['r']}, alpha {lora['lora_alpha']}, dropout {lora['lora_dropout']}, {lora['target_modules']}, learning"
+        f" rate {lr['lora']:g}; the base frozen) and once with all weights (learning rate {lr['full']:g})."
+        " No held-out dialogue has the summary of a training dialogue.</p>"
     )
 
 
@@ -154,15 +155,15 @@ def _cost_table(results: dict[str, Any]) -> str:
 
 def _step_table(results: dict[str, Any]) -> str:
     steps = results["step_time"]
-    rows = [
-        [name, f"{1000 * steps['seconds'][key]:.1f}", f"{steps['losses'][key][0]:.4f}", f"{_tail(steps['losses'][key]):.4f}"]
-        for key, name in (("fastlora", "fastlora"), ("peft", "PEFT + transformers"))
-    ]
+    rows = []
+    for key, name in STEPPERS.items():
+        losses = steps["losses"][key]
+        rows.append([name, f"{1000 * steps['seconds'][key]:.1f}", f"{losses[0]:.4f}", f"{_tail(losses):.4f}"])
     note = (
         f"<p>Forward, backward and AdamW on the same batches of {steps['rows']} dialogues"
-        f" ({steps['tokens_per_step']:.0f} tokens), one after the other, {steps['steps']} times; the median step of fastlora"
-        f" takes <b>{steps['ratio']:.2f}</b> of PEFT's time. Each draws its own dropout masks, hence the small difference"
-        " of the losses.</p>"
+        f" ({steps['tokens_per_step']:.0f} tokens), one after the other, {steps['steps']} times; the median step of"
+        f" fastlora takes <b>{steps['ratio']:.2f}</b> of PEFT's time. Each draws its own dropout masks, hence the small"
+        " difference of the losses.</p>"
     )
     return note + _table(["", "median step, ms", "first loss", "loss, last ten steps"], rows)
 
@@ -201,7 +202,8 @@ def _rouge_plot(rouge: dict[str, dict[str, float]]) -> str:
 
 def _forgetting_plot(exact_match: dict[str, dict[str, float]]) -> str:
     tasks = [task for task in exact_match["base"] if task != "summarization"]
-    return _bars(tasks, {model: [100 * exact_match[model][task] for task in tasks] for model in MODELS}, "exact match, %")
+    groups = {model: [100 * exact_match[model][task] for task in tasks] for model in MODELS}
+    return _bars(tasks, groups, "exact match, %")
 
 
 def _bars(labels: Sequence[str], groups: dict[str, list[float]], axis: str) -> str:
@@ -231,7 +233,7 @@ def _training_plot(methods: dict[str, dict[str, Any]]) -> str:
 def _step_plot(losses: dict[str, list[float]]) -> str:
     figure = Figure(figsize=(9, 2.8), layout="constrained")
     axes = figure.subplots()
-    for name, label in (("fastlora", "fastlora"), ("peft", "PEFT + transformers")):
+    for name, label in STEPPERS.items():
         axes.plot(range(1, len(losses[name]) + 1), losses[name], color=COLOURS[name], label=label)
     axes.set(xlabel="timed step", ylabel="loss, nats a token")
     axes.legend(frameon=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastlora
-from fastlora.data.examples import collate, encode, pad_token_id, read_examples
+from fastlora.data.examples import IGNORE, collate, encode, pad_token_id, read_examples
 from fastlora.inference import loss_sum
 
 Batch = dict[str, Tensor]  # input_ids, attention_mask, labels, each [B, T]
@@ -52,8 +52,8 @@ def _batches(base: Path, data: Path, rows: int, count: int) -> list[Batch]:
     encoded = encode(read_examples(data), tokenizer, max_length=512).rows
     if len(encoded) < rows:
         raise ValueError(f"data must have at least rows={rows} rows, got {len(encoded)}")
-    starts = [index * rows % (len(encoded) - rows + 1) for index in range(count)]
-    return [collate(encoded[start : start + rows], pad_token_id(tokenizer)) for start in starts]
+    full = [encoded[start : start + rows] for start in range(0, len(encoded) - rows + 1, rows)]
+    return [collate(full[index % len(full)], pad_token_id(tokenizer)) for index in range(count)]
 
 
 def _adapted(base: Path, lora: dict[str, Any]) -> Any:
@@ -64,7 +64,7 @@ def _adapted(base: Path, lora: dict[str, Any]) -> Any:
 
 def _fastlora_step(base: Path, lora: dict[str, Any], lr: float) -> Callable[[Batch], float]:
     model = fastlora.accelerate(_adapted(base, lora))
-    return _step(model, lr, lambda batch: loss_sum(model, batch) / (batch["labels"][:, 1:] != -100).sum())
+    return _step(model, lr, lambda batch: loss_sum(model, batch) / (batch["labels"][:, 1:] != IGNORE).sum())
 
 
 def _peft_step(base: Path, lora: dict[str, Any], lr: float) -> Callable[[Batch], float]:

@@ -1,6 +1,7 @@
-"""Train with one method in a process of its own, so that its peak memory is its own: ``python -m fastlora.demo.training``.
+"""Train with one method in a process of its own, so that its peak memory is its own.
 
-Reads TrainConfig's arguments as one JSON object on stdin; writes TrainResult and the peak memory to --result.
+``python -m fastlora.demo.training`` reads TrainConfig's arguments as one JSON object on stdin, and writes TrainResult
+and the peak memory to --result.
 """
 
 import argparse
@@ -20,7 +21,7 @@ from fastlora.train import TrainConfig, train
 
 
 def train_apart(result: Path, **config: Any) -> dict[str, Any]:
-    """Run ``fastlora.train.train`` in a new process; TrainResult's fields and ``peak_memory`` (bytes above the imports).
+    """Run ``fastlora.train.train`` in a new process: TrainResult's fields and ``peak_memory``, bytes over the imports'.
 
     Raises RuntimeError with the process's error output if it fails.
     """

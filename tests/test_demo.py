@@ -1,0 +1,174 @@
+"""The demo: the shipped base model, the command that made it, and the report."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from fastlora import demo
+from fastlora.data.tasks import generate
+from fastlora.demo import pretrain, training
+from fastlora.demo.scores import BASE_TASKS, answers, exact_match, rouge
+from fastlora.inference import load_model
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module")
+def base() -> tuple[Any, Any]:
+    return load_model(str(demo.BASE), dtype="float32")
+
+
+@pytest.fixture
+def one_thread() -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_base_is_small_and_without_pickles() -> None:
+    files = [path for path in demo.BASE.iterdir() if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 8 * MIB
+    assert {path.suffix for path in files} <= {".json", ".jinja", ".safetensors"}
+    with safe_open(demo.BASE / "model.safetensors", framework="pt") as weights:
+        assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}
+
+
+def test_base_says_how_it_was_made(base: tuple[Any, Any]) -> None:
+    record = json.loads((demo.BASE / "training.json").read_text())
+    assert record["command"].startswith("python -m fastlora.demo.pretrain --output DIR --steps")
+    assert record["step"] == record["steps"] and record["parameters"] == base[0].num_parameters()
+    assert record["tasks"] == list(BASE_TASKS) and "summarization" not in BASE_TASKS
+    assert set(record["exact_match"]) == set(BASE_TASKS)
+
+
+def test_base_answers_as_recorded(base: tuple[Any, Any]) -> None:
+    # Two tasks of those that the record calls good; binomial noise of 60 answers aside.
+    recorded = json.loads((demo.BASE / "training.json").read_text())["exact_match"]
+    for task in sorted(recorded, key=recorded.__getitem__)[-2:]:
+        examples = generate(task, 60, seed=77, split="test")
+        assert exact_match(answers(*base, examples), examples) >= recorded[task] - 0.15
+        assert recorded[task] >= 0.8
+
+
+def test_base_has_the_tokenizer_that_the_command_makes(base: tuple[Any, Any]) -> None:
+    made, shipped = pretrain.make_tokenizer(seed=0), base[1]
+    assert made.get_vocab() == shipped.get_vocab() and made.chat_template == shipped.chat_template
+    text = "Übrigens: 42 naïve café-Gäste, 北京!\n"
+    assert shipped.decode(shipped(text)["input_ids"], skip_special_tokens=True) == text
+
+
+@pytest.mark.parametrize(("task", "limit"), [*((task, 100) for task in BASE_TASKS), ("summarization", 160)])
+def test_examples_are_short(base: tuple[Any, Any], task: str, limit: int) -> None:
+    texts = [example.prompt + example.completion for example in generate(task, 300, seed=9)]
+    assert max(len(ids) for ids in base[1](texts)["input_ids"]) <= limit
+
+
+def test_chat_template_is_the_tasks_layout(base: tuple[Any, Any]) -> None:
+    tokenizer = base[1]
+    messages = [{"role": "user", "content": "What is one plus one?"}, {"role": "assistant", "content": "two"}]
+    asked = tokenizer.apply_chat_template(messages[:1], tokenize=False, add_generation_prompt=True)
+    assert asked == "<s>What is one plus one?\nAnswer:"
+    rendered = tokenizer.apply_chat_template(
+        messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+    )
+    marked = [token for token, mask in zip(rendered["input_ids"], rendered["assistant_masks"], strict=True) if mask]
+    assert tokenizer.decode(rendered["input_ids"]) == asked + " two</s>"
+    assert tokenizer.decode(marked) == " two</s>"
+
+
+def test_batches_weigh_completions_above_prompts() -> None:
+    tokenizer = pretrain.make_tokenizer(seed=0, examples_per_task=200)
+    steps = list(pretrain.batches(tokenizer, steps=3, seed=1))
+    assert len(steps) == 3 and all(len(tokens) == pretrain.BATCH for tokens, _ in steps)
+    for tokens, weights in steps:
+        for row, weight in zip(tokens, weights, strict=True):
+            shown = tokenizer.decode(row[weight == pretrain.PROMPT_WEIGHT], skip_special_tokens=True)
+            answer = tokenizer.decode(row[weight == 1])
+            assert shown and answer.startswith(" ") and answer.endswith("</s>")
+            assert (row[weight == 0] == tokenizer.pad_token_id).all()
+
+
+def test_pretraining_is_reproducible(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    monkeypatch.setattr(pretrain, "EVALUATED", 2)
+    for name in "ab":
+        record = pretrain.pretrain(tmp_path / name, steps=2, seed=5, threads=1)
+        assert record["step"] == 2 and math.isfinite(record["loss"])
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in "ab")
+    assert first == second
+    model, _ = load_model(str(tmp_path / "a"), dtype="float32")
+    assert model.num_parameters() == record["parameters"]
+
+
+def test_scores_by_hand() -> None:
+    examples = generate("reading", 4, seed=0)
+    right = [example.completion.strip() for example in examples]
+    assert exact_match([*right[:3], "nobody"], examples) == 0.75
+    assert rouge(right, examples) == {"rouge1": 1.0, "rouge2": rouge(right, examples)["rouge2"], "rougeL": 1.0}
+    assert rouge(["", "", "", ""], examples) == {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
+
+
+def test_training_apart_says_what_failed(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="method=lora failed(.|\n)*rank=3"):
+        training.train_apart(tmp_path / "result.json", method="lora", rank=3)
+
+
+def test_resident_memory() -> None:
+    assert 10 * MIB < training.resident("VmRSS") <= training.resident("VmHWM")
+    with pytest.raises(ValueError, match="kind must name a line .* got 'VmNone'"):
+        training.resident("VmNone")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A demo on few dialogues; its figures mean nothing, its files are those of a whole one."""
+    small = {"TRAIN_DIALOGUES": 16, "TEST_DIALOGUES": 4, "TEST_EXAMPLES": 2, "EPOCHS": 1, "TIMED_STEPS": 2}
+    output = tmp_path_factory.mktemp("demo")
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in small.items():
+            patch.setattr(demo, name, value)
+        torch.set_num_threads(1)
+        try:
+            return output, demo.main(output)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_demo_measures_everything(results: tuple[Path, dict[str, Any]]) -> None:
+    output, found = results
+    assert json.loads((output / "report.json").read_text()) == found
+    for model in ("base", "lora", "full"):
+        assert set(found["exact_match"][model]) == {*BASE_TASKS, "summarization"}
+        shares = [*found["rouge"][model].values(), *found["exact_match"][model].values()]
+        assert all(0 <= share <= 1 for share in shares)
+    for method in ("lora", "peft", "full"):
+        measured = found["methods"][method]
+        assert measured["steps"] == len(measured["losses"]) == 2
+        assert all(math.isfinite(loss) for loss in measured["losses"])
+        assert MIB < measured["peak_memory"] < 4096 * MIB
+    assert found["methods"]["lora"]["adapter_bytes"] == (output / "lora" / "adapter_model.safetensors").stat().st_size
+    assert found["methods"]["full"]["trainable_parameters"] == found["base"]["parameters"]
+    assert found["methods"]["peft"]["implementations"].keys() == {"peft"}
+    steps = found["step_time"]
+    assert all(len(losses) == 3 and losses[-1] < losses[0] for losses in steps["losses"].values())
+    # Other dropout masks, the same adapter: B is zero, so the first losses are the frozen model's.
+    assert steps["losses"]["fastlora"][0] == pytest.approx(steps["losses"]["peft"][0], abs=1e-5)
+    assert all(seconds > 0 for seconds in (*steps["seconds"].values(), steps["ratio"]))
+
+
+def test_report_is_one_self_contained_page(results: tuple[Path, dict[str, Any]]) -> None:
+    output, found = results
+    page = (output / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)\s*=\s*["\'](?!#)', page)
+    assert not re.findall(r"@import|url\((?!#)|<script|<link", page)
+    assert page.count("<svg") == page.count("</svg>") == 4
+    sample = found["samples"][0]["reference"]
+    for text in (sample, found["date"], found["machine"]["cpu"], f"{found['methods']['lora']['adapter_bytes']:,}"):
+        assert text in page
