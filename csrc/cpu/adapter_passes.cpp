@@ -59,13 +59,11 @@ void project_tile(const float* const* v, const float* panel, int64_t panel_strid
   }
 }
 
-/// gradient[r][l] += sum over rows of coefficients[i][r] v[i][l], for RANKS x VECTORS vectors.
+/// gradient[r][l] += sum over rows of coefficients[i][r] v[i][l], for RANKS x VECTORS vectors. The rows of a block are summed by themselves, so
+/// that rounding grows with the number of blocks, not of rows.
 template <int R>
 void gradient_tile(const float* const* v, const float* const* coefficients, int64_t rows, float* gradient, int64_t stride) {
-  Floats total[R][VECTORS];
-  for (int r = 0; r < R; ++r) {
-    for (int j = 0; j < VECTORS; ++j) total[r][j] = load(gradient + r * stride + j * WIDTH);
-  }
+  Floats total[R][VECTORS] = {};
   for (int64_t i = 0; i < rows; ++i) {
     Floats value[VECTORS];
     for (int j = 0; j < VECTORS; ++j) value[j] = load(v[i] + j * WIDTH);
@@ -74,7 +72,8 @@ void gradient_tile(const float* const* v, const float* const* coefficients, int6
     }
   }
   for (int r = 0; r < R; ++r) {
-    for (int j = 0; j < VECTORS; ++j) store(gradient + r * stride + j * WIDTH, total[r][j]);
+    float* sum = gradient + r * stride;
+    for (int j = 0; j < VECTORS; ++j) store(sum + j * WIDTH, load(sum + j * WIDTH) + total[r][j]);
   }
 }
 
