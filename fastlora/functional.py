@@ -62,10 +62,14 @@ def _check_base(x: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) 
     if torch.is_grad_enabled():
         for value, name in ((weight, "weight"), (bias, "bias")):
             if value is not None and value.requires_grad:
-                raise ValueError(f"{name}: requires a gradient, expected a frozen tensor (call {name}.requires_grad_(False))")
+                raise ValueError(
+                    f"{name}: requires a gradient, expected a frozen tensor (call {name}.requires_grad_(False))"
+                )
 
 
-def _check_adapter(x: Tensor, dtype: torch.dtype, N: int, lora_a: Tensor, lora_b: Tensor, scale: float, which: str = "") -> None:
+def _check_adapter(
+    x: Tensor, dtype: torch.dtype, N: int, lora_a: Tensor, lora_b: Tensor, scale: float, which: str = ""
+) -> None:
     """One adapter fits x and the weight; `dtype` is x's, after autocast."""
     _check_floats(lora_a, f"lora_a{which}")
     _check_floats(lora_b, f"lora_b{which}")
@@ -220,7 +224,9 @@ def lora_linear(
         if torch.is_grad_enabled():
             y = LoRALinearFunction.apply(rows, weight, bias, lora_a, lora_b, float(scale), float(dropout_p), seed)
         else:
-            y, _ = torch.ops.fastlora.lora_linear(rows, weight, bias, lora_a, lora_b, float(scale), float(dropout_p), seed)
+            y, _ = torch.ops.fastlora.lora_linear(
+                rows, weight, bias, lora_a, lora_b, float(scale), float(dropout_p), seed
+            )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -241,7 +247,9 @@ class RowGroups:
             if len(self._by_rows) >= 4:  # groups that outlive a forward see many row counts
                 self._by_rows.clear()
             # Codes 0 (no adapter), 1 to S, and S + 1 for numbers that do not exist.
-            code = torch.where((self.index >= -1) & (self.index < self.adapters), self.index + 1, self.adapters + 1).flatten()
+            code = torch.where(
+                (self.index >= -1) & (self.index < self.adapters), self.index + 1, self.adapters + 1
+            ).flatten()
             if code.numel() and rows != code.numel():
                 code = code.repeat_interleave(rows // code.numel(), output_size=rows)
             ordered, order = torch.sort(code, stable=True)
@@ -266,13 +274,18 @@ def group_rows(index: Tensor, adapters: int) -> RowGroups:
         raise _wrong_type("adapters", adapters, "the number of adapters")
     if adapters < 1:
         raise _wrong("adapters", adapters, "at least 1")
-    _check_in_range((index < -1) | (index >= adapters), f"index: expected numbers from -1 to {adapters - 1} (one for each adapter, -1: base only)")
+    _check_in_range(
+        (index < -1) | (index >= adapters),
+        f"index: expected numbers from -1 to {adapters - 1} (one for each adapter, -1: base only)",
+    )
     return RowGroups(index.to(torch.int64, copy=True), adapters)  # sorted later, whatever becomes of the caller's
 
 
 class MultiLoRAFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, scale, dropout_p, seed, order, offsets, *adapters):  # adapters: every A, then every B
+    def forward(
+        ctx, x, weight, bias, scale, dropout_p, seed, order, offsets, *adapters
+    ):  # adapters: every A, then every B
         S = len(adapters) // 2
         lora_a, lora_b = list(adapters[:S]), list(adapters[S:])
         y, xa = torch.ops.fastlora.multi_lora(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, order, offsets)
@@ -292,8 +305,16 @@ class MultiLoRAFunction(torch.autograd.Function):
             dx, da, db = torch.ops.fastlora.multi_lora_backward(
                 dy, x, weight, lora_a, lora_b, xa, ctx.scale, ctx.dropout_p, seed, order, offsets, *need
             )
-        das = [g.view_as(a) for g, a in zip(da.split([a.numel() for a in lora_a]), lora_a, strict=True)] if need[1] else [None] * S
-        dbs = [g.view_as(b) for g, b in zip(db.split([b.numel() for b in lora_b]), lora_b, strict=True)] if need[2] else [None] * S
+        das = (
+            [g.view_as(a) for g, a in zip(da.split([a.numel() for a in lora_a]), lora_a, strict=True)]
+            if need[1]
+            else [None] * S
+        )
+        dbs = (
+            [g.view_as(b) for g, b in zip(db.split([b.numel() for b in lora_b]), lora_b, strict=True)]
+            if need[2]
+            else [None] * S
+        )
         grads = [grad if wants else None for grad, wants in zip(das + dbs, wanted, strict=True)]
         return dx if need[0] else None, None, None, None, None, None, None, None, *grads
 
@@ -355,7 +376,9 @@ def multi_lora(
     seed = _draw_seed(max(probabilities), training, x)
     with _without_autocast(x.device):
         if torch.is_grad_enabled():
-            y = MultiLoRAFunction.apply(rows, weight, bias, scales, probabilities, seed, order, offsets, *lora_a, *lora_b)
+            y = MultiLoRAFunction.apply(
+                rows, weight, bias, scales, probabilities, seed, order, offsets, *lora_a, *lora_b
+            )
         else:
             y, _ = torch.ops.fastlora.multi_lora(
                 rows, weight, bias, list(lora_a), list(lora_b), scales, probabilities, seed, order, offsets
@@ -396,9 +419,30 @@ class Prefixed(NamedTuple):
 
 class PrefixConcatFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, prompts, starts, max_prompt, prompt_index, embeds, input_ids, embedding, attention_mask, position_ids, labels):
+    def forward(
+        ctx,
+        prompts,
+        starts,
+        max_prompt,
+        prompt_index,
+        embeds,
+        input_ids,
+        embedding,
+        attention_mask,
+        position_ids,
+        labels,
+    ):
         out, mask, positions, new_labels, source = torch.ops.fastlora.prefix_concat(
-            prompts, starts, max_prompt, prompt_index, embeds, input_ids, embedding, attention_mask, position_ids, labels
+            prompts,
+            starts,
+            max_prompt,
+            prompt_index,
+            embeds,
+            input_ids,
+            embedding,
+            attention_mask,
+            position_ids,
+            labels,
         )
         ctx.save_for_backward(source)
         ctx.prompt_rows, ctx.tokens, ctx.dtype = prompts.shape[0], attention_mask.shape[1], prompts.dtype
@@ -452,7 +496,9 @@ def prefix_concat(
     B, T = attention_mask.shape
     if embeds is None:
         if input_ids is None or embedding is None:
-            raise ValueError("embeds: got None, expected a tensor [B, T, D], or None together with input_ids and embedding")
+            raise ValueError(
+                "embeds: got None, expected a tensor [B, T, D], or None together with input_ids and embedding"
+            )
         _check_integers(input_ids, "input_ids", (B, T), device)
         _check_floats(embedding, "embedding")
         if embedding.dim() != 2 or embedding.shape[0] < 1 or embedding.shape[1] != D:
@@ -460,7 +506,9 @@ def prefix_concat(
         if embedding.device != device:
             raise _wrong("embedding", embedding, f"the prompts' device {device}")
         if torch.is_grad_enabled() and embedding.requires_grad:
-            raise ValueError("embedding: requires a gradient, expected a frozen tensor; look the tokens up yourself and pass embeds")
+            raise ValueError(
+                "embedding: requires a gradient, expected a frozen tensor; look the tokens up yourself and pass embeds"
+            )
         V = embedding.shape[0]
         absent = (attention_mask != 0) & ((input_ids < 0) | (input_ids >= V))
         _check_in_range(absent, f"input_ids: expected numbers from 0 to {V - 1} (embedding [{V}, {D}])")
@@ -475,7 +523,9 @@ def prefix_concat(
             raise _wrong("embeds", embeds, f"the prompts' device {device}")
     if prompt_index is None:
         if S != 1:
-            raise ValueError(f"prompt_index: got None, expected a tensor [{B}] that says which of the {S} prompts each row has")
+            raise ValueError(
+                f"prompt_index: got None, expected a tensor [{B}] that says which of the {S} prompts each row has"
+            )
         prompt_index = torch.zeros(B, dtype=torch.int64, device=device)
     else:
         _check_integers(prompt_index, "prompt_index", (B,), device)

@@ -1,8 +1,8 @@
 """Modules over fastlora.functional, for models without PEFT: they hold state and options, no arithmetic but the merge.
 
-    LoRALinear, LoRAConv1D     a frozen layer and its LoRA update
-    MultiLoRALinear            a frozen layer and several adapters, one for each row of a mixed batch
-    SoftPrompt                 trainable rows in front of a batch
+LoRALinear, LoRAConv1D     a frozen layer and its LoRA update
+MultiLoRALinear            a frozen layer and several adapters, one for each row of a mixed batch
+SoftPrompt                 trainable rows in front of a batch
 """
 
 import math
@@ -46,7 +46,8 @@ class _Mergeable(nn.Module):
     `state_dict` holds the original, so that a saved state means the same merged or not.
     """
 
-    weight: nn.Parameter
+    weight: Any  # nn.Parameter [N, K], or [K, N] in a Conv1D
+    bias: Any  # nn.Parameter [N] or None
     lora_A: nn.Parameter  # [R, K]
     lora_B: nn.Parameter  # [N, R]
     _original: Tensor | None
@@ -111,7 +112,9 @@ class _Mergeable(nn.Module):
         )
 
     def _options(self) -> str:
-        return f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, use_rslora={self.use_rslora}"
+        return (
+            f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}, use_rslora={self.use_rslora}"
+        )
 
 
 class LoRALinear(_Mergeable, nn.Linear):
@@ -139,7 +142,12 @@ class LoRALinear(_Mergeable, nn.Linear):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, r: int = 16, lora_alpha: float = 32, lora_dropout: float = 0.05, use_rslora: bool = False
+        cls,
+        linear: nn.Linear,
+        r: int = 16,
+        lora_alpha: float = 32,
+        lora_dropout: float = 0.05,
+        use_rslora: bool = False,
     ) -> Self:
         """The same layer with an adapter. It shares the linear's `weight` and `bias` Parameters and freezes them.
 
@@ -191,9 +199,10 @@ class LoRAConv1D(_Mergeable):
             TypeError: the layer has no weight [K, N] and bias [N].
             ValueError: r is below 1 or lora_dropout is no probability below 1.
         """
-        weight, bias = getattr(conv, "weight", None), getattr(conv, "bias", None)
-        fits = isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter)
-        if not fits or weight.dim() != 2 or bias.shape != weight.shape[1:]:
+        weight: Any = getattr(conv, "weight", None)
+        bias: Any = getattr(conv, "bias", None)
+        fits = isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter) and weight.dim() == 2
+        if not fits or bias.shape != weight.shape[1:]:
             raise TypeError(f"conv: got {type(conv).__name__}, expected a Conv1D with weight [K, N] and bias [N]")
         layer = cls.__new__(cls)
         nn.Module.__init__(layer)
@@ -217,7 +226,13 @@ class MultiLoRALinear(nn.Linear):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, bias: bool = True, *, device: Any = None, dtype: torch.dtype | None = None
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self._begin()
@@ -290,7 +305,9 @@ class MultiLoRALinear(nn.Linear):
         index = torch.tensor([number[name] for name in names], dtype=torch.int64, device=self.weight.device)
         return functional.group_rows(index, len(self.adapters))
 
-    def forward(self, x: Tensor, adapters: Sequence[str] | Tensor | RowGroups | None = None) -> Tensor:  # [..., K] -> [..., N]
+    def forward(
+        self, x: Tensor, adapters: Sequence[str] | Tensor | RowGroups | None = None
+    ) -> Tensor:  # [..., K] -> [..., N]
         """adapters: one name an example, or what `functional.multi_lora` takes as index; None: the base layer alone."""
         if adapters is None or not self.scaling:
             return super().forward(x)
@@ -325,7 +342,11 @@ class SoftPrompt(nn.Module):
     ) -> None:
         """Begins uniform in ±0.5, as the paper's random initialisation."""
         super().__init__()
-        for value, name in ((num_virtual_tokens, "num_virtual_tokens"), (token_dim, "token_dim"), (num_prompts, "num_prompts")):
+        for value, name in (
+            (num_virtual_tokens, "num_virtual_tokens"),
+            (token_dim, "token_dim"),
+            (num_prompts, "num_prompts"),
+        ):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: got {value!r}, expected an integer of at least 1")
         rows = torch.empty(num_prompts, num_virtual_tokens, token_dim, device=device, dtype=dtype)
@@ -341,15 +362,21 @@ class SoftPrompt(nn.Module):
         """
         ids = input_ids if input_ids.dim() == 2 else input_ids[None]
         if ids.dim() != 2 or ids.numel() == 0:
-            raise ValueError(f"input_ids: got shape {list(input_ids.shape)}, expected [P] or [S, P] with at least one token")
+            raise ValueError(
+                f"input_ids: got shape {list(input_ids.shape)}, expected [P] or [S, P] with at least one token"
+            )
         if int(ids.min()) < 0 or int(ids.max()) >= embedding.shape[0]:
-            raise IndexError(f"input_ids: expected numbers from 0 to {embedding.shape[0] - 1}, got {int(ids.min())} to {int(ids.max())}")
+            raise IndexError(
+                f"input_ids: expected numbers from 0 to {embedding.shape[0] - 1}, got {int(ids.min())} to {int(ids.max())}"
+            )
         prompt = cls(ids.shape[1], embedding.shape[1], ids.shape[0], device=embedding.device, dtype=embedding.dtype)
         prompt.prompt_embeddings.data.copy_(embedding.detach()[ids])
         return prompt
 
     @classmethod
-    def from_vocabulary(cls, embedding: Tensor, num_virtual_tokens: int, num_prompts: int = 1, most_common: int = 5000) -> Self:
+    def from_vocabulary(
+        cls, embedding: Tensor, num_virtual_tokens: int, num_prompts: int = 1, most_common: int = 5000
+    ) -> Self:
         """Prompts that begin as embeddings drawn among the first `most_common` tokens (Lester et al. 2021, section 2.1.1)."""
         population = min(most_common, embedding.shape[0])
         ids = torch.randint(population, (num_prompts, num_virtual_tokens), device=embedding.device)

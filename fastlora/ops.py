@@ -106,7 +106,9 @@ def implementation(op: str, name: str) -> Callable[..., Any]:
     try:
         return _table[op, name]
     except KeyError:
-        raise ImplementationError(f"{op} has no implementation {name!r} here: {_missing.get(name, 'not built')}") from None
+        raise ImplementationError(
+            f"{op} has no implementation {name!r} here: {_missing.get(name, 'not built')}"
+        ) from None
 
 
 def availability() -> list[Availability]:
@@ -170,7 +172,9 @@ def _choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
         obstacle = _obstacle(op, "cpu", device, dtype)
         return Choice("reference", obstacle) if obstacle else Choice("cpu", "native C++")
     if device.type == "cuda":
-        return Choice("reference", "no measurement for this GPU is shipped; FASTLORA_IMPL=triton runs the Triton kernels")
+        return Choice(
+            "reference", "no measurement for this GPU is shipped; FASTLORA_IMPL=triton runs the Triton kernels"
+        )
     return Choice("reference", f"no kernels for {device.type} devices")
 
 
@@ -202,7 +206,9 @@ _register("multi_lora", lambda x, *_: choose_multi_lora(x))
 _register("multi_lora_backward", lambda dy, x, *_: choose_multi_lora(x))
 _register(
     "prefix_concat",
-    lambda prompts, starts, max_prompt, index, embeds, ids, embedding, *_: choose_prefix_concat(embedding if embeds is None else embeds),
+    lambda prompts, starts, max_prompt, index, embeds, ids, embedding, *_: choose_prefix_concat(
+        embedding if embeds is None else embeds
+    ),
 )
 _register("prefix_concat_backward", lambda dout, *_: choose_prefix_concat(dout))
 

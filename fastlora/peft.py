@@ -5,9 +5,10 @@ disabling and merging adapters remain PEFT's own business. What the fused forwar
 """
 
 import functools
+import math
 import warnings
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from peft.tuners import lora
@@ -18,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 
 from fastlora import functional, ops
 from fastlora.functional import RowGroups
-from fastlora.layers import BASE
 
 ROWS_BEFORE_ANY_CALL = 512
 
@@ -40,7 +40,9 @@ class Report(list[LayerReport]):
     def __str__(self) -> str:
         rows = [LayerReport._fields, *self]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -79,7 +81,9 @@ def _adapter_obstacle(layer: lora.Linear, adapter: str) -> str | None:
         return f"adapter {adapter!r} is a {type(layer.lora_variant[adapter]).__name__.removesuffix('LinearVariant')} variant"
     lora_a, lora_b, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear or type(dropout) not in (nn.Dropout, nn.Identity):
-        return f"adapter {adapter!r} is made of {type(lora_a).__name__}, {type(lora_b).__name__}, {type(dropout).__name__}"
+        return (
+            f"adapter {adapter!r} is made of {type(lora_a).__name__}, {type(lora_b).__name__}, {type(dropout).__name__}"
+        )
     if lora_b.bias is not None:
         return f"adapter {adapter!r} has a bias (lora_bias)"
     if type(lora_a.weight) is not nn.Parameter or type(lora_b.weight) is not nn.Parameter:
@@ -95,15 +99,34 @@ def _dropout_p(dropout: nn.Module) -> float:
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
+class _Seen(NamedTuple):
+    """What `report` needs to know of a layer's last call."""
+
+    rows: int
+    dtype: torch.dtype
+    mixed: bool  # a mixed batch, that is multi_lora
+    obstacle: str | None  # why PEFT's own forward ran
+
+    @classmethod
+    def call(cls, x: Tensor, obstacle: str | None, mixed: bool) -> Self:
+        if obstacle is not None:
+            return cls(0, torch.float32, mixed, obstacle)
+        return cls(math.prod(x.shape[:-1]), functional._autocast_dtype(x) or x.dtype, mixed, None)
+
+
 class FusedLinear(lora.Linear):
     """`peft.tuners.lora.Linear` whose forward is one fused operator, where the layer's state allows."""
+
+    base_layer: Any  # PEFT's attributes, which nn.Module types as Tensor | Module
+    lora_A: Any
+    lora_B: Any
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names = kwargs.get("adapter_names")
         used = self._used_adapters(adapter_names)
         obstacle = self._obstacle(x, used, args, kwargs)
         if not torch.compiler.is_compiling():
-            self.__dict__["_fastlora_seen"] = (x.numel() // x.shape[-1], functional._autocast_dtype(x) or x.dtype, obstacle, adapter_names is not None)
+            self.__dict__["_fastlora_seen"] = _Seen.call(x, obstacle, mixed=adapter_names is not None)
         if obstacle is not None:
             return super().forward(x, *args, **kwargs)
         base = self.base_layer
@@ -212,7 +235,9 @@ def accelerate(model: nn.Module) -> nn.Module:
         if type(layer) is not FusedLinear and _swap_obstacle(layer) is None:
             layer.__class__ = FusedLinear
     if not any(type(layer) is FusedLinear for _, layer in layers):
-        warnings.warn(f"fastlora.accelerate fused none of {len(layers)} LoRA layers: {_swap_obstacle(layers[0][1])}", stacklevel=2)
+        warnings.warn(
+            f"fastlora.accelerate fused none of {len(layers)} LoRA layers: {_swap_obstacle(layers[0][1])}", stacklevel=2
+        )
     return model
 
 
@@ -220,7 +245,7 @@ def restore(model: nn.Module) -> nn.Module:
     """Undo `accelerate`, in place; returns the model."""
     for _, layer in _lora_layers(model):
         if type(layer) is FusedLinear:
-            layer.__class__ = lora.Linear
+            layer.__class__ = lora.Linear  # type: ignore[assignment]
             layer.__dict__.pop("_fastlora_seen", None)
     return model
 
@@ -230,13 +255,13 @@ def report(model: nn.Module) -> Report:
     return Report(LayerReport(name, *_explain(layer)) for name, layer in _lora_layers(model))
 
 
-def _explain(layer: LoraLayer) -> tuple[str, str]:
+def _explain(layer: Any) -> tuple[str, str]:
     if type(layer) is not FusedLinear:
         return "peft", _swap_obstacle(layer) or "not accelerated: call fastlora.accelerate(model)"
     base = layer.base_layer
-    rows, dtype, obstacle, mixed = layer.__dict__.get("_fastlora_seen", (ROWS_BEFORE_ANY_CALL, base.weight.dtype, None, False))
-    if obstacle is not None:
-        return "reference", f"PEFT's own forward: {obstacle}"
-    like_x = base.weight.new_empty(1, 1, dtype=dtype).expand(rows, layer.in_features)
-    choice = ops.choose_multi_lora(like_x) if mixed else ops.choose_lora_linear(like_x)
+    seen = layer.__dict__.get("_fastlora_seen", _Seen(ROWS_BEFORE_ANY_CALL, base.weight.dtype, False, None))
+    if seen.obstacle is not None:
+        return "reference", f"PEFT's own forward: {seen.obstacle}"
+    like_x = base.weight.new_empty(1, 1, dtype=seen.dtype).expand(seen.rows, layer.in_features)
+    choice = ops.choose_multi_lora(like_x) if seen.mixed else ops.choose_lora_linear(like_x)
     return choice.implementation, choice.reason

@@ -148,7 +148,9 @@ def multi_lora_backward(
     need_dx: bool,
     need_da: bool,
     need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # dx [M, K]; da, db 1-D: every dA_i [R_i, K], every dB_i [N, R_i], one after the other
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # dx [M, K]; da, db 1-D: every dA_i [R_i, K], every dB_i [N, R_i], one after the other
     """`lora_linear_backward` for the rows of each adapter. An adapter without rows gets a gradient of zeros."""
     dx = dy @ weight if need_dx else x.new_empty(0)
     das, dbs = [], []
@@ -207,7 +209,9 @@ def prefix_concat(
     attention_mask: Tensor,  # [B, T]
     position_ids: Tensor | None,  # [B, T] int64
     labels: Tensor | None,  # [B, T] int64
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # embeds [B, W, D], mask, position_ids, labels (or no elements), source: [B, W]
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # embeds [B, W, D], mask, position_ids, labels (or no elements), source: [B, W]
     """Rows [P_i ; x] with their mask, positions and labels (Lester et al. 2021, The Power of Scale, section 2; padding kept on its side).
 
     Padding is zeros (labels: -100). Positions count from 0 within the row, or move by P_i where they are given. A prompt or token whose
@@ -257,7 +261,9 @@ def prefix_concat_backward(
     tokens: int,  # T
     need_prompts: bool,
     need_embeds: bool,
-) -> tuple[Tensor, Tensor]:  # dprompts [sum P_i, D] in float32 or wider, dembeds [B, T, D]; one not needed has no elements
+) -> tuple[
+    Tensor, Tensor
+]:  # dprompts [sum P_i, D] in float32 or wider, dembeds [B, T, D]; one not needed has no elements
     """A prompt row's gradient is the sum over its batch rows, in their order; a token's is its column; padding has none."""
     B, W, D = dout.shape
     wide = torch.promote_types(dout.dtype, torch.float32)

@@ -40,7 +40,9 @@ def test_linear_shares_the_base_parameters_and_trains_only_the_adapter():
     assert set(layer.state_dict()) == {"weight", "bias", "lora_A", "lora_B"}
     assert [n for n, p in layer.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
     x = torch.randn(5, 12)
-    assert torch.equal(layer(x), functional.lora_linear(x, base.weight, base.bias, layer.lora_A, layer.lora_B, 0.0, training=False))
+    assert torch.equal(
+        layer(x), functional.lora_linear(x, base.weight, base.bias, layer.lora_A, layer.lora_B, 0.0, training=False)
+    )
     layer(x).sum().backward()
     assert layer.weight.grad is None and layer.lora_B.grad.abs().sum() > 0
 
@@ -182,7 +184,11 @@ def test_soft_prompt_begins_inside_the_vocabulary():
         (lambda: multi_layer()(torch.randn(1, 12), torch.tensor([2])), IndexError, "index"),
         (lambda: fastlora.SoftPrompt(0, 8), ValueError, "num_virtual_tokens"),
         (lambda: fastlora.SoftPrompt.from_tokens(torch.randn(4, 8), torch.tensor([4])), IndexError, "input_ids"),
-        (lambda: fastlora.SoftPrompt.from_tokens(torch.randn(4, 8), torch.tensor([], dtype=torch.long)), ValueError, "input_ids"),
+        (
+            lambda: fastlora.SoftPrompt.from_tokens(torch.randn(4, 8), torch.tensor([], dtype=torch.long)),
+            ValueError,
+            "input_ids",
+        ),
     ],
 )
 def test_wrong_arguments_are_named(call, error, names):

@@ -31,18 +31,27 @@ ATTENDED = torch.tensor([[1] * 11, [1] * 7 + [0] * 4, [1] * 9 + [0] * 2])
 
 def llama():
     config = LlamaConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=96
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=96,
     )
     return LlamaForCausalLM(config), {"labels": IDS}, "all-linear"
 
 
 def gpt2():
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=96, n_positions=16, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0)
+    config = GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, vocab_size=96, n_positions=16, attn_pdrop=0, embd_pdrop=0, resid_pdrop=0
+    )
     return GPT2LMHeadModel(config), {"labels": IDS}, ["c_attn", "c_proj", "c_fc"]
 
 
 def t5():
-    config = T5Config(d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=96, dropout_rate=0, decoder_start_token_id=0)
+    config = T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=96, dropout_rate=0, decoder_start_token_id=0
+    )
     return T5ForConditionalGeneration(config), {"labels": IDS[:, :6].contiguous()}, ["q", "k", "v", "o", "wi", "wo"]
 
 
@@ -57,7 +66,11 @@ def bert():
         hidden_dropout_prob=0,
         attention_probs_dropout_prob=0,
     )
-    return BertForSequenceClassification(config), {"labels": torch.tensor([0, 1, 1])}, ["query", "key", "value", "dense"]
+    return (
+        BertForSequenceClassification(config),
+        {"labels": torch.tensor([0, 1, 1])},
+        ["query", "key", "value", "dense"],
+    )
 
 
 FAMILIES = {"llama": llama, "gpt2": gpt2, "t5": t5, "bert": bert}
@@ -70,7 +83,14 @@ def peft_model(family="llama", dtype=torch.float32, autocast_adapter_dtype=True,
     if family == "bert":
         options["modules_to_save"] = ["classifier"]
     config = LoraConfig(
-        **{"r": 5, "lora_alpha": 10, "lora_dropout": 0.0, "target_modules": targets, "init_lora_weights": False, **options},
+        **{
+            "r": 5,
+            "lora_alpha": 10,
+            "lora_dropout": 0.0,
+            "target_modules": targets,
+            "init_lora_weights": False,
+            **options,
+        },
         fan_in_fan_out=family == "gpt2",
     )
     model = get_peft_model(base.to(dtype), config, autocast_adapter_dtype=autocast_adapter_dtype)
@@ -123,7 +143,9 @@ def test_outputs_and_gradients_equal_peft(family, dtype, adapters_float32, autoc
     eager = run(model, labels, autocast)
     names = set(model.state_dict())
     assert fastlora.accelerate(model) is model
-    assert {entry.implementation for entry in fastlora.report(model)} == {ops.choose_lora_linear(torch.empty(1, 1)).implementation}
+    assert {entry.implementation for entry in fastlora.report(model)} == {
+        ops.choose_lora_linear(torch.empty(1, 1)).implementation
+    }
     ours = run(model, labels, autocast)
     assert_as_near_as(ours, eager, exact)
     assert set(model.state_dict()) == names
@@ -151,7 +173,9 @@ def test_dropout_is_pefts_given_the_same_masks(family, monkeypatch):
             return x
         return reference.dropout(x.reshape(-1, x.shape[-1]), self.p, seeds.popleft()).view_as(x)
 
-    adapters_dropouts = {m for layer in peers.modules() if isinstance(layer, lora.Linear) for m in layer.lora_dropout.values()}
+    adapters_dropouts = {
+        m for layer in peers.modules() if isinstance(layer, lora.Linear) for m in layer.lora_dropout.values()
+    }
     monkeypatch.setattr(nn.Dropout, "forward", with_our_mask)
     eager = run(peers, labels)
     assert not seeds
@@ -235,7 +259,9 @@ def test_mixed_batch(pair):
     model, peer = pair
     names = ["other", "__base__", "default"]
     assert torch.allclose(logits(model, adapter_names=names), logits(peer, adapter_names=names), atol=1e-5)
-    assert {entry.implementation for entry in fastlora.report(model)} == {ops.choose_multi_lora(torch.empty(1, 1)).implementation}
+    assert {entry.implementation for entry in fastlora.report(model)} == {
+        ops.choose_multi_lora(torch.empty(1, 1)).implementation
+    }
     with pytest.raises(ValueError, match="adapter_names"):
         logits(model, adapter_names=names[:2])
 

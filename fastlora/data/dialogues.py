@@ -125,7 +125,7 @@ def dialogue(rng: Random) -> tuple[str, dict[str, str]]:
     if rng.random() < 0.75:
         exchanges.insert(rng.choice((1, 2)), rng.choice(SMALL_TALK))
     exchanges.append(rng.choice(CLOSINGS))
-    lines = []
+    lines: list[str] = []
     for exchange in exchanges:
         for turn, words in enumerate(exchange):
             line = _sentence_case(words.format_map(facts))
