@@ -55,7 +55,7 @@ def _up_to(size: int, most: int) -> int:
 def linear(x: Tensor, rows: int, columns: int, rank: int) -> Config:
     """For result [rows, columns] = x times a frozen matrix, and a rank step."""
     if x.dtype == torch.float32:
-        return Config(_up_to(rows, 64), _up_to(columns, 64), 32, _up_to(rank, 32), 4, 2)
+        return Config(_up_to(rows, 64), _up_to(columns, 32), 32, _up_to(rank, 32), 4, 2)
     if rows <= 32:
         return Config(_up_to(rows, 32), _up_to(columns, 64), 128, _up_to(rank, 32), 4, 3)
     if rows <= 64 or columns <= 64:
@@ -73,7 +73,7 @@ def shrink(x: Tensor, rows: int, rank: int) -> Config:
 def shrink_back(dy: Tensor, rows: int, columns: int, rank: int) -> Config:
     """For dxa [rows, rank] and dB [columns, rank] from one read of dy."""
     if dy.dtype == torch.float32:
-        return Config(32, _up_to(columns, 64), 0, _up_to(rank, 32), 8, 2)
+        return Config(32, _up_to(columns, 64), 0, _up_to(rank, 32), 4, 2)
     return Config(_up_to(rows, 64), _up_to(columns, 128), 0, _up_to(rank, 64), 8, 2)
 
 
