@@ -7,13 +7,15 @@ SoftPrompt                 trainable rows in front of a batch
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fastlora import functional
 from fastlora.functional import Prefixed, RowGroups
+
+Layer = TypeVar("Layer", bound=nn.Linear)
 
 BASE = "__base__"
 """The adapter name that means no adapter, as in PEFT's `adapter_names`."""
@@ -37,6 +39,18 @@ def _new_adapter(r: int, in_features: int, out_features: int, weight: Tensor) ->
     lora_a = torch.empty(r, in_features, dtype=dtype, device=weight.device)
     nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
     return nn.Parameter(lora_a), nn.Parameter(torch.zeros(out_features, r, dtype=dtype, device=weight.device))
+
+
+def _around(cls: type[Layer], linear: nn.Linear) -> Layer:
+    """A bare layer of the class that shares the linear's Parameters, frozen."""
+    if not isinstance(linear, nn.Linear):
+        raise TypeError(f"linear: got {type(linear).__name__}, expected an nn.Linear")
+    layer = cls.__new__(cls)
+    nn.Module.__init__(layer)
+    layer.in_features, layer.out_features = linear.in_features, linear.out_features
+    layer.weight, layer.bias = linear.weight, linear.bias
+    layer.requires_grad_(False)
+    return layer
 
 
 class _Mergeable(nn.Module):
@@ -155,13 +169,7 @@ class LoRALinear(_Mergeable, nn.Linear):
             TypeError: not an nn.Linear.
             ValueError: r is below 1 or lora_dropout is no probability below 1.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear: got {type(linear).__name__}, expected an nn.Linear")
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer.weight, layer.bias = linear.weight, linear.bias
-        layer.requires_grad_(False)
+        layer = _around(cls, linear)
         layer._add_adapter(r, lora_alpha, lora_dropout, use_rslora, linear.in_features, linear.out_features)
         return layer.train(linear.training)
 
@@ -251,12 +259,7 @@ class MultiLoRALinear(nn.Linear):
         Raises:
             TypeError: not an nn.Linear.
         """
-        if not isinstance(linear, nn.Linear):
-            raise TypeError(f"linear: got {type(linear).__name__}, expected an nn.Linear")
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.in_features, layer.out_features = linear.in_features, linear.out_features
-        layer.weight, layer.bias = linear.weight, linear.bias
+        layer = _around(cls, linear)
         layer._begin()
         return layer.train(linear.training)
 
