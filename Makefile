@@ -16,7 +16,7 @@ demo: $(VENV)/ready
 	$(BIN)/python -m fastlora demo --output demo
 
 test: $(VENV)/test-ready
-	$(BIN)/python -m pytest -q tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile tests
 
 gpu:
 	PYTHON=$(or $(PYTHON),python3) bash benchmarks/gpu.sh
