@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from fastlora import demo
 from fastlora.data.tasks import generate
-from fastlora.demo import pretrain, training
+from fastlora.demo import memory, pretrain
 from fastlora.demo.scores import BASE_TASKS, answers, exact_match, rouge
 from fastlora.inference import load_model
 
@@ -114,21 +114,28 @@ def test_scores_by_hand() -> None:
     assert rouge(["", "", "", ""], examples) == {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
 
 
-def test_training_apart_says_what_failed(tmp_path: Path) -> None:
+def test_peak_memory_says_what_failed() -> None:
     with pytest.raises(RuntimeError, match="method=lora failed(.|\n)*unexpected keyword argument 'rank'"):
-        training.train_apart(tmp_path / "result.json", method="lora", rank=3)
+        memory.peak_memory(method="lora", rank=3)
 
 
 def test_resident_memory() -> None:
-    assert 10 * MIB < training.resident("VmRSS") <= training.resident("VmHWM")
+    assert 10 * MIB < memory.resident("VmRSS") <= memory.resident("VmHWM")
     with pytest.raises(ValueError, match="kind must name a line .* got 'VmNone'"):
-        training.resident("VmNone")
+        memory.resident("VmNone")
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """A demo on few dialogues; its figures mean nothing, its files are those of a whole one."""
-    small = {"TRAIN_DIALOGUES": 16, "TEST_DIALOGUES": 4, "TEST_EXAMPLES": 2, "EPOCHS": 1, "TIMED_STEPS": 2}
+    small = {
+        "TRAIN_DIALOGUES": 16,
+        "TEST_DIALOGUES": 4,
+        "TEST_EXAMPLES": 2,
+        "EPOCHS": 1,
+        "TIMED_STEPS": 2,
+        "MEMORY_STEPS": 1,
+    }
     output = tmp_path_factory.mktemp("demo")
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
@@ -148,14 +155,14 @@ def test_demo_measures_everything(results: tuple[Path, dict[str, Any]]) -> None:
         assert set(found["exact_match"][model]) == {*BASE_TASKS, "summarization"}
         shares = [*found["rouge"][model].values(), *found["exact_match"][model].values()]
         assert all(0 <= share <= 1 for share in shares)
-    for method in ("lora", "peft", "full"):
+    for method in ("lora", "full"):
         measured = found["methods"][method]
-        assert measured["steps"] == len(measured["losses"]) == 2
+        assert measured["steps"] == len(measured["losses"]) == 4
         assert all(math.isfinite(loss) for loss in measured["losses"])
-        assert MIB < measured["peak_memory"] < 4096 * MIB
+    assert set(found["peak_memory"]["bytes"]) == {"lora", "peft", "full"}
+    assert all(MIB < peak < 4096 * MIB for peak in found["peak_memory"]["bytes"].values())
     assert found["methods"]["lora"]["adapter_bytes"] == (output / "lora" / "adapter_model.safetensors").stat().st_size
     assert found["methods"]["full"]["trainable_parameters"] == found["base"]["parameters"]
-    assert found["methods"]["peft"]["implementations"].keys() == {"peft"}
     steps = found["step_time"]
     assert all(len(losses) == 3 and losses[-1] < losses[0] for losses in steps["losses"].values())
     # Other dropout masks, the same adapter: B is zero, so the first losses are the frozen model's.

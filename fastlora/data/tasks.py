@@ -116,13 +116,15 @@ def _extraction(rng: Random) -> tuple[str, dict[str, str]]:
 
 
 def _arithmetic(rng: Random) -> tuple[str, dict[str, str]]:
-    first, second = rng.randint(10, 89), rng.randint(1, 9)
+    # The tens never change: with carrying, a model this small takes many times the examples.
+    tens, ones = 10 * rng.randint(1, 9), sorted((rng.randint(1, 8), rng.randint(2, 9)))
     person, fruit = rng.choice(PEOPLE), rng.choice(FRUITS)
     question = f"How many {fruit} does {person} have now?"
+    first, second = tens + ones[1], ones[0]
+    sign, result, operation, deed = "-", first - second, "minus", f"sells {number_in_words(second)}"
     if rng.random() < 0.5:
+        first, second = tens + ones[0], rng.randint(1, 9 - ones[0])
         sign, result, operation, deed = "+", first + second, "plus", f"buys {number_in_words(second)} more"
-    else:
-        sign, result, operation, deed = "-", first - second, "minus", f"sells {number_in_words(second)}"
     content = f"{first} {sign} {second}"
     return content, {
         "expression": f"{number_in_words(first)} {operation} {number_in_words(second)}",
@@ -145,35 +147,41 @@ def _translation(rng: Random) -> tuple[str, dict[str, str]]:
 
 
 def _ordering(rng: Random) -> tuple[str, dict[str, str]]:
-    size = rng.randint(3, 4)
-    names, scores = rng.sample(PEOPLE, size), rng.sample(range(1, 10), size)
-    ranked = [name for _, name in sorted(zip(scores, names, strict=True))]
-    lines = "\n".join(f"{name}: {score}" for name, score in zip(names, scores, strict=True))
-    return lines, {
-        "scores": lines,
-        "ascending": ", ".join(ranked),
-        "descending": ", ".join(reversed(ranked)),
-        "highest": ranked[-1],
-        "lowest": ranked[0],
+    numbers = rng.sample(range(1, 10), rng.randint(3, 5))
+    ranked = sorted(numbers)
+    text = _listed(numbers)
+    return text, {
+        "numbers": text,
+        "ascending": _listed(ranked),
+        "descending": _listed(ranked[::-1]),
+        "smallest": number_in_words(ranked[0]),
+        "largest": number_in_words(ranked[-1]),
     }
 
 
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(number_in_words(number) for number in numbers)
+
+
 def _reading(rng: Random) -> tuple[str, dict[str, str]]:
-    size = rng.randint(2, 4)
+    size = rng.randint(2, 3)
     deeds = rng.sample(tuple(DEEDS.items()), size)
     columns = (rng.sample(PEOPLE, size), rng.sample(GOODS, size), rng.sample(DAYS, size), rng.sample(CITIES, size))
     events = list(zip(deeds, *columns, strict=True))
-    story = " ".join(f"{who} {past} the {what} in {where} on {day}." for (_, past), who, what, day, where in events)
-    (verb, past), who, what, day, where = rng.choice(events)
+    sentences = [f"{who} {past} the {what} in {where} on {day}." for (_, past), who, what, day, where in events]
+    chosen = rng.randrange(size)
+    (verb, past), who, what, day, where = events[chosen]
     question, answer = rng.choice(
         (
-            (f"Who {past} the {what}?", who),
+            (f"What did {who} do?", sentences[chosen]),
+            (f"What happened in {where}?", sentences[chosen]),
             (f"What did {who} {verb}?", f"the {what}"),
             (f"When did {who} {verb} the {what}?", f"on {day}"),
             (f"Where was {who} on {day}?", f"in {where}"),
-            (f"What happened in {where}?", f"{who} {past} the {what}."),
+            (f"Who {past} the {what}?", who),
         )
     )
+    story = " ".join(sentences)
     return story, {"story": story, "question": question, "answer": answer}
 
 

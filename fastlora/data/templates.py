@@ -108,11 +108,12 @@ TRANSLATION = TemplateSet(
 
 ORDERING = TemplateSet(
     (
-        Template("{scores}\n\nSort the names from the lowest to the highest score.\nAnswer:", "{ascending}"),
-        Template("Sort the names from the highest to the lowest score.\n\n{scores}\n\nAnswer:", "{descending}"),
-        Template("Scores:\n{scores}\nWho has the highest score?\nAnswer:", "{highest}"),
-        Template("{scores}\n\nWho has the lowest score?\nAnswer:", "{lowest}"),
-        Template("Rank these people, best score first.\n{scores}\nRanking:", "{descending}"),
+        Template("Sort from the smallest to the largest: {numbers}\nAnswer:", "{ascending}"),
+        Template("Sort from the largest to the smallest: {numbers}\nAnswer:", "{descending}"),
+        Template("Numbers: {numbers}\nWhich is the largest?\nAnswer:", "{largest}"),
+        Template("{numbers}\n\nWhich of these numbers is the smallest?\nAnswer:", "{smallest}"),
+        Template("{numbers}\n\nPut these numbers in order, smallest first.\nOrdered:", "{ascending}"),
+        Template("Count down: {numbers}\nOrdered:", "{descending}"),
     )
 )
 

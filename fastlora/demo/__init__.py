@@ -7,7 +7,9 @@ offline.
 """
 
 import json
+import tempfile
 import time
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,12 @@ SEED = 0
 TRAIN_DIALOGUES = 400
 TEST_DIALOGUES = 100
 TEST_EXAMPLES = 50  # held-out examples of each other task
-EPOCHS = 6
+EPOCHS = 5
+BATCH_SIZE = 4
 LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": "all-linear"}
-# The base is four orders of magnitude smaller than the models that the usual rates are meant for.
-LR = {"lora": 3e-3, "full": 1e-3}
+# Far above the usual rates: the base is three orders of magnitude smaller than the models those are meant for.
+LR = {"lora": 3e-3, "full": 5e-4}
+MEMORY_STEPS = 40
 TIMED_STEPS = 30
 TIMED_ROWS = 8
 SAMPLES = 4
@@ -29,8 +33,8 @@ SAMPLES = 4
 def main(output: Path, base: Path = BASE) -> dict[str, Any]:
     """Train, measure and report; everything in the report is returned, too.
 
-    Writes OUTPUT/report.html, report.json, data/ (the dialogues), lora/ (the adapter), full/ (the fully fine-tuned
-    model) and peft/ (the adapter trained by PEFT's own layers). An earlier demo's files there are replaced.
+    Writes OUTPUT/report.html, report.json, data/ (the dialogues), lora/ (the adapter) and full/ (the fully fine-tuned
+    model). An earlier demo's files there are replaced.
     """
     # Imported here: the base model's training needs this package, and none of the below.
     from fastlora.demo import report
@@ -39,11 +43,13 @@ def main(output: Path, base: Path = BASE) -> dict[str, Any]:
     began = time.perf_counter()
     output.mkdir(parents=True, exist_ok=True)
     data = _write_data(output)
-    print("1/3 training on dialogue summaries: LoRA, LoRA with PEFT's layers, all weights", flush=True)
-    methods = _train_all(output, base, data["train"])
-    print("2/3 answering held-out dialogues and the base's own tasks, before and after", flush=True)
+    print("1/4 training on dialogue summaries: LoRA, then all weights", flush=True)
+    methods = _train_both(output, base, data["train"])
+    print("2/4 answering held-out dialogues and the base's own tasks, before and after", flush=True)
     quality = _score_all(output, base)
-    print("3/3 timing training steps, fastlora and PEFT in turn", flush=True)
+    print("3/4 measuring memory, each method in a process of its own", flush=True)
+    memory = _memory(base, data["train"])
+    print("4/4 timing training steps, fastlora and PEFT in turn", flush=True)
     steps = compare_steps(base, data["train"], LORA, LR["lora"], rows=TIMED_ROWS, steps=TIMED_STEPS)
     results = {
         "command": f"fastlora demo --output {output}",
@@ -56,11 +62,13 @@ def main(output: Path, base: Path = BASE) -> dict[str, Any]:
             "test_dialogues": TEST_DIALOGUES,
             "test_examples_per_task": TEST_EXAMPLES,
             "epochs": EPOCHS,
+            "batch_size": BATCH_SIZE,
             "lora": LORA,
             "lr": LR,
         },
         "methods": methods,
         **quality,
+        "peak_memory": {"steps": MEMORY_STEPS, "rows": TIMED_ROWS, "bytes": memory},
         "step_time": steps,
         "seconds": time.perf_counter() - began,
     }
@@ -82,34 +90,40 @@ def _write_data(output: Path) -> dict[str, Path]:
     return paths
 
 
-def _train_all(output: Path, base: Path, data: Path) -> dict[str, dict[str, Any]]:
-    """What each method's training reports, with its losses; one process a method, one after the other."""
-    from fastlora import metrics
-    from fastlora.demo.training import train_apart
+def _options(method: str, base: Path, data: Path, output: Path) -> dict[str, Any]:
+    """TrainConfig's arguments for one method."""
+    options: dict[str, Any] = {"method": method, "model": str(base), "data": str(data), "output": str(output)}
+    options |= {"seed": SEED, "lr": LR[method], "dtype": "float32", "overwrite": True}
+    return options | LORA if method == "lora" else options
 
-    variants: dict[str, dict[str, Any]] = {
-        "lora": {"method": "lora", "lr": LR["lora"], **LORA},
-        "peft": {"method": "lora", "lr": LR["lora"], **LORA, "accelerate": False},
-        "full": {"method": "full", "lr": LR["full"]},
-    }
+
+def _train_both(output: Path, base: Path, data: Path) -> dict[str, dict[str, Any]]:
+    """What the training of each method reports, with the losses of all its steps."""
+    from fastlora import metrics
+    from fastlora.train import TrainConfig, train
+
     methods = {}
-    for name, options in variants.items():
-        folder = output / name
-        folder.mkdir(exist_ok=True)
-        methods[name] = train_apart(
-            folder / "process.json",
-            model=str(base),
-            data=str(data),
-            output=str(folder),
-            seed=SEED,
-            epochs=EPOCHS,
-            dtype="float32",
-            save_steps=10_000,  # past the end: the last step's checkpoint is enough
-            overwrite=True,
-            **options,
-        )
-        methods[name]["losses"] = [record["loss"] for record in metrics.read(folder)]
+    for method in LR:
+        folder = output / method
+        options = _options(method, base, data, folder)
+        # One checkpoint, at the end: save_steps lies past it.
+        result = train(TrainConfig(**options, epochs=EPOCHS, batch_size=BATCH_SIZE, save_steps=10_000))
+        losses = [record["loss"] for record in metrics.read(folder)]
+        methods[method] = {**asdict(result), "losses": losses}
     return methods
+
+
+def _memory(base: Path, data: Path) -> dict[str, int]:
+    """Peak memory in bytes of LoRA by fastlora, of LoRA by PEFT's own layers, and of full fine-tuning."""
+    from fastlora.demo.memory import peak_memory
+
+    variants = {"lora": ("lora", True), "peft": ("lora", False), "full": ("full", True)}
+    found = {}
+    for name, (method, accelerate) in variants.items():
+        with tempfile.TemporaryDirectory() as scratch:
+            options = _options(method, base, data, Path(scratch) / "run")
+            found[name] = peak_memory(**options, accelerate=accelerate, max_steps=MEMORY_STEPS, batch_size=TIMED_ROWS)
+    return found
 
 
 def _score_all(output: Path, base: Path) -> dict[str, Any]:

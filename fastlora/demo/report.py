@@ -14,9 +14,10 @@ from rich.table import Table
 from fastlora.environment import describe
 
 MODELS = {"base": "base, before", "lora": "LoRA", "full": "full fine-tuning"}
-METHODS = {"lora": "LoRA, fastlora", "peft": "LoRA, PEFT", "full": "full fine-tuning"}
+METHODS = {"lora": "LoRA", "full": "full fine-tuning"}
+IN_MEMORY = {"lora": "LoRA, fastlora", "peft": "LoRA, PEFT", "full": "full fine-tuning"}
 STEPPERS = {"fastlora": "fastlora", "peft": "PEFT + transformers"}
-COLOURS = {"base": "#9aa0a6", "lora": "#1a73e8", "full": "#e8710a", "peft": "#34a853", "fastlora": "#1a73e8"}
+COLOURS = {"base": "#9aa0a6", "lora": "#1a73e8", "full": "#e8710a", "peft": "#188038", "fastlora": "#1a73e8"}
 ROUGE_NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "rouge-score", "fastlora")
 
@@ -56,9 +57,8 @@ def html(results: dict[str, Any]) -> str:
         _forgetting_plot(results["exact_match"]),
         "<h2>What it costs</h2>",
         _cost_table(results),
-        "<p class='note'>Peak memory: the highest resident memory of a process that only trains, less what it had after"
-        " its imports; the base's weights are in it. File size: the trained weights on disk.</p>",
         _training_plot(results["methods"]),
+        _memory_table(results["peak_memory"]),
         "<h2>Time of a training step</h2>",
         _step_table(results),
         _step_plot(results["step_time"]["losses"]),
@@ -94,6 +94,8 @@ def show(results: dict[str, Any]) -> None:
     for label, values in _cost_rows(results):
         cost.add_row(label, *values)
     console.print(cost)
+    peaks = zip(IN_MEMORY.values(), _mebibytes(results["peak_memory"]), strict=True)
+    console.print("peak memory: " + ", ".join(f"{name} {size} MiB" for name, size in peaks))
     steps = results["step_time"]
     ours, theirs = (1000 * steps["seconds"][name] for name in ("fastlora", "peft"))
     losses = {name: _tail(steps["losses"][name]) for name in steps["losses"]}
@@ -109,7 +111,8 @@ def _introduction(results: dict[str, Any]) -> str:
     return (
         f"<p>The base is a Llama of {base['parameters']:,} parameters, trained from scratch on {len(base['tasks'])}"
         f" generated tasks ({', '.join(base['tasks'])}) and never on dialogues. Here it is adapted to"
-        f" {settings['train_dialogues']} generated dialogues in {settings['epochs']} epochs, once with LoRA (rank"
+        f" {settings['train_dialogues']} generated dialogues in {settings['epochs']} epochs of steps of"
+        f" {settings['batch_size']}, once with LoRA (rank"
         f" {lora['r']}, alpha {lora['lora_alpha']}, dropout {lora['lora_dropout']}, {lora['target_modules']}, learning"
         f" rate {lr['lora']:g}; the base frozen) and once with all weights (learning rate {lr['full']:g})."
         " No held-out dialogue has the summary of a training dialogue.</p>"
@@ -141,8 +144,7 @@ def _cost_rows(results: dict[str, Any]) -> list[tuple[str, list[str]]]:
     return [
         ("trainable parameters", [f"{method['trainable_parameters']:,}" for method in methods]),
         ("share of all parameters, %", [f"{100 * m['trainable_parameters'] / m['parameters']:.2f}" for m in methods]),
-        ("file size, bytes", [f"{method['adapter_bytes']:,}" for method in methods]),
-        ("peak memory, MiB", [f"{method['peak_memory'] / 2**20:.0f}" for method in methods]),
+        ("file of the trained weights, bytes", [f"{method['adapter_bytes']:,}" for method in methods]),
         ("optimiser steps", [str(method["steps"]) for method in methods]),
         ("training time, s", [f"{method['seconds']:.1f}" for method in methods]),
         ("loss, last ten steps", [f"{method['loss']:.4f}" for method in methods]),
@@ -151,6 +153,18 @@ def _cost_rows(results: dict[str, Any]) -> list[tuple[str, list[str]]]:
 
 def _cost_table(results: dict[str, Any]) -> str:
     return _table(["", *METHODS.values()], [[label, *values] for label, values in _cost_rows(results)])
+
+
+def _memory_table(memory: dict[str, Any]) -> str:
+    note = (
+        f"<p>Peak memory: the highest resident memory of a process that only trains ({memory['steps']} steps of"
+        f" {memory['rows']} dialogues), less what it had after its imports. The base's weights are in it.</p>"
+    )
+    return note + _table(["", *IN_MEMORY.values()], [["peak memory, MiB", *_mebibytes(memory)]])
+
+
+def _mebibytes(memory: dict[str, Any]) -> list[str]:
+    return [f"{memory['bytes'][name] / 2**20:.0f}" for name in IN_MEMORY]
 
 
 def _step_table(results: dict[str, Any]) -> str:
