@@ -103,7 +103,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         for layer in model.model.layers:
             layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
             layer.self_attn.o_proj.weight.copy_(layer.self_attn.v_proj.weight.T)
-        vocabulary, embeddings = tokenizer.get_vocab(), model.get_input_embeddings().weight  # [V, D]
+        vocabulary, embeddings = tokenizer.get_vocab(), model.model.embed_tokens.weight  # [V, D]
         for word, spaced in ((word, vocabulary.get(f"Ġ{word}")) for word in vocabulary):
             if spaced is not None:
                 token = vocabulary[word]
