@@ -1,5 +1,5 @@
 # make demo    set up .venv, then adapt the shipped base model to summarisation and report (about 5 minutes on 2 cores)
-# make test    set up .venv, then run every test that needs no GPU (about 10 minutes on 2 cores)
+# make test    set up .venv, then run every test that needs no GPU (about 5 minutes on 2 cores)
 # make gpu     on a machine with a CUDA card, offline: build, run the tests on the card, run the benchmarks
 # make lint    ruff and mypy      make bench    the benchmarks on this CPU      make base    train the shipped base model again
 
