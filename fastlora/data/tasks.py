@@ -116,7 +116,7 @@ def _extraction(rng: Random) -> tuple[str, dict[str, str]]:
 
 
 def _arithmetic(rng: Random) -> tuple[str, dict[str, str]]:
-    # The tens never change: with carrying, a model this small takes many times the examples.
+    # The tens never change: with carrying, the base had 7 % right after 4,000 steps.
     tens, ones = 10 * rng.randint(1, 9), sorted((rng.randint(1, 8), rng.randint(2, 9)))
     person, fruit = rng.choice(PEOPLE), rng.choice(FRUITS)
     question = f"How many {fruit} does {person} have now?"

@@ -80,7 +80,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
     Its attention starts as a copier: with k_proj = q_proj a token attends to its likes, and with o_proj = v_proj
     transposed what it attends to is added as it is, hence made likely by the tied embeddings. From independent weights
-    the model had not learned to copy after 1,000 steps (1 % of the descriptions right); so it has after 500 (94 %).
+    two runs had 1 % and 43 % of the descriptions right after 1,000 steps; this way two had 90 % and 94 % after 500.
     Close to the mimetic initialisation of Trockman and Kolter, 2023, arXiv 2305.09828. In the same spirit, a word that
     begins a line and the same word behind a space, which are two tokens, start with embeddings of cosine 0.9.
     """
