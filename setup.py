@@ -5,6 +5,7 @@ C++20 compiler the extension is skipped with a message, and the package runs as 
 
     FASTLORA_BUILD=none          compile nothing
     FASTLORA_REQUIRE_NATIVE=1    fail where the extension cannot be built
+    FASTLORA_SANITIZE=1          compile it for AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`
     CXX=clang++                  the compiler, g++ unless told
 """
 
@@ -22,19 +23,25 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
+from setuptools.errors import CompileError, OptionError
 
 ROOT = Path(__file__).resolve().parent
 REQUIRED = os.environ.get("FASTLORA_REQUIRE_NATIVE") == "1"
+SANITIZED = os.environ.get("FASTLORA_SANITIZE") == "1"
 OLDEST_TORCH = (2, 11)
 FLAGS = (
     "-O3 -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=fast -DTORCH_TARGET_VERSION=0x020b000000000000ULL".split()
+)
+# The last flags win. Without vptr: that check needs the type information of torch's hidden classes.
+SANITIZER_FLAGS = (
+    "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all".split()
 )
 # The passes are compiled once for each; the machine picks one at run time.
 INSTRUCTION_SETS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c".split()
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c".split()
+    INSTRUCTION_SETS["avx512bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
 
 
 def site_folders() -> Iterator[Path]:
@@ -108,6 +115,8 @@ class BuildNative(build_ext):
     """Compiles with ninja, in build/native, so that only what changed is compiled again."""
 
     def run(self) -> None:
+        if SANITIZED and self.inplace:
+            raise OptionError("FASTLORA_SANITIZE=1 with --inplace: every import would need the sanitizers' library")
         self.into_source = self.inplace  # setuptools clears it while it builds, and copies afterwards
         super().run()
 
@@ -129,10 +138,12 @@ class BuildNative(build_ext):
 
     def compile_and_link(self, target: Path) -> None:
         compiler, torch = find_compiler(), find_torch()
-        compile_line = [*compiler, *FLAGS, f"-isystem{torch / 'include'}"]
-        link_line = [*compiler, "-shared", f"-L{torch / 'lib'}"]
+        sanitizers = SANITIZER_FLAGS if SANITIZED else []
+        compile_line = [*compiler, *FLAGS, *sanitizers, f"-isystem{torch / 'include'}"]
+        link_line = [*compiler, *sanitizers, "-shared", f"-L{torch / 'lib'}"]
         libraries = ["-ltorch_cpu"]
-        folder = ROOT / "build" / f"native-{sysconfig.get_config_var('SOABI')}"
+        kind = "sanitized" if SANITIZED else "native"
+        folder = ROOT / "build" / f"{kind}-{sysconfig.get_config_var('SOABI')}"
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         units = list(objects(folder, torch))

@@ -1,20 +1,23 @@
-"""What is special to the native extension: every instruction set, dropout's bits, its conversions, threads, and far rows.
+"""What is special to the native extension: every instruction set, dropout's bits, its conversions, threads, processes, and far rows.
 
-Which instruction set runs is decided once a process, so each is checked in a process of its own. The equations themselves are tested, for
-every implementation, by test_<operator>.py.
+Which instruction set runs is decided once a process, so each is checked in a process of its own, and by `make emulate` on emulated CPUs that
+have no wider one. The equations themselves are tested, for every implementation, by test_<operator>.py.
 """
 
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from bounds import assert_within_bound, double, gapped, make_layer, run_apart, transposed
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from fastlora import functional, ops, reference
 
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512", "avx512bf16")
 SHAPES = ((1, 8, 8, 1), (5, 17, 33, 3), (3, 64, 2000, 40), (33, 1030, 77, 7), (70, 600, 130, 16))  # M, K, N, R
+EMULATED = {"Nehalem": "portable", "Haswell": "avx2"}  # a CPU that QEMU knows -> the widest of ISAS that it has
 THREADED = ((1, 4096, 512, 8), (64, 700, 1500, 5), (200, 64, 64, 130))
 
 pytestmark = pytest.mark.skipif(
@@ -70,17 +73,25 @@ def check_masks() -> None:
 
 
 def check_conversions() -> None:
-    """Every 16-bit number is read as torch reads it, and rounded as torch rounds it."""
+    """Every 16-bit number is read as torch reads it, and rounded as torch rounds it; but AVX512-BF16 knows no subnormal numbers."""
+
+    def flushed(value: Tensor, dtype: torch.dtype) -> Tensor:
+        flushes = dtype == torch.bfloat16 and fastlora._C.isa() == "avx512bf16"
+        return torch.where(value.abs() < torch.finfo(dtype).tiny, 0.0, value) if flushes else value
+
+    import fastlora._C
+
     for dtype in (torch.float16, torch.bfloat16):
         x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
         one = torch.ones(1, 1)
         _, xa = torch.ops.fastlora.lora_linear_cpu(x, one.to(dtype), None, one, one, 1.0, 0.0, None)
-        assert torch.equal(xa.nan_to_num(1.25), x.float().nan_to_num(1.25))
+        assert torch.equal(xa.nan_to_num(1.25), flushed(x.float(), dtype).nan_to_num(1.25))
         finite = x[x.isfinite()][:, None]
         for scale in (1 / 3, 3.0, 2.0**-14):
             frozen = torch.zeros(1, 1, dtype=dtype)
             y, _ = torch.ops.fastlora.lora_linear_cpu(finite, frozen, None, one, one, scale, 0.0, None)
-            assert torch.equal(y, (finite.float() * torch.tensor(scale, dtype=torch.float32)).to(dtype))
+            product = flushed(finite.float(), dtype) * torch.tensor(scale, dtype=torch.float32)
+            assert torch.equal(y, flushed(product, dtype).to(dtype))
 
 
 def check_layers() -> None:
@@ -107,7 +118,7 @@ def check_far_rows() -> None:
 def check_instruction_set() -> None:
     import fastlora._C
 
-    assert fastlora._C.isa() == os.environ["FASTLORA_ISA"]
+    assert fastlora._C.isa() == os.environ["EXPECTED_ISA"]
     check_masks()
     check_conversions()
     check_layers()
@@ -127,13 +138,28 @@ def test_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> Non
     if ISAS.index(isa) > ISAS.index(best):
         pytest.skip(f"this machine has no {isa}, only {best}")
     monkeypatch.setenv("FASTLORA_ISA", isa)
+    monkeypatch.setenv("EXPECTED_ISA", isa)
     run_apart("test_native", check_instruction_set)
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTLORA_ISA", "avx1024")
-    with pytest.raises(AssertionError, match="FASTLORA_ISA=avx1024: expected portable, avx2 or avx512"):
+    with pytest.raises(AssertionError, match="FASTLORA_ISA=avx1024: expected portable, avx2, avx512 or avx512bf16"):
         run_apart("test_native", name_instruction_set)
+
+
+@pytest.mark.skipif(not os.environ.get("QEMU"), reason="QEMU does not name an emulator: `make emulate` runs this")
+@pytest.mark.parametrize("cpu", EMULATED)
+def test_an_emulated_cpu(cpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It gets the widest instruction set that it has, unasked, and a clear refusal of a wider one, not an illegal instruction."""
+    emulator = (os.environ["QEMU"], "-cpu", cpu)
+    monkeypatch.delenv("FASTLORA_ISA", raising=False)
+    monkeypatch.setenv("EXPECTED_ISA", EMULATED[cpu])
+    run_apart("test_native", check_instruction_set, emulator)
+    wider = ISAS[ISAS.index(EMULATED[cpu]) + 1]
+    monkeypatch.setenv("FASTLORA_ISA", wider)
+    with pytest.raises(AssertionError, match=rf"ended with 1:(.|\n)*FASTLORA_ISA={wider}: this machine does not have it"):
+        run_apart("test_native", name_instruction_set, emulator)
 
 
 @pytest.fixture
@@ -143,17 +169,65 @@ def threads():
     torch.set_num_threads(before)
 
 
+def assert_right_twice(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Within the bound, and equal to the bit when computed again."""
+    seed, layer = torch.tensor(99), make_layer(*shape, dtype)
+    first = run("lora_linear", layer, 1.5, 0.2, seed)
+    assert_near_reference(layer, 0.2, first, seed)
+    for once, again in zip(first, run("lora_linear", layer, 1.5, 0.2, seed), strict=True):
+        assert torch.equal(once, again)
+
+
 @pytest.mark.parametrize("shape", THREADED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_threads(threads, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """However the work is cut, results are within the bound, and equal to the bit where it is cut alike."""
-    seed, layer = torch.tensor(99), make_layer(*shape, dtype)
     for count in (1, 2, 3, 8):
         threads(count)
-        first = run("lora_linear", layer, 1.5, 0.2, seed)
-        assert_near_reference(layer, 0.2, first, seed)
-        for once, again in zip(first, run("lora_linear", layer, 1.5, 0.2, seed), strict=True):
-            assert torch.equal(once, again)
+        assert_right_twice(shape, dtype)
+
+
+def check_threads() -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    for shape in THREADED:
+        for dtype in (torch.float32, torch.bfloat16):
+            assert_right_twice(shape, dtype)
+
+
+def test_two_processes_at_once() -> None:
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: run_apart("test_native", check_threads), range(2)))
+
+
+class Trained(Dataset):
+    """What the operators compute, forward and backward, in whichever process asks."""
+
+    def __init__(self) -> None:
+        self.layer = make_layer(200, 300, 400, 8)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, number: int) -> list[Tensor]:
+        torch.manual_seed(number)
+        x, weight, bias, lora_a, lora_b, dy = self.layer
+        y = functional.lora_linear(x, weight, bias, lora_a, lora_b, 1.5, dropout_p=0.2)
+        mixed = functional.multi_lora(x, weight, bias, [lora_a], [lora_b], [1.5], torch.arange(200) % 2 - 1)
+        embeds = functional.prefix_concat(lora_a[None], x[None], torch.ones(1, 200)).embeds
+        grads = [torch.autograd.grad(out, (x, lora_a), torch.ones_like(out)) for out in (y, mixed, embeds)]
+        return [y.detach(), mixed.detach(), embeds.detach(), *(grad for pair in grads for grad in pair)]
+
+
+def test_a_forked_worker_computes_the_same(threads) -> None:
+    """Though its parent, whose threads the fork leaves behind, has computed before."""
+    data = Trained()
+    threads(3)
+    data[0]
+    threads(1)  # as DataLoader tells its workers
+    expected = [data[i] for i in range(len(data))]
+    loader = DataLoader(data, batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=60)
+    for got, right in zip(loader, expected, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(got, right, strict=True))
 
 
 def test_a_mixed_batch_is_its_adapters(threads) -> None:
@@ -165,7 +239,7 @@ def test_a_mixed_batch_is_its_adapters(threads) -> None:
     index = torch.randint(0, 3, (90,))
     order, offsets = functional.group_rows(index, 3).for_rows(90)
     x, weight, bias, dy = (t.detach() for t in (base.x, base.weight, base.bias, base.dy))
-    for count in (1, 3):
+    for count in (1, 2, 3):
         threads(count)
         y, xa = torch.ops.fastlora.multi_lora_cpu(x, weight, bias, a, b, [1.5] * 3, [0.0] * 3, None, order, offsets)
         dx, da, db = torch.ops.fastlora.multi_lora_backward_cpu(

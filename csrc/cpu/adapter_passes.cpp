@@ -1,6 +1,7 @@
 // The passes of adapter_passes.h. setup.py compiles this file once per instruction set, with FASTLORA_ISA naming the namespace.
 #include "adapter_passes.h"
 
+#include "few_rows.h"
 #include "vector.h"
 
 namespace fastlora::FASTLORA_ISA {
@@ -13,204 +14,349 @@ constexpr int ROWS = 4, RANKS = 4, VECTORS = 4;
 constexpr int ROWS = 4, RANKS = 2, VECTORS = 2;  // 16 registers
 #endif
 
-constexpr int64_t ROW_BLOCK = 16;
-constexpr int64_t COLUMN_BLOCK = 512;  // a tile of 16 x 512 floats stays in the first-level cache
+constexpr int64_t ROW_BLOCK = 64;       // rows whose gradient is summed by itself, so that rounding grows with the blocks, not the rows
+constexpr int64_t COLUMN_BLOCK = 2048;  // 64 rows of so many floats, or 64 ranks, stay in the second-level cache
 static_assert(COLUMN_BLOCK % COLUMN_UNIT == 0 && COLUMN_UNIT % (VECTORS * WIDTH) == 0 && COLUMN_UNIT % DECISIONS == 0);
 
 inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 
-inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+inline int64_t row_at(const int64_t* order, int64_t place) { return order ? order[place] : place; }
 
-inline int64_t row_at(const Rows& rows, int64_t place) { return rows.order ? rows.order[place] : place; }
-
-/// to[0 : count] = from[0 : count] in float32, scaled and dropped where a mask is given; zeros up to a multiple of COLUMN_UNIT.
 template <class T>
-void widen(const T* from, int64_t count, const uint32_t* keep, float factor, float* to) {
-  const auto put = [&](int64_t i, Floats value) {
-    if (keep) value = (Floats)((Words)(value * factor) & read<Words>(keep + i));
-    store(to + i, value);
-  };
-  int64_t i = 0;
-  for (; i + WIDTH <= count; i += WIDTH) put(i, load(from + i));
-  if (i < count) {
-    put(i, load_some(from + i, count - i));
-    i += WIDTH;
-  }
-  for (; i < round_up(count, COLUMN_UNIT); i += WIDTH) store(to + i, Floats{});
-}
+constexpr bool DOTS = HAS_DOTS && std::is_same_v<T, BFloat16>;
 
-/// projected[i][r] (+)= sum over columns of v[i][l] panel[r][l], for one register tile.
-template <int I, int R>
-void project_tile(const float* const* v, const float* panel, int64_t panel_stride, int64_t columns, float* const* projected, bool first) {
+/// What panels and coefficients of a pass over T are made of.
+template <class T>
+using Small = std::conditional_t<DOTS<T>, BFloat16, float>;
+
+/// Some rows of v from one column on, and the bits of their masks.
+template <class T, int COUNT>
+struct Block {
+  T* v[COUNT];
+  const uint8_t* keep[COUNT];  // of the whole row
+  int64_t column;
+
+  /// WIDTH elements l columns further on, or the `count` that are left; zero where dropped.
+  template <bool DROPS>
+  Floats load(int64_t i, int64_t l, int64_t count) const {
+    const Floats value = count >= WIDTH ? FASTLORA_ISA::load(v[i] + l) : load_some(v[i] + l, count);
+    return DROPS ? kept(value, keep[i], column + l) : value;
+  }
+};
+
+/// projected[i][r] (+)= factor · sum over columns of v[i][l] panel[r][l], for one register tile.
+template <int I, int R, bool DROPS, class T, int COUNT>
+void project_tile(
+    const Block<T, COUNT>& block, int64_t row, const float* panel, int64_t stride, int64_t columns, float factor, bool first,
+    float* const* projected) {
   constexpr int SUMS = (I * R + WIDTH - 1) / WIDTH * WIDTH;
   Floats total[SUMS] = {};
-  for (int64_t l = 0; l < columns; l += WIDTH) {
+  const auto step = [&](int64_t l, int64_t count) {
     Floats p[R];
-    for (int r = 0; r < R; ++r) p[r] = load(panel + r * panel_stride + l);
+    for (int r = 0; r < R; ++r) p[r] = load(panel + r * stride + l);
     for (int i = 0; i < I; ++i) {
-      const Floats value = load(v[i] + l);
+      const Floats value = block.template load<DROPS>(row + i, l, count);
       for (int r = 0; r < R; ++r) total[i * R + r] += value * p[r];
+    }
+  };
+  int64_t l = 0;
+  for (; l + WIDTH <= columns; l += WIDTH) step(l, WIDTH);
+  if (l < columns) step(l, columns - l);
+  float flat[SUMS];
+  for (int i = 0; i < SUMS; i += WIDTH) store(flat + i, sums(total + i));
+  for (int i = 0; i < I; ++i) {
+    for (int r = 0; r < R; ++r) projected[i][r] = factor * flat[i * R + r] + (first ? 0 : projected[i][r]);
+  }
+}
+
+/// gradient[r][l] += factor · sum over rows of coefficients[i][r] v[i][l], for R x V vectors, `count` columns of them.
+template <int R, int V, bool DROPS, class T, int COUNT>
+void gradient_tile(
+    const Block<T, COUNT>& block, int64_t rows, int64_t l, int64_t count, const float* const* coefficients, int64_t rank, float factor,
+    float* gradient, int64_t stride) {
+  Floats total[R][V] = {};
+  for (int64_t i = 0; i < rows; ++i) {
+    Floats value[V];
+    for (int j = 0; j < V; ++j) value[j] = block.template load<DROPS>(i, l + j * WIDTH, V == 1 ? count : WIDTH);
+    for (int r = 0; r < R; ++r) {
+      for (int j = 0; j < V; ++j) total[r][j] += coefficients[i][rank + r] * value[j];
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    float* sum = gradient + (rank + r) * stride + l;
+    for (int j = 0; j < V; ++j) store(sum + j * WIDTH, load(sum + j * WIDTH) + factor * total[r][j]);
+  }
+}
+
+/// v[i][l] += change where kept, for one vector or the `count` columns that are left.
+template <bool DROPS, class T, int COUNT>
+inline void add_to(const Block<T, COUNT>& block, int64_t i, int64_t l, int64_t count, Floats change) {
+  if (DROPS) change = kept(change, block.keep[i], block.column + l);
+  T* to = block.v[i] + l;
+  if (count >= WIDTH) {
+    store(to, load(to) + change);
+  } else {
+    store_some(to, load_some(to, count) + change, count);
+  }
+}
+
+/// v[i][l] += factor · sum over ranks of coefficients[i][r] panel[r][l] where kept, for I x V vectors, `count` columns of them.
+template <int I, int V, bool DROPS, class T, int COUNT>
+void add_tile(
+    const Block<T, COUNT>& block, int64_t l, int64_t count, const float* const* coefficients, int64_t rank, const float* panel,
+    int64_t stride, float factor) {
+  Floats total[I][V] = {};
+  for (int64_t r = 0; r < rank; ++r) {
+    Floats p[V];
+    for (int j = 0; j < V; ++j) p[j] = load(panel + r * stride + l + j * WIDTH);
+    for (int i = 0; i < I; ++i) {
+      for (int j = 0; j < V; ++j) total[i][j] += coefficients[i][r] * p[j];
+    }
+  }
+  for (int i = 0; i < I; ++i) {
+    for (int j = 0; j < V; ++j) add_to<DROPS>(block, i, l + j * WIDTH, V == 1 ? count : WIDTH, factor * total[i][j]);
+  }
+}
+
+#if defined(__AVX512BF16__)
+// The same tiles where v is bfloat16: two products a lane. Pairs run along what is summed.
+
+constexpr int PAIR_RANKS = 8;  // of a gradient tile, beside two vectors of 16 columns
+
+inline __m512i load_pairs(const BFloat16* from, __mmask32 lanes) { return _mm512_maskz_loadu_epi16(lanes, from); }
+
+inline Floats dot(Floats total, __m512i a, __m512i b) { return (Floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b); }
+
+inline __mmask32 lanes_below(int64_t count) { return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1; }
+
+/// Which of the 32 columns from l on are there and kept.
+template <bool DROPS, int COUNT>
+inline __mmask32 lanes_of(const Block<const BFloat16, COUNT>& block, int64_t i, int64_t l, int64_t count) {
+  __mmask32 lanes = lanes_below(count);
+  if (DROPS) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, block.keep[i] + (block.column + l) / 8, sizeof(bits));
+    lanes &= bits;
+  }
+  return lanes;
+}
+
+template <int I, int R, bool DROPS, int COUNT>
+void project_tile(
+    const Block<const BFloat16, COUNT>& block, int64_t row, const BFloat16* panel, int64_t stride, int64_t columns, float factor, bool first,
+    float* const* projected) {
+  constexpr int SUMS = (I * R + WIDTH - 1) / WIDTH * WIDTH;
+  Floats total[SUMS] = {};
+  for (int64_t l = 0; l < columns; l += 32) {
+    __m512i p[R];
+    for (int r = 0; r < R; ++r) p[r] = _mm512_loadu_si512(panel + r * stride + l);
+    for (int i = 0; i < I; ++i) {
+      const __m512i value = load_pairs(block.v[row + i] + l, lanes_of<DROPS>(block, row + i, l, columns - l));
+      for (int r = 0; r < R; ++r) total[i * R + r] = dot(total[i * R + r], value, p[r]);
     }
   }
   float flat[SUMS];
   for (int i = 0; i < SUMS; i += WIDTH) store(flat + i, sums(total + i));
   for (int i = 0; i < I; ++i) {
-    for (int r = 0; r < R; ++r) projected[i][r] = first ? flat[i * R + r] : projected[i][r] + flat[i * R + r];
+    for (int r = 0; r < R; ++r) projected[i][r] = factor * flat[i * R + r] + (first ? 0 : projected[i][r]);
   }
 }
 
-/// gradient[r][l] += sum over rows of coefficients[i][r] v[i][l], for RANKS x VECTORS vectors. The rows of a block are summed by themselves, so
-/// that rounding grows with the number of blocks, not of rows.
-template <int R>
-void gradient_tile(const float* const* v, const float* const* coefficients, int64_t rows, float* gradient, int64_t stride) {
-  Floats total[R][VECTORS] = {};
-  for (int64_t i = 0; i < rows; ++i) {
-    Floats value[VECTORS];
-    for (int j = 0; j < VECTORS; ++j) value[j] = load(v[i] + j * WIDTH);
+/// For PAIR_RANKS ranks, of which R are there, and 32 columns, `count` of them there.
+template <int R, bool DROPS, int COUNT>
+void gradient_pairs(
+    const Block<const BFloat16, COUNT>& block, int64_t rows, int64_t l, int64_t count, const uint32_t (*coefficients)[PAIR_RANKS], float factor,
+    float* gradient, int64_t stride) {
+  Floats total[R][2] = {};
+  for (int64_t i = 0; i < rows; i += 2) {
+    const __m512i first = load_pairs(block.v[i] + l, lanes_of<DROPS>(block, i, l, count));
+    const __m512i second = i + 1 < rows ? load_pairs(block.v[i + 1] + l, lanes_of<DROPS>(block, i + 1, l, count)) : __m512i{};
+    const __m512i low = _mm512_unpacklo_epi16(first, second), high = _mm512_unpackhi_epi16(first, second);
     for (int r = 0; r < R; ++r) {
-      for (int j = 0; j < VECTORS; ++j) total[r][j] += coefficients[i][r] * value[j];
+      const __m512i c = _mm512_set1_epi32(static_cast<int>(coefficients[i / 2][r]));
+      total[r][0] = dot(total[r][0], low, c);
+      total[r][1] = dot(total[r][1], high, c);
     }
   }
+  // unpack works within quarters: a quarter of `low` holds the first four of its eight columns, of `high` the others.
+  const __m512i left = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i right = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
   for (int r = 0; r < R; ++r) {
-    float* sum = gradient + r * stride;
-    for (int j = 0; j < VECTORS; ++j) store(sum + j * WIDTH, load(sum + j * WIDTH) + total[r][j]);
+    float* sum = gradient + r * stride + l;
+    store(sum, load(sum) + factor * (Floats)_mm512_permutex2var_ps((__m512)total[r][0], left, (__m512)total[r][1]));
+    store(sum + WIDTH, load(sum + WIDTH) + factor * (Floats)_mm512_permutex2var_ps((__m512)total[r][0], right, (__m512)total[r][1]));
   }
 }
 
-/// out[i][l] = sum over ranks of coefficients[i][r] panel[r][l], for I x VECTORS vectors.
-template <int I>
-void expand_tile(const float* const* coefficients, int64_t rank, const float* panel, int64_t stride, float* const* out) {
-  Floats total[I][VECTORS] = {};
-  for (int64_t r = 0; r < rank; ++r) {
-    Floats p[VECTORS];
-    for (int j = 0; j < VECTORS; ++j) p[j] = load(panel + r * stride + j * WIDTH);
+template <int I, int V, bool DROPS, int COUNT>
+void add_tile(
+    const Block<BFloat16, COUNT>& block, int64_t l, int64_t count, const BFloat16* const* coefficients, int64_t rank, const uint32_t* panel,
+    int64_t stride, float factor) {
+  Floats total[I][V] = {};
+  for (int64_t pair = 0; 2 * pair < rank; ++pair) {
+    __m512i p[V];
+    for (int j = 0; j < V; ++j) p[j] = _mm512_loadu_si512(panel + pair * stride + l + j * WIDTH);
     for (int i = 0; i < I; ++i) {
-      for (int j = 0; j < VECTORS; ++j) total[i][j] += coefficients[i][r] * p[j];
+      uint32_t both;
+      __builtin_memcpy(&both, coefficients[i] + 2 * pair, sizeof(both));
+      const __m512i c = _mm512_set1_epi32(static_cast<int>(both));
+      for (int j = 0; j < V; ++j) total[i][j] = dot(total[i][j], p[j], c);
     }
   }
   for (int i = 0; i < I; ++i) {
-    for (int j = 0; j < VECTORS; ++j) store(out[i] + j * WIDTH, total[i][j]);
+    for (int j = 0; j < V; ++j) add_to<DROPS>(block, i, l + j * WIDTH, V == 1 ? count : WIDTH, factor * total[i][j]);
+  }
+}
+#endif
+
+template <bool DROPS, class T>
+void gradient_of_block(
+    const Block<const T, ROW_BLOCK>& block, int64_t rows, int64_t columns, const Small<T>* const* coefficients, int64_t rank, float factor,
+    float* gradient, int64_t stride) {
+  if constexpr (DOTS<T>) {
+#if defined(__AVX512BF16__)
+    for (int64_t r = 0; r < rank; r += PAIR_RANKS) {
+      alignas(64) uint32_t pairs[ROW_BLOCK / 2][PAIR_RANKS];
+      for (int64_t i = 0; i < rows; i += 2) {
+        const __m128i first = read<__m128i>(coefficients[i] + r);
+        const __m128i second = i + 1 < rows ? read<__m128i>(coefficients[i + 1] + r) : __m128i{};
+        write(pairs[i / 2], _mm_unpacklo_epi16(first, second));
+        write(pairs[i / 2] + 4, _mm_unpackhi_epi16(first, second));
+      }
+      with_count<PAIR_RANKS>(at_most(PAIR_RANKS, rank - r), [&](auto ranks) {
+        for (int64_t l = 0; l < columns; l += 32) {
+          gradient_pairs<ranks(), DROPS>(block, rows, l, columns - l, pairs, factor, gradient + r * stride, stride);
+        }
+      });
+    }
+#endif
+  } else {
+    int64_t l = 0;
+    for (; l + VECTORS * WIDTH <= columns; l += VECTORS * WIDTH) {
+      for (int64_t r = 0; r < rank; r += RANKS) {
+        with_count<RANKS>(at_most(RANKS, rank - r), [&](auto ranks) {
+          gradient_tile<ranks(), VECTORS, DROPS>(block, rows, l, WIDTH, coefficients, r, factor, gradient, stride);
+        });
+      }
+    }
+    for (; l < columns; l += WIDTH) {
+      for (int64_t r = 0; r < rank; r += RANKS) {
+        with_count<RANKS>(at_most(RANKS, rank - r), [&](auto ranks) {
+          gradient_tile<ranks(), 1, DROPS>(block, rows, l, columns - l, coefficients, r, factor, gradient, stride);
+        });
+      }
+    }
   }
 }
 
-/// Calls body with the compile-time number that equals count, 1 to MOST.
-template <int MOST, class Body>
-inline void with_count(int64_t count, const Body& body) {
-  if constexpr (MOST > 1) {
-    if (count < MOST) return with_count<MOST - 1>(count, body);
-  }
-  body(std::integral_constant<int, MOST>{});
-}
-
-template <class T>
+template <bool DROPS, class T>
 void read_cell(const Read& pass, const Segment& segment, const Cell& cell) {
-  alignas(64) float tile[ROW_BLOCK * COLUMN_BLOCK];
-  alignas(64) uint32_t keep[COLUMN_BLOCK];
-  const int64_t groups = (pass.width + 7) / 8;
-  const float* panel = pass.panel ? pass.panel + segment.panel_row * pass.panel_stride : nullptr;
-  float* gradient = pass.coefficients ? pass.gradient + segment.panel_row * pass.panel_stride : nullptr;
-  const bool drops = segment.threshold != 0;
+  const Small<T>* panel = static_cast<const Small<T>*>(pass.panel);
+  if (panel) panel += segment.panel_row * pass.panel_stride;
+  float* gradient = pass.coefficients ? pass.gradient + segment.panel_row * pass.gradient_stride : nullptr;
+  const float factor = DROPS ? segment.factor : 1;
   for (int64_t column = cell.column_begin; column < cell.column_end; column += COLUMN_BLOCK) {
     const int64_t columns = at_most(COLUMN_BLOCK, cell.column_end - column);
-    const int64_t padded = round_up(columns, COLUMN_UNIT);
+    const bool first = column == cell.column_begin;
     for (int64_t place = cell.begin; place < cell.end; place += ROW_BLOCK) {
       const int64_t rows = at_most(ROW_BLOCK, cell.end - place);
-      const float* v[ROW_BLOCK];
-      const float* coefficients[ROW_BLOCK];
+      Block<const T, ROW_BLOCK> block;
+      const Small<T>* coefficients[ROW_BLOCK];
       float* projected[ROW_BLOCK];
+      block.column = column;
       for (int64_t i = 0; i < rows; ++i) {
-        const int64_t row = row_at(pass, place + i);
-        if (drops) draw_keep(pass.seed, segment.threshold, row, groups, column, column + columns, keep);
-        const T* from = static_cast<const T*>(pass.v) + row * pass.stride + column;
-        widen(from, columns, drops ? keep : nullptr, segment.factor, tile + i * COLUMN_BLOCK);
-        v[i] = tile + i * COLUMN_BLOCK;
-        if (gradient) coefficients[i] = pass.coefficients + row * pass.coefficient_stride;
+        const int64_t row = row_at(pass.order, place + i);
+        block.v[i] = static_cast<const T*>(pass.v) + row * pass.stride + column;
+        if (DROPS) block.keep[i] = pass.keep + row * pass.keep_stride;
+        if (gradient) coefficients[i] = static_cast<const Small<T>*>(pass.coefficients) + row * pass.coefficient_stride;
         if (panel) projected[i] = pass.projected + row * pass.projected_stride;
       }
-      const bool first = column == cell.column_begin;
-      for (int64_t r = 0; panel && r < segment.rank; r += RANKS) {
-        const float* ranks_of_panel = panel + r * pass.panel_stride + column;
-        with_count<RANKS>(at_most(RANKS, segment.rank - r), [&](auto ranks) {
-          for (int64_t i = 0; i < rows; i += ROWS) {
+      for (int64_t i = 0; panel && i < rows; i += ROWS) {
+        with_count<ROWS>(at_most(ROWS, rows - i), [&](auto count) {
+          for (int64_t r = 0; r < segment.rank; r += RANKS) {
             float* out[ROWS];
-            for (int64_t k = 0; k < at_most(ROWS, rows - i); ++k) out[k] = projected[i + k] + r;
-            with_count<ROWS>(at_most(ROWS, rows - i), [&](auto count) {
-              project_tile<count(), ranks()>(v + i, ranks_of_panel, pass.panel_stride, padded, out, first);
+            for (int k = 0; k < count(); ++k) out[k] = projected[i + k] + r;
+            with_count<RANKS>(at_most(RANKS, segment.rank - r), [&](auto ranks) {
+              project_tile<count(), ranks(), DROPS>(
+                  block, i, panel + r * pass.panel_stride + column, pass.panel_stride, columns, factor, first, out);
             });
           }
         });
       }
-      for (int64_t r = 0; gradient && r < segment.rank; r += RANKS) {
-        const float* factors[ROW_BLOCK];
-        for (int64_t i = 0; i < rows; ++i) factors[i] = coefficients[i] + r;
-        with_count<RANKS>(at_most(RANKS, segment.rank - r), [&](auto ranks) {
-          for (int64_t l = 0; l < padded; l += VECTORS * WIDTH) {
-            const float* values[ROW_BLOCK];
-            for (int64_t i = 0; i < rows; ++i) values[i] = v[i] + l;
-            gradient_tile<ranks()>(values, factors, rows, gradient + r * pass.panel_stride + column + l, pass.panel_stride);
-          }
-        });
+      if (gradient) {
+        gradient_of_block<DROPS, T>(block, rows, columns, coefficients, segment.rank, factor, gradient + column, pass.gradient_stride);
       }
     }
   }
 }
 
-/// to[0 : count] += factor · change, dropped where a mask is given.
-template <class T>
-void add_row(T* to, int64_t count, const float* change, const uint32_t* keep, float factor) {
-  const auto changed = [&](int64_t i, Floats old) {
-    const Floats value = load(change + i) * factor;
-    return keep ? old + (Floats)((Words)value & read<Words>(keep + i)) : old + value;
-  };
-  int64_t i = 0;
-  for (; i + WIDTH <= count; i += WIDTH) store(to + i, changed(i, load(to + i)));
-  if (i < count) store_some(to + i, changed(i, load_some(to + i, count - i)), count - i);
-}
-
-template <class T>
+template <bool DROPS, class T>
 void add_cell(const Add& pass, const Segment& segment, const Cell& cell) {
-  alignas(64) float change[ROWS * COLUMN_BLOCK];
-  alignas(64) uint32_t keep[COLUMN_BLOCK];
-  const int64_t groups = (pass.width + 7) / 8;
-  const float* panel = pass.panel + segment.panel_row * pass.panel_stride;
-  const bool drops = segment.threshold != 0;
+  using Panel = std::conditional_t<DOTS<T>, uint32_t, float>;
+  const Panel* panel = static_cast<const Panel*>(pass.panel) + (DOTS<T> ? segment.pair_row : segment.panel_row) * pass.panel_stride;
   for (int64_t column = cell.column_begin; column < cell.column_end; column += COLUMN_BLOCK) {
     const int64_t columns = at_most(COLUMN_BLOCK, cell.column_end - column);
     for (int64_t place = cell.begin; place < cell.end; place += ROWS) {
       const int64_t rows = at_most(ROWS, cell.end - place);
-      const float* coefficients[ROWS];
-      for (int64_t i = 0; i < rows; ++i) coefficients[i] = pass.coefficients + row_at(pass, place + i) * pass.coefficient_stride;
+      Block<T, ROWS> block;
+      const Small<T>* coefficients[ROWS];
+      block.column = column;
+      for (int64_t i = 0; i < rows; ++i) {
+        const int64_t row = row_at(pass.order, place + i);
+        block.v[i] = static_cast<T*>(pass.v) + row * pass.stride + column;
+        if (DROPS) block.keep[i] = pass.keep + row * pass.keep_stride;
+        coefficients[i] = static_cast<const Small<T>*>(pass.coefficients) + row * pass.coefficient_stride;
+      }
       with_count<ROWS>(rows, [&](auto count) {
-        for (int64_t l = 0; l < columns; l += VECTORS * WIDTH) {
-          float* out[ROWS];
-          for (int64_t i = 0; i < rows; ++i) out[i] = change + i * COLUMN_BLOCK + l;
-          expand_tile<count()>(coefficients, segment.rank, panel + column + l, pass.panel_stride, out);
+        int64_t l = 0;
+        for (; l + VECTORS * WIDTH <= columns; l += VECTORS * WIDTH) {
+          add_tile<count(), VECTORS, DROPS>(
+              block, l, WIDTH, coefficients, segment.rank, panel + column, pass.panel_stride, segment.factor);
+        }
+        for (; l < columns; l += WIDTH) {
+          add_tile<count(), 1, DROPS>(
+              block, l, columns - l, coefficients, segment.rank, panel + column, pass.panel_stride, segment.factor);
         }
       });
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t row = row_at(pass, place + i);
-        if (drops) draw_keep(pass.seed, segment.threshold, row, groups, column, column + columns, keep);
-        T* to = static_cast<T*>(pass.v) + row * pass.stride + column;
-        add_row(to, columns, change + i * COLUMN_BLOCK, drops ? keep : nullptr, segment.factor);
-      }
     }
   }
 }
 
-void read_pass(const Read& pass, const Segment& segment, const Cell& cell) {
-  switch (pass.kind) {
-    case Kind::FLOAT32: return read_cell<float>(pass, segment, cell);
-    case Kind::BFLOAT16: return read_cell<BFloat16>(pass, segment, cell);
-    case Kind::FLOAT16: return read_cell<Float16>(pass, segment, cell);
+/// Calls body(whether elements are dropped, a null pointer of v's type).
+template <class Pass, class Body>
+void with_types(const Pass& pass, const Segment& segment, const Body& body) {
+  const auto with_drops = [&](auto drops) {
+    switch (pass.kind) {
+      case Kind::FLOAT32: return body(drops, static_cast<float*>(nullptr));
+      case Kind::BFLOAT16: return body(drops, static_cast<BFloat16*>(nullptr));
+      case Kind::FLOAT16: return body(drops, static_cast<Float16*>(nullptr));
+    }
+  };
+  if (pass.keep && segment.threshold != 0) return with_drops(std::true_type{});
+  with_drops(std::false_type{});
+}
+
+void draw(const Draw& pass, const Segment& segment, const Cell& cell) {
+  for (int64_t place = cell.begin; place < cell.end; ++place) {
+    const int64_t row = row_at(pass.order, place);
+    draw_keep(
+        pass.seed, segment.threshold, row, (pass.width + 7) / 8, cell.column_begin, cell.column_end, pass.keep + row * pass.keep_stride);
   }
 }
 
+void read_pass(const Read& pass, const Segment& segment, const Cell& cell) {
+  with_types(pass, segment, [&](auto drops, auto* type) { read_cell<drops(), std::remove_pointer_t<decltype(type)>>(pass, segment, cell); });
+}
+
 void add_pass(const Add& pass, const Segment& segment, const Cell& cell) {
-  switch (pass.kind) {
-    case Kind::FLOAT32: return add_cell<float>(pass, segment, cell);
-    case Kind::BFLOAT16: return add_cell<BFloat16>(pass, segment, cell);
-    case Kind::FLOAT16: return add_cell<Float16>(pass, segment, cell);
-  }
+  with_types(pass, segment, [&](auto drops, auto* type) { add_cell<drops(), std::remove_pointer_t<decltype(type)>>(pass, segment, cell); });
+}
+
+void narrow(const float* from, int64_t count, uint16_t* to) {
+  BFloat16* numbers = reinterpret_cast<BFloat16*>(to);
+  int64_t i = 0;
+  for (; i + WIDTH <= count; i += WIDTH) store(numbers + i, load(from + i));
+  if (i < count) store_some(numbers + i, load_some(from + i, count - i), count - i);
 }
 
 }  // namespace
@@ -218,6 +364,6 @@ void add_pass(const Add& pass, const Segment& segment, const Cell& cell) {
 #define FASTLORA_TEXT(name) #name
 #define FASTLORA_NAME_OF(name) FASTLORA_TEXT(name)
 extern const Kernels passes;
-const Kernels passes = {FASTLORA_NAME_OF(FASTLORA_ISA), read_pass, add_pass};
+const Kernels passes = {FASTLORA_NAME_OF(FASTLORA_ISA), HAS_DOTS, draw, read_pass, add_pass, narrow, few_rows};
 
 }  // namespace fastlora::FASTLORA_ISA

@@ -3,9 +3,13 @@
 //     read    v [M, L] -> projected = d(v) Pᵀ [M, R]  and  gradient = cᵀ d(v) [R, L], either or both
 //     add     v [M, L] += s d'(c P)
 //
-// with a panel P [R, L] in float32 (A, or Bᵀ) and coefficients c [M, R] in float32. Kernels work on one cell of the problem,
-// a range of rows and a range of columns, alone and in a fixed order; who calls them splits the work and sums the cells.
+// with a panel P [R, L] (A, or Bᵀ), coefficients c [M, R], and dropout's mask as one bit an element, which `draw` draws. Kernels work on one
+// cell of the problem, a range of rows and a range of columns, alone and in a fixed order; who calls them splits the work and sums the cells.
 // No torch here: adapter_passes.cpp is compiled once per instruction set.
+//
+// Panels and coefficients are float32; where v is bfloat16 and the instruction set has dot products of it (`Kernels::dots`), they are
+// bfloat16: a read's panel by row, an add's with two ranks side by side (pair [ceil(R / 2), L] of 32 bits), coefficients with zeros up to a
+// multiple of COEFFICIENT_UNIT.
 #pragma once
 
 #include <cstdint>
@@ -19,6 +23,7 @@ struct Segment {
   int64_t begin, end;   // places in the order of rows
   int64_t rank;
   int64_t panel_row;    // its first row in the stacked panels [sum R_i, L]
+  int64_t pair_row;     // and where ranks lie in pairs [sum ceil(R_i / 2), L]
   uint32_t threshold;   // half-words below it are dropped; 0: no dropout
   float factor;         // of a kept element in a read with dropout; of everything that is added
 };
@@ -27,42 +32,77 @@ struct Segment {
 struct Rows {
   Kind kind;
   int64_t stride;        // elements from one row of v to the next
-  int64_t width;         // L
   const int64_t* order;  // the row at each place; null: row i is at place i
-  uint64_t seed;
+  const uint8_t* keep;   // [M, keep_stride], bit l of a row for column l; null: nothing is dropped
+  int64_t keep_stride;
+  const void* panel;     // a read's may be null: nothing is projected
   int64_t panel_stride;
+  const void* coefficients;  // a read's may be null: there is no gradient
   int64_t coefficient_stride;
 };
 
 struct Read : Rows {
   const void* v;
-  const float* panel;         // null: nothing is projected
-  float* projected;           // [M, projected_stride], by row
+  float* projected;  // [M, projected_stride], by row
   int64_t projected_stride;
-  const float* coefficients;  // null: there is no gradient
-  float* gradient;            // [sum R_i, panel_stride], added to
+  float* gradient;  // [sum R_i, gradient_stride], added to
+  int64_t gradient_stride;
 };
 
 struct Add : Rows {
   void* v;
-  const float* panel;
-  const float* coefficients;
 };
 
-constexpr int64_t COLUMN_UNIT = 64;  // cells begin at a multiple of this; panels are padded with zeros to one
+/// The mask of reference.py::keep_mask for rows of `width` columns.
+struct Draw {
+  uint64_t seed;
+  int64_t width;
+  const int64_t* order;
+  uint8_t* keep;
+  int64_t keep_stride;
+};
+
+constexpr int64_t COLUMN_UNIT = 64;      // cells begin at a multiple of this; panels and rows of bits are padded to one
+constexpr int64_t COEFFICIENT_UNIT = 8;  // bfloat16 coefficients are padded to a multiple of this
 
 struct Cell {
-  int64_t begin, end;                // places, within the segment
+  int64_t begin, end;  // places, within the segment
   int64_t column_begin, column_end;
 };
 
-struct Kernels {
-  const char* isa;
-  void (*read)(const Read&, const Segment&, const Cell&);
-  void (*add)(const Add&, const Segment&, const Cell&);
+/// y [rows, N] = x Wᵀ + b, and + xa_i B_iᵀ where a row has an adapter; for 1 to FEW_ROWS rows, each read of W serving all of them.
+struct FewRows {
+  Kind kind;
+  int64_t rows, in;       // K
+  const void* x;          // [rows, K], a row every x_stride elements
+  int64_t x_stride;
+  const void* weight;     // [N, K], a row every weight_stride elements; or a column, where `by_column`
+  int64_t weight_stride;
+  bool by_column;
+  const void* bias;       // [N] or null
+  void* y;                // [rows, N] of `kind`; or, where `wide`, of float
+  int64_t y_stride;
+  bool wide;
+  Kind adapter_kind;
+  const float* xa;        // [rows, xa_stride], scaled; null: no adapters
+  int64_t xa_stride;
+  const void* const* lora_b;  // B_i [N, R_i] of each row, dense; null for a row without an adapter
+  const int64_t* rank;        // R_i of each row
 };
 
-/// The kernels for the instruction set that this machine has, or that FASTLORA_ISA (portable, avx2, avx512) names.
+constexpr int64_t FEW_ROWS = 8;
+
+struct Kernels {
+  const char* isa;
+  bool dots;
+  void (*draw)(const Draw&, const Segment&, const Cell&);
+  void (*read)(const Read&, const Segment&, const Cell&);
+  void (*add)(const Add&, const Segment&, const Cell&);
+  void (*narrow)(const float* from, int64_t count, uint16_t* to);               // to bfloat16
+  void (*few_rows)(const FewRows&, int64_t column_begin, int64_t column_end);  // columns of y
+};
+
+/// The kernels for the instruction set that this machine has, or that FASTLORA_ISA (portable, avx2, avx512, avx512bf16) names.
 const Kernels& kernels();
 
 }  // namespace fastlora

@@ -55,61 +55,127 @@ void with_type(const Tensor& tensor, const Body& body) {
 
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
-/// Zeros for the small matrices of all adapters in float32, one below the other: [sum R_i, columns rounded up to COLUMN_UNIT].
-Tensor new_panels(const Tensor& like, const Adapters& adapters, int64_t columns) {
-  const std::array<int64_t, 2> sizes{adapters.all_ranks(), round_up(columns, COLUMN_UNIT)};
-  return torch::stable::new_zeros(like, sizes, ScalarType::Float);
+/// Whether the passes over v take bfloat16 panels and coefficients.
+bool takes_dots(const Tensor& v) { return kernels().dots && kind_of(v) == Kind::BFLOAT16; }
+
+int64_t bits_stride(int64_t columns) { return round_up(columns, COLUMN_UNIT) / 8; }
+
+/// Calls body(begin, end) for runs of at most TILE columns, so that what a transposition touches stays in the first-level cache.
+template <class Body>
+void for_column_tiles(int64_t columns, int64_t rank, const Body& body) {
+  constexpr int64_t TILE = 32;
+  const int64_t tiles = (columns + TILE - 1) / TILE;
+  parallel_for(0, tiles, GRAIN / (TILE * rank) + 1, [&](int64_t first, int64_t last) {
+    for (int64_t tile = first; tile < last; ++tile) body(tile * TILE, std::min((tile + 1) * TILE, columns));
+  });
 }
 
-/// to[r][l] = from[r · rank_stride + l · column_stride].
-template <class T>
-void pack(const T* from, int64_t rank_stride, int64_t column_stride, int64_t rank, int64_t columns, float* to, int64_t stride) {
-  parallel_for(0, columns, GRAIN / rank + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t l = begin; l < end; ++l) {
-      for (int64_t r = 0; r < rank; ++r) to[r * stride + l] = static_cast<float>(from[r * rank_stride + l * column_stride]);
+using torch::headeronly::BFloat16;
+
+/// One adapter's matrix, A [R, K] or B [N, R], as a panel [R, columns].
+struct Source {
+  const Tensor& matrix;
+  int64_t rank, columns, rank_stride, column_stride;
+};
+
+/// to[r][l] = from[r][l] in To; zeros up to the stride.
+template <class T, class To>
+void pack_rows(const Source& from, To* to, int64_t stride) {
+  const T* values = static_cast<const T*>(from.matrix.const_data_ptr());
+  for_column_tiles(from.columns, from.rank, [&](int64_t begin, int64_t end) {
+    const int64_t limit = end == from.columns ? stride : end;
+    for (int64_t r = 0; r < from.rank; ++r) {
+      const T* row = values + r * from.rank_stride;
+      for (int64_t l = begin; l < end; ++l) to[r * stride + l] = static_cast<To>(static_cast<float>(row[l * from.column_stride]));
+      for (int64_t l = end; l < limit; ++l) to[r * stride + l] = To(0.0f);
     }
   });
 }
 
-/// A_i, one below the other.
-Tensor pack_a(const Adapters& adapters) {
-  const int64_t K = adapters.a[0].size(1);
-  const Tensor panels = new_panels(adapters.a[0], adapters, K);
-  float* to = floats(panels);
-  for (const Tensor& a : adapters.a) {
-    with_type(a, [&](auto* type) {
+/// Ranks 2 p and 2 p + 1 of each column beside one another: to[p][l]; zeros where there is no rank, and up to the stride.
+template <class T>
+void pack_pairs(const Source& from, uint32_t* to, int64_t stride) {
+  const T* values = static_cast<const T*>(from.matrix.const_data_ptr());
+  const auto bits = [&](int64_t r, int64_t l) -> uint32_t {
+    return r < from.rank ? BFloat16(static_cast<float>(values[r * from.rank_stride + l * from.column_stride])).x : 0;
+  };
+  for_column_tiles(from.columns, from.rank, [&](int64_t begin, int64_t end) {
+    const int64_t limit = end == from.columns ? stride : end;
+    for (int64_t r = 0; r < from.rank; r += 2) {
+      uint32_t* row = to + r / 2 * stride;
+      for (int64_t l = begin; l < end; ++l) row[l] = bits(r, l) | bits(r + 1, l) << 16;
+      for (int64_t l = end; l < limit; ++l) row[l] = 0;
+    }
+  });
+}
+
+enum class Panels { FLOATS, DOTS, PAIRS };  // what adapter_passes.h asks for: float32; bfloat16 by row; bfloat16 with two ranks beside
+
+int64_t panel_rows(const Source& from, Panels format) { return format == Panels::PAIRS ? (from.rank + 1) / 2 : from.rank; }
+
+/// The panels of all adapters, one below the other.
+Tensor pack(const std::vector<Source>& sources, Panels format) {
+  const int64_t stride = round_up(sources[0].columns, COLUMN_UNIT);
+  int64_t rows = 0;
+  for (const Source& from : sources) rows += panel_rows(from, format);
+  const ScalarType dtype = format == Panels::FLOATS ? ScalarType::Float : format == Panels::DOTS ? ScalarType::BFloat16 : ScalarType::Int;
+  const Tensor panels = torch::stable::new_empty(sources[0].matrix, std::array<int64_t, 2>{rows, stride}, dtype);
+  void* to = panels.mutable_data_ptr();
+  int64_t row = 0;
+  for (const Source& from : sources) {
+    with_type(from.matrix, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      pack(static_cast<const T*>(a.const_data_ptr()), a.stride(0), a.stride(1), a.size(0), K, to, panels.size(1));
+      switch (format) {
+        case Panels::FLOATS: return pack_rows<T>(from, static_cast<float*>(to) + row * stride, stride);
+        case Panels::DOTS: return pack_rows<T>(from, static_cast<BFloat16*>(to) + row * stride, stride);
+        case Panels::PAIRS: return pack_pairs<T>(from, static_cast<uint32_t*>(to) + row * stride, stride);
+      }
     });
-    to += a.size(0) * panels.size(1);
+    row += panel_rows(from, format);
   }
   return panels;
 }
 
-/// B_iᵀ, one below the other.
-Tensor pack_b(const Adapters& adapters) {
-  const int64_t N = adapters.b[0].size(0);
-  const Tensor panels = new_panels(adapters.b[0], adapters, N);
-  float* to = floats(panels);
-  for (const Tensor& b : adapters.b) {
-    with_type(b, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      pack(static_cast<const T*>(b.const_data_ptr()), b.stride(1), b.stride(0), b.size(1), N, to, panels.size(1));
-    });
-    to += b.size(1) * panels.size(1);
-  }
-  return panels;
+/// A_i.
+Tensor pack_a(const Adapters& adapters, Panels format) {
+  std::vector<Source> sources;
+  for (const Tensor& a : adapters.a) sources.push_back({a, a.size(0), a.size(1), a.stride(0), a.stride(1)});
+  return pack(sources, format);
+}
+
+/// B_iᵀ.
+Tensor pack_b(const Adapters& adapters, Panels format) {
+  std::vector<Source> sources;
+  for (const Tensor& b : adapters.b) sources.push_back({b, b.size(1), b.size(0), b.stride(1), b.stride(0)});
+  return pack(sources, format);
+}
+
+/// Coefficients [M, R] as the passes over v take them: float32 as they are, or bfloat16 with zeros up to a multiple of COEFFICIENT_UNIT.
+Tensor coefficients_for(const Tensor& v, const Tensor& coefficients) {
+  if (!takes_dots(v)) return coefficients;
+  const int64_t M = coefficients.size(0), R = coefficients.size(1), stride = round_up(R, COEFFICIENT_UNIT);
+  const Tensor narrow = torch::stable::new_zeros(coefficients, std::array<int64_t, 2>{M, stride}, ScalarType::BFloat16);
+  const float* from = floats(coefficients);
+  uint16_t* to = static_cast<uint16_t*>(narrow.mutable_data_ptr());
+  parallel_for(0, M, GRAIN / R + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) kernels().narrow(from + i * coefficients.stride(0), R, to + i * stride);
+  });
+  return narrow;
+}
+
+/// Zeros for gradients in the form of panels: [sum R_i, columns rounded up to COLUMN_UNIT] float32.
+Tensor new_gradients(const Tensor& like, const Adapters& adapters, int64_t columns) {
+  const std::array<int64_t, 2> sizes{adapters.all_ranks(), round_up(columns, COLUMN_UNIT)};
+  return torch::stable::new_zeros(like, sizes, ScalarType::Float);
 }
 
 /// to[r · rank_stride + l · column_stride] = factor · from[r][l].
 template <class T>
 void unpack(
     const float* from, int64_t stride, int64_t rank, int64_t columns, float factor, T* to, int64_t rank_stride, int64_t column_stride) {
-  parallel_for(0, columns, GRAIN / rank + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t l = begin; l < end; ++l) {
-      for (int64_t r = 0; r < rank; ++r) {
-        to[r * rank_stride + l * column_stride] = static_cast<T>(factor * from[r * stride + l]);
-      }
+  for_column_tiles(columns, rank, [&](int64_t begin, int64_t end) {
+    for (int64_t r = 0; r < rank; ++r) {
+      for (int64_t l = begin; l < end; ++l) to[r * rank_stride + l * column_stride] = static_cast<T>(factor * from[r * stride + l]);
     }
   });
 }
@@ -203,41 +269,53 @@ void sum_parts(const Tensor& parts, float* total) {
   });
 }
 
-Rows rows_of(const Tensor& v, const Batch& batch, const Adapters& adapters) {
-  Rows rows;
-  rows.kind = kind_of(v);
-  rows.stride = v.stride(0);
-  rows.width = v.size(1);
-  rows.order = batch.order;
-  rows.seed = adapters.seed ? static_cast<uint64_t>(*adapters.seed->const_data_ptr<int64_t>()) : 0;
-  return rows;
+/// What draw has drawn: bits [M, bits_stride], or none.
+using Keep = std::optional<Tensor>;
+
+/// Dropout's mask for the rows of the batch, of `columns` elements each.
+Keep draw(const Tensor& like, int64_t columns, const Batch& batch, const Adapters& adapters) {
+  const bool drops = std::any_of(batch.segments.begin(), batch.segments.end(), [](const Segment& segment) { return segment.threshold != 0; });
+  if (!drops || place_count(batch) == 0) return std::nullopt;
+  const Tensor keep = torch::stable::new_empty(like, std::array<int64_t, 2>{like.size(0), bits_stride(columns)}, ScalarType::Byte);
+  const uint64_t seed = static_cast<uint64_t>(*adapters.seed->const_data_ptr<int64_t>());
+  const Draw pass{seed, columns, batch.order, static_cast<uint8_t*>(keep.mutable_data_ptr()), keep.size(1)};
+  const Grid grid = cut(place_count(batch) * columns, place_count(batch), columns, 0, 0);
+  for_each_cell(batch, grid, columns, [&](const Segment& segment, const Cell& cell, int64_t, int64_t) {
+    if (segment.threshold != 0) kernels().draw(pass, segment, cell);
+  });
+  return keep;
 }
 
-Segment without_dropout(Segment segment, double factor) {
-  segment.threshold = 0;
-  segment.factor = static_cast<float>(factor);
-  return segment;
+Rows rows_of(const Tensor& v, const Batch& batch, const Keep& keep) {
+  Rows rows{};
+  rows.kind = kind_of(v);
+  rows.stride = v.stride(0);
+  rows.order = batch.order;
+  rows.keep = keep ? keep->const_data_ptr<uint8_t>() : nullptr;
+  rows.keep_stride = keep ? keep->size(1) : 0;
+  return rows;
 }
 
 /// One pass over v [M, L]: projected [M, max R_i] = d(v) P_iᵀ if there are panels, gradient [sum R_i, L] = c_iᵀ d(v) if there are
 /// coefficients.
 void read(
-    const Tensor& v, const Batch& batch, const Adapters& adapters, bool drop, const Tensor* panels, const Tensor* projected,
+    const Tensor& v, const Batch& batch, const Adapters& adapters, const Keep& keep, const Tensor* panels, const Tensor* projected,
     const Tensor* coefficients, const Tensor* gradient) {
   if (place_count(batch) == 0) return;
   const int64_t M = v.size(0), L = v.size(1), most = adapters.most_ranks(), stride = round_up(L, COLUMN_UNIT);
   const int64_t work = place_count(batch) * L * most;
   const Grid grid = cut(work, place_count(batch), L, gradient ? adapters.all_ranks() * L : 0, projected ? M * most : 0);
 
-  Read pass{rows_of(v, batch, adapters)};
+  Read pass{rows_of(v, batch, keep)};
   pass.v = v.const_data_ptr();
+  pass.panel = panels ? panels->const_data_ptr() : nullptr;
   pass.panel_stride = stride;
-  pass.panel = panels ? floats(*panels) : nullptr;
   pass.projected = projected ? floats(*projected) : nullptr;
   pass.projected_stride = most;
-  pass.coefficients = coefficients ? floats(*coefficients) : nullptr;
+  pass.coefficients = coefficients ? coefficients->const_data_ptr() : nullptr;
   pass.coefficient_stride = coefficients ? coefficients->stride(0) : 0;
   pass.gradient = gradient ? floats(*gradient) : nullptr;
+  pass.gradient_stride = stride;
 
   std::optional<Tensor> projected_parts, gradient_parts;
   if (projected && grid.column_parts > 1) {
@@ -252,20 +330,21 @@ void read(
     Read part = pass;
     if (projected_base) part.projected = projected_base + j * M * most;
     if (gradient_base) part.gradient = gradient_base + i * adapters.all_ranks() * stride;
-    kernels().read(part, drop ? segment : without_dropout(segment, 1), cell);
+    kernels().read(part, segment, cell);
   });
   if (projected_parts) sum_parts(*projected_parts, pass.projected);
   if (gradient_parts) sum_parts(*gradient_parts, pass.gradient);
 }
 
 /// One pass over v [M, L]: v += d'(c P_i).
-void add(const Tensor& v, const Batch& batch, const Adapters& adapters, const Tensor& coefficients, const Tensor& panels) {
+void add(
+    const Tensor& v, const Batch& batch, const Adapters& adapters, const Keep& keep, const Tensor& coefficients, const Tensor& panels) {
   if (place_count(batch) == 0) return;
-  Add pass{rows_of(v, batch, adapters)};
+  Add pass{rows_of(v, batch, keep)};
   pass.v = v.mutable_data_ptr();
-  pass.panel = floats(panels);
+  pass.panel = panels.const_data_ptr();
   pass.panel_stride = panels.size(1);
-  pass.coefficients = floats(coefficients);
+  pass.coefficients = coefficients.const_data_ptr();
   pass.coefficient_stride = coefficients.stride(0);
   const Grid grid = cut(place_count(batch) * v.size(1) * adapters.most_ranks(), place_count(batch), v.size(1), 0, 0);
   for_each_cell(batch, grid, v.size(1), [&](const Segment& segment, const Cell& cell, int64_t, int64_t) {
@@ -275,7 +354,10 @@ void add(const Tensor& v, const Batch& batch, const Adapters& adapters, const Te
 
 /// The batch with s_i in the place of dropout.
 Batch scaled(Batch batch, const Adapters& adapters) {
-  for (size_t i = 0; i < batch.segments.size(); ++i) batch.segments[i] = without_dropout(batch.segments[i], adapters.scale[i]);
+  for (size_t i = 0; i < batch.segments.size(); ++i) {
+    batch.segments[i].threshold = 0;
+    batch.segments[i].factor = static_cast<float>(adapters.scale[i]);
+  }
   return batch;
 }
 
@@ -295,6 +377,80 @@ void scale_rows(const Tensor& projected, const Batch& batch) {
 
 Tensor new_projection(const Tensor& x, const Adapters& adapters) {
   return torch::stable::new_zeros(x, std::array<int64_t, 2>{x.size(0), adapters.most_ranks()}, ScalarType::Float);
+}
+
+/// Whether `FewRows` takes these: a few dense rows, and a weight that is dense by row or by column.
+bool suits_few_rows(const Tensor& x, const Tensor& weight) {
+  return x.size(0) >= 1 && x.size(0) <= FEW_ROWS && x.size(1) >= 1 && (weight.stride(1) == 1 || weight.stride(0) == 1);
+}
+
+/// Calls the kernel for all columns of y, split over threads.
+void run(const FewRows& task, int64_t columns) {
+  parallel_for(0, columns, GRAIN / task.in + 1, [&](int64_t begin, int64_t end) { kernels().few_rows(task, begin, end); });
+}
+
+FewRows task_of(const Tensor& x, const Tensor& weight) {
+  FewRows task{};
+  task.kind = kind_of(x);
+  task.rows = x.size(0);
+  task.in = x.size(1);
+  task.x = x.const_data_ptr();
+  task.x_stride = x.stride(0);
+  task.weight = weight.const_data_ptr();
+  task.by_column = weight.stride(1) != 1;
+  task.weight_stride = weight.stride(task.by_column ? 1 : 0);
+  return task;
+}
+
+/// y and xa without dropout, A and B read where they lie: nothing is packed.
+std::tuple<Tensor, Tensor> few_rows(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Adapters& adapters, const Batch& batch) {
+  const int64_t M = x.size(0), N = weight.size(0), most = adapters.most_ranks();
+  const Tensor xa = new_projection(x, adapters);
+  const Tensor scaled_xa = new_projection(x, adapters);
+  const Kind adapter_kind = kind_of(adapters.a[0]);
+  const Tensor x_of_adapters = adapter_kind == kind_of(x) ? x : torch::stable::to(x, ScalarType::Float);
+  std::vector<Tensor> held;  // dense copies of what is not dense
+  std::array<const void*, FEW_ROWS> lora_b{};
+  std::array<int64_t, FEW_ROWS> rank{};
+  for (size_t i = 0; i < adapters.a.size(); ++i) {
+    const Segment& segment = batch.segments[i];
+    if (segment.begin == segment.end) continue;
+    held.push_back(with_dense_rows(adapters.a[i]));
+    FewRows task = task_of(x_of_adapters, held.back());
+    held.push_back(torch::stable::contiguous(adapters.b[i]));
+    task.wide = true;
+    task.y_stride = most;
+    const auto project = [&](int64_t row, int64_t rows) {
+      task.rows = rows;
+      task.x = static_cast<const char*>(x_of_adapters.const_data_ptr()) + row * task.x_stride * x_of_adapters.element_size();
+      task.y = floats(xa) + row * most;
+      run(task, segment.rank);
+    };
+    if (!batch.order) project(segment.begin, segment.end - segment.begin);
+    for (int64_t place = segment.begin; place < segment.end; ++place) {
+      const int64_t row = batch.order ? batch.order[place] : place;
+      if (batch.order) project(row, 1);
+      lora_b[row] = held.back().const_data_ptr();
+      rank[row] = segment.rank;
+      for (int64_t r = 0; r < segment.rank; ++r) {
+        floats(scaled_xa)[row * most + r] = static_cast<float>(adapters.scale[i]) * floats(xa)[row * most + r];
+      }
+    }
+  }
+  const Tensor y = torch::stable::new_empty(x, std::array<int64_t, 2>{M, N});
+  FewRows task = task_of(x, weight);
+  if (bias) held.push_back(torch::stable::contiguous(*bias));
+  task.bias = bias ? held.back().const_data_ptr() : nullptr;
+  task.y = y.mutable_data_ptr();
+  task.y_stride = N;
+  task.adapter_kind = adapter_kind;
+  task.xa = floats(scaled_xa);
+  task.xa_stride = most;
+  task.lora_b = lora_b.data();
+  task.rank = rank.data();
+  run(task, N);
+  return {y, xa};
 }
 
 }  // namespace
@@ -363,7 +519,7 @@ void check_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight, con
 
 std::vector<Segment> make_segments(const Adapters& adapters, const std::vector<int64_t>& bounds) {
   std::vector<Segment> segments;
-  int64_t panel_row = 0;
+  int64_t panel_row = 0, pair_row = 0;
   for (size_t i = 0; i < adapters.a.size(); ++i) {
     // reference.py::drop_threshold and keep_scale.
     const int64_t threshold = adapters.seed ? static_cast<int64_t>(65536 * adapters.dropout_p[i] + 0.5) : 0;
@@ -372,10 +528,12 @@ std::vector<Segment> make_segments(const Adapters& adapters, const std::vector<i
     segment.end = bounds[i + 1];
     segment.rank = adapters.a[i].size(0);
     segment.panel_row = panel_row;
+    segment.pair_row = pair_row;
     segment.threshold = static_cast<uint32_t>(threshold);
     segment.factor = threshold < 65536 ? static_cast<float>(65536.0 / static_cast<double>(65536 - threshold)) : 0.0f;
     segments.push_back(segment);
     panel_row += segment.rank;
+    pair_row += (segment.rank + 1) / 2;
   }
   return segments;
 }
@@ -383,39 +541,47 @@ std::vector<Segment> make_segments(const Adapters& adapters, const std::vector<i
 std::tuple<Tensor, Tensor> forward(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Adapters& adapters, const Batch& batch) {
   const Tensor rows = with_dense_rows(x);
+  const Keep keep = draw(rows, rows.size(1), batch, adapters);
+  if (!keep && suits_few_rows(rows, weight)) return few_rows(rows, weight, bias, adapters, batch);
+  const Panels read_format = takes_dots(rows) ? Panels::DOTS : Panels::FLOATS, add_format = takes_dots(rows) ? Panels::PAIRS : Panels::FLOATS;
   const Tensor y = with_dense_rows(linear(rows, weight, bias));
   const Tensor xa = new_projection(x, adapters);
-  const Tensor panel_a = pack_a(adapters);
-  read(rows, batch, adapters, true, &panel_a, &xa, nullptr, nullptr);
-  add(y, scaled(batch, adapters), adapters, xa, pack_b(adapters));
+  const Tensor panel_a = pack_a(adapters, read_format);
+  read(rows, batch, adapters, keep, &panel_a, &xa, nullptr, nullptr);
+  add(y, scaled(batch, adapters), adapters, std::nullopt, coefficients_for(y, xa), pack_b(adapters, add_format));
   return {y, xa};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& dy, const Tensor& x, const Tensor& weight, const Adapters& adapters, const Tensor& xa, const Batch& batch, bool need_dx,
     bool need_da, bool need_db) {
-  const Tensor dy_rows = with_dense_rows(dy), xa_rows = with_dense_rows(xa);
+  const Tensor rows = with_dense_rows(x), dy_rows = with_dense_rows(dy), xa_rows = with_dense_rows(xa);
+  const Panels read_format = takes_dots(rows) ? Panels::DOTS : Panels::FLOATS, add_format = takes_dots(rows) ? Panels::PAIRS : Panels::FLOATS;
   const std::array<int64_t, 1> none{0};
   Tensor dx = torch::stable::new_empty(x, none);
   Tensor da = torch::stable::new_empty(adapters.a[0], none), db = torch::stable::new_empty(adapters.b[0], none);
   const bool need_dxa = need_dx || need_da;
   const Tensor dxa = new_projection(x, adapters);
   if (need_dxa || need_db) {
-    const Tensor panel_b = pack_b(adapters);
-    const Tensor db_panels = new_panels(x, adapters, dy.size(1));
-    read(dy_rows, batch, adapters, false, need_dxa ? &panel_b : nullptr, need_dxa ? &dxa : nullptr, need_db ? &xa_rows : nullptr,
-         need_db ? &db_panels : nullptr);
+    const Tensor panel_b = pack_b(adapters, read_format);
+    const Tensor coefficients = coefficients_for(dy_rows, xa_rows);
+    const Tensor gradient = new_gradients(x, adapters, dy.size(1));
+    read(dy_rows, batch, adapters, std::nullopt, need_dxa ? &panel_b : nullptr, need_dxa ? &dxa : nullptr,
+         need_db ? &coefficients : nullptr, need_db ? &gradient : nullptr);
     if (need_dxa) scale_rows(dxa, scaled(batch, adapters));
-    if (need_db) db = unpack_b(adapters, db_panels);
+    if (need_db) db = unpack_b(adapters, gradient);
   }
+  if (!need_dxa) return {dx, da, db};
+  const Keep keep = draw(rows, rows.size(1), batch, adapters);
+  const Tensor coefficients = coefficients_for(rows, dxa);
   if (need_dx) {
     dx = with_dense_rows(multiply(dy_rows, weight));
-    add(dx, batch, adapters, dxa, pack_a(adapters));
+    add(dx, batch, adapters, keep, coefficients, pack_a(adapters, add_format));
   }
   if (need_da) {
-    const Tensor da_panels = new_panels(x, adapters, x.size(1));
-    read(with_dense_rows(x), batch, adapters, true, nullptr, nullptr, &dxa, &da_panels);
-    da = unpack_a(adapters, da_panels);
+    const Tensor gradient = new_gradients(x, adapters, x.size(1));
+    read(rows, batch, adapters, keep, nullptr, nullptr, &coefficients, &gradient);
+    da = unpack_a(adapters, gradient);
   }
   return {dx, da, db};
 }

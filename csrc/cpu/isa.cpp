@@ -18,6 +18,9 @@ extern const Kernels passes;
 namespace avx512 {
 extern const Kernels passes;
 }
+namespace avx512bf16 {
+extern const Kernels passes;
+}
 #endif
 
 namespace {
@@ -25,12 +28,14 @@ namespace {
 const Kernels& pick() {
   const char* forced = std::getenv("FASTLORA_ISA");
   const std::string name = forced ? forced : "";
-  const bool known = name.empty() || name == "portable" || name == "avx2" || name == "avx512";
-  STD_TORCH_CHECK(known, "FASTLORA_ISA=", name, ": expected portable, avx2 or avx512");
+  const bool known = name.empty() || name == "portable" || name == "avx2" || name == "avx512" || name == "avx512bf16";
+  STD_TORCH_CHECK(known, "FASTLORA_ISA=", name, ": expected portable, avx2, avx512 or avx512bf16");
 #if defined(__x86_64__)
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  const bool has_dots = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  if (has_dots && (name.empty() || name == "avx512bf16")) return avx512bf16::passes;
   if (has_avx512 && (name.empty() || name == "avx512")) return avx512::passes;
   if (has_avx2 && (name.empty() || name == "avx2")) return avx2::passes;
 #endif

@@ -1,4 +1,5 @@
-// The vector layer: loads that widen, stores that round, sums across lanes, and dropout's Philox bits.
+// The vector layer: loads that widen, stores that round, sums across lanes, dropout's Philox bits, and dot products of
+// bfloat16 where the instruction set has them.
 //
 // Included by files that are compiled once per instruction set, with FASTLORA_ISA naming the namespace. No standard library function may be
 // called here: the linker keeps one copy of those, and it could be the one compiled for a newer CPU than the user's.
@@ -56,11 +57,18 @@ inline void store(float* to, Floats value) { write(to, value); }
 
 inline Floats load(const BFloat16* from) { return (Floats)(__builtin_convertvector(read<Halves>(from), Words) << 16); }
 
+#if defined(__AVX512BF16__)
+/// The instructions for bfloat16 round to nearest, ties to even, and take a subnormal number for zero.
+constexpr bool HAS_DOTS = true;
+inline void store(BFloat16* to, Floats value) { write(to, _mm512_cvtneps_pbh((__m512)value)); }
+#else
+constexpr bool HAS_DOTS = false;
 inline void store(BFloat16* to, Floats value) {
   const Words bits = (Words)value;
   const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
   write(to, __builtin_convertvector(choose(value == value, rounded, Words{} + 0x7fc0), Halves));
 }
+#endif
 
 #if defined(__AVX512F__)
 inline Floats load(const Float16* from) { return (Floats)_mm512_cvtph_ps(read<__m256i>(from)); }
@@ -181,18 +189,51 @@ inline void philox(uint64_t seed, uint64_t counter, uint16_t* decisions) {
   write(decisions + DECISIONS / 2, interleave<COUNTERS / 2>(low, high, std::make_integer_sequence<uint64_t, COUNTERS>{}));
 }
 
-/// Masks for columns begin to end of one row (begin a multiple of 8): all ones where dropout keeps the element. `groups` is
-/// ceil(columns of a row / 8). Writes whole calls of philox.
-inline void draw_keep(
-    uint64_t seed, uint32_t threshold, int64_t row, int64_t groups, int64_t begin, int64_t end, uint32_t* keep) {
-  for (int64_t column = begin; column < end; column += DECISIONS, keep += DECISIONS) {
-    uint16_t decisions[DECISIONS];
-    philox(seed, static_cast<uint64_t>(row * groups + column / 8), decisions);
-    for (int i = 0; i < DECISIONS; i += WIDTH) {
-      const Words half_words = __builtin_convertvector(read<Halves>(decisions + i), Words);
-      write(keep + i, (Words)(half_words >= threshold));
+/// Bit i of the result: whether half-word i of DECISIONS is at least the threshold (at most 65535).
+inline uint64_t at_least(const uint16_t* half_words, uint16_t threshold) {
+#if defined(__AVX512BW__)
+  const __m512i limit = _mm512_set1_epi16(static_cast<int16_t>(threshold));
+  const uint64_t low = _mm512_cmpge_epu16_mask(_mm512_loadu_si512(half_words), limit);
+  return low | static_cast<uint64_t>(_mm512_cmpge_epu16_mask(_mm512_loadu_si512(half_words + 32), limit)) << 32;
+#elif defined(__AVX2__)
+  const __m256i limit = _mm256_set1_epi16(static_cast<int16_t>(threshold));
+  const __m256i a = read<__m256i>(half_words), b = read<__m256i>(half_words + 16);
+  const __m256i low = _mm256_cmpeq_epi16(_mm256_max_epu16(a, limit), a), high = _mm256_cmpeq_epi16(_mm256_max_epu16(b, limit), b);
+  const __m256i bytes = _mm256_permute4x64_epi64(_mm256_packs_epi16(low, high), 0xd8);  // packs works within halves
+  return static_cast<uint32_t>(_mm256_movemask_epi8(bytes));
+#else
+  uint64_t bits = 0;
+  for (int i = 0; i < DECISIONS; ++i) bits |= static_cast<uint64_t>(half_words[i] >= threshold) << i;
+  return bits;
+#endif
+}
+
+/// Bit `column` of a row's bits says whether dropout keeps that element. Writes the columns begin to end of one row (begin a multiple of 64), and
+/// whole calls of philox. `groups` is ceil(columns of a row / 8).
+inline void draw_keep(uint64_t seed, uint32_t threshold, int64_t row, int64_t groups, int64_t begin, int64_t end, uint8_t* keep) {
+  for (int64_t column = begin; column < end; column += DECISIONS) {
+    uint16_t half_words[DECISIONS];
+    uint64_t bits = 0;  // threshold 65536 keeps nothing
+    if (threshold < 65536) {
+      philox(seed, static_cast<uint64_t>(row * groups + column / 8), half_words);
+      bits = at_least(half_words, static_cast<uint16_t>(threshold));
     }
+    __builtin_memcpy(keep + column / 8, &bits, DECISIONS / 8);  // the first byte holds the first columns: little-endian machines only
   }
+}
+
+/// value, and zero in the lanes whose bit is not set; `keep` holds the bits of the columns from `column` on, a multiple of WIDTH.
+inline Floats kept(Floats value, const uint8_t* keep, int64_t column) {
+#if defined(__AVX512F__)
+  uint16_t bits;
+  __builtin_memcpy(&bits, keep + column / 8, sizeof(bits));
+  return (Floats)_mm512_maskz_mov_ps(bits, (__m512)value);
+#else
+  Words lane;
+  for (int i = 0; i < WIDTH; ++i) lane[i] = 1u << i;
+  const uint32_t bits = keep[column / 8] >> (column % 8);
+  return (Floats)((Words)value & (Words)(((Words{} + bits) & lane) != 0));
+#endif
 }
 
 }  // namespace FASTLORA_ISA

@@ -1,0 +1,173 @@
+// y = x Wᵀ + b + xa_i B_iᵀ for a few rows: bound by reading W once, whoever computes. Compiled once per instruction set, as vector.h.
+#pragma once
+
+#include <type_traits>
+
+#include "adapter_passes.h"
+#include "vector.h"
+
+namespace fastlora::FASTLORA_ISA {
+namespace {
+
+/// Calls body with the compile-time number that equals count, 1 to MOST.
+template <int MOST, class Body>
+inline void with_count(int64_t count, const Body& body) {
+  if constexpr (MOST > 1) {
+    if (count < MOST) return with_count<MOST - 1>(count, body);
+  }
+  body(std::integral_constant<int, MOST>{});
+}
+
+/// total[i][g] += x[i] · w[g], WIDTH products a lane at a time.
+template <int I, int G, class T>
+inline void dot_rows(const T* const* x, const T* const* w, int64_t K, Floats (*total)[G]) {
+  int64_t l = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const auto step = [&](__mmask32 lanes) {
+      __m512bh rows[G];
+      for (int g = 0; g < G; ++g) rows[g] = (__m512bh)_mm512_maskz_loadu_epi16(lanes, w[g] + l);
+      for (int i = 0; i < I; ++i) {
+        const __m512bh value = (__m512bh)_mm512_maskz_loadu_epi16(lanes, x[i] + l);
+        for (int g = 0; g < G; ++g) total[i][g] = (Floats)_mm512_dpbf16_ps((__m512)total[i][g], value, rows[g]);
+      }
+    };
+    for (; l + 2 * WIDTH <= K; l += 2 * WIDTH) step(~__mmask32{0});
+    if (l < K) step((__mmask32{1} << (K - l)) - 1);
+    return;
+  }
+#endif
+  for (; l + WIDTH <= K; l += WIDTH) {
+    Floats rows[G];
+    for (int g = 0; g < G; ++g) rows[g] = load(w[g] + l);
+    for (int i = 0; i < I; ++i) {
+      const Floats value = load(x[i] + l);
+      for (int g = 0; g < G; ++g) total[i][g] += value * rows[g];
+    }
+  }
+  for (int i = 0; l < K && i < I; ++i) {
+    for (int g = 0; g < G; ++g) total[i][g] += load_some(x[i] + l, K - l) * load_some(w[g] + l, K - l);
+  }
+}
+
+/// total[g] += xa · B[n + g].
+template <int G, class B>
+inline void dot_adapter(const float* xa, const B* lora_b, int64_t rank, int64_t n, Floats* total) {
+  for (int g = 0; g < G; ++g) {
+    const B* row = lora_b + (n + g) * rank;
+    int64_t r = 0;
+    for (; r + WIDTH <= rank; r += WIDTH) total[g] += load(xa + r) * load(row + r);
+    if (r < rank) total[g] += load_some(xa + r, rank - r) * load_some(row + r, rank - r);
+  }
+}
+
+template <int G>
+inline void add_adapter(const FewRows& task, int64_t i, int64_t n, Floats* total) {
+  if (!task.xa || !task.lora_b[i]) return;
+  const float* xa = task.xa + i * task.xa_stride;
+  switch (task.adapter_kind) {
+    case Kind::FLOAT32: return dot_adapter<G>(xa, static_cast<const float*>(task.lora_b[i]), task.rank[i], n, total);
+    case Kind::BFLOAT16: return dot_adapter<G>(xa, static_cast<const BFloat16*>(task.lora_b[i]), task.rank[i], n, total);
+    case Kind::FLOAT16: return dot_adapter<G>(xa, static_cast<const Float16*>(task.lora_b[i]), task.rank[i], n, total);
+  }
+}
+
+/// y[n : n + count] = values + bias, rounded once.
+template <class T>
+inline void finish(const FewRows& task, int64_t i, int64_t n, Floats values, int64_t count) {
+  if (task.bias) values += load_some(static_cast<const T*>(task.bias) + n, count);
+  if (task.wide) {
+    store_some(static_cast<float*>(task.y) + i * task.y_stride + n, values, count);
+  } else {
+    store_some(static_cast<T*>(task.y) + i * task.y_stride + n, values, count);
+  }
+}
+
+/// The columns n to n + G of y, for I rows.
+template <int I, int G, class T>
+void few_rows_tile(const FewRows& task, int64_t n) {
+  const T* x[I];
+  const T* w[G];
+  for (int i = 0; i < I; ++i) x[i] = static_cast<const T*>(task.x) + i * task.x_stride;
+  for (int g = 0; g < G; ++g) w[g] = static_cast<const T*>(task.weight) + (n + g) * task.weight_stride;
+  constexpr int SUMS = (I * G + WIDTH - 1) / WIDTH * WIDTH;
+  Floats total[SUMS] = {};
+  dot_rows<I, G>(x, w, task.in, reinterpret_cast<Floats(*)[G]>(total));
+  for (int i = 0; i < I; ++i) add_adapter<G>(task, i, n, total + i * G);
+  float flat[SUMS];
+  for (int i = 0; i < SUMS; i += WIDTH) store(flat + i, sums(total + i));
+  for (int i = 0; i < I; ++i) finish<T>(task, i, n, load_some(flat + i * G, G), G);
+}
+
+/// W lies by column (W[n][k] at k · weight_stride + n): COLUMNS columns of y at a time, summed in the first-level cache while W streams by.
+template <class T>
+void few_rows_by_column(const FewRows& task, int64_t begin, int64_t end) {
+  constexpr int64_t COLUMNS = 256;
+  alignas(64) float sum[FEW_ROWS][COLUMNS];
+  for (int64_t n = begin; n < end; n += COLUMNS) {
+    const int64_t columns = end - n < COLUMNS ? end - n : COLUMNS;
+    for (int64_t i = 0; i < task.rows; ++i) {
+      for (int64_t l = 0; l < COLUMNS; l += WIDTH) store(sum[i] + l, Floats{});
+    }
+    const T* w = static_cast<const T*>(task.weight) + n;
+    for (int64_t k = 0; k < task.in; k += 4) {
+      const int64_t depth = task.in - k < 4 ? task.in - k : 4;
+      with_count<4>(depth, [&](auto deep) {
+        float x[FEW_ROWS][4];
+        for (int64_t i = 0; i < task.rows; ++i) {
+          const Floats values = load_some(static_cast<const T*>(task.x) + i * task.x_stride + k, deep());
+          for (int d = 0; d < deep(); ++d) x[i][d] = values[d];
+        }
+        const auto step = [&](int64_t l, int64_t count) {
+          Floats rows[deep()];
+          for (int d = 0; d < deep(); ++d) {
+            const T* from = w + (k + d) * task.weight_stride + l;
+            rows[d] = count == WIDTH ? load(from) : load_some(from, count);
+          }
+          for (int64_t i = 0; i < task.rows; ++i) {
+            Floats total = load(sum[i] + l);
+            for (int d = 0; d < deep(); ++d) total += x[i][d] * rows[d];
+            store(sum[i] + l, total);
+          }
+        };
+        int64_t l = 0;
+        for (; l + WIDTH <= columns; l += WIDTH) step(l, WIDTH);
+        if (l < columns) step(l, columns - l);
+      });
+    }
+    for (int64_t i = 0; i < task.rows; ++i) {
+      for (int64_t l = 0; l < columns; l += WIDTH) {
+        const int64_t count = columns - l < WIDTH ? columns - l : WIDTH;
+        Floats values = load(sum[i] + l);
+        for (int64_t g = 0; g < count; ++g) {
+          Floats update[WIDTH] = {};
+          add_adapter<1>(task, i, n + l + g, update);
+          values[g] += sums(update)[0];
+        }
+        finish<T>(task, i, n + l, values, count);
+      }
+    }
+  }
+}
+
+template <class T>
+void few_rows_of(const FewRows& task, int64_t begin, int64_t end) {
+  if (task.by_column) return few_rows_by_column<T>(task, begin, end);
+  with_count<FEW_ROWS>(task.rows, [&](auto rows) {
+    constexpr int GROUP = rows() <= 4 && WIDTH == 16 ? 4 : 2;  // rows of W at once: rows x GROUP sums in registers
+    int64_t n = begin;
+    for (; n + GROUP <= end; n += GROUP) few_rows_tile<rows(), GROUP, T>(task, n);
+    for (; n < end; ++n) few_rows_tile<rows(), 1, T>(task, n);
+  });
+}
+
+void few_rows(const FewRows& task, int64_t begin, int64_t end) {
+  switch (task.kind) {
+    case Kind::FLOAT32: return few_rows_of<float>(task, begin, end);
+    case Kind::BFLOAT16: return few_rows_of<BFloat16>(task, begin, end);
+    case Kind::FLOAT16: return few_rows_of<Float16>(task, begin, end);
+  }
+}
+
+}  // namespace
+}  // namespace fastlora::FASTLORA_ISA
