@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <initializer_list>
 #include <sstream>
 #include <string>
@@ -24,23 +25,22 @@ constexpr int64_t ANY = -1;  // a size that may be anything
 
 inline void check_shape(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
   bool fits = tensor.dim() == static_cast<int64_t>(sizes.size());
-  std::ostringstream expected;
   int64_t i = 0;
   for (const int64_t size : sizes) {
     fits = fits && (size == ANY || tensor.size(i) == size);
-    expected << (i++ ? ", " : "") << (size == ANY ? "any" : std::to_string(size));
+    ++i;
   }
-  STD_TORCH_CHECK(fits, name, ": got ", describe(tensor), ", expected shape [", expected.str(), "]");
+  if (fits) return;
+  std::ostringstream expected;
+  for (const int64_t size : sizes) expected << (expected.tellp() > 0 ? ", " : "") << (size == ANY ? "any" : std::to_string(size));
+  STD_TORCH_CHECK(false, name, ": got ", describe(tensor), ", expected shape [", expected.str(), "]");
 }
 
 inline void check_dtype(const Tensor& tensor, const char* name, std::initializer_list<ScalarType> dtypes) {
-  bool fits = false;
+  if (std::find(dtypes.begin(), dtypes.end(), tensor.scalar_type()) != dtypes.end()) return;
   std::ostringstream expected;
-  for (const ScalarType dtype : dtypes) {
-    fits = fits || tensor.scalar_type() == dtype;
-    expected << (expected.tellp() > 0 ? " or " : "") << torch::headeronly::toString(dtype);
-  }
-  STD_TORCH_CHECK(fits, name, ": got ", describe(tensor), ", expected ", expected.str());
+  for (const ScalarType dtype : dtypes) expected << (expected.tellp() > 0 ? " or " : "") << torch::headeronly::toString(dtype);
+  STD_TORCH_CHECK(false, name, ": got ", describe(tensor), ", expected ", expected.str());
 }
 
 inline void check_cpu(const Tensor& tensor, const char* name) {

@@ -158,7 +158,9 @@ def test_an_emulated_cpu(cpu: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run_apart("test_native", check_instruction_set, emulator)
     wider = ISAS[ISAS.index(EMULATED[cpu]) + 1]
     monkeypatch.setenv("FASTLORA_ISA", wider)
-    with pytest.raises(AssertionError, match=rf"ended with 1:(.|\n)*FASTLORA_ISA={wider}: this machine does not have it"):
+    with pytest.raises(
+        AssertionError, match=rf"ended with 1:(.|\n)*FASTLORA_ISA={wider}: this machine does not have it"
+    ):
         run_apart("test_native", name_instruction_set, emulator)
 
 

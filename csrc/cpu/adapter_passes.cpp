@@ -22,12 +22,9 @@ inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? va
 
 inline int64_t row_at(const int64_t* order, int64_t place) { return order ? order[place] : place; }
 
-template <class T>
-constexpr bool DOTS = HAS_DOTS && std::is_same_v<T, BFloat16>;
-
-/// What panels and coefficients of a pass over T are made of.
-template <class T>
-using Small = std::conditional_t<DOTS<T>, BFloat16, float>;
+/// What panels and coefficients are made of.
+template <bool DOTS>
+using Small = std::conditional_t<DOTS, BFloat16, float>;
 
 /// Some rows of v from one column on, and the bits of their masks.
 template <class T, int COUNT>
@@ -123,12 +120,6 @@ void add_tile(
 
 constexpr int PAIR_RANKS = 8;  // of a gradient tile, beside two vectors of 16 columns
 
-inline __m512i load_pairs(const BFloat16* from, __mmask32 lanes) { return _mm512_maskz_loadu_epi16(lanes, from); }
-
-inline Floats dot(Floats total, __m512i a, __m512i b) { return (Floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b); }
-
-inline __mmask32 lanes_below(int64_t count) { return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1; }
-
 /// Which of the 32 columns from l on are there and kept.
 template <bool DROPS, int COUNT>
 inline __mmask32 lanes_of(const Block<const BFloat16, COUNT>& block, int64_t i, int64_t l, int64_t count) {
@@ -209,11 +200,11 @@ void add_tile(
 }
 #endif
 
-template <bool DROPS, class T>
+template <bool DROPS, bool DOTS, class T>
 void gradient_of_block(
-    const Block<const T, ROW_BLOCK>& block, int64_t rows, int64_t columns, const Small<T>* const* coefficients, int64_t rank, float factor,
+    const Block<const T, ROW_BLOCK>& block, int64_t rows, int64_t columns, const Small<DOTS>* const* coefficients, int64_t rank, float factor,
     float* gradient, int64_t stride) {
-  if constexpr (DOTS<T>) {
+  if constexpr (DOTS) {
 #if defined(__AVX512BF16__)
     for (int64_t r = 0; r < rank; r += PAIR_RANKS) {
       alignas(64) uint32_t pairs[ROW_BLOCK / 2][PAIR_RANKS];
@@ -249,9 +240,9 @@ void gradient_of_block(
   }
 }
 
-template <bool DROPS, class T>
+template <bool DROPS, bool DOTS, class T>
 void read_cell(const Read& pass, const Segment& segment, const Cell& cell) {
-  const Small<T>* panel = static_cast<const Small<T>*>(pass.panel);
+  const Small<DOTS>* panel = static_cast<const Small<DOTS>*>(pass.panel);
   if (panel) panel += segment.panel_row * pass.panel_stride;
   float* gradient = pass.coefficients ? pass.gradient + segment.panel_row * pass.gradient_stride : nullptr;
   const float factor = DROPS ? segment.factor : 1;
@@ -261,14 +252,14 @@ void read_cell(const Read& pass, const Segment& segment, const Cell& cell) {
     for (int64_t place = cell.begin; place < cell.end; place += ROW_BLOCK) {
       const int64_t rows = at_most(ROW_BLOCK, cell.end - place);
       Block<const T, ROW_BLOCK> block;
-      const Small<T>* coefficients[ROW_BLOCK];
+      const Small<DOTS>* coefficients[ROW_BLOCK];
       float* projected[ROW_BLOCK];
       block.column = column;
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t row = row_at(pass.order, place + i);
         block.v[i] = static_cast<const T*>(pass.v) + row * pass.stride + column;
         if (DROPS) block.keep[i] = pass.keep + row * pass.keep_stride;
-        if (gradient) coefficients[i] = static_cast<const Small<T>*>(pass.coefficients) + row * pass.coefficient_stride;
+        if (gradient) coefficients[i] = static_cast<const Small<DOTS>*>(pass.coefficients) + row * pass.coefficient_stride;
         if (panel) projected[i] = pass.projected + row * pass.projected_stride;
       }
       for (int64_t i = 0; panel && i < rows; i += ROWS) {
@@ -284,28 +275,28 @@ void read_cell(const Read& pass, const Segment& segment, const Cell& cell) {
         });
       }
       if (gradient) {
-        gradient_of_block<DROPS, T>(block, rows, columns, coefficients, segment.rank, factor, gradient + column, pass.gradient_stride);
+        gradient_of_block<DROPS, DOTS, T>(block, rows, columns, coefficients, segment.rank, factor, gradient + column, pass.gradient_stride);
       }
     }
   }
 }
 
-template <bool DROPS, class T>
+template <bool DROPS, bool DOTS, class T>
 void add_cell(const Add& pass, const Segment& segment, const Cell& cell) {
-  using Panel = std::conditional_t<DOTS<T>, uint32_t, float>;
-  const Panel* panel = static_cast<const Panel*>(pass.panel) + (DOTS<T> ? segment.pair_row : segment.panel_row) * pass.panel_stride;
+  using Panel = std::conditional_t<DOTS, uint32_t, float>;
+  const Panel* panel = static_cast<const Panel*>(pass.panel) + (DOTS ? segment.pair_row : segment.panel_row) * pass.panel_stride;
   for (int64_t column = cell.column_begin; column < cell.column_end; column += COLUMN_BLOCK) {
     const int64_t columns = at_most(COLUMN_BLOCK, cell.column_end - column);
     for (int64_t place = cell.begin; place < cell.end; place += ROWS) {
       const int64_t rows = at_most(ROWS, cell.end - place);
       Block<T, ROWS> block;
-      const Small<T>* coefficients[ROWS];
+      const Small<DOTS>* coefficients[ROWS];
       block.column = column;
       for (int64_t i = 0; i < rows; ++i) {
         const int64_t row = row_at(pass.order, place + i);
         block.v[i] = static_cast<T*>(pass.v) + row * pass.stride + column;
         if (DROPS) block.keep[i] = pass.keep + row * pass.keep_stride;
-        coefficients[i] = static_cast<const Small<T>*>(pass.coefficients) + row * pass.coefficient_stride;
+        coefficients[i] = static_cast<const Small<DOTS>*>(pass.coefficients) + row * pass.coefficient_stride;
       }
       with_count<ROWS>(rows, [&](auto count) {
         int64_t l = 0;
@@ -322,14 +313,18 @@ void add_cell(const Add& pass, const Segment& segment, const Cell& cell) {
   }
 }
 
-/// Calls body(whether elements are dropped, a null pointer of v's type).
+/// Calls body(whether elements are dropped, whether products are dots, a null pointer of v's type).
 template <class Pass, class Body>
 void with_types(const Pass& pass, const Segment& segment, const Body& body) {
   const auto with_drops = [&](auto drops) {
     switch (pass.kind) {
-      case Kind::FLOAT32: return body(drops, static_cast<float*>(nullptr));
-      case Kind::BFLOAT16: return body(drops, static_cast<BFloat16*>(nullptr));
-      case Kind::FLOAT16: return body(drops, static_cast<Float16*>(nullptr));
+      case Kind::FLOAT32: return body(drops, std::false_type{}, static_cast<float*>(nullptr));
+      case Kind::FLOAT16: return body(drops, std::false_type{}, static_cast<Float16*>(nullptr));
+      case Kind::BFLOAT16:
+        if constexpr (HAS_DOTS) {
+          if (pass.dots) return body(drops, std::true_type{}, static_cast<BFloat16*>(nullptr));
+        }
+        return body(drops, std::false_type{}, static_cast<BFloat16*>(nullptr));
     }
   };
   if (pass.keep && segment.threshold != 0) return with_drops(std::true_type{});
@@ -345,11 +340,15 @@ void draw(const Draw& pass, const Segment& segment, const Cell& cell) {
 }
 
 void read_pass(const Read& pass, const Segment& segment, const Cell& cell) {
-  with_types(pass, segment, [&](auto drops, auto* type) { read_cell<drops(), std::remove_pointer_t<decltype(type)>>(pass, segment, cell); });
+  with_types(pass, segment, [&](auto drops, auto dots, auto* type) {
+    read_cell<drops(), dots(), std::remove_pointer_t<decltype(type)>>(pass, segment, cell);
+  });
 }
 
 void add_pass(const Add& pass, const Segment& segment, const Cell& cell) {
-  with_types(pass, segment, [&](auto drops, auto* type) { add_cell<drops(), std::remove_pointer_t<decltype(type)>>(pass, segment, cell); });
+  with_types(pass, segment, [&](auto drops, auto dots, auto* type) {
+    add_cell<drops(), dots(), std::remove_pointer_t<decltype(type)>>(pass, segment, cell);
+  });
 }
 
 void narrow(const float* from, int64_t count, uint16_t* to) {

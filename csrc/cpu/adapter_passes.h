@@ -7,8 +7,7 @@
 // cell of the problem, a range of rows and a range of columns, alone and in a fixed order; who calls them splits the work and sums the cells.
 // No torch here: adapter_passes.cpp is compiled once per instruction set.
 //
-// Panels and coefficients are float32; where v is bfloat16 and the instruction set has dot products of it (`Kernels::dots`), they are
-// bfloat16: a read's panel by row, an add's with two ranks side by side (pair [ceil(R / 2), L] of 32 bits), coefficients with zeros up to a
+// Panels and coefficients are float32; or, where v is bfloat16 and the instruction set has dot products of it (`dots`), bfloat16: a read's panel by row, an add's with two ranks side by side (pair [ceil(R / 2), L] of 32 bits), coefficients with zeros up to a
 // multiple of COEFFICIENT_UNIT.
 #pragma once
 
@@ -31,6 +30,7 @@ struct Segment {
 /// What both passes share.
 struct Rows {
   Kind kind;
+  bool dots;
   int64_t stride;        // elements from one row of v to the next
   const int64_t* order;  // the row at each place; null: row i is at place i
   const uint8_t* keep;   // [M, keep_stride], bit l of a row for column l; null: nothing is dropped

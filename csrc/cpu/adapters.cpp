@@ -14,33 +14,19 @@ namespace {
 
 using torch::stable::parallel_for;
 
-constexpr int64_t GRAIN = 1 << 15;  // multiplications or elements worth a thread
-
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+/// x Wᵀ + b and dy W are the business of fastlora/packed.py, which knows packed copies of W.
+Tensor multiply_by_frozen(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight), torch::stable::detail::from(bias)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::linear", "", stack.data(), TORCH_ABI_VERSION));
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("fastlora::frozen_linear_cpu", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-Tensor multiply(const Tensor& a, const Tensor& b) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(a), torch::stable::detail::from(b)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "", stack.data(), TORCH_ABI_VERSION));
+Tensor multiply_by_frozen_backward(const Tensor& dy, const Tensor& weight) {
+  std::array<StableIValue, 2> stack{torch::stable::detail::from(dy), torch::stable::detail::from(weight)};
+  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("fastlora::frozen_linear_backward_cpu", "", stack.data(), TORCH_ABI_VERSION));
   return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-/// The matrix itself where each row lies together in memory, however far the rows are apart; else a copy.
-Tensor with_dense_rows(const Tensor& matrix) {
-  return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
-}
-
-Kind kind_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Kind::FLOAT32;
-    case ScalarType::BFloat16: return Kind::BFLOAT16;
-    default: return Kind::FLOAT16;
-  }
 }
 
 /// Calls body with a null pointer of the tensor's element type.
@@ -53,10 +39,8 @@ void with_type(const Tensor& tensor, const Body& body) {
   }
 }
 
-float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
-
-/// Whether the passes over v take bfloat16 panels and coefficients.
-bool takes_dots(const Tensor& v) { return kernels().dots && kind_of(v) == Kind::BFLOAT16; }
+/// Whether the passes over v take bfloat16 panels and coefficients. With a few rows that saves nothing, and A and B are better not rounded.
+bool takes_dots(const Tensor& v) { return kernels().dots && kind_of(v) == Kind::BFLOAT16 && v.size(0) > FEW_ROWS; }
 
 int64_t bits_stride(int64_t columns) { return round_up(columns, COLUMN_UNIT) / 8; }
 
@@ -289,6 +273,7 @@ Keep draw(const Tensor& like, int64_t columns, const Batch& batch, const Adapter
 Rows rows_of(const Tensor& v, const Batch& batch, const Keep& keep) {
   Rows rows{};
   rows.kind = kind_of(v);
+  rows.dots = takes_dots(v);
   rows.stride = v.stride(0);
   rows.order = batch.order;
   rows.keep = keep ? keep->const_data_ptr<uint8_t>() : nullptr;
@@ -375,84 +360,6 @@ void scale_rows(const Tensor& projected, const Batch& batch) {
   }
 }
 
-Tensor new_projection(const Tensor& x, const Adapters& adapters) {
-  return torch::stable::new_zeros(x, std::array<int64_t, 2>{x.size(0), adapters.most_ranks()}, ScalarType::Float);
-}
-
-/// Whether `FewRows` takes these: a few dense rows, and a weight that is dense by row or by column.
-bool suits_few_rows(const Tensor& x, const Tensor& weight) {
-  return x.size(0) >= 1 && x.size(0) <= FEW_ROWS && x.size(1) >= 1 && (weight.stride(1) == 1 || weight.stride(0) == 1);
-}
-
-/// Calls the kernel for all columns of y, split over threads.
-void run(const FewRows& task, int64_t columns) {
-  parallel_for(0, columns, GRAIN / task.in + 1, [&](int64_t begin, int64_t end) { kernels().few_rows(task, begin, end); });
-}
-
-FewRows task_of(const Tensor& x, const Tensor& weight) {
-  FewRows task{};
-  task.kind = kind_of(x);
-  task.rows = x.size(0);
-  task.in = x.size(1);
-  task.x = x.const_data_ptr();
-  task.x_stride = x.stride(0);
-  task.weight = weight.const_data_ptr();
-  task.by_column = weight.stride(1) != 1;
-  task.weight_stride = weight.stride(task.by_column ? 1 : 0);
-  return task;
-}
-
-/// y and xa without dropout, A and B read where they lie: nothing is packed.
-std::tuple<Tensor, Tensor> few_rows(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Adapters& adapters, const Batch& batch) {
-  const int64_t M = x.size(0), N = weight.size(0), most = adapters.most_ranks();
-  const Tensor xa = new_projection(x, adapters);
-  const Tensor scaled_xa = new_projection(x, adapters);
-  const Kind adapter_kind = kind_of(adapters.a[0]);
-  const Tensor x_of_adapters = adapter_kind == kind_of(x) ? x : torch::stable::to(x, ScalarType::Float);
-  std::vector<Tensor> held;  // dense copies of what is not dense
-  std::array<const void*, FEW_ROWS> lora_b{};
-  std::array<int64_t, FEW_ROWS> rank{};
-  for (size_t i = 0; i < adapters.a.size(); ++i) {
-    const Segment& segment = batch.segments[i];
-    if (segment.begin == segment.end) continue;
-    held.push_back(with_dense_rows(adapters.a[i]));
-    FewRows task = task_of(x_of_adapters, held.back());
-    held.push_back(torch::stable::contiguous(adapters.b[i]));
-    task.wide = true;
-    task.y_stride = most;
-    const auto project = [&](int64_t row, int64_t rows) {
-      task.rows = rows;
-      task.x = static_cast<const char*>(x_of_adapters.const_data_ptr()) + row * task.x_stride * x_of_adapters.element_size();
-      task.y = floats(xa) + row * most;
-      run(task, segment.rank);
-    };
-    if (!batch.order) project(segment.begin, segment.end - segment.begin);
-    for (int64_t place = segment.begin; place < segment.end; ++place) {
-      const int64_t row = batch.order ? batch.order[place] : place;
-      if (batch.order) project(row, 1);
-      lora_b[row] = held.back().const_data_ptr();
-      rank[row] = segment.rank;
-      for (int64_t r = 0; r < segment.rank; ++r) {
-        floats(scaled_xa)[row * most + r] = static_cast<float>(adapters.scale[i]) * floats(xa)[row * most + r];
-      }
-    }
-  }
-  const Tensor y = torch::stable::new_empty(x, std::array<int64_t, 2>{M, N});
-  FewRows task = task_of(x, weight);
-  if (bias) held.push_back(torch::stable::contiguous(*bias));
-  task.bias = bias ? held.back().const_data_ptr() : nullptr;
-  task.y = y.mutable_data_ptr();
-  task.y_stride = N;
-  task.adapter_kind = adapter_kind;
-  task.xa = floats(scaled_xa);
-  task.xa_stride = most;
-  task.lora_b = lora_b.data();
-  task.rank = rank.data();
-  run(task, N);
-  return {y, xa};
-}
-
 }  // namespace
 
 int64_t Adapters::all_ranks() const {
@@ -467,7 +374,7 @@ int64_t Adapters::most_ranks() const {
   return most;
 }
 
-void check_layer(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Adapters& adapters) {
+void check_base(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   check_cpu(x, "x");
   check_shape(x, "x", {ANY, ANY});
   check_dtype(x, "x", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
@@ -475,12 +382,16 @@ void check_layer(const Tensor& x, const Tensor& weight, const std::optional<Tens
   check_cpu(weight, "weight");
   check_shape(weight, "weight", {ANY, K});
   check_dtype(weight, "weight", {x.scalar_type()});
-  const int64_t N = weight.size(0);
   if (bias) {
     check_cpu(*bias, "bias");
-    check_shape(*bias, "bias", {N});
+    check_shape(*bias, "bias", {weight.size(0)});
     check_dtype(*bias, "bias", {x.scalar_type()});
   }
+}
+
+void check_layer(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Adapters& adapters) {
+  check_base(x, weight, bias);
+  const int64_t K = x.size(1), N = weight.size(0);
   const size_t S = adapters.a.size();
   STD_TORCH_CHECK(S >= 1, "lora_a: got no adapter, expected at least one");
   STD_TORCH_CHECK(adapters.b.size() == S, "lora_b: got ", adapters.b.size(), " adapters, expected ", S);
@@ -517,6 +428,10 @@ void check_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight, con
   check_dtype(xa, "xa", {ScalarType::Float});
 }
 
+Tensor new_projection(const Tensor& x, const Adapters& adapters) {
+  return torch::stable::new_zeros(x, std::array<int64_t, 2>{x.size(0), adapters.most_ranks()}, ScalarType::Float);
+}
+
 std::vector<Segment> make_segments(const Adapters& adapters, const std::vector<int64_t>& bounds) {
   std::vector<Segment> segments;
   int64_t panel_row = 0, pair_row = 0;
@@ -544,7 +459,7 @@ std::tuple<Tensor, Tensor> forward(
   const Keep keep = draw(rows, rows.size(1), batch, adapters);
   if (!keep && suits_few_rows(rows, weight)) return few_rows(rows, weight, bias, adapters, batch);
   const Panels read_format = takes_dots(rows) ? Panels::DOTS : Panels::FLOATS, add_format = takes_dots(rows) ? Panels::PAIRS : Panels::FLOATS;
-  const Tensor y = with_dense_rows(linear(rows, weight, bias));
+  const Tensor y = with_dense_rows(multiply_by_frozen(rows, weight, bias));
   const Tensor xa = new_projection(x, adapters);
   const Tensor panel_a = pack_a(adapters, read_format);
   read(rows, batch, adapters, keep, &panel_a, &xa, nullptr, nullptr);
@@ -575,7 +490,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   const Keep keep = draw(rows, rows.size(1), batch, adapters);
   const Tensor coefficients = coefficients_for(rows, dxa);
   if (need_dx) {
-    dx = with_dense_rows(multiply(dy_rows, weight));
+    dx = with_dense_rows(multiply_by_frozen_backward(dy_rows, weight));
     add(dx, batch, adapters, keep, coefficients, pack_a(adapters, add_format));
   }
   if (need_da) {

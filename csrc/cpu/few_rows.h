@@ -18,37 +18,51 @@ inline void with_count(int64_t count, const Body& body) {
   body(std::integral_constant<int, MOST>{});
 }
 
-/// total[i][g] += x[i] · w[g], WIDTH products a lane at a time.
-template <int I, int G, class T>
-inline void dot_rows(const T* const* x, const T* const* w, int64_t K, Floats (*total)[G]) {
-  int64_t l = 0;
-#if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<T, BFloat16>) {
-    const auto step = [&](__mmask32 lanes) {
-      __m512bh rows[G];
-      for (int g = 0; g < G; ++g) rows[g] = (__m512bh)_mm512_maskz_loadu_epi16(lanes, w[g] + l);
-      for (int i = 0; i < I; ++i) {
-        const __m512bh value = (__m512bh)_mm512_maskz_loadu_epi16(lanes, x[i] + l);
-        for (int g = 0; g < G; ++g) total[i][g] = (Floats)_mm512_dpbf16_ps((__m512)total[i][g], value, rows[g]);
-      }
-    };
-    for (; l + 2 * WIDTH <= K; l += 2 * WIDTH) step(~__mmask32{0});
-    if (l < K) step((__mmask32{1} << (K - l)) - 1);
-    return;
-  }
-#endif
-  for (; l + WIDTH <= K; l += WIDTH) {
-    Floats rows[G];
-    for (int g = 0; g < G; ++g) rows[g] = load(w[g] + l);
-    for (int i = 0; i < I; ++i) {
-      const Floats value = load(x[i] + l);
-      for (int g = 0; g < G; ++g) total[i][g] += value * rows[g];
-    }
-  }
-  for (int i = 0; l < K && i < I; ++i) {
-    for (int g = 0; g < G; ++g) total[i][g] += load_some(x[i] + l, K - l) * load_some(w[g] + l, K - l);
-  }
+/// Calls body with each compile-time number below COUNT: what it indexes stays in registers, which unrolled loops do not ensure.
+template <int COUNT, class Body>
+inline void for_each(const Body& body) {
+  [&]<int... NUMBER>(std::integer_sequence<int, NUMBER...>) __attribute__((always_inline)) {
+    (body(std::integral_constant<int, NUMBER>{}), ...);
+  }(std::make_integer_sequence<int, COUNT>{});
 }
+
+/// total[i G + g] = x[i] · w[g] for G rows of the weight, `stride` elements apart. Fetches the next G rows meanwhile.
+template <int I, int G, class T>
+inline void dot_rows(const T* const* x, const T* w, int64_t stride, int64_t K, Floats* total) {
+  Floats sum[I * G] = {};
+  const auto step = [&](int64_t l, auto load_at) __attribute__((always_inline)) {
+    Floats rows[G], values[I];
+    for_each<G>([&](auto g) __attribute__((always_inline)) {
+      rows[g] = load_at(w + g * stride + l);
+      __builtin_prefetch(w + (G + g) * stride + l, 0, 2);
+    });
+    for_each<I>([&](auto i) __attribute__((always_inline)) { values[i] = load_at(x[i] + l); });
+    for_each<I * G>([&](auto j) __attribute__((always_inline)) { sum[j] += values[j / G] * rows[j % G]; });
+  };
+  int64_t l = 0;
+  for (; l + WIDTH <= K; l += WIDTH) step(l, [](const T* from) __attribute__((always_inline)) { return load(from); });
+  if (l < K) step(l, [&](const T* from) { return load_some(from, K - l); });
+  for_each<I * G>([&](auto j) __attribute__((always_inline)) { total[j] = sum[j]; });
+}
+
+#if defined(__AVX512BF16__)
+/// The same in bfloat16: two products a lane.
+template <int I, int G>
+inline void dot_rows(const BFloat16* const* x, const BFloat16* w, int64_t stride, int64_t K, Floats* total) {
+  Floats sum[I * G] = {};
+  for (int64_t l = 0; l < K; l += 2 * WIDTH) {
+    const __mmask32 lanes = lanes_below(K - l);
+    __m512i rows[G], values[I];
+    for_each<G>([&](auto g) __attribute__((always_inline)) {
+      rows[g] = load_pairs(w + g * stride + l, lanes);
+      __builtin_prefetch(w + (G + g) * stride + l, 0, 2);
+    });
+    for_each<I>([&](auto i) __attribute__((always_inline)) { values[i] = load_pairs(x[i] + l, lanes); });
+    for_each<I * G>([&](auto j) __attribute__((always_inline)) { sum[j] = dot(sum[j], values[j / G], rows[j % G]); });
+  }
+  for_each<I * G>([&](auto j) __attribute__((always_inline)) { total[j] = sum[j]; });
+}
+#endif
 
 /// total[g] += xa · B[n + g].
 template <int G, class B>
@@ -87,12 +101,11 @@ inline void finish(const FewRows& task, int64_t i, int64_t n, Floats values, int
 template <int I, int G, class T>
 void few_rows_tile(const FewRows& task, int64_t n) {
   const T* x[I];
-  const T* w[G];
   for (int i = 0; i < I; ++i) x[i] = static_cast<const T*>(task.x) + i * task.x_stride;
-  for (int g = 0; g < G; ++g) w[g] = static_cast<const T*>(task.weight) + (n + g) * task.weight_stride;
+  const T* w = static_cast<const T*>(task.weight) + n * task.weight_stride;
   constexpr int SUMS = (I * G + WIDTH - 1) / WIDTH * WIDTH;
   Floats total[SUMS] = {};
-  dot_rows<I, G>(x, w, task.in, reinterpret_cast<Floats(*)[G]>(total));
+  dot_rows<I, G>(x, w, task.weight_stride, task.in, total);
   for (int i = 0; i < I; ++i) add_adapter<G>(task, i, n, total + i * G);
   float flat[SUMS];
   for (int i = 0; i < SUMS; i += WIDTH) store(flat + i, sums(total + i));
@@ -154,7 +167,7 @@ template <class T>
 void few_rows_of(const FewRows& task, int64_t begin, int64_t end) {
   if (task.by_column) return few_rows_by_column<T>(task, begin, end);
   with_count<FEW_ROWS>(task.rows, [&](auto rows) {
-    constexpr int GROUP = rows() <= 4 && WIDTH == 16 ? 4 : 2;  // rows of W at once: rows x GROUP sums in registers
+    constexpr int GROUP = WIDTH == 16 ? (rows() <= 6 ? 4 : 3) : (rows() <= 2 ? 4 : 2);  // rows of W at once: rows x GROUP sums in registers
     int64_t n = begin;
     for (; n + GROUP <= end; n += GROUP) few_rows_tile<rows(), GROUP, T>(task, n);
     for (; n < end; ++n) few_rows_tile<rows(), 1, T>(task, n);

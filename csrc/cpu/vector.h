@@ -145,6 +145,16 @@ inline Floats sums(Floats* vectors) {
   }
 }
 
+#if defined(__AVX512BF16__)
+/// The pairs of bfloat16 in the lanes that are set; zeros elsewhere, where nothing is read.
+inline __m512i load_pairs(const BFloat16* from, __mmask32 lanes) { return _mm512_maskz_loadu_epi16(lanes, from); }
+
+inline __mmask32 lanes_below(int64_t count) { return count >= 32 ? ~__mmask32{0} : (__mmask32{1} << count) - 1; }
+
+/// total + a · b, two products of bfloat16 a lane.
+inline Floats dot(Floats total, __m512i a, __m512i b) { return (Floats)_mm512_dpbf16_ps((__m512)total, (__m512bh)a, (__m512bh)b); }
+#endif
+
 /// The 64-bit products of the low halves of each lane.
 inline Longs multiply_low(Longs a, uint32_t b) {
 #if defined(__AVX512F__)

@@ -1,0 +1,115 @@
+// A few rows, 1 to FEW_ROWS, as decoding has them: bound by reading W, which is read once; nothing is packed, A and B are read where they lie.
+//     lora_linear, multi_lora   y = x Wᵀ + b + s_i xa_i B_iᵀ with xa_i = x A_iᵀ, without dropout
+//     few_rows_cpu              y = x Wᵀ + b
+#include <torch/csrc/stable/library.h>
+
+#include <array>
+
+#include "adapters.h"
+
+namespace fastlora {
+namespace {
+
+/// Calls the kernel for all columns of y, split over threads.
+void run(const FewRows& task, int64_t columns) {
+  torch::stable::parallel_for(0, columns, GRAIN / task.in + 1, [&](int64_t begin, int64_t end) { kernels().few_rows(task, begin, end); });
+}
+
+FewRows task_of(const Tensor& x, const Tensor& weight) {
+  FewRows task{};
+  task.kind = kind_of(x);
+  task.rows = x.size(0);
+  task.in = x.size(1);
+  task.x = x.const_data_ptr();
+  task.x_stride = x.stride(0);
+  task.weight = weight.const_data_ptr();
+  task.by_column = weight.stride(1) != 1;
+  task.weight_stride = weight.stride(task.by_column ? 1 : 0);
+  return task;
+}
+
+/// The adapters' part of a task, and what it points to.
+struct Updates {
+  Tensor xa, scaled;  // [M, max R_i] float32
+  std::vector<Tensor> held;
+  std::array<const void*, FEW_ROWS> lora_b{};
+  std::array<int64_t, FEW_ROWS> rank{};
+};
+
+/// xa_i = x A_iᵀ for the rows of each adapter.
+Updates project(const Tensor& x, const Adapters& adapters, const Batch& batch) {
+  const int64_t most = adapters.most_ranks();
+  Updates updates{new_projection(x, adapters), new_projection(x, adapters)};
+  const Tensor rows = kind_of(adapters.a[0]) == kind_of(x) ? x : torch::stable::to(x, ScalarType::Float);
+  float* xa = floats(updates.xa);
+  for (size_t i = 0; i < adapters.a.size(); ++i) {
+    const Segment& segment = batch.segments[i];
+    if (segment.begin == segment.end) continue;
+    const Tensor a = with_dense_rows(adapters.a[i]);
+    updates.held.push_back(torch::stable::contiguous(adapters.b[i]));
+    FewRows task = task_of(rows, a);
+    task.wide = true;
+    task.y_stride = most;
+    const auto project_rows = [&](int64_t row, int64_t count) {
+      task.rows = count;
+      task.x = static_cast<const char*>(rows.const_data_ptr()) + row * task.x_stride * static_cast<int64_t>(rows.element_size());
+      task.y = xa + row * most;
+      run(task, segment.rank);
+    };
+    if (!batch.order) project_rows(segment.begin, segment.end - segment.begin);
+    for (int64_t place = segment.begin; place < segment.end; ++place) {
+      const int64_t row = batch.order ? batch.order[place] : place;
+      if (batch.order) project_rows(row, 1);
+      updates.lora_b[row] = updates.held.back().const_data_ptr();
+      updates.rank[row] = segment.rank;
+      for (int64_t r = 0; r < segment.rank; ++r) floats(updates.scaled)[row * most + r] = static_cast<float>(adapters.scale[i]) * xa[row * most + r];
+    }
+  }
+  return updates;
+}
+
+/// y = x Wᵀ + b, and the updates where there are some.
+Tensor multiply(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Updates* updates, Kind adapter_kind) {
+  const int64_t N = weight.size(0);
+  const Tensor y = torch::stable::new_empty(x, std::array<int64_t, 2>{x.size(0), N});
+  const Tensor dense_bias = bias ? torch::stable::contiguous(*bias) : y;
+  FewRows task = task_of(x, weight);
+  task.bias = bias ? dense_bias.const_data_ptr() : nullptr;
+  task.y = y.mutable_data_ptr();
+  task.y_stride = N;
+  if (updates) {
+    task.adapter_kind = adapter_kind;
+    task.xa = floats(updates->scaled);
+    task.xa_stride = updates->scaled.size(1);
+    task.lora_b = updates->lora_b.data();
+    task.rank = updates->rank.data();
+  }
+  run(task, N);
+  return y;
+}
+
+Tensor few_rows_cpu(
+    const Tensor& x,                      // [M, K]
+    const Tensor& weight,                 // [N, K], dense by row or by column
+    const std::optional<Tensor>& bias) {  // [N]
+  check_base(x, weight, bias);
+  const Tensor rows = with_dense_rows(x);
+  STD_TORCH_CHECK(suits_few_rows(rows, weight), "x: got ", describe(x), ", expected 1 to ", FEW_ROWS, " rows and a weight without gaps");
+  return multiply(rows, weight, bias, nullptr, kind_of(x));
+}
+
+}  // namespace
+
+bool suits_few_rows(const Tensor& x, const Tensor& weight) {
+  return x.size(0) >= 1 && x.size(0) <= FEW_ROWS && x.size(1) >= 1 && (weight.stride(1) == 1 || weight.stride(0) == 1);
+}
+
+std::tuple<Tensor, Tensor> few_rows(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Adapters& adapters, const Batch& batch) {
+  const Updates updates = project(x, adapters, batch);
+  return {multiply(x, weight, bias, &updates, kind_of(adapters.a[0])), updates.xa};
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) { m.impl("few_rows_cpu", TORCH_BOX(&few_rows_cpu)); }
+
+}  // namespace fastlora
