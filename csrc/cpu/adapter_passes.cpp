@@ -240,77 +240,76 @@ void gradient_of_block(
   }
 }
 
+/// The places begin to end of one adapter, and columns of v.
+struct Part {
+  const Segment& segment;
+  int64_t begin, end;
+  int64_t column, columns;
+  bool first;  // what it projects begins with it
+};
+
 template <bool DROPS, bool DOTS, class T>
-void read_cell(const Read& pass, const Segment& segment, const Cell& cell) {
+void read_part(const Read& pass, const Part& part) {
+  const Segment& segment = part.segment;
   const Small<DOTS>* panel = static_cast<const Small<DOTS>*>(pass.panel);
-  if (panel) panel += segment.panel_row * pass.panel_stride;
-  float* gradient = pass.coefficients ? pass.gradient + segment.panel_row * pass.gradient_stride : nullptr;
+  if (panel) panel += segment.panel_row * pass.panel_stride + part.column;
+  const int64_t rows = part.end - part.begin;
+  Block<const T, ROW_BLOCK> block;
+  const Small<DOTS>* coefficients[ROW_BLOCK];
+  float* projected[ROW_BLOCK];
+  block.column = part.column;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t row = row_at(pass.order, part.begin + i);
+    block.v[i] = static_cast<const T*>(pass.v) + row * pass.stride + part.column;
+    if (DROPS) block.keep[i] = pass.keep + segment.keep_offset + row * pass.keep_stride;
+    if (pass.coefficients) {
+      coefficients[i] = static_cast<const Small<DOTS>*>(pass.coefficients) + row * pass.coefficient_stride + segment.first_rank;
+    }
+    if (panel) projected[i] = pass.projected + row * pass.projected_stride + segment.first_rank;
+  }
   const float factor = DROPS ? segment.factor : 1;
-  for (int64_t column = cell.column_begin; column < cell.column_end; column += COLUMN_BLOCK) {
-    const int64_t columns = at_most(COLUMN_BLOCK, cell.column_end - column);
-    const bool first = column == cell.column_begin;
-    for (int64_t place = cell.begin; place < cell.end; place += ROW_BLOCK) {
-      const int64_t rows = at_most(ROW_BLOCK, cell.end - place);
-      Block<const T, ROW_BLOCK> block;
-      const Small<DOTS>* coefficients[ROW_BLOCK];
-      float* projected[ROW_BLOCK];
-      block.column = column;
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t row = row_at(pass.order, place + i);
-        block.v[i] = static_cast<const T*>(pass.v) + row * pass.stride + column;
-        if (DROPS) block.keep[i] = pass.keep + row * pass.keep_stride;
-        if (gradient) coefficients[i] = static_cast<const Small<DOTS>*>(pass.coefficients) + row * pass.coefficient_stride;
-        if (panel) projected[i] = pass.projected + row * pass.projected_stride;
-      }
-      for (int64_t i = 0; panel && i < rows; i += ROWS) {
-        with_count<ROWS>(at_most(ROWS, rows - i), [&](auto count) {
-          for (int64_t r = 0; r < segment.rank; r += RANKS) {
-            float* out[ROWS];
-            for (int k = 0; k < count(); ++k) out[k] = projected[i + k] + r;
-            with_count<RANKS>(at_most(RANKS, segment.rank - r), [&](auto ranks) {
-              project_tile<count(), ranks(), DROPS>(
-                  block, i, panel + r * pass.panel_stride + column, pass.panel_stride, columns, factor, first, out);
-            });
-          }
+  for (int64_t i = 0; panel && i < rows; i += ROWS) {
+    with_count<ROWS>(at_most(ROWS, rows - i), [&](auto count) {
+      for (int64_t r = 0; r < segment.rank; r += RANKS) {
+        float* out[ROWS];
+        for (int k = 0; k < count(); ++k) out[k] = projected[i + k] + r;
+        with_count<RANKS>(at_most(RANKS, segment.rank - r), [&](auto ranks) {
+          project_tile<count(), ranks(), DROPS>(
+              block, i, panel + r * pass.panel_stride, pass.panel_stride, part.columns, factor, part.first, out);
         });
       }
-      if (gradient) {
-        gradient_of_block<DROPS, DOTS, T>(block, rows, columns, coefficients, segment.rank, factor, gradient + column, pass.gradient_stride);
-      }
-    }
+    });
+  }
+  if (pass.coefficients) {
+    float* gradient = pass.gradient + segment.panel_row * pass.gradient_stride + part.column;
+    gradient_of_block<DROPS, DOTS, T>(block, rows, part.columns, coefficients, segment.rank, factor, gradient, pass.gradient_stride);
   }
 }
 
 template <bool DROPS, bool DOTS, class T>
-void add_cell(const Add& pass, const Segment& segment, const Cell& cell) {
+void add_part(const Add& pass, const Part& part) {
+  const Segment& segment = part.segment;
   using Panel = std::conditional_t<DOTS, uint32_t, float>;
-  const Panel* panel = static_cast<const Panel*>(pass.panel) + (DOTS ? segment.pair_row : segment.panel_row) * pass.panel_stride;
-  for (int64_t column = cell.column_begin; column < cell.column_end; column += COLUMN_BLOCK) {
-    const int64_t columns = at_most(COLUMN_BLOCK, cell.column_end - column);
-    for (int64_t place = cell.begin; place < cell.end; place += ROWS) {
-      const int64_t rows = at_most(ROWS, cell.end - place);
-      Block<T, ROWS> block;
-      const Small<DOTS>* coefficients[ROWS];
-      block.column = column;
-      for (int64_t i = 0; i < rows; ++i) {
-        const int64_t row = row_at(pass.order, place + i);
-        block.v[i] = static_cast<T*>(pass.v) + row * pass.stride + column;
-        if (DROPS) block.keep[i] = pass.keep + row * pass.keep_stride;
-        coefficients[i] = static_cast<const Small<DOTS>*>(pass.coefficients) + row * pass.coefficient_stride;
-      }
-      with_count<ROWS>(rows, [&](auto count) {
-        int64_t l = 0;
-        for (; l + VECTORS * WIDTH <= columns; l += VECTORS * WIDTH) {
-          add_tile<count(), VECTORS, DROPS>(
-              block, l, WIDTH, coefficients, segment.rank, panel + column, pass.panel_stride, segment.factor);
-        }
-        for (; l < columns; l += WIDTH) {
-          add_tile<count(), 1, DROPS>(
-              block, l, columns - l, coefficients, segment.rank, panel + column, pass.panel_stride, segment.factor);
-        }
-      });
-    }
+  const Panel* panel = static_cast<const Panel*>(pass.panel) + (DOTS ? segment.pair_row : segment.panel_row) * pass.panel_stride + part.column;
+  const int64_t rows = part.end - part.begin;
+  Block<T, ROWS> block;
+  const Small<DOTS>* coefficients[ROWS];
+  block.column = part.column;
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t row = row_at(pass.order, part.begin + i);
+    block.v[i] = static_cast<T*>(pass.v) + row * pass.stride + part.column;
+    if (DROPS) block.keep[i] = pass.keep + segment.keep_offset + row * pass.keep_stride;
+    coefficients[i] = static_cast<const Small<DOTS>*>(pass.coefficients) + row * pass.coefficient_stride + segment.first_rank;
   }
+  with_count<ROWS>(rows, [&](auto count) {
+    int64_t l = 0;
+    for (; l + VECTORS * WIDTH <= part.columns; l += VECTORS * WIDTH) {
+      add_tile<count(), VECTORS, DROPS>(block, l, WIDTH, coefficients, segment.rank, panel, pass.panel_stride, segment.factor);
+    }
+    for (; l < part.columns; l += WIDTH) {
+      add_tile<count(), 1, DROPS>(block, l, part.columns - l, coefficients, segment.rank, panel, pass.panel_stride, segment.factor);
+    }
+  });
 }
 
 /// Calls body(whether elements are dropped, whether products are dots, a null pointer of v's type).
@@ -331,23 +330,46 @@ void with_types(const Pass& pass, const Segment& segment, const Body& body) {
   with_drops(std::false_type{});
 }
 
-void draw(const Draw& pass, const Segment& segment, const Cell& cell) {
-  for (int64_t place = cell.begin; place < cell.end; ++place) {
-    const int64_t row = row_at(pass.order, place);
-    draw_keep(
-        pass.seed, segment.threshold, row, (pass.width + 7) / 8, cell.column_begin, cell.column_end, pass.keep + row * pass.keep_stride);
+/// Calls body(part) for every adapter's share of every block of the cell. What adapters share of a block is still in the cache.
+template <int64_t BLOCK, class Body>
+void for_each_part(const Segments& segments, const Cell& cell, const Body& body) {
+  for (int64_t column = cell.column_begin; column < cell.column_end; column += COLUMN_BLOCK) {
+    const int64_t columns = at_most(COLUMN_BLOCK, cell.column_end - column);
+    for (int64_t place = cell.begin; place < cell.end; place += BLOCK) {
+      const int64_t last = at_most(place + BLOCK, cell.end);
+      for (int64_t i = 0; i < segments.count; ++i) {
+        const Segment& segment = segments.first[i];
+        const int64_t begin = segment.begin > place ? segment.begin : place, end = at_most(segment.end, last);
+        if (begin < end) body(Part{segment, begin, end, column, columns, column == cell.column_begin});
+      }
+    }
   }
 }
 
-void read_pass(const Read& pass, const Segment& segment, const Cell& cell) {
-  with_types(pass, segment, [&](auto drops, auto dots, auto* type) {
-    read_cell<drops(), dots(), std::remove_pointer_t<decltype(type)>>(pass, segment, cell);
+void draw(const Draw& pass, const Segments& segments, const Cell& cell) {
+  for_each_part<ROW_BLOCK>(segments, cell, [&](const Part& part) {
+    if (part.segment.threshold == 0) return;
+    for (int64_t place = part.begin; place < part.end; ++place) {
+      const int64_t row = row_at(pass.order, place);
+      uint8_t* keep = pass.keep + part.segment.keep_offset + row * pass.keep_stride;
+      draw_keep(part.segment.seed, part.segment.threshold, row, (pass.width + 7) / 8, part.column, part.column + part.columns, keep);
+    }
   });
 }
 
-void add_pass(const Add& pass, const Segment& segment, const Cell& cell) {
-  with_types(pass, segment, [&](auto drops, auto dots, auto* type) {
-    add_cell<drops(), dots(), std::remove_pointer_t<decltype(type)>>(pass, segment, cell);
+void read_pass(const Read& pass, const Segments& segments, const Cell& cell) {
+  for_each_part<ROW_BLOCK>(segments, cell, [&](const Part& part) {
+    with_types(pass, part.segment, [&](auto drops, auto dots, auto* type) {
+      read_part<drops(), dots(), std::remove_pointer_t<decltype(type)>>(pass, part);
+    });
+  });
+}
+
+void add_pass(const Add& pass, const Segments& segments, const Cell& cell) {
+  for_each_part<ROWS>(segments, cell, [&](const Part& part) {
+    with_types(pass, part.segment, [&](auto drops, auto dots, auto* type) {
+      add_part<drops(), dots(), std::remove_pointer_t<decltype(type)>>(pass, part);
+    });
   });
 }
 
@@ -358,11 +380,26 @@ void narrow(const float* from, int64_t count, uint16_t* to) {
   if (i < count) store_some(numbers + i, load_some(from + i, count - i), count - i);
 }
 
+template <class T>
+void accumulate_as(T* total, const T* part, int64_t count) {
+  int64_t i = 0;
+  for (; i + WIDTH <= count; i += WIDTH) store(total + i, load(total + i) + load(part + i));
+  if (i < count) store_some(total + i, load_some(total + i, count - i) + load_some(part + i, count - i), count - i);
+}
+
+void accumulate(Kind kind, void* total, const void* part, int64_t count) {
+  switch (kind) {
+    case Kind::FLOAT32: return accumulate_as(static_cast<float*>(total), static_cast<const float*>(part), count);
+    case Kind::BFLOAT16: return accumulate_as(static_cast<BFloat16*>(total), static_cast<const BFloat16*>(part), count);
+    case Kind::FLOAT16: return accumulate_as(static_cast<Float16*>(total), static_cast<const Float16*>(part), count);
+  }
+}
+
 }  // namespace
 
 #define FASTLORA_TEXT(name) #name
 #define FASTLORA_NAME_OF(name) FASTLORA_TEXT(name)
 extern const Kernels passes;
-const Kernels passes = {FASTLORA_NAME_OF(FASTLORA_ISA), HAS_DOTS, draw, read_pass, add_pass, narrow, few_rows};
+const Kernels passes = {FASTLORA_NAME_OF(FASTLORA_ISA), HAS_DOTS, draw, read_pass, add_pass, narrow, accumulate, few_rows};
 
 }  // namespace fastlora::FASTLORA_ISA

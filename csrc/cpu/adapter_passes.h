@@ -3,12 +3,14 @@
 //     read    v [M, L] -> projected = d(v) Pᵀ [M, R]  and  gradient = cᵀ d(v) [R, L], either or both
 //     add     v [M, L] += s d'(c P)
 //
-// with a panel P [R, L] (A, or Bᵀ), coefficients c [M, R], and dropout's mask as one bit an element, which `draw` draws. Kernels work on one
-// cell of the problem, a range of rows and a range of columns, alone and in a fixed order; who calls them splits the work and sums the cells.
-// No torch here: adapter_passes.cpp is compiled once per instruction set.
+// with a panel P [R, L] (A, or Bᵀ), coefficients c [M, R], and dropout's mask as one bit an element, which `draw` draws. Several adapters
+// may have rows of v: each its own, or all of them all rows. Kernels work on one cell of the problem, a range of rows and a range of columns,
+// alone and in a fixed order; who calls them splits the work and sums the cells. No torch here: adapter_passes.cpp is compiled once per
+// instruction set.
 //
-// Panels and coefficients are float32; or, where v is bfloat16 and the instruction set has dot products of it (`dots`), bfloat16: a read's panel by row, an add's with two ranks side by side (pair [ceil(R / 2), L] of 32 bits), coefficients with zeros up to a
-// multiple of COEFFICIENT_UNIT.
+// Panels and coefficients are float32; or, where v is bfloat16 and the instruction set has dot products of it (`dots`), bfloat16: a read's
+// panel by row, an add's with two ranks side by side (pairs [ceil(R / 2), L] of 32 bits). COEFFICIENT_UNIT bfloat16 coefficients are read at a
+// time, from a multiple of it after an adapter's first.
 #pragma once
 
 #include <cstdint>
@@ -17,14 +19,22 @@ namespace fastlora {
 
 enum class Kind { FLOAT32, BFLOAT16, FLOAT16 };
 
-/// The rows of one adapter, in sorted order, and its place among the stacked panels.
+/// The rows of one adapter, in sorted order, and its places among what adapters have one after the other.
 struct Segment {
   int64_t begin, end;   // places in the order of rows
   int64_t rank;
+  int64_t first_rank;   // its first column in coefficients and projections
   int64_t panel_row;    // its first row in the stacked panels [sum R_i, L]
   int64_t pair_row;     // and where ranks lie in pairs [sum ceil(R_i / 2), L]
+  int64_t keep_offset;  // bytes to the bits of row 0
+  uint64_t seed;
   uint32_t threshold;   // half-words below it are dropped; 0: no dropout
   float factor;         // of a kept element in a read with dropout; of everything that is added
+};
+
+struct Segments {
+  const Segment* first;
+  int64_t count;
 };
 
 /// What both passes share.
@@ -33,7 +43,7 @@ struct Rows {
   bool dots;
   int64_t stride;        // elements from one row of v to the next
   const int64_t* order;  // the row at each place; null: row i is at place i
-  const uint8_t* keep;   // [M, keep_stride], bit l of a row for column l; null: nothing is dropped
+  const uint8_t* keep;   // rows of keep_stride bytes, bit l of a row for column l; null: nothing is dropped
   int64_t keep_stride;
   const void* panel;     // a read's may be null: nothing is projected
   int64_t panel_stride;
@@ -55,7 +65,6 @@ struct Add : Rows {
 
 /// The mask of reference.py::keep_mask for rows of `width` columns.
 struct Draw {
-  uint64_t seed;
   int64_t width;
   const int64_t* order;
   uint8_t* keep;
@@ -63,10 +72,10 @@ struct Draw {
 };
 
 constexpr int64_t COLUMN_UNIT = 64;      // cells begin at a multiple of this; panels and rows of bits are padded to one
-constexpr int64_t COEFFICIENT_UNIT = 8;  // bfloat16 coefficients are padded to a multiple of this
+constexpr int64_t COEFFICIENT_UNIT = 8;
 
 struct Cell {
-  int64_t begin, end;  // places, within the segment
+  int64_t begin, end;  // places
   int64_t column_begin, column_end;
 };
 
@@ -95,11 +104,12 @@ constexpr int64_t FEW_ROWS = 8;
 struct Kernels {
   const char* isa;
   bool dots;
-  void (*draw)(const Draw&, const Segment&, const Cell&);
-  void (*read)(const Read&, const Segment&, const Cell&);
-  void (*add)(const Add&, const Segment&, const Cell&);
-  void (*narrow)(const float* from, int64_t count, uint16_t* to);               // to bfloat16
-  void (*few_rows)(const FewRows&, int64_t column_begin, int64_t column_end);  // columns of y
+  void (*draw)(const Draw&, const Segments&, const Cell&);
+  void (*read)(const Read&, const Segments&, const Cell&);
+  void (*add)(const Add&, const Segments&, const Cell&);
+  void (*narrow)(const float* from, int64_t count, uint16_t* to);                       // to bfloat16
+  void (*accumulate)(Kind kind, void* total, const void* part, int64_t count);          // total += part
+  void (*few_rows)(const FewRows&, int64_t column_begin, int64_t column_end);           // columns of y
 };
 
 /// The kernels for the instruction set that this machine has, or that FASTLORA_ISA (portable, avx2, avx512, avx512bf16) names.

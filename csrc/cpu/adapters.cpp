@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <array>
+#include <cstring>
 #include <string>
 
 namespace fastlora {
@@ -134,10 +135,10 @@ Tensor pack_b(const Adapters& adapters, Panels format) {
   return pack(sources, format);
 }
 
-/// Coefficients [M, R] as the passes over v take them: float32 as they are, or bfloat16 with zeros up to a multiple of COEFFICIENT_UNIT.
+/// Coefficients [M, R] as the passes over v take them: float32 as they are, or bfloat16, with zeros for reads beyond the last.
 Tensor coefficients_for(const Tensor& v, const Tensor& coefficients) {
   if (!takes_dots(v)) return coefficients;
-  const int64_t M = coefficients.size(0), R = coefficients.size(1), stride = round_up(R, COEFFICIENT_UNIT);
+  const int64_t M = coefficients.size(0), R = coefficients.size(1), stride = R + COEFFICIENT_UNIT;
   const Tensor narrow = torch::stable::new_zeros(coefficients, std::array<int64_t, 2>{M, stride}, ScalarType::BFloat16);
   const float* from = floats(coefficients);
   uint16_t* to = static_cast<uint16_t*>(narrow.mutable_data_ptr());
@@ -220,23 +221,20 @@ Grid cut(int64_t work, int64_t rows, int64_t columns, int64_t row_cost, int64_t 
 int64_t first_place(const Batch& batch) { return batch.segments.front().begin; }
 int64_t place_count(const Batch& batch) { return batch.segments.back().end - first_place(batch); }
 
-/// Runs pass(segment, cell, row part, column part) for every segment's share of every cell of the grid.
+/// Runs pass(segments, cell, row part, column part) for every cell of the grid.
 template <class Pass>
 void for_each_cell(const Batch& batch, const Grid& grid, int64_t columns, const Pass& pass) {
   const int64_t units = (columns + COLUMN_UNIT - 1) / COLUMN_UNIT;
+  const Segments segments{batch.segments.data(), static_cast<int64_t>(batch.segments.size())};
   parallel_for(0, grid.cells(), 1, [&](int64_t cell_begin, int64_t cell_end) {
     for (int64_t index = cell_begin; index < cell_end; ++index) {
       const int64_t i = index / grid.column_parts, j = index % grid.column_parts;
-      const int64_t begin = first_place(batch) + place_count(batch) * i / grid.row_parts;
-      const int64_t end = first_place(batch) + place_count(batch) * (i + 1) / grid.row_parts;
       Cell cell;
+      cell.begin = first_place(batch) + place_count(batch) * i / grid.row_parts;
+      cell.end = first_place(batch) + place_count(batch) * (i + 1) / grid.row_parts;
       cell.column_begin = units * j / grid.column_parts * COLUMN_UNIT;
       cell.column_end = std::min(units * (j + 1) / grid.column_parts * COLUMN_UNIT, columns);
-      for (const Segment& segment : batch.segments) {
-        cell.begin = std::max(begin, segment.begin);
-        cell.end = std::min(end, segment.end);
-        if (cell.begin < cell.end) pass(segment, cell, i, j);
-      }
+      pass(segments, cell, i, j);
     }
   });
 }
@@ -257,15 +255,14 @@ void sum_parts(const Tensor& parts, float* total) {
 using Keep = std::optional<Tensor>;
 
 /// Dropout's mask for the rows of the batch, of `columns` elements each.
-Keep draw(const Tensor& like, int64_t columns, const Batch& batch, const Adapters& adapters) {
+Keep draw(const Tensor& like, int64_t columns, const Batch& batch) {
   const bool drops = std::any_of(batch.segments.begin(), batch.segments.end(), [](const Segment& segment) { return segment.threshold != 0; });
   if (!drops || place_count(batch) == 0) return std::nullopt;
-  const Tensor keep = torch::stable::new_empty(like, std::array<int64_t, 2>{like.size(0), bits_stride(columns)}, ScalarType::Byte);
-  const uint64_t seed = static_cast<uint64_t>(*adapters.seed->const_data_ptr<int64_t>());
-  const Draw pass{seed, columns, batch.order, static_cast<uint8_t*>(keep.mutable_data_ptr()), keep.size(1)};
+  const Tensor keep = torch::stable::new_empty(like, std::array<int64_t, 2>{batch.masks * like.size(0), bits_stride(columns)}, ScalarType::Byte);
+  const Draw pass{columns, batch.order, static_cast<uint8_t*>(keep.mutable_data_ptr()), keep.size(1)};
   const Grid grid = cut(place_count(batch) * columns, place_count(batch), columns, 0, 0);
-  for_each_cell(batch, grid, columns, [&](const Segment& segment, const Cell& cell, int64_t, int64_t) {
-    if (segment.threshold != 0) kernels().draw(pass, segment, cell);
+  for_each_cell(batch, grid, columns, [&](const Segments& segments, const Cell& cell, int64_t, int64_t) {
+    kernels().draw(pass, segments, cell);
   });
   return keep;
 }
@@ -281,22 +278,22 @@ Rows rows_of(const Tensor& v, const Batch& batch, const Keep& keep) {
   return rows;
 }
 
-/// One pass over v [M, L]: projected [M, max R_i] = d(v) P_iᵀ if there are panels, gradient [sum R_i, L] = c_iᵀ d(v) if there are
+/// One pass over v [M, L]: projected [M, ranks] = d(v) P_iᵀ if there are panels, gradient [sum R_i, L] = c_iᵀ d(v) if there are
 /// coefficients.
 void read(
     const Tensor& v, const Batch& batch, const Adapters& adapters, const Keep& keep, const Tensor* panels, const Tensor* projected,
     const Tensor* coefficients, const Tensor* gradient) {
   if (place_count(batch) == 0) return;
-  const int64_t M = v.size(0), L = v.size(1), most = adapters.most_ranks(), stride = round_up(L, COLUMN_UNIT);
-  const int64_t work = place_count(batch) * L * most;
-  const Grid grid = cut(work, place_count(batch), L, gradient ? adapters.all_ranks() * L : 0, projected ? M * most : 0);
+  const int64_t M = v.size(0), L = v.size(1), ranks = batch.ranks, stride = round_up(L, COLUMN_UNIT);
+  const int64_t work = place_count(batch) * L * ranks;
+  const Grid grid = cut(work, place_count(batch), L, gradient ? adapters.all_ranks() * L : 0, projected ? M * ranks : 0);
 
   Read pass{rows_of(v, batch, keep)};
   pass.v = v.const_data_ptr();
   pass.panel = panels ? panels->const_data_ptr() : nullptr;
   pass.panel_stride = stride;
   pass.projected = projected ? floats(*projected) : nullptr;
-  pass.projected_stride = most;
+  pass.projected_stride = ranks;
   pass.coefficients = coefficients ? coefficients->const_data_ptr() : nullptr;
   pass.coefficient_stride = coefficients ? coefficients->stride(0) : 0;
   pass.gradient = gradient ? floats(*gradient) : nullptr;
@@ -304,26 +301,25 @@ void read(
 
   std::optional<Tensor> projected_parts, gradient_parts;
   if (projected && grid.column_parts > 1) {
-    projected_parts = torch::stable::new_zeros(*projected, std::array<int64_t, 3>{grid.column_parts, M, most});
+    projected_parts = torch::stable::new_zeros(*projected, std::array<int64_t, 3>{grid.column_parts, M, ranks});
   }
   if (gradient && grid.row_parts > 1) {
     gradient_parts = torch::stable::new_zeros(*gradient, std::array<int64_t, 3>{grid.row_parts, adapters.all_ranks(), stride});
   }
   float* projected_base = projected_parts ? floats(*projected_parts) : nullptr;
   float* gradient_base = gradient_parts ? floats(*gradient_parts) : nullptr;
-  for_each_cell(batch, grid, L, [&](const Segment& segment, const Cell& cell, int64_t i, int64_t j) {
+  for_each_cell(batch, grid, L, [&](const Segments& segments, const Cell& cell, int64_t i, int64_t j) {
     Read part = pass;
-    if (projected_base) part.projected = projected_base + j * M * most;
+    if (projected_base) part.projected = projected_base + j * M * ranks;
     if (gradient_base) part.gradient = gradient_base + i * adapters.all_ranks() * stride;
-    kernels().read(part, segment, cell);
+    kernels().read(part, segments, cell);
   });
   if (projected_parts) sum_parts(*projected_parts, pass.projected);
   if (gradient_parts) sum_parts(*gradient_parts, pass.gradient);
 }
 
 /// One pass over v [M, L]: v += d'(c P_i).
-void add(
-    const Tensor& v, const Batch& batch, const Adapters& adapters, const Keep& keep, const Tensor& coefficients, const Tensor& panels) {
+void add(const Tensor& v, const Batch& batch, const Keep& keep, const Tensor& coefficients, const Tensor& panels) {
   if (place_count(batch) == 0) return;
   Add pass{rows_of(v, batch, keep)};
   pass.v = v.mutable_data_ptr();
@@ -331,9 +327,9 @@ void add(
   pass.panel_stride = panels.size(1);
   pass.coefficients = coefficients.const_data_ptr();
   pass.coefficient_stride = coefficients.stride(0);
-  const Grid grid = cut(place_count(batch) * v.size(1) * adapters.most_ranks(), place_count(batch), v.size(1), 0, 0);
-  for_each_cell(batch, grid, v.size(1), [&](const Segment& segment, const Cell& cell, int64_t, int64_t) {
-    kernels().add(pass, segment, cell);
+  const Grid grid = cut(place_count(batch) * v.size(1) * batch.ranks, place_count(batch), v.size(1), 0, 0);
+  for_each_cell(batch, grid, v.size(1), [&](const Segments& segments, const Cell& cell, int64_t, int64_t) {
+    kernels().add(pass, segments, cell);
   });
 }
 
@@ -418,32 +414,37 @@ void check_layer(const Tensor& x, const Tensor& weight, const std::optional<Tens
   }
 }
 
-void check_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight, const Adapters& adapters, const Tensor& xa) {
-  check_layer(x, weight, std::nullopt, adapters);
+void check_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight) {
   check_cpu(dy, "dy");
   check_shape(dy, "dy", {x.size(0), weight.size(0)});
   check_dtype(dy, "dy", {x.scalar_type()});
+}
+
+void check_projection(const Tensor& xa, const Tensor& x, int64_t ranks) {
   check_cpu(xa, "xa");
-  check_shape(xa, "xa", {x.size(0), adapters.most_ranks()});
+  check_shape(xa, "xa", {x.size(0), ranks});
   check_dtype(xa, "xa", {ScalarType::Float});
 }
 
-Tensor new_projection(const Tensor& x, const Adapters& adapters) {
-  return torch::stable::new_zeros(x, std::array<int64_t, 2>{x.size(0), adapters.most_ranks()}, ScalarType::Float);
+Tensor new_projection(const Tensor& x, int64_t ranks) {
+  return torch::stable::new_zeros(x, std::array<int64_t, 2>{x.size(0), ranks}, ScalarType::Float);
 }
 
-std::vector<Segment> make_segments(const Adapters& adapters, const std::vector<int64_t>& bounds) {
+namespace {
+
+/// The segments of all adapters, each with all rows; what depends on who has which is set by the caller.
+std::vector<Segment> make_segments(const Adapters& adapters, int64_t M) {
   std::vector<Segment> segments;
   int64_t panel_row = 0, pair_row = 0;
   for (size_t i = 0; i < adapters.a.size(); ++i) {
     // reference.py::drop_threshold and keep_scale.
     const int64_t threshold = adapters.seed ? static_cast<int64_t>(65536 * adapters.dropout_p[i] + 0.5) : 0;
-    Segment segment;
-    segment.begin = bounds[i];
-    segment.end = bounds[i + 1];
+    Segment segment{};
+    segment.end = M;
     segment.rank = adapters.a[i].size(0);
     segment.panel_row = panel_row;
     segment.pair_row = pair_row;
+    segment.seed = adapters.seed ? static_cast<uint64_t>(*adapters.seed->const_data_ptr<int64_t>()) : 0;
     segment.threshold = static_cast<uint32_t>(threshold);
     segment.factor = threshold < 65536 ? static_cast<float>(65536.0 / static_cast<double>(65536 - threshold)) : 0.0f;
     segments.push_back(segment);
@@ -453,51 +454,189 @@ std::vector<Segment> make_segments(const Adapters& adapters, const std::vector<i
   return segments;
 }
 
+}  // namespace
+
+Batch split_rows(const Adapters& adapters, const std::vector<int64_t>& bounds, const int64_t* order) {
+  Batch batch{make_segments(adapters, 0), order, adapters.most_ranks(), 1};
+  for (size_t i = 0; i < batch.segments.size(); ++i) {
+    batch.segments[i].begin = bounds[i];
+    batch.segments[i].end = bounds[i + 1];
+  }
+  return batch;
+}
+
+Batch share_rows(const Adapters& adapters, int64_t M) {
+  Batch batch{make_segments(adapters, M), nullptr, adapters.all_ranks(), static_cast<int64_t>(adapters.a.size())};
+  const int64_t mask_bytes = M * bits_stride(adapters.a[0].size(1));
+  const std::optional<Tensor> seeds = adapters.seed ? std::optional(torch::stable::contiguous(*adapters.seed)) : std::nullopt;
+  for (size_t i = 0; i < batch.segments.size(); ++i) {
+    Segment& segment = batch.segments[i];
+    segment.first_rank = segment.panel_row;
+    segment.keep_offset = static_cast<int64_t>(i) * mask_bytes;
+    if (seeds) segment.seed = static_cast<uint64_t>(seeds->const_data_ptr<int64_t>()[i]);
+  }
+  return batch;
+}
+
+namespace {
+
+Panels read_format(const Tensor& v) { return takes_dots(v) ? Panels::DOTS : Panels::FLOATS; }
+Panels add_format(const Tensor& v) { return takes_dots(v) ? Panels::PAIRS : Panels::FLOATS; }
+
+/// y = x Wᵀ + b + s_i xa_i B_iᵀ, xa [M, ranks] at hand.
+Tensor add_to_frozen(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Adapters& adapters, const Batch& batch, const Tensor& xa) {
+  const Tensor y = with_dense_rows(multiply_by_frozen(x, weight, bias));
+  add(y, scaled(batch, adapters), std::nullopt, coefficients_for(y, xa), pack_b(adapters, add_format(y)));
+  return y;
+}
+
+/// One read of dy: dxa_i = s_i dy B_i [M, ranks], and the gradients of B_i; either may not be needed.
+std::tuple<Tensor, Tensor> read_dy(
+    const Tensor& dy, const Adapters& adapters, const Batch& batch, const Tensor& xa, bool need_dxa, bool need_db) {
+  const Tensor dxa = new_projection(dy, batch.ranks);
+  Tensor db = torch::stable::new_empty(adapters.b[0], std::array<int64_t, 1>{0});
+  if (!need_dxa && !need_db) return {dxa, db};
+  const Tensor rows = with_dense_rows(dy);
+  const Tensor panels = pack_b(adapters, read_format(rows));
+  const Tensor coefficients = coefficients_for(rows, with_dense_rows(xa));
+  const Tensor gradient = new_gradients(rows, adapters, rows.size(1));
+  read(rows, batch, adapters, std::nullopt, need_dxa ? &panels : nullptr, need_dxa ? &dxa : nullptr, need_db ? &coefficients : nullptr,
+       need_db ? &gradient : nullptr);
+  if (need_dxa) scale_rows(dxa, scaled(batch, adapters));
+  if (need_db) db = unpack_b(adapters, gradient);
+  return {dxa, db};
+}
+
+/// dx += d_i'(dxa_i A_i), and the gradients of A_i from one read of x; a null dx is not wanted.
+Tensor finish_dx_and_da(
+    const Tensor& x, const Adapters& adapters, const Batch& batch, const Tensor& dxa, const Tensor* dx, bool need_da) {
+  const Keep keep = draw(x, x.size(1), batch);
+  const Tensor coefficients = coefficients_for(x, dxa);
+  if (dx) add(*dx, batch, keep, coefficients, pack_a(adapters, add_format(x)));
+  if (!need_da) return torch::stable::new_empty(adapters.a[0], std::array<int64_t, 1>{0});
+  const Tensor gradient = new_gradients(x, adapters, x.size(1));
+  read(x, batch, adapters, keep, nullptr, nullptr, &coefficients, &gradient);
+  return unpack_a(adapters, gradient);
+}
+
+int64_t all_elements(const std::vector<Tensor>& tensors) {
+  int64_t count = 0;
+  for (const Tensor& tensor : tensors) count += tensor.numel();
+  return count;
+}
+
+/// total [M, L] += part [M, L].
+void accumulate(const Tensor& total, const Tensor& part) {
+  const int64_t L = total.size(1), size = static_cast<int64_t>(total.element_size());
+  char* to = static_cast<char*>(total.mutable_data_ptr());
+  const char* from = static_cast<const char*>(part.const_data_ptr());
+  parallel_for(0, total.size(0), GRAIN / (L + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      kernels().accumulate(kind_of(total), to + i * total.stride(0) * size, from + i * part.stride(0) * size, L);
+    }
+  });
+}
+
+/// The adapter of one of the layers that share x.
+Adapters one_of(const Adapters& adapters, size_t i) {
+  return {{adapters.a[i]}, {adapters.b[i]}, {adapters.scale[i]}, {0.0}, std::nullopt};
+}
+
+void copy_columns(const Tensor& from, int64_t from_column, const Tensor& to, int64_t to_column, int64_t columns) {
+  for (int64_t i = 0; i < from.size(0); ++i) {
+    std::copy_n(floats(from) + i * from.stride(0) + from_column, columns, floats(to) + i * to.stride(0) + to_column);
+  }
+}
+
+}  // namespace
+
 std::tuple<Tensor, Tensor> forward(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Adapters& adapters, const Batch& batch) {
   const Tensor rows = with_dense_rows(x);
-  const Keep keep = draw(rows, rows.size(1), batch, adapters);
+  const Keep keep = draw(rows, rows.size(1), batch);
   if (!keep && suits_few_rows(rows, weight)) return few_rows(rows, weight, bias, adapters, batch);
-  const Panels read_format = takes_dots(rows) ? Panels::DOTS : Panels::FLOATS, add_format = takes_dots(rows) ? Panels::PAIRS : Panels::FLOATS;
-  const Tensor y = with_dense_rows(multiply_by_frozen(rows, weight, bias));
-  const Tensor xa = new_projection(x, adapters);
-  const Tensor panel_a = pack_a(adapters, read_format);
-  read(rows, batch, adapters, keep, &panel_a, &xa, nullptr, nullptr);
-  add(y, scaled(batch, adapters), adapters, std::nullopt, coefficients_for(y, xa), pack_b(adapters, add_format));
-  return {y, xa};
+  const Tensor xa = new_projection(x, batch.ranks);
+  const Tensor panels = pack_a(adapters, read_format(rows));
+  read(rows, batch, adapters, keep, &panels, &xa, nullptr, nullptr);
+  return {add_to_frozen(rows, weight, bias, adapters, batch, xa), xa};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& dy, const Tensor& x, const Tensor& weight, const Adapters& adapters, const Tensor& xa, const Batch& batch, bool need_dx,
     bool need_da, bool need_db) {
-  const Tensor rows = with_dense_rows(x), dy_rows = with_dense_rows(dy), xa_rows = with_dense_rows(xa);
-  const Panels read_format = takes_dots(rows) ? Panels::DOTS : Panels::FLOATS, add_format = takes_dots(rows) ? Panels::PAIRS : Panels::FLOATS;
+  const Tensor rows = with_dense_rows(x), dy_rows = with_dense_rows(dy);
+  const auto [dxa, db] = read_dy(dy_rows, adapters, batch, xa, need_dx || need_da, need_db);
   const std::array<int64_t, 1> none{0};
   Tensor dx = torch::stable::new_empty(x, none);
-  Tensor da = torch::stable::new_empty(adapters.a[0], none), db = torch::stable::new_empty(adapters.b[0], none);
-  const bool need_dxa = need_dx || need_da;
-  const Tensor dxa = new_projection(x, adapters);
-  if (need_dxa || need_db) {
-    const Tensor panel_b = pack_b(adapters, read_format);
-    const Tensor coefficients = coefficients_for(dy_rows, xa_rows);
-    const Tensor gradient = new_gradients(x, adapters, dy.size(1));
-    read(dy_rows, batch, adapters, std::nullopt, need_dxa ? &panel_b : nullptr, need_dxa ? &dxa : nullptr,
-         need_db ? &coefficients : nullptr, need_db ? &gradient : nullptr);
-    if (need_dxa) scale_rows(dxa, scaled(batch, adapters));
-    if (need_db) db = unpack_b(adapters, gradient);
+  if (!need_dx && !need_da) return {dx, torch::stable::new_empty(adapters.a[0], none), db};
+  if (need_dx) dx = with_dense_rows(multiply_by_frozen_backward(dy_rows, weight));
+  const Tensor da = finish_dx_and_da(rows, adapters, batch, dxa, need_dx ? &dx : nullptr, need_da);
+  return {dx, da, db};
+}
+
+std::tuple<std::vector<Tensor>, Tensor> forward_shared(
+    const Tensor& x, const std::vector<Tensor>& weight, const std::vector<Tensor>& bias, const Adapters& adapters) {
+  const Tensor rows = with_dense_rows(x);
+  const Batch batch = share_rows(adapters, x.size(0));
+  const Keep keep = draw(rows, rows.size(1), batch);
+  const bool few = !keep && std::all_of(weight.begin(), weight.end(), [&](const Tensor& one) { return suits_few_rows(rows, one); });
+  const Tensor xa = new_projection(x, batch.ranks);
+  if (!few) {
+    const Tensor panels = pack_a(adapters, read_format(rows));
+    read(rows, batch, adapters, keep, &panels, &xa, nullptr, nullptr);
   }
-  if (!need_dxa) return {dx, da, db};
-  const Keep keep = draw(rows, rows.size(1), batch, adapters);
-  const Tensor coefficients = coefficients_for(rows, dxa);
-  if (need_dx) {
-    dx = with_dense_rows(multiply_by_frozen_backward(dy_rows, weight));
-    add(dx, batch, adapters, keep, coefficients, pack_a(adapters, add_format));
+  std::vector<Tensor> y;
+  for (size_t i = 0; i < weight.size(); ++i) {
+    const Adapters one = one_of(adapters, i);
+    const Batch all = split_rows(one, {0, x.size(0)}, nullptr);
+    const std::optional<Tensor> one_bias = bias[i].numel() ? std::optional(bias[i]) : std::nullopt;
+    const int64_t column = batch.segments[i].first_rank;
+    if (few) {
+      const auto [result, own_xa] = few_rows(rows, weight[i], one_bias, one, all);
+      copy_columns(own_xa, 0, xa, column, all.ranks);
+      y.push_back(result);
+    } else {
+      Tensor own_xa = xa;
+      y.push_back(add_to_frozen(rows, weight[i], one_bias, one, all, torch::stable::narrow(own_xa, 1, column, all.ranks)));
+    }
   }
-  if (need_da) {
-    const Tensor gradient = new_gradients(x, adapters, x.size(1));
-    read(rows, batch, adapters, keep, nullptr, nullptr, &coefficients, &gradient);
-    da = unpack_a(adapters, gradient);
+  return {y, xa};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward_shared(
+    const std::vector<Tensor>& dy, const Tensor& x, const std::vector<Tensor>& weight, const Adapters& adapters, const Tensor& xa,
+    bool need_dx, bool need_da, bool need_db) {
+  const Tensor rows = with_dense_rows(x);
+  const Batch batch = share_rows(adapters, x.size(0));
+  const Tensor dxa = new_projection(x, batch.ranks);
+  const std::array<int64_t, 1> none{0};
+  Tensor dx = torch::stable::new_empty(x, none);
+  const Tensor db = torch::stable::new_empty(adapters.b[0], std::array<int64_t, 1>{need_db ? all_elements(adapters.b) : 0});
+  int64_t db_place = 0;
+  for (size_t i = 0; i < weight.size(); ++i) {
+    const Adapters one = one_of(adapters, i);
+    const Batch all = split_rows(one, {0, x.size(0)}, nullptr);
+    const int64_t column = batch.segments[i].first_rank;
+    const Tensor dy_rows = with_dense_rows(dy[i]);
+    Tensor all_xa = xa;
+    const auto [own_dxa, own_db] = read_dy(dy_rows, one, all, torch::stable::narrow(all_xa, 1, column, all.ranks), need_dx || need_da, need_db);
+    copy_columns(own_dxa, 0, dxa, column, all.ranks);
+    if (need_db) {
+      const size_t size = own_db.element_size();
+      std::memcpy(static_cast<char*>(db.mutable_data_ptr()) + db_place * size, own_db.const_data_ptr(), own_db.numel() * size);
+      db_place += own_db.numel();
+    }
+    if (!need_dx) continue;
+    const Tensor part = with_dense_rows(multiply_by_frozen_backward(dy_rows, weight[i]));
+    if (i == 0) {
+      dx = part;
+    } else {
+      accumulate(dx, part);
+    }
   }
+  if (!need_dx && !need_da) return {dx, torch::stable::new_empty(adapters.a[0], none), db};
+  const Tensor da = finish_dx_and_da(rows, adapters, batch, dxa, need_dx ? &dx : nullptr, need_da);
   return {dx, da, db};
 }
 

@@ -35,7 +35,7 @@ struct Adapters {
   std::vector<Tensor> b;  // S of [N, R_i]
   std::vector<double> scale;
   std::vector<double> dropout_p;
-  std::optional<Tensor> seed;  // int64, one element
+  std::optional<Tensor> seed;  // int64: one element, or one an adapter where they share rows
 
   int64_t all_ranks() const;   // sum R_i
   int64_t most_ranks() const;  // max R_i
@@ -45,20 +45,25 @@ struct Adapters {
 void check_base(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
 /// The same with the adapters.
 void check_layer(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Adapters& adapters);
-/// The same for a backward's dy [M, N] and xa [M, max R_i].
-void check_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight, const Adapters& adapters, const Tensor& xa);
+/// Raises unless a backward's dy [M, N] and xa [M, ranks] fit them.
+void check_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight);
+void check_projection(const Tensor& xa, const Tensor& x, int64_t ranks);
 
-/// One segment for each adapter: which places in the order of rows are its own.
-std::vector<Segment> make_segments(const Adapters& adapters, const std::vector<int64_t>& bounds);
-
-/// Rows in their adapters' order; order is null where all rows belong to the only adapter.
+/// Who has which rows of x.
 struct Batch {
-  std::vector<Segment> segments;
-  const int64_t* order;
+  std::vector<Segment> segments;  // one an adapter
+  const int64_t* order;           // rows in their adapters' order; null: row i is at place i
+  int64_t ranks;                  // columns of xa
+  int64_t masks;                  // that dropout draws for each row
 };
 
-/// Zeros for xa [M, max R_i] in float32.
-Tensor new_projection(const Tensor& x, const Adapters& adapters);
+/// Each adapter has rows of its own: adapter i the places bounds[i] to bounds[i + 1] in the order of rows.
+Batch split_rows(const Adapters& adapters, const std::vector<int64_t>& bounds, const int64_t* order);
+/// Every adapter has all M rows, its own columns of xa [M, sum R_i], and a mask of its own: seed[i] for adapter i.
+Batch share_rows(const Adapters& adapters, int64_t M);
+
+/// Zeros for xa [M, ranks] in float32.
+Tensor new_projection(const Tensor& x, int64_t ranks);
 
 /// Whether `few_rows` takes these: 1 to FEW_ROWS dense rows, and a weight that is dense by row or by column.
 bool suits_few_rows(const Tensor& x, const Tensor& weight);
@@ -75,5 +80,14 @@ std::tuple<Tensor, Tensor> forward(
 std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& dy, const Tensor& x, const Tensor& weight, const Adapters& adapters, const Tensor& xa, const Batch& batch, bool need_dx,
     bool need_da, bool need_db);
+
+/// Layers that share x, each with one adapter: y_i = x W_iᵀ + b_i + s_i xa_i B_iᵀ with all xa_i from one read of x. No bias: no elements.
+std::tuple<std::vector<Tensor>, Tensor> forward_shared(
+    const Tensor& x, const std::vector<Tensor>& weight, const std::vector<Tensor>& bias, const Adapters& adapters);
+
+/// dx is the sum over the layers, and x is read once for all dA_i.
+std::tuple<Tensor, Tensor, Tensor> backward_shared(
+    const std::vector<Tensor>& dy, const Tensor& x, const std::vector<Tensor>& weight, const Adapters& adapters, const Tensor& xa,
+    bool need_dx, bool need_da, bool need_db);
 
 }  // namespace fastlora

@@ -30,7 +30,7 @@ FewRows task_of(const Tensor& x, const Tensor& weight) {
 
 /// The adapters' part of a task, and what it points to.
 struct Updates {
-  Tensor xa, scaled;  // [M, max R_i] float32
+  Tensor xa, scaled;  // [M, ranks] float32
   std::vector<Tensor> held;
   std::array<const void*, FEW_ROWS> lora_b{};
   std::array<int64_t, FEW_ROWS> rank{};
@@ -38,8 +38,8 @@ struct Updates {
 
 /// xa_i = x A_iᵀ for the rows of each adapter.
 Updates project(const Tensor& x, const Adapters& adapters, const Batch& batch) {
-  const int64_t most = adapters.most_ranks();
-  Updates updates{new_projection(x, adapters), new_projection(x, adapters)};
+  const int64_t most = batch.ranks;
+  Updates updates{new_projection(x, most), new_projection(x, most)};
   const Tensor rows = kind_of(adapters.a[0]) == kind_of(x) ? x : torch::stable::to(x, ScalarType::Float);
   float* xa = floats(updates.xa);
   for (size_t i = 0; i < adapters.a.size(); ++i) {

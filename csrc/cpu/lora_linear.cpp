@@ -4,6 +4,9 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <array>
+#include <utility>
+
 #include "adapters.h"
 
 namespace fastlora {
@@ -18,7 +21,7 @@ std::tuple<Tensor, Tensor> lora_linear_cpu(
     double scale, double dropout_p, const std::optional<Tensor>& seed) {
   const Adapters adapters{{lora_a}, {lora_b}, {scale}, {dropout_p}, seed};
   check_layer(x, weight, bias, adapters);
-  return forward(x, weight, bias, adapters, {make_segments(adapters, {0, x.size(0)}), nullptr});
+  return forward(x, weight, bias, adapters, split_rows(adapters, {0, x.size(0)}, nullptr));
 }
 
 std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_cpu(
@@ -27,11 +30,58 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_cpu(
     const Tensor& xa,  // [M, R] float32
     double scale, double dropout_p, const std::optional<Tensor>& seed, bool need_dx, bool need_da, bool need_db) {
   const Adapters adapters{{lora_a}, {lora_b}, {scale}, {dropout_p}, seed};
-  check_gradient(dy, x, weight, adapters, xa);
-  auto [dx, da, db] = backward(dy, x, weight, adapters, xa, {make_segments(adapters, {0, x.size(0)}), nullptr}, need_dx, need_da, need_db);
+  check_layer(x, weight, std::nullopt, adapters);
+  check_gradient(dy, x, weight);
+  check_projection(xa, x, lora_a.size(0));
+  auto [dx, da, db] = backward(dy, x, weight, adapters, xa, split_rows(adapters, {0, x.size(0)}, nullptr), need_dx, need_da, need_db);
   if (need_da) da = torch::stable::view(da, lora_a.sizes());
   if (need_db) db = torch::stable::view(db, lora_b.sizes());
   return {dx, da, db};
+}
+
+void check_shared(const Tensor& x, const std::vector<Tensor>& weight, const std::vector<Tensor>& bias, const Adapters& adapters) {
+  const size_t G = weight.size();
+  STD_TORCH_CHECK(G >= 1, "weight: got no layer, expected at least one");
+  STD_TORCH_CHECK(bias.size() == G, "bias: got ", bias.size(), " layers, expected ", G);
+  const std::pair<const char*, size_t> counts[] = {
+      {"lora_a", adapters.a.size()}, {"lora_b", adapters.b.size()}, {"scale", adapters.scale.size()}, {"dropout_p", adapters.dropout_p.size()}};
+  for (const auto& [name, count] : counts) STD_TORCH_CHECK(count == G, name, ": got ", count, " layers, expected ", G);
+  const int64_t seeds = adapters.seed ? adapters.seed->numel() : 0;
+  for (size_t i = 0; i < G; ++i) {
+    const Adapters one{{adapters.a[i]}, {adapters.b[i]}, {adapters.scale[i]}, {adapters.dropout_p[i]}, std::nullopt};
+    check_layer(x, weight[i], bias[i].numel() ? std::optional<Tensor>(bias[i]) : std::nullopt, one);
+    check_dtype(adapters.a[i], "lora_a", {adapters.a[0].scalar_type()});
+  }
+  if (!adapters.seed) return;
+  check_cpu(*adapters.seed, "seed");
+  check_dtype(*adapters.seed, "seed", {ScalarType::Long});
+  STD_TORCH_CHECK(seeds == static_cast<int64_t>(G), "seed: got ", describe(*adapters.seed), ", expected one number a layer");
+}
+
+std::tuple<std::vector<Tensor>, Tensor> lora_linear_shared_cpu(
+    const Tensor& x,                                                         // [M, K]
+    const std::vector<Tensor>& weight, const std::vector<Tensor>& bias,      // G of [N_i, K], [N_i] or no elements
+    const std::vector<Tensor>& lora_a, const std::vector<Tensor>& lora_b,    // G of [R_i, K], [N_i, R_i]
+    const std::vector<double>& scale, const std::vector<double>& dropout_p,  // G
+    const std::optional<Tensor>& seed) {                                     // [G]
+  const Adapters adapters{lora_a, lora_b, scale, dropout_p, seed};
+  check_shared(x, weight, bias, adapters);
+  return forward_shared(x, weight, bias, adapters);
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_linear_shared_backward_cpu(
+    const std::vector<Tensor>& dy,  // G of [M, N_i]
+    const Tensor& x, const std::vector<Tensor>& weight, const std::vector<Tensor>& lora_a, const std::vector<Tensor>& lora_b,
+    const Tensor& xa,  // [M, sum R_i] float32
+    const std::vector<double>& scale, const std::vector<double>& dropout_p, const std::optional<Tensor>& seed, bool need_dx, bool need_da,
+    bool need_db) {
+  const Adapters adapters{lora_a, lora_b, scale, dropout_p, seed};
+  const Tensor none = torch::stable::new_empty(x, std::array<int64_t, 1>{0});
+  check_shared(x, weight, std::vector<Tensor>(weight.size(), none), adapters);
+  STD_TORCH_CHECK(dy.size() == weight.size(), "dy: got ", dy.size(), " layers, expected ", weight.size());
+  for (size_t i = 0; i < dy.size(); ++i) check_gradient(dy[i], x, weight[i]);
+  check_projection(xa, x, adapters.all_ranks());
+  return backward_shared(dy, x, weight, adapters, xa, need_dx, need_da, need_db);
 }
 
 }  // namespace
@@ -39,6 +89,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_cpu(
 STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("lora_linear_cpu", TORCH_BOX(&lora_linear_cpu));
   m.impl("lora_linear_backward_cpu", TORCH_BOX(&lora_linear_backward_cpu));
+  m.impl("lora_linear_shared_cpu", TORCH_BOX(&lora_linear_shared_cpu));
+  m.impl("lora_linear_shared_backward_cpu", TORCH_BOX(&lora_linear_shared_backward_cpu));
 }
 
 }  // namespace fastlora

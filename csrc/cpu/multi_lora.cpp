@@ -58,7 +58,7 @@ std::tuple<Tensor, Tensor> multi_lora_cpu(
   const Adapters adapters{lora_a, lora_b, scale, dropout_p, seed};
   check_layer(x, weight, bias, adapters);
   const Grouping grouping = check_grouping(order, offsets, x.size(0), static_cast<int64_t>(lora_a.size()));
-  auto [y, xa] = forward(x, weight, bias, adapters, {make_segments(adapters, grouping.bounds), grouping.rows_in_order()});
+  auto [y, xa] = forward(x, weight, bias, adapters, split_rows(adapters, grouping.bounds, grouping.rows_in_order()));
   poison_invalid(y, grouping);
   return {y, xa};
 }
@@ -70,9 +70,11 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_backward_cpu(
     const std::vector<double>& scale, const std::vector<double>& dropout_p, const std::optional<Tensor>& seed, const Tensor& order,
     const Tensor& offsets, bool need_dx, bool need_da, bool need_db) {
   const Adapters adapters{lora_a, lora_b, scale, dropout_p, seed};
-  check_gradient(dy, x, weight, adapters, xa);
+  check_layer(x, weight, std::nullopt, adapters);
+  check_gradient(dy, x, weight);
+  check_projection(xa, x, adapters.most_ranks());
   const Grouping grouping = check_grouping(order, offsets, x.size(0), static_cast<int64_t>(lora_a.size()));
-  const Batch batch{make_segments(adapters, grouping.bounds), grouping.rows_in_order()};
+  const Batch batch = split_rows(adapters, grouping.bounds, grouping.rows_in_order());
   auto [dx, da, db] = backward(dy, x, weight, adapters, xa, batch, need_dx, need_da, need_db);
   if (need_dx) poison_invalid(dx, grouping);
   return {dx, da, db};
