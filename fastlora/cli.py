@@ -1,4 +1,4 @@
-"""The command line: `fastlora train | eval | generate | merge | bench | env | demo`.
+"""The command line: `fastlora train | eval | generate | merge | bench | tune | env | demo`.
 
 Every command is a thin call of the function of the same name; what is slow to import is imported inside, so that --help
 is quick. Exit codes: 0 done, 1 training went wrong, 2 wrong options or data, 130 interrupted. An expected error is one
@@ -134,7 +134,16 @@ def train(
         bool, typer.Option("--resume", help="Go on from the newest checkpoint; without one, start afresh.")
     ] = False,
     overwrite: OverwriteOption = False,
-    accelerate: Annotated[bool, typer.Option(help="Run the LoRA layers fused, or leave them to PEFT.")] = True,
+    accelerate: Annotated[
+        bool, typer.Option(help="Run LoRA and frozen layers by fastlora, or leave them to PEFT and torch.")
+    ] = True,
+    pack_budget: Annotated[
+        int | None,
+        typer.Option(
+            help="Bytes for packed copies of frozen weights on a CPU, 0 for none. [default: 1/16 of its memory]"
+        ),
+    ] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Run the model's layers through torch.compile.")] = False,
 ) -> None:
     """Train a LoRA adapter, or the whole model, on prompts and completions."""
     _quiet()
@@ -167,6 +176,8 @@ def train(
         resume=resume,
         overwrite=overwrite,
         accelerate=accelerate,
+        pack_budget=pack_budget,
+        compile=compile,
     )
     result = training.train(config)
     if os.environ.get("RANK", "0") == "0":  # one summary, however many processes torchrun started
@@ -296,6 +307,28 @@ def bench(context: typer.Context) -> None:
     from fastlora.benchmarks.__main__ import main as benchmark
 
     raise typer.Exit(benchmark(context.args) or 0)
+
+
+@command
+def tune(
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    output: Annotated[
+        Path | None, typer.Option(help="Write a table to ship, in place of this machine's cache.")
+    ] = None,
+) -> None:
+    """Check every implementation on this machine and time it: what is slower than plain PyTorch is not used."""
+    from fastlora.tune import tune as tune_machine
+
+    path, found = tune_machine(device, output)
+    table = Table(
+        "operator", "dtype", "weight", "rows", "dropout", "implementation", "of plain PyTorch's time", box=None
+    )
+    for one in sorted(found):
+        verdict = "failed its check" if one.ratio is None else f"{one.ratio:.2f}"
+        dropout = "yes" if one.dropout else "no"
+        table.add_row(one.op, one.dtype, one.size, str(one.rows), dropout, one.implementation, verdict)
+    _console().print(table)
+    print(f"written to {path}" if path else "not kept")
 
 
 @command

@@ -4,13 +4,13 @@ import os
 import platform
 import shutil
 import sys
+from collections import Counter
 from importlib import metadata
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from fastlora import ops
+from fastlora import ops, tune, tuned
 
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "typer")
 OPTIONAL = {
@@ -27,7 +27,7 @@ COMPILERS = {
 
 
 class Finding(NamedTuple):
-    part: str  # machine | package | compiler | implementation
+    part: str  # machine | package | compiler | implementation | measurements
     name: str
     present: bool
     detail: str  # version or description; where absent, what that costs
@@ -35,7 +35,7 @@ class Finding(NamedTuple):
 
 def describe() -> list[Finding]:
     """All findings, in the order in which they are printed. Reads no network and changes nothing."""
-    return [*_machine(), *_packages(), *_compilers(), *_implementations()]
+    return [*_machine(), *_packages(), *_compilers(), *_implementations(), *_measurements()]
 
 
 def _machine() -> list[Finding]:
@@ -47,7 +47,7 @@ def _machine() -> list[Finding]:
             "machine",
             "cpu",
             True,
-            f"{_cpu_model()}, {cores} cores usable, {torch.get_num_threads()} torch threads, {capability}",
+            f"{tuned.machine_name('cpu')}, {cores} cores usable, {torch.get_num_threads()} torch threads, {capability}",
         ),
     ]
     if not torch.cuda.is_available():
@@ -60,15 +60,6 @@ def _machine() -> list[Finding]:
         )
         findings.append(Finding("machine", f"gpu {index}", True, detail))
     return findings
-
-
-def _cpu_model() -> str:
-    information = Path("/proc/cpuinfo")
-    if information.exists():
-        for line in information.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
 
 
 def _packages() -> list[Finding]:
@@ -95,3 +86,17 @@ def _compilers() -> list[Finding]:
 
 def _implementations() -> list[Finding]:
     return [Finding("implementation", name, present, reason) for name, present, reason in ops.availability()]
+
+
+def _measurements() -> list[Finding]:
+    """What the choice of implementation rests on."""
+    found = []
+    for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+        held = Counter(one.origin for one in tuned.measurements(device_type))
+        without = f"none for {tuned.kind_of(device_type)}: `fastlora tune --device {device_type}` makes them"
+        detail = ", ".join(f"{count} {origin}" for origin, count in held.items()) or without
+        found.append(Finding("measurements", device_type, bool(held), detail))
+    trial = "accelerate measures what a model needs and nobody has measured on such a CPU, and keeps it in"
+    where = tuned.cache_path("cpu").parent
+    on = tune.trials_are_on()
+    return [*found, Finding("measurements", "trial", on, f"{trial} {where}" if on else f"switched off; cache: {where}")]

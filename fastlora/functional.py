@@ -1,6 +1,7 @@
-"""The three operators as differentiable functions: what a caller may call. This file alone knows gradients.
+"""The operators as differentiable functions: what a caller may call. This file alone knows gradients.
 
     lora_linear     y = x Wᵀ + b + s d(x) Aᵀ Bᵀ
+    frozen_linear   y = x Wᵀ + b
     multi_lora      the same, where each row of x has its own adapter
     prefix_concat   rows [P ; x] with mask, positions and labels
 
@@ -161,11 +162,14 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[None]:
     return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
-def _draw_seed(dropout_p: float, training: bool, x: Tensor) -> Tensor | None:
-    """A new dropout seed from torch's generator of x's device (so that checkpointing replays it), or None where nothing is dropped."""
+def _draw_seed(dropout_p: float, training: bool, x: Tensor, *shape: int) -> Tensor | None:
+    """A new dropout seed from torch's generator of x's device (so that checkpointing replays it), or None where nothing is dropped.
+
+    shape: of the seed, one number unless told.
+    """
     if not training or dropout_p == 0.0:
         return None
-    return torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=x.device)
+    return torch.randint(0, 2**63 - 1, shape, dtype=torch.int64, device=x.device)
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -227,6 +231,131 @@ def lora_linear(
             y, _ = torch.ops.fastlora.lora_linear(
                 rows, weight, bias, lora_a, lora_b, float(scale), float(dropout_p), seed
             )
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+
+
+class LoRALinearSharedFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias, scale, dropout_p, seed, *adapters):  # adapters: every A, then every B
+        G = len(weight)
+        lora_a, lora_b = list(adapters[:G]), list(adapters[G:])
+        ys, xa = torch.ops.fastlora.lora_linear_shared(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+        ctx.save_for_backward(x, xa, seed, *weight, *adapters)
+        ctx.scale, ctx.dropout_p = scale, dropout_p
+        return tuple(ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dy):
+        x, xa, seed, *tensors = ctx.saved_tensors
+        G = len(dy)
+        weight, lora_a, lora_b = tensors[:G], tensors[G : 2 * G], tensors[2 * G :]
+        wanted = ctx.needs_input_grad[6:]
+        need = ctx.needs_input_grad[0], any(wanted[:G]), any(wanted[G:])
+        with _without_autocast(x.device):
+            dx, da, db = torch.ops.fastlora.lora_linear_shared_backward(
+                list(dy), x, weight, lora_a, lora_b, xa, ctx.scale, ctx.dropout_p, seed, *need
+            )
+        grads = [*_split(da, lora_a, wanted[:G]), *_split(db, lora_b, wanted[G:])]
+        return dx if need[0] else None, None, None, None, None, None, *grads
+
+
+def _split(flat: Tensor, like: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients that lie one after the other, each in its tensor's shape; None where none is wanted."""
+    if not any(wanted):
+        return [None] * len(like)
+    parts = flat.split([one.numel() for one in like])
+    return [part.view_as(one) if wants else None for part, one, wants in zip(parts, like, wanted, strict=True)]
+
+
+def lora_linear_shared(
+    x: Tensor,  # [..., K]
+    weight: Sequence[Tensor],  # G of [N_i, K], frozen
+    bias: Sequence[Tensor | None],  # G of [N_i], frozen
+    lora_a: Sequence[Tensor],  # G of [R_i, K]
+    lora_b: Sequence[Tensor],  # G of [N_i, R_i]
+    scale: Sequence[float],  # G
+    *,
+    dropout_p: Sequence[float] | float = 0.0,
+    training: bool = True,
+) -> list[Tensor]:  # G of [..., N_i]
+    """`lora_linear` of G layers that have the same x: it is read once for all of them, and their dx is one tensor.
+
+    Each layer has its own dropout mask. All lora_a and lora_b have one dtype, x's or float32.
+
+    Raises:
+        TypeError, ValueError: as `lora_linear`; the message names the layer, as in lora_a[2].
+    """
+    _check_floats(x, "x")
+    cast = _autocast_dtype(x)
+    G = len(weight)
+    probabilities = [dropout_p] * G if isinstance(dropout_p, (int, float)) else list(dropout_p)
+    lists = {"weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b, "scale": scale}
+    for name, values in {**lists, "dropout_p": probabilities}.items():
+        if len(values) != G or not G:
+            raise _wrong(name, f"{len(values)} entries", f"one for each of the {G} weights, at least 1")
+    for i in range(G):
+        _check_base(x, weight[i], bias[i], autocast=cast is not None)
+        _check_adapter(x, cast or x.dtype, weight[i].shape[0], lora_a[i], lora_b[i], scale[i], f"[{i}]")
+        _check_probability(probabilities[i], f"dropout_p[{i}]")
+        if lora_a[i].dtype != lora_a[0].dtype:
+            raise _wrong(f"lora_a[{i}]", lora_a[i], f"the dtype of lora_a[0], {lora_a[0].dtype}")
+    none = x.new_empty(0)
+    weights, biases = list(weight), [none if b is None else b for b in bias]
+    if cast is not None:
+        x, weights, biases = x.to(cast), [w.to(cast) for w in weights], [b.to(cast) for b in biases]
+    seed = _draw_seed(max(probabilities), training, x, G)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.dim() != 2 else x
+    scales, p = [float(s) for s in scale], [float(q) for q in probabilities]
+    with _without_autocast(x.device):
+        if torch.is_grad_enabled():
+            ys = LoRALinearSharedFunction.apply(rows, weights, biases, scales, p, seed, *lora_a, *lora_b)
+        else:
+            ys, _ = torch.ops.fastlora.lora_linear_shared(
+                rows, weights, biases, list(lora_a), list(lora_b), scales, p, seed
+            )
+    return [y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+
+
+class FrozenLinearFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, weight, bias):  # x [M, K] -> y [M, N]
+        ctx.save_for_backward(weight)
+        return torch.ops.fastlora.frozen_linear(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy):
+        (weight,) = ctx.saved_tensors
+        with _without_autocast(dy.device):
+            return torch.ops.fastlora.frozen_linear_backward(dy, weight), None, None
+
+
+def frozen_linear(
+    x: Tensor,  # [..., K]
+    weight: Tensor,  # [N, K], frozen
+    bias: Tensor | None,  # [N], frozen
+) -> Tensor:  # [..., N]
+    """y = x Wᵀ + b: a frozen linear layer without an adapter. x is not kept for the backward; its gradient is the only one.
+
+    dtypes, strides and autocast as in `lora_linear`.
+
+    Raises:
+        TypeError: an argument is no tensor.
+        ValueError: a shape, dtype or device does not fit, or weight or bias requires a gradient.
+        fastlora.ops.ImplementationError: FASTLORA_IMPL names an implementation that cannot run.
+    """
+    _check_floats(x, "x")
+    cast = _autocast_dtype(x)
+    _check_base(x, weight, bias, autocast=cast is not None)
+    if cast is not None:
+        x, weight, bias = x.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.dim() != 2 else x
+    with _without_autocast(x.device):
+        if torch.is_grad_enabled() and x.requires_grad:
+            y = FrozenLinearFunction.apply(rows, weight, bias)
+        else:
+            y = torch.ops.fastlora.frozen_linear(rows, weight, bias)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 
 
@@ -305,17 +434,7 @@ class MultiLoRAFunction(torch.autograd.Function):
             dx, da, db = torch.ops.fastlora.multi_lora_backward(
                 dy, x, weight, lora_a, lora_b, xa, ctx.scale, ctx.dropout_p, seed, order, offsets, *need
             )
-        das = (
-            [g.view_as(a) for g, a in zip(da.split([a.numel() for a in lora_a]), lora_a, strict=True)]
-            if need[1]
-            else [None] * S
-        )
-        dbs = (
-            [g.view_as(b) for g, b in zip(db.split([b.numel() for b in lora_b]), lora_b, strict=True)]
-            if need[2]
-            else [None] * S
-        )
-        grads = [grad if wants else None for grad, wants in zip(das + dbs, wanted, strict=True)]
+        grads = [*_split(da, lora_a, wanted[:S]), *_split(db, lora_b, wanted[S:])]
         return dx if need[0] else None, None, None, None, None, None, None, None, *grads
 
 

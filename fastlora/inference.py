@@ -12,10 +12,8 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from torch import Tensor
-from torch.nn import functional as F
 
 from fastlora.data.examples import (
-    IGNORE,
     Example,
     Prompt,
     batches,
@@ -25,6 +23,7 @@ from fastlora.data.examples import (
     pad_token_id,
     read_examples,
 )
+from fastlora.losses import LanguageModelLoss
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BASE = "__base__"  # PEFT's name for "no adapter"
@@ -244,21 +243,6 @@ def _answering_as(model: Any, adapter_name: str | None) -> Iterator[None]:
             parameter.requires_grad_(name in trainable)
 
 
-def loss_sum(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The summed cross entropy of a batch's labelled tokens, a float32 scalar.
-
-    Args:
-        batch: input_ids, attention_mask and labels, each [B, T].
-    """
-    logits = model(
-        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-    ).logits  # [B, T, V]
-    labels = batch["labels"][:, 1:]
-    counted = labels != IGNORE
-    # Only the labelled rows are made float32: with a large vocabulary the logits are the largest tensor of the step.
-    return F.cross_entropy(logits[:, :-1][counted].float(), labels[counted], reduction="sum")
-
-
 @dataclass(frozen=True)
 class EvalResult:
     rows: int
@@ -294,14 +278,14 @@ def evaluate(
     """
     examples = (read_examples(data) if isinstance(data, str | Path) else list(data))[:limit]
     encoded = encode(examples, tokenizer, max_length)
-    total = torch.zeros((), dtype=torch.float64)
+    total, loss = torch.zeros((), dtype=torch.float64), LanguageModelLoss(model)
     with torch.no_grad(), _evaluating(model):
         for rows in batches(sorted(encoded.rows, key=lambda row: len(row.input_ids)), batch_size):
             batch = {name: value.to(model.device) for name, value in collate(rows, pad_token_id(tokenizer)).items()}
-            total += loss_sum(model, batch).double().cpu()
+            total += loss(batch).double().cpu()
     tokens = sum(row.labelled for row in encoded.rows)
-    loss = total.item() / tokens
-    perplexity = math.exp(loss) if loss < 700 else math.inf  # exp(710) overflows
+    mean = total.item() / tokens
+    perplexity = math.exp(mean) if mean < 700 else math.inf  # exp(710) overflows
     matches, rouge = None, {}
     if generations:
         prompts, references = (
@@ -317,7 +301,7 @@ def evaluate(
         rows=len(encoded.rows),
         dropped_rows=len(encoded.dropped),
         tokens=tokens,
-        loss=loss,
+        loss=mean,
         perplexity=perplexity,
         exact_match=matches,
         rouge1=rouge.get("rouge1"),

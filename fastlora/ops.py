@@ -6,6 +6,7 @@ FASTLORA_IMPL and cannot run raises.
 """
 
 import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,9 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora import reference
+from fastlora import reference, tuned
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
+TITLES = {"cpu": "native C++", "triton": "Triton", "cuda": "CUDA C++"}
+WORTH_IT = 0.98  # of plain PyTorch's time: a smaller gain may be noise
 
 # M rows   K in-features   N out-features   R rank   S adapters   B batch rows   T tokens   P prompt length   W = T + longest prompt
 SCHEMAS = {
@@ -23,6 +26,12 @@ SCHEMAS = {
     " -> (Tensor y, Tensor xa)",
     "lora_linear_backward": "(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor xa, float scale, float dropout_p,"
     " Tensor? seed, bool need_dx, bool need_da, bool need_db) -> (Tensor dx, Tensor da, Tensor db)",
+    "lora_linear_shared": "(Tensor x, Tensor[] weight, Tensor[] bias, Tensor[] lora_a, Tensor[] lora_b, float[] scale, float[] dropout_p,"
+    " Tensor? seed) -> (Tensor[] y, Tensor xa)",
+    "lora_linear_shared_backward": "(Tensor[] dy, Tensor x, Tensor[] weight, Tensor[] lora_a, Tensor[] lora_b, Tensor xa, float[] scale,"
+    " float[] dropout_p, Tensor? seed, bool need_dx, bool need_da, bool need_db) -> (Tensor dx, Tensor da, Tensor db)",
+    "frozen_linear": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "frozen_linear_backward": "(Tensor dy, Tensor weight) -> Tensor",
     "multi_lora": "(Tensor x, Tensor weight, Tensor? bias, Tensor[] lora_a, Tensor[] lora_b, float[] scale, float[] dropout_p, Tensor? seed,"
     " Tensor order, Tensor offsets) -> (Tensor y, Tensor xa)",
     "multi_lora_backward": "(Tensor dy, Tensor x, Tensor weight, Tensor[] lora_a, Tensor[] lora_b, Tensor xa, float[] scale,"
@@ -39,6 +48,8 @@ library = torch.library.Library("fastlora", "DEF")
 for _name, _signature in SCHEMAS.items():
     for _suffix in ("", "_cpu", "_cuda"):
         library.define(_name + _suffix + _signature)
+# y = x Wᵀ + b for 1 to 8 rows, bound by reading W once: csrc has it, packed.py calls it.
+library.define("few_rows_cpu(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
 class ImplementationError(RuntimeError):
@@ -64,6 +75,7 @@ _loaders: dict[str, Callable[[], None]] = {}
 def implement(op: str, implementation: str, function: Callable[..., Any]) -> None:
     """Enter `function`, which takes what the schema of `op` takes, under the implementation's name."""
     _table[op, implementation] = function
+    tuned.choices.clear()
 
 
 def implement_natively(implementation: str) -> None:
@@ -82,6 +94,7 @@ def implement_later(implementation: str, load: Callable[[], None]) -> None:
 def mark_missing(implementation: str, reason: str) -> None:
     """Note why an implementation is not here; `availability` and errors quote it."""
     _missing[implementation] = reason
+    tuned.choices.clear()
 
 
 def _load(implementation: str) -> None:
@@ -161,36 +174,78 @@ def _obstacle(op: str, name: str, device: torch.device, dtype: torch.dtype) -> s
     return None
 
 
-def _choose(op: str, device: torch.device, dtype: torch.dtype) -> Choice:
-    """A fixed order, for now: the native extension on a CPU; plain PyTorch elsewhere, until a measurement says otherwise."""
+def candidates(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The compiled implementations of `op` that could run here, instead of plain PyTorch."""
+    names = {"cpu": ("cpu",), "cuda": ("triton", "cuda")}.get(device.type, ())
+    return [name for name in names if _obstacle(op, name, device, dtype) is None]
+
+
+def _choose(op: str, like: Tensor, rows: int, elements: int, dropout: bool) -> Choice:
+    """What runs `op` on that many rows, with a weight (or a result) of that many elements, in `like`'s dtype and on its device."""
     if forced is not None:
-        obstacle = _obstacle(op, forced, device, dtype)
+        obstacle = _obstacle(op, forced, like.device, like.dtype)
         if obstacle is not None:
             raise ImplementationError(f"FASTLORA_IMPL={forced}: {op} cannot run: {obstacle}")
         return Choice(forced, "FASTLORA_IMPL")
-    if device.type == "cpu":
-        obstacle = _obstacle(op, "cpu", device, dtype)
-        return Choice("reference", obstacle) if obstacle else Choice("cpu", "native C++")
-    if device.type == "cuda":
-        return Choice(
-            "reference", "no measurement for this GPU is shipped; FASTLORA_IMPL=triton runs the Triton kernels"
-        )
-    return Choice("reference", f"no kernels for {device.type} devices")
+    key = op, like.device, like.dtype, rows.bit_length(), elements.bit_length(), dropout
+    choice = tuned.choices.get(key)
+    if choice is None:
+        choice = tuned.choices[key] = _decide(op, like.device, like.dtype, rows, elements, dropout)
+    return choice
 
 
-def choose_lora_linear(x: Tensor) -> Choice:
-    """Which implementation runs `lora_linear` and its backward on inputs like x [M, K]."""
-    return _choose("lora_linear", x.device, x.dtype)
+def _decide(op: str, device: torch.device, dtype: torch.dtype, rows: int, elements: int, dropout: bool) -> Choice:
+    """The fastest of plain PyTorch and the candidates that were measured; where none was, the native extension on a CPU."""
+    if device.type not in ("cpu", "cuda"):
+        return Choice("reference", f"no kernels for {device.type} devices")
+    obstacle = _obstacle(op, "cpu", device, dtype) if device.type == "cpu" else None
+    if obstacle is not None:
+        return Choice("reference", obstacle)
+    known = tuned.measured(device.type, op, dtype, rows, elements, dropout)
+    found = [known[name] for name in candidates(op, device, dtype) if name in known] if known else []
+    if not found:
+        if device.type == "cpu":
+            return Choice("cpu", "native C++, not measured on this kind of CPU")
+        return Choice("reference", "not measured on this kind of GPU; FASTLORA_IMPL=triton runs the Triton kernels")
+    best = min(found, key=lambda one: math.inf if one.ratio is None else one.ratio)
+    title = TITLES[best.implementation]
+    if best.ratio is None:
+        return Choice("reference", f"{title} failed its check ({best.origin})")
+    reason = f"{title}, {best.ratio:.2f}x of plain PyTorch's time ({best.origin})"
+    return Choice(best.implementation if best.ratio <= WORTH_IT else "reference", reason)
 
 
-def choose_multi_lora(x: Tensor) -> Choice:
-    """Which implementation runs `multi_lora` and its backward on inputs like x [M, K]."""
-    return _choose("multi_lora", x.device, x.dtype)
+def choose_lora_linear(x: Tensor, weight: Tensor, dropout: bool = False, backward: bool = False) -> Choice:
+    """Which implementation runs `lora_linear`, or its backward, on inputs like x [M, K] and weight [N, K], with a dropout seed or without."""
+    op = "lora_linear_backward" if backward else "lora_linear"
+    return _choose(op, x, x.shape[0], weight.numel(), dropout)
 
 
-def choose_prefix_concat(embeds: Tensor) -> Choice:
-    """Which implementation runs `prefix_concat` and its backward for embeddings like `embeds` ([V, D] or [B, T, D])."""
-    return _choose("prefix_concat", embeds.device, embeds.dtype)
+def choose_frozen_linear(x: Tensor, weight: Tensor, backward: bool = False) -> Choice:
+    """Which implementation runs `frozen_linear`, or its backward, on inputs like x [M, K] and weight [N, K].
+
+    "cpu" is packed.py, which has its own rule of when oneDNN beats torch. On other devices nothing beats torch's product: "triton" and "cuda"
+    have none of their own and, forced, leave it to torch.
+    """
+    if forced in ("triton", "cuda"):
+        return Choice("reference", "FASTLORA_IMPL")
+    obstacle = _obstacle("frozen_linear", forced or "cpu", x.device, x.dtype)
+    if forced is not None and obstacle is not None:
+        raise ImplementationError(f"FASTLORA_IMPL={forced}: frozen_linear cannot run: {obstacle}")
+    if forced is not None:
+        return Choice(forced, "FASTLORA_IMPL")
+    return Choice("reference", obstacle) if obstacle else Choice("cpu", "the frozen product alone")
+
+
+def choose_multi_lora(x: Tensor, weight: Tensor, dropout: bool = False, backward: bool = False) -> Choice:
+    """Which implementation runs `multi_lora`, or its backward, on inputs like x [M, K] and weight [N, K], with a dropout seed or without."""
+    return _choose("multi_lora_backward" if backward else "multi_lora", x, x.shape[0], weight.numel(), dropout)
+
+
+def choose_prefix_concat(embeds: Tensor, rows: int, backward: bool = False) -> Choice:
+    """Which implementation runs `prefix_concat`, or its backward, for that many tokens B T with embeddings [..., D] like `embeds`."""
+    op = "prefix_concat_backward" if backward else "prefix_concat"
+    return _choose(op, embeds, rows, rows * embeds.shape[-1], dropout=False)
 
 
 def _register(op: str, choice: Callable[..., Choice]) -> None:
@@ -200,17 +255,51 @@ def _register(op: str, choice: Callable[..., Choice]) -> None:
     library.impl(op, run, "CompositeExplicitAutograd")
 
 
-_register("lora_linear", lambda x, *_: choose_lora_linear(x))
-_register("lora_linear_backward", lambda dy, x, *_: choose_lora_linear(x))
-_register("multi_lora", lambda x, *_: choose_multi_lora(x))
-_register("multi_lora_backward", lambda dy, x, *_: choose_multi_lora(x))
+for _stem, _choose_stem in (("lora_linear", choose_lora_linear), ("multi_lora", choose_multi_lora)):
+    _register(
+        _stem,
+        lambda x, weight, bias, a, b, scale, p, seed, *_, choose=_choose_stem: choose(x, weight, seed is not None),
+    )
+    _register(
+        f"{_stem}_backward",
+        lambda dy, x, weight, a, b, xa, scale, p, seed, *_, choose=_choose_stem: choose(
+            x, weight, seed is not None, True
+        ),
+    )
+
+
+def _shared(op: str, single: str, like: Tensor, weight: list[Tensor], dropout: bool, args: tuple[Any, ...]) -> Any:
+    """Layers that share x run as the first of them would alone; one after the other where groups are not known or not faster."""
+    name = choose_lora_linear(like, weight[0], dropout, backward=single != "lora_linear").implementation
+    if (op, name) in _table and _choose(op, like, like.shape[0], weight[0].numel(), dropout).implementation == name:
+        return _table[op, name](*args)
+    return getattr(reference, op)(*args, layer=implementation(single, name))
+
+
+@functools.partial(library.impl, "lora_linear_shared", dispatch_key="CompositeExplicitAutograd")
+def _(*args):
+    x, weight, *_, seed = args
+    return _shared("lora_linear_shared", "lora_linear", x, weight, seed is not None, args)
+
+
+@functools.partial(library.impl, "lora_linear_shared_backward", dispatch_key="CompositeExplicitAutograd")
+def _(*args):
+    dy, x, weight, *_, seed, need_dx, need_da, need_db = args
+    return _shared("lora_linear_shared_backward", "lora_linear_backward", x, weight, seed is not None, args)
+
+
+_register("frozen_linear", lambda x, weight, bias: choose_frozen_linear(x, weight))
+_register("frozen_linear_backward", lambda dy, weight: choose_frozen_linear(dy, weight, backward=True))
 _register(
     "prefix_concat",
-    lambda prompts, starts, max_prompt, index, embeds, ids, embedding, *_: choose_prefix_concat(
-        embedding if embeds is None else embeds
+    lambda prompts, starts, max_prompt, index, embeds, ids, embedding, mask, *_: choose_prefix_concat(
+        embedding if embeds is None else embeds, mask.numel()
     ),
 )
-_register("prefix_concat_backward", lambda dout, *_: choose_prefix_concat(dout))
+_register(
+    "prefix_concat_backward",
+    lambda dout, *_: choose_prefix_concat(dout, dout.shape[0] * dout.shape[1], backward=True),
+)
 
 _fake = functools.partial(torch.library.register_fake, lib=library)
 
@@ -229,6 +318,29 @@ def _(dy, x, weight, lora_a, lora_b, xa, scale, dropout_p, seed, need_dx, need_d
     dx = x.new_empty(x.shape if need_dx else 0)
     da = lora_a.new_empty(lora_a.shape if need_da else 0)
     return dx, da, lora_b.new_empty(lora_b.shape if need_db else 0)
+
+
+@_fake("fastlora::lora_linear_shared")
+def _(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
+    ranks = sum(a.shape[0] for a in lora_a)
+    return [x.new_empty(x.shape[0], w.shape[0]) for w in weight], x.new_empty(x.shape[0], ranks, dtype=_xa_dtype(x))
+
+
+@_fake("fastlora::lora_linear_shared_backward")
+def _(dy, x, weight, lora_a, lora_b, xa, scale, dropout_p, seed, need_dx, need_da, need_db):
+    dx = x.new_empty(x.shape if need_dx else 0)
+    da = lora_a[0].new_empty(sum(a.numel() for a in lora_a) if need_da else 0)
+    return dx, da, lora_b[0].new_empty(sum(b.numel() for b in lora_b) if need_db else 0)
+
+
+@_fake("fastlora::frozen_linear")
+def _(x, weight, bias):
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+@_fake("fastlora::frozen_linear_backward")
+def _(dy, weight):
+    return dy.new_empty(dy.shape[0], weight.shape[1])
 
 
 @_fake("fastlora::multi_lora")

@@ -2,6 +2,7 @@
 
 Only the class changes. Parameters, submodules, state-dict keys and hooks on the layer stay where they are, so that saving, adding, switching,
 disabling and merging adapters remain PEFT's own business. What the fused forward does not cover runs PEFT's forward, and `report` says why.
+Frozen layers without an adapter are swapped where that is asked for. On a CPU the frozen weights may have packed copies (packed.py).
 """
 
 import functools
@@ -13,18 +14,19 @@ from typing import Any, NamedTuple, Self
 import torch
 from peft.tuners import lora
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
-from fastlora import functional, ops
+from fastlora import functional, groups, ops, packed, tune
 from fastlora.functional import RowGroups
 
 ROWS_BEFORE_ANY_CALL = 512
 
 
 class LayerReport(NamedTuple):
-    """One LoRA layer: what computes it and why.
+    """One LoRA layer, or one frozen layer that was swapped: what computes it and why.
 
     implementation: one of `ops.IMPLEMENTATIONS`, that of the last call (before any, the one for 512 rows), or "peft" where the class was not swapped.
     """
@@ -57,12 +59,8 @@ def _is_hooked(module: nn.Module) -> bool:
     )
 
 
-def _base_obstacle(layer: lora.Linear) -> str | None:
-    """Why the frozen layer under a LoRA layer cannot be fused, or None."""
-    base = layer.base_layer
-    forward = getattr(type(base), "forward", None)
-    if forward is not nn.Linear.forward and forward is not Conv1D.forward:
-        return f"the base layer is a {type(base).__name__}"
+def _weight_obstacle(base: Any) -> str | None:
+    """Why the weight and bias of a linear layer are not ours to multiply by, or None."""
     weight, bias = base.weight, base.bias
     if type(weight) not in (nn.Parameter, Tensor):
         return f"the weight is a {type(weight).__name__}"
@@ -70,9 +68,23 @@ def _base_obstacle(layer: lora.Linear) -> str | None:
         return f"the weight is {str(weight.dtype).removeprefix('torch.')}"
     if weight.requires_grad or (bias is not None and bias.requires_grad):
         return "the base weight or bias is trained"
-    if _is_hooked(base):
-        return "the base layer carries a hook"
     return None
+
+
+def _base_obstacle(layer: lora.Linear) -> str | None:
+    """Why the frozen layer under a LoRA layer cannot be fused, or None."""
+    base = layer.base_layer
+    forward = getattr(type(base), "forward", None)
+    if forward not in (nn.Linear.forward, FrozenLinear.forward, Conv1D.forward):
+        return f"the base layer is a {type(base).__name__}"
+    obstacle = _weight_obstacle(base)
+    if obstacle is None and _is_hooked(base):
+        return "the base layer carries a hook"
+    return obstacle
+
+
+def _weight_of(base: Any) -> Tensor:  # [N, K]
+    return base.weight.t() if isinstance(base, Conv1D) else base.weight
 
 
 def _adapter_obstacle(layer: lora.Linear, adapter: str) -> str | None:
@@ -104,14 +116,15 @@ class _Seen(NamedTuple):
 
     rows: int
     dtype: torch.dtype
+    dropout: bool
     mixed: bool  # a mixed batch, that is multi_lora
-    obstacle: str | None  # why PEFT's own forward ran
+    obstacle: str | None  # why the layer's own forward ran
 
     @classmethod
-    def call(cls, x: Tensor, obstacle: str | None, mixed: bool) -> Self:
+    def call(cls, x: Tensor, obstacle: str | None, dropout: bool = False, mixed: bool = False) -> Self:
         if obstacle is not None:
-            return cls(0, torch.float32, mixed, obstacle)
-        return cls(math.prod(x.shape[:-1]), functional._autocast_dtype(x) or x.dtype, mixed, None)
+            return cls(0, torch.float32, dropout, mixed, obstacle)
+        return cls(math.prod(x.shape[:-1]), functional._autocast_dtype(x) or x.dtype, dropout, mixed, None)
 
 
 class FusedLinear(lora.Linear):
@@ -126,11 +139,12 @@ class FusedLinear(lora.Linear):
         used = self._used_adapters(adapter_names)
         obstacle = self._obstacle(x, used, args, kwargs)
         if not torch.compiler.is_compiling():
-            self.__dict__["_fastlora_seen"] = _Seen.call(x, obstacle, mixed=adapter_names is not None)
+            dropout = any(_dropout_p(self.lora_dropout[adapter]) for adapter in used)
+            self.__dict__["_fastlora_seen"] = _Seen.call(x, obstacle, dropout, mixed=adapter_names is not None)
         if obstacle is not None:
             return super().forward(x, *args, **kwargs)
         base = self.base_layer
-        weight = base.weight.t() if isinstance(base, Conv1D) else base.weight
+        weight = _weight_of(base)
         if adapter_names is not None:
             self._check_forward_args(x, adapter_names=adapter_names)
             return functional.multi_lora(
@@ -140,18 +154,48 @@ class FusedLinear(lora.Linear):
                 [self.lora_A[adapter].weight for adapter in used],
                 [self.lora_B[adapter].weight for adapter in used],
                 [self.scaling[adapter] for adapter in used],
-                _groups(tuple(adapter_names), tuple(used), x.device, torch.is_inference_mode_enabled()),
+                _row_groups(tuple(adapter_names), tuple(used), x.device, torch.is_inference_mode_enabled()),
                 dropout_p=[_dropout_p(self.lora_dropout[adapter]) for adapter in used],
             )
         if len(used) == 1:
-            adapter = used[0]
-            lora_a, lora_b, scale = self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.scaling[adapter]
-        else:  # a sum of adapters is one adapter of their concatenated rank
-            lora_a = torch.cat([self.lora_A[adapter].weight for adapter in used])
-            lora_b = torch.cat([self.lora_B[adapter].weight * self.scaling[adapter] for adapter in used], dim=1)
-            scale = 1.0
+            group = self.__dict__.get("_fastlora_group")
+            if group is not None and not torch.compiler.is_compiling():
+                y = group.result_of(self, x)
+                if y is not None:
+                    return y
+            one = self._arguments(used[0])
+            return functional.lora_linear(
+                x, one.weight, one.bias, one.lora_a, one.lora_b, one.scale, dropout_p=one.dropout_p
+            )
+        # A sum of adapters is one adapter of their concatenated rank.
+        lora_a = torch.cat([self.lora_A[adapter].weight for adapter in used])
+        lora_b = torch.cat([self.lora_B[adapter].weight * self.scaling[adapter] for adapter in used], dim=1)
         dropout_p = _dropout_p(self.lora_dropout[used[0]])
-        return functional.lora_linear(x, weight, base.bias, lora_a, lora_b, scale, dropout_p=dropout_p)
+        return functional.lora_linear(x, weight, base.bias, lora_a, lora_b, 1.0, dropout_p=dropout_p)
+
+    def _arguments(self, adapter: str) -> groups.Arguments:
+        """What `functional.lora_linear` takes besides x."""
+        lora_a, lora_b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        weight, dropout_p = _weight_of(self.base_layer), _dropout_p(self.lora_dropout[adapter])
+        return groups.Arguments(weight, self.base_layer.bias, lora_a, lora_b, self.scaling[adapter], dropout_p)
+
+    # PEFT writes into the base weight through `.data`.
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        with packed.rewriting(self.base_layer.weight):
+            super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        with packed.rewriting(self.base_layer.weight):
+            super().unmerge()
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        with packed.rewriting(self.base_layer.weight):  # OLoRA begins by changing it
+            super().update_layer(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        with packed.rewriting(self.base_layer.weight):  # moved: the copies are of no use, wherever it goes
+            return super()._apply(*args, **kwargs)
 
     def _used_adapters(self, adapter_names: list[str] | None) -> list[str]:
         wanted = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
@@ -189,8 +233,40 @@ class FusedLinear(lora.Linear):
         return None
 
 
+def _arguments_in_group(layer: FusedLinear, x: Tensor) -> groups.Arguments | None:
+    """The layer's arguments where it runs fused, with one adapter and without hooks; None: the group's layers run alone this time."""
+    used = layer._used_adapters(None)
+    if len(used) != 1 or _is_hooked(layer) or layer._obstacle(x, used, (), {}) is not None:
+        return None
+    return layer._arguments(used[0])
+
+
+class FrozenLinear(nn.Linear):
+    """A frozen `nn.Linear` whose forward is `functional.frozen_linear`, as long as it stays frozen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        obstacle = _weight_obstacle(self)
+        if not torch.compiler.is_compiling():
+            self.__dict__["_fastlora_seen"] = _Seen.call(x, obstacle)
+        if obstacle is not None:
+            return super().forward(x)
+        return functional.frozen_linear(x, self.weight, self.bias)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        with packed.rewriting(self.weight):
+            return super()._apply(*args, **kwargs)
+
+    @property
+    def base_layer(self) -> Any:
+        """PEFT asks a layer for this when it wraps it and before it merges into its weight through `.data`; there is none."""
+        packed.drop(self.weight)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute 'base_layer'")
+
+
 @functools.lru_cache(maxsize=4)
-def _groups(adapter_names: tuple[str, ...], used: tuple[str, ...], device: torch.device, inference: bool) -> RowGroups:
+def _row_groups(
+    adapter_names: tuple[str, ...], used: tuple[str, ...], device: torch.device, inference: bool
+) -> RowGroups:
     """The rows of a mixed batch, sorted once and shared by all layers and steps that have the same names.
 
     inference: whether inference mode is on; its tensors are kept apart, since autograd cannot take them.
@@ -217,51 +293,145 @@ def _swap_obstacle(layer: LoraLayer) -> str | None:
     return obstacles[0] if obstacles and all(obstacles) else None
 
 
-def accelerate(model: nn.Module) -> nn.Module:
+def _frozen_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that are, or may become, a FrozenLinear: frozen, plain, and not part of an adapter."""
+    adapters = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    inside = {part for adapter in adapters for part in adapter.modules()}
+    layers = [module for module in model.modules() if type(module) in (nn.Linear, FrozenLinear)]
+    return [
+        layer
+        for layer in layers
+        if layer not in inside
+        and (type(layer) is FrozenLinear or (_weight_obstacle(layer) is None and not _is_hooked(layer)))
+    ]
+
+
+def accelerate(model: nn.Module, *, frozen: bool = False, pack_budget: int | None = None) -> nn.Module:
     """Make a PEFT LoRA model faster, in place, with the same results; returns the model.
 
     Swaps the class of every `peft.tuners.lora.Linear` that can be fused (nn.Linear or Conv1D underneath, frozen, plain LoRA) to a
-    subclass whose forward and backward run as one operator. Call it again after new layers were added; `restore` undoes it.
+    subclass whose forward and backward run as one operator. Layers that share x, as query, key and value do, become groups that read it
+    once (groups.py). Call it again after new layers were added; `restore` undoes it.
+
+    frozen: also swap every plain frozen nn.Linear without an adapter, such as lm_head; the model then needs no LoRA layers.
+    pack_budget: bytes that packed copies of frozen weights may take on a CPU, 0 for none; None: a sixteenth of the machine's memory. A
+    copy is made by the first product that is faster with it; `report` names those that did not fit. A write into a frozen weight through
+    `.data` by other hands than PEFT's leaves no trace: call `accelerate` again after it.
+
+    On a kind of CPU that nobody has measured, it first measures for a few seconds, once (`fastlora.tune.try_out`; FASTLORA_TRIAL=0: never).
+    Under torch.distributed every process calls it, and all choose as rank 0 does.
 
     Raises:
-        ValueError: the model has no LoRA layers of PEFT's.
+        ValueError: the model has nothing to accelerate, or pack_budget is no number of bytes.
     Warns:
-        UserWarning: not one layer could be fused.
+        UserWarning: not one of the LoRA layers could be fused.
     """
+    budget = packed.Budget(pack_budget)
     layers = list(_lora_layers(model))
-    if not layers:
+    plain = _frozen_layers(model) if frozen else []
+    if not layers and not frozen:
         raise ValueError("model: has no PEFT LoRA layers, expected the result of peft.get_peft_model with a LoraConfig")
+    if not layers and not plain:
+        raise ValueError(
+            "model: has no LoRA layers and no frozen nn.Linear, expected one (model.requires_grad_(False) freezes)"
+        )
     for _, layer in layers:
+        _restore_layer(layer.base_layer)  # of a layer that got its adapter since the last call
         if type(layer) is not FusedLinear and _swap_obstacle(layer) is None:
             layer.__class__ = FusedLinear
-    if not any(type(layer) is FusedLinear for _, layer in layers):
+    for linear in plain:
+        linear.__class__ = FrozenLinear
+    for module in model.modules():
+        base = _frozen_base(module)
+        if base is not None:
+            packed.register(base.weight, budget, transposed=isinstance(base, Conv1D))
+    _dissolve_groups(model)
+    for group in groups.find_groups(model, lambda module: type(module) is FusedLinear, _arguments_in_group):
+        for member in group.layers:
+            member.__dict__["_fastlora_group"] = group
+    if layers and not any(type(layer) is FusedLinear for _, layer in layers):
         warnings.warn(
             f"fastlora.accelerate fused none of {len(layers)} LoRA layers: {_swap_obstacle(layers[0][1])}", stacklevel=2
         )
+    tune.try_out(_weights_by_operator(model))
     return model
 
 
+def _weights_by_operator(model: nn.Module) -> dict[str, list[Tensor]]:
+    """For each operator, the frozen weights that the swapped layers call it with."""
+    fused = [module for module in model.modules() if type(module) is FusedLinear]
+    return {
+        "lora_linear": [layer.base_layer.weight for layer in fused],
+        "multi_lora": [layer.base_layer.weight for layer in fused if len(layer.lora_A) > 1],
+    }
+
+
+def _frozen_base(module: Any) -> Any:
+    """The layer whose weight a swapped layer multiplies by, or None for other modules."""
+    if type(module) is FusedLinear:
+        return module.base_layer
+    return module if type(module) is FrozenLinear else None
+
+
+def _restore_layer(module: Any) -> None:
+    base = _frozen_base(module)
+    if base is not None:
+        packed.release(base.weight)
+        module.__class__ = lora.Linear if type(module) is FusedLinear else nn.Linear
+        module.__dict__.pop("_fastlora_seen", None)
+
+
+def _dissolve_groups(model: nn.Module) -> None:
+    for module in model.modules():
+        group = module.__dict__.pop("_fastlora_group", None)
+        if group is not None:
+            group.remove_hook()
+
+
 def restore(model: nn.Module) -> nn.Module:
-    """Undo `accelerate`, in place; returns the model."""
-    for _, layer in _lora_layers(model):
-        if type(layer) is FusedLinear:
-            layer.__class__ = lora.Linear  # type: ignore[assignment]
-            layer.__dict__.pop("_fastlora_seen", None)
+    """Undo `accelerate`, in place, and free the packed copies; returns the model."""
+    _dissolve_groups(model)
+    for module in model.modules():
+        _restore_layer(module)
     return model
 
 
 def report(model: nn.Module) -> Report:
-    """What computes each LoRA layer of the model, and why; print it for a table."""
-    return Report(LayerReport(name, *_explain(layer)) for name, layer in _lora_layers(model))
+    """What computes each LoRA layer of the model and each frozen layer that was swapped, and why; print it for a table."""
+    return Report(
+        LayerReport(name, *_explain(module))
+        for name, module in model.named_modules()
+        if isinstance(module, (LoraLayer, FrozenLinear))
+    )
 
 
 def _explain(layer: Any) -> tuple[str, str]:
-    if type(layer) is not FusedLinear:
+    base = _frozen_base(layer)
+    if base is None:
         return "peft", _swap_obstacle(layer) or "not accelerated: call fastlora.accelerate(model)"
-    base = layer.base_layer
-    seen = layer.__dict__.get("_fastlora_seen", _Seen(ROWS_BEFORE_ANY_CALL, base.weight.dtype, False, None))
+    seen = layer.__dict__.get("_fastlora_seen") or _before_any_call(layer, base)
     if seen.obstacle is not None:
-        return "reference", f"PEFT's own forward: {seen.obstacle}"
-    like_x = base.weight.new_empty(1, 1, dtype=seen.dtype).expand(seen.rows, layer.in_features)
-    choice = ops.choose_multi_lora(like_x) if seen.mixed else ops.choose_lora_linear(like_x)
-    return choice.implementation, choice.reason
+        return "reference", f"{'PEFT' if base is not layer else 'nn.Linear'}'s own forward: {seen.obstacle}"
+    weight = _weight_of(base)
+    like_x = weight.new_empty(1, 1, dtype=seen.dtype).expand(seen.rows, layer.in_features)
+    if base is layer:
+        choose: Any = ops.choose_frozen_linear
+    else:
+        choose = functools.partial(
+            ops.choose_multi_lora if seen.mixed else ops.choose_lora_linear, dropout=seen.dropout
+        )
+    implementation, reason = choose(like_x, weight)
+    backward = choose(like_x, weight, backward=True)
+    if implementation == "cpu":
+        reason += f"; x Wᵀ by {packed.describe(weight, seen.dtype, seen.rows)}"
+    group = layer.__dict__.get("_fastlora_group")
+    if group is not None and not seen.mixed:
+        reason += f"; {group.describe(layer)}"
+    if backward.implementation != implementation:
+        reason += f"; backward {backward.implementation}: {backward.reason}"
+    return implementation, reason
+
+
+def _before_any_call(layer: Any, base: Any) -> _Seen:
+    dropout = base is not layer and any(_dropout_p(layer.lora_dropout[name]) for name in layer._used_adapters(None))
+    return _Seen(ROWS_BEFORE_ANY_CALL, base.weight.dtype, dropout, False, None)

@@ -8,6 +8,8 @@ xa and dxa are rounded once to x's dtype, as autocast does. `xa` leaves in float
 gradients leave in the dtype of the tensor that they belong to.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -98,6 +100,69 @@ def lora_linear_backward(
     if need_db:
         db = (dy.T @ xa.to(x.dtype) * scale).to(lora_b.dtype)
     return dx, da, db
+
+
+def frozen_linear(
+    x: Tensor,  # [M, K]
+    weight: Tensor,  # [N, K], frozen
+    bias: Tensor | None,  # [N], frozen
+) -> Tensor:  # y [M, N]
+    """y = x Wᵀ + b."""
+    return F.linear(x, weight, bias)
+
+
+def frozen_linear_backward(dy: Tensor, weight: Tensor) -> Tensor:  # dx [M, K]
+    """dx = dy W; a frozen weight and bias have no gradient."""
+    return dy @ weight
+
+
+def lora_linear_shared(
+    x: Tensor,  # [M, K]
+    weight: list[Tensor],  # G of [N_i, K]
+    bias: list[Tensor],  # G of [N_i], or without elements: none
+    lora_a: list[Tensor],  # G of [R_i, K]
+    lora_b: list[Tensor],  # G of [N_i, R_i]
+    scale: list[float],  # G
+    dropout_p: list[float],  # G
+    seed: Tensor | None,  # [G] int64, each layer's own
+    layer: Callable[..., tuple[Tensor, Tensor]] = lora_linear,
+) -> tuple[list[Tensor], Tensor]:  # G of y [M, N_i], xa [M, sum R_i]
+    """G layers of `lora_linear` on the same x, as the query, key and value of attention are."""
+    layers = zip(weight, bias, lora_a, lora_b, scale, dropout_p, strict=True)
+    results = [
+        layer(x, w, b if b.numel() else None, a, up, s, p, None if seed is None else seed[i])
+        for i, (w, b, a, up, s, p) in enumerate(layers)
+    ]
+    return [y for y, _ in results], torch.cat([xa for _, xa in results], 1)
+
+
+def lora_linear_shared_backward(
+    dy: list[Tensor],  # G of [M, N_i]
+    x: Tensor,
+    weight: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    xa: Tensor,  # [M, sum R_i], the forward's
+    scale: list[float],
+    dropout_p: list[float],
+    seed: Tensor | None,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+    layer: Callable[..., tuple[Tensor, Tensor, Tensor]] = lora_linear_backward,
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # dx [M, K], summed over the layers; da, db 1-D: every dA_i, every dB_i, one after the other
+    """`lora_linear_backward` of every layer."""
+    dx, das, dbs = x.new_empty(0), [], []
+    layers = zip(dy, weight, lora_a, lora_b, xa.split([a.shape[0] for a in lora_a], 1), scale, dropout_p, strict=True)
+    for i, (d, w, a, b, xa_i, s, p) in enumerate(layers):
+        seed_i = None if seed is None else seed[i]
+        dx_i, da, db = layer(d, x, w, a, b, xa_i, s, p, seed_i, need_dx, need_da, need_db)
+        dx = dx + dx_i if i else dx_i
+        das.append(da.flatten())
+        dbs.append(db.flatten())
+    return dx, torch.cat(das), torch.cat(dbs)
 
 
 def _rows_of(order: Tensor, offsets: Tensor) -> list[Tensor]:

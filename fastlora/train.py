@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import random
+import shutil
 import signal
 import threading
 import time
@@ -28,7 +29,7 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from fastlora import checkpoint, metrics
+from fastlora import checkpoint, metrics, tuned
 from fastlora.data.examples import IGNORE, Encoded, Row, batches, collate, encode, pad_token_id, read_examples
 from fastlora.inference import (
     EvalResult,
@@ -37,9 +38,9 @@ from fastlora.inference import (
     load_base,
     load_model,
     load_tokenizer,
-    loss_sum,
     resolve_dtype,
 )
+from fastlora.losses import LanguageModelLoss
 from fastlora.merge import MergeReport, merge
 
 __all__ = [
@@ -103,7 +104,11 @@ class TrainConfig:
     save_steps: int = 50
     resume: bool = False
     overwrite: bool = False
-    accelerate: bool = True  # run the LoRA layers fused; False leaves them to PEFT
+    accelerate: bool = True  # run LoRA and frozen layers by fastlora; False leaves them to PEFT and torch
+    pack_budget: int | None = (
+        None  # bytes for packed copies of frozen weights on a CPU; None: a sixteenth of its memory
+    )
+    compile: bool = False  # each of the model's layers through torch.compile
 
     def __post_init__(self) -> None:
         if self.method not in DEFAULT_LR:
@@ -124,6 +129,8 @@ class TrainConfig:
         for name in ("lr", "lora_alpha", "weight_decay", "max_grad_norm"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name}={getattr(self, name)}: expected a finite number, 0 or more")
+        if self.pack_budget is not None and self.pack_budget < 0:
+            raise ValueError(f"pack_budget={self.pack_budget}: expected a number of bytes, 0 for no packed copies")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype={self.dtype!r}: expected auto, float32 or bfloat16")
         if self.resume and self.overwrite:
@@ -146,7 +153,8 @@ class TrainResult:
     trainable_parameters: int
     parameters: int
     adapter_bytes: int  # of the weights' file
-    implementations: dict[str, int]  # LoRA layers by what ran them
+    implementations: dict[str, int]  # LoRA layers, and frozen ones that fastlora runs, by what ran them
+    loss_path: str | None  # LanguageModelLoss's; None where no step was left to do
     output: str
 
 
@@ -161,7 +169,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     Raises:
         DataError: bad lines in the data; raised before any model is loaded.
         FileExistsError: the output folder has checkpoints, and neither resume nor overwrite was asked for.
-        ValueError: resume was asked for with other options or data than the checkpoint's.
+        ValueError: resume was asked for with other options or data than the checkpoint's; compile, and there is no C++ compiler.
         TrainingError: the loss or the gradient is not finite, or no gradient reaches any trained weight.
         TrainingInterrupted: Ctrl-C or SIGTERM, after the checkpoint.
     """
@@ -172,6 +180,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
             f"output={output} has checkpoints up to step {saved[-1]}:"
             " --resume goes on from there, --overwrite removes them and starts again"
         )
+    if config.compile:
+        _require_compiler()
     tokenizer = load_tokenizer(config.model)
     data = encode(read_examples(config.data), tokenizer, config.max_length)
     if data.dropped:
@@ -231,6 +241,8 @@ class _Run:
         self.step = 0
         self.setup = self._setup()
         saved = _read_saved(resume_from, self.setup) if resume_from else None
+        if saved:
+            tuned.load_state(saved["tuned"])
         set_seed(config.seed)
         self.model = self._build_model(resume_from)
         self.model.train()
@@ -241,6 +253,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=lr, weight_decay=config.weight_decay)
         self.scheduler = _scheduler(config, self.optimizer, self.plan.steps)
         self.wrapped = self.accelerator.prepare_model(self.model)
+        self.loss = LanguageModelLoss(self.wrapped)
         if saved:
             self.step = saved["setup"]["step"]
             self.optimizer.load_state_dict(saved["optimizer"])
@@ -279,6 +292,8 @@ class _Run:
             model = _add_adapter(load_base(config.model, self.dtype, device), config, resume_from)
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if config.compile:
+            _compile_layers(model)
         return model
 
     def loop(self, stop: threading.Event, progress: bool) -> None:
@@ -351,7 +366,7 @@ class _Run:
                 batch = collate(part, pad_token_id(self.tokenizer))
                 batch = {name: value.to(total.device) for name, value in batch.items()}
                 with self._autocast():
-                    loss = loss_sum(self.wrapped, batch) / labelled
+                    loss = self.loss(batch) / labelled
                 self.accelerator.backward(loss * self.plan.processes)  # DDP takes the mean over processes
             total += loss.detach()
         return total
@@ -380,7 +395,12 @@ class _Run:
 
     def _write_checkpoint(self, folder: Path, rng: list[dict[str, Any]]) -> None:
         self._write_model(folder)
-        state = {"optimizer": self.optimizer.state_dict(), "scheduler": self.scheduler.state_dict(), "rng": rng}
+        state = {
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "rng": rng,
+            "tuned": tuned.state(),  # a resumed run computes with the same implementations
+        }
         torch.save(state, folder / "state.pt")
         (folder / "training.json").write_text(json.dumps({"step": self.step, **self.setup}, indent=2) + "\n")
 
@@ -425,6 +445,7 @@ class _Run:
             parameters=sum(p.numel() for p in self.model.parameters()),
             adapter_bytes=(self.output / weights).stat().st_size if (self.output / weights).is_file() else 0,
             implementations=_implementations(self.model, self.config),
+            loss_path=self.loss.path,
             output=str(self.output),
         )
 
@@ -442,8 +463,29 @@ def _add_adapter(model: Any, config: TrainConfig, resume_from: Path | None) -> A
     if config.accelerate:
         from fastlora.peft import accelerate
 
-        accelerate(model)
+        accelerate(model, frozen=True, pack_budget=config.pack_budget)
     return model
+
+
+def _require_compiler() -> None:
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise ValueError(
+            f"compile: torch.compile needs a C++ compiler, and {compiler} is not on the PATH:"
+            " install it, name another one in CXX, or train without --compile"
+        )
+
+
+def _compile_layers(model: Any) -> None:
+    """Have torch compile each of the blocks that the model is a stack of; what stands around them stays eager."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = base._no_split_modules or ()
+    layers = [module for module in base.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ValueError(f"compile: transformers does not say what the layers of {type(base).__name__} are")
+    for layer in layers:
+        # Batches differ in width, and a resumed run meets them in another order: one code for all widths, from the first on.
+        layer.compile(dynamic=True)
 
 
 def _implementations(model: Any, config: TrainConfig) -> dict[str, int]:

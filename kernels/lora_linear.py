@@ -239,6 +239,7 @@ def lora_linear_backward(
         ImplementationError: x is float64.
     """
     tuning.require_float("lora_linear_backward", x)
+    xa = xa.contiguous()
     (M, K), N, R = x.shape, weight.shape[0], lora_a.shape[0]
     seed, threshold, factor = _dropout(dropout_p, seed)
     dx = x.new_empty((M, K) if need_dx else 0)

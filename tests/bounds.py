@@ -93,11 +93,14 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], dy: Tensor) -> list[Tens
     return list(torch.autograd.grad(output, inputs, dy, materialize_grads=True))
 
 
-def run_apart(module: str, function: Callable[[], None]) -> str:
-    """What `function` of the test module prints in a process of its own, which must end well: a crash ends only that process."""
+def run_apart(module: str, function: Callable[[], None], emulator: Sequence[str] = ()) -> str:
+    """What `function` of the test module prints in a process of its own, which must end well: a crash ends only that process.
+
+    emulator: the command that runs Python's; none: this machine itself.
+    """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-c", f"import {module}; {module}.{function.__name__}()"]
-    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=120)
+    command = [*emulator, sys.executable, "-c", f"import {module}; {module}.{function.__name__}()"]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, (
         f"{function.__name__} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     )

@@ -2,7 +2,7 @@
 
 A test that takes `device` runs on the CPU, and on the GPU where there is one. A test that also takes `implementation` runs once for each
 implementation of its module's OPERATOR that can run there, forced for everything in fastlora.functional. Without a GPU the Triton kernels
-run in Triton's interpreter.
+run in Triton's interpreter. Where nothing is forced, choices do not depend on what was measured on this machine.
 """
 
 import importlib.util
@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 # Before torch starts: repeatable products on a GPU.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# Also in the processes that tests start: nothing is known of any machine, and the user's cache stays as it is.
+os.environ["FASTLORA_TABLE"] = os.path.join(os.path.dirname(__file__), "nothing_measured.json")
 
 import pytest
 import torch
@@ -22,7 +24,7 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
 
     interpreter.install()
 
-from fastlora import ops
+from fastlora import ops, tuned
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
@@ -62,6 +64,12 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def unmeasured() -> None:
+    """What an earlier test made known is forgotten."""
+    tuned.load_state(None)
 
 
 @pytest.fixture(autouse=True)

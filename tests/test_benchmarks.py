@@ -12,8 +12,17 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as command
-from benchmarks import cases, clock, gate, machine, measure, rivals, step, table
-from benchmarks.cases import BOTH, FORWARD, LoRALinearCase, MultiLoRACase, PrefixConcatCase, StepCase
+from benchmarks import cases, clock, gate, goals, machine, measure, rivals, step, table
+from benchmarks.cases import (
+    BOTH,
+    FORWARD,
+    TRAINING,
+    BlockCase,
+    LoRALinearCase,
+    MultiLoRACase,
+    PrefixConcatCase,
+    StepCase,
+)
 from fastlora import ops, reference
 
 CPU = torch.device("cpu")
@@ -23,6 +32,7 @@ TINY_CASES = {
     "multi_lora": MultiLoRACase("tiny", 4, 3, 24, 16, (2, 3), torch.float32, torch.float32, 0.1, BOTH),
     "prefix_concat": PrefixConcatCase("tiny", 3, 5, 2, 4, 8, 11, torch.float32, torch.float32),
 }
+TINY_BLOCK = BlockCase("tiny", 7, 24, 40, 8, 3, torch.bfloat16, torch.float32)
 TINY_STEP = StepCase("tiny", 32, 64, 1, 2, 1, 64, 2, 8, 4, 0.0, torch.float32, 2)
 LIMITS = machine.Limits({torch.float32: 1e11}, 1e10)
 
@@ -61,9 +71,7 @@ def test_clock_gives_medians_over_the_baseline() -> None:
 def test_clock_begins_every_round_with_another_and_never_repeats_a_turn() -> None:
     fake = FakeClock()
     clock.time_in_turn(fake_runs(a=1.0, b=1.0, c=1.0), fake, 1.0)
-    assert (
-        "".join(fake.order[6:]) == "abc" + "bca" + "cab" + "abc" + "bca"
-    )  # six calls of warm-up, then the fewest rounds
+    assert "".join(fake.order[3:]) == "abc" + "bca" + "cab" + "abc" + "bca"  # a warm-up each, then the fewest rounds
     assert fake.turns == list(range(len(fake.turns)))
 
 
@@ -135,8 +143,11 @@ def test_rivals_compute_the_same(operator: str, training: bool) -> None:
     assert tuple(problem.rivals) == rivals.RIVALS[operator]
     for copy in {0, problem.copies - 1}:
         outputs = {name: problem.rivals[name].call(copy) for name in problem.rivals if name != "compiled"}
-        for name in outputs.keys() - {"frozen"}:
+        for name in outputs.keys() - {"frozen", "packed"}:
             torch.testing.assert_close(outputs[name], outputs["peft"])
+        if "packed" in outputs:
+            torch.testing.assert_close(outputs["packed"][0], outputs["frozen"])
+            assert len(outputs["packed"]) == 1 + training  # y, and dx
         if operator != "prefix_concat":
             assert not torch.allclose(outputs["frozen"], outputs["peft"])
         if training:
@@ -230,6 +241,7 @@ def test_the_other_cases_are_timed_and_the_command_fails(monkeypatch, capsys) ->
     monkeypatch.setattr(command, "cases_of", lambda *_: (replace(TINY, bias=True), TINY))
     monkeypatch.setattr(command, "measure_limits", lambda *_: LIMITS)
     monkeypatch.setattr(command, "measure", one_bad)
+    monkeypatch.setattr(command, "measure_goals", lambda *_: ())
     assert command.main(["lora_linear", "--no-gate"]) == 1
     printed = capsys.readouterr().out
     assert "case 0.9" in printed
@@ -306,6 +318,67 @@ def test_quantities_read_well() -> None:
     assert [table.mebibytes(value) for value in (None, 2**19, 300 * 2**20)] == ["-", "0.5", "300"]
 
 
+def test_block_is_seven_layers_whose_shared_x_gets_the_sum_of_their_gradients() -> None:
+    case = replace(TINY_BLOCK, dtype=torch.float32, dropout_p=0.0)
+    problem = rivals.build_block(case)
+    outputs = {name: rival.call(0) for name, rival in problem.rivals.items()}
+    assert len(outputs["frozen"]) == 7 and not torch.equal(outputs["frozen"][0], outputs["peft"][0])
+    attention = rivals.make_block(case, False).self_attn
+    dq, dk, dv = problem.dy[:3]
+    dx = dq @ attention.q_proj.weight + dk @ attention.k_proj.weight + dv @ attention.v_proj.weight
+    torch.testing.assert_close(problem.run("frozen", True)(0)[0], dx)
+    torch.testing.assert_close(problem.run("fastlora", True)(0), problem.run("peft", True)(0))
+
+
+def test_goals_are_those_of_the_shape_and_a_wrong_layer_is_not_timed(monkeypatch) -> None:
+    training = replace(TINY, adapter_dtype=torch.float32, passes=(TRAINING,))
+    rows = [replace(TINY, K=4096, M=M, passes=(FORWARD,)) for M in (1, 4)]
+    monkeypatch.setattr(goals, "GOAL_LAYERS", (training, replace(training, dtype=torch.float16), *rows))
+    monkeypatch.setattr(goals, "GOAL_BLOCKS", (TINY_BLOCK,))
+    monkeypatch.setattr(goals, "SECONDS", 0.01)
+    not_timed: list[str] = []
+    layer, half, one_row, four_rows, block = goals.measure_goals(lambda _: None, not_timed)
+    bracket = 1 + 1.5 * 3 * (1 / 24 + 1 / 16)
+    assert layer.goal == pytest.approx(0.75 * bracket) and layer.floor > 0
+    assert (half.goal, one_row.goal, four_rows.goal, block.goal) == (0.35, 0.8, None, 1.0)
+    assert half.floor is one_row.floor is four_rows.is_met() is None
+    assert all(goal.ours > 0 and goal.peft > 0 for goal in (layer, half, one_row, four_rows, block))
+    break_lora_linear(monkeypatch, lambda y: y * 1.1)
+    assert list(goals.measure_goals(lambda _: None, not_timed)) == []
+    assert len(not_timed) == 5 and all("not timed" in line for line in not_timed)
+
+
+GOALS = [
+    goals.Goal("layers", "small", "float32", 0.8, 0.5, 1.2, 0.4),
+    goals.Goal("layers", "large", "float32", 0.9, 0.91, 1.4),
+    goals.Goal("rows", "eight", "float32", None, 0.5, 1.2),
+    goals.Goal("rate", "all", "float32", 0.7, 0.71, 0.4, at_least=True),
+]
+
+
+def test_goals_are_met_or_not_and_make_the_tables() -> None:
+    assert [goal.is_met() for goal in GOALS] == [True, False, None, True]
+    assert not replace(GOALS[0], ours=float("nan")).is_met()
+    assert "2 of 3 goals are met" in table.goals_table(GOALS, [])
+    assert table.goals_markdown(GOALS).splitlines()[2:] == [
+        "| layers | ≤ 0.80 to 0.90 | 0.50 to 0.91 | 1.20 to 1.40 | 1 of 2 |",
+        "| rate | ≥ 0.70 | 0.71 | 0.40 | 1 of 1 |",
+    ]
+
+
+def test_command_writes_the_goals_and_makes_the_readme_of_them(monkeypatch, tmp_path, capsys) -> None:
+    monkeypatch.setattr(command, "cases_of", lambda *_: ())
+    monkeypatch.setattr(command, "_measure", lambda *_: ("", {}))
+    monkeypatch.setattr(command, "measure_goals", lambda *_: GOALS)
+    monkeypatch.setattr(command, "results_folder", lambda: tmp_path)
+    assert command.main(["--readme"]) == 1
+    assert "python -m benchmarks lora_linear step --json" in capsys.readouterr().err
+    assert command.main(["lora_linear", "--no-gate", "--json"]) == 0
+    assert table.goals_table(GOALS, []) in capsys.readouterr().out
+    assert command.main(["--readme"]) == 0
+    assert capsys.readouterr().out == table.goals_markdown(GOALS) + "\n"
+
+
 @pytest.mark.parametrize("arguments", [["lora"], ["--device", "tpu"], ["--device", "mps"], ["--fast"]])
 def test_wrong_arguments_end_with_2(arguments: list[str], capsys) -> None:
     assert command.main(arguments) == 2
@@ -324,10 +397,14 @@ def test_training_steps_are_timed_in_turn_and_agree() -> None:
     assert all(len(losses) == 3 for losses in result.losses.values())
     for ours, theirs in zip(result.losses["fastlora"], result.losses["peft"], strict=True):
         assert abs(ours - theirs) <= 1e-4 * theirs
-    assert sum(result.implementations.values()) == 7  # q, k, v, o, gate, up, down
+    assert sum(result.implementations.values()) == 8  # q, k, v, o, gate, up, down, and the frozen head
     assert result.ratio > 0
     text = table.step_table([(TINY_STEP, result)])
     assert f"in {int(result.ratio > 1)} of 1 rows" in text
+    found = list(goals.step_goals([{"case": replace(TINY_STEP, name=name), "result": result} for name in ("0.1B", "")]))
+    assert len(found) == 6 if result.memory_ratios else 4  # of the first, packed and not
+    assert found[0].ours == result.ratio and found[0].goal == 0.5
+    assert found[-1].ours == result.of_product_rate["unpacked"] and found[-1].at_least
 
 
 def test_a_training_process_that_fails_says_why() -> None:

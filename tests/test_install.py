@@ -80,7 +80,7 @@ def test_data_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     data = [
         path
-        for folder in ("fastlora/data/base", "benchmarks/results")
+        for folder in ("fastlora/data/base", "fastlora/data/tuned", "benchmarks/results")
         for path in (ROOT / folder).glob("*")
         if path.is_file()
     ]
@@ -118,6 +118,12 @@ def test_without_a_compiler(checkout: Path) -> None:
     done = run_setup(checkout, "build_ext", "--inplace", **{**environment, "FASTLORA_REQUIRE_NATIVE": "1"})
     assert done.returncode != 0
     assert "no-such-compiler was not found" in done.stderr
+
+
+def test_a_sanitized_build_never_takes_the_place_of_the_real_one(checkout: Path) -> None:
+    done = run_setup(checkout, "build_ext", "--inplace", FASTLORA_SANITIZE="1")
+    assert done.returncode != 0
+    assert "FASTLORA_SANITIZE=1 with --inplace" in done.stderr
 
 
 def test_without_torch_or_with_an_old_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

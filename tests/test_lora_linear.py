@@ -1,5 +1,6 @@
 """lora_linear: y = x Wᵀ + b + s d(x) Aᵀ Bᵀ, every implementation against the float64 reference, forward and backward."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import ops, reference
-from fastlora.functional import lora_linear
+from fastlora.functional import lora_linear, lora_linear_shared
 
 OPERATOR = "lora_linear"
 SCALE = 1.7
@@ -457,3 +458,82 @@ def call_the_native_operators_wrongly() -> None:
 def test_wrong_arguments_to_the_native_operators() -> None:
     """They raise, naming the argument, also when no one checks before them; none ends the process."""
     assert run_apart("test_lora_linear", call_the_native_operators_wrongly) == ""
+
+
+class Shared(NamedTuple):
+    M: int
+    K: int
+    layers: tuple[tuple[int, int], ...]  # N_i, R_i
+    dtype: torch.dtype = torch.float32
+    adapter_dtype: torch.dtype | None = None
+    dropout_p: float | list[float] = 0.1
+    bias: bool = True
+
+
+SHARED = (
+    Shared(37, 65, ((33, 3), (51, 8), (90, 1))),
+    Shared(130, 200, ((96, 16), (40, 16)), dropout_p=0.0, bias=False),
+    Shared(70, 129, ((64, 5), (31, 12), (64, 9)), torch.bfloat16, torch.float32, [0.0, 0.5, 0.1]),
+    Shared(3, 64, ((48, 8), (48, 4)), torch.bfloat16, dropout_p=0.0),
+    Shared(19, 96, ((40, 7),), torch.float16, dropout_p=0.2),
+    Shared(0, 16, ((8, 2), (8, 2))),
+)
+
+
+@pytest.mark.parametrize("case", SHARED, ids=str)
+def test_layers_that_share_x(case: Shared, device: str, implementation: str) -> None:
+    layers = [
+        make_layer(case.M, case.K, N, R, case.dtype, case.adapter_dtype, case.bias, device) for N, R in case.layers
+    ]
+    x = layers[0].x
+    layers = [layer._replace(x=x) for layer in layers]
+    p = case.dropout_p if isinstance(case.dropout_p, list) else [case.dropout_p] * len(layers)
+    scales = [SCALE / (1 + i) for i in range(len(layers))]
+    seeds = [None] * len(layers)
+    if max(p) > 0:
+        torch.manual_seed(1)
+        seeds = list(torch.randint(0, 2**63 - 1, (len(layers),), dtype=torch.int64, device=device))
+        torch.manual_seed(1)
+    columns = list(zip(*layers, strict=True))
+    ys = lora_linear_shared(x, columns[1], columns[2], columns[3], columns[4], scales, dropout_p=case.dropout_p)
+    leaves = [x, *columns[3], *columns[4]]
+    grads = torch.autograd.grad(ys, leaves, columns[5])
+    eager = [eagerly(*one) for one in zip(layers, scales, p, seeds, strict=True)]
+    exact = [exactly(*one) for one in zip(layers, scales, p, seeds, strict=True)]
+
+    def arranged(results: list[list[Tensor]]) -> list[Tensor]:
+        y, dx, da, db = zip(*results, strict=True)
+        return [*y, functools.reduce(torch.add, dx), *da, *db]
+
+    values = [*(y.detach() for y in ys), *grads]
+    for number, (value, near, right) in enumerate(zip(values, arranged(eager), arranged(exact), strict=True)):
+        assert_within_bound(f"result {number}", value, near.detach(), right)
+
+
+def test_layers_that_share_x_repeat_bitwise(device: str, implementation: str) -> None:
+    layers = [make_layer(100, 129, N, 7, device=device)._replace() for N in (64, 33)]
+    x = layers[0].x
+    arguments = [[getattr(layer, name) for layer in layers] for name in ("weight", "bias", "lora_a", "lora_b")]
+
+    def run() -> tuple[Tensor, ...]:
+        torch.manual_seed(5)
+        ys = lora_linear_shared(x, *arguments, [1.0, 2.0], dropout_p=0.3)
+        return *ys, *torch.autograd.grad(ys, [x, *arguments[2], *arguments[3]], [layer.dy for layer in layers])
+
+    for first, second in zip(run(), run(), strict=True):
+        assert torch.equal(first, second)
+
+
+def test_layers_that_share_x_name_the_wrong_one() -> None:
+    one, other = make_layer(4, 8, 6, 2), make_layer(4, 8, 5, 2)
+    with pytest.raises(ValueError, match=r"lora_a\[1\]: got float32 \[2, 9\]"):
+        lora_linear_shared(
+            one.x,
+            [one.weight, other.weight],
+            [None, None],
+            [one.lora_a, torch.ones(2, 9)],
+            [one.lora_b, other.lora_b],
+            [1.0, 1.0],
+        )
+    with pytest.raises(ValueError, match="lora_b: got '1 entries', expected one for each of the 2 weights"):
+        lora_linear_shared(one.x, [one.weight] * 2, [None] * 2, [one.lora_a] * 2, [one.lora_b], [1.0, 1.0])

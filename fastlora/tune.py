@@ -1,0 +1,384 @@
+"""Check the implementations on this machine and time them: all that there is (`tune`), or what a model is about to use (`try_out`).
+
+An implementation is checked first: its error against the float64 reference is at most twice plain PyTorch's plus tiny. Then it is timed in
+turn with plain PyTorch (fastlora.reference, which with dropout draws the same Philox mask). One that fails is refused and never timed.
+Frozen weights have packed copies here, as `accelerate` lets them have.
+
+    FASTLORA_TRIAL=0   no trial: what nobody has measured runs native C++ on a CPU and plain PyTorch on a GPU
+"""
+
+import math
+import os
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from itertools import cycle, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from fastlora import ops, packed, reference, tuned
+from fastlora.tuned import Measurement
+
+Call = tuple[Any, ...]  # the arguments of an operator
+
+SHAPES = {"small": (1024, 1024), "large": (2048, 2048)}  # K, N
+LINEAR_ROWS = {"cpu": (1, 8, 64, 512), "cuda": tuned.ROWS}
+DROPOUT_P, FEWEST_ROWS_DROPPED = 0.1, 64  # who drops anything trains, on more than a few rows
+BATCHES = ((512, "small", False), (4096, "large", False))  # prefix_concat: tokens, and the size of what they move
+ODD_SHAPE = 37, 100, 75  # M, K, N of a check with dropout and a bias
+TIMES_EAGER = 2  # what an error may be, as in the tests
+RANK, SCALE, ADAPTERS, GROUP = 16, 2.0, 4, 2
+PROMPT, TOKENS, VOCABULARY = 20, 64, 1000
+
+TUNE_SECONDS, TRIAL_SECONDS = 0.25, 0.05  # for each operator and class
+SHORTEST_SAMPLE = 2e-4  # seconds: far above the clock's own cost
+LONGEST_CALL = 0.5  # seconds: a call this long is timed once
+FEWEST_ROUNDS, MOST_ROUNDS = 3, 301
+FROM_MEMORY = (
+    2**27
+)  # bytes of weights that take turns where rows are few, as a model's layers do: a cached one would flatter
+FEW_ROWS = 64
+
+# The Triton kernels have not run on a card yet: a trial of theirs is for those who ask, with `fastlora tune`.
+TRIAL_DEVICES = ("cpu",)
+
+
+class Problem(NamedTuple):
+    """An operator with its backward, in one class of sizes."""
+
+    op: str
+    dtype: torch.dtype
+    rows: int
+    size: str
+    dropout: bool
+
+
+def problems(
+    device_type: str, operators: Sequence[str], dtypes: Sequence[torch.dtype], sizes: Sequence[str]
+) -> list[Problem]:
+    """Everything that can be measured for these operators, dtypes and sizes of weights."""
+    found = []
+    for op, dtype in product(operators, dtypes):
+        # torch's float16 product with a transposed weight takes seconds on a CPU: the nearest class stands for the largest.
+        rows_here = LINEAR_ROWS[device_type][: -1 if (device_type, dtype) == ("cpu", torch.float16) else None]
+        linear = product(rows_here, sizes, (False, True))
+        classes = BATCHES if op == "prefix_concat" else linear
+        found += [
+            Problem(op, dtype, rows, size, dropout)
+            for rows, size, dropout in classes
+            if not dropout or rows >= FEWEST_ROWS_DROPPED
+        ]
+    return found
+
+
+def tune(device: str, output: Path | None = None, progress: bool = True) -> tuple[Path | None, list[Measurement]]:
+    """Measure every operator on this machine, a minute or two; returns the file written and what it holds.
+
+    Args:
+        device: cpu or cuda.
+        output: the file to write; None: this machine's cache, which is used from now on.
+        progress: show a bar.
+
+    Raises:
+        ValueError: there is no such device here, or nothing but plain PyTorch runs on it.
+        OSError: the output cannot be written.
+    """
+    if device not in LINEAR_ROWS:
+        raise ValueError(f"device={device!r}: expected cpu or cuda")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device='cuda': torch sees no CUDA card here")
+    todo = problems(device, list(PROBLEMS), ops.KERNEL_DTYPES, list(SHAPES))
+    found: list[Measurement] = []
+    for problem in tqdm(todo, desc=f"fastlora tune, {device}", unit="class", disable=not progress):
+        found += measure(problem, torch.device(device), TUNE_SECONDS)
+    if not found:
+        missing = "; ".join(f"{one.implementation}: {one.reason}" for one in ops.availability() if not one.present)
+        raise ValueError(f"nothing but plain PyTorch runs on {device}, nothing to measure ({missing})")
+    if output is None:
+        return tuned.keep(device, found, f"fastlora tune --device {device}"), found
+    tuned.write(output, device, found, f"fastlora tune --device {device} --output {output.name}")
+    return output, found
+
+
+def try_out(weights: Mapping[str, Sequence[Tensor]]) -> None:
+    """Measure what layers need and nobody has measured on this kind of machine, a few seconds, once: the result is cached.
+
+    Under torch.distributed every process calls it, rank 0 measures, and all choose as rank 0 does. It does nothing while compiling or capturing.
+
+    weights: for each operator, the frozen weights that it will be called with.
+
+    Warns:
+        UserWarning: an implementation failed its check; plain PyTorch runs in its place.
+    """
+    if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        return
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if (not distributed or torch.distributed.get_rank() == 0) and trials_are_on():
+        _measure_what_is_missing(weights)
+    if distributed:
+        decided = [tuned.state()]
+        torch.distributed.broadcast_object_list(decided, src=0)
+        if torch.distributed.get_rank() != 0:
+            tuned.load_state(decided[0])
+
+
+def trials_are_on() -> bool:
+    """Whether `accelerate` may measure.
+
+    Raises:
+        ValueError: FASTLORA_TRIAL is neither 0 nor 1.
+    """
+    setting = os.environ.get("FASTLORA_TRIAL") or "1"
+    if setting not in ("0", "1"):
+        raise ValueError(f"FASTLORA_TRIAL={setting!r}: expected 0 or 1")
+    return setting == "1" and ops.forced is None and not tuned.is_fixed()
+
+
+def _measure_what_is_missing(weights: Mapping[str, Sequence[Tensor]]) -> None:
+    wanted: dict[torch.device, dict[Problem, None]] = {}  # the values: dicts keep the order
+    for op, its_weights in weights.items():
+        for device, dtype, size in {(w.device, w.dtype, tuned.class_of(1, w.numel())[1]) for w in its_weights}:
+            if device.type in TRIAL_DEVICES:
+                todo = problems(device.type, [op], [dtype], [size])
+                missing = [one for one in todo if not tuned.is_measured(device.type, *one)]
+                wanted.setdefault(device, {}).update(dict.fromkeys(missing))
+    for device, its_problems in wanted.items():
+        found = [one for problem in its_problems for one in measure(problem, device, TRIAL_SECONDS)]
+        if found:
+            tuned.keep(device.type, found, "fastlora.accelerate")
+
+
+def measure(problem: Problem, device: torch.device, seconds: float) -> list[Measurement]:
+    """Check and time every implementation of the operator and of its backward, for about `seconds` each."""
+    op, dtype, rows, size, dropout = problem
+    names = ops.candidates(op, device, dtype)
+    if not names:
+        return []
+    make = PROBLEMS[op]
+    found = []
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        odd = make(*ODD_SHAPE, dtype, device, True)
+        for name, calls in make(rows, *SHAPES[size], dtype, device, dropout).items():
+            sound = [candidate for candidate in names if _passes(name, candidate, (odd[name][0], calls[0]))]
+            functions = {one: ops.implementation(name, one) for one in ("reference", *sound)}
+            times = ratios(functions, calls, device, seconds)
+            found += [tuned.measurement(name, *problem[1:], one, times.get(one)) for one in names]
+    return found
+
+
+def _passes(op: str, implementation: str, checks: Sequence[Call]) -> bool:
+    for call in checks:
+        flaw = find_flaw(op, implementation, call)
+        if flaw is not None:
+            warnings.warn(f"fastlora: {implementation} is refused for {op}: {flaw}", stacklevel=2)
+            return False
+    return True
+
+
+def find_flaw(op: str, implementation: str, call: Call) -> str | None:
+    """Why the implementation's results for these arguments are wrong, or None: each error is at most twice plain PyTorch's plus tiny."""
+    exact = _results(getattr(reference, op), _widened(call))
+    eager = _results(getattr(reference, op), call)
+    try:
+        results = _results(ops.implementation(op, implementation), call)
+    except Exception as defect:  # whatever it is, the model can do without this implementation
+        return f"{_shown(call)}: it raises {type(defect).__name__}: {defect}"
+    for number, (result, plain, right) in enumerate(zip(results, eager, exact, strict=True)):
+        if (result.shape, result.dtype) != (plain.shape, plain.dtype):
+            return f"{_shown(call)}: result {number} is {result.dtype} {list(result.shape)}, not {plain.dtype} {list(plain.shape)}"
+        if not right.numel():
+            continue
+        tiny = torch.finfo(plain.dtype).eps * right.abs().max().item() if plain.is_floating_point() else 0.0
+        error, bound = _error(result, right), TIMES_EAGER * _error(plain, right) + tiny
+        if not error <= bound:  # NaN fails
+            return f"{_shown(call)}: the error of result {number} is {error:.3g}, its bound {bound:.3g}"
+    return None
+
+
+def _shown(call: Call) -> str:
+    tensors = [
+        one for value in call for one in (value if isinstance(value, list) else [value]) if isinstance(one, Tensor)
+    ]
+    return f"{tensors[0].dtype} {', '.join(str(list(one.shape)) for one in tensors)}"
+
+
+def _results(function: Callable[..., Any], call: Call) -> tuple[Tensor, ...]:
+    """The tensors that a function returns: one, several, or a list of them among others."""
+    results = function(*call)
+    results = [results] if isinstance(results, Tensor) else results
+    return tuple(tensor for one in results for tensor in ([one] if isinstance(one, Tensor) else one))
+
+
+def _error(value: Tensor, exact: Tensor) -> float:
+    return (value.double() - exact).abs().max().item()
+
+
+def _widened(value: Any) -> Any:
+    """The arguments with every floating-point tensor in float64."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_widened(one) for one in value)
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def ratios(
+    functions: dict[str, Callable[..., Any]], calls: Sequence[Call], device: torch.device, seconds: float
+) -> dict[str, float]:
+    """Each function's time over the first one's: the median over rounds in which every function is timed once, in turn.
+
+    calls: arguments that differ in their weights alone, and take turns.
+    """
+    baseline, *others = names = list(functions)
+    if not others:
+        return {}
+    turns = cycle(calls)
+
+    def sample(name: str, count: int) -> float:
+        return _seconds_a_call(functions[name], [next(turns) for _ in range(count)], device)
+
+    first = {name: sample(name, 1) for name in names}
+    if max(first.values()) > LONGEST_CALL:
+        return {name: first[name] / first[baseline] for name in others}
+    for name in others:
+        sample(name, len(calls))  # packs every weight
+    counts = {name: math.ceil(SHORTEST_SAMPLE / max(sample(name, 1), 1e-7)) for name in names}
+    rounds: list[dict[str, float]] = []
+    began = time.perf_counter()
+    while len(rounds) < FEWEST_ROUNDS or (time.perf_counter() - began < seconds and len(rounds) < MOST_ROUNDS):
+        begin = len(rounds) % len(names)
+        rounds.append({name: sample(name, counts[name]) for name in names[begin:] + names[:begin]})
+    return {name: statistics.median(one[name] / one[baseline] for one in rounds) for name in others}
+
+
+def _seconds_a_call(function: Callable[..., Any], calls: Sequence[Call], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    began = time.perf_counter()
+    for call in calls:
+        function(*call)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (time.perf_counter() - began) / len(calls)
+
+
+class _Draw:
+    """Random tensors that leave torch's own generators alone."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self.generator = torch.Generator(device).manual_seed(0)
+
+    def normal(self, *shape: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        return (torch.randn(*shape, generator=self.generator, device=self.device) * scale).to(dtype or self.dtype)
+
+    def integers(self, most: int, *shape: int) -> Tensor:
+        return torch.randint(most, shape, generator=self.generator, device=self.device)
+
+    def linear(self, M: int, K: int, N: int) -> tuple[Tensor, Tensor, Tensor]:  # x [M, K], weight [N, K], dy [M, N]
+        return self.normal(M, K), self.normal(N, K, scale=K**-0.5), self.normal(M, N)
+
+    def adapter(self, K: int, N: int, R: int) -> tuple[Tensor, Tensor]:  # [R, K], [N, R], in float32 as PEFT has them
+        return (
+            self.normal(R, K, scale=K**-0.5, dtype=torch.float32),
+            self.normal(N, R, scale=R**-0.5, dtype=torch.float32),
+        )
+
+
+def _in_turn(weight: Tensor, rows: int, least: int = 1) -> list[Tensor]:
+    """Copies of a weight, enough that none stays in a cache where rows are few; on a CPU oneDNN may pack them."""
+    copies = math.ceil(FROM_MEMORY / weight.nbytes) if rows <= FEW_ROWS and weight.numel() >= 2**20 else 1
+    copies = least * math.ceil(copies / least)
+    weights = [weight, *(weight.clone() for _ in range(copies - 1))]
+    if weight.device.type == "cpu":
+        budget = packed.Budget(8 * FROM_MEMORY)
+        for one in weights:
+            packed.register(one, budget)
+    return weights
+
+
+def _linear_calls(
+    op: str, base: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, adapter: Call, rest: Call
+) -> dict[str, list[Call]]:
+    x, weight, dy = base
+    _, xa = getattr(reference, op)(x, weight, bias, *adapter, *rest)
+    weights = _in_turn(weight, x.shape[0])
+    return {
+        op: [(x, one, bias, *adapter, *rest) for one in weights],
+        f"{op}_backward": [(dy, x, one, *adapter, xa, *rest, True, True, True) for one in weights],
+    }
+
+
+def _lora_linear(
+    M: int, K: int, N: int, dtype: torch.dtype, device: torch.device, dropout: bool
+) -> dict[str, list[Call]]:
+    draw = _Draw(dtype, device)
+    seed = draw.integers(2**62) if dropout else None
+    bias = draw.normal(N) if dropout else None
+    return _linear_calls(
+        "lora_linear",
+        draw.linear(M, K, N),
+        bias,
+        draw.adapter(K, N, RANK),
+        (SCALE, DROPOUT_P if dropout else 0.0, seed),
+    )
+
+
+def _lora_linear_shared(
+    M: int, K: int, N: int, dtype: torch.dtype, device: torch.device, dropout: bool
+) -> dict[str, list[Call]]:
+    draw = _Draw(dtype, device)
+    seed = draw.integers(2**62, GROUP) if dropout else None
+    bias = [draw.normal(N if dropout else 0)] * GROUP
+    x, weight, dy = draw.linear(M, K, N)
+    weights = _in_turn(weight, M, GROUP)
+    groups = [weights[first : first + GROUP] for first in range(0, len(weights), GROUP)]
+    every_a, every_b = map(list, zip(*(draw.adapter(K, N, RANK) for _ in range(GROUP)), strict=True))
+    rest = [SCALE] * GROUP, [DROPOUT_P if dropout else 0.0] * GROUP, seed
+    _, xa = reference.lora_linear_shared(x, groups[0], bias, every_a, every_b, *rest)
+    return {
+        "lora_linear_shared": [(x, group, bias, every_a, every_b, *rest) for group in groups],
+        "lora_linear_shared_backward": [
+            ([dy] * GROUP, x, group, every_a, every_b, xa, *rest, True, True, True) for group in groups
+        ],
+    }
+
+
+def _multi_lora(
+    M: int, K: int, N: int, dtype: torch.dtype, device: torch.device, dropout: bool
+) -> dict[str, list[Call]]:
+    draw = _Draw(dtype, device)
+    seed = draw.integers(2**62) if dropout else None
+    bias = draw.normal(N) if dropout else None
+    every_a, every_b = zip(*(draw.adapter(K, N, RANK) for _ in range(ADAPTERS)), strict=True)
+    code, order = torch.sort(torch.arange(M, device=device) % (ADAPTERS + 1), stable=True)  # 0: no adapter
+    offsets = torch.searchsorted(code, torch.arange(ADAPTERS + 3, device=device))
+    rest = [SCALE] * ADAPTERS, [DROPOUT_P if dropout else 0.0] * ADAPTERS, seed, order, offsets
+    return _linear_calls("multi_lora", draw.linear(M, K, N), bias, (list(every_a), list(every_b)), rest)
+
+
+def _prefix_concat(
+    rows: int, D: int, _: int, dtype: torch.dtype, device: torch.device, dropout: bool
+) -> dict[str, list[Call]]:
+    draw = _Draw(dtype, device)
+    B, T = math.ceil(rows / TOKENS), min(rows, TOKENS)
+    prompts = draw.normal(ADAPTERS * PROMPT, D)
+    starts = torch.arange(ADAPTERS + 1, device=device) * PROMPT
+    ids = draw.integers(VOCABULARY, B, T)
+    mask = (torch.arange(T, device=device) < T - torch.arange(B, device=device)[:, None] % 8).long()
+    index, embedding = torch.arange(B, device=device) % ADAPTERS, draw.normal(VOCABULARY, D)
+    forward: Call = (prompts, starts, PROMPT, index, None, ids, embedding, mask, None, ids)
+    source = reference.prefix_concat(*forward)[-1]
+    backward: Call = (draw.normal(B, T + PROMPT, D), source, len(prompts), T, True, False)
+    return {"prefix_concat": [forward], "prefix_concat_backward": [backward]}
+
+
+PROBLEMS: dict[str, Callable[..., dict[str, list[Call]]]] = {
+    "lora_linear": _lora_linear,
+    "lora_linear_shared": _lora_linear_shared,
+    "multi_lora": _multi_lora,
+    "prefix_concat": _prefix_concat,
+}

@@ -1,0 +1,281 @@
+"""What was measured: each implementation's time over plain PyTorch's, by kind of machine and class of sizes. `ops` chooses by it.
+
+Measurements of a kind of machine are shipped in fastlora/data/tuned/<kind>.json (`fastlora tune --output`). Those of this very machine lie in
+its cache folder (`fastlora tune`, or the trial in `accelerate`) and go before the shipped ones. A state that was loaded (a checkpoint's, or
+rank 0's) stands in the place of both: a resumed run chooses as the run before did, and all processes choose alike.
+
+    FASTLORA_CACHE   the folder of the cache; without it $XDG_CACHE_HOME/fastlora or ~/.cache/fastlora
+    FASTLORA_TABLE   a file made by `fastlora tune --output`, in the place of both: it must be right, and nothing is added to it
+"""
+
+import datetime
+import json
+import os
+import platform
+import re
+import warnings
+from collections.abc import Hashable, Iterable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+SCHEMA = 1
+SHIPPED = Path(__file__).parent / "data" / "tuned"
+ROWS = (1, 8, 64, 512, 4096)
+LARGE = 2**21  # elements of a weight, or elements moved
+ZEN = {0x17: "zen2", 0x19: "zen3", 0x1A: "zen5"}  # AMD's families; Zen 4 is the Zen 3 family with AVX-512
+
+
+class Measurement(NamedTuple):
+    """One implementation of one operator beside plain PyTorch, in one class of sizes."""
+
+    op: str
+    dtype: str  # as torch spells it: bfloat16
+    rows: int  # M, or the tokens of a batch: one of ROWS
+    size: str  # of the weight, or of what is moved: small | large
+    dropout: bool
+    implementation: str
+    checked: bool  # against the float64 reference; False: it failed, and is refused for this operator and dtype
+    ratio: float | None  # its time over plain PyTorch's; None: it failed its check and was not timed
+    origin: str  # who measured it and when, for people
+
+
+Table = dict[tuple[Hashable, ...], Measurement]  # by every field before `checked`
+
+choices: dict[Hashable, Any] = {}
+"""What `ops` has chosen so far, emptied whenever the measurements change."""
+
+_tables: dict[str, Table] = {}  # by device type
+_cached: dict[str, Table] = {}  # the part of them that lies in this machine's cache
+_loaded = False  # whether the tables came from `load_state`
+
+
+def class_of(rows: int, elements: int) -> tuple[int, str]:
+    """(rows, size) of a Measurement: the power of eight that is nearest to the rows, and whether there are LARGE elements."""
+    return ROWS[min(rows.bit_length() // 3, len(ROWS) - 1)], "large" if elements >= LARGE else "small"
+
+
+def measured(
+    device_type: str, op: str, dtype: torch.dtype, rows: int, elements: int, dropout: bool
+) -> dict[str, Measurement]:
+    """What is known of each implementation, by its name: the measurement of the nearest class, or that it failed its check."""
+    wanted, size = class_of(rows, elements)
+
+    def distance(one: Measurement) -> tuple[bool, bool, bool, int]:
+        apart = abs(one.rows.bit_length() - wanted.bit_length())
+        return one.checked, one.dropout is not dropout, one.size != size, apart
+
+    ours = [one for one in _table(device_type).values() if (one.op, one.dtype) == (op, _name(dtype))]
+    return {one.implementation: one for one in sorted(ours, key=distance, reverse=True)}
+
+
+def is_measured(device_type: str, op: str, dtype: torch.dtype, rows: int, size: str, dropout: bool) -> bool:
+    """Whether anything is known of exactly this class."""
+    wanted = (op, _name(dtype), rows, size, dropout)
+    return any(key[: len(wanted)] == wanted for key in _table(device_type))
+
+
+def measurements(device_type: str) -> list[Measurement]:
+    """All that holds for this machine."""
+    return list(_table(device_type).values())
+
+
+def measurement(
+    op: str, dtype: torch.dtype, rows: int, size: str, dropout: bool, implementation: str, ratio: float | None
+) -> Measurement:
+    """A Measurement made on this machine, today. ratio: None where the implementation failed its check."""
+    ratio = None if ratio is None else max(round(ratio, 3), 0.001)
+    what = op, _name(dtype), rows, size, dropout, implementation
+    return Measurement(*what, ratio is not None, ratio, _origin("this machine", _today()))
+
+
+def keep(device_type: str, found: Iterable[Measurement], command: str) -> Path | None:
+    """Use these measurements from now on, and add them to this machine's cache; returns its path, None where it cannot be written."""
+    path = cache_path(device_type)
+    _tables[device_type] = _table(device_type) | _by_class(found)
+    _cached[device_type] = _cached.get(device_type, {}) | _by_class(found)
+    choices.clear()
+    try:
+        write(path, device_type, _cached[device_type].values(), command)
+    except OSError as error:
+        warnings.warn(f"fastlora: the measurements of this machine cannot be kept: {error}", stacklevel=2)
+        return None
+    return path
+
+
+def write(path: Path, device_type: str, found: Iterable[Measurement], command: str) -> None:
+    """Write a table of this machine's measurements, whole or not at all.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    head = {**_identity(device_type), "machine": machine_name(device_type), "date": _today(), "command": command}
+    fields = [name for name in Measurement._fields if name != "origin"]
+    entries = [json.dumps({name: getattr(one, name) for name in fields}) for one in found]
+    text = json.dumps(head, indent=2).removesuffix("\n}") + ',\n  "entries": [\n    ' + ",\n    ".join(entries)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(text + "\n  ]\n}\n")
+    scratch.replace(path)
+
+
+def state() -> dict[str, list[list[Any]]]:
+    """What the choices follow from, in plain types: for a checkpoint, or for other processes."""
+    device_types = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+    return {device_type: [list(one) for one in _table(device_type).values()] for device_type in device_types}
+
+
+def load_state(state: Mapping[str, Iterable[Iterable[Any]]] | None) -> None:
+    """Choose as the process chose whose `state` this is: nothing else counts, and there are no trials. None: as this machine's files say."""
+    global _loaded
+    _loaded = state is not None
+    _tables.clear()
+    _cached.clear()
+    for device_type, entries in (state or {}).items():
+        _tables[device_type] = _by_class(Measurement(*entry) for entry in entries)
+    choices.clear()
+
+
+def is_fixed() -> bool:
+    """Whether nothing may be added: a state was loaded, or FASTLORA_TABLE names a table."""
+    return _loaded or bool(os.environ.get("FASTLORA_TABLE"))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _by_class(found: Iterable[Measurement]) -> Table:
+    return {one[: Measurement._fields.index("checked")]: one for one in found}
+
+
+def _table(device_type: str) -> Table:
+    if device_type not in _tables:
+        _tables[device_type] = {} if _loaded else _read_files(device_type)
+    return _tables[device_type]
+
+
+def _read_files(device_type: str) -> Table:
+    named = os.environ.get("FASTLORA_TABLE")
+    if named:
+        return _read(Path(named), {"schema": SCHEMA})
+    kind = kind_of(device_type)
+    path = SHIPPED / f"{kind}.json"
+    shipped = _read(path, {"schema": SCHEMA, "kind": kind}) if path.is_file() else {}
+    _cached[device_type] = _read_cache(device_type)
+    return shipped | _cached[device_type]
+
+
+def _read_cache(device_type: str) -> Table:
+    try:
+        return _read(cache_path(device_type), _identity(device_type), "this machine")
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        warnings.warn(
+            f"fastlora: a cache is ignored until a trial or `fastlora tune` replaces it: {error}", stacklevel=2
+        )
+        return {}
+
+
+def _read(path: Path, expected: Mapping[str, Any], whose: str | None = None) -> Table:
+    """The table in a file.
+
+    whose: the machine that it is of, for people; None: the kind in the file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is no table, or not the expected one; the message says which part.
+    """
+    try:
+        content = json.loads(path.read_text())
+        for name, value in expected.items():
+            if content.get(name) != value:
+                raise ValueError(f"{name} is {content.get(name)!r}, expected {value!r}")
+        origin = _origin(whose or content.get("kind"), content.get("date"))
+        found = [Measurement(**entry, origin=origin) for entry in content["entries"]]
+        for one in found:
+            timed = isinstance(one.ratio, (int, float)) and one.ratio > 0
+            if one.rows not in ROWS or timed is not one.checked:
+                raise ValueError(f"{one} has other rows than {ROWS}, or no ratio above 0 though it is checked")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no table for this machine: {type(error).__name__}: {error}") from None
+    return _by_class(found)
+
+
+def _origin(whose: Any, date: Any) -> str:
+    return f"measured on {whose}, {date}"
+
+
+def _today() -> str:
+    return datetime.date.today().isoformat()
+
+
+def _identity(device_type: str) -> dict[str, Any]:
+    """What a cache must have in common with the process that reads it."""
+    try:
+        version = metadata.version("fastlora")
+    except metadata.PackageNotFoundError:
+        version = "source"
+    threads = {"threads": torch.get_num_threads()} if device_type == "cpu" else {}
+    return {"schema": SCHEMA, "kind": kind_of(device_type), "torch": torch.__version__, "fastlora": version, **threads}
+
+
+def cache_path(device_type: str) -> Path:
+    """The cache of this machine for this version of torch and of fastlora, and this number of threads."""
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.environ.get("FASTLORA_CACHE") or os.path.join(folder, "fastlora")
+    _, kind, *versions = _identity(device_type).items()
+    return Path(folder, "-".join([kind[1], *(f"{name}{value}" for name, value in versions)]) + ".json")
+
+
+def kind_of(device_type: str) -> str:
+    """The kind of machine that a table is for: amd-zen4-avx512bf16, nvidia-h100-80gb-hbm3-sm90."""
+    if device_type == "cuda":
+        card = torch.cuda.get_device_properties(torch.cuda.current_device())
+        return _slug(f"{card.name} sm{card.major}{card.minor}")
+    facts = cpu_facts()
+    level = (
+        torch.backends.cpu.get_cpu_capability().lower()
+    )  # what torch may use, also where an emulator shows its host's /proc
+    if "vendor_id" not in facts:
+        part = [facts[name] for name in ("CPU implementer", "CPU part") if name in facts]
+        return _slug(" ".join([platform.system(), platform.machine(), *part, level]))
+    vendor = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}.get(facts["vendor_id"], facts["vendor_id"])
+    family, flags = int(facts["cpu family"]), facts.get("flags", "").split()
+    core = f"{family} {facts['model']}"
+    if vendor == "amd" and family in ZEN:
+        core = "zen4" if (family, level) == (0x19, "avx512") else ZEN[family]
+    if level == "avx512":
+        level = "amx" if "amx_bf16" in flags else "avx512bf16" if "avx512_bf16" in flags else level
+    return _slug(f"{vendor} {core} {level}")
+
+
+def machine_name(device_type: str) -> str:
+    """The CPU's or card's own name."""
+    if device_type == "cuda":
+        return torch.cuda.get_device_name()
+    return cpu_facts().get("model name") or f"{platform.system()} {platform.machine()}"
+
+
+def cpu_facts() -> dict[str, str]:
+    """What /proc/cpuinfo says of the first processor; nothing where there is no such file."""
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return dict(_facts(lines))
+    except OSError:
+        return {}
+
+
+def _facts(lines: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for line in lines:
+        if not line.strip():
+            return
+        name, _, value = line.partition(":")
+        yield name.strip(), value.strip()
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

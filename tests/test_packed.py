@@ -1,0 +1,811 @@
+"""frozen_linear and packed.py: products within the bound by every way, and copies that are never stale, seen by no module, and given back."""
+
+import copy
+import gc
+import math
+import multiprocessing
+import pickle
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bounds import assert_within_bound, double, gapped, gradients, transposed
+from conftest import implementations
+from peft import LoraConfig
+from test_peft import assert_as_near_as, llama, logits, peft_model, run
+from torch import Tensor, nn
+
+import fastlora
+from fastlora import ops, packed, reference
+from fastlora.functional import frozen_linear
+from fastlora.packed import Budget, Least
+from fastlora.peft import FrozenLinear, FusedLinear
+
+OPERATOR = "frozen_linear"
+FLOATS = pytest.mark.parametrize("dtype", ops.KERNEL_DTYPES, ids=["float32", "bfloat16", "float16"])
+
+pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
+NATIVE = pytest.mark.skipif("cpu" not in implementations("lora_linear", "cpu"), reason="the extension is not built")
+
+few_rows, least = packed._few_rows, packed._least
+
+
+def always_packed(dtype: torch.dtype) -> Least | None:
+    """The rule with the smallest product worth a copy, for the dtypes that oneDNN has here."""
+    return None if (rule := least(dtype)) is None else Least(1, 1, rule.plain)
+
+
+@pytest.fixture(autouse=True)
+def eagerly_packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(packed, "_least", always_packed)
+    monkeypatch.setattr(packed, "_few_rows", None)
+    yield
+    if packed._by_owner:
+        gc.collect()
+    assert not packed._by_owner and not packed._by_place, "a weight outlived its test"
+
+
+def frozen(N: int, K: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    return nn.Parameter((torch.randn(N, K) / K**0.5).to(dtype), requires_grad=False)
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
+    """Both products are within the bound, with whatever copies there are."""
+    x = x.detach().requires_grad_()
+    dy = torch.randn(x.shape[0], weight.shape[0]).to(x.dtype)
+    y, eager = frozen_linear(x, weight, bias), F.linear(x, weight, bias)
+    exact = reference.frozen_linear(double(x), double(weight), double(bias))
+    assert_within_bound("y", y.detach(), eager.detach(), exact)
+    (dx,), (eager_dx,) = gradients(y, [x], dy), gradients(eager, [x], dy)
+    assert_within_bound("dx", dx, eager_dx, reference.frozen_linear_backward(double(dy), double(weight)))
+
+
+def check_now(weight: Tensor) -> None:
+    check(torch.randn(5, weight.shape[1]).to(weight.dtype), weight)
+
+
+# Products
+
+
+WAYS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "torch": lambda patch: patch.setattr(packed, "_least", lambda dtype: None),
+    "plain": lambda patch: patch.setattr(packed, "_least", lambda dtype: least(dtype) and Least(1, math.inf, 1)),
+    "packed": lambda patch: patch.setattr(packed, "_least", always_packed),
+    "few rows": lambda patch: patch.setattr(packed, "_few_rows", few_rows),
+}
+EACH_WAY = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+@EACH_WAY
+@FLOATS
+def test_bound(way: Callable[[pytest.MonkeyPatch], None], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    way(monkeypatch)
+    shapes = [(37, 65, 48), (8, 33, 65), (1, 64, 48), (1, 1, 1), (0, 12, 7), (5, 0, 7), (5, 12, 0), (130, 300, 201)]
+    for number, (M, K, N) in enumerate(shapes):
+        weight = nn.Parameter((torch.randn(N, K) / max(K, 1) ** 0.5).to(dtype), requires_grad=False)
+        packed.register(weight, Budget())
+        check(torch.randn(M, K).to(dtype), weight, None if number % 2 else torch.randn(N).to(dtype))
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gaps": gapped,
+    "transposed": transposed,
+    "every other": lambda tensor: tensor.repeat_interleave(2, 0).repeat_interleave(2, 1)[::2, ::2],
+    "expanded": lambda tensor: tensor[:1, :1].expand_as(tensor),
+    "one row, expanded": lambda tensor: tensor[:1].expand_as(tensor),
+}
+
+
+@EACH_WAY
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_layouts(
+    way: Callable[[pytest.MonkeyPatch], None], layout: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    way(monkeypatch)
+    for dtype in ops.KERNEL_DTYPES:
+        x, weight = torch.randn(7, 33).to(dtype), (torch.randn(24, 33) / 6).to(dtype)
+        for left, right in ((layout(x), weight), (x, layout(weight)), (layout(x), layout(weight))):
+            packed.register(right, Budget())
+            check(left, right, torch.randn(48).to(dtype)[::2])
+
+
+def test_dy_of_any_layout() -> None:
+    weight = frozen(24, 33)
+    packed.register(weight, Budget())
+    for dy in (torch.ones(()).expand(7, 24), transposed(torch.randn(7, 24)), gapped(torch.randn(7, 24))):
+        x = torch.randn(7, 33, requires_grad=True)
+        (dx,) = gradients(frozen_linear(x, weight, None), [x], dy)
+        assert_within_bound("dx", dx, dy @ weight, double(dy) @ double(weight))
+
+
+def test_the_ways_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the other tests take for granted: each way is taken."""
+    calls = []
+
+    def multiply(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
+        calls.append("packed" if weight.is_mkldnn else "plain")
+        return onednn(x, weight, *rest)
+
+    onednn = packed._linear_pointwise
+    monkeypatch.setattr(packed, "_linear_pointwise", multiply)
+    weight, x = frozen(24, 33), torch.randn(7, 33)
+    packed.register(weight, Budget())
+    taken = {}
+    for name, way in WAYS.items():
+        way(monkeypatch)
+        calls.clear()
+        frozen_linear(x, weight, None)
+        taken[name] = calls.copy()
+    assert taken == {
+        "torch": [],
+        "plain": ["plain"],
+        "packed": ["packed"],
+        "few rows": ["packed"] if few_rows is None else [],
+    }
+    monkeypatch.setattr(packed, "_few_rows", None)
+    with torch.backends.mkldnn.flags(enabled=False):
+        calls.clear()
+        check(x, weight)
+        assert not calls and packed.describe(weight, torch.float32, 7) == "torch"
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 0), (2, 1, 3)], ids=str)
+def test_leading_dimensions(device: str, implementation: str, shape: tuple[int, ...]) -> None:
+    weight, bias = frozen(12, 20).to(device), torch.randn(12, device=device)
+    x = torch.randn(*shape, 20, device=device, requires_grad=True)
+    y = frozen_linear(x, weight, bias)
+    assert y.shape == (*shape, 12) and torch.allclose(y, F.linear(x, weight, bias), atol=1e-5)
+    assert gradients(y, [x], torch.ones_like(y))[0].shape == x.shape
+
+
+def test_float64_is_the_references() -> None:
+    weight, bias = frozen(5, 9, torch.float64), torch.randn(5, dtype=torch.float64)
+    x = torch.randn(3, 9, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: frozen_linear(x, weight, bias), (x,))
+
+
+@FLOATS
+def test_opcheck(dtype: torch.dtype) -> None:
+    x, weight, bias = torch.randn(5, 16).to(dtype), torch.randn(12, 16).to(dtype), torch.randn(12).to(dtype)
+    torch.library.opcheck(torch.ops.fastlora.frozen_linear.default, (x, weight, bias))
+    torch.library.opcheck(torch.ops.fastlora.frozen_linear_backward.default, (torch.randn(5, 12).to(dtype), weight))
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_autocast(base: torch.dtype) -> None:
+    weight, bias, x = frozen(12, 16, base), torch.randn(12).to(base), torch.randn(2, 5, 16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y, eager = frozen_linear(x, weight, bias), F.linear(x, weight, bias)
+    assert y.dtype == eager.dtype == torch.bfloat16 and torch.allclose(y, eager, atol=0.02)
+    (dx,), (eager_dx,) = (gradients(out, [x], torch.ones_like(out)) for out in (y, eager))
+    assert dx.dtype == eager_dx.dtype and torch.allclose(dx, eager_dx, atol=0.05)
+
+
+@EACH_WAY
+def test_the_operator_itself_ignores_autocast(
+    way: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """csrc calls it by this name, whatever is on around it."""
+    way(monkeypatch)
+    x, weight = torch.randn(5, 16), torch.randn(12, 16)
+    with torch.no_grad():
+        expected = torch.ops.fastlora.frozen_linear_cpu(x, weight, None)
+        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+            assert torch.equal(torch.ops.fastlora.frozen_linear_cpu(x, weight, None), expected)
+            assert torch.ops.fastlora.frozen_linear_backward_cpu(expected, weight).dtype == torch.float32
+
+
+def test_nothing_of_x_is_kept() -> None:
+    kept: list[Tensor] = []
+    weight = frozen(12, 16)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        frozen_linear(torch.randn(5, 16, requires_grad=True), weight, None)
+    assert [tensor.data_ptr() for tensor in kept] == [weight.data_ptr()]
+
+
+def test_compiles_whole() -> None:
+    torch.compiler.reset()
+    weight, bias = frozen(12, 24), torch.randn(12)
+    packed.register(weight, Budget())
+    compiled = torch.compile(frozen_linear, fullgraph=True, backend="aot_eager", dynamic=True)
+    for M in (6, 11):
+        x, dy = torch.randn(M, 24, requires_grad=True), torch.randn(M, 12)
+        y, expected = (function(x, weight, bias) for function in (compiled, frozen_linear))
+        assert torch.equal(y, expected)
+        assert torch.equal(*(gradients(out, [x], dy)[0] for out in (y, expected)))
+    assert packed.held_bytes() == 2 * weight.nbytes
+    torch.compiler.reset()
+
+
+X, WEIGHT, BIAS = torch.ones(6, 16), torch.ones(12, 16), torch.ones(12)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "arguments"),
+    [
+        ("x", TypeError, (None, WEIGHT, BIAS)),
+        ("x", ValueError, (torch.ones(()), WEIGHT, BIAS)),
+        ("x", ValueError, (X.int(), WEIGHT, BIAS)),
+        ("weight", TypeError, (X, None, BIAS)),
+        ("weight", ValueError, (X, WEIGHT.T, BIAS)),
+        ("weight", ValueError, (X, WEIGHT.bfloat16(), BIAS)),
+        ("weight", ValueError, (X, WEIGHT.to("meta"), BIAS)),
+        ("weight", ValueError, (X, nn.Parameter(WEIGHT), BIAS)),
+        ("bias", ValueError, (X, WEIGHT, torch.ones(11))),
+        ("bias", ValueError, (X, WEIGHT, BIAS.bfloat16())),
+        ("bias", ValueError, (X, WEIGHT, nn.Parameter(BIAS))),
+    ],
+)
+def test_wrong_arguments(name: str, error: type[Exception], arguments: tuple) -> None:
+    with pytest.raises(error, match=rf"^{name}: .*expected"):
+        frozen_linear(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("x", (torch.ones(16), WEIGHT, BIAS)),
+        ("x", (torch.ones(6, 15), WEIGHT, BIAS)),
+        ("weight", (X.bfloat16(), WEIGHT, BIAS.bfloat16())),
+        ("bias", (X, WEIGHT, torch.ones(13))),
+        ("bias", (X, WEIGHT, BIAS.half())),
+        ("dy", (torch.ones(6, 16), WEIGHT)),
+        ("weight", (torch.ones(6, 12).half(), WEIGHT)),
+    ],
+)
+def test_wrong_arguments_to_the_operators_themselves(name: str, arguments: tuple) -> None:
+    op = torch.ops.fastlora.frozen_linear_cpu if len(arguments) == 3 else torch.ops.fastlora.frozen_linear_backward_cpu
+    with pytest.raises(ValueError, match=rf"^{name}: .*expected"):
+        op(*arguments)
+
+
+# Copies
+
+
+@FLOATS
+def test_copies_are_made_when_a_product_wants_them(dtype: torch.dtype) -> None:
+    if least(dtype) is None:
+        pytest.skip("oneDNN does not multiply this dtype here")
+    weight, budget = frozen(12, 16, dtype), Budget()
+    size = 12 * 16 * (2 if dtype == torch.bfloat16 else 4)
+    packed.register(weight, budget)
+    assert packed.held_bytes() == budget.held == 0
+    assert packed.describe(weight, dtype, 5) == "oneDNN, packed when first called"
+    x = torch.randn(5, 16).to(dtype).requires_grad_()
+    y = frozen_linear(x, weight, None)
+    assert packed.held_bytes() == budget.held == size
+    assert packed.describe(weight, dtype, 5) == "oneDNN, packed, 0.0 MiB"
+    y.backward(torch.ones_like(y))
+    assert packed.held_bytes() == budget.held == 2 * size
+    packed.release(weight)
+    assert packed.held_bytes() == budget.held == 0
+    check_now(weight)
+    assert packed.held_bytes() == 0
+
+
+def test_another_tensor_over_the_same_memory_finds_the_copy() -> None:
+    weight, conv, budget = frozen(12, 16), frozen(16, 12), Budget()
+    packed.register(weight, budget)
+    packed.register(conv, budget, transposed=True)
+    for other in (
+        weight,
+        weight.detach(),
+        weight.data,
+        weight.view(12, 16),
+        weight.t().t(),
+        conv.t(),
+        conv.detach().t(),
+    ):
+        check_now(other)
+        with torch.inference_mode():
+            check_rows = frozen_linear(torch.ones(3, 16), other, None)
+        assert torch.allclose(check_rows[0], other.sum(1), atol=1e-5)
+    assert budget.held == 2 * weight.nbytes + 2 * conv.nbytes
+    for part in (weight[:6], weight[:, :8], conv):  # another matrix at the same address
+        check_now(part)
+    assert budget.held == 2 * weight.nbytes + 2 * conv.nbytes
+    conv.data = torch.randn(16, 12)
+    check_now(conv.t())
+    assert budget.held == 2 * weight.nbytes + 2 * conv.nbytes
+
+
+def test_budget_is_spent_in_the_order_of_use() -> None:
+    weights, budget = [frozen(12, 16) for _ in range(3)], Budget(2 * 12 * 16 * 4)
+    for weight in weights:
+        packed.register(weight, budget)
+    with torch.no_grad():
+        for weight in reversed(weights):
+            frozen_linear(torch.ones(5, 16), weight, None)
+    assert packed.held_bytes() == budget.limit
+    told = [packed.describe(weight, torch.float32, 2**20) for weight in weights]
+    assert told == ["oneDNN, 0.0 MiB does not fit the pack_budget", *["oneDNN, packed, 0.0 MiB"] * 2]
+    for weight in weights:
+        check_now(weight)
+    packed.release(weights[2])
+    check_now(weights[0])
+    assert packed.describe(weights[0], torch.float32, 5) == "oneDNN, packed, 0.0 MiB" and budget.held == budget.limit
+
+
+def test_default_budget_is_a_share_of_the_machine() -> None:
+    assert Budget().limit == Budget().limit > 2**20
+
+
+@pytest.mark.parametrize("limit", [-1, 1.5, "1"])
+def test_wrong_budget(limit: object) -> None:
+    with pytest.raises(ValueError, match="pack_budget: .*expected"):
+        Budget(limit)
+
+
+def layer_with_copies(budget: Budget) -> nn.Linear:
+    layer = nn.Linear(16, 12, bias=False).requires_grad_(False)
+    packed.register(layer.weight, budget)
+    check_now(layer.weight)
+    assert budget.held == 2 * layer.weight.nbytes
+    return layer
+
+
+def merge_through_data(layer: nn.Linear) -> None:
+    with packed.rewriting(layer.weight):
+        layer.weight.data += 1
+
+
+def write_in_inference_mode(layer: nn.Linear) -> None:
+    with torch.inference_mode():
+        layer.weight.mul_(2)
+
+
+CHANGES: dict[str, Callable[[nn.Linear], object]] = {
+    "written to": lambda layer: layer.weight.mul_(2),
+    "written to through detach": lambda layer: layer.weight.detach().mul_(2),
+    "written to in inference mode": write_in_inference_mode,
+    "written to through .data": merge_through_data,
+    "loaded": lambda layer: layer.load_state_dict({"weight": torch.randn(12, 16)}),
+    "assigned": lambda layer: layer.load_state_dict({"weight": torch.randn(12, 16)}, assign=True),
+    "other data": lambda layer: setattr(layer.weight, "data", torch.randn(12, 16)),
+    "other data of another shape": lambda layer: setattr(layer.weight, "data", torch.randn(10, 16)),
+    "to bfloat16": lambda layer: layer.bfloat16(),
+    "to float64 and back": lambda layer: layer.double().float(),
+    "to float16": lambda layer: layer.half(),
+    "shared": lambda layer: layer.share_memory(),
+    "replaced": lambda layer: setattr(layer, "weight", frozen(12, 16)),
+    "deleted": lambda layer: setattr(layer, "weight", None),
+}
+KEPT = {
+    "written to",
+    "written to through detach",
+    "written to in inference mode",
+    "written to through .data",
+    "loaded",
+    "shared",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_never_stale(change: str) -> None:
+    """After any change of the weight: the old copies' bytes are back, and products are those of the weight as it is now."""
+    budget = Budget()
+    layer = layer_with_copies(budget)
+    CHANGES[change](layer)
+    assert packed.held_bytes() == budget.held == 0
+    if layer.weight is not None:
+        check_now(layer.weight)
+        check_now(layer.weight)
+    assert budget.held == packed.held_bytes()
+    if change in KEPT:
+        assert budget.held == 2 * layer.weight.nbytes, "not packed anew"
+
+
+def test_a_weight_made_in_inference_mode_has_no_copy() -> None:
+    """Its version does not show when it is written to."""
+    budget = Budget()
+    layer = layer_with_copies(budget)
+    with torch.inference_mode():
+        layer.double().float()
+        for _ in range(2):
+            y = frozen_linear(torch.ones(3, 16), layer.weight, None)
+            assert torch.allclose(y[0], layer.weight.sum(1), atol=1e-5) and budget.held == 0
+            layer.weight.mul_(2)
+
+
+def test_reused_memory() -> None:
+    """A parameter that dies, and another one in the very same place."""
+    memory, budget = torch.randn(12, 16), Budget()
+    weight = nn.Parameter(memory, requires_grad=False)
+    packed.register(weight, budget)
+    check_now(weight)
+    del weight
+    assert budget.held == 0
+    memory.normal_()
+    again = nn.Parameter(memory, requires_grad=False)
+    check_now(again)
+    assert budget.held == 0 and packed.describe(again, torch.float32, 2**20) == "oneDNN"
+
+
+def test_other_data_in_the_same_place() -> None:
+    """A parameter whose memory was freed, and whose new memory lies where the old one lay."""
+    layer, place = layer_with_copies(Budget()), None
+    for _ in range(100):
+        place = place or layer.weight.data_ptr()
+        for dtype in (torch.bfloat16, torch.float32):
+            layer.weight.data = -layer.weight.data.to(dtype)
+        check_now(layer.weight)
+        if layer.weight.data_ptr() == place:
+            return
+    pytest.skip("this allocator does not use memory again")
+
+
+def test_two_parameters_over_one_memory_have_no_copy() -> None:
+    """A write through one does not show in the other."""
+    weight = frozen(12, 16)
+    twin, budget = nn.Parameter(weight.data, requires_grad=False), Budget()
+    packed.register(weight, budget)
+    check_now(weight)
+    packed.register(twin, budget)
+    assert budget.held == 0
+    twin.mul_(2)
+    check_now(weight)
+    assert budget.held == 0 and packed.describe(weight, torch.float32, 2**20) == "oneDNN, its memory has two parameters"
+
+
+def test_a_weight_that_begins_to_train_has_no_copy() -> None:
+    layer, x = layer_with_copies(Budget()), torch.randn(5, 16)
+    layer.weight.requires_grad_()
+    with torch.no_grad():
+        layer.weight.data.mul_(2)
+        assert torch.allclose(frozen_linear(x, layer.weight, None), F.linear(x, layer.weight), atol=1e-5)
+
+
+class Special(nn.Parameter):
+    pass
+
+
+def test_what_cannot_have_a_copy_is_left_out() -> None:
+    with torch.inference_mode():
+        inferred = torch.randn(12, 16)
+    others = [
+        nn.Parameter(torch.randn(12, 16)),
+        nn.Parameter(torch.randn(12, 16, device="meta"), requires_grad=False),
+        Special(torch.randn(12, 16), requires_grad=False),
+        frozen(12, 16, torch.float64),
+        torch.randint(5, (12, 16)),
+        torch.randn(12),
+        torch.randn(12, 16).to_sparse(),
+        torch.randn(12, 16).to_mkldnn(),
+        inferred,
+    ]
+    for weight in others:
+        packed.register(weight, Budget())
+    assert not packed._by_owner
+
+
+def test_a_freed_storage_is_no_place() -> None:
+    """As sharding leaves parameters between uses: all without memory, none mistaken for another."""
+    budget, weights = Budget(), [frozen(12, 16) for _ in range(2)]
+    values = [weight.clone() for weight in weights]
+    for weight in weights:
+        packed.register(weight, budget)
+        check_now(weight)
+        weight.untyped_storage().resize_(0)
+    assert packed.held_bytes() == 0
+    for weight, value in zip(weights, values, strict=True):
+        weight.untyped_storage().resize_(value.nbytes)
+        weight.copy_(value)
+        check_now(weight)
+    assert budget.held == 4 * weights[0].nbytes
+
+
+def test_copies_of_a_layer_know_nothing_of_packed_weights() -> None:
+    budget = Budget()
+    layer = layer_with_copies(budget)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert other.__dict__.keys() == nn.Linear(1, 1).__dict__.keys()
+        other.weight.mul_(2)
+        check_now(other.weight)
+        check_now(layer.weight)
+    assert list(layer.state_dict()) == ["weight"] and budget.held == 2 * layer.weight.nbytes
+
+
+def test_threads_share_copies() -> None:
+    """Many products at once, first uses among them: each copy is made once, and a writer in between is seen."""
+    weights, budget, x = [frozen(64, 48) for _ in range(8)], Budget(), torch.randn(5, 48)
+    for weight in weights:
+        packed.register(weight, budget)
+
+    def work(_: int) -> bool:
+        with torch.no_grad():
+            return all(torch.allclose(frozen_linear(x, w, None), F.linear(x, w), atol=1e-5) for w in weights)
+
+    with ThreadPoolExecutor(4) as pool:
+        for _ in range(3):
+            assert all(pool.map(work, range(16)))
+            assert budget.held == packed.held_bytes() == sum(weight.nbytes for weight in weights)
+            for weight in weights:
+                weight.mul_(-1)
+
+
+class Products(torch.utils.data.Dataset):
+    """Item i: whether a product in this process is right, with the weight multiplied by i first."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> bool:
+        self.weight.mul_(i)
+        x = torch.ones(3, self.weight.shape[1])
+        return torch.allclose(frozen_linear(x, self.weight, None)[0], self.weight.sum(1), atol=1e-4)
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes do not fork here")
+def test_forked_workers() -> None:
+    budget = Budget()
+    layer = layer_with_copies(budget)
+    loader = torch.utils.data.DataLoader(Products(layer.weight), num_workers=2, multiprocessing_context="fork")
+    assert [bool(right) for right in loader] == [True] * 4
+    check_now(layer.weight)
+    assert budget.held == 2 * layer.weight.nbytes
+
+
+# Whole models
+
+
+@pytest.fixture
+def packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No measurement sends a product to plain PyTorch."""
+    monkeypatch.setattr(ops, "forced", "cpu")
+
+
+def pair(family: str = "llama", **options) -> tuple[nn.Module, nn.Module, dict]:
+    """A model with all its copies made, its peer left to PEFT, and the labels that they take."""
+    model, labels = peft_model(family, **options)
+    peer = copy.deepcopy(model)
+    fastlora.accelerate(model, frozen=True)
+    run(model, labels)
+    assert packed.held_bytes() > 0
+    return model, peer, labels
+
+
+def copies(model: nn.Module) -> int:
+    """The bytes that the model's copies for forward and backward would take."""
+    seen = {}
+    for module in model.modules():
+        if isinstance(module, (FusedLinear, FrozenLinear)):
+            weight = module.weight
+            seen[weight.data_ptr()] = 2 * packed.copy_bytes(weight)
+    return sum(seen.values())
+
+
+@NATIVE
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "bert"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_models_with_copies_equal_peft(family: str, dtype: torch.dtype, packs: None) -> None:
+    model, labels = peft_model(family, dtype)
+    exact = run(copy.deepcopy(model).double(), labels)
+    eager = run(model, labels)
+    names = set(model.state_dict())
+    fastlora.accelerate(model, frozen=True)
+    for _ in range(2):  # making the copies, and using them
+        assert_as_near_as(run(model, labels), eager, exact)
+    assert set(model.state_dict()) == names
+    if family != "t5" and least(dtype):  # whose encoder's first layers need no dx
+        reasons = {entry.reason for entry in fastlora.report(model) if "original_module" not in entry.name}
+        assert all("oneDNN, packed, 0.0 MiB" in reason for reason in reasons)
+
+
+@NATIVE
+def test_frozen_layers_without_adapters(packs: None) -> None:
+    """lm_head and, with adapters on two of seven, the other five; tied or not; PEFT's results and nothing else changed."""
+    for tied in (False, True):
+        model, labels = peft_model(target_modules=["q_proj", "v_proj"])
+        if tied:
+            model.base_model.model.lm_head.weight = model.base_model.model.model.embed_tokens.weight
+        expected, classes = run(model, labels), [type(module) for module in model.modules()]
+        fastlora.accelerate(model, frozen=True)
+        names = [name for name, module in model.named_modules() if type(module) is FrozenLinear]
+        assert len(names) == 11 and names[-1].endswith("lm_head")
+        assert {entry.name for entry in fastlora.report(model)} >= set(names)
+        for name, value in run(model, labels).items():
+            assert torch.allclose(value, expected[name], atol=1e-5), name
+        fastlora.restore(model)
+        assert [type(module) for module in model.modules()] == classes and packed.held_bytes() == 0
+        assert not any("_fastlora_seen" in module.__dict__ for module in model.modules())
+        assert all(torch.equal(value, expected[name]) for name, value in run(model, labels).items())
+
+
+def test_a_model_without_lora_layers(packs: None) -> None:
+    model, _, _ = llama()
+    with pytest.raises(ValueError, match="model: .*requires_grad_"):
+        fastlora.accelerate(model, frozen=True)
+    expected = logits(model.requires_grad_(False))
+    fastlora.accelerate(model, frozen=True)
+    assert torch.allclose(logits(model), expected, atol=1e-5) and packed.held_bytes() * 2 == copies(model)
+    assert all(
+        entry.implementation == "cpu" and entry.reason.endswith("oneDNN, packed, 0.0 MiB")
+        for entry in fastlora.report(model)
+    )
+
+
+def test_only_plain_frozen_layers_are_swapped() -> None:
+    class Own(nn.Linear):
+        pass
+
+    hooked = nn.Linear(4, 4)
+    hooked.register_forward_hook(lambda *_: None)
+    model = nn.Sequential(Own(4, 4), hooked, nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.float64), nn.Linear(4, 4))
+    model.requires_grad_(False)[-1].bias.requires_grad_()
+    fastlora.accelerate(model, frozen=True)
+    assert [type(layer) for layer in model] == [Own, nn.Linear, FrozenLinear, FrozenLinear, nn.Linear]
+    fastlora.restore(model)
+
+
+def test_a_swapped_layer_that_is_unfrozen_trains() -> None:
+    model = fastlora.accelerate(nn.Sequential(nn.Linear(8, 8)).requires_grad_(False), frozen=True)
+    x = torch.randn(4, 8)
+    model(x)
+    model.requires_grad_()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        expected = F.linear(x, model[0].weight, model[0].bias)
+        assert torch.equal(model(x), expected)
+        model(x).sum().backward()
+        optimizer.step()
+    assert fastlora.report(model)[0].reason == "nn.Linear's own forward: the base weight or bias is trained"
+
+
+@NATIVE
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("safe_merge", [False, True])
+def test_merge_and_unmerge(family: str, safe_merge: bool, packs: None) -> None:
+    model, peer, labels = pair(family)
+    for do in (
+        lambda m: m.merge_adapter(safe_merge=safe_merge),
+        lambda m: m.unmerge_adapter(),
+        lambda m: m.merge_adapter(safe_merge=safe_merge),
+    ):
+        do(model)
+        do(peer)
+        assert torch.allclose(logits(model), logits(peer), atol=1e-5)
+    model.unmerge_adapter(), peer.unmerge_adapter()
+    expected = run(peer, labels)
+    for name, value in run(model, labels).items():
+        assert torch.allclose(value, expected[name], atol=1e-5), name
+    assert packed.held_bytes() <= copies(model)
+    merged = model.merge_and_unload()
+    assert torch.allclose(logits(merged), logits(peer.merge_and_unload()), atol=1e-5)
+
+
+@NATIVE
+def test_an_adapter_that_changes_the_base_weight(packs: None) -> None:
+    """OLoRA's adapter begins by subtracting itself from the weight, through `.data`."""
+    model, peer, _ = pair()
+    for each in (model, peer):
+        torch.manual_seed(1)
+        each.add_adapter("other", LoraConfig(r=3, target_modules="all-linear", init_lora_weights="olora"))
+        for active in ("default", "other"):
+            each.set_adapter(active)
+        each.eval()
+    assert torch.allclose(logits(model), logits(peer), atol=1e-5)
+
+
+@NATIVE
+def test_an_adapter_on_a_frozen_layer(packs: None) -> None:
+    """It may be merged before `accelerate` is called again; after that call it is fused."""
+    options = {"target_modules": ["q_proj"]}
+    model, peer, _ = pair(**options)
+    for each in (model, peer):
+        torch.manual_seed(1)
+        each.add_adapter("wide", LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+        each.set_adapter("wide")
+    assert torch.allclose(logits(model), logits(peer), atol=1e-5)
+    for do in (lambda m: m.merge_adapter(), lambda m: m.unmerge_adapter()):
+        do(model), do(peer)
+        assert torch.allclose(logits(model), logits(peer), atol=1e-5)
+    fastlora.accelerate(model, frozen=True)
+    v_proj = model.base_model.model.model.layers[0].self_attn.v_proj
+    assert type(v_proj) is FusedLinear and type(v_proj.base_layer) is nn.Linear
+    assert torch.allclose(logits(model), logits(peer), atol=1e-5)
+    fastlora.restore(model)
+    assert not any(type(module) in (FusedLinear, FrozenLinear) for module in model.modules())
+
+
+@NATIVE
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.load_state_dict({name: value * 0.5 for name, value in m.state_dict().items()}),
+        lambda m: m.load_state_dict({name: value * 0.5 for name, value in m.state_dict().items()}, assign=True),
+        lambda m: m.to(torch.bfloat16),
+        lambda m: m.share_memory(),
+    ],
+    ids=["load_state_dict", "load_state_dict, assigned", "to bfloat16", "share_memory"],
+)
+def test_models_that_change(change: Callable[[nn.Module], object], packs: None) -> None:
+    model, peer, _ = pair()
+    change(model), change(peer)
+    assert packed.held_bytes() == 0
+    error = 1e-5 if peer.dtype == torch.float32 else 0.05
+    assert torch.allclose(logits(model), logits(peer), atol=error, rtol=error)
+
+
+@NATIVE
+@pytest.mark.parametrize("there", [torch.float64, "meta"])
+def test_moving_away_frees_the_copies(there: object, packs: None) -> None:
+    """At once, though no product comes by to see it."""
+    model, _, _ = pair()
+    model.to(there)
+    assert sum(registered.bytes for registered in packed._by_owner.values()) == 0
+
+
+@NATIVE
+def test_merging_frees_the_copies(packs: None) -> None:
+    """PEFT writes into the memory as it lies, and the version does not show it."""
+    model, _, _ = pair()
+    head = model.base_model.model.lm_head.weight
+    layer = model.base_model.model.model.layers[0].mlp.up_proj
+    version = layer.base_layer.weight._version
+    model.merge_adapter()
+    assert packed.held_bytes() == 2 * head.nbytes and layer.base_layer.weight._version == version
+    check_now(layer.base_layer.weight)
+    assert packed.held_bytes() == 2 * (head.nbytes + layer.base_layer.weight.nbytes)
+    model.unmerge_adapter()
+    assert packed.held_bytes() == 2 * head.nbytes
+    check_now(layer.base_layer.weight)
+
+
+@NATIVE
+def test_copied_and_pickled_models(packs: None) -> None:
+    model, peer, _ = pair()
+    held = packed.held_bytes()
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.allclose(logits(other), logits(peer), atol=1e-5)
+        for parameter in other.parameters():
+            parameter.data.mul_(0.5)
+        assert not torch.allclose(logits(other), logits(peer), atol=1e-5)
+        assert torch.allclose(logits(model), logits(peer), atol=1e-5)
+    assert packed.held_bytes() == held
+
+
+@NATIVE
+def test_budgets_of_models(packs: None) -> None:
+    model, labels = peft_model()
+    for budget in (0, 10_000, None):
+        fastlora.accelerate(model, pack_budget=budget)
+        assert packed.held_bytes() == 0
+        run(model, labels)
+        assert packed.held_bytes() <= (copies(model) if budget is None else budget)
+        refused = ["does not fit the pack_budget" in entry.reason for entry in fastlora.report(model)]
+        assert any(refused) == (budget == 10_000) and not all(refused)
+    assert packed.held_bytes() > copies(model) / 2  # all but dx of the first layers, which nobody wants
+    fastlora.restore(model)
+    assert packed.held_bytes() == 0
+
+
+def test_wrong_pack_budget() -> None:
+    with pytest.raises(ValueError, match="pack_budget"):
+        fastlora.accelerate(peft_model()[0], pack_budget=-1)
+
+
+@NATIVE
+def test_float32_adapters_keep_no_float32_copy_of_x(packs: None) -> None:
+    """PEFT casts x to the adapter's dtype and keeps that too."""
+    model, labels = peft_model(dtype=torch.bfloat16, lora_dropout=0.1)
+    q_proj = model.base_model.model.model.layers[0].self_attn.q_proj
+
+    def kept(x: Tensor) -> list[tuple[torch.dtype, int]]:
+        found: list[tuple[torch.dtype, int]] = []
+        pack = lambda tensor: found.append((tensor.dtype, tensor.numel())) or tensor  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            q_proj(x)
+        return found
+
+    x = torch.randn(400, 32, dtype=torch.bfloat16, requires_grad=True)
+    as_large = (torch.float32, x.numel())
+    assert as_large in kept(x)
+    fastlora.accelerate(model)
+    found = kept(x)
+    assert q_proj.lora_A["default"].weight.dtype == torch.float32
+    assert (torch.bfloat16, x.numel()) in found and as_large not in found

@@ -1,0 +1,632 @@
+"""What was measured, and what follows: the table, its lookup, `fastlora tune`, and the trial in `accelerate`. No test depends on a real time."""
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from bounds import gradients, make_layer
+from torch import Tensor
+from typer.testing import CliRunner
+
+import fastlora
+from fastlora import checkpoint, cli, environment, functional, ops, tune, tuned
+from fastlora.train import TrainConfig, train
+from fastlora.tuned import Measurement
+
+NATIVE = ("lora_linear", "cpu") in ops._table
+needs_native = pytest.mark.skipif(not NATIVE, reason="the native extension is not built")
+
+
+def entry(
+    ratio: float | None,
+    op: str = "lora_linear",
+    rows: int = 64,
+    size: str = "small",
+    dropout: bool = False,
+    dtype: str = "float32",
+    implementation: str = "cpu",
+) -> Measurement:
+    return Measurement(op, dtype, rows, size, dropout, implementation, ratio is not None, ratio, "measured by a test")
+
+
+def hold(*entries: Measurement, device_type: str = "cpu") -> None:
+    """Let these be all that is known."""
+    tuned.load_state({device_type: entries})
+
+
+def choose(
+    rows: int = 64,
+    elements: int = 2**20,
+    dropout: bool = False,
+    backward: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> str:
+    like = torch.empty(1, 1, dtype=dtype)
+    x, weight = like.expand(rows, 1024), like.expand(elements // 1024, 1024)
+    return ops.choose_lora_linear(x, weight, dropout, backward).implementation
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A machine that nobody has measured, with a cache of its own and small shapes to measure; returns the path of the cache."""
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("FASTLORA_TABLE")
+    monkeypatch.setattr(ops, "forced", None)
+    monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(tune, "SHAPES", {"small": (48, 40), "large": (56, 64)})
+    monkeypatch.setattr(tune, "BATCHES", ((64, "small", False), (512, "large", False)))
+    monkeypatch.setitem(tune.LINEAR_ROWS, "cpu", (1, 8, 64))
+    restart()
+    return tuned.cache_path("cpu")
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Every implementation takes half of plain PyTorch's time; returns what has been timed so far."""
+    seen: list[list[str]] = []
+
+    def half(functions: dict[str, Callable[..., Any]], *_: Any) -> dict[str, float]:
+        seen.append(list(functions))
+        return {name: 0.5 for name in functions if name != "reference"}
+
+    monkeypatch.setattr(tune, "ratios", half)
+    return seen
+
+
+def restart() -> None:
+    """Forget what the process knows: files are read anew."""
+    tuned.load_state(None)
+
+
+def small_weights() -> dict[str, list[Tensor]]:
+    return {"lora_linear": [torch.ones(8, 8), torch.ones(8, 6)], "multi_lora": []}
+
+
+@pytest.mark.parametrize(
+    ("rows", "elements", "expected"),
+    [
+        (0, 1, (1, "small")),
+        (1, 2**21 - 1, (1, "small")),
+        (3, 2**21, (1, "large")),
+        (4, 2**30, (8, "large")),
+        (31, 1, (8, "small")),
+        (32, 1, (64, "small")),
+        (255, 1, (64, "small")),
+        (256, 1, (512, "small")),
+        (2048, 1, (4096, "small")),
+        (10**9, 1, (4096, "small")),
+    ],
+)
+def test_classes(rows: int, elements: int, expected: tuple[int, str]) -> None:
+    assert tuned.class_of(rows, elements) == expected
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("ratio", "expected"), [(0.5, "cpu"), (0.98, "cpu"), (0.981, "reference"), (1.0, "reference"), (7.0, "reference")]
+)
+def test_only_what_is_faster_by_a_margin_is_chosen(
+    ratio: float, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "forced", None)
+    hold(entry(ratio))
+    assert choose() == expected
+    reason = ops.choose_lora_linear(torch.ones(64, 4), torch.ones(4, 4)).reason
+    assert reason == f"native C++, {ratio:.2f}x of plain PyTorch's time (measured by a test)"
+
+
+@needs_native
+def test_the_nearest_class_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "forced", None)
+    hold(
+        entry(2.0, rows=1),
+        entry(0.5, rows=64),
+        entry(2.0, rows=64, size="large"),
+        entry(0.5, rows=64, dropout=True),
+        entry(2.0, op="lora_linear_backward"),
+    )
+    assert [choose(rows) for rows in (1, 3, 64, 512, 100_000)] == ["reference", "reference", "cpu", "cpu", "cpu"]
+    assert choose(64, elements=2**24) == "reference"
+    assert choose(1, dropout=True) == "cpu"  # dropout counts for more than rows
+    assert choose(64, elements=2**24, dropout=True) == "cpu"
+    assert choose(backward=True) == "reference"  # forward and backward are chosen separately
+    assert choose(1, dtype=torch.bfloat16) == "cpu"  # nothing is known: the default
+
+
+@needs_native
+def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    hold(entry(2.0))
+    monkeypatch.setattr(ops, "forced", None)
+    assert choose() == "reference"
+    monkeypatch.setattr(ops, "forced", "cpu")
+    assert choose() == "cpu"
+    hold(entry(0.5))
+    monkeypatch.setattr(ops, "forced", "reference")
+    assert choose() == "reference"
+
+
+@needs_native
+def test_what_failed_its_check_once_is_refused_in_every_class(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "forced", None)
+    hold(entry(None, rows=512), *(entry(0.1, rows=rows) for rows in (1, 8, 64)), entry(0.1, dtype="bfloat16"))
+    assert {choose(rows) for rows in (1, 8, 64, 512)} == {"reference"}
+    assert choose(dtype=torch.bfloat16) == "cpu"
+    assert "native C++ failed its check" in ops.choose_lora_linear(torch.ones(1, 1), torch.ones(1, 1)).reason
+
+
+def test_the_fastest_of_several_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rule is the same for a card, which this machine need not have."""
+    names = {("lora_linear", name): max for name in ("triton", "cuda")}
+    monkeypatch.setattr(ops, "forced", None)
+    monkeypatch.setattr(ops, "_table", ops._table | names)
+
+    def decide(*entries: Measurement) -> str:
+        hold(*entries, device_type="cuda")
+        return ops._decide("lora_linear", torch.device("cuda"), torch.float32, 64, 2**20, False).implementation
+
+    triton, cuda = entry(0.7, implementation="triton"), entry(0.6, implementation="cuda")
+    assert decide() == "reference"
+    assert decide(triton) == "triton"
+    assert decide(triton, cuda) == "cuda"
+    assert decide(triton, cuda._replace(checked=False, ratio=None)) == "triton"
+    assert decide(triton._replace(ratio=1.5), cuda._replace(ratio=1.2)) == "reference"
+
+
+@needs_native
+def test_choices_change_with_the_measurements(machine: Path) -> None:
+    assert choose() == "cpu"
+    tuned.keep("cpu", [entry(2.0)], "a test")
+    assert choose() == "reference"
+    tuned.load_state({})
+    assert choose() == "cpu"
+
+
+CPUS = {
+    "amd-zen4-avx512bf16": ("AuthenticAMD", "25", "17", "avx512f avx512_bf16", "AVX512"),
+    "amd-zen4-avx2": ("AuthenticAMD", "25", "17", "avx512f avx512_bf16", "AVX2"),
+    "amd-zen3-avx2": ("AuthenticAMD", "25", "33", "avx2", "AVX2"),
+    "amd-zen5-avx512bf16": ("AuthenticAMD", "26", "2", "avx512_bf16", "AVX512"),
+    "intel-6-143-amx": ("GenuineIntel", "6", "143", "avx512_bf16 amx_bf16", "AVX512"),
+    "intel-6-85-avx512": ("GenuineIntel", "6", "85", "avx512f", "AVX512"),
+    "centaurhauls-7-91-avx2": ("CentaurHauls", "7", "91", "avx2", "AVX2"),
+}
+
+
+@pytest.mark.parametrize("kind", CPUS)
+def test_kinds_of_x86(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    vendor, family, model, flags, capability = CPUS[kind]
+    if kind == "amd-zen4-avx2":  # an emulated CPU beside its host's /proc: Zen 3 and 4 differ by what they can do
+        kind = "amd-zen3-avx2"
+    facts = {"vendor_id": vendor, "cpu family": family, "model": model, "flags": flags}
+    monkeypatch.setattr(tuned, "cpu_facts", lambda: facts)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    assert tuned.kind_of("cpu") == kind
+
+
+@pytest.mark.parametrize(
+    ("facts", "kind"),
+    [
+        ({"CPU implementer": "0x41", "CPU part": "0xd40"}, "linux-aarch64-0x41-0xd40-default"),
+        ({}, "linux-aarch64-default"),
+    ],
+)
+def test_kinds_of_other_machines(facts: dict[str, str], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuned, "cpu_facts", lambda: facts)
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
+    assert tuned.kind_of("cpu") == kind
+
+
+def test_facts_end_with_the_first_processor() -> None:
+    lines = io.StringIO("processor\t: 0\nmodel name\t: A: B\n\nprocessor\t: 1\n")
+    assert dict(tuned._facts(lines)) == {"processor": "0", "model name": "A: B"}
+
+
+@needs_native
+def test_the_cache_lasts_and_goes_before_the_shipped_table(machine: Path) -> None:
+    shipped = tuned.SHIPPED / f"{tuned.kind_of('cpu')}.json"
+    tuned.write(shipped, "cpu", [entry(2.0), entry(2.0, rows=512)], "a test")
+    restart()
+    assert (choose(64), choose(512)) == ("reference", "reference")
+    assert tuned.kind_of("cpu") in ops.choose_lora_linear(torch.ones(64, 1), torch.ones(1, 1)).reason
+    assert tuned.keep("cpu", [entry(0.5)], "a test") == machine
+    restart()
+    assert (choose(64), choose(512)) == ("cpu", "reference")
+    assert "this machine" in ops.choose_lora_linear(torch.ones(64, 1), torch.ones(1, 1)).reason
+    assert [path.name for path in machine.parent.iterdir()] == [machine.name]  # nothing half-written is left
+
+
+def test_the_smallest_ratio_can_be_read_again(machine: Path) -> None:
+    tuned.keep("cpu", [tuned.measurement("lora_linear", torch.float16, 64, "small", False, "cpu", 1e-5)], "a test")
+    restart()
+    assert [one.ratio for one in tuned.measurements("cpu")] == [0.001]
+
+
+def spoil(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (None, "Expecting"),
+        ({"schema": 0}, "schema is 0, expected 1"),
+        ({"torch": "1.0"}, "torch is '1.0'"),
+        ({"kind": "z80"}, "kind is 'z80'"),
+        ({"entries": [{"op": "lora_linear"}]}, "missing"),
+        ({"entries": [{**entry(0.5)._asdict(), "ratio": "fast"}]}, "no ratio above 0"),
+        ({"entries": None}, "not iterable"),
+    ],
+)
+def test_a_bad_cache_is_ignored_with_a_warning_and_replaced(
+    changes: dict[str, Any] | None, message: str, machine: Path, timed: list[list[str]]
+) -> None:
+    tuned.keep("cpu", [entry(2.0)], "a test")
+    if changes is None:
+        machine.write_text(machine.read_text()[:-20])
+    else:
+        for one in changes.get("entries") or []:
+            one.pop("origin", None)
+        spoil(machine, **changes)
+    restart()
+    with pytest.warns(UserWarning, match=f"cache is ignored.*{re.escape(machine.name)}.*{message}"):
+        assert choose() == "cpu"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        tune.try_out(small_weights())
+    restart()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(tuned.measurements("cpu")) == 8  # forward and backward: 1, 8, 64 rows, and 64 with dropout
+
+
+@needs_native
+def test_a_named_table_stands_alone(
+    machine: Path, timed: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuned.keep("cpu", [entry(0.5), entry(0.5, rows=1)], "a test")
+    named = tmp_path / "table.json"
+    tuned.write(named, "cpu", [entry(2.0)], "a test")
+    spoil(named, kind="z80", torch="1.0")
+    monkeypatch.setenv("FASTLORA_TABLE", str(named))
+    restart()
+    assert (choose(64), choose(1)) == ("reference", "reference")
+    tune.try_out(small_weights())
+    assert timed == []
+    spoil(named, schema=0)
+    restart()
+    with pytest.raises(
+        ValueError, match="table.json is no table for this machine: ValueError: schema is 0, expected 1"
+    ):
+        choose()
+
+
+@needs_native
+def test_a_cache_that_cannot_be_written_is_told(machine: Path) -> None:
+    machine.parent.write_text("a file where the folder would be")
+    with pytest.warns(UserWarning, match="cannot be kept"):
+        assert tuned.keep("cpu", [entry(2.0)], "a test") is None
+    assert choose() == "reference"
+
+
+def peft_model(**options: Any) -> Any:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=31,
+    )
+    return get_peft_model(LlamaForCausalLM(config), LoraConfig(r=2, target_modules=["q_proj", "up_proj"], **options))
+
+
+@needs_native
+def test_the_trial_runs_once_and_is_kept(machine: Path, timed: list[list[str]]) -> None:
+    model = peft_model()
+    before = torch.get_rng_state()
+    fastlora.accelerate(model)
+    assert torch.equal(
+        torch.get_rng_state(), before
+    )  # a run's random numbers do not depend on whether there was a trial
+    assert timed == [["reference", "cpu"]] * 8
+    held = tuned.measurements("cpu")
+    assert {one.op for one in held} == {"lora_linear", "lora_linear_backward"}
+    assert {(one.rows, one.dropout) for one in held} == {(1, False), (8, False), (64, False), (64, True)}
+    assert {one.size for one in held} == {"small"} and {one.dtype for one in held} == {"float32"}
+    for entry_ in fastlora.report(model):
+        assert (
+            entry_.implementation == "cpu"
+            and "0.50x of plain PyTorch's time (measured on this machine" in entry_.reason
+        )
+    fastlora.accelerate(peft_model())
+    restart()
+    fastlora.accelerate(peft_model())
+    assert len(timed) == 8
+    fastlora.accelerate(peft_model(), frozen=True)
+    model.add_adapter("other", model.peft_config["default"])
+    fastlora.accelerate(model)
+    assert {one.op.removesuffix("_backward") for one in tuned.measurements("cpu")} == {
+        "lora_linear",
+        "multi_lora",
+    }
+
+
+@needs_native
+def test_no_trial(machine: Path, timed: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switched off, forced, compiling, a loaded state, a device without trials, a table that knows."""
+    monkeypatch.setenv("FASTLORA_TRIAL", "0")
+    tune.try_out(small_weights())
+    monkeypatch.setenv("FASTLORA_TRIAL", "yes")
+    with pytest.raises(ValueError, match="FASTLORA_TRIAL='yes': expected 0 or 1"):
+        tune.try_out(small_weights())
+    monkeypatch.setenv("FASTLORA_TRIAL", "1")
+    with monkeypatch.context() as patch:
+        patch.setattr(ops, "forced", "cpu")
+        tune.try_out(small_weights())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        tune.try_out(small_weights())
+    tuned.load_state({})
+    tune.try_out(small_weights())
+    restart()
+    tune.try_out({"lora_linear": [torch.ones(8, 8, device="meta"), torch.ones(8, 8, dtype=torch.float64)]})
+    assert timed == [] and not machine.exists()
+    tune.try_out(small_weights())
+    assert len(timed) == 8
+
+
+def test_no_trial_inside_a_compiled_step(machine: Path, timed: list[list[str]]) -> None:
+    """A compiled layer computes by the default, and neither compiling nor running it measures anything."""
+    layer = make_layer(5, 6, 7, 2)
+    compiled = torch.compile(functional.lora_linear, backend="aot_eager", fullgraph=True)
+    y = compiled(*layer[:5], 2.0)
+    assert torch.allclose(y, functional.lora_linear(*layer[:5], 2.0))
+    assert timed == [] and not machine.exists()
+
+
+def wrong_value(*args: Any) -> tuple[Tensor, Tensor]:
+    y, xa = ops.reference.lora_linear(*args)
+    return y + 1e-3, xa
+
+
+def wrong_nan(*args: Any) -> tuple[Tensor, Tensor]:
+    y, xa = ops.reference.lora_linear(*args)
+    y[-1, -1] = torch.nan
+    return y, xa
+
+
+def wrong_mask(*args: Any) -> tuple[Tensor, Tensor]:
+    *others, seed = args
+    return ops.reference.lora_linear(*others, seed if seed is None else seed + 1)
+
+
+def wrong_dtype(*args: Any) -> tuple[Tensor, Tensor]:
+    y, xa = ops.reference.lora_linear(*args)
+    return y.double(), xa
+
+
+def wrong_and_loud(*args: Any) -> tuple[Tensor, Tensor]:
+    raise RuntimeError("illegal instruction")
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (wrong_value, "the error of result 0 is 0.001"),
+        (wrong_nan, "the error of result 0 is nan"),
+        (wrong_mask, "the error of result 0"),
+        (wrong_dtype, "result 0 is torch.float64"),
+        (wrong_and_loud, "it raises RuntimeError: illegal instruction"),
+    ],
+)
+def test_a_wrong_implementation_is_refused_for_good(
+    wrong: Callable[..., Any], message: str, machine: Path, timed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "_table", ops._table | {("lora_linear", "cpu"): wrong})
+    with pytest.warns(UserWarning, match=f"cpu is refused for lora_linear: .*{message}"):
+        tune.try_out(small_weights())
+    for _ in range(2):
+        assert choose(1) == choose(512) == "reference"
+        assert choose(backward=True) == "cpu"  # its backward is right
+        restart()  # the cache remembers
+    layer = make_layer(3, 4, 5, 2)
+    expected = ops.reference.lora_linear(*(one.detach() for one in layer[:5]), 2.0, 0.0, None)[0]
+    y = functional.lora_linear(*layer[:5], 2.0)
+    assert torch.equal(y, expected)
+    assert all(grad.isfinite().all() for grad in gradients(y, [layer.x, layer.lora_a], layer.dy))
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", ops.KERNEL_DTYPES)
+@pytest.mark.parametrize("op", tune.PROBLEMS)
+def test_right_implementations_pass(op: str, dtype: torch.dtype, timed: list[list[str]], machine: Path) -> None:
+    for problem in tune.problems("cpu", [op], [dtype], ["small"]):
+        found = tune.measure(problem, torch.device("cpu"), 0.0)
+        assert [one.op for one in found] == [op, f"{op}_backward"]
+        assert all(one.checked and one.ratio == 0.5 and one.rows == problem.rows for one in found)
+
+
+class FakeTime:
+    """A clock that only the timed functions move."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[tuple[str, int]] = []
+
+    def function(self, name: str, seconds: float) -> Callable[[int], None]:
+        def run(copy: int) -> None:
+            self.now += seconds
+            self.calls.append((name, copy))
+
+        return run
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTime]:
+    fake = FakeTime()
+    monkeypatch.setattr(time, "perf_counter", lambda: fake.now)
+    yield fake
+
+
+def test_times_are_taken_in_turn(clock: FakeTime) -> None:
+    functions = {"reference": clock.function("reference", 1.1e-4), "cpu": clock.function("cpu", 7.7e-5)}
+    found = tune.ratios(functions, [(0,), (1,)], torch.device("cpu"), 0.01)
+    assert found == {"cpu": pytest.approx(0.7)}
+    # One call each, the other one on both weights, one call each again; then what fills the shortest sample, in turn.
+    assert "".join(name[0] for name, _ in clock.calls[:21]) == "rc" + "cc" + "rc" + "rrccc" + "cccrr" + "rrccc"
+    assert [copy for _, copy in clock.calls[:21]] == [turn % 2 for turn in range(21)]
+
+
+def test_a_long_call_is_timed_once(clock: FakeTime) -> None:
+    functions = {"reference": clock.function("reference", 10.0), "cpu": clock.function("cpu", 1.0)}
+    assert tune.ratios(functions, [(0,)], torch.device("cpu"), 0.01) == {"cpu": pytest.approx(0.1)}
+    assert len(clock.calls) == 2
+
+
+@needs_native
+def test_tune_writes_a_table_that_is_used(machine: Path, timed: list[list[str]], tmp_path: Path) -> None:
+    shipped = tuned.SHIPPED / f"{tuned.kind_of('cpu')}.json"
+    done = CliRunner().invoke(cli.app, ["tune", "--output", str(shipped)])
+    assert done.exit_code == 0, done.output
+    assert "lora_linear_backward" in done.output and "0.50" in done.output and str(shipped) in done.output
+    assert not machine.exists()
+    head = json.loads(shipped.read_text())
+    assert head["kind"] == shipped.stem and head["command"] == f"fastlora tune --device cpu --output {shipped.name}"
+    assert head["torch"] == torch.__version__ and head["threads"] == torch.get_num_threads() and head["date"]
+    restart()
+    for problem in tune.problems("cpu", list(tune.PROBLEMS), ops.KERNEL_DTYPES, ["small", "large"]):
+        for op in (problem.op, f"{problem.op}_backward"):
+            assert tuned.is_measured("cpu", op, *problem[1:]), (op, problem)
+    timed.clear()
+    tune.try_out(small_weights())
+    assert timed == []  # all is known
+
+
+@needs_native
+def test_tune_keeps_its_measurements(machine: Path, timed: list[list[str]]) -> None:
+    path, found = tune.tune("cpu", progress=False)
+    assert path == machine and len(found) == len(tuned.measurements("cpu"))
+    assert choose() == "cpu"
+    findings = {one.name: one for one in environment.describe() if one.part == "measurements"}
+    assert findings["cpu"].present and f"{len(found)} measured on this machine" in findings["cpu"].detail
+    assert findings["trial"].present and str(machine.parent) in findings["trial"].detail
+
+
+def test_tune_says_what_it_cannot(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="device='tpu': expected cpu or cuda"):
+        tune.tune("tpu", progress=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="torch sees no CUDA card"):
+        tune.tune("cuda", progress=False)
+    monkeypatch.setattr(ops, "_table", {key: value for key, value in ops._table.items() if key[1] == "reference"})
+    with pytest.raises(ValueError, match="nothing but plain PyTorch runs on cpu"):
+        tune.tune("cpu", progress=False)
+
+
+def shipped_tables() -> list[Path]:
+    return sorted(tuned.SHIPPED.glob("*.json"))
+
+
+@pytest.mark.parametrize("path", shipped_tables(), ids=lambda path: path.stem)
+def test_shipped_tables_are_whole(path: Path) -> None:
+    """Each covers every class, and everything in it passed its check."""
+    table = tuned._read(path, {"schema": tuned.SCHEMA, "kind": path.stem})
+    assert all(one.checked for one in table.values())
+    tuned.load_state({"cpu": table.values()})
+    for problem in tune.problems("cpu", list(tune.PROBLEMS), ops.KERNEL_DTYPES, list(tune.SHAPES)):
+        for op in (problem.op, f"{problem.op}_backward"):
+            assert tuned.is_measured("cpu", op, *problem[1:]), (op, problem)
+
+
+@needs_native
+def test_a_state_keeps_the_choice(machine: Path, timed: list[list[str]], tmp_path: Path) -> None:
+    """As a checkpoint keeps it: through torch.save and a strict torch.load, whatever has been measured since."""
+    tuned.keep("cpu", [entry(2.0)], "a test")
+    torch.save(tuned.state(), tmp_path / "state.pt")
+    tuned.keep("cpu", [entry(0.5), entry(0.5, rows=1)], "a test")
+    assert (choose(64), choose(1)) == ("cpu", "cpu")
+    tuned.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert (choose(64), choose(1)) == ("reference", "reference")
+    tune.try_out(small_weights())
+    assert timed == [] and tuned.is_fixed()
+    restart()
+    assert (choose(64), choose(1)) == ("cpu", "cpu")
+
+
+@needs_native
+def test_a_resumed_run_chooses_as_the_run_before(machine: Path, tmp_path: Path) -> None:
+    with tiny.on_cpu():
+        options = {
+            "model": str(tiny.save_model(tmp_path / "model")),
+            "output": tmp_path / "out",
+            "r": 2,
+            "max_steps": 2,
+        }
+        config = TrainConfig(data=tiny.save_data(tmp_path / "data.jsonl", 8), save_steps=1, **options)
+        tuned.keep("cpu", tiny_measurements(2.0), "a test")
+        before = train(config, progress=False)
+        tuned.keep("cpu", tiny_measurements(0.5), "a test")
+        shutil.rmtree(checkpoint.folder(config.output, 2))
+        after = train(replace(config, resume=True), progress=False)
+    assert before.implementations == after.implementations and before.implementations["reference"] >= 14
+
+
+def tiny_measurements(ratio: float) -> list[Measurement]:
+    """One for every class that a tiny model's trial would look at."""
+    todo = tune.problems("cpu", ["lora_linear"], [torch.float32], ["small"])
+    return [
+        entry(ratio, op, one.rows, dropout=one.dropout)
+        for one in todo
+        for op in ("lora_linear", "lora_linear_backward")
+    ]
+
+
+RANK = """
+import sys, torch
+from pathlib import Path
+from fastlora import ops, tune, tuned
+tuned.SHIPPED = Path(sys.argv[2], "no", "tables")
+rank, ratio = int(sys.argv[1]), float(sys.argv[3])
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+tune.ratios = lambda functions, *_: {name: ratio for name in functions if name != "reference"}
+tune.try_out({"lora_linear": [torch.ones(8, 8)]})
+print(ops.choose_lora_linear(torch.ones(64, 8), torch.ones(8, 8)).implementation, tuned.is_fixed())
+torch.distributed.destroy_process_group()
+"""
+
+
+@needs_native
+def test_rank_0_decides_for_all(machine: Path, tmp_path: Path) -> None:
+    """Each rank would measure something else, on a disk of its own; only rank 0 measures, and both choose as it does."""
+    running = []
+    for rank, ratio in enumerate(("2.0", "0.5")):
+        cache = {"FASTLORA_CACHE": str(tmp_path / f"cache{rank}"), "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [sys.executable, "-c", RANK, str(rank), str(tmp_path / "meeting"), ratio]
+        environment = {**os.environ, **cache, "FASTLORA_IMPL": ""}
+        environment.pop("TRITON_INTERPRET", None)
+        running.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    outputs = [process.communicate(timeout=120) for process in running]
+    assert [out.split() for out, _ in outputs] == [["reference", "False"], ["reference", "True"]], outputs
+    assert (tmp_path / "cache0").exists() and not (tmp_path / "cache1").exists()
