@@ -1,6 +1,8 @@
 # make demo    set up .venv, then adapt the shipped base model to summarisation and report (about 5 minutes on 2 cores)
 # make test    set up .venv, then run every test that needs no GPU (about 5 minutes on 2 cores)
 # make gpu     on a machine with a CUDA card, offline: build, run the tests on the card, run the benchmarks
+# make sanitize    the native extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer (about 4 minutes)
+# make emulate     the same on emulated CPUs without AVX-512 and without AVX2, where there is a qemu-x86_64 (about 2 minutes)
 # make lint    ruff and mypy      make bench    the benchmarks on this CPU      make base    train the shipped base model again
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -8,15 +10,32 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+QEMU ?= $(shell command -v qemu-x86_64 || command -v qemu-x86_64-static)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test gpu lint bench base clean
+.PHONY: demo test sanitize emulate gpu lint bench base clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m fastlora demo --output demo
 
 test: $(VENV)/test-ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile tests
+
+# Beside the checkout's own package, never in its place. The sanitizers' library must be loaded before Python, and libstdc++ with it, which it
+# looks into as it starts. Python itself leaks by design.
+sanitize: $(VENV)/test-ready
+	@$(PIP) ninja
+	rm -rf build/sanitized
+	FASTLORA_SANITIZE=1 FASTLORA_REQUIRE_NATIVE=1 $(BIN)/python setup.py -q build --build-lib build/sanitized
+	cd build/sanitized && export OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" && \
+		$(abspath $(BIN)/python) -c 'import fastlora._C' && \
+		$(abspath $(BIN)/python) -m pytest -q -x --capture=sys -k 'not cpu-reference and not cpu-triton' \
+			$(addprefix ../../tests/test_,$(addsuffix .py,lora_linear multi_lora prefix_concat native))
+
+emulate: $(VENV)/test-ready
+	@test -n "$(QEMU)" || { echo "make emulate needs qemu-x86_64, as in Debian's qemu-user: none was found (set QEMU=...)"; exit 1; }
+	QEMU=$(QEMU) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_native.py -k emulated
 
 gpu:
 	PYTHON=$(or $(PYTHON),python3) bash benchmarks/gpu.sh

@@ -32,9 +32,10 @@ OLDEST_TORCH = (2, 11)
 FLAGS = (
     "-O3 -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=fast -DTORCH_TARGET_VERSION=0x020b000000000000ULL".split()
 )
-# The last flags win. Without vptr: that check needs the type information of torch's hidden classes.
+# The last flags win. Not optimised: the passes would take four times as long to compile. Without vptr, which needs the type information of
+# torch's hidden classes.
 SANITIZER_FLAGS = (
-    "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all".split()
+    "-O0 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all".split()
 )
 # The passes are compiled once for each; the machine picks one at run time.
 INSTRUCTION_SETS = {"portable": []}

@@ -1,8 +1,8 @@
-"""python -m benchmarks [lora_linear multi_lora prefix_concat step] [--quick] [--json] [--device cuda] [--no-gate]
+"""python -m benchmarks [lora_linear multi_lora prefix_concat step] [--quick] [--json] [--device cuda] [--no-gate] [--readme]
 
 Runs the tests of each operator named (all by default), and times it only if they are green: fastlora against the
-frozen layer alone, PEFT, PEFT under torch.compile and the merged weight. Exit codes: 0 done, 1 something was wrong
-and was not timed, 2 wrong arguments.
+frozen layer alone, PEFT, PEFT under torch.compile and the merged weight. On a CPU lora_linear and step also fill the
+table of the goals. Exit codes: 0 done, 1 something was wrong and was not timed, 2 wrong arguments.
 """
 
 import argparse
@@ -18,13 +18,14 @@ import torch
 
 from . import gate
 from .cases import OPERATORS, cases_of, dtype_name, steps_of
+from .goals import Goal, measure_goals, step_goals
 from .machine import Limits, Machine, describe, measure_limits, results_folder
 from .measure import CaseError, Row, measure
 from .step import StepError, measure_step
-from .table import operator_table, step_table
+from .table import goals_markdown, goals_table, operator_table, step_table
 
 ALL = (*OPERATORS, "step")
-SECONDS = {"lora_linear": 60.0, "multi_lora": 30.0, "prefix_concat": 16.0}  # of timing alone, on all cases
+SECONDS = {"lora_linear": 30.0, "multi_lora": 30.0, "prefix_concat": 16.0}  # of timing alone, on all cases
 QUICK_SECONDS = 4.0
 
 
@@ -37,6 +38,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--json", action="store_true", help="write benchmarks/results/DATE-MACHINE-OPERATOR.json")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--no-gate", action="store_true", help="do not run the tests (each case is still checked)")
+    parser.add_argument(
+        "--readme", action="store_true", help="print the README's table of the newest result file, only"
+    )
     arguments = parser.parse_args(argv)
     for operator in arguments.operators:
         if operator not in ALL:
@@ -131,6 +135,16 @@ def _write(machine: Machine, operator: str, argv: Sequence[str], result: dict[st
     return path
 
 
+def _print_readme() -> int:
+    """Print the README's table of the newest result file of the goals; returns the exit code."""
+    files = sorted(results_folder().glob("*-goals.json"))
+    if not files:
+        _say(f"{results_folder()} holds no goals: run python -m benchmarks lora_linear step --json")
+        return 1
+    print(goals_markdown([Goal(**row) for row in json.loads(files[-1].read_text())["rows"]]))
+    return 0
+
+
 def _limits_line(limits: Limits) -> str:
     rates = ", ".join(f"{dtype_name(dtype)} product {rate / 1e9:.0f} GFLOP/s" for dtype, rate in limits.flops.items())
     return f"this machine's limits, measured now: {rates}, copy {limits.bandwidth / 1e9:.0f} GB/s"
@@ -143,6 +157,8 @@ def main(argv: Sequence[str]) -> int:
         arguments = _parse(argv)
     except SystemExit as exit_:  # argparse has printed why; `fastlora bench` calls this function
         return exit_.code if isinstance(exit_.code, int) else 2
+    if arguments.readme:
+        return _print_readme()
     device = torch.device(arguments.device)
     operators = [operator for operator in ALL if operator in (arguments.operators or ALL)]
     machine = describe(device)
@@ -155,6 +171,8 @@ def main(argv: Sequence[str]) -> int:
     if dtypes:
         limits = measure_limits(device, sorted(dtypes, key=dtype_name))
         print(_limits_line(limits), flush=True)
+    goals: list[Goal] = []
+    not_timed: list[str] = []
     for operator in green:
         try:
             table, result = _measure(operator, device, limits, arguments.quick)
@@ -166,6 +184,17 @@ def main(argv: Sequence[str]) -> int:
         print(f"\n{table}", flush=True)
         if arguments.json:
             print(f"written: {_write(machine, operator, argv, result)}", flush=True)
+        if device.type == "cpu" and not arguments.quick:
+            if operator == "lora_linear":
+                goals += measure_goals(_say, not_timed)
+            elif operator == "step":
+                goals += step_goals(result["rows"])
+    failed |= bool(not_timed)
+    if goals:
+        print(f"\n{goals_table(goals, not_timed)}", flush=True)
+        if arguments.json:
+            written = _write(machine, "goals", argv, {"rows": goals, "not_timed": not_timed})
+            print(f"written: {written}", flush=True)
     _say(f"{time.perf_counter() - start:.0f} s in all")
     return int(failed)
 

@@ -154,10 +154,56 @@ class StepCase:
     dtype: torch.dtype
     rounds: int
 
+    @property
+    def prompt(self) -> int:
+        """Tokens of a row that carry no label."""
+        return self.tokens // 2
+
+    def flops(self) -> int:
+        """Of the matrix products that a step must compute, forward and backward: the linear layers (a frozen weight has no gradient, nor
+        have the embeddings), the adapters, attention up to the diagonal, and the head on the positions whose next token is labelled."""
+        head = self.hidden // self.heads
+        kv = self.kv_heads * head
+        first = [(self.hidden, self.hidden), (self.hidden, kv), (self.hidden, kv)]  # q, k, v
+        rest = [(self.hidden, self.hidden), *[(self.hidden, self.intermediate)] * 2, (self.intermediate, self.hidden)]
+        M = self.batch * self.tokens
+        total = 0
+        for layer in range(self.layers):
+            for K, N in (*first, *rest):
+                total += 4 * M * K * N + 6 * M * self.R * (K + N)
+            if layer == 0:  # no dx: what is below is frozen
+                total -= sum(2 * M * K * N + 2 * M * self.R * K for K, N in first)
+        pairs = self.tokens * (self.tokens + 1) // 2
+        total += self.layers * 6 * 2 * self.batch * self.heads * pairs * head
+        labelled = self.batch * (self.tokens - self.prompt)
+        return total + 4 * labelled * self.hidden * self.vocabulary
+
     def shape(self) -> str:
         dropout = f" p {self.dropout_p:g}" if self.dropout_p else ""
         size = f"hidden {self.hidden}, {self.layers} layers, V {self.vocabulary}"
         return f"{size}, {self.batch} x {self.tokens} tokens, R {self.R}{dropout}"
+
+
+@dataclass(frozen=True)
+class BlockCase:
+    """The seven linear layers of one Llama block, forward and backward: q, k and v share their x, gate and up theirs."""
+
+    name: str
+    M: int
+    hidden: int
+    intermediate: int
+    kv_width: int
+    R: int
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    dropout_p: float = 0.05
+
+    def shape(self, training: bool) -> str:
+        dropout = f" p {self.dropout_p:g}" if training and self.dropout_p else ""
+        return f"M {self.M}, {self.hidden}, {self.kv_width} and {self.intermediate} wide, R {self.R}{dropout}"
+
+    def number_format(self) -> str:
+        return _two_dtypes(self.dtype, self.adapter_dtype)
 
 
 Case = LoRALinearCase | MultiLoRACase | PrefixConcatCase
@@ -219,10 +265,36 @@ PREFIX_CONCAT_CUDA = (
     PrefixConcatCase("0.1B", 8, 128, 1, 100, 576, 49152, float32, float32),
 )
 
+# What the goals of a layer on a CPU are checked on: one row, many rows, narrow and wide, low and high rank.
+GOAL_SIZES = (  # M, K, N, R
+    (384, 576, 1536, 16),
+    (512, 576, 576, 8),
+    (512, 1536, 576, 64),
+    (1536, 1536, 576, 16),
+    (1536, 576, 1536, 64),
+    (384, 2048, 5632, 8),
+    (512, 5632, 2048, 16),
+    (1536, 2048, 5632, 64),
+)
+GOAL_LAYERS = (
+    *(
+        LoRALinearCase("layer", M, K, N, R, dtype, float32, passes=(TRAINING,))
+        for dtype in (float32, bfloat16)
+        for M, K, N, R in GOAL_SIZES
+    ),
+    LoRALinearCase("layer", 512, 576, 1536, 16, torch.float16, float32, passes=(TRAINING,)),
+    *(
+        LoRALinearCase("few rows", M, 4096, 4096, 16, dtype, dtype, passes=(FORWARD,))
+        for dtype in (float32, bfloat16)
+        for M in (1, 4, 8)
+    ),
+)
+GOAL_BLOCKS = tuple(BlockCase("block", 1024, 576, 1536, 192, 16, dtype, float32) for dtype in (float32, bfloat16))
+
 STEP_CPU = (
     StepCase("small Llama", 256, 768, 4, 4, 2, 8192, 4, 128, 16, 0.0, float32, 5),
     StepCase("0.1B Llama, 10 layers", 576, 1536, 10, 9, 3, 49152, 4, 256, 16, 0.05, float32, 7),
-    StepCase("0.1B Llama, 10 layers", 576, 1536, 10, 9, 3, 49152, 4, 256, 16, 0.0, bfloat16, 7),
+    StepCase("0.1B Llama, 10 layers", 576, 1536, 10, 9, 3, 49152, 4, 256, 16, 0.05, bfloat16, 7),
 )
 STEP_CUDA = (
     StepCase("small Llama", 256, 768, 4, 4, 2, 8192, 4, 128, 16, 0.0, float32, 11),

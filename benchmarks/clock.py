@@ -20,6 +20,7 @@ Clock = Callable[[Run, int, int], float]  # (run, first turn, calls) -> seconds 
 SHORTEST_SAMPLE = 2e-4  # seconds: far above the clock's own cost of about 1e-7
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 301
 WARM_UP_CALLS = 3
+SLOW = 0.05  # seconds: a call whose length is known well enough from its warm-up
 
 
 class Timing(NamedTuple):
@@ -75,9 +76,11 @@ def time_in_turn(runs: Mapping[str, Run], clock: Clock, budget: float) -> dict[s
     names = list(runs)
     turn, calls, round_cost = 0, {}, 0.0
     for name, run in runs.items():
-        clock(run, turn, WARM_UP_CALLS)
-        estimate = clock(run, turn + WARM_UP_CALLS, WARM_UP_CALLS)
-        turn += 2 * WARM_UP_CALLS
+        estimate = clock(run, turn, WARM_UP_CALLS)
+        turn += WARM_UP_CALLS
+        if estimate < SLOW:
+            estimate = clock(run, turn, WARM_UP_CALLS)
+            turn += WARM_UP_CALLS
         calls[name] = max(1, math.ceil(SHORTEST_SAMPLE / max(estimate, 1e-9)))
         round_cost += estimate * calls[name]
     rounds = min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(budget / round_cost)))

@@ -1,6 +1,6 @@
 """One case measured: the times of every rival, peak memory, how near the machine's limit it comes, the errors."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,16 @@ class CaseError(RuntimeError):
     """An implementation is outside its error bound on a case that was to be timed."""
 
 
+def require_right(what: str, found: Sequence[Error]) -> Error:
+    """The worst of the errors; raises CaseError where it is beyond its bound."""
+    error = worst(found)
+    if not error.within:
+        raise CaseError(
+            f"{what}: the error of {error.result} is {error.error:.2g}, its bound {error.bound:.2g}: not timed"
+        )
+    return error
+
+
 def compile_or_drop(runs: dict[str, Run], notes: list[str], case: str) -> None:
     """Warm the compiled rival up; where torch.compile cannot run here, leave it out and say why."""
     try:
@@ -74,17 +84,14 @@ def measure(
     Raises:
         CaseError: an implementation's error is beyond its bound; nothing of this pass is timed then.
     """
-    names = implementations(operator, case, device)
     clock = clock_of(device)
     for pass_ in case.passes:
         training = pass_ == TRAINING
-        found = {name: worst(errors(case, training, name, device)) for name in names}
-        for name, error in found.items():
-            if not error.within:
-                raise CaseError(
-                    f"{operator} {name}, {case.name}, {pass_}: the error of {error.result} is {error.error:.2g},"
-                    f" its bound {error.bound:.2g}: not timed"
-                )
+        names = implementations(operator, case, training, device)
+        found = {
+            name: require_right(f"{operator} {name}, {case.name}, {pass_}", errors(case, training, name, device))
+            for name in names
+        }
         problem = build(case, training, device)
         runs = _runs(problem, training, names, with_compile)
         if "compiled" in runs:

@@ -6,6 +6,7 @@ everyone.
 """
 
 import collections
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,15 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import fastlora
 from fastlora import functional, ops
 
-from .cases import Case, LoRALinearCase, MultiLoRACase, PrefixConcatCase
+from .cases import BlockCase, Case, LoRALinearCase, MultiLoRACase, PrefixConcatCase
 from .clock import Run
 from .machine import last_level_cache
 
 FASTLORA = "fastlora"
 RIVALS = {  # the first one is the baseline of every ratio
-    "lora_linear": ("frozen", "merged", "peft", "compiled", FASTLORA),
+    "lora_linear": ("frozen", "packed", "merged", "peft", "compiled", FASTLORA),
     "multi_lora": ("frozen", "peft", FASTLORA),
     "prefix_concat": ("frozen", "peft", "compiled", FASTLORA),
 }
@@ -31,15 +33,18 @@ FEW_ROWS = 64  # up to which a layer is bound by reading its weight
 MOST_COPIES = 32
 
 
+Outputs = Tensor | Sequence[Tensor]
+
+
 class Rival(NamedTuple):
-    call: Callable[[int], Tensor]  # the number of a copy -> y
+    call: Callable[[int], Outputs]  # the number of a copy -> y
     leaves: Sequence[Sequence[Tensor]]  # what training differentiates, for each copy; none: it has no backward
 
 
 class Problem(NamedTuple):
     copies: int
     rivals: dict[str, Rival]  # the first one is the baseline
-    dy: Tensor
+    dy: Outputs
 
     def run(self, name: str, training: bool, implementation: str | None = None) -> Run:
         """The rival as a function of the turn: its forward without a graph, or its forward and backward.
@@ -60,10 +65,10 @@ class Problem(NamedTuple):
         return run if implementation is None else forced(run, implementation)
 
 
-def forced(run: Run, implementation: str) -> Run:
+def forced(run: Callable[[int], Any], implementation: str) -> Callable[[int], Any]:
     """`run` with fastlora's operators forced to use that implementation."""
 
-    def forced_run(turn: int) -> object:
+    def forced_run(turn: int) -> Any:
         before, ops.forced = ops.forced, implementation
         try:
             return run(turn)
@@ -73,10 +78,23 @@ def forced(run: Run, implementation: str) -> Run:
     return forced_run
 
 
-def implementations(operator: str, case: Case, device: torch.device) -> list[str]:
+def choice(case: Case, training: bool, device: torch.device) -> str:
+    """The implementation that `choose` takes for the case's forward."""
+
+    def like(rows: int, columns: int) -> Tensor:
+        return torch.empty(1, 1, dtype=case.dtype, device=device).expand(rows, columns)
+
+    if isinstance(case, PrefixConcatCase):
+        return ops.choose_prefix_concat(like(1, case.D), case.B * case.T).implementation
+    weight, dropout = like(case.N, case.K), training and case.dropout_p > 0
+    if isinstance(case, LoRALinearCase):
+        return ops.choose_lora_linear(like(case.M, case.K), weight, dropout).implementation
+    return ops.choose_multi_lora(like(case.B * case.T, case.K), weight, dropout).implementation
+
+
+def implementations(operator: str, case: Case, training: bool, device: torch.device) -> list[str]:
     """The implementations worth timing here: first the one that `choose` takes, then every kernel of this device."""
-    like = torch.empty(1, 1, dtype=case.dtype, device=device)
-    chosen: str = getattr(ops, f"choose_{operator}")(like).implementation
+    chosen = choice(case, training, device)
     if ops.forced is not None:
         return [chosen]
     kernels = ("triton", "cuda") if device.type == "cuda" else ("cpu",)
@@ -129,6 +147,31 @@ def _peft_layer(
     return layer.train(training)
 
 
+def _packed(x: Tensor, weights: Sequence[Tensor], dy: Tensor | None) -> Rival:
+    """The frozen products alone, y and (with a dy) dx, on copies of the weights in oneDNN's own layout."""
+    pack, multiply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+
+    @functools.cache
+    def copies_of(copy: int) -> list[Tensor]:
+        weight = weights[copy]
+        return [pack(weight, len(x)), *([] if dy is None else [pack(weight.t().contiguous(), len(x))])]
+
+    def call(copy: int) -> list[Tensor]:
+        operands = (x.detach(), dy)
+        return [
+            multiply(operand, packed, None, "none", [], "")
+            for operand, packed in zip(operands, copies_of(copy), strict=False)
+        ]
+
+    return Rival(call, [])
+
+
+def _can_pack(dtype: torch.dtype, device: torch.device) -> bool:
+    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def _lora_linear(case: LoRALinearCase, training: bool, device: torch.device) -> Problem:
     M, K, N = case.M, case.K, case.N
     copies = _copies(M, N * K * case.dtype.itemsize, device)
@@ -141,23 +184,114 @@ def _lora_linear(case: LoRALinearCase, training: bool, device: torch.device) -> 
     ]
     x = random_tensor(M, K, dtype=case.dtype, device=device).requires_grad_(training)
     p = case.dropout_p if training else 0.0
-    layers = [_peft_layer(w, bias, [pair], p, training) for w, pair in zip(weights, adapters, strict=True)]
+    layers, fused = (
+        [_peft_layer(w, bias, [pair], p, training) for w, pair in zip(weights, adapters, strict=True)] for _ in range(2)
+    )
     compiled = [torch.compile(layer, dynamic=False) for layer in layers]
-
-    def fused(copy: int) -> Tensor:
-        a, b = adapters[copy]
-        return functional.lora_linear(x, weights[copy], bias, a, b, SCALE, dropout_p=p, training=training)
-
+    for layer in fused:
+        fastlora.accelerate(layer)
+    dy = random_tensor(M, N, dtype=case.dtype, device=device)
     only_x = [[x]] * copies
     all_three = [[x, a, b] for a, b in adapters]
     rivals = {
         "frozen": Rival(lambda copy: F.linear(x, weights[copy], bias), only_x),
+        "packed": _packed(x, weights, dy if training else None),
         "merged": Rival(lambda copy: F.linear(x, merged[copy], bias), only_x),
         "peft": Rival(lambda copy: layers[copy](x), all_three),
         "compiled": Rival(lambda copy: compiled[copy](x), all_three),
-        FASTLORA: Rival(fused, all_three),
+        FASTLORA: Rival(lambda copy: fused[copy](x), all_three),
     }
-    return Problem(copies, rivals, random_tensor(M, N, dtype=case.dtype, device=device))
+    if not _can_pack(case.dtype, device):
+        del rivals["packed"]
+    return Problem(copies, rivals, dy)
+
+
+class Attention(nn.Module):
+    """The linear layers of a Llama block's attention, without the attention."""
+
+    def __init__(self, hidden: int, kv_width: int) -> None:
+        super().__init__()
+        self.q_proj, self.o_proj = (nn.Linear(hidden, hidden, bias=False) for _ in range(2))
+        self.k_proj, self.v_proj = (nn.Linear(hidden, kv_width, bias=False) for _ in range(2))
+
+    def forward(self, x: Tensor, attended: Tensor) -> tuple[Tensor, ...]:
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x), self.o_proj(attended)
+
+
+class MLP(nn.Module):
+    """The linear layers of a Llama block's MLP, without its activation."""
+
+    def __init__(self, hidden: int, intermediate: int) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj = (nn.Linear(hidden, intermediate, bias=False) for _ in range(2))
+        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
+
+    def forward(self, x: Tensor, activated: Tensor) -> tuple[Tensor, ...]:
+        return self.gate_proj(x), self.up_proj(x), self.down_proj(activated)
+
+
+class Block(nn.Module):
+    """The seven linear layers of a Llama block, each x given from outside."""
+
+    def __init__(self, case: BlockCase) -> None:
+        super().__init__()
+        self.self_attn = Attention(case.hidden, case.kv_width)
+        self.mlp = MLP(case.hidden, case.intermediate)
+        self.to(case.dtype).requires_grad_(False)
+
+    def forward(self, x: Tensor, attended: Tensor, normed: Tensor, activated: Tensor) -> tuple[Tensor, ...]:
+        return *self.self_attn(x, attended), *self.mlp(normed, activated)
+
+
+def make_block(case: BlockCase, with_adapters: bool) -> nn.Module:
+    """The block, seeded; with PEFT's adapters, float32 beside a 16-bit base, their B not zero."""
+    torch.manual_seed(0)
+    block = Block(case)
+    if not with_adapters:
+        return block
+    names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
+    config = peft.LoraConfig(
+        r=case.R,
+        lora_alpha=SCALE * case.R,
+        lora_dropout=case.dropout_p,
+        target_modules=names,
+        init_lora_weights=False,
+    )
+    model: Any = peft.get_peft_model(block, config)
+    return model.base_model.model
+
+
+def block_inputs(case: BlockCase) -> tuple[list[Tensor], list[Tensor]]:
+    """(the four activations that the layers read, the seven gradients of what they write)."""
+    torch.manual_seed(1)
+    inputs = [case.hidden] * 3 + [case.intermediate]
+    outputs = [
+        case.hidden,
+        case.kv_width,
+        case.kv_width,
+        case.hidden,
+        case.intermediate,
+        case.intermediate,
+        case.hidden,
+    ]
+    cpu = torch.device("cpu")
+    activations, gradients = (
+        [random_tensor(case.M, width, dtype=case.dtype, device=cpu) for width in widths] for widths in (inputs, outputs)
+    )
+    return [activation.requires_grad_() for activation in activations], gradients
+
+
+def build_block(case: BlockCase) -> Problem:
+    """The block in memory on the CPU, its layers frozen, with PEFT's adapters, and accelerated."""
+    inputs, gradients = block_inputs(case)
+    blocks = {"frozen": make_block(case, False), "peft": make_block(case, True)}
+    blocks[FASTLORA] = fastlora.accelerate(make_block(case, True))
+
+    def rival(block: nn.Module) -> Rival:
+        trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
+        return Rival(lambda _: block(*inputs), [[*inputs, *trained]])
+
+    return Problem(1, {name: rival(block) for name, block in blocks.items()}, gradients)
 
 
 def _multi_lora(case: MultiLoRACase, training: bool, device: torch.device) -> Problem:

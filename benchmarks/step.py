@@ -1,13 +1,17 @@
-"""One training step of a small Llama: PEFT + transformers against the same accelerated, each in a fresh process.
+"""One training step of a small Llama: PEFT + transformers against fastlora as its training loop uses it, each in a fresh process.
 
-The two processes take turns, so that both meet the same machine; each tells its own peak memory. Both start from the
-same weights and see the same batches, so that without dropout their losses agree.
+fastlora is `accelerate(model, frozen=True)` and `LanguageModelLoss`; "unpacked" is the same without packed copies. The
+processes take turns, so that all meet the same machine; each tells its own peak memory, counted from the end of its
+imports. All start from the same weights and see the same batches, so that without dropout their losses agree.
 """
 
 import multiprocessing
 import statistics
 import time
 import traceback
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
@@ -16,9 +20,11 @@ import torch
 
 from .cases import StepCase
 from .clock import peak_of_process
+from .machine import measure_limits
 
-VARIANTS = ("peft", "fastlora")
+VARIANTS = ("peft", "fastlora", "unpacked")
 WARM_UP_STEPS = 1
+IGNORE = -100
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
@@ -31,21 +37,33 @@ class Step(NamedTuple):
     loss: float
 
 
+class Closing(NamedTuple):
+    """What a training process tells at its end."""
+
+    peak_bytes: int | None  # beyond what its imports took; None where the system does not tell
+    implementations: dict[str, int]  # layers by what computed them
+
+
 @dataclass(frozen=True)
 class StepResult:
-    """peft and fastlora on the same steps."""
+    """The variants on the same steps; "fastlora" is with packed copies, "unpacked" without."""
 
     seconds: dict[str, float]  # median of a step
     ratio: float  # fastlora over peft, median over the rounds
+    ratios: dict[str, float]  # each variant over peft
     losses: dict[str, list[float]]  # of every step, the first one before any update
     peak_bytes: dict[str, int | None]
+    memory_ratios: dict[str, float]  # each variant's peak over peft's; empty where the system does not tell
+    flops: int  # of the matrix products that a step must compute
+    product_rate: float  # FLOPs a second in a large product, packed, of the case's dtype
+    of_product_rate: dict[str, float]  # the part of that rate which the variant's median step reaches
     implementations: dict[str, int]  # layers by what computed them, fastlora's model
     rounds: int
 
 
 def _model(case: StepCase, variant: str, device: torch.device) -> Any:
     import peft
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -58,8 +76,8 @@ def _model(case: StepCase, variant: str, device: torch.device) -> Any:
         max_position_embeddings=2 * case.tokens,
         use_cache=False,
     )
-    base: Any = LlamaForCausalLM(config)
-    base.to(device, case.dtype)
+    with device:
+        base: Any = AutoModelForCausalLM.from_config(config, dtype=case.dtype)
     # B starts random: from PEFT's zeros the first loss could not tell a wrong adapter from a right one.
     lora = peft.LoraConfig(
         r=case.R,
@@ -70,10 +88,10 @@ def _model(case: StepCase, variant: str, device: torch.device) -> Any:
         task_type="CAUSAL_LM",
     )
     model: Any = peft.get_peft_model(base, lora).train()
-    if variant == "fastlora":
+    if variant != "peft":
         from fastlora.peft import accelerate
 
-        model = accelerate(model)
+        accelerate(model, frozen=True, pack_budget=0 if variant == "unpacked" else None)
     return model
 
 
@@ -81,24 +99,47 @@ def _batch(case: StepCase, number: int, device: torch.device) -> dict[str, torch
     generator = torch.Generator().manual_seed(number)
     ids = torch.randint(case.vocabulary, (case.batch, case.tokens), generator=generator).to(device)
     labels = ids.clone()
-    labels[:, : case.tokens // 2] = -100
+    labels[:, : case.prompt] = IGNORE
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def _implementations(model: Any) -> dict[str, int]:
+def _imported(device: torch.device) -> int | None:
+    """The peak of this process once everything is imported."""
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import fastlora.losses
+    import fastlora.peft  # noqa: F401
+
+    return peak_of_process(device)
+
+
+def _losses(model: Any, variant: str) -> Any:
+    """What gives a batch's mean loss a labelled token, as each variant's user would compute it."""
+    if variant == "peft":
+        return lambda batch: model(**batch).loss
+    from fastlora.losses import LanguageModelLoss
+
+    loss_sum = LanguageModelLoss(model)
+    return lambda batch: loss_sum(batch) / (batch["labels"][:, 1:] != IGNORE).sum()
+
+
+def _closing(model: Any, variant: str, device: torch.device, imported: int | None) -> Closing:
+    peak = peak_of_process(device)
+    beyond = None if peak is None or imported is None else peak - imported
+    if variant == "peft":
+        return Closing(beyond, {})
     from fastlora.peft import report
 
-    counts: dict[str, int] = {}
-    for layer in report(model):
-        counts[layer.implementation] = counts.get(layer.implementation, 0) + 1
-    return counts
+    return Closing(beyond, dict(Counter(layer.implementation for layer in report(model))))
 
 
 def _serve(pipe: Connection, case: StepCase, variant: str, device_name: str) -> None:
-    """The life of a training process: a Step for every True that it is sent, at the first False its closing figures."""
+    """The life of a training process: a Step for every True that it is sent, at the first False its Closing."""
     try:
         device = torch.device(device_name)
+        imported = _imported(device)
         model = _model(case, variant, device)
+        loss_of = _losses(model, variant)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=1e-4)
         number = 0
@@ -106,7 +147,7 @@ def _serve(pipe: Connection, case: StepCase, variant: str, device_name: str) -> 
             batch = _batch(case, number, device)
             number += 1
             start = time.perf_counter()
-            loss = model(**batch).loss
+            loss = loss_of(batch)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -114,8 +155,7 @@ def _serve(pipe: Connection, case: StepCase, variant: str, device_name: str) -> 
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             pipe.send(Step(time.perf_counter() - start, value))
-        counts = _implementations(model) if variant == "fastlora" else {}
-        pipe.send((peak_of_process(device), counts))
+        pipe.send(_closing(model, variant, device, imported))
     except Exception:
         pipe.send(StepError(f"{variant}, {case.name}:\n{traceback.format_exc()}"))
 
@@ -160,17 +200,20 @@ class Worker:
         answer: Step = self._ask(True)
         return answer
 
-    def finish(self) -> tuple[int | None, dict[str, int]]:
-        """(peak memory in bytes, layers by implementation), after the last step."""
-        answer: tuple[int | None, dict[str, int]] = self._ask(False)
+    def finish(self) -> Closing:
+        """Peak memory and implementations, after the last step."""
+        answer: Closing = self._ask(False)
         return answer
 
 
 def require_agreement(case: StepCase, losses: dict[str, list[float]]) -> None:
-    """Raise StepError where the first losses differ and dropout cannot be the reason."""
-    ours, peft = losses["fastlora"][0], losses["peft"][0]
-    if case.dropout_p == 0 and not abs(ours - peft) <= LOSS_TOLERANCE[case.dtype] * abs(peft):
-        raise StepError(f"{case.name}: the first loss is {ours:.7g} with fastlora, {peft:.7g} with PEFT: not timed")
+    """Raise StepError where first losses differ and dropout cannot be the reason."""
+    peft = losses["peft"][0]
+    for variant, (ours, *_) in losses.items():
+        if case.dropout_p == 0 and not abs(ours - peft) <= LOSS_TOLERANCE[case.dtype] * abs(peft):
+            raise StepError(
+                f"{case.name}: the first loss is {ours:.7g} with {variant}, {peft:.7g} with PEFT: not timed"
+            )
 
 
 def measure_step(case: StepCase, device: torch.device) -> StepResult:
@@ -181,8 +224,9 @@ def measure_step(case: StepCase, device: torch.device) -> StepResult:
     """
     seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     losses: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    with Worker(case, "peft", device) as peft, Worker(case, "fastlora", device) as fastlora:
-        workers = {"peft": peft, "fastlora": fastlora}
+    rate = measure_limits(device, [case.dtype]).flops[case.dtype]
+    with ExitStack() as processes:
+        workers = {variant: processes.enter_context(Worker(case, variant, device)) for variant in VARIANTS}
         for number in range(WARM_UP_STEPS + case.rounds):
             for variant in VARIANTS if number % 2 else VARIANTS[::-1]:
                 step = workers[variant].step()
@@ -192,12 +236,23 @@ def measure_step(case: StepCase, device: torch.device) -> StepResult:
             if number == 0:
                 require_agreement(case, losses)
         closing = {variant: worker.finish() for variant, worker in workers.items()}
-    ratios = [ours / theirs for ours, theirs in zip(seconds["fastlora"], seconds["peft"], strict=True)]
+    medians = {variant: statistics.median(times) for variant, times in seconds.items()}
+    ratios = {variant: _median_ratio(times, seconds["peft"]) for variant, times in seconds.items()}
+    peaks = {variant: told.peak_bytes for variant, told in closing.items()}
     return StepResult(
-        {variant: statistics.median(times) for variant, times in seconds.items()},
-        statistics.median(ratios),
-        losses,
-        {variant: peak for variant, (peak, _) in closing.items()},
-        closing["fastlora"][1],
-        case.rounds,
+        seconds=medians,
+        ratio=ratios["fastlora"],
+        ratios=ratios,
+        losses=losses,
+        peak_bytes=peaks,
+        memory_ratios={variant: peak / peaks["peft"] for variant, peak in peaks.items() if peak and peaks["peft"]},
+        flops=case.flops(),
+        product_rate=rate,
+        of_product_rate={variant: case.flops() / time / rate for variant, time in medians.items()},
+        implementations=closing["fastlora"].implementations,
+        rounds=case.rounds,
     )
+
+
+def _median_ratio(times: Sequence[float], baseline: Sequence[float]) -> float:
+    return statistics.median(one / other for one, other in zip(times, baseline, strict=True))

@@ -1,9 +1,10 @@
 """Rows as text: one table an operator, worst first, losses printed like wins."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .cases import StepCase, dtype_name
+from .goals import Goal
 from .measure import Row
 from .rivals import FASTLORA, RIVALS
 from .step import StepResult
@@ -15,6 +16,7 @@ BASELINES = {
     "prefix_concat": "the lookup of the token embeddings alone, which has no backward",
 }
 MEANINGS = {
+    "packed": "packed: the frozen products alone, on copies of the weight that oneDNN has laid out",
     "merged": "merged: the adapter added into the weight beforehand",
     "peft": "peft: PEFT's own code, eager",
     "compiled": "compiled: the same under torch.compile",
@@ -107,3 +109,50 @@ def step_table(results: Sequence[tuple[StepCase, StepResult]]) -> str:
         " peak: memory of the whole process; with dropout the masks, and so the losses, differ"
     )
     return "\n".join([legend, "", render(head, body), "", f"fastlora is slower in {lost} of {len(results)} rows"])
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def _met(goal: Goal) -> str:
+    return {True: "yes", False: "no", None: "-"}[goal.is_met()]
+
+
+def goals_table(goals: Sequence[Goal], notes: Sequence[str]) -> str:
+    """The table of the goals, and how many are met."""
+    head = ["goal", "case", "numbers", "at most", "fastlora", "of goal", "met", "peft", "floor"]
+    body = [
+        [one.what, one.case, one.numbers, ("at least " if one.at_least else "") + _ratio(one.goal)]
+        + [_ratio(one.ours), _ratio(one.of_goal()), _met(one), _ratio(one.peft), _ratio(one.floor)]
+        for one in goals
+    ]
+    legend = [
+        "goals: time over that of the plain frozen layers, or of PEFT's training step, medians timed in turn;"
+        " fastlora: PEFT layers as `accelerate` leaves them",
+        "floor: the frozen products alone, packed by oneDNN, times the FLOPs that LoRA adds: the best that oneDNN allows here",
+    ]
+    met = [one.is_met() for one in goals if one.goal is not None]
+    return "\n".join(
+        [*legend, "", render(head, body), "", f"{sum(map(bool, met))} of {len(met)} goals are met", *notes]
+    )
+
+
+def goals_markdown(goals: Sequence[Goal]) -> str:
+    """The goals for the README: a line a kind, the best and the worst of its cases."""
+
+    def between(values: Iterable[float | None]) -> str:
+        known = sorted({_ratio(value) for value in values if value is not None})
+        return " to ".join(dict.fromkeys((known[0], known[-1]))) if known else ""
+
+    kinds: dict[str, list[Goal]] = {}
+    for one in goals:
+        if one.goal is not None:
+            kinds.setdefault(one.what, []).append(one)
+    lines = ["| | goal | fastlora | PEFT | met |", "|---|---|---|---|---|"]
+    for what, found in kinds.items():
+        sign = "≥" if found[0].at_least else "≤"
+        cells = [f"{sign} {between(one.goal for one in found)}", between(one.ours for one in found)]
+        cells += [between(one.peft for one in found), f"{sum(bool(one.is_met()) for one in found)} of {len(found)}"]
+        lines.append(f"| {what} | {' | '.join(cells)} |")
+    return "\n".join(lines)

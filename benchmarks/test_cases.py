@@ -37,7 +37,7 @@ def _rows() -> list[Any]:
 def test_operator(benchmark: Any, operator: str, case: Case, pass_: str, rival: str) -> None:
     training = pass_ == TRAINING
     if rival == FASTLORA:
-        error = worst(errors(case, training, implementations(operator, case, DEVICE)[0], DEVICE))
+        error = worst(errors(case, training, implementations(operator, case, training, DEVICE)[0], DEVICE))
         assert error.within, f"error of {error.result} {error.error:.2g}, bound {error.bound:.2g}: not timed"
     run, turns = _problem(case, training).run(rival, training), itertools.count()
 

@@ -55,7 +55,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, la
     gradient of hidden is computed along with the loss; a trained weight's or bias's takes the product of the logits once more.
 
     Torch's own F.linear_cross_entropy (2.13) keeps a float32 copy of a bfloat16 weight on a CPU, rounds the sum of the losses to bfloat16, and takes
-    1.4 to 13 times this one's time there (2 cores of an AMD Zen 4, 512 x 576 rows, vocabulary 49,152), hence this one.
+    1.3 to 13 times this one's time there (2 cores of an AMD Zen 4, 512 x 576 rows, vocabulary 49,152), hence this one.
 
     Args:
         hidden: [n, D]. Under autocast it is cast to autocast's dtype.

@@ -50,6 +50,8 @@ for _name, _signature in SCHEMAS.items():
         library.define(_name + _suffix + _signature)
 # y = x Wᵀ + b for 1 to 8 rows, bound by reading W once: csrc has it, packed.py calls it.
 library.define("few_rows_cpu(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+# The same for many rows, in float32.
+library.define("product_cpu(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 
 
 class ImplementationError(RuntimeError):

@@ -2,7 +2,8 @@
 
     y = x Wᵀ + b   dx = dy W
 
-A frozen weight never changes, so it may be laid out once the way oneDNN likes it. The copies are found by the weight's place in memory and
+In float32 csrc multiplies, without a copy. For the other dtypes a frozen weight, which never changes, may be laid out once the way oneDNN
+likes it. The copies are found by the weight's place in memory and
 stand outside every module: no state dict, pickle or deepcopy sees them. `accelerate` registers the weights of a model under one `Budget`; a
 copy is made when a product first wants it, and the forward's and the backward's are two. Before each use the registered tensor is looked at:
 one that died, moved or was written to has its copies dropped. Writes through `.data` leave no trace: stand inside `rewriting` for those.
@@ -32,11 +33,16 @@ WITHOUT_SYSCONF = 2**30  # the default budget in bytes where the system does not
 _has_onednn = torch.backends.mkldnn.is_available()
 _linear_pointwise: Any = torch.ops.mkldnn._linear_pointwise.default if _has_onednn else None
 _linear_pointwise_add: Any = torch.ops.mkldnn._linear_pointwise.binary if _has_onednn else None
-_few_rows: Any = (
-    torch.ops.fastlora.few_rows_cpu.default
-    if torch._C._dispatch_has_kernel_for_dispatch_key("fastlora::few_rows_cpu", "CPU")
-    else None
-)
+
+
+def _native(name: str) -> Any:
+    """The operator that csrc has registered for the CPU, or None."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastlora::{name}", "CPU")
+    return getattr(torch.ops.fastlora, name).default if has_kernel else None
+
+
+_few_rows, _product = _native("few_rows_cpu"), _native("product_cpu")
+LEAST_PRODUCT = 2**21  # multiplications, M K N, from which on product_cpu is faster than torch
 
 
 class Least(NamedTuple):
@@ -74,6 +80,11 @@ def _takes_few_rows(rows: int, weight: Tensor) -> bool:
     return weight.stride(1) == 1 or (weight.stride(0) == 1 and weight.dtype is torch.float16)
 
 
+def _takes_product(work: int, weight: Tensor) -> bool:
+    """The rule: when product_cpu multiplies. In float32 it needs no copy to be as fast as oneDNN with one, and it rounds less than MKL."""
+    return _product is not None and weight.dtype is torch.float32 and work >= LEAST_PRODUCT
+
+
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [M, K], [N, K], [N] -> [M, N]
     """y = x Wᵀ + b (reference.py::frozen_linear), in the way that is fastest here."""
     _check("x", x, weight, 1)
@@ -109,6 +120,8 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, frozen: Tensor, ba
             bias = bias.contiguous()
         if _takes_few_rows(M, weight):
             return _few_rows(x, weight, bias)
+        if _takes_product(work, weight) and (weight.stride(1) == 1 or weight.stride(0) == 1):
+            return _product(x, weight, bias)
         if least is not None and M >= least.rows and torch.backends.mkldnn.enabled:
             copy = _find_copy(frozen, backward) if work >= least.packed else None
             if copy is not None or work >= least.plain:
@@ -340,7 +353,9 @@ def describe(weight: Tensor, dtype: torch.dtype, rows: int) -> str:
     """For people: what multiplies that many rows of that dtype by a frozen weight [N, K]."""
     work, least = rows * weight.numel(), _least(dtype)
     if _takes_few_rows(rows, weight):
-        return "few rows at a time"
+        return "native C++, a few rows"
+    if _takes_product(work, weight):
+        return "native C++"
     if least is None or rows < least.rows or not torch.backends.mkldnn.enabled:
         return "torch"
     plain = "oneDNN" if work >= least.plain else "torch"
@@ -360,6 +375,6 @@ def _mebibytes(count: int) -> str:
     return f"{count / 2**20:.1f} MiB"
 
 
-for _op, _product in (("frozen_linear", frozen_linear), ("frozen_linear_backward", frozen_linear_backward)):
-    ops.implement(_op, "cpu", _product)
-    ops.library.impl(f"{_op}_cpu", _product, "CPU")  # csrc calls it by this name
+for _op, _function in (("frozen_linear", frozen_linear), ("frozen_linear_backward", frozen_linear_backward)):
+    ops.implement(_op, "cpu", _function)
+    ops.library.impl(f"{_op}_cpu", _function, "CPU")  # csrc calls it by this name

@@ -29,7 +29,7 @@ FLOATS = pytest.mark.parametrize("dtype", ops.KERNEL_DTYPES, ids=["float32", "bf
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 NATIVE = pytest.mark.skipif("cpu" not in implementations("lora_linear", "cpu"), reason="the extension is not built")
 
-few_rows, least = packed._few_rows, packed._least
+few_rows, product, least = packed._few_rows, packed._product, packed._least
 
 
 def always_packed(dtype: torch.dtype) -> Least | None:
@@ -40,7 +40,8 @@ def always_packed(dtype: torch.dtype) -> Least | None:
 @pytest.fixture(autouse=True)
 def eagerly_packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(packed, "_least", always_packed)
-    monkeypatch.setattr(packed, "_few_rows", None)
+    monkeypatch.setattr(packed, "_few_rows", None)  # the native products have no copies
+    monkeypatch.setattr(packed, "_product", None)
     yield
     if packed._by_owner:
         gc.collect()
@@ -69,11 +70,17 @@ def check_now(weight: Tensor) -> None:
 # Products
 
 
+def by_native_product(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(packed, "_product", product)
+    patch.setattr(packed, "LEAST_PRODUCT", 1)
+
+
 WAYS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "torch": lambda patch: patch.setattr(packed, "_least", lambda dtype: None),
     "plain": lambda patch: patch.setattr(packed, "_least", lambda dtype: least(dtype) and Least(1, math.inf, 1)),
     "packed": lambda patch: patch.setattr(packed, "_least", always_packed),
     "few rows": lambda patch: patch.setattr(packed, "_few_rows", few_rows),
+    "native": by_native_product,
 }
 EACH_WAY = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 

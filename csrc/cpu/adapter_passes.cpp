@@ -2,6 +2,7 @@
 #include "adapter_passes.h"
 
 #include "few_rows.h"
+#include "product.h"
 #include "vector.h"
 
 namespace fastlora::FASTLORA_ISA {
@@ -400,6 +401,6 @@ void accumulate(Kind kind, void* total, const void* part, int64_t count) {
 #define FASTLORA_TEXT(name) #name
 #define FASTLORA_NAME_OF(name) FASTLORA_TEXT(name)
 extern const Kernels passes;
-const Kernels passes = {FASTLORA_NAME_OF(FASTLORA_ISA), HAS_DOTS, draw, read_pass, add_pass, narrow, accumulate, few_rows};
+const Kernels passes = {FASTLORA_NAME_OF(FASTLORA_ISA), HAS_DOTS, draw, read_pass, add_pass, narrow, accumulate, few_rows, product_tiles, product};
 
 }  // namespace fastlora::FASTLORA_ISA

@@ -101,6 +101,21 @@ struct FewRows {
 
 constexpr int64_t FEW_ROWS = 8;
 
+/// y [M, N] = x Wᵀ + b for many rows, in float32.
+struct Product {
+  int64_t rows, in, out;  // M, K, N
+  const float* x;         // a row every x_stride elements
+  int64_t x_stride;
+  const float* weight;    // [N, K], a row every weight_stride elements; or a column, where `by_column`
+  int64_t weight_stride;
+  bool by_column;
+  const float* bias;      // [N] or null
+  float* y;               // dense
+};
+
+constexpr int64_t PRODUCT_DEPTH = 2048;  // of K that a panel of W has at most: it stays in the second-level cache
+constexpr int64_t PANEL_COLUMNS = 64;    // of y, at most
+
 struct Kernels {
   const char* isa;
   bool dots;
@@ -110,6 +125,8 @@ struct Kernels {
   void (*narrow)(const float* from, int64_t count, uint16_t* to);                       // to bfloat16
   void (*accumulate)(Kind kind, void* total, const void* part, int64_t count);          // total += part
   void (*few_rows)(const FewRows&, int64_t column_begin, int64_t column_end);           // columns of y
+  int64_t (*product_tiles)(const Product&);  // down the first columns of y, then the next
+  void (*product)(const Product&, int64_t tile_begin, int64_t tile_end, float* panel);  // room for PANEL_COLUMNS · min(K + 15, PRODUCT_DEPTH)
 };
 
 /// The kernels for the instruction set that this machine has, or that FASTLORA_ISA (portable, avx2, avx512, avx512bf16) names.

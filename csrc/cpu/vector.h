@@ -127,9 +127,15 @@ constexpr unsigned folded(unsigned lane, bool upper) {
 #define FASTLORA_SHUFFLE(Mask, a, b, ...) __builtin_shuffle(a, b, Mask{__VA_ARGS__})
 #endif
 
-template <int STEP, unsigned... LANE>
-inline Floats fold(Floats a, Floats b, std::integer_sequence<unsigned, LANE...>) {
-  return FASTLORA_SHUFFLE(Words, a, b, folded<STEP>(LANE, false)...) + FASTLORA_SHUFFLE(Words, a, b, folded<STEP>(LANE, true)...);
+template <int STEP, bool UPPER, unsigned... LANE>
+inline Floats exchanged(Floats a, Floats b, std::integer_sequence<unsigned, LANE...>) {
+  return FASTLORA_SHUFFLE(Words, a, b, folded<STEP>(LANE, UPPER)...);
+}
+
+/// The lower or the upper operand.
+template <int STEP, bool UPPER>
+inline Floats exchanged(Floats a, Floats b) {
+  return exchanged<STEP, UPPER>(a, b, std::make_integer_sequence<unsigned, WIDTH>{});
 }
 
 /// Lane i of the result is the sum of the lanes of vectors[i]. The order of the additions is fixed.
@@ -139,7 +145,7 @@ inline Floats sums(Floats* vectors) {
     return vectors[0];
   } else {
     for (int i = 0; i < STEP; ++i) {
-      vectors[i] = fold<STEP>(vectors[i], vectors[i + STEP], std::make_integer_sequence<unsigned, WIDTH>{});
+      vectors[i] = exchanged<STEP, false>(vectors[i], vectors[i + STEP]) + exchanged<STEP, true>(vectors[i], vectors[i + STEP]);
     }
     return sums<STEP / 2>(vectors);
   }

@@ -1,0 +1,133 @@
+"""The goals on a CPU, and how near fastlora comes to each: times of accelerated PEFT layers over those of the plain frozen layers.
+
+a layer, forward and backward     float32 0.75, bfloat16 0.97, each times 1 + 1.5 R (1/K + 1/N): the FLOPs that LoRA must add
+one row of 4096 to 4096           float32 0.8, bfloat16 0.7
+a layer in float16                0.35 of torch's float16 layer
+the layers of a block together    float32 0.75, bfloat16 1.0
+one training step, over PEFT's    0.5 of the time, 0.6 of the memory, 70 % of the machine's own product rate
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .cases import GOAL_BLOCKS, GOAL_LAYERS, TRAINING, BlockCase, LoRALinearCase, StepCase, dtype_name
+from .clock import Timing, clock_of, time_in_turn
+from .gate import block_errors, errors
+from .measure import CaseError, require_right
+from .rivals import FASTLORA, Problem, build, build_block, choice
+from .step import StepResult
+
+CPU = torch.device("cpu")
+SECONDS = 2.0  # of timing, a case
+OVER_FROZEN = {torch.float32: 0.75, torch.bfloat16: 0.97, torch.float16: 0.35}
+ONE_ROW = {torch.float32: 0.8, torch.bfloat16: 0.7}
+BLOCK = {torch.float32: 0.75, torch.bfloat16: 1.0}
+STEP_TIME, STEP_MEMORY, STEP_RATE = 0.5, 0.6, 0.7
+STEPS = "0.1B"  # what the names of the training steps that have goals begin with
+RIVALS = ("frozen", "packed", "peft", FASTLORA)
+
+
+@dataclass(frozen=True)
+class Goal:
+    what: str  # cases of one kind, a row of the README's table
+    case: str
+    numbers: str
+    goal: float | None  # none: shown beside the cases that have one
+    ours: float
+    peft: float | None
+    floor: float | None = None  # what oneDNN allows here: packed products, and the FLOPs that LoRA adds
+    at_least: bool = False  # the goal is a least, not a most
+    seconds: dict[str, float] = field(default_factory=dict)  # of each of RIVALS that was timed for it, medians
+
+    def is_met(self) -> bool | None:
+        if self.goal is None:
+            return None
+        return self.ours >= self.goal if self.at_least else self.ours <= self.goal
+
+    def of_goal(self) -> float | None:
+        return None if self.goal is None else self.ours / self.goal
+
+
+def measure_goals(say: Callable[[str], None], not_timed: list[str]) -> Iterator[Goal]:
+    """Check and time what has a goal, but for training steps; what is beyond its error bound goes to `not_timed`."""
+    cases: tuple[LoRALinearCase | BlockCase, ...] = (*GOAL_LAYERS, *GOAL_BLOCKS)
+    for number, case in enumerate(cases, 1):
+        say(f"goals {number}/{len(cases)}: {case.shape(False)}, {case.number_format()}")
+        try:
+            yield _block(case) if isinstance(case, BlockCase) else _layer(case)
+        except CaseError as error:
+            not_timed.append(str(error))
+
+
+def _time(problem: Problem, training: bool) -> dict[str, Timing]:
+    runs = {name: problem.run(name, training) for name in RIVALS if name in problem.rivals}
+    return time_in_turn(runs, clock_of(CPU), SECONDS)
+
+
+def _layer(case: LoRALinearCase) -> Goal:
+    training = case.passes == (TRAINING,)
+    found = errors(case, training, choice(case, training, CPU), CPU)
+    require_right(f"{case.name}, {case.shape(training)}, {case.number_format()}", found)
+    times = _time(build(case, training, CPU), training)
+    if not training:
+        goal = ONE_ROW[case.dtype] if case.M == 1 else None
+        return _over_frozen("a few rows, forward", case, case.shape(False), goal, times)
+    lora_flops = 1 + 1.5 * case.R * (1 / case.K + 1 / case.N)
+    goal = OVER_FROZEN[case.dtype]
+    if case.dtype != torch.float16:  # whose goal is far from the FLOPs: float32 is the way to it
+        goal *= lora_flops
+    floor = times["packed"].ratio * lora_flops if "packed" in times else None
+    return _over_frozen("a layer, forward and backward", case, case.shape(True), goal, times, floor)
+
+
+def _block(case: BlockCase) -> Goal:
+    require_right(f"{case.name}, {case.number_format()}", block_errors(case))
+    times = _time(build_block(case), True)
+    what = "the linear layers of a block, forward and backward"
+    return _over_frozen(what, case, case.shape(True), BLOCK[case.dtype], times)
+
+
+def _over_frozen(
+    what: str,
+    case: LoRALinearCase | BlockCase,
+    shape: str,
+    goal: float | None,
+    times: dict[str, Timing],
+    floor: float | None = None,
+) -> Goal:
+    return Goal(
+        what=f"{what}, {dtype_name(case.dtype)}",
+        case=shape,
+        numbers=case.number_format(),
+        goal=goal,
+        ours=times[FASTLORA].ratio,
+        peft=times["peft"].ratio,
+        floor=floor,
+        seconds={name: timing.seconds for name, timing in times.items()},
+    )
+
+
+def step_goals(rows: Sequence[Mapping[str, Any]]) -> Iterator[Goal]:
+    """The goals of the training steps in `rows`, each {"case": StepCase, "result": StepResult}."""
+    for row in rows:
+        case, result = row["case"], row["result"]
+        if case.name.startswith(STEPS):
+            yield from _step(case, result)
+
+
+def _step(case: StepCase, result: StepResult) -> Iterator[Goal]:
+    numbers = dtype_name(case.dtype)
+    what = f"one training step, {numbers}:"
+    for variant, packing in (("fastlora", ""), ("unpacked", ", without packed copies")):
+        shape = case.shape() + packing
+        yield Goal(f"{what} time over PEFT's", shape, numbers, STEP_TIME, result.ratios[variant], 1.0)
+        if result.memory_ratios:  # empty where the system does not tell
+            yield Goal(
+                f"{what} peak memory over PEFT's", shape, numbers, STEP_MEMORY, result.memory_ratios[variant], 1.0
+            )
+        rate = result.of_product_rate
+        part = f"{what} part of the machine's product rate"
+        yield Goal(part, shape, numbers, STEP_RATE, rate[variant], rate["peft"], at_least=True)

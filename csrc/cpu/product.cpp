@@ -1,0 +1,62 @@
+// The float32 product of many rows with a frozen weight: y = x Wᵀ + b, as accurate as a sum in blocks. Its caller passes Wᵀ for dx = dy W.
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <array>
+#include <new>
+
+#include "adapters.h"
+
+namespace fastlora {
+namespace {
+
+/// Memory for one panel of W, where cache lines begin.
+class Panel {
+ public:
+  explicit Panel(int64_t depth) : memory_(static_cast<float*>(::operator new(PANEL_COLUMNS * depth * sizeof(float), ALIGNMENT))) {}
+  ~Panel() { ::operator delete(memory_, ALIGNMENT); }
+  Panel(const Panel&) = delete;
+  Panel& operator=(const Panel&) = delete;
+  float* data() const { return memory_; }
+
+ private:
+  static constexpr std::align_val_t ALIGNMENT{64};
+  float* memory_;
+};
+
+Tensor product_cpu(
+    const Tensor& x,                      // [M, K]
+    const Tensor& weight,                 // [N, K], dense by row or by column
+    const std::optional<Tensor>& bias) {  // [N]
+  check_base(x, weight, bias);
+  check_dtype(x, "x", {ScalarType::Float});
+  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
+  const bool by_row = K <= 1 || weight.stride(1) == 1;
+  STD_TORCH_CHECK(by_row || N <= 1 || weight.stride(0) == 1, "weight: got ", describe(weight), " with gaps, expected rows or columns without");
+  const Tensor rows = with_dense_rows(x), y = torch::stable::new_empty(x, std::array<int64_t, 2>{M, N});
+  const Tensor dense_bias = bias ? torch::stable::contiguous(*bias) : y;
+  const Product task{
+      M,
+      K,
+      N,
+      static_cast<const float*>(rows.const_data_ptr()),
+      rows.stride(0),
+      static_cast<const float*>(weight.const_data_ptr()),
+      weight.stride(by_row ? 0 : 1),
+      !by_row,
+      bias ? static_cast<const float*>(dense_bias.const_data_ptr()) : nullptr,
+      floats(y)};
+  const int64_t tiles = kernels().product_tiles(task);
+  const int64_t work = M * K * N / (tiles + 1) + 1;  // multiplications of a tile
+  torch::stable::parallel_for(0, tiles, GRAIN / work + 1, [&](int64_t begin, int64_t end) {
+    const Panel panel(std::min(K + 15, PRODUCT_DEPTH));
+    kernels().product(task, begin, end, panel.data());
+  });
+  return y;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) { m.impl("product_cpu", TORCH_BOX(&product_cpu)); }
+
+}  // namespace fastlora

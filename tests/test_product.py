@@ -1,0 +1,112 @@
+"""product_cpu: the float32 product of many rows, by every instruction set, against float64, and the same whatever the number of threads."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bounds import assert_within_bound, double, gapped, print_accepted, run_apart, transposed
+from test_native import ISAS
+from torch import Tensor
+
+from fastlora import ops
+
+# M, K, N: no rows, columns or products at all; one; ends of tiles, panels, blocks and of what a panel holds.
+SHAPES = (
+    (0, 5, 7),
+    (5, 0, 7),
+    (5, 7, 0),
+    (1, 1, 1),
+    (7, 65, 129),
+    (65, 129, 7),
+    (129, 1001, 65),
+    (65, 7, 1001),
+    (1001, 1, 65),
+    (65, 1001, 1),
+    (13, 2049, 64),
+    (12, 4200, 70),
+)
+
+pytestmark = pytest.mark.skipif(
+    not ops.availability()[1].present,
+    reason="the native extension is not built (make demo, or pip install -e . with g++)",
+)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.fastlora.product_cpu(x, weight, bias)
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    exact = F.linear(double(x), double(weight), double(bias))
+    y = product(x, weight, bias)
+    assert_within_bound("y", y, F.linear(x, weight, bias), exact)
+    assert y.is_contiguous()
+
+
+def check_instruction_set() -> None:
+    for M, K, N in SHAPES:
+        torch.manual_seed(M + K + N)
+        x, weight, bias = torch.randn(M, K), torch.randn(N, K), torch.randn(N)
+        check(x, weight, bias)
+        check(x, transposed(weight), None)
+        check(gapped(x), gapped(weight), gapped(bias))
+        check(transposed(x), gapped(weight.T).T, bias)
+        torch.testing.assert_close(product(x, transposed(weight), bias), product(x, weight, bias), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastlora import _C
+
+    if ISAS.index(isa) > ISAS.index(_C.isa()):
+        pytest.skip(f"this machine has no {isa}, only {_C.isa()}")
+    if isa == _C.isa():
+        check_instruction_set()
+    else:
+        monkeypatch.setenv("FASTLORA_ISA", isa)
+        run_apart("test_product", check_instruction_set)
+
+
+@pytest.mark.parametrize("K", [1536, 2048])
+def test_long_sums_are_as_near_as_torch(K: int) -> None:
+    """A single chain of additions over all of K would not be."""
+    x, weight = torch.randn(256, K), torch.randn(192, K) / K**0.5
+    check(x, weight, None)
+    check(x, transposed(weight), None)
+
+
+def test_threads_change_nothing() -> None:
+    x, weight, bias = torch.randn(100, 300), torch.randn(200, 300), torch.randn(200)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results.append(product(x, weight, bias))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        torch.testing.assert_close(other, results[0], rtol=0, atol=0)
+
+
+def test_nan_and_infinity_stay_in_their_row_and_column() -> None:
+    x, weight = torch.ones(20, 40), torch.ones(70, 40)
+    x[3, 39], weight[69, 0] = torch.nan, torch.inf
+    y = product(x, weight)
+    assert y[3].isnan().all()
+    y[3] = 0
+    assert y[:3, 69].isinf().all() and y[4:, 69].isinf().all()
+    assert (y[4:, :69] == 40).all()
+
+
+def test_wrong_arguments_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    right = {"x": torch.randn(6, 40), "weight": torch.randn(70, 40), "bias": torch.randn(70)}
+    wrong = {
+        "three dimensions": ("x", {"x": torch.randn(1, 6, 40)}),
+        "bfloat16": ("x", {name: tensor.bfloat16() for name, tensor in right.items()}),
+        "another K": ("weight", {"weight": torch.randn(70, 41)}),
+        "another dtype": ("weight", {"weight": torch.randn(70, 40).double()}),
+        "gaps both ways": ("weight", {"weight": torch.randn(140, 80)[::2, ::2]}),
+        "another N": ("bias", {"bias": torch.randn(71)}),
+    }
+    print_accepted("product_cpu", right, wrong)
+    assert capsys.readouterr().out == ""
