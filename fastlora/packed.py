@@ -43,6 +43,8 @@ def _native(name: str) -> Any:
 
 _few_rows, _product = _native("few_rows_cpu"), _native("product_cpu")
 LEAST_PRODUCT = 2**21  # multiplications, M K N, from which on product_cpu is faster than torch
+LEAST_PRODUCT_COLUMNS = 32  # of y: it computes 64 at a time
+_has_avx = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # elsewhere torch's product is faster
 
 
 class Least(NamedTuple):
@@ -82,7 +84,9 @@ def _takes_few_rows(rows: int, weight: Tensor) -> bool:
 
 def _takes_product(work: int, weight: Tensor) -> bool:
     """The rule: when product_cpu multiplies. In float32 it needs no copy to be as fast as oneDNN with one, and it rounds less than MKL."""
-    return _product is not None and weight.dtype is torch.float32 and work >= LEAST_PRODUCT
+    if _product is None or not _has_avx or weight.dtype is not torch.float32:
+        return False
+    return work >= LEAST_PRODUCT and weight.shape[0] >= LEAST_PRODUCT_COLUMNS
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [M, K], [N, K], [N] -> [M, N]

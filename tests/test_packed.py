@@ -73,6 +73,7 @@ def check_now(weight: Tensor) -> None:
 def by_native_product(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(packed, "_product", product)
     patch.setattr(packed, "LEAST_PRODUCT", 1)
+    patch.setattr(packed, "LEAST_PRODUCT_COLUMNS", 1)
 
 
 WAYS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
@@ -141,17 +142,18 @@ def test_the_ways_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     packed.register(weight, Budget())
     taken = {}
     for name, way in WAYS.items():
-        way(monkeypatch)
-        calls.clear()
-        frozen_linear(x, weight, None)
-        taken[name] = calls.copy()
+        with monkeypatch.context() as patch:
+            way(patch)
+            calls.clear()
+            frozen_linear(x, weight, None)
+            taken[name] = calls.copy()
     assert taken == {
         "torch": [],
         "plain": ["plain"],
         "packed": ["packed"],
         "few rows": ["packed"] if few_rows is None else [],
+        "native": ["packed"] if product is None else [],
     }
-    monkeypatch.setattr(packed, "_few_rows", None)
     with torch.backends.mkldnn.flags(enabled=False):
         calls.clear()
         check(x, weight)
