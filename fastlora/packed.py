@@ -150,6 +150,8 @@ def _multiply_by_onednn(x: Tensor, pieces: Sequence[Tensor], bias: Tensor | None
     if x.dtype is torch.float16:
         wide = None if bias is None else bias.float()
         return _linear_pointwise(x.float(), pieces[0].float(), wide, "none", [], "").half()
+    if len(pieces) == 1:
+        return _linear_pointwise(x, pieces[0], bias, "none", [], "")
     first, *others = x.split(pieces[0].shape[1], 1)
     y = _linear_pointwise(first, pieces[0], bias, "none", [], "")
     for part, piece in zip(others, pieces[1:], strict=True):
