@@ -57,7 +57,9 @@ class Least(NamedTuple):
 
 # One core of an AMD Zen 4, torch 2.13: torch's bfloat16 product is oneDNN's on the plain weight already; its float16 is slow.
 LEAST = {
-    torch.float32: Least(2, 2**21, math.inf),  # where csrc has no product; oneDNN takes a weight cut along K only in its own layout
+    torch.float32: Least(
+        2, 2**21, math.inf
+    ),  # where csrc has no product; oneDNN takes a weight cut along K only in its own layout
     torch.bfloat16: Least(1, 2**16, math.inf),
     torch.float16: Least(2, 2**19, 2**19),  # by way of float32
 }
