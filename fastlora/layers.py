@@ -26,6 +26,18 @@ def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling the module does more than its class's forward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+        or "_hf_hook" in module.__dict__
+    )
+
+
 def _check_options(r: int, lora_dropout: float) -> None:
     if not isinstance(r, int) or r < 1:
         raise ValueError(f"r: got {r!r}, expected an integer of at least 1")

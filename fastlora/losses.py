@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlora import functional
 from fastlora.data.examples import IGNORE
+from fastlora.layers import is_hooked
 
 ROWS_AT_ONCE = 1024
 LOGITS_AT_ONCE = {"cpu": 2**21, "cuda": 2**26}  # on a CPU 8 MiB in float32, which stay in the last-level cache
@@ -304,8 +305,7 @@ def _obstacle(head: nn.Module) -> str | None:
         return f"the head is a {type(head).__name__}"
     if type(head.weight) not in (nn.Parameter, Tensor):
         return f"the head's weight is a {type(head.weight).__name__}"
-    hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
-    if any(hooks) or "forward" in head.__dict__:
+    if is_hooked(head):
         return "the head carries a hook"
     return None
 

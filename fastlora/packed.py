@@ -2,9 +2,9 @@
 
     y = x Wᵀ + b   dx = dy W
 
-In float32 csrc multiplies, without a copy. For the other dtypes a frozen weight, which never changes, may be laid out once the way oneDNN
-likes it. The copies are found by the weight's place in memory and
-stand outside every module: no state dict, pickle or deepcopy sees them. `accelerate` registers the weights of a model under one `Budget`; a
+In float32 csrc multiplies, without a copy: oneDNN adds a long float32 product up in one chain of roundings and leaves our bound. For the other
+dtypes a frozen weight, which never changes, may be laid out once the way oneDNN likes it. The copies are found by the weight's place in memory
+and stand outside every module: no state dict, pickle or deepcopy sees them. `accelerate` registers the weights of a model under one `Budget`; a
 copy is made when a product first wants it, and the forward's and the backward's are two. Before each use the registered tensor is looked at:
 one that died, moved or was written to has its copies dropped. Writes through `.data` leave no trace: stand inside `rewriting` for those.
 """
@@ -14,7 +14,7 @@ import math
 import os
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -25,14 +25,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastlora import ops
 
-LONGEST_SUM = 384  # terms of a float32 product
 FEW_ROWS = 8  # what fastlora::few_rows_cpu takes
 MEMORY_SHARE = 16  # the default budget is the machine's memory over this
 WITHOUT_SYSCONF = 2**30  # the default budget in bytes where the system does not tell its memory
 
-_has_onednn = torch.backends.mkldnn.is_available()
-_linear_pointwise: Any = torch.ops.mkldnn._linear_pointwise.default if _has_onednn else None
-_linear_pointwise_add: Any = torch.ops.mkldnn._linear_pointwise.binary if _has_onednn else None
+_linear_pointwise: Any = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
 
 
 def _native(name: str) -> Any:
@@ -57,9 +54,6 @@ class Least(NamedTuple):
 
 # One core of an AMD Zen 4, torch 2.13: torch's bfloat16 product is oneDNN's on the plain weight already; its float16 is slow.
 LEAST = {
-    torch.float32: Least(
-        2, 2**21, math.inf
-    ),  # where csrc has no product; oneDNN takes a weight cut along K only in its own layout
     torch.bfloat16: Least(1, 2**16, math.inf),
     torch.float16: Least(2, 2**19, 2**19),  # by way of float32
 }
@@ -131,34 +125,18 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, frozen: Tensor, ba
         if least is not None and M >= least.rows and torch.backends.mkldnn.enabled:
             copy = _find_copy(frozen, backward) if work >= least.packed else None
             if copy is not None or work >= least.plain:
-                return _multiply_by_onednn(x, _pieces(weight) if copy is None else copy, bias)
+                return _multiply_by_onednn(x, weight if copy is None else copy, bias)
     if torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
             return F.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-def _pieces(weight: Tensor) -> Sequence[Tensor]:
-    """The weight [N, K] cut along K. oneDNN adds up a float32 product in one chain of roundings: with 1,500 links its error is three times
-    MKL's, with LONGEST_SUM it is no larger. Products of bfloat16 and float16 are rounded more coarsely than that."""
-    K = weight.shape[1]
-    if weight.dtype is not torch.float32 or K <= LONGEST_SUM:
-        return (weight,)
-    count = -(-K // LONGEST_SUM)
-    return weight.split(-(-K // count // 16) * 16, 1)
-
-
-def _multiply_by_onednn(x: Tensor, pieces: Sequence[Tensor], bias: Tensor | None) -> Tensor:
-    if x.dtype is torch.float16:
-        wide = None if bias is None else bias.float()
-        return _linear_pointwise(x.float(), pieces[0].float(), wide, "none", [], "").half()
-    if len(pieces) == 1:
-        return _linear_pointwise(x, pieces[0], bias, "none", [], "")
-    first, *others = x.split(pieces[0].shape[1], 1)
-    y = _linear_pointwise(first, pieces[0], bias, "none", [], "")
-    for part, piece in zip(others, pieces[1:], strict=True):
-        y = _linear_pointwise_add(part, y, piece, None, "add")
-    return y
+def _multiply_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.dtype is not torch.float16:
+        return _linear_pointwise(x, weight, bias, "none", [], "")
+    wide = None if bias is None else bias.float()
+    return _linear_pointwise(x.float(), weight.float(), wide, "none", [], "").half()
 
 
 class Budget:
@@ -200,7 +178,7 @@ class _Registered:
         self.owner = weakref.ref(owner, lambda _: _forget(number))
         self.budget = budget
         self.transposed = transposed  # the owner is [K, N], as in a Conv1D
-        self.copies: list[Sequence[Tensor] | None] = [None, None]  # the forward's, the backward's
+        self.copies: list[Tensor | None] = [None, None]  # the forward's, the backward's
         self.bytes = 0
         self.follow(owner)
 
@@ -237,13 +215,13 @@ class _Registered:
             and owner.untyped_storage()._cdata == self.storage.cdata
         )
 
-    def pack(self, weight: Tensor, backward: bool) -> Sequence[Tensor] | None:
+    def pack(self, weight: Tensor, backward: bool) -> Tensor | None:
         """Make a copy of weight [N, K] for one of the products, or None where it does not fit."""
         with _lock:
             if self.copies[backward] is None and self.has_room(weight) and _by_place.get(self.place) is self:
                 matrix = weight.detach().t() if backward else weight.detach()
-                pieces = (matrix.float(),) if weight.dtype is torch.float16 else _pieces(matrix)
-                self.copies[backward] = [torch.ops.mkldnn._reorder_linear_weight(piece) for piece in pieces]
+                wide = matrix.float() if weight.dtype is torch.float16 else matrix
+                self.copies[backward] = torch.ops.mkldnn._reorder_linear_weight(wide)
                 self.bytes += copy_bytes(weight)
                 self.budget.held += copy_bytes(weight)
             return self.copies[backward]
@@ -349,7 +327,7 @@ def _find(weight: Tensor) -> _Registered | None:
     return registered
 
 
-def _find_copy(weight: Tensor, backward: bool) -> Sequence[Tensor] | None:
+def _find_copy(weight: Tensor, backward: bool) -> Tensor | None:
     registered = _find(weight)
     if registered is None:
         return None
@@ -362,7 +340,7 @@ def describe(weight: Tensor, dtype: torch.dtype, rows: int) -> str:
     work, least = rows * weight.numel(), _least(dtype)
     if _takes_few_rows(rows, weight):
         return "native C++, a few rows"
-    if _takes_product(work, weight):
+    if dtype == weight.dtype and _takes_product(work, weight):
         return "native C++"
     if least is None or rows < least.rows or not torch.backends.mkldnn.enabled:
         return "torch"

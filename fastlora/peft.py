@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastlora import functional, groups, ops, packed, tune
 from fastlora.functional import RowGroups
+from fastlora.layers import is_hooked
 
 ROWS_BEFORE_ANY_CALL = 512
 
@@ -47,18 +48,6 @@ class Report(list[LayerReport]):
         )
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward: the fused forward does not call it."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or "_hf_hook" in module.__dict__
-    )
-
-
 def _weight_obstacle(base: Any) -> str | None:
     """Why the weight and bias of a linear layer are not ours to multiply by, or None."""
     weight, bias = base.weight, base.bias
@@ -78,7 +67,7 @@ def _base_obstacle(layer: lora.Linear) -> str | None:
     if forward not in (nn.Linear.forward, FrozenLinear.forward, Conv1D.forward):
         return f"the base layer is a {type(base).__name__}"
     obstacle = _weight_obstacle(base)
-    if obstacle is None and _is_hooked(base):
+    if obstacle is None and is_hooked(base):
         return "the base layer carries a hook"
     return obstacle
 
@@ -102,7 +91,7 @@ def _adapter_obstacle(layer: lora.Linear, adapter: str) -> str | None:
         return f"the weights of adapter {adapter!r} are {type(lora_a.weight).__name__}"
     if isinstance(layer.scaling[adapter], Tensor):
         return f"the scaling of adapter {adapter!r} is a tensor"
-    if _is_hooked(lora_a) or _is_hooked(lora_b) or _is_hooked(dropout):
+    if is_hooked(lora_a) or is_hooked(lora_b) or is_hooked(dropout):
         return f"adapter {adapter!r} carries a hook"
     return None
 
@@ -236,7 +225,7 @@ class FusedLinear(lora.Linear):
 def _arguments_in_group(layer: FusedLinear, x: Tensor) -> groups.Arguments | None:
     """The layer's arguments where it runs fused, with one adapter and without hooks; None: the group's layers run alone this time."""
     used = layer._used_adapters(None)
-    if len(used) != 1 or _is_hooked(layer) or layer._obstacle(x, used, (), {}) is not None:
+    if len(used) != 1 or is_hooked(layer) or layer._obstacle(x, used, (), {}) is not None:
         return None
     return layer._arguments(used[0])
 
@@ -302,7 +291,7 @@ def _frozen_layers(model: nn.Module) -> list[nn.Module]:
         layer
         for layer in layers
         if layer not in inside
-        and (type(layer) is FrozenLinear or (_weight_obstacle(layer) is None and not _is_hooked(layer)))
+        and (type(layer) is FrozenLinear or (_weight_obstacle(layer) is None and not is_hooked(layer)))
     ]
 
 

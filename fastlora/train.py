@@ -105,9 +105,7 @@ class TrainConfig:
     resume: bool = False
     overwrite: bool = False
     accelerate: bool = True  # run LoRA and frozen layers by fastlora; False leaves them to PEFT and torch
-    pack_budget: int | None = (
-        None  # bytes for packed copies of frozen weights on a CPU; None: a sixteenth of its memory
-    )
+    pack_budget: int | None = None  # bytes for packed copies of frozen weights on a CPU; None: 1/16 of its memory
     compile: bool = False  # each of the model's layers through torch.compile
 
     def __post_init__(self) -> None:

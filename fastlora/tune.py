@@ -39,9 +39,8 @@ TUNE_SECONDS, TRIAL_SECONDS = 0.25, 0.05  # for each operator and class
 SHORTEST_SAMPLE = 2e-4  # seconds: far above the clock's own cost
 LONGEST_CALL = 0.5  # seconds: a call this long is timed once
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 301
-FROM_MEMORY = (
-    2**27
-)  # bytes of weights that take turns where rows are few, as a model's layers do: a cached one would flatter
+# Bytes of weights that take turns where rows are few, as a model's layers do: a cached one would flatter.
+FROM_MEMORY = 2**27
 FEW_ROWS = 64
 
 # The Triton kernels have not run on a card yet: a trial of theirs is for those who ask, with `fastlora tune`.

@@ -237,9 +237,8 @@ def kind_of(device_type: str) -> str:
         card = torch.cuda.get_device_properties(torch.cuda.current_device())
         return _slug(f"{card.name} sm{card.major}{card.minor}")
     facts = cpu_facts()
-    level = (
-        torch.backends.cpu.get_cpu_capability().lower()
-    )  # what torch may use, also where an emulator shows its host's /proc
+    # What torch may use, also where an emulator shows its host's /proc.
+    level = torch.backends.cpu.get_cpu_capability().lower()
     if "vendor_id" not in facts:
         part = [facts[name] for name in ("CPU implementer", "CPU part") if name in facts]
         return _slug(" ".join([platform.system(), platform.machine(), *part, level]))

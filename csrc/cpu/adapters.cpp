@@ -543,9 +543,12 @@ Adapters one_of(const Adapters& adapters, size_t i) {
   return {{adapters.a[i]}, {adapters.b[i]}, {adapters.scale[i]}, {0.0}, std::nullopt};
 }
 
-void copy_columns(const Tensor& from, int64_t from_column, const Tensor& to, int64_t to_column, int64_t columns) {
+Tensor columns_of(Tensor matrix, int64_t column, int64_t count) { return torch::stable::narrow(matrix, 1, column, count); }
+
+/// to [M, ranks]: the columns from `column` on become those of from [M, R].
+void copy_columns(const Tensor& from, const Tensor& to, int64_t column) {
   for (int64_t i = 0; i < from.size(0); ++i) {
-    std::copy_n(floats(from) + i * from.stride(0) + from_column, columns, floats(to) + i * to.stride(0) + to_column);
+    std::copy_n(floats(from) + i * from.stride(0), from.size(1), floats(to) + i * to.stride(0) + column);
   }
 }
 
@@ -594,11 +597,10 @@ std::tuple<std::vector<Tensor>, Tensor> forward_shared(
     const int64_t column = batch.segments[i].first_rank;
     if (few) {
       const auto [result, own_xa] = few_rows(rows, weight[i], one_bias, one, all);
-      copy_columns(own_xa, 0, xa, column, all.ranks);
+      copy_columns(own_xa, xa, column);
       y.push_back(result);
     } else {
-      Tensor own_xa = xa;
-      y.push_back(add_to_frozen(rows, weight[i], one_bias, one, all, torch::stable::narrow(own_xa, 1, column, all.ranks)));
+      y.push_back(add_to_frozen(rows, weight[i], one_bias, one, all, columns_of(xa, column, all.ranks)));
     }
   }
   return {y, xa};
@@ -619,9 +621,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_shared(
     const Batch all = split_rows(one, {0, x.size(0)}, nullptr);
     const int64_t column = batch.segments[i].first_rank;
     const Tensor dy_rows = with_dense_rows(dy[i]);
-    Tensor all_xa = xa;
-    const auto [own_dxa, own_db] = read_dy(dy_rows, one, all, torch::stable::narrow(all_xa, 1, column, all.ranks), need_dx || need_da, need_db);
-    copy_columns(own_dxa, 0, dxa, column, all.ranks);
+    const auto [own_dxa, own_db] = read_dy(dy_rows, one, all, columns_of(xa, column, all.ranks), need_dx || need_da, need_db);
+    copy_columns(own_dxa, dxa, column);
     if (need_db) {
       const size_t size = own_db.element_size();
       std::memcpy(static_cast<char*>(db.mutable_data_ptr()) + db_place * size, own_db.const_data_ptr(), own_db.numel() * size);

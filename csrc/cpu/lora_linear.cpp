@@ -1,6 +1,7 @@
 // y = x Wᵀ + b + s xa Bᵀ with xa = d(x) Aᵀ;  dxa = s dy B;  dx = dy W + d'(dxa A);  dA = dxaᵀ d(x);  dB = s dyᵀ xa.
-// The equations are fastlora/reference.py::lora_linear and lora_linear_backward. The frozen products are torch's own; the rest reads x
-// and y once in the forward, dy, dx and x once in the backward, accumulates in float32 and draws dropout's mask as it goes.
+// The equations are fastlora/reference.py::lora_linear and lora_linear_backward. The frozen products are fastlora/packed.py's; the rest reads x
+// and y once in the forward, dy, dx and x once in the backward, and accumulates in float32. Dropout's mask is bits, drawn anew in the backward.
+// lora_linear_shared is several such layers on the same x, which is read once for all.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
