@@ -138,7 +138,7 @@ class PrefixConcatCase:
 
 @dataclass(frozen=True)
 class StepCase:
-    """One step of a Llama of this size with random weights, LoRA on all linear layers, half of each row prompt."""
+    """One step of a Llama of this size with random weights, LoRA on all linear layers, half of each row prompt unless told."""
 
     name: str
     hidden: int
@@ -153,11 +153,18 @@ class StepCase:
     dropout_p: float
     dtype: torch.dtype
     rounds: int
+    prompt_part: float = 0.5
 
     @property
     def prompt(self) -> int:
         """Tokens of a row that carry no label."""
-        return self.tokens // 2
+        return int(self.tokens * self.prompt_part)
+
+    def weight_bytes(self) -> int:
+        """Of the frozen weights alone: the linear layers, the embeddings and the head."""
+        kv = self.hidden // self.heads * self.kv_heads
+        layer = 2 * self.hidden**2 + 2 * self.hidden * kv + 3 * self.hidden * self.intermediate
+        return self.dtype.itemsize * (self.layers * layer + 2 * self.vocabulary * self.hidden)
 
     def flops(self) -> int:
         """Of the matrix products that a step must compute, forward and backward: the linear layers (a frozen weight has no gradient, nor
@@ -290,6 +297,32 @@ GOAL_LAYERS = (
     ),
 )
 GOAL_BLOCKS = tuple(BlockCase("block", 1024, 576, 1536, 192, 16, dtype, float32) for dtype in (float32, bfloat16))
+
+# The same on a card: the sizes of issue and literature, so that figures can be laid side by side.
+CARD_LAYERS = (
+    LoRALinearCase("layer", 8192, 4096, 4096, 16, bfloat16, bfloat16, 0.1, passes=(TRAINING,)),
+    LoRALinearCase("layer", 8192, 8192, 8192, 16, bfloat16, bfloat16, 0.1, passes=(TRAINING,)),
+    LoRALinearCase("layer", 8192, 4096, 4096, 64, bfloat16, bfloat16, 0.1, passes=(TRAINING,)),
+)
+CARD_BLOCK = BlockCase("Llama-3-8B layer", 8192, 4096, 14336, 1024, 16, bfloat16, bfloat16, 0.1)
+CARD_KERNEL = LoRALinearCase("main kernel", 4096, 4096, 4096, 16, bfloat16, bfloat16, passes=(FORWARD,))
+CARD_DECODE = MultiLoRACase("decode", 32, 1, 4096, 4096, EIGHT, bfloat16, bfloat16)
+CARD_PREFILL = MultiLoRACase("prefill", 8, 512, 4096, 4096, EIGHT, bfloat16, bfloat16)
+CARD_ERRORS = tuple(
+    LoRALinearCase("errors", 8192, 4096, 4096, 16, bfloat16, adapter_dtype, 0.0, passes=(TRAINING,))
+    for adapter_dtype in (bfloat16, float32)
+)
+# 4096 tokens: what a card of 80 GiB holds of PEFT's activations beside the weights.
+CARD_MODEL = StepCase(
+    "Llama-3-8B", 4096, 14336, 32, 32, 8, 128256, 1, 4096, 16, 0.1, bfloat16, rounds=5, prompt_part=0.0
+)
+
+# So small that a call is the host's work: checks, allocations, launches.
+LAUNCHES = (
+    LoRALinearCase("small layer", 4, 128, 128, 8, bfloat16, bfloat16, 0.1),
+    LoRALinearCase("small layer", 4, 128, 128, 8, bfloat16, float32, 0.1),
+    MultiLoRACase("small layer, 8 adapters", 4, 1, 128, 128, (8,) * 8, bfloat16, bfloat16),
+)
 
 STEP_CPU = (
     StepCase("small Llama", 256, 768, 4, 4, 2, 8192, 4, 128, 16, 0.0, float32, 5),

@@ -9,10 +9,13 @@ import ctypes
 import math
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[int], object]  # takes the turn
 Clock = Callable[[Run, int, int], float]  # (run, first turn, calls) -> seconds a call
@@ -56,6 +59,83 @@ class CudaClock:
             self._end.synchronize()
             total += self._begin.elapsed_time(self._end) / 1e3
         return total / calls
+
+
+def sweep(run: Run, calls: int) -> Run:
+    """A run of that many turns in a row: every copy of the weights once, as the layers of a model follow one another."""
+
+    def run_all(turn: int) -> None:
+        for number in range(turn * calls, (turn + 1) * calls):
+            run(number)
+
+    return run_all
+
+
+def graph_pool(device: torch.device) -> Any:
+    """Memory that graphs share which are replayed one after the other and whose results nobody keeps."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+
+
+def captured(run: Run, device: torch.device, pool: Any = None) -> Run:
+    """The run's turn 0 as a CUDA graph that is replayed: its kernels without their launches. A CPU launches nothing: there it is `run`.
+
+    Raises:
+        RuntimeError: something in the run cannot be captured.
+    """
+    if device.type != "cuda":
+        return run
+    ahead = torch.cuda.Stream(device)
+    ahead.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(ahead):
+        for _ in range(WARM_UP_CALLS):
+            run(0)
+    torch.cuda.current_stream(device).wait_stream(ahead)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        run(0)
+    return lambda _: graph.replay()
+
+
+class HostClock:
+    """Wall-clock seconds a call of calls that follow one another, until the device has done the last of them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def __call__(self, run: Run, first: int, calls: int) -> float:
+        wait_for(self._device)
+        start = time.perf_counter()
+        for turn in range(first, first + calls):
+            run(turn)
+        wait_for(self._device)
+        return (time.perf_counter() - start) / calls
+
+
+def wait_for(device: torch.device) -> None:
+    """Return once the device has nothing left to do."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Kernel(NamedTuple):
+    name: str
+    seconds: float  # of one call
+
+
+def main_kernel(run: Run, device: torch.device, calls: int) -> Kernel:
+    """The kernel in which the run spends most, by torch's profiler; on a CPU, the operator of torch."""
+    on_cuda = device.type == "cuda"
+    kind = DeviceType.CUDA if on_cuda else DeviceType.CPU
+    seconds: Counter[str] = Counter()
+    with profile(activities=[ProfilerActivity.CUDA if on_cuda else ProfilerActivity.CPU]) as found:
+        for turn in range(calls):
+            run(turn)
+        wait_for(device)
+    for event in found.events():
+        if event.device_type == kind:
+            seconds[event.name] += (event.time_range.elapsed_us() if on_cuda else event.self_cpu_time_total) / 1e6
+    ((name, total),) = seconds.most_common(1)
+    return Kernel(name, total / calls)
 
 
 def clock_of(device: torch.device) -> Clock:
@@ -115,11 +195,11 @@ def peak_of_call(run: Run, device: torch.device) -> int | None:
     does not tell it (Linux does).
     """
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        wait_for(device)
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         run(0)
-        torch.cuda.synchronize(device)
+        wait_for(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,11 +1,14 @@
 """Check first, then time: an operator's tests, then the errors of each case before its times are taken.
 
+    python -m benchmarks.gate [--device cuda] [OPERATOR ...]    every implementation on small, awkward cases; 1 where one is wrong
+
     error of an implementation  <=  2 * error of eager PyTorch + tiny
 
 Errors are the largest absolute difference from the float64 result for the same inputs, dropout mask included; eager
 PyTorch is the reference in the working dtype; tiny is one unit in the last place of the largest value. NaN fails.
 """
 
+import argparse
 import importlib.util
 import subprocess
 import sys
@@ -29,6 +32,7 @@ from .rivals import (
     make_adapter,
     make_block,
     make_prompt_batch,
+    peft_layer,
     random_tensor,
 )
 
@@ -157,10 +161,13 @@ def errors(case: Case, training: bool, implementation: str, device: torch.device
     return [_error(result, values[result], eager[result], exact[result]) for result in exact]
 
 
-def block_errors(case: BlockCase) -> list[Error]:
-    """The errors of the accelerated block without dropout, against PEFT's own in float64; eager is the reference in the working dtype."""
+def block_errors(case: BlockCase, device: torch.device, implementation: str | None = None) -> list[Error]:
+    """The errors of the accelerated block (by what `choose` says, or by one implementation) without dropout, against PEFT's own in float64.
+
+    Eager is the reference in the working dtype.
+    """
     case = replace(case, dropout_p=0.0)
-    inputs, gradients = block_inputs(case)
+    inputs, gradients = block_inputs(case, device)
 
     def compute(block: nn.Module, cast: Callable[[Any], Any]) -> dict[str, Tensor]:
         activations = [cast(value).detach().requires_grad_() for value in inputs]
@@ -173,11 +180,49 @@ def block_errors(case: BlockCase) -> list[Error]:
     def same(value: Any) -> Any:
         return value
 
-    exact = compute(make_block(case, True).double(), _double)
-    accelerated = fastlora.accelerate(make_block(case, True))
+    exact = compute(make_block(case, True, device).double(), _double)
+    accelerated = fastlora.accelerate(make_block(case, True, device))
     eager = forced(lambda _: compute(accelerated, same), "reference")(0)
-    values = compute(accelerated, same)
+    values = forced(lambda _: compute(accelerated, same), implementation or ops.forced)(0)
     return [_error(name, values[name].detach(), eager[name].detach(), exact[name].detach()) for name in exact]
+
+
+def errors_beside_peft(
+    case: LoRALinearCase, implementations: Sequence[str], device: torch.device
+) -> dict[str, dict[str, float]]:
+    """||result - exact|| / ||exact|| of PEFT's own layer and of each implementation of the accelerated one, without dropout, by result.
+
+    float32 adapters on a 16-bit base run under autocast, as PEFT trains them. Returns {"peft" or an implementation: {"y": ..., "dx": ...}}.
+    """
+    torch.manual_seed(0)
+    M, K, N = case.M, case.K, case.N
+    x, dy = (random_tensor(M, width, dtype=case.dtype, device=device) for width in (K, N))
+    weight = random_tensor(N, K, dtype=case.dtype, device=device, scale=K**-0.5)
+    pair = make_adapter(K, N, case.R, case.adapter_dtype, device)
+
+    def compute(layer: nn.Module, cast: Callable[[Any], Any], autocast: bool) -> dict[str, Tensor]:
+        activation = cast(x).detach().requires_grad_()
+        adapter = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        with torch.autocast(device.type, case.dtype, enabled=autocast):
+            y = layer(activation)
+        grads = torch.autograd.grad(y, [activation, *adapter], cast(dy))
+        return dict(zip(("y", "dx", "da", "db"), (y.detach(), *grads), strict=True))
+
+    autocast = case.adapter_dtype != case.dtype
+    layer = peft_layer(weight, None, [pair], 0.0, True)
+    found = {"peft": compute(layer, lambda value: value, autocast)}
+    fastlora.accelerate(layer)
+    for name in implementations:
+        found[name] = forced(lambda _: compute(layer, lambda value: value, autocast), name)(0)
+    double = [nn.Parameter(_double(one)) for one in pair]
+    exact = compute(peft_layer(_double(weight), None, [(double[0], double[1])], 0.0, True), _double, False)
+    return {
+        name: {
+            result: ((value.double() - exact[result]).norm() / exact[result].norm()).item()
+            for result, value in values.items()
+        }
+        for name, values in found.items()
+    }
 
 
 def worst(found: Sequence[Error]) -> Error:
@@ -213,3 +258,22 @@ def run_tests(operator: str) -> bool:
     """Run the operator's tests in a process of their own; whether they are green."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", f"tests/test_{test_stem(operator)}.py"]
     return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Check the operators named, all by default; returns the exit code."""
+    parser = argparse.ArgumentParser("python -m benchmarks.gate", description="Check every implementation here.")
+    parser.add_argument("operators", nargs="*", metavar="operator", help=f"{', '.join(CHECKS)} (default: all)")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    arguments = parser.parse_args(argv)
+    operators = arguments.operators or list(CHECKS)
+    for operator in operators:
+        if operator not in CHECKS:
+            parser.error(f"operator: got {operator!r}, expected one of {', '.join(CHECKS)}")
+    wrong = [line for operator in operators for line in check(operator, torch.device(arguments.device))]
+    print("\n".join(wrong) or f"{', '.join(operators)}: all within their bounds")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

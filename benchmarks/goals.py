@@ -40,7 +40,11 @@ class Goal:
     peft: float | None
     floor: float | None = None  # what oneDNN allows here: packed products, and the FLOPs that LoRA adds
     at_least: bool = False  # the goal is a least, not a most
-    seconds: dict[str, float] = field(default_factory=dict)  # of each of RIVALS that was timed for it, medians
+    seconds: dict[str, float] = field(default_factory=dict)  # of each rival that was timed for it, medians
+    unit: str = ""  # of goal, ours and every rival's: a ratio unless told
+    first_step: float | None = None  # what is wanted first
+    rivals: dict[str, float] = field(default_factory=dict)  # others than fastlora and PEFT
+    implementation: str = ""  # what fastlora ran, where one thing did
 
     def is_met(self) -> bool | None:
         if self.goal is None:
@@ -84,8 +88,8 @@ def _layer(case: LoRALinearCase) -> Goal:
 
 
 def _block(case: BlockCase) -> Goal:
-    require_right(f"{case.name}, {case.number_format()}", block_errors(case))
-    times = _time(build_block(case), True)
+    require_right(f"{case.name}, {case.number_format()}", block_errors(case, CPU))
+    times = _time(build_block(case, CPU), True)
     what = "the linear layers of a block, forward and backward"
     return _over_frozen(what, case, case.shape(True), BLOCK[case.dtype], times)
 

@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import torch
 
+from fastlora import tuned
+
 from .clock import Run, clock_of, time_in_turn
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "fastlora")
@@ -22,6 +24,8 @@ ROOT = FOLDER.parent  # the checkout, or `fastlora` where the package is install
 @dataclass(frozen=True)
 class Machine:
     name: str  # the card or the CPU
+    device: str  # cuda or cpu
+    kind: str  # the name that tables of measurements go by
     threads: int  # CPU threads that torch uses
     versions: dict[str, str]
     commit: str
@@ -85,7 +89,10 @@ def describe(device: torch.device) -> Machine:
     versions = {name: version for name in PACKAGES if (version := _version(name)) is not None}
     versions["torch"] = torch.__version__  # the metadata may lack the build (+cpu, +cu130)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    return Machine(name, torch.get_num_threads(), versions, _commit(), datetime.date.today().isoformat())
+    kind = tuned.kind_of(device.type)
+    return Machine(
+        name, device.type, kind, torch.get_num_threads(), versions, _commit(), datetime.date.today().isoformat()
+    )
 
 
 def last_level_cache() -> int:
@@ -113,14 +120,19 @@ def measure_limits(device: torch.device, dtypes: Iterable[torch.dtype], budget: 
 
     The best of many samples: what others do on the machine meanwhile does not lower its limit.
     """
-    on_gpu = device.type == "cuda"
     clock = clock_of(device)
-    size = 8192 if on_gpu else 1536
+    size = 8192 if device.type == "cuda" else 1536
     flops = {}
     for dtype in dtypes:
         times = time_in_turn(_product(size, dtype, device), clock, budget)
         flops[dtype] = 2 * size**3 / min(timing.fastest for timing in times.values())
-    source = torch.ones(2**30 if on_gpu else 2**28, dtype=torch.int8, device=device)
+    return Limits(flops, measure_bandwidths(device, budget)["copy"])
+
+
+def measure_bandwidths(device: torch.device, budget: float = 1.5) -> dict[str, float]:
+    """Bytes a second of a large "copy", read and written, and of a large "read", a sum; the best of many samples."""
+    source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
-    copy = time_in_turn({"copy": lambda _: target.copy_(source)}, clock, budget)["copy"]
-    return Limits(flops, 2 * source.numel() / copy.fastest)
+    runs: dict[str, Run] = {"copy": lambda _: target.copy_(source), "read": lambda _: source.sum()}
+    times = time_in_turn(runs, clock_of(device), budget)
+    return {"copy": 2 * source.nbytes / times["copy"].fastest, "read": source.nbytes / times["read"].fastest}

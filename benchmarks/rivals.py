@@ -8,6 +8,7 @@ everyone.
 import collections
 import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import peft
@@ -24,14 +25,15 @@ from .machine import last_level_cache
 
 FASTLORA = "fastlora"
 RIVALS = {  # the first one is the baseline of every ratio
-    "lora_linear": ("frozen", "packed", "merged", "peft", "compiled", FASTLORA),
+    "lora_linear": ("frozen", "packed", "merged", "addmm", "peft", "compiled", FASTLORA),
     "multi_lora": ("frozen", "peft", FASTLORA),
     "prefix_concat": ("frozen", "peft", "compiled", FASTLORA),
 }
 SCALE = 2
 FEW_ROWS = 64  # up to which a layer is bound by reading its weight
 MOST_COPIES = 32
-
+FROM_MEMORY = 200e6  # bytes of weights that no card's L2 cache holds
+FLOAT32 = "32"  # added to a rival's name: the same with float32 adapters under autocast, PEFT's default
 
 Outputs = Tensor | Sequence[Tensor]
 
@@ -65,8 +67,8 @@ class Problem(NamedTuple):
         return run if implementation is None else forced(run, implementation)
 
 
-def forced(run: Callable[[int], Any], implementation: str) -> Callable[[int], Any]:
-    """`run` with fastlora's operators forced to use that implementation."""
+def forced(run: Callable[[int], Any], implementation: str | None) -> Callable[[int], Any]:
+    """`run` with fastlora's operators forced to use that implementation; None: as `choose` says."""
 
     def forced_run(turn: int) -> Any:
         before, ops.forced = ops.forced, implementation
@@ -97,8 +99,13 @@ def implementations(operator: str, case: Case, training: bool, device: torch.dev
     chosen = choice(case, training, device)
     if ops.forced is not None:
         return [chosen]
-    kernels = ("triton", "cuda") if device.type == "cuda" else ("cpu",)
-    return [chosen, *(name for name in kernels if name != chosen and _is_present(operator, name))]
+    return [chosen, *(name for name in kernels_of(operator, device) if name != chosen)]
+
+
+def kernels_of(operator: str, device: torch.device) -> list[str]:
+    """What is there for this device beside plain PyTorch."""
+    names = ("triton", "cuda") if device.type == "cuda" else ("cpu",)
+    return [name for name in names if _is_present(operator, name)]
 
 
 def _is_present(operator: str, implementation: str) -> bool:
@@ -110,9 +117,10 @@ def _is_present(operator: str, implementation: str) -> bool:
 
 
 def _copies(rows: int, weight_bytes: int, device: torch.device) -> int:
-    if rows > FEW_ROWS or device.type == "cuda":  # a GPU's clock flushes the cache itself
+    if rows > FEW_ROWS:
         return 1
-    return min(MOST_COPIES, 1 + 2 * last_level_cache() // weight_bytes)
+    cache = FROM_MEMORY if device.type == "cuda" else 2 * last_level_cache()
+    return min(MOST_COPIES, 1 + int(cache // weight_bytes))
 
 
 def random_tensor(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:
@@ -125,7 +133,7 @@ def make_adapter(K: int, N: int, R: int, dtype: torch.dtype, device: torch.devic
     return nn.Parameter(a), nn.Parameter(b)
 
 
-def _peft_layer(
+def peft_layer(
     weight: Tensor, bias: Tensor | None, adapters: Sequence[tuple[Tensor, Tensor]], dropout_p: float, training: bool
 ) -> nn.Module:
     """PEFT's own lora.Linear over these tensors, its adapters named "0", "1", ..."""
@@ -172,6 +180,49 @@ def _can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
+class AddmmFunction(torch.autograd.Function):
+    """The adapter beside the frozen product by torch's own products, added in place: what Unsloth and Axolotl made of LoRA's layers."""
+
+    @staticmethod
+    def forward(
+        ctx, x, dropped, weight, bias, lora_a, lora_b
+    ):  # x [M, K]; dropped = d(x), or None where nothing is dropped
+        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
+        xa = (x if dropped is None else dropped) @ a.T  # [M, R]
+        ctx.save_for_backward(x if dropped is None else dropped, weight, lora_a, lora_b, xa)
+        ctx.drops = dropped is not None
+        return F.linear(x, weight, bias).addmm_(xa, b.T, alpha=SCALE)
+
+    @staticmethod
+    def backward(ctx, dy):
+        dropped, weight, lora_a, lora_b, xa = ctx.saved_tensors
+        a, b = lora_a.to(dy.dtype), lora_b.to(dy.dtype)
+        dxa = dy @ b * SCALE  # [M, R]
+        da, db = dxa.T @ dropped, SCALE * dy.T @ xa
+        dx = dy @ weight
+        ddropped = dxa @ a if ctx.drops else None
+        if ddropped is None:
+            dx.addmm_(dxa, a)
+        return dx, ddropped, None, None, da.to(lora_a.dtype), db.to(lora_b.dtype)
+
+
+class AddmmLinear(nn.Module):
+    """AddmmFunction in the place of one of PEFT's layers, over its tensors."""
+
+    def __init__(self, layer: Any) -> None:
+        super().__init__()
+        (name,) = layer.active_adapters
+        base = layer.get_base_layer()
+        self.weight, self.bias = base.weight, base.bias
+        self.lora_a, self.lora_b = layer.lora_A[name].weight, layer.lora_B[name].weight
+        self.dropout = layer.lora_dropout[name]
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped = self.dropout(x) if self.training and isinstance(self.dropout, nn.Dropout) else None
+        y: Tensor = AddmmFunction.apply(x, dropped, self.weight, self.bias, self.lora_a, self.lora_b)
+        return y
+
+
 def _lora_linear(case: LoRALinearCase, training: bool, device: torch.device) -> Problem:
     M, K, N = case.M, case.K, case.N
     copies = _copies(M, N * K * case.dtype.itemsize, device)
@@ -185,9 +236,10 @@ def _lora_linear(case: LoRALinearCase, training: bool, device: torch.device) -> 
     x = random_tensor(M, K, dtype=case.dtype, device=device).requires_grad_(training)
     p = case.dropout_p if training else 0.0
     layers, fused = (
-        [_peft_layer(w, bias, [pair], p, training) for w, pair in zip(weights, adapters, strict=True)] for _ in range(2)
+        [peft_layer(w, bias, [pair], p, training) for w, pair in zip(weights, adapters, strict=True)] for _ in range(2)
     )
     compiled = [torch.compile(layer, dynamic=False) for layer in layers]
+    addmm = [AddmmLinear(layer).train(training) for layer in layers]
     for layer in fused:
         fastlora.accelerate(layer)
     dy = random_tensor(M, N, dtype=case.dtype, device=device)
@@ -197,6 +249,7 @@ def _lora_linear(case: LoRALinearCase, training: bool, device: torch.device) -> 
         "frozen": Rival(lambda copy: F.linear(x, weights[copy], bias), only_x),
         "packed": _packed(x, weights, dy if training else None),
         "merged": Rival(lambda copy: F.linear(x, merged[copy], bias), only_x),
+        "addmm": Rival(lambda copy: addmm[copy](x), all_three),
         "peft": Rival(lambda copy: layers[copy](x), all_three),
         "compiled": Rival(lambda copy: compiled[copy](x), all_three),
         FASTLORA: Rival(lambda copy: fused[copy](x), all_three),
@@ -243,10 +296,11 @@ class Block(nn.Module):
         return *self.self_attn(x, attended), *self.mlp(normed, activated)
 
 
-def make_block(case: BlockCase, with_adapters: bool) -> nn.Module:
-    """The block, seeded; with PEFT's adapters, float32 beside a 16-bit base, their B not zero."""
+def make_block(case: BlockCase, with_adapters: bool, device: torch.device) -> nn.Module:
+    """The block, seeded; with PEFT's adapters, in the case's dtypes, their B not zero."""
     torch.manual_seed(0)
-    block = Block(case)
+    with device:
+        block = Block(case)
     if not with_adapters:
         return block
     names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
@@ -257,11 +311,11 @@ def make_block(case: BlockCase, with_adapters: bool) -> nn.Module:
         target_modules=names,
         init_lora_weights=False,
     )
-    model: Any = peft.get_peft_model(block, config)
+    model: Any = peft.get_peft_model(block, config, autocast_adapter_dtype=case.adapter_dtype == torch.float32)
     return model.base_model.model
 
 
-def block_inputs(case: BlockCase) -> tuple[list[Tensor], list[Tensor]]:
+def block_inputs(case: BlockCase, device: torch.device) -> tuple[list[Tensor], list[Tensor]]:
     """(the four activations that the layers read, the seven gradients of what they write)."""
     torch.manual_seed(1)
     inputs = [case.hidden] * 3 + [case.intermediate]
@@ -274,24 +328,49 @@ def block_inputs(case: BlockCase) -> tuple[list[Tensor], list[Tensor]]:
         case.intermediate,
         case.hidden,
     ]
-    cpu = torch.device("cpu")
     activations, gradients = (
-        [random_tensor(case.M, width, dtype=case.dtype, device=cpu) for width in widths] for widths in (inputs, outputs)
+        [random_tensor(case.M, width, dtype=case.dtype, device=device) for width in widths]
+        for widths in (inputs, outputs)
     )
     return [activation.requires_grad_() for activation in activations], gradients
 
 
-def build_block(case: BlockCase) -> Problem:
-    """The block in memory on the CPU, its layers frozen, with PEFT's adapters, and accelerated."""
-    inputs, gradients = block_inputs(case)
-    blocks = {"frozen": make_block(case, False), "peft": make_block(case, True)}
-    blocks[FASTLORA] = fastlora.accelerate(make_block(case, True))
+def build_block(case: BlockCase, device: torch.device) -> Problem:
+    """The block in memory, its layers frozen, with PEFT's adapters, by addmm, and accelerated."""
+    inputs, gradients = block_inputs(case, device)
+    blocks = {"frozen": make_block(case, False, device)}
+    blocks |= {name: make_block(case, True, device) for name in ("addmm", "peft", FASTLORA)}
+    fastlora.accelerate(blocks[FASTLORA])
+    for name, layer in list(blocks["addmm"].named_modules()):
+        if isinstance(layer, peft.tuners.lora.Linear):
+            blocks["addmm"].set_submodule(name, AddmmLinear(layer))
+    blocks["compiled"] = torch.compile(blocks["peft"], dynamic=False)  # type: ignore[assignment]
 
     def rival(block: nn.Module) -> Rival:
         trained = [parameter for parameter in block.parameters() if parameter.requires_grad]
         return Rival(lambda _: block(*inputs), [[*inputs, *trained]])
 
-    return Problem(1, {name: rival(block) for name, block in blocks.items()}, gradients)
+    names = ("frozen", "addmm", "peft", "compiled", FASTLORA)
+    return Problem(1, {name: rival(blocks[name]) for name in names}, gradients)
+
+
+def build_for_card(case: LoRALinearCase | BlockCase, device: torch.device) -> Problem:
+    """A training problem with 16-bit adapters, and PEFT and fastlora also with float32 adapters under autocast, as PEFT trains by default."""
+
+    def under_autocast(rival: Rival) -> Rival:
+        def call(copy: int) -> Outputs:
+            with torch.autocast(device.type, case.dtype):
+                return rival.call(copy)
+
+        return Rival(call, rival.leaves)
+
+    wide, own = (
+        build_block(one, device) if isinstance(one, BlockCase) else build(one, True, device)
+        for one in (replace(case, adapter_dtype=torch.float32), replace(case, adapter_dtype=case.dtype))
+    )
+    rivals = {name: rival for name, rival in own.rivals.items() if name != "packed"}
+    rivals |= {name + FLOAT32: under_autocast(wide.rivals[name]) for name in ("peft", FASTLORA)}
+    return own._replace(rivals=rivals)
 
 
 def _multi_lora(case: MultiLoRACase, training: bool, device: torch.device) -> Problem:
@@ -301,7 +380,7 @@ def _multi_lora(case: MultiLoRACase, training: bool, device: torch.device) -> Pr
     adapters = [[make_adapter(K, N, r, case.adapter_dtype, device) for r in case.ranks] for _ in range(copies)]
     x = random_tensor(case.B, case.T, K, dtype=case.dtype, device=device).requires_grad_(training)
     p = case.dropout_p if training else 0.0
-    layers = [_peft_layer(w, None, group, p, training) for w, group in zip(weights, adapters, strict=True)]
+    layers = [peft_layer(w, None, group, p, training) for w, group in zip(weights, adapters, strict=True)]
     examples = case.adapters_of_examples()
     names = ["__base__" if i < 0 else str(i) for i in examples]
     # A model groups the rows once per forward, for all its layers.

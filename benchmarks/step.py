@@ -61,7 +61,7 @@ class StepResult:
     rounds: int
 
 
-def _model(case: StepCase, variant: str, device: torch.device) -> Any:
+def make_model(case: StepCase, variant: str, device: torch.device) -> Any:
     import peft
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -95,7 +95,7 @@ def _model(case: StepCase, variant: str, device: torch.device) -> Any:
     return model
 
 
-def _batch(case: StepCase, number: int, device: torch.device) -> dict[str, torch.Tensor]:
+def make_batch(case: StepCase, number: int, device: torch.device) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(number)
     ids = torch.randint(case.vocabulary, (case.batch, case.tokens), generator=generator).to(device)
     labels = ids.clone()
@@ -113,7 +113,7 @@ def _imported(device: torch.device) -> int | None:
     return peak_of_process(device)
 
 
-def _losses(model: Any, variant: str) -> Any:
+def loss_function(model: Any, variant: str) -> Any:
     """What gives a batch's mean loss a labelled token, as each variant's user would compute it."""
     if variant == "peft":
         return lambda batch: model(**batch).loss
@@ -138,13 +138,13 @@ def _serve(pipe: Connection, case: StepCase, variant: str, device_name: str) -> 
     try:
         device = torch.device(device_name)
         imported = _imported(device)
-        model = _model(case, variant, device)
-        loss_of = _losses(model, variant)
+        model = make_model(case, variant, device)
+        loss_of = loss_function(model, variant)
         trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trainable, lr=1e-4)
         number = 0
         while pipe.recv():
-            batch = _batch(case, number, device)
+            batch = make_batch(case, number, device)
             number += 1
             start = time.perf_counter()
             loss = loss_of(batch)

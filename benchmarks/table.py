@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from .cases import StepCase, dtype_name
 from .goals import Goal
+from .launch import LaunchRow
 from .measure import Row
 from .rivals import FASTLORA, RIVALS
 from .step import StepResult
@@ -18,6 +19,7 @@ BASELINES = {
 MEANINGS = {
     "packed": "packed: the frozen products alone, on copies of the weight that oneDNN has laid out",
     "merged": "merged: the adapter added into the weight beforehand",
+    "addmm": "addmm: torch's products, the adapter's added in place, dropout beside them: the design of Unsloth and Axolotl",
     "peft": "peft: PEFT's own code, eager",
     "compiled": "compiled: the same under torch.compile",
     "fastlora": "fastlora: this library (a row an implementation; * is the one that runs by default)",
@@ -111,8 +113,10 @@ def step_table(results: Sequence[tuple[StepCase, StepResult]]) -> str:
     return "\n".join([legend, "", render(head, body), "", f"fastlora is slower in {lost} of {len(results)} rows"])
 
 
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def _quantity(value: float | None, unit: str) -> str:
+    if value is None:
+        return "-"
+    return {"%": f"{value:.1f} %", "tokens/s": f"{value:,.0f} tokens/s"}.get(unit, f"{value:.2f}")
 
 
 def _met(goal: Goal) -> str:
@@ -120,30 +124,51 @@ def _met(goal: Goal) -> str:
 
 
 def goals_table(goals: Sequence[Goal], notes: Sequence[str]) -> str:
-    """The table of the goals, and how many are met."""
-    head = ["goal", "case", "numbers", "at most", "fastlora", "of goal", "met", "peft", "floor"]
-    body = [
-        [one.what, one.case, one.numbers, ("at least " if one.at_least else "") + _ratio(one.goal)]
-        + [_ratio(one.ours), _ratio(one.of_goal()), _met(one), _ratio(one.peft), _ratio(one.floor)]
-        for one in goals
-    ]
-    legend = [
+    """The table of the goals, and how many are met. A column without an entry is left out."""
+    columns: dict[str, list[str]] = {
+        "goal": [one.what for one in goals],
+        "case": [one.case for one in goals],
+        "numbers": [one.numbers for one in goals],
+        "at most": [("at least " if one.at_least else "") + _quantity(one.goal, one.unit) for one in goals],
+        "first step": [_quantity(one.first_step, one.unit) for one in goals],
+        "fastlora": [_quantity(one.ours, one.unit) for one in goals],
+        "runs": [one.implementation or "-" for one in goals],
+        "of goal": [_quantity(one.of_goal(), "") for one in goals],
+        "met": [_met(one) for one in goals],
+        "peft": [_quantity(one.peft, one.unit) for one in goals],
+        "floor": [_quantity(one.floor, one.unit) for one in goals],
+    }
+    for name in dict.fromkeys(name for one in goals for name in one.rivals):
+        columns[name] = [_quantity(one.rivals.get(name), one.unit) for one in goals]
+    shown = {title: cells for title, cells in columns.items() if set(cells) != {"-"}}
+    met = [one.is_met() for one in goals if one.goal is not None]
+    text = render(list(shown), list(zip(*shown.values(), strict=True)))
+    return "\n".join([*_legend(goals), "", text, "", f"{sum(map(bool, met))} of {len(met)} goals are met", *notes])
+
+
+def _legend(goals: Sequence[Goal]) -> list[str]:
+    if any(one.first_step is not None for one in goals):
+        return [
+            "goals on a card: percent over what the frozen layers take, forward and dx; medians timed in turn, weights from memory, not the cache;"
+            " fastlora: PEFT layers as `accelerate` leaves them",
+            "eager: launched by Python; CUDA graph: replayed. A name ending in 32: with float32 adapters under autocast, else they are bfloat16;"
+            " reference, triton, cuda: fastlora forced to use that implementation",
+            MEANINGS["addmm"],
+        ]
+    return [
         "goals: time over that of the plain frozen layers, or of PEFT's training step, medians timed in turn;"
         " fastlora: PEFT layers as `accelerate` leaves them",
         "floor: the frozen products alone, packed by oneDNN, times the FLOPs that LoRA adds: the best that oneDNN allows here",
     ]
-    met = [one.is_met() for one in goals if one.goal is not None]
-    return "\n".join(
-        [*legend, "", render(head, body), "", f"{sum(map(bool, met))} of {len(met)} goals are met", *notes]
-    )
 
 
 def goals_markdown(goals: Sequence[Goal]) -> str:
     """The goals for the README: a line a kind, the best and the worst of its cases."""
 
-    def between(values: Iterable[float | None]) -> str:
-        known = sorted({_ratio(value) for value in values if value is not None})
-        return " to ".join(dict.fromkeys((known[0], known[-1]))) if known else ""
+    def between(values: Iterable[float | None], unit: str) -> str:
+        known = sorted(value for value in values if value is not None)
+        ends = [_quantity(value, unit) for value in known[:1] + known[-1:]]
+        return " to ".join(dict.fromkeys(ends))
 
     kinds: dict[str, list[Goal]] = {}
     for one in goals:
@@ -151,8 +176,25 @@ def goals_markdown(goals: Sequence[Goal]) -> str:
             kinds.setdefault(one.what, []).append(one)
     lines = ["| | goal | fastlora | PEFT | met |", "|---|---|---|---|---|"]
     for what, found in kinds.items():
-        sign = "≥" if found[0].at_least else "≤"
-        cells = [f"{sign} {between(one.goal for one in found)}", between(one.ours for one in found)]
-        cells += [between(one.peft for one in found), f"{sum(bool(one.is_met()) for one in found)} of {len(found)}"]
+        sign, unit = "≥" if found[0].at_least else "≤", found[0].unit
+        cells = [f"{sign} {between((one.goal for one in found), unit)}", between((one.ours for one in found), unit)]
+        cells += [
+            between((one.peft for one in found), unit),
+            f"{sum(bool(one.is_met()) for one in found)} of {len(found)}",
+        ]
         lines.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def launch_table(rows: Sequence[LaunchRow], notes: Sequence[str]) -> str:
+    """Microseconds a call, by rival; a second line where a CUDA graph was replayed."""
+    names = list(dict.fromkeys(name for row in rows for name in row.microseconds))
+    body = []
+    for row in rows:
+        for how, values in (("call", row.microseconds), ("replayed", row.graph_microseconds)):
+            if values:
+                cells = [row.case, row.shape, row.numbers, row.pass_, row.implementation, how]
+                body.append(cells + [f"{values[name]:.1f}" if name in values else "-" for name in names])
+    head = ["case", "shape", "numbers", "pass", "runs", "microseconds a", *names]
+    legend = "launch: small layers called in a row, wall-clock microseconds a call; replayed: the same calls as one CUDA graph"
+    return "\n".join([legend, "", render(head, body), *notes])

@@ -7,6 +7,7 @@ plain message; FASTLORA_TRACEBACK=1 shows where it came from.
 
 import functools
 import json
+import math
 import os
 import sys
 import warnings
@@ -315,11 +316,12 @@ def tune(
     output: Annotated[
         Path | None, typer.Option(help="Write a table to ship, in place of this machine's cache.")
     ] = None,
+    seconds: Annotated[float, typer.Option(help="Begin no measurement after so many seconds.")] = math.inf,
 ) -> None:
     """Check every implementation on this machine and time it: what is slower than plain PyTorch is not used."""
     from fastlora.tune import tune as tune_machine
 
-    path, found = tune_machine(device, output)
+    path, found = tune_machine(device, output, seconds=seconds)
     table = Table(
         "operator", "dtype", "weight", "rows", "dropout", "implementation", "of plain PyTorch's time", box=None
     )

@@ -1,11 +1,13 @@
 """What this machine has, what it lacks, and what each lack costs: `fastlora env`."""
 
+import json
 import os
 import platform
 import shutil
 import sys
 from collections import Counter
 from importlib import metadata
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -24,6 +26,8 @@ COMPILERS = {
     "g++": "the native extension cannot be built: CPUs run plain PyTorch (reference)",
     "nvcc": "nothing yet: this version has no CUDA C++ implementation",
 }
+RESULTS = Path(__file__).parent / "benchmarks" / "results"
+ON_CARDS = {"reference": "plain PyTorch", "triton": "Triton", "cuda": "CUDA C++"}
 
 
 class Finding(NamedTuple):
@@ -84,8 +88,44 @@ def _compilers() -> list[Finding]:
     return found
 
 
+def cards_of(implementation: str, results: Path = RESULTS) -> dict[str, str]:
+    """The kinds of card on which it was checked and timed, and when: what the result files of `python -m benchmarks goals --device cuda` say."""
+    found = {}
+    for path in sorted(results.glob("*-goals.json")):
+        content = json.loads(path.read_text())
+        machine = content["machine"]
+        if machine.get("device") == "cuda":
+            if any(implementation in (row["implementation"], *row["rivals"]) for row in content["rows"]):
+                found[machine["kind"]] = machine["date"]
+    return found
+
+
+def card_status(results: Path = RESULTS) -> str:
+    """What no card has run yet, in a sentence: README has it, word for word."""
+    cards = {title: ", ".join(cards_of(name, results)) for name, title in ON_CARDS.items()}
+    lacking = [title for title, kinds in cards.items() if not kinds]
+    if len(lacking) == len(cards):
+        return "No card has run fastlora yet."
+    ran = [f"{title} has run on {kinds}" for title, kinds in cards.items() if kinds]
+    ran += [f"no card has run {' or '.join(lacking)} yet"] if lacking else []
+    text = "; ".join(ran) + "."
+    return text[0].upper() + text[1:]
+
+
+def _on_cards(implementation: str) -> str:
+    cards = cards_of(implementation)
+    if not torch.cuda.is_available():
+        return f"run on {', '.join(cards)}" if cards else "no card has run it yet"
+    date = cards.get(tuned.kind_of("cuda"))
+    return f"checked and timed on this kind of card, {date}" if date else "no card of this kind has run it yet"
+
+
 def _implementations() -> list[Finding]:
-    return [Finding("implementation", name, present, reason) for name, present, reason in ops.availability()]
+    found = []
+    for name, present, reason in ops.availability():
+        mark = f"; on cards: {_on_cards(name)}" if name in ON_CARDS else ""
+        found.append(Finding("implementation", name, present, reason + mark))
+    return found
 
 
 def _measurements() -> list[Finding]:

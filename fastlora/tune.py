@@ -75,13 +75,16 @@ def problems(
     return found
 
 
-def tune(device: str, output: Path | None = None, progress: bool = True) -> tuple[Path | None, list[Measurement]]:
+def tune(
+    device: str, output: Path | None = None, progress: bool = True, seconds: float = math.inf
+) -> tuple[Path | None, list[Measurement]]:
     """Measure every operator on this machine, a minute or two; returns the file written and what it holds.
 
     Args:
         device: cpu or cuda.
-        output: the file to write; None: this machine's cache, which is used from now on.
+        output: the file to write, after every class; None: this machine's cache, which is used from now on.
         progress: show a bar.
+        seconds: after so many no class is begun, and what was measured is all; on a card bfloat16 comes first.
 
     Raises:
         ValueError: there is no such device here, or nothing but plain PyTorch runs on it.
@@ -92,15 +95,21 @@ def tune(device: str, output: Path | None = None, progress: bool = True) -> tupl
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': torch sees no CUDA card here")
     todo = problems(device, list(PROBLEMS), ops.KERNEL_DTYPES, list(SHAPES))
+    if device == "cuda":
+        todo.sort(key=lambda problem: problem.dtype != torch.bfloat16)
     found: list[Measurement] = []
+    began = time.perf_counter()
     for problem in tqdm(todo, desc=f"fastlora tune, {device}", unit="class", disable=not progress):
+        if time.perf_counter() - began > seconds:
+            break
         found += measure(problem, torch.device(device), TUNE_SECONDS)
+        if output is not None and found:
+            tuned.write(output, device, found, f"fastlora tune --device {device} --output {output.name}")
     if not found:
         missing = "; ".join(f"{one.implementation}: {one.reason}" for one in ops.availability() if not one.present)
         raise ValueError(f"nothing but plain PyTorch runs on {device}, nothing to measure ({missing})")
     if output is None:
         return tuned.keep(device, found, f"fastlora tune --device {device}"), found
-    tuned.write(output, device, found, f"fastlora tune --device {device} --output {output.name}")
     return output, found
 
 

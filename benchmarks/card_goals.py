@@ -1,0 +1,397 @@
+"""The goals on a card, and how near fastlora comes to each, launched by Python (eager) and replayed as a CUDA graph.
+
+one layer, forward and backward     8192 rows, bfloat16, dropout 0.1: percent over the frozen layer's own forward and dx
+the forward's main kernel           percent over cuBLAS's bare product
+decode, 8 adapters mixed            part of the bandwidth bound: the least bytes of a call over what this card copies or reads, measured in the run
+prefill, 8 adapters mixed           percent over the frozen layer
+errors                              against float64, over those of PEFT's own layer
+Llama-3-8B, random weights          tokens a second of whole training steps (model.py)
+the seven layers of one block       percent over the frozen layers; q, k and v share their x, gate and up theirs
+
+A line of the table is measured at a time, so that one that fails, or breaks the process, takes no other with it.
+"""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from .cases import (
+    CARD_BLOCK,
+    CARD_DECODE,
+    CARD_ERRORS,
+    CARD_KERNEL,
+    CARD_LAYERS,
+    CARD_MODEL,
+    CARD_PREFILL,
+    BlockCase,
+    Case,
+    LoRALinearCase,
+    MultiLoRACase,
+    StepCase,
+)
+from .clock import (
+    WARM_UP_CALLS,
+    Run,
+    Timing,
+    captured,
+    clock_of,
+    graph_pool,
+    main_kernel,
+    sweep,
+    time_in_turn,
+    wait_for,
+)
+from .gate import block_errors, errors, errors_beside_peft
+from .goals import Goal
+from .machine import measure_bandwidths
+from .measure import CaseError, require_right
+from .model import measure_model
+from .rivals import FASTLORA, Problem, build, build_for_card, choice, kernels_of
+
+EAGER, GRAPH = "eager", "CUDA graph"
+SECONDS = 2.0  # of timing, a line and mode
+LAYER_GOALS = {(4096, 16): (5.0, 12.0), (8192, 16): (3.0, 6.0), (4096, 64): (8.0, 16.0)}  # (K, R): percent, first step
+BLOCK_GOAL, KERNEL_GOAL, PREFILL_GOAL = (4.0, 8.0), (1.0, 5.0), (3.0, 8.0)
+DECODE_GOAL = (80.0, 60.0)  # percent of the bound
+MODEL_GOAL = (15_000.0, 12_500.0)  # tokens a second
+KERNEL_ROUNDS, KERNEL_CALLS = 7, 5
+OUT_OF_TIME = "not timed: out of time"
+# PEFT's mixed batches index by Python lists, which are copied to the card in each call: no graph can hold that.
+UNCAPTURABLE = {("multi_lora", "peft")}
+
+
+class BrokenProcessError(RuntimeError):
+    """After an error the device computes nothing more in this process. `culprit`: what is to be left out from now on."""
+
+    def __init__(self, culprit: str, error: Exception) -> None:
+        super().__init__(f"{culprit}: {first_line(error)}")
+        self.culprit = culprit
+
+
+@dataclass
+class Session:
+    """Where lines are measured, and what they have to say beside figures."""
+
+    device: torch.device
+    notes: list[str]
+    refused: frozenset[str] = frozenset()  # rivals and implementations, or those in a mode, that broke a process before
+
+    def may_run(self, name: str, mode: str) -> bool:
+        return not self.refused & {name, f"{name}, {mode}"}
+
+    def attempt(self, what: str, name: str, action: Callable[[], Any], mode: str = EAGER) -> Any:
+        """The action's result; where it fails, a note and None.
+
+        Raises:
+            BrokenProcessError: the device does not answer any more.
+        """
+        try:
+            result = action()
+            wait_for(self.device)
+            return result
+        except CaseError as error:
+            self.notes.append(str(error))
+        except Exception as error:
+            if not answers(self.device):
+                raise BrokenProcessError(name if mode == EAGER else f"{name}, {mode}", error) from error
+            self.notes.append(f"{what}: {name} fails: {first_line(error)}")
+        return None
+
+
+def answers(device: torch.device) -> bool:
+    """Whether the device still computes and draws: after a bad access, or a capture that failed, it may not."""
+    try:
+        return bool(torch.rand(1, device=device).item() >= 0)
+    except RuntimeError:
+        return False
+
+
+def first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+Line = Callable[[Session], Iterator[Goal]]
+
+
+@dataclass
+class Record:
+    """What was found so far: the result file holds it after every figure, and another process can go on from there."""
+
+    rows: list[Goal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    begun: list[str] = field(default_factory=list)  # lines that were measured, or failed
+    failed: list[str] = field(default_factory=list)  # those of them that have no figure
+    refused: list[str] = field(default_factory=list)  # as Session's
+
+
+def measure_card(
+    lines: Mapping[str, Line], device: torch.device, record: Record, save: Callable[[], object], say: Callable[[str], None],
+    deadline: float,
+) -> bool:  # fmt: skip
+    """Measure what the record lacks, and save after every figure; False where this process can do no more and another one should go on.
+
+    deadline: in seconds of time.perf_counter; no line is begun after it.
+    """
+    for name in [name for name in lines if name not in record.begun]:
+        if time.perf_counter() > deadline:
+            record.notes.append(f"{name}: {OUT_OF_TIME}")
+            continue
+        say(f"goals: {name}")
+        record.begun.append(name)
+        before = len(record.rows)
+        try:
+            for goal in lines[name](Session(device, record.notes, frozenset(record.refused))):
+                record.rows.append(goal)
+                save()
+        except BrokenProcessError as error:
+            record.notes.append(f"{name}: {error}: the process was of no more use")
+            record.refused.append(error.culprit)
+            record.begun.remove(name)  # without the culprit it can be measured
+            del record.rows[before:]
+        except Exception as error:  # whatever it is, the other lines can do without this one
+            record.notes.append(f"{name}: {first_line(error)}")
+            record.failed.append(name)
+        save()
+        if not answers(device):
+            return False
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    save()
+    return True
+
+
+def card_lines() -> dict[str, Line]:
+    """Every line of the table by its name, what matters most first."""
+    lines: dict[str, Line] = {}
+    for case in CARD_LAYERS:
+        lines[f"layer {case.K} r {case.R}"] = lambda session, case=case: layer_line(session, case)
+    lines["kernel"] = lambda session: kernel_line(session, CARD_KERNEL)
+    lines["decode"] = lambda session: decode_line(session, CARD_DECODE)
+    lines["prefill"] = lambda session: prefill_line(session, CARD_PREFILL)
+    for case in CARD_ERRORS:
+        lines[f"errors, {case.number_format()}"] = lambda session, case=case: error_line(session, case)
+    lines["model"] = lambda session: model_line(session, CARD_MODEL)
+    lines["block"] = lambda session: block_line(session, CARD_BLOCK)
+    return lines
+
+
+def percent_over(ratio: float) -> float:
+    return 100 * (ratio - 1)
+
+
+def may_be_tried(session: Session, operator: str) -> list[str]:
+    """Plain PyTorch and the kernels of this device that broke no process yet."""
+    return [name for name in ("reference", *kernels_of(operator, session.device)) if session.may_run(name, EAGER)]
+
+
+def sound_implementations(session: Session, operator: str, case: Case, training: bool) -> list[str]:
+    """Those that are within their bounds on this very case."""
+    sound = []
+    for name in may_be_tried(session, operator):
+        what = f"{operator} {name}, {case.name} {case.shape(training)}"
+        if session.attempt(
+            what, name, lambda name=name, what=what: require_right(what, errors(case, training, name, session.device))
+        ):
+            sound.append(name)
+    if choice(case, training, session.device) not in sound:
+        raise CaseError(f"{operator}, {case.name} {case.shape(training)}: what runs by default is wrong: not timed")
+    return sound
+
+
+def all_runs(problem: Problem, training: bool, implementations: Sequence[str]) -> dict[str, Run]:
+    """Every rival, and fastlora once more for each implementation forced."""
+    runs = {name: problem.run(name, training) for name in problem.rivals}
+    return runs | {name: problem.run(FASTLORA, training, name) for name in implementations}
+
+
+def times_by_mode(
+    session: Session, what: str, operator: str, runs: Mapping[str, Run], copies: int
+) -> Iterator[tuple[str, dict[str, Timing]]]:
+    """(mode, seconds and ratios of what can run in it), the first run the baseline; a timed call meets every copy once.
+
+    Raises:
+        CaseError: the baseline or fastlora cannot run.
+        BrokenProcessError: something ended the process's use of the device.
+    """
+    clock = clock_of(session.device)
+    for mode in (EAGER, GRAPH):
+        ready: dict[str, Run] = {}
+        pool = graph_pool(session.device)
+        for name, run in runs.items():
+            if not session.may_run(name, mode) or (mode == GRAPH and (operator, name) in UNCAPTURABLE):
+                continue
+            prepared = session.attempt(
+                f"{what}, {mode}",
+                name,
+                lambda run=run, mode=mode, pool=pool: _ready(run, copies, mode, session.device, pool),
+                mode,
+            )
+            if prepared is not None:
+                ready[name] = prepared
+            else:
+                pool = graph_pool(session.device)  # the one of a failed capture takes no other
+        for name in (next(iter(runs)), FASTLORA):
+            if name not in ready:
+                raise CaseError(f"{what}, {mode}: {name} does not run: not timed")
+        times = time_in_turn(ready, clock, SECONDS)
+        yield mode, {name: one._replace(seconds=one.seconds / copies) for name, one in times.items()}
+
+
+def _ready(run: Run, copies: int, mode: str, device: torch.device, pool: Any) -> Run:
+    whole = sweep(run, copies)
+    if mode == GRAPH:
+        return captured(whole, device, pool)
+    for turn in range(WARM_UP_CALLS):
+        whole(turn)
+    return whole
+
+
+def _goal(
+    what: str,
+    case: str,
+    numbers: str,
+    unit: str,
+    targets: tuple[float, float],
+    values: Mapping[str, float],  # in that unit: "fastlora", "peft" and others
+    seconds: Mapping[str, float],
+    runs: str,  # the implementation that fastlora's value is of
+    at_least: bool = False,
+) -> Goal:
+    others = {name: value for name, value in values.items() if name not in ("frozen", "peft", FASTLORA)}
+    return Goal(
+        what, case, numbers, targets[0], values[FASTLORA], values.get("peft"),
+        at_least=at_least, seconds=dict(seconds), unit=unit, first_step=targets[1], rivals=others, implementation=runs,
+    )  # fmt: skip
+
+
+def _over_frozen(
+    session: Session, what: str, operator: str, case: Case | BlockCase, training: bool, runs: dict[str, Run], copies: int,
+    targets: tuple[float, float], default: str,
+) -> Iterator[Goal]:  # fmt: skip
+    for mode, times in times_by_mode(session, what, operator, runs, copies):
+        yield _goal(
+            f"{what} over frozen, {mode}", case.shape(training), case.number_format(), "%", targets,
+            {name: percent_over(one.ratio) for name, one in times.items()},
+            {name: one.seconds for name, one in times.items()}, default,
+        )  # fmt: skip
+
+
+def layer_line(session: Session, case: LoRALinearCase) -> Iterator[Goal]:
+    """One layer's forward and backward over the frozen layer's forward and dx."""
+    what = f"a layer, forward and backward, {case.K} to {case.N}, r {case.R}"
+    names = sound_implementations(session, "lora_linear", case, True)
+    problem = build_for_card(case, session.device)
+    targets = LAYER_GOALS[case.K, case.R]
+    default = choice(case, True, session.device)
+    wide = replace(case, adapter_dtype=torch.float32)
+    require_right(f"{what}, float32 adapters", errors(wide, True, default, session.device))
+    yield from _over_frozen(
+        session, what, "lora_linear", case, True, all_runs(problem, True, names), problem.copies, targets, default
+    )
+
+
+def block_line(session: Session, case: BlockCase) -> Iterator[Goal]:
+    """The seven linear layers of a block, forward and backward, over the frozen ones."""
+    what = f"the seven linear layers of a {case.name}, forward and backward"
+    require_right(what, block_errors(case, session.device))
+    names = []
+    for name in may_be_tried(session, "lora_linear"):
+        check = f"{what}, {name}"
+        if session.attempt(
+            check, name, lambda name=name, check=check: require_right(check, block_errors(case, session.device, name))
+        ):
+            names.append(name)
+    problem = build_for_card(case, session.device)
+    one = LoRALinearCase(
+        case.name, case.M, case.hidden, case.hidden, case.R, case.dtype, case.adapter_dtype, case.dropout_p
+    )
+    default = choice(one, True, session.device)
+    yield from _over_frozen(
+        session, what, "lora_linear", case, True, all_runs(problem, True, names), problem.copies, BLOCK_GOAL, default
+    )
+
+
+def prefill_line(session: Session, case: MultiLoRACase) -> Iterator[Goal]:
+    """A mixed batch of many rows, forward, over the frozen layer."""
+    what = f"prefill, {case.B * case.T} tokens, {len(case.ranks)} adapters mixed"
+    names = sound_implementations(session, "multi_lora", case, False)
+    problem = build(case, False, session.device)
+    default = choice(case, False, session.device)
+    yield from _over_frozen(
+        session, what, "multi_lora", case, False, all_runs(problem, False, names), problem.copies, PREFILL_GOAL, default
+    )
+
+
+def decode_line(session: Session, case: MultiLoRACase) -> Iterator[Goal]:
+    """A mixed batch of a token each: the bytes that a call must move at least, over this card's bandwidth, in percent of its time."""
+    names = sound_implementations(session, "multi_lora", case, False)
+    problem = build(case, False, session.device)
+    runs = all_runs(problem, False, names)
+    bandwidths = measure_bandwidths(session.device)
+    least = case.work(False).bytes / max(bandwidths.values())
+    rates = ", ".join(f"{name} {rate / 1e9:.0f} GB/s" for name, rate in bandwidths.items())
+    session.notes.append(
+        f"decode: {problem.copies} weights in turn; this device's bandwidth, measured beside it: {rates}"
+    )
+    what = f"decode, batch {case.B}, {len(case.ranks)} adapters mixed"
+    for mode, times in times_by_mode(session, what, "multi_lora", runs, problem.copies):
+        yield _goal(
+            f"{what}, of the bandwidth bound, {mode}", case.shape(False), case.number_format(), "%", DECODE_GOAL,
+            {name: 100 * least / one.seconds for name, one in times.items()},
+            {name: one.seconds for name, one in times.items()}, choice(case, False, session.device), at_least=True,
+        )  # fmt: skip
+
+
+def kernel_line(session: Session, case: LoRALinearCase) -> Iterator[Goal]:
+    """The longest kernel of fastlora's forward over the longest of the frozen layer's: what the rank step costs the product."""
+    names = sound_implementations(session, "lora_linear", case, False)
+    problem = build(case, False, session.device)
+    runs = {name: problem.run(name, False) for name in ("frozen", FASTLORA)}
+    runs |= {name: problem.run(FASTLORA, False, name) for name in names}
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(KERNEL_ROUNDS):
+        for name, run in runs.items():
+            kernel = main_kernel(run, session.device, KERNEL_CALLS)
+            found[name].append(kernel.seconds)
+            if number == 0:
+                session.notes.append(f"main kernel of {name}: {kernel.name[:100]}")
+    ratios = {name: statistics.median(map(float.__truediv__, times, found["frozen"])) for name, times in found.items()}
+    yield _goal(
+        "the forward's main kernel over cuBLAS's product", case.shape(False), case.number_format(), "%", KERNEL_GOAL,
+        {name: percent_over(ratio) for name, ratio in ratios.items()},
+        {name: statistics.median(times) for name, times in found.items()}, choice(case, False, session.device),
+    )  # fmt: skip
+
+
+def error_line(session: Session, case: LoRALinearCase) -> Iterator[Goal]:
+    """The worst of y, dx, dA and dB, each error against float64 over that of PEFT's own layer."""
+    names = may_be_tried(session, "lora_linear")
+    found = errors_beside_peft(case, names, session.device)
+    own = found.pop("peft")
+    worst = {name: max(error / own[result] for result, error in each.items()) for name, each in found.items()}
+    listed = ", ".join(f"{result} {error:.2g}" for result, error in own.items())
+    session.notes.append(f"PEFT's errors against float64, {case.number_format()}: {listed}")
+    default = choice(case, True, session.device)
+    values = {"peft": 1.0, FASTLORA: worst[default], **worst}
+    what = f"error against float64 over PEFT's, {case.number_format()}"
+    yield _goal(what, case.shape(True), case.number_format(), "", (1.0, 1.0), values, {}, default)
+
+
+def model_line(session: Session, case: StepCase) -> Iterator[Goal]:
+    """Whole training steps, in tokens a second."""
+    tokens = case.batch * case.tokens
+    timed = {}
+    for variant, seconds in measure_model(case, session.device, session.notes):
+        timed[variant] = seconds
+        if variant != "peft":
+            yield _goal(
+                f"{case.name}, training, {variant}", case.shape(), "bfloat16, A and B float32", "tokens/s", MODEL_GOAL,
+                {FASTLORA: tokens / seconds, **({"peft": tokens / timed["peft"]} if "peft" in timed else {})},
+                dict(timed), "", at_least=True,
+            )  # fmt: skip

@@ -1,0 +1,31 @@
+"""python -m benchmarks.sanitize: every implementation once on odd sizes, for compute-sanitizer, under which all is many times slower.
+
+It imports no more than it needs. Exit code 1: a result is wrong.
+"""
+
+import sys
+
+import torch
+
+from fastlora import ops, tune
+
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def flaws(device: torch.device) -> list[str]:
+    """What is wrong with the implementations on this device, in sizes that no tile divides, with dropout and a bias."""
+    found = []
+    for op, make in tune.PROBLEMS.items():
+        for dtype in DTYPES:
+            calls = make(*tune.ODD_SHAPE, dtype, device, True)
+            for name in ops.candidates(op, device, dtype):
+                checked = [(one, tune.find_flaw(one, name, its_calls[0])) for one, its_calls in calls.items()]
+                found += [f"{one}, {name}: {flaw}" for one, flaw in checked if flaw is not None]
+                print(f"{op}, {name}, {dtype}: ran", flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    wrong = flaws(torch.device(sys.argv[1] if len(sys.argv) > 1 else "cuda"))
+    print("\n".join(wrong))
+    sys.exit(bool(wrong))

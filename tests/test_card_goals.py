@@ -1,0 +1,281 @@
+"""The goals on a card, rehearsed: every line of their table at tiny sizes on the CPU, where a CUDA graph is the run itself; and `make gpu`."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import __main__ as command
+from benchmarks import card_goals, cases, launch, model, plot, rivals, sanitize, table
+from benchmarks.card_goals import EAGER, GRAPH, Record, Session
+from benchmarks.cases import BOTH, StepCase
+from benchmarks.goals import Goal
+from fastlora import environment
+
+CPU = torch.device("cpu")
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hardly timed, and without torch.compile, which takes longer than all the rest."""
+    for module in (card_goals, launch):
+        monkeypatch.setattr(module, "SECONDS", 0.001)
+    monkeypatch.setattr(card_goals, "KERNEL_ROUNDS", 2)
+    monkeypatch.setattr(rivals, "MOST_COPIES", 2)
+    monkeypatch.setattr(launch, "CALLS", 2)
+    monkeypatch.setattr(model, "STEP_SECONDS", 0.001)
+    monkeypatch.setattr(torch, "compile", lambda layer, **_: layer)
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
+    monkeypatch.setattr(card_goals, "measure_bandwidths", lambda _: {"copy": 1e9, "read": 2e9})
+
+
+def tiny(case: Any) -> Any:
+    """The case with its dtypes and dropout, in sizes that cost nothing."""
+    sizes: dict[str, Any] = {
+        "M": 6,
+        "K": 16,
+        "N": 24,
+        "R": 4,
+        "hidden": 16,
+        "intermediate": 24,
+        "kv_width": 8,
+        "B": 4,
+        "ranks": (2, 3),
+    }
+    if isinstance(case, StepCase):
+        sizes = {
+            "hidden": 32,
+            "intermediate": 64,
+            "layers": 2,
+            "heads": 2,
+            "kv_heads": 1,
+            "vocabulary": 64,
+            "tokens": 8,
+        }
+    if getattr(case, "T", 1) > 1:
+        sizes["T"] = 3
+    return replace(case, **{name: size for name, size in sizes.items() if hasattr(case, name)})
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> dict[str, card_goals.Line]:
+    for name in ("CARD_BLOCK", "CARD_DECODE", "CARD_KERNEL", "CARD_MODEL", "CARD_PREFILL"):
+        monkeypatch.setattr(card_goals, name, tiny(getattr(cases, name)))
+    monkeypatch.setattr(card_goals, "CARD_LAYERS", (tiny(cases.CARD_LAYERS[0]),))
+    monkeypatch.setattr(card_goals, "CARD_ERRORS", tuple(map(tiny, cases.CARD_ERRORS)))
+    monkeypatch.setattr(card_goals, "LAYER_GOALS", {(16, 4): (5.0, 12.0)})
+    return card_goals.card_lines()
+
+
+def measured(lines: dict[str, card_goals.Line], *names: str) -> Record:
+    record = Record()
+    chosen = {name: lines[name] for name in names or lines}
+    assert card_goals.measure_card(chosen, CPU, record, lambda: None, lambda _: None, float("inf"))
+    return record
+
+
+def test_every_line_has_its_goals_eager_and_by_graph(lines) -> None:
+    record = measured(lines)
+    assert record.failed == [] and record.begun == list(lines)
+    by_name: dict[str, Goal] = {row.what: row for row in record.rows}
+    assert len(by_name) == len(record.rows) == 14
+    training = {"merged", "addmm", "compiled", "peft32", "fastlora32", "reference"}
+    for start, others in (
+        ("a layer", training),
+        ("the seven", training - {"merged"}),
+        ("prefill", {"reference"}),
+        ("decode", {"reference"}),
+    ):
+        rows = {
+            mode: row
+            for mode in (EAGER, GRAPH)
+            for what, row in by_name.items()
+            if what.startswith(start) and what.endswith(mode)
+        }
+        assert set(rows) == {EAGER, GRAPH}
+        for row in rows.values():
+            assert others <= row.rivals.keys()
+            assert set(row.seconds) >= {"frozen", "fastlora", *others} and all(
+                value > 0 for value in row.seconds.values()
+            )
+            assert row.unit == "%" and row.first_step is not None
+        assert rows[EAGER].peft is not None and (rows[GRAPH].peft is None) == (start in ("prefill", "decode"))
+    for row in by_name.values():
+        if "over frozen" in row.what:  # percent over the baseline, in the same rounds
+            assert row.ours > -100
+        if row.unit == "tokens/s":
+            assert row.at_least and row.ours > 0
+    decode = next(row for row in record.rows if row.what.startswith("decode"))
+    least = tiny(cases.CARD_DECODE).work(False).bytes / 2e9
+    assert decode.ours == pytest.approx(100 * least / decode.seconds["fastlora"]) and decode.at_least
+    for row in record.rows:
+        if row.what.startswith("error"):
+            assert row.goal == 1.0 and 0 < row.rivals["reference"] < 3
+    text = table.goals_table(record.rows, record.notes)
+    assert "first step" in text and "peft32" in text and "floor" not in text.splitlines()[4]
+    assert "| ≥ 15,000 tokens/s |" in table.goals_markdown(record.rows)
+
+
+def test_a_line_that_fails_takes_no_other_with_it(lines, monkeypatch) -> None:
+    def fail(_: Session) -> Any:
+        raise MemoryError("no room\nat all")
+        yield
+
+    saved: list[int] = []
+    record = Record()
+    two = {"bad": fail, "kernel": lines["kernel"]}
+    assert card_goals.measure_card(two, CPU, record, lambda: saved.append(len(record.rows)), print, float("inf"))
+    assert record.failed == ["bad"] and "bad: no room" in record.notes and len(record.rows) == 1
+    assert saved[-1] == 1
+    late = Record()
+    assert card_goals.measure_card(two, CPU, late, lambda: None, print, float("-inf"))
+    assert (late.begun, late.rows) == ([], []) and late.notes == [f"{name}: {card_goals.OUT_OF_TIME}" for name in two]
+
+
+def test_what_breaks_the_process_is_left_out_by_the_next_one(lines, monkeypatch) -> None:
+    record = Record()
+    two = {name: lines[name] for name in ("prefill", "kernel")}
+    with monkeypatch.context() as broken:
+
+        def break_it(*_: object) -> Any:
+            broken.setattr(card_goals, "answers", lambda _: False)
+            raise RuntimeError("an illegal memory access was encountered")
+
+        broken.setattr(card_goals, "captured", break_it)
+        assert not card_goals.measure_card(two, CPU, record, lambda: None, print, float("inf"))
+    assert record.refused == [f"frozen, {GRAPH}"] and record.begun == [] and record.rows == []
+    eager, graph = lines["prefill"](Session(CPU, [], frozenset([f"reference, {GRAPH}"])))
+    assert "reference" in eager.rivals and "reference" not in graph.rivals
+
+
+def test_a_wrong_implementation_is_not_timed(lines, monkeypatch) -> None:
+    def wrong(case: Any, training: bool, implementation: str, device: torch.device) -> list[Any]:
+        return [card_goals_errors(case, training, implementation, device)[0]._replace(error=float("nan"))]
+
+    card_goals_errors = card_goals.errors
+    monkeypatch.setattr(card_goals, "errors", wrong)
+    record = Record()
+    assert card_goals.measure_card({"prefill": lines["prefill"]}, CPU, record, lambda: None, print, float("inf"))
+    assert record.rows == [] and record.failed == ["prefill"]
+    assert any("not timed" in note for note in record.notes)
+
+
+@pytest.mark.parametrize("pass_", BOTH)
+@pytest.mark.parametrize("case", cases.LAUNCHES, ids=lambda case: case.number_format())
+def test_launches_cost_microseconds(case, pass_) -> None:
+    row = launch.measure_launch(case, pass_, Session(CPU, []), with_compile=False)
+    assert {"frozen", "peft", "fastlora", "reference"} <= row.microseconds.keys()
+    assert all(value > 0 for value in row.microseconds.values()) and row.graph_microseconds == {}
+    assert "microseconds a" in table.launch_table([row], [])
+
+
+def test_the_command_writes_the_goals_and_goes_on_from_them(lines, monkeypatch, tmp_path, capsys) -> None:
+    """As on a card: only what asks for the card itself is told that it is the CPU."""
+    two = {name: lines[name] for name in ("kernel", "prefill")}
+    arguments = command._parse(["goals", "--out", str(tmp_path)])
+    monkeypatch.setattr(command, "card_lines", lambda: {"kernel": two["kernel"]})
+    here = replace(command.describe(CPU), device="cuda", kind="some-card-sm90", name="Some Card")
+    assert command._measure_card(here, CPU, arguments, ["goals"], float("inf")) == 0
+    monkeypatch.setattr(command, "card_lines", lambda: two)
+    arguments.resume = True
+    assert command._measure_card(here, CPU, arguments, ["goals", "--resume"], float("inf")) == 0
+    (path,) = tmp_path.iterdir()
+    content = json.loads(path.read_text())
+    assert (
+        content["begun"] == list(two) and len(content["rows"]) == 3 and content["machine"]["kind"] == "some-card-sm90"
+    )
+    assert "over cuBLAS's product" in capsys.readouterr().out
+    assert command.main(["--readme", "--device", "cuda", "--out", str(tmp_path)]) == 0
+    assert "| prefill" in capsys.readouterr().out
+    assert command.main(["--readme", "--out", str(tmp_path)]) == 1  # none of a CPU there
+
+    assert environment.cards_of("reference", tmp_path) == {"some-card-sm90": here.date}
+    assert environment.cards_of("cuda", tmp_path) == {}
+    status = environment.card_status(tmp_path)
+    assert status == "Plain PyTorch has run on some-card-sm90; no card has run Triton or CUDA C++ yet."
+    pytest.importorskip("matplotlib", reason="no matplotlib on this machine")
+    assert plot.main(tmp_path) == 0
+    assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_readme_says_what_no_card_has_run() -> None:
+    assert f"**{environment.card_status()}**" in (ROOT / "README.md").read_text()
+    if not torch.cuda.is_available():
+        marks = {one.name: one.detail for one in environment.describe() if one.part == "implementation"}
+        for name in environment.ON_CARDS:
+            kinds = ", ".join(environment.cards_of(name))
+            assert marks[name].endswith(f"run on {kinds}" if kinds else "no card has run it yet")
+
+
+def test_sanitized_implementations_are_right_here() -> None:
+    assert sanitize.flaws(CPU) == []
+
+
+# torch says that there is a card, and every other command of `make gpu` is written down instead of run.
+STUB = """#!/usr/bin/env bash
+echo "$*" >>"$STUB_LOG"
+case "$*" in
+  *cuda.is_available*|*"import xdist"*) exit 0 ;;
+  *kind_of*) echo some-card-sm90 ;;
+  *describe*) echo '{"name": "Some Card"}' ;;
+  *resume*) exit 0 ;;
+  *"benchmarks goals"*) exit 3 ;;
+  *"fastlora tune"*) sleep 60 ;;
+esac
+"""
+
+
+def gpu(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        ["bash", "benchmarks/gpu.sh", *arguments],
+        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+
+
+def test_make_gpu_stops_a_slow_part_and_goes_on_after_a_broken_process(tmp_path) -> None:
+    stub, log, out = tmp_path / "python", tmp_path / "log", tmp_path / "out"
+    stub.write_text(STUB)
+    stub.chmod(0o755)
+    done = gpu("--out", str(out), "tune", "bench", "plot", PYTHON=str(stub), STUB_LOG=str(log), LIMIT_TUNE="1")
+    content = json.loads((out / "gpu.json").read_text())
+    assert [(part["part"], part["state"]) for part in content["parts"]] == [
+        ("tune", "out of time"),
+        ("bench", "done"),
+        ("plot", "done"),
+    ]
+    assert content["machine"] == {"name": "Some Card"}
+    calls = log.read_text().splitlines()
+    goals = [call for call in calls if call.startswith("-m benchmarks goals")]
+    assert len(goals) == 2 and "--resume" not in goals[0] and goals[1].endswith("--resume")
+    assert any(f"--output {out}/some-card-sm90.json" in call for call in calls)
+    assert done.returncode == 1 and "tune: out of time" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_make_gpu_says_that_there_is_no_card(tmp_path) -> None:
+    done = gpu("--out", str(tmp_path), PYTHON=sys.executable)
+    assert done.returncode == 1 and "torch sees no CUDA card" in done.stdout
+    assert gpu("every", PYTHON=sys.executable).returncode == 2
+
+
+def test_make_gpu_needs_no_package_that_only_training_uses() -> None:
+    """`import fastlora`, and all that `make gpu` runs, on a machine without these."""
+    code = (
+        "import sys\n"
+        "for name in ('datasets', 'trl', 'rouge_score', 'pytest_benchmark', 'xdist'):\n"
+        "    sys.modules[name] = None\n"
+        "import fastlora, fastlora.peft, fastlora.cli, fastlora.environment\n"
+        "from benchmarks import __main__, plot, sanitize, gate, model\n"
+        "fastlora.environment.describe()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
