@@ -28,13 +28,14 @@ def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
 
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling the module does more than its class's forward."""
+    state = module.__dict__
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-        or "_hf_hook" in module.__dict__
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or "forward" in state
+        or "_hf_hook" in state
     )
 
 

@@ -8,7 +8,7 @@ Frozen layers without an adapter are swapped where that is asked for. On a CPU t
 import functools
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -48,9 +48,30 @@ class Report(list[LayerReport]):
         )
 
 
-def _weight_obstacle(base: Any) -> str | None:
+# nn.Module looks for parameters and children last: a layer that asks for them where they lie is called in half the time.
+
+
+def _tensor(module: nn.Module, name: str) -> Any:
+    """The module's parameter of that name, or what stands in its place (a sharded or parametrised weight)."""
+    return module._parameters[name] if name in module._parameters else getattr(module, name)
+
+
+class _Adapter(NamedTuple):
+    """The modules of one adapter of a LoRA layer."""
+
+    lora_a: Any
+    lora_b: Any
+    dropout: Any
+
+    @classmethod
+    def of(cls, layer: nn.Module, adapter: str) -> Self:
+        children: dict[str, Any] = layer._modules
+        return cls(*(children[name]._modules[adapter] for name in ("lora_A", "lora_B", "lora_dropout")))
+
+
+def _weight_obstacle(base: nn.Module) -> str | None:
     """Why the weight and bias of a linear layer are not ours to multiply by, or None."""
-    weight, bias = base.weight, base.bias
+    weight, bias = _tensor(base, "weight"), _tensor(base, "bias")
     if type(weight) not in (nn.Parameter, Tensor):
         return f"the weight is a {type(weight).__name__}"
     if weight.dtype not in functional.FLOATS:
@@ -62,7 +83,7 @@ def _weight_obstacle(base: Any) -> str | None:
 
 def _base_obstacle(layer: lora.Linear) -> str | None:
     """Why the frozen layer under a LoRA layer cannot be fused, or None."""
-    base = layer.base_layer
+    base: Any = layer._modules["base_layer"]
     forward = getattr(type(base), "forward", None)
     if forward not in (nn.Linear.forward, FrozenLinear.forward, Conv1D.forward):
         return f"the base layer is a {type(base).__name__}"
@@ -72,23 +93,25 @@ def _base_obstacle(layer: lora.Linear) -> str | None:
     return obstacle
 
 
-def _weight_of(base: Any) -> Tensor:  # [N, K]
-    return base.weight.t() if isinstance(base, Conv1D) else base.weight
+def _weight_of(base: nn.Module) -> Tensor:  # [N, K]
+    weight = _tensor(base, "weight")
+    return weight.t() if isinstance(base, Conv1D) else weight
 
 
 def _adapter_obstacle(layer: lora.Linear, adapter: str) -> str | None:
     """Why one adapter of a LoRA layer cannot be fused, or None."""
     if adapter in layer.lora_variant:
         return f"adapter {adapter!r} is a {type(layer.lora_variant[adapter]).__name__.removesuffix('LinearVariant')} variant"
-    lora_a, lora_b, dropout = layer.lora_A[adapter], layer.lora_B[adapter], layer.lora_dropout[adapter]
+    lora_a, lora_b, dropout = _Adapter.of(layer, adapter)
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear or type(dropout) not in (nn.Dropout, nn.Identity):
         return (
             f"adapter {adapter!r} is made of {type(lora_a).__name__}, {type(lora_b).__name__}, {type(dropout).__name__}"
         )
-    if lora_b.bias is not None:
+    if _tensor(lora_b, "bias") is not None:
         return f"adapter {adapter!r} has a bias (lora_bias)"
-    if type(lora_a.weight) is not nn.Parameter or type(lora_b.weight) is not nn.Parameter:
-        return f"the weights of adapter {adapter!r} are {type(lora_a.weight).__name__}"
+    kinds = {type(_tensor(lora_a, "weight")), type(_tensor(lora_b, "weight"))}
+    if kinds != {nn.Parameter}:
+        return f"the weights of adapter {adapter!r} are {' and '.join(sorted(kind.__name__ for kind in kinds))}"
     if isinstance(layer.scaling[adapter], Tensor):
         return f"the scaling of adapter {adapter!r} is a tensor"
     if is_hooked(lora_a) or is_hooked(lora_b) or is_hooked(dropout):
@@ -103,17 +126,19 @@ def _dropout_p(dropout: nn.Module) -> float:
 class _Seen(NamedTuple):
     """What `report` needs to know of a layer's last call."""
 
-    rows: int
+    shape: Sequence[int]  # of x
     dtype: torch.dtype
     dropout: bool
     mixed: bool  # a mixed batch, that is multi_lora
-    obstacle: str | None  # why the layer's own forward ran
+    obstacle: str | None  # why the layer's own forward ran; the rest means nothing then
 
     @classmethod
-    def call(cls, x: Tensor, obstacle: str | None, dropout: bool = False, mixed: bool = False) -> Self:
-        if obstacle is not None:
-            return cls(0, torch.float32, dropout, mixed, obstacle)
-        return cls(math.prod(x.shape[:-1]), functional._autocast_dtype(x) or x.dtype, dropout, mixed, None)
+    def call(cls, x: Tensor, dropout: bool = False, mixed: bool = False) -> Self:
+        return cls(x.shape, functional._autocast_dtype(x) or x.dtype, dropout, mixed, None)
+
+    @classmethod
+    def own_forward(cls, obstacle: str) -> Self:
+        return cls((), torch.float32, False, False, obstacle)
 
 
 class FusedLinear(lora.Linear):
@@ -127,24 +152,26 @@ class FusedLinear(lora.Linear):
         adapter_names = kwargs.get("adapter_names")
         used = self._used_adapters(adapter_names)
         obstacle = self._obstacle(x, used, args, kwargs)
-        if not torch.compiler.is_compiling():
-            dropout = any(_dropout_p(self.lora_dropout[adapter]) for adapter in used)
-            self.__dict__["_fastlora_seen"] = _Seen.call(x, obstacle, dropout, mixed=adapter_names is not None)
         if obstacle is not None:
+            if not torch.compiler.is_compiling():
+                self.__dict__["_fastlora_seen"] = _Seen.own_forward(obstacle)
             return super().forward(x, *args, **kwargs)
-        base = self.base_layer
-        weight = _weight_of(base)
+        adapters = [self._arguments(adapter) for adapter in used]
+        if not torch.compiler.is_compiling():
+            dropout = any(each.dropout_p for each in adapters)
+            self.__dict__["_fastlora_seen"] = _Seen.call(x, dropout, mixed=adapter_names is not None)
+        one = adapters[0]
         if adapter_names is not None:
             self._check_forward_args(x, adapter_names=adapter_names)
             return functional.multi_lora(
                 x,
-                weight,
-                base.bias,
-                [self.lora_A[adapter].weight for adapter in used],
-                [self.lora_B[adapter].weight for adapter in used],
-                [self.scaling[adapter] for adapter in used],
+                one.weight,
+                one.bias,
+                [each.lora_a for each in adapters],
+                [each.lora_b for each in adapters],
+                [each.scale for each in adapters],
                 _row_groups(tuple(adapter_names), tuple(used), x.device, torch.is_inference_mode_enabled()),
-                dropout_p=[_dropout_p(self.lora_dropout[adapter]) for adapter in used],
+                dropout_p=[each.dropout_p for each in adapters],
             )
         if len(used) == 1:
             group = self.__dict__.get("_fastlora_group")
@@ -152,21 +179,26 @@ class FusedLinear(lora.Linear):
                 y = group.result_of(self, x)
                 if y is not None:
                     return y
-            one = self._arguments(used[0])
             return functional.lora_linear(
                 x, one.weight, one.bias, one.lora_a, one.lora_b, one.scale, dropout_p=one.dropout_p
             )
-        # A sum of adapters is one adapter of their concatenated rank.
-        lora_a = torch.cat([self.lora_A[adapter].weight for adapter in used])
-        lora_b = torch.cat([self.lora_B[adapter].weight * self.scaling[adapter] for adapter in used], dim=1)
-        dropout_p = _dropout_p(self.lora_dropout[used[0]])
-        return functional.lora_linear(x, weight, base.bias, lora_a, lora_b, 1.0, dropout_p=dropout_p)
+        # A sum of adapters is one adapter of their concatenated rank. With dropout there is an obstacle.
+        lora_a = torch.cat([each.lora_a for each in adapters])
+        lora_b = torch.cat([each.lora_b * each.scale for each in adapters], dim=1)
+        return functional.lora_linear(x, one.weight, one.bias, lora_a, lora_b, 1.0)
 
     def _arguments(self, adapter: str) -> groups.Arguments:
         """What `functional.lora_linear` takes besides x."""
-        lora_a, lora_b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        weight, dropout_p = _weight_of(self.base_layer), _dropout_p(self.lora_dropout[adapter])
-        return groups.Arguments(weight, self.base_layer.bias, lora_a, lora_b, self.scaling[adapter], dropout_p)
+        base: Any = self._modules["base_layer"]
+        lora_a, lora_b, dropout = _Adapter.of(self, adapter)
+        return groups.Arguments(
+            _weight_of(base),
+            _tensor(base, "bias"),
+            _tensor(lora_a, "weight"),
+            _tensor(lora_b, "weight"),
+            self.scaling[adapter],
+            _dropout_p(dropout),
+        )
 
     # PEFT writes into the base weight through `.data`.
 
@@ -208,14 +240,17 @@ class FusedLinear(lora.Linear):
         if obstacle is not None:
             return obstacle
         dtype = functional._autocast_dtype(x) or x.dtype
+        dtypes = set()
         for adapter in used:
             obstacle = _adapter_obstacle(self, adapter)
             if obstacle is not None:
                 return obstacle
-            if self.lora_A[adapter].weight.dtype not in (dtype, torch.float32):
-                return f"adapter {adapter!r} is {self.lora_A[adapter].weight.dtype} and x is {dtype}"
+            own = _tensor(_Adapter.of(self, adapter).lora_a, "weight").dtype
+            if own not in (dtype, torch.float32):
+                return f"adapter {adapter!r} is {own} and x is {dtype}"
+            dtypes.add(own)
         if len(used) > 1:
-            if len({self.lora_A[adapter].weight.dtype for adapter in used}) > 1:
+            if len(dtypes) > 1:
                 return "the adapters have different dtypes"
             if kwargs.get("adapter_names") is None and any(_dropout_p(self.lora_dropout[adapter]) for adapter in used):
                 return "several adapters are active with dropout"
@@ -236,10 +271,10 @@ class FrozenLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         obstacle = _weight_obstacle(self)
         if not torch.compiler.is_compiling():
-            self.__dict__["_fastlora_seen"] = _Seen.call(x, obstacle)
+            self.__dict__["_fastlora_seen"] = _Seen.call(x) if obstacle is None else _Seen.own_forward(obstacle)
         if obstacle is not None:
             return super().forward(x)
-        return functional.frozen_linear(x, self.weight, self.bias)
+        return functional.frozen_linear(x, _tensor(self, "weight"), _tensor(self, "bias"))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         with packed.rewriting(self.weight):
@@ -402,7 +437,8 @@ def _explain(layer: Any) -> tuple[str, str]:
     if seen.obstacle is not None:
         return "reference", f"{'PEFT' if base is not layer else 'nn.Linear'}'s own forward: {seen.obstacle}"
     weight = _weight_of(base)
-    like_x = weight.new_empty(1, 1, dtype=seen.dtype).expand(seen.rows, layer.in_features)
+    rows = math.prod(seen.shape[:-1])
+    like_x = weight.new_empty(1, 1, dtype=seen.dtype).expand(rows, layer.in_features)
     if base is layer:
         choose: Any = ops.choose_frozen_linear
     else:
@@ -412,7 +448,7 @@ def _explain(layer: Any) -> tuple[str, str]:
     implementation, reason = choose(like_x, weight)
     backward = choose(like_x, weight, backward=True)
     if implementation == "cpu":
-        reason += f"; x Wᵀ by {packed.describe(weight, seen.dtype, seen.rows)}"
+        reason += f"; x Wᵀ by {packed.describe(weight, seen.dtype, rows)}"
     group = layer.__dict__.get("_fastlora_group")
     if group is not None and not seen.mixed:
         reason += f"; {group.describe(layer)}"
@@ -423,4 +459,4 @@ def _explain(layer: Any) -> tuple[str, str]:
 
 def _before_any_call(layer: Any, base: Any) -> _Seen:
     dropout = base is not layer and any(_dropout_p(layer.lora_dropout[name]) for name in layer._used_adapters(None))
-    return _Seen(ROWS_BEFORE_ANY_CALL, base.weight.dtype, dropout, False, None)
+    return _Seen((ROWS_BEFORE_ANY_CALL, layer.in_features), base.weight.dtype, dropout, False, None)

@@ -180,29 +180,38 @@ inline Longs interleave(Longs low, Longs high, std::integer_sequence<uint64_t, L
   return FASTLORA_SHUFFLE(Longs, low, high, (FIRST + LANE / 2 + (LANE % 2 ? sizeof...(LANE) : 0))...);
 }
 
-constexpr int DECISIONS = 4 * WIDTH;  // columns that one call of philox decides: WIDTH / 2 counters, 8 half-words each
+constexpr int DECISIONS = 4 * WIDTH;  // columns that one vector of philox decides: WIDTH / 2 counters, 8 half-words each
 
-/// Philox4x32-10 for the counters from `counter` on: half-word j of the result decides column j. fastlora/reference.py::keep_mask.
+/// Philox4x32-10 for the counters from `counter` on: half-word j of the result decides column j of COUNT · DECISIONS. A round waits for the
+/// one before it, so that several vectors take turns. fastlora/reference.py::keep_mask.
+template <int COUNT>
 inline void philox(uint64_t seed, uint64_t counter, uint16_t* decisions) {
   constexpr int COUNTERS = WIDTH / 2;
   Longs lanes{};
   for (int i = 0; i < COUNTERS; ++i) lanes[i] = i;
-  lanes += counter;
   // Each 64-bit lane holds one 32-bit word; what is above it is never read.
-  Longs c0 = lanes, c1 = lanes >> 32, c2{}, c3{};
+  Longs c0[COUNT], c1[COUNT], c2[COUNT] = {}, c3[COUNT] = {};
+  for (int n = 0; n < COUNT; ++n) {
+    c0[n] = lanes + (counter + n * COUNTERS);
+    c1[n] = c0[n] >> 32;
+  }
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    const Longs p0 = multiply_low(c0, 0xD2511F53), p1 = multiply_low(c2, 0xCD9E8D57);
-    c0 = (p1 >> 32) ^ c1 ^ k0;
-    c1 = p1;
-    c2 = (p0 >> 32) ^ c3 ^ k1;
-    c3 = p0;
+    for (int n = 0; n < COUNT; ++n) {
+      const Longs p0 = multiply_low(c0[n], 0xD2511F53), p1 = multiply_low(c2[n], 0xCD9E8D57);
+      c0[n] = (p1 >> 32) ^ c1[n] ^ k0;
+      c1[n] = p1;
+      c2[n] = (p0 >> 32) ^ c3[n] ^ k1;
+      c3[n] = p0;
+    }
     k0 += 0x9E3779B9;
     k1 += 0xBB67AE85;
   }
-  const Longs low = (c0 & 0xffffffff) | (c1 << 32), high = (c2 & 0xffffffff) | (c3 << 32);
-  write(decisions, interleave<0>(low, high, std::make_integer_sequence<uint64_t, COUNTERS>{}));
-  write(decisions + DECISIONS / 2, interleave<COUNTERS / 2>(low, high, std::make_integer_sequence<uint64_t, COUNTERS>{}));
+  for (int n = 0; n < COUNT; ++n, decisions += DECISIONS) {
+    const Longs low = (c0[n] & 0xffffffff) | (c1[n] << 32), high = (c2[n] & 0xffffffff) | (c3[n] << 32);
+    write(decisions, interleave<0>(low, high, std::make_integer_sequence<uint64_t, COUNTERS>{}));
+    write(decisions + DECISIONS / 2, interleave<COUNTERS / 2>(low, high, std::make_integer_sequence<uint64_t, COUNTERS>{}));
+  }
 }
 
 /// Bit i of the result: whether half-word i of DECISIONS is at least the threshold (at most 65535).
@@ -224,18 +233,28 @@ inline uint64_t at_least(const uint16_t* half_words, uint16_t threshold) {
 #endif
 }
 
-/// Bit `column` of a row's bits says whether dropout keeps that element. Writes the columns begin to end of one row (begin a multiple of 64), and
-/// whole calls of philox. `groups` is ceil(columns of a row / 8).
-inline void draw_keep(uint64_t seed, uint32_t threshold, int64_t row, int64_t groups, int64_t begin, int64_t end, uint8_t* keep) {
-  for (int64_t column = begin; column < end; column += DECISIONS) {
-    uint16_t half_words[DECISIONS];
-    uint64_t bits = 0;  // threshold 65536 keeps nothing
-    if (threshold < 65536) {
-      philox(seed, static_cast<uint64_t>(row * groups + column / 8), half_words);
-      bits = at_least(half_words, static_cast<uint16_t>(threshold));
-    }
-    __builtin_memcpy(keep + column / 8, &bits, DECISIONS / 8);  // the first byte holds the first columns: little-endian machines only
+/// The bits of COUNT · DECISIONS columns, those of `counter` first.
+template <int COUNT>
+inline void draw_some(uint64_t seed, uint32_t threshold, uint64_t counter, uint8_t* keep) {
+  uint16_t half_words[COUNT * DECISIONS];
+  philox<COUNT>(seed, counter, half_words);
+  for (int n = 0; n < COUNT; ++n) {
+    const uint64_t bits = at_least(half_words + n * DECISIONS, static_cast<uint16_t>(threshold));
+    __builtin_memcpy(keep + n * DECISIONS / 8, &bits, DECISIONS / 8);  // the first byte holds the first columns: little-endian machines only
   }
+}
+
+/// Bit `column` of a row's bits says whether dropout keeps that element. Writes the columns begin to end of one row (begin a multiple of 64), and
+/// whole vectors of philox. `groups` is ceil(columns of a row / 8).
+inline void draw_keep(uint64_t seed, uint32_t threshold, int64_t row, int64_t groups, int64_t begin, int64_t end, uint8_t* keep) {
+  if (threshold > 65535) {  // keeps nothing
+    for (int64_t column = begin; column < end; column += 8) keep[column / 8] = 0;
+    return;
+  }
+  const auto counter = [&](int64_t column) { return static_cast<uint64_t>(row * groups + column / 8); };
+  int64_t column = begin;
+  for (; column + 4 * DECISIONS <= end; column += 4 * DECISIONS) draw_some<4>(seed, threshold, counter(column), keep + column / 8);
+  for (; column < end; column += DECISIONS) draw_some<1>(seed, threshold, counter(column), keep + column / 8);
 }
 
 /// value, and zero in the lanes whose bit is not set; `keep` holds the bits of the columns from `column` on, a multiple of WIDTH.
