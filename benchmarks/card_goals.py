@@ -16,7 +16,8 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
@@ -46,7 +47,7 @@ from .clock import (
     time_in_turn,
     wait_for,
 )
-from .gate import block_errors, errors, errors_beside_peft
+from .gate import Error, block_errors, errors, errors_beside_peft
 from .goals import Goal
 from .machine import measure_bandwidths
 from .measure import CaseError, require_right
@@ -63,6 +64,9 @@ KERNEL_ROUNDS, KERNEL_CALLS = 7, 5
 OUT_OF_TIME = "not timed: out of time"
 # PEFT's mixed batches index by Python lists, which are copied to the card in each call: no graph can hold that.
 UNCAPTURABLE = {("multi_lora", "peft")}
+
+
+Result = TypeVar("Result")
 
 
 class BrokenProcessError(RuntimeError):
@@ -84,19 +88,21 @@ class Session:
     def may_run(self, name: str, mode: str) -> bool:
         return not self.refused & {name, f"{name}, {mode}"}
 
-    def attempt(self, what: str, name: str, action: Callable[[], Any], mode: str = EAGER) -> Any:
-        """The action's result; where it fails, a note and None.
+    def attempt(
+        self, what: str, name: str, function: Callable[..., Result], *arguments: Any, mode: str = EAGER
+    ) -> Result | None:
+        """function(*arguments); where it fails, a note and None.
 
         Raises:
             BrokenProcessError: the device does not answer any more.
         """
         try:
-            result = action()
+            result = function(*arguments)
             wait_for(self.device)
             return result
         except CaseError as error:
             self.notes.append(str(error))
-        except Exception as error:
+        except Exception as error:  # whatever it is, the other rivals can do without this one
             if not answers(self.device):
                 raise BrokenProcessError(name if mode == EAGER else f"{name}, {mode}", error) from error
             self.notes.append(f"{what}: {name} fails: {first_line(error)}")
@@ -168,16 +174,13 @@ def measure_card(
 
 def card_lines() -> dict[str, Line]:
     """Every line of the table by its name, what matters most first."""
-    lines: dict[str, Line] = {}
-    for case in CARD_LAYERS:
-        lines[f"layer {case.K} r {case.R}"] = lambda session, case=case: layer_line(session, case)
-    lines["kernel"] = lambda session: kernel_line(session, CARD_KERNEL)
-    lines["decode"] = lambda session: decode_line(session, CARD_DECODE)
-    lines["prefill"] = lambda session: prefill_line(session, CARD_PREFILL)
-    for case in CARD_ERRORS:
-        lines[f"errors, {case.number_format()}"] = lambda session, case=case: error_line(session, case)
-    lines["model"] = lambda session: model_line(session, CARD_MODEL)
-    lines["block"] = lambda session: block_line(session, CARD_BLOCK)
+    lines: dict[str, Line] = {f"layer {case.K} r {case.R}": partial(layer_line, case=case) for case in CARD_LAYERS}
+    lines["kernel"] = partial(kernel_line, case=CARD_KERNEL)
+    lines["decode"] = partial(decode_line, case=CARD_DECODE)
+    lines["prefill"] = partial(prefill_line, case=CARD_PREFILL)
+    lines |= {f"errors, {case.number_format()}": partial(error_line, case=case) for case in CARD_ERRORS}
+    lines["model"] = partial(model_line, case=CARD_MODEL)
+    lines["block"] = partial(block_line, case=CARD_BLOCK)
     return lines
 
 
@@ -190,17 +193,34 @@ def may_be_tried(session: Session, operator: str) -> list[str]:
     return [name for name in ("reference", *kernels_of(operator, session.device)) if session.may_run(name, EAGER)]
 
 
-def sound_implementations(session: Session, operator: str, case: Case, training: bool) -> list[str]:
-    """Those that are within their bounds on this very case."""
+def default_of(case: Case | BlockCase, training: bool, device: torch.device) -> str:
+    """What `choose` takes; of a block's layers, for the one that is hidden by hidden."""
+    if isinstance(case, BlockCase):
+        sizes = case.M, case.hidden, case.hidden, case.R
+        case = LoRALinearCase(case.name, *sizes, case.dtype, case.adapter_dtype, case.dropout_p)
+    return choice(case, training, device)
+
+
+def check(what: str, case: Case | BlockCase, training: bool, implementation: str, device: torch.device) -> Error:
+    """The worst of its errors; raises CaseError where one is beyond its bound."""
+    if isinstance(case, BlockCase):
+        return require_right(what, block_errors(case, device, implementation))
+    return require_right(what, errors(case, training, implementation, device))
+
+
+def sound_implementations(session: Session, operator: str, case: Case | BlockCase, training: bool) -> list[str]:
+    """Those that are within their bounds on this very case.
+
+    Raises:
+        CaseError: the one that runs by default is not.
+    """
     sound = []
     for name in may_be_tried(session, operator):
-        what = f"{operator} {name}, {case.name} {case.shape(training)}"
-        if session.attempt(
-            what, name, lambda name=name, what=what: require_right(what, errors(case, training, name, session.device))
-        ):
+        what = f"{operator} {name}, {case.name}, {case.shape(training)}"
+        if session.attempt(what, name, check, what, case, training, name, session.device):
             sound.append(name)
-    if choice(case, training, session.device) not in sound:
-        raise CaseError(f"{operator}, {case.name} {case.shape(training)}: what runs by default is wrong: not timed")
+    if default_of(case, training, session.device) not in sound:
+        raise CaseError(f"{operator}, {case.name}, {case.shape(training)}: what runs by default is wrong: not timed")
     return sound
 
 
@@ -226,12 +246,8 @@ def times_by_mode(
         for name, run in runs.items():
             if not session.may_run(name, mode) or (mode == GRAPH and (operator, name) in UNCAPTURABLE):
                 continue
-            prepared = session.attempt(
-                f"{what}, {mode}",
-                name,
-                lambda run=run, mode=mode, pool=pool: _ready(run, copies, mode, session.device, pool),
-                mode,
-            )
+            what_now = f"{what}, {mode}"
+            prepared = session.attempt(what_now, name, _ready, run, copies, mode, session.device, pool, mode=mode)
             if prepared is not None:
                 ready[name] = prepared
             else:
@@ -271,14 +287,15 @@ def _goal(
 
 
 def _over_frozen(
-    session: Session, what: str, operator: str, case: Case | BlockCase, training: bool, runs: dict[str, Run], copies: int,
-    targets: tuple[float, float], default: str,
+    session: Session, what: str, operator: str, case: Case | BlockCase, training: bool, problem: Problem,
+    implementations: Sequence[str], targets: tuple[float, float],
 ) -> Iterator[Goal]:  # fmt: skip
-    for mode, times in times_by_mode(session, what, operator, runs, copies):
+    runs = all_runs(problem, training, implementations)
+    for mode, times in times_by_mode(session, what, operator, runs, problem.copies):
         yield _goal(
             f"{what} over frozen, {mode}", case.shape(training), case.number_format(), "%", targets,
             {name: percent_over(one.ratio) for name, one in times.items()},
-            {name: one.seconds for name, one in times.items()}, default,
+            {name: one.seconds for name, one in times.items()}, default_of(case, training, session.device),
         )  # fmt: skip
 
 
@@ -286,35 +303,18 @@ def layer_line(session: Session, case: LoRALinearCase) -> Iterator[Goal]:
     """One layer's forward and backward over the frozen layer's forward and dx."""
     what = f"a layer, forward and backward, {case.K} to {case.N}, r {case.R}"
     names = sound_implementations(session, "lora_linear", case, True)
-    problem = build_for_card(case, session.device)
-    targets = LAYER_GOALS[case.K, case.R]
-    default = choice(case, True, session.device)
     wide = replace(case, adapter_dtype=torch.float32)
-    require_right(f"{what}, float32 adapters", errors(wide, True, default, session.device))
-    yield from _over_frozen(
-        session, what, "lora_linear", case, True, all_runs(problem, True, names), problem.copies, targets, default
-    )
+    check(f"{what}, float32 adapters", wide, True, default_of(wide, True, session.device), session.device)
+    problem = build_for_card(case, session.device)
+    yield from _over_frozen(session, what, "lora_linear", case, True, problem, names, LAYER_GOALS[case.K, case.R])
 
 
 def block_line(session: Session, case: BlockCase) -> Iterator[Goal]:
     """The seven linear layers of a block, forward and backward, over the frozen ones."""
     what = f"the seven linear layers of a {case.name}, forward and backward"
-    require_right(what, block_errors(case, session.device))
-    names = []
-    for name in may_be_tried(session, "lora_linear"):
-        check = f"{what}, {name}"
-        if session.attempt(
-            check, name, lambda name=name, check=check: require_right(check, block_errors(case, session.device, name))
-        ):
-            names.append(name)
+    names = sound_implementations(session, "lora_linear", case, True)
     problem = build_for_card(case, session.device)
-    one = LoRALinearCase(
-        case.name, case.M, case.hidden, case.hidden, case.R, case.dtype, case.adapter_dtype, case.dropout_p
-    )
-    default = choice(one, True, session.device)
-    yield from _over_frozen(
-        session, what, "lora_linear", case, True, all_runs(problem, True, names), problem.copies, BLOCK_GOAL, default
-    )
+    yield from _over_frozen(session, what, "lora_linear", case, True, problem, names, BLOCK_GOAL)
 
 
 def prefill_line(session: Session, case: MultiLoRACase) -> Iterator[Goal]:
@@ -322,10 +322,7 @@ def prefill_line(session: Session, case: MultiLoRACase) -> Iterator[Goal]:
     what = f"prefill, {case.B * case.T} tokens, {len(case.ranks)} adapters mixed"
     names = sound_implementations(session, "multi_lora", case, False)
     problem = build(case, False, session.device)
-    default = choice(case, False, session.device)
-    yield from _over_frozen(
-        session, what, "multi_lora", case, False, all_runs(problem, False, names), problem.copies, PREFILL_GOAL, default
-    )
+    yield from _over_frozen(session, what, "multi_lora", case, False, problem, names, PREFILL_GOAL)
 
 
 def decode_line(session: Session, case: MultiLoRACase) -> Iterator[Goal]:
@@ -344,7 +341,7 @@ def decode_line(session: Session, case: MultiLoRACase) -> Iterator[Goal]:
         yield _goal(
             f"{what}, of the bandwidth bound, {mode}", case.shape(False), case.number_format(), "%", DECODE_GOAL,
             {name: 100 * least / one.seconds for name, one in times.items()},
-            {name: one.seconds for name, one in times.items()}, choice(case, False, session.device), at_least=True,
+            {name: one.seconds for name, one in times.items()}, default_of(case, False, session.device), at_least=True,
         )  # fmt: skip
 
 
@@ -365,7 +362,7 @@ def kernel_line(session: Session, case: LoRALinearCase) -> Iterator[Goal]:
     yield _goal(
         "the forward's main kernel over cuBLAS's product", case.shape(False), case.number_format(), "%", KERNEL_GOAL,
         {name: percent_over(ratio) for name, ratio in ratios.items()},
-        {name: statistics.median(times) for name, times in found.items()}, choice(case, False, session.device),
+        {name: statistics.median(times) for name, times in found.items()}, default_of(case, False, session.device),
     )  # fmt: skip
 
 
@@ -377,7 +374,7 @@ def error_line(session: Session, case: LoRALinearCase) -> Iterator[Goal]:
     worst = {name: max(error / own[result] for result, error in each.items()) for name, each in found.items()}
     listed = ", ".join(f"{result} {error:.2g}" for result, error in own.items())
     session.notes.append(f"PEFT's errors against float64, {case.number_format()}: {listed}")
-    default = choice(case, True, session.device)
+    default = default_of(case, True, session.device)
     values = {"peft": 1.0, FASTLORA: worst[default], **worst}
     what = f"error against float64 over PEFT's, {case.number_format()}"
     yield _goal(what, case.shape(True), case.number_format(), "", (1.0, 1.0), values, {}, default)

@@ -5,7 +5,7 @@ On a card the same calls as one CUDA graph stand beside it: what is left once no
 
 from dataclasses import dataclass
 
-from .card_goals import Session, all_runs, may_be_tried
+from .card_goals import GRAPH, Session, all_runs, may_be_tried
 from .cases import BOTH, LAUNCHES, TRAINING, LoRALinearCase, MultiLoRACase
 from .clock import WARM_UP_CALLS, HostClock, Run, captured, clock_of, graph_pool, sweep, time_in_turn
 from .rivals import build, choice
@@ -36,19 +36,14 @@ def measure_launch(case: LoRALinearCase | MultiLoRACase, pass_: str, session: Se
         del runs[name]
     what = f"{case.name}, {pass_}"
 
-    def warm(run: Run) -> Run:
-        for turn in range(WARM_UP_CALLS):
-            run(turn)
-        return sweep(run, CALLS)
-
-    ready = {name: session.attempt(what, name, lambda run=run: warm(run)) for name, run in runs.items()}
+    ready = {name: session.attempt(what, name, _warm, run) for name, run in runs.items()}
     rows = {name: run for name, run in ready.items() if run is not None}
     times = time_in_turn(rows, HostClock(device), SECONDS)
     graphs: dict[str, Run] = {}
     if device.type == "cuda":
         pool = graph_pool(device)
         for name, run in rows.items():
-            graph = session.attempt(f"{what}, CUDA graph", name, lambda run=run: captured(run, device, pool))
+            graph = session.attempt(f"{what}, {GRAPH}", name, captured, run, device, pool, mode=GRAPH)
             graphs |= {} if graph is None else {name: graph}
     replays = time_in_turn(graphs, clock_of(device), SECONDS) if graphs else {}
     return LaunchRow(
@@ -60,6 +55,13 @@ def measure_launch(case: LoRALinearCase | MultiLoRACase, pass_: str, session: Se
         {name: 1e6 * one.seconds / CALLS for name, one in times.items()},
         {name: 1e6 * one.seconds / CALLS for name, one in replays.items()},
     )
+
+
+def _warm(run: Run) -> Run:
+    """CALLS of the run in a row."""
+    for turn in range(WARM_UP_CALLS):
+        run(turn)
+    return sweep(run, CALLS)
 
 
 def launch_rows(session: Session, with_compile: bool = True) -> list[LaunchRow]:

@@ -35,7 +35,7 @@ def charts(content: Mapping[str, Any]) -> list[tuple[str, str, dict[str, float],
             for row in rows
         ]
         return [(row["what"], row["unit"] or "ratio", one, row["goal"]) for row, one in zip(rows, ours, strict=True)]
-    found = []
+    found: list[tuple[str, str, dict[str, float], float | None]] = []
     for row in content["rows"]:
         for how, values in (("a call", row["microseconds"]), ("replayed", row["graph_microseconds"])):
             if values:
