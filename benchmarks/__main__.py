@@ -191,7 +191,7 @@ def _measure_card(
 
 def _measure_launch(machine: Machine, device: torch.device, arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     notes: list[str] = []
-    rows = launch_rows(Session(device, notes), with_compile=not arguments.quick)
+    rows = launch_rows(Session(device, notes))
     print(f"\n{launch_table(rows, notes)}", flush=True)
     if arguments.json:
         print(f"written: {_write(machine, 'launch', argv, arguments.out, {'rows': rows, 'notes': notes})}", flush=True)

@@ -62,7 +62,7 @@ tune() {
 bench() {
   local code=3 began=$SECONDS resume=()
   [ -f "$table" ] && export FASTLORA_TABLE=$table
-  "$PYTHON" -m benchmarks launch --quick --device cuda --out "$out" || echo "launch: failed"
+  "$PYTHON" -m benchmarks launch --device cuda --out "$out" || echo "launch: failed"
   while [ "$code" = 3 ]; do # something broke the process: another one goes on without it
     "$PYTHON" -m benchmarks goals --device cuda --out "$out" --seconds $((seconds - 60 - SECONDS + began)) "${resume[@]}"
     code=$?

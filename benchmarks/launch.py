@@ -5,14 +5,18 @@ On a card the same calls as one CUDA graph stand beside it: what is left once no
 
 from dataclasses import dataclass
 
-from .card_goals import GRAPH, Session, all_runs, may_be_tried
+from .card_goals import GRAPH, BrokenProcessError, Session, all_runs, may_be_tried
 from .cases import BOTH, LAUNCHES, TRAINING, LoRALinearCase, MultiLoRACase
 from .clock import WARM_UP_CALLS, HostClock, Run, captured, clock_of, graph_pool, sweep, time_in_turn
 from .rivals import build, choice
 
 CALLS = 50  # in a row
 SECONDS = 1.0  # of timing, a case and pass
-COMPILED = "compiled"
+LEFT_OUT = {
+    "packed",
+    "merged",
+    "compiled",
+}  # what costs the host as the frozen layer does, and what would compile each of 32 copies
 
 
 @dataclass(frozen=True)
@@ -26,13 +30,13 @@ class LaunchRow:
     graph_microseconds: dict[str, float]  # of a call in a replayed CUDA graph; empty on a CPU
 
 
-def measure_launch(case: LoRALinearCase | MultiLoRACase, pass_: str, session: Session, with_compile: bool) -> LaunchRow:
+def measure_launch(case: LoRALinearCase | MultiLoRACase, pass_: str, session: Session) -> LaunchRow:
     """One case and pass; what cannot run, or cannot be captured, is left out with a note."""
     device, training = session.device, pass_ == TRAINING
     operator = "lora_linear" if isinstance(case, LoRALinearCase) else "multi_lora"
     problem = build(case, training, device)
     runs = all_runs(problem, training, may_be_tried(session, operator))
-    for name in {"packed", "merged", *(() if with_compile else (COMPILED,))} & runs.keys():
+    for name in LEFT_OUT & runs.keys():
         del runs[name]
     what = f"{case.name}, {pass_}"
 
@@ -64,6 +68,12 @@ def _warm(run: Run) -> Run:
     return sweep(run, CALLS)
 
 
-def launch_rows(session: Session, with_compile: bool = True) -> list[LaunchRow]:
-    """Every case of LAUNCHES in both passes."""
-    return [measure_launch(case, pass_, session, with_compile) for case in LAUNCHES for pass_ in BOTH]
+def launch_rows(session: Session) -> list[LaunchRow]:
+    """Every case of LAUNCHES in both passes, or those before something broke the process."""
+    rows = []
+    try:
+        for case in LAUNCHES:
+            rows += [measure_launch(case, pass_, session) for pass_ in BOTH]
+    except BrokenProcessError as error:
+        session.notes.append(f"launch: {error}: the process was of no more use")
+    return rows

@@ -112,8 +112,8 @@ def card_status(results: Path = RESULTS) -> str:
     return text[0].upper() + text[1:]
 
 
-def _on_cards(implementation: str) -> str:
-    cards = cards_of(implementation)
+def _on_cards(implementation: str, results: Path = RESULTS) -> str:
+    cards = cards_of(implementation, results)
     if not torch.cuda.is_available():
         return f"run on {', '.join(cards)}" if cards else "no card has run it yet"
     date = cards.get(tuned.kind_of("cuda"))

@@ -16,7 +16,7 @@ from benchmarks import card_goals, cases, launch, model, plot, rivals, sanitize,
 from benchmarks.card_goals import EAGER, GRAPH, Record, Session
 from benchmarks.cases import BOTH, StepCase
 from benchmarks.goals import Goal
-from fastlora import environment
+from fastlora import environment, tuned
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -170,7 +170,7 @@ def test_a_wrong_implementation_is_not_timed(lines, monkeypatch) -> None:
 @pytest.mark.parametrize("pass_", BOTH)
 @pytest.mark.parametrize("case", cases.LAUNCHES, ids=lambda case: case.number_format())
 def test_launches_cost_microseconds(case, pass_) -> None:
-    row = launch.measure_launch(case, pass_, Session(CPU, []), with_compile=False)
+    row = launch.measure_launch(case, pass_, Session(CPU, []))
     assert {"frozen", "peft", "fastlora", "reference"} <= row.microseconds.keys()
     assert all(value > 0 for value in row.microseconds.values()) and row.graph_microseconds == {}
     assert "microseconds a" in table.launch_table([row], [])
@@ -200,6 +200,13 @@ def test_the_command_writes_the_goals_and_goes_on_from_them(lines, monkeypatch, 
     assert environment.cards_of("cuda", tmp_path) == {}
     status = environment.card_status(tmp_path)
     assert status == "Plain PyTorch has run on some-card-sm90; no card has run Triton or CUDA C++ yet."
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for kind, mark in (
+        ("some-card-sm90", f"checked and timed on this kind of card, {here.date}"),
+        ("other", "no card of this kind has run it yet"),
+    ):
+        monkeypatch.setattr(tuned, "kind_of", lambda _, kind=kind: kind)
+        assert environment._on_cards("reference", tmp_path) == mark
     pytest.importorskip("matplotlib", reason="no matplotlib on this machine")
     assert plot.main(tmp_path) == 0
     assert path.with_suffix(".png").stat().st_size > 10_000
