@@ -1,14 +1,11 @@
 """Check first, then time: an operator's tests, then the errors of each case before its times are taken.
 
-    python -m benchmarks.gate [--device cuda] [OPERATOR ...]    every implementation on small, awkward cases; 1 where one is wrong
-
     error of an implementation  <=  2 * error of eager PyTorch + tiny
 
 Errors are the largest absolute difference from the float64 result for the same inputs, dropout mask included; eager
 PyTorch is the reference in the working dtype; tiny is one unit in the last place of the largest value. NaN fails.
 """
 
-import argparse
 import importlib.util
 import subprocess
 import sys
@@ -258,22 +255,3 @@ def run_tests(operator: str) -> bool:
     """Run the operator's tests in a process of their own; whether they are green."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", f"tests/test_{test_stem(operator)}.py"]
     return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
-
-
-def main(argv: Sequence[str]) -> int:
-    """Check the operators named, all by default; returns the exit code."""
-    parser = argparse.ArgumentParser("python -m benchmarks.gate", description="Check every implementation here.")
-    parser.add_argument("operators", nargs="*", metavar="operator", help=f"{', '.join(CHECKS)} (default: all)")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    arguments = parser.parse_args(argv)
-    operators = arguments.operators or list(CHECKS)
-    for operator in operators:
-        if operator not in CHECKS:
-            parser.error(f"operator: got {operator!r}, expected one of {', '.join(CHECKS)}")
-    wrong = [line for operator in operators for line in check(operator, torch.device(arguments.device))]
-    print("\n".join(wrong) or f"{', '.join(operators)}: all within their bounds")
-    return int(bool(wrong))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ def bars(axes: Any, title: str, unit: str, values: Mapping[str, float], goal: fl
     axes.bar_label(drawn, fmt="%.3g", padding=2, fontsize=7)
     if goal is not None:
         axes.axvline(goal, color=TARGET, linestyle="--", linewidth=1)
-    axes.set_title(title, fontsize=8)
+    axes.set_title("\n".join(textwrap.wrap(title, 60)), fontsize=8)
     axes.set_xlabel(unit, fontsize=7)
     axes.tick_params(labelsize=7)
     axes.margins(x=0.2)

@@ -85,7 +85,7 @@ def tune(
         device: cpu or cuda.
         output: the file to write, after every class; None: this machine's cache, which is used from now on.
         progress: show a bar.
-        seconds: after so many no class is begun, and what was measured is all; on a card bfloat16 comes first.
+        seconds: after so many no further class is begun, and what was measured is all; on a card bfloat16 comes first.
 
     Raises:
         ValueError: there is no such device here, or nothing but plain PyTorch runs on it.
@@ -101,7 +101,7 @@ def tune(
     found: list[Measurement] = []
     began = time.perf_counter()
     for problem in tqdm(todo, desc=f"fastlora tune, {device}", unit="class", disable=not progress):
-        if time.perf_counter() - began > seconds:
+        if found and time.perf_counter() - began > seconds:
             break
         found += measure(problem, torch.device(device), TUNE_SECONDS)
         if output is not None and found:

@@ -538,6 +538,14 @@ def test_tune_keeps_its_measurements(machine: Path, timed: list[list[str]]) -> N
     assert findings["trial"].present and str(machine.parent) in findings["trial"].detail
 
 
+@needs_native
+def test_tune_ends_in_time_with_what_it_has(machine: Path, timed: list[list[str]], tmp_path: Path) -> None:
+    whole = tune.problems("cpu", list(tune.PROBLEMS), ops.KERNEL_DTYPES, list(tune.SHAPES))
+    path, found = tune.tune("cpu", tmp_path / "cut.json", progress=False, seconds=0)
+    assert {one.op for one in found} == {whole[0].op, f"{whole[0].op}_backward"}
+    assert len(json.loads(path.read_text())["entries"]) == len(found)
+
+
 def test_tune_says_what_it_cannot(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="device='tpu': expected cpu or cuda"):
         tune.tune("tpu", progress=False)
