@@ -172,13 +172,26 @@ def _draw_seed(dropout_p: float, training: bool, x: Tensor, *shape: int) -> Tens
     return torch.randint(0, 2**63 - 1, shape, dtype=torch.int64, device=x.device)
 
 
+# The functions flatten x and dy themselves: as operations of their own, the views would cost autograd as much again as a small layer.
+
+
+def _rows(x: Tensor) -> Tensor:  # [..., K] -> [M, K]
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _shaped(rows: Tensor, like: Tensor) -> Tensor:  # [M, N] and [..., K] -> [..., N]
+    """Not a view in autograd's eyes, which would forbid to write into a function's result."""
+    return rows if like.dim() == 2 else torch.ops.aten._unsafe_view.default(rows, [*like.shape[:-1], rows.shape[1]])
+
+
 class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):  # x [M, K] -> y [M, N]
-        y, xa, keep = torch.ops.fastlora.lora_linear(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+    def forward(ctx, x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):  # x [..., K] -> y [..., N]
+        rows = _rows(x)
+        y, xa, keep = torch.ops.fastlora.lora_linear(rows, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
         ctx.save_for_backward(x, weight, lora_a, lora_b, xa, keep)
         ctx.scale, ctx.dropout_p = scale, dropout_p
-        return y
+        return _shaped(y, x)
 
     @staticmethod
     @once_differentiable
@@ -186,11 +199,11 @@ class LoRALinearFunction(torch.autograd.Function):
         x, weight, lora_a, lora_b, xa, keep = ctx.saved_tensors
         need = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]
         with _without_autocast(dy.device):
-            grads = torch.ops.fastlora.lora_linear_backward(
-                dy, x, weight, lora_a, lora_b, xa, keep, ctx.scale, ctx.dropout_p, *need
+            dx, da, db = torch.ops.fastlora.lora_linear_backward(
+                _rows(dy), _rows(x), weight, lora_a, lora_b, xa, keep, ctx.scale, ctx.dropout_p, *need
             )
-        dx, da, db = (grad if needed else None for grad, needed in zip(grads, need, strict=True))
-        return dx, None, None, da, db, None, None, None
+        dx = _shaped(dx, x) if need[0] else None
+        return dx, None, None, da if need[1] else None, db if need[2] else None, None, None, None
 
 
 def lora_linear(
@@ -223,15 +236,13 @@ def lora_linear(
     if cast is not None:
         x, weight, bias = x.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
     seed = _draw_seed(dropout_p, training, x)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.dim() != 2 else x
     with _without_autocast(x.device):
         if torch.is_grad_enabled():
-            y = LoRALinearFunction.apply(rows, weight, bias, lora_a, lora_b, float(scale), float(dropout_p), seed)
-        else:
-            y, _, _ = torch.ops.fastlora.lora_linear(
-                rows, weight, bias, lora_a, lora_b, float(scale), float(dropout_p), seed
-            )
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+            return LoRALinearFunction.apply(x, weight, bias, lora_a, lora_b, float(scale), float(dropout_p), seed)
+        y, _, _ = torch.ops.fastlora.lora_linear(
+            _rows(x), weight, bias, lora_a, lora_b, float(scale), float(dropout_p), seed
+        )
+        return _shaped(y, x)
 
 
 class LoRALinearSharedFunction(torch.autograd.Function):
@@ -239,10 +250,11 @@ class LoRALinearSharedFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias, scale, dropout_p, seed, *adapters):  # adapters: every A, then every B
         G = len(weight)
         lora_a, lora_b = list(adapters[:G]), list(adapters[G:])
-        ys, xa, keep = torch.ops.fastlora.lora_linear_shared(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+        rows = _rows(x)
+        ys, xa, keep = torch.ops.fastlora.lora_linear_shared(rows, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
         ctx.save_for_backward(x, xa, keep, *weight, *adapters)
         ctx.scale, ctx.dropout_p = scale, dropout_p
-        return tuple(ys)
+        return tuple(_shaped(y, x) for y in ys)
 
     @staticmethod
     @once_differentiable
@@ -254,10 +266,10 @@ class LoRALinearSharedFunction(torch.autograd.Function):
         need = ctx.needs_input_grad[0], any(wanted[:G]), any(wanted[G:])
         with _without_autocast(x.device):
             dx, da, db = torch.ops.fastlora.lora_linear_shared_backward(
-                list(dy), x, weight, lora_a, lora_b, xa, keep, ctx.scale, ctx.dropout_p, *need
+                [_rows(d) for d in dy], _rows(x), weight, lora_a, lora_b, xa, keep, ctx.scale, ctx.dropout_p, *need
             )
         grads = [*_split(da, lora_a, wanted[:G]), *_split(db, lora_b, wanted[G:])]
-        return dx if need[0] else None, None, None, None, None, None, *grads
+        return _shaped(dx, x) if need[0] else None, None, None, None, None, None, *grads
 
 
 def _split(flat: Tensor, like: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -305,30 +317,28 @@ def lora_linear_shared(
     if cast is not None:
         x, weights, biases = x.to(cast), [w.to(cast) for w in weights], [b.to(cast) for b in biases]
     seed = _draw_seed(max(probabilities), training, x, G)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.dim() != 2 else x
     scales, p = [float(s) for s in scale], [float(q) for q in probabilities]
     with _without_autocast(x.device):
         if torch.is_grad_enabled():
-            ys = LoRALinearSharedFunction.apply(rows, weights, biases, scales, p, seed, *lora_a, *lora_b)
-        else:
-            ys, _, _ = torch.ops.fastlora.lora_linear_shared(
-                rows, weights, biases, list(lora_a), list(lora_b), scales, p, seed
-            )
-    return [y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]) for y in ys]
+            return list(LoRALinearSharedFunction.apply(x, weights, biases, scales, p, seed, *lora_a, *lora_b))
+        ys, _, _ = torch.ops.fastlora.lora_linear_shared(
+            _rows(x), weights, biases, list(lora_a), list(lora_b), scales, p, seed
+        )
+        return [_shaped(y, x) for y in ys]
 
 
 class FrozenLinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias):  # x [M, K] -> y [M, N]
+    def forward(ctx, x, weight, bias):  # x [..., K] -> y [..., N]
         ctx.save_for_backward(weight)
-        return torch.ops.fastlora.frozen_linear(x, weight, bias)
+        return _shaped(torch.ops.fastlora.frozen_linear(_rows(x), weight, bias), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
         (weight,) = ctx.saved_tensors
         with _without_autocast(dy.device):
-            return torch.ops.fastlora.frozen_linear_backward(dy, weight), None, None
+            return _shaped(torch.ops.fastlora.frozen_linear_backward(_rows(dy), weight), dy), None, None
 
 
 def frozen_linear(
@@ -350,13 +360,10 @@ def frozen_linear(
     _check_base(x, weight, bias, autocast=cast is not None)
     if cast is not None:
         x, weight, bias = x.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.dim() != 2 else x
     with _without_autocast(x.device):
         if torch.is_grad_enabled() and x.requires_grad:
-            y = FrozenLinearFunction.apply(rows, weight, bias)
-        else:
-            y = torch.ops.fastlora.frozen_linear(rows, weight, bias)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+            return FrozenLinearFunction.apply(x, weight, bias)
+        return _shaped(torch.ops.fastlora.frozen_linear(_rows(x), weight, bias), x)
 
 
 class RowGroups:
@@ -418,11 +425,11 @@ class MultiLoRAFunction(torch.autograd.Function):
         S = len(adapters) // 2
         lora_a, lora_b = list(adapters[:S]), list(adapters[S:])
         y, xa, keep = torch.ops.fastlora.multi_lora(
-            x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, order, offsets
+            _rows(x), weight, bias, lora_a, lora_b, scale, dropout_p, seed, order, offsets
         )
         ctx.save_for_backward(x, weight, xa, keep, order, offsets, *adapters)
         ctx.scale, ctx.dropout_p = scale, dropout_p
-        return y
+        return _shaped(y, x)
 
     @staticmethod
     @once_differentiable
@@ -434,10 +441,10 @@ class MultiLoRAFunction(torch.autograd.Function):
         need = ctx.needs_input_grad[0], any(wanted[:S]), any(wanted[S:])
         with _without_autocast(dy.device):
             dx, da, db = torch.ops.fastlora.multi_lora_backward(
-                dy, x, weight, lora_a, lora_b, xa, keep, ctx.scale, ctx.dropout_p, order, offsets, *need
+                _rows(dy), _rows(x), weight, lora_a, lora_b, xa, keep, ctx.scale, ctx.dropout_p, order, offsets, *need
             )
         grads = [*_split(da, lora_a, wanted[:S]), *_split(db, lora_b, wanted[S:])]
-        return dx if need[0] else None, None, None, None, None, None, None, None, *grads
+        return _shaped(dx, x) if need[0] else None, None, None, None, None, None, None, None, *grads
 
 
 def multi_lora(
@@ -491,20 +498,18 @@ def multi_lora(
     if cast is not None:
         x, weight, bias = x.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
 
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    order, offsets = groups.for_rows(rows.shape[0])
+    order, offsets = groups.for_rows(math.prod(x.shape[:-1]))
     scales, probabilities = [float(s) for s in scale], [float(p) for p in dropout_p]
     seed = _draw_seed(max(probabilities), training, x)
     with _without_autocast(x.device):
         if torch.is_grad_enabled():
-            y = MultiLoRAFunction.apply(
-                rows, weight, bias, scales, probabilities, seed, order, offsets, *lora_a, *lora_b
+            return MultiLoRAFunction.apply(
+                x, weight, bias, scales, probabilities, seed, order, offsets, *lora_a, *lora_b
             )
-        else:
-            y, _, _ = torch.ops.fastlora.multi_lora(
-                rows, weight, bias, list(lora_a), list(lora_b), scales, probabilities, seed, order, offsets
-            )
-    return y.view(*x.shape[:-1], y.shape[1])
+        y, _, _ = torch.ops.fastlora.multi_lora(
+            _rows(x), weight, bias, list(lora_a), list(lora_b), scales, probabilities, seed, order, offsets
+        )
+        return _shaped(y, x)
 
 
 def _groups_of(x: Tensor, index: Tensor | RowGroups, adapters: int) -> RowGroups:

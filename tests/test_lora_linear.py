@@ -24,7 +24,7 @@ from conftest import implementations
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastlora import ops, reference
+from fastlora import functional, ops, reference
 from fastlora.functional import lora_linear, lora_linear_shared
 
 OPERATOR = "lora_linear"
@@ -377,6 +377,24 @@ def test_compiles_whole(device: str) -> None:
             assert torch.equal(grad, want)
     y = compiled(*layer[:5], SCALE, dropout_p=0.5)
     assert y.isfinite().all() and not torch.equal(y, compiled(*layer[:5], SCALE, dropout_p=0.5))
+
+
+def test_a_result_may_be_written_into() -> None:
+    """As models do with `+=` and in-place activations; autograd forbids it for views that a function has made."""
+    x, weight = torch.randn(2, 3, 8, requires_grad=True), torch.randn(6, 8)
+    a, b = torch.randn(2, 8, requires_grad=True), torch.randn(6, 2, requires_grad=True)
+    results = (
+        lambda: functional.lora_linear(x, weight, None, a, b, 1.0),
+        lambda: functional.lora_linear_shared(x, [weight] * 2, [None] * 2, [a] * 2, [b] * 2, [1.0] * 2)[1],
+        lambda: functional.frozen_linear(x, weight, None),
+        lambda: functional.multi_lora(x, weight, None, [a], [b], [1.0], torch.tensor([0, -1])),
+    )
+    for result in results:
+        (expected,) = torch.autograd.grad(torch.relu(result() + 1).sum(), x)
+        y = result()
+        y += 1
+        (grad,) = torch.autograd.grad(torch.relu_(y).sum(), x)
+        assert torch.equal(grad, expected)
 
 
 def right_arguments() -> dict[str, Any]:

@@ -9,6 +9,8 @@
 #include <cstring>
 #include <string>
 
+#include "memory.h"
+
 namespace fastlora {
 
 namespace {
@@ -94,63 +96,72 @@ void pack_pairs(const Source& from, uint32_t* to, int64_t stride) {
 
 enum class Panels { FLOATS, DOTS, PAIRS };  // what adapter_passes.h asks for: float32; bfloat16 by row; bfloat16 with two ranks beside
 
+Panels read_format(const Tensor& v) { return takes_dots(v) ? Panels::DOTS : Panels::FLOATS; }
+Panels add_format(const Tensor& v) { return takes_dots(v) ? Panels::PAIRS : Panels::FLOATS; }
+
 int64_t panel_rows(const Source& from, Panels format) { return format == Panels::PAIRS ? (from.rank + 1) / 2 : from.rank; }
 
-/// The panels of all adapters, one below the other.
-Tensor pack(const std::vector<Source>& sources, Panels format) {
+/// The panels of all adapters, one below the other, each row of `stride` numbers.
+struct Stack {
+  Memory memory;
+  int64_t stride;
+};
+
+Stack pack(const std::vector<Source>& sources, Panels format) {
   const int64_t stride = round_up(sources[0].columns, COLUMN_UNIT);
   int64_t rows = 0;
   for (const Source& from : sources) rows += panel_rows(from, format);
-  const ScalarType dtype = format == Panels::FLOATS ? ScalarType::Float : format == Panels::DOTS ? ScalarType::BFloat16 : ScalarType::Int;
-  const Tensor panels = torch::stable::new_empty(sources[0].matrix, std::array<int64_t, 2>{rows, stride}, dtype);
-  void* to = panels.mutable_data_ptr();
+  Stack stack{Memory(rows * stride * (format == Panels::DOTS ? sizeof(BFloat16) : sizeof(float))), stride};
   int64_t row = 0;
   for (const Source& from : sources) {
     with_type(from.matrix, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
       switch (format) {
-        case Panels::FLOATS: return pack_rows<T>(from, static_cast<float*>(to) + row * stride, stride);
-        case Panels::DOTS: return pack_rows<T>(from, static_cast<BFloat16*>(to) + row * stride, stride);
-        case Panels::PAIRS: return pack_pairs<T>(from, static_cast<uint32_t*>(to) + row * stride, stride);
+        case Panels::FLOATS: return pack_rows<T>(from, stack.memory.as<float>() + row * stride, stride);
+        case Panels::DOTS: return pack_rows<T>(from, stack.memory.as<BFloat16>() + row * stride, stride);
+        case Panels::PAIRS: return pack_pairs<T>(from, stack.memory.as<uint32_t>() + row * stride, stride);
       }
     });
     row += panel_rows(from, format);
   }
-  return panels;
+  return stack;
 }
 
 /// A_i.
-Tensor pack_a(const Adapters& adapters, Panels format) {
+Stack pack_a(const Adapters& adapters, Panels format) {
   std::vector<Source> sources;
   for (const Tensor& a : adapters.a) sources.push_back({a, a.size(0), a.size(1), a.stride(0), a.stride(1)});
   return pack(sources, format);
 }
 
 /// B_iᵀ.
-Tensor pack_b(const Adapters& adapters, Panels format) {
+Stack pack_b(const Adapters& adapters, Panels format) {
   std::vector<Source> sources;
   for (const Tensor& b : adapters.b) sources.push_back({b, b.size(1), b.size(0), b.stride(1), b.stride(0)});
   return pack(sources, format);
 }
 
-/// Coefficients [M, R] as the passes over v take them: float32 as they are, or bfloat16, with zeros for reads beyond the last.
-Tensor coefficients_for(const Tensor& v, const Tensor& coefficients) {
-  if (!takes_dots(v)) return coefficients;
-  const int64_t M = coefficients.size(0), R = coefficients.size(1), stride = R + COEFFICIENT_UNIT;
-  const Tensor narrow = torch::stable::new_zeros(coefficients, std::array<int64_t, 2>{M, stride}, ScalarType::BFloat16);
-  const float* from = floats(coefficients);
-  uint16_t* to = static_cast<uint16_t*>(narrow.mutable_data_ptr());
-  parallel_for(0, M, GRAIN / R + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) kernels().narrow(from + i * coefficients.stride(0), R, to + i * stride);
-  });
-  return narrow;
-}
+/// Coefficients [M, R] as the passes over v take them: float32 where they lie, or bfloat16 beside it.
+struct Coefficients {
+  Memory narrow;
+  const void* values;
+  int64_t stride;
 
-/// Zeros for gradients in the form of panels: [sum R_i, columns rounded up to COLUMN_UNIT] float32.
-Tensor new_gradients(const Tensor& like, const Adapters& adapters, int64_t columns) {
-  const std::array<int64_t, 2> sizes{adapters.all_ranks(), round_up(columns, COLUMN_UNIT)};
-  return torch::stable::new_zeros(like, sizes, ScalarType::Float);
-}
+  Coefficients(const Tensor& v, const Tensor& wide) : values(wide.const_data_ptr()), stride(wide.stride(0)) {
+    if (!takes_dots(v)) return;
+    const int64_t M = wide.size(0), R = wide.size(1);
+    stride = R + COEFFICIENT_UNIT;  // zeros for reads beyond the last
+    narrow = Memory(M * stride * sizeof(uint16_t));
+    values = narrow.as<void>();
+    parallel_for(0, M, GRAIN / R + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        uint16_t* row = narrow.as<uint16_t>() + i * stride;
+        kernels().narrow(floats(wide) + i * wide.stride(0), R, row);
+        std::fill_n(row + R, COEFFICIENT_UNIT, uint16_t{0});
+      }
+    });
+  }
+};
 
 /// to[r · rank_stride + l · column_stride] = factor · from[r][l].
 template <class T>
@@ -164,30 +175,30 @@ void unpack(
 }
 
 /// Gradients of A_i [R_i, K] from their panels, flat, in lora_a's dtype.
-Tensor unpack_a(const Adapters& adapters, const Tensor& panels) {
-  const int64_t K = adapters.a[0].size(1), stride = panels.size(1);
+Tensor unpack_a(const Adapters& adapters, const Stack& panels) {
+  const int64_t K = adapters.a[0].size(1);
   const std::array<int64_t, 1> sizes{adapters.all_ranks() * K};
   const Tensor flat = torch::stable::new_empty(adapters.a[0], sizes);
   with_type(flat, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    unpack(floats(panels), stride, adapters.all_ranks(), K, 1.0f, static_cast<T*>(flat.mutable_data_ptr()), K, 1);
+    unpack(panels.memory.as<float>(), panels.stride, adapters.all_ranks(), K, 1.0f, static_cast<T*>(flat.mutable_data_ptr()), K, 1);
   });
   return flat;
 }
 
 /// Gradients of B_i [N, R_i] from panels that hold them transposed and without s_i, flat, in lora_b's dtype.
-Tensor unpack_b(const Adapters& adapters, const Tensor& panels) {
-  const int64_t N = adapters.b[0].size(0), stride = panels.size(1);
+Tensor unpack_b(const Adapters& adapters, const Stack& panels) {
+  const int64_t N = adapters.b[0].size(0);
   const std::array<int64_t, 1> sizes{adapters.all_ranks() * N};
   const Tensor flat = torch::stable::new_empty(adapters.b[0], sizes);
   with_type(flat, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    const float* from = floats(panels);
+    const float* from = panels.memory.as<float>();
     T* to = static_cast<T*>(flat.mutable_data_ptr());
     for (size_t i = 0; i < adapters.b.size(); ++i) {
       const int64_t rank = adapters.b[i].size(1);
-      unpack(from, stride, rank, N, static_cast<float>(adapters.scale[i]), to, 1, rank);
-      from += rank * stride;
+      unpack(from, panels.stride, rank, N, static_cast<float>(adapters.scale[i]), to, 1, rank);
+      from += rank * panels.stride;
       to += rank * N;
     }
   });
@@ -237,34 +248,24 @@ void for_each_cell(const Batch& batch, const Grid& grid, int64_t columns, const 
   });
 }
 
-/// total[k] = the sum over parts of part[k], in the order of parts.
-void sum_parts(const Tensor& parts, float* total) {
-  const int64_t count = parts.size(0), size = parts.numel() / count;
-  const float* from = floats(parts);
+/// total[k] = the sum over `count` parts of part[k], in the order of parts.
+void sum_parts(const float* parts, int64_t count, int64_t size, float* total) {
   parallel_for(0, size, GRAIN, [&](int64_t begin, int64_t end) {
-    std::copy(from + begin, from + end, total + begin);
+    std::copy(parts + begin, parts + end, total + begin);
     for (int64_t part = 1; part < count; ++part) {
-      for (int64_t k = begin; k < end; ++k) total[k] += from[part * size + k];
+      for (int64_t k = begin; k < end; ++k) total[k] += parts[part * size + k];
     }
   });
 }
 
-/// What draw has drawn: bits [M, bits_stride], masks of them one after the other; or none.
+/// Dropout's bits [M, bits_stride], masks of them one after the other; or none.
 using Keep = std::optional<Tensor>;
 
-/// Dropout's mask for the rows of the batch, of `columns` elements each.
-Keep draw(const Tensor& like, int64_t columns, const Batch& batch) {
+/// Room for the bits of rows of `columns` elements, where something is dropped.
+Keep new_keep(const Tensor& like, int64_t columns, const Batch& batch) {
   const bool drops = std::any_of(batch.segments.begin(), batch.segments.end(), [](const Segment& segment) { return segment.threshold != 0; });
   if (!drops) return std::nullopt;
-  const int64_t stride = bits_stride(columns);
-  const Tensor keep = torch::stable::new_empty(like, std::array<int64_t, 2>{batch.masks * like.size(0), stride}, ScalarType::Byte);
-  if (place_count(batch) == 0) return keep;
-  const Draw pass{columns, batch.order, static_cast<uint8_t*>(keep.mutable_data_ptr()), stride};
-  const Grid grid = cut(place_count(batch) * columns, place_count(batch), columns, 0, 0);
-  for_each_cell(batch, grid, columns, [&](const Segments& segments, const Cell& cell, int64_t, int64_t) {
-    kernels().draw(pass, segments, cell);
-  });
-  return keep;
+  return torch::stable::new_empty(like, std::array<int64_t, 2>{batch.masks * like.size(0), bits_stride(columns)}, ScalarType::Byte);
 }
 
 Rows rows_of(const Tensor& v, const Batch& batch, const Keep& keep) {
@@ -278,55 +279,93 @@ Rows rows_of(const Tensor& v, const Batch& batch, const Keep& keep) {
   return rows;
 }
 
-/// One pass over v [M, L]: projected [M, ranks] = d(v) P_iᵀ if there are panels, gradient [sum R_i, L] = c_iᵀ d(v) if there are
-/// coefficients.
-void read(
-    const Tensor& v, const Batch& batch, const Adapters& adapters, const Keep& keep, const Tensor* panels, const Tensor* projected,
-    const Tensor* coefficients, const Tensor* gradient) {
-  if (place_count(batch) == 0) return;
-  const int64_t M = v.size(0), L = v.size(1), ranks = batch.ranks, stride = round_up(L, COLUMN_UNIT);
-  const int64_t work = place_count(batch) * L * ranks;
-  const Grid grid = cut(work, place_count(batch), L, gradient ? adapters.all_ranks() * L : 0, projected ? M * ranks : 0);
+/// Room for gradients in the form of panels: [sum R_i, columns rounded up to COLUMN_UNIT] float32.
+Stack new_gradients(const Adapters& adapters, int64_t columns) {
+  const int64_t stride = round_up(columns, COLUMN_UNIT);
+  return {Memory(adapters.all_ranks() * stride * sizeof(float)), stride};
+}
+
+/// values [rows, stride] = 0 in the columns of the cell.
+void clear(float* values, int64_t rows, int64_t stride, const Cell& cell) {
+  const int64_t end = round_up(cell.column_end, COLUMN_UNIT);
+  for (int64_t r = 0; r < rows; ++r) std::fill(values + r * stride + cell.column_begin, values + r * stride + end, 0.0f);
+}
+
+/// What a pass reads v for: projected [M, ranks] = d(v) P_iᵀ if there are panels, gradient [sum R_i, L] = c_iᵀ d(v) if there are coefficients.
+struct Wanted {
+  const Stack* panels;
+  const Tensor* projected;
+  const Coefficients* coefficients;
+  const Stack* gradient;
+};
+
+/// One pass over v [M, L]. `before` is called with each thread's share of v before that is read.
+template <class Before>
+void read(const Tensor& v, const Batch& batch, const Adapters& adapters, const Keep& keep, const Wanted& wanted, const Before& before) {
+  const int64_t M = v.size(0), L = v.size(1), all_ranks = adapters.all_ranks(), stride = round_up(L, COLUMN_UNIT);
+  const auto& [panels, projected, coefficients, gradient] = wanted;
+  if (place_count(batch) == 0) {
+    if (gradient) clear(gradient->memory.as<float>(), all_ranks, stride, {0, 0, 0, L});
+    return;
+  }
+  const int64_t work = place_count(batch) * L * batch.ranks;
+  const Grid grid = cut(work, place_count(batch), L, gradient ? all_ranks * L : 0, projected ? M * batch.ranks : 0);
 
   Read pass{rows_of(v, batch, keep)};
   pass.v = v.const_data_ptr();
-  pass.panel = panels ? panels->const_data_ptr() : nullptr;
+  pass.panel = panels ? panels->memory.as<void>() : nullptr;
   pass.panel_stride = stride;
   pass.projected = projected ? floats(*projected) : nullptr;
-  pass.projected_stride = ranks;
-  pass.coefficients = coefficients ? coefficients->const_data_ptr() : nullptr;
-  pass.coefficient_stride = coefficients ? coefficients->stride(0) : 0;
-  pass.gradient = gradient ? floats(*gradient) : nullptr;
+  pass.projected_stride = batch.ranks;
+  pass.coefficients = coefficients ? coefficients->values : nullptr;
+  pass.coefficient_stride = coefficients ? coefficients->stride : 0;
+  pass.gradient = gradient ? gradient->memory.as<float>() : nullptr;
   pass.gradient_stride = stride;
 
-  std::optional<Tensor> projected_parts, gradient_parts;
+  const int64_t projected_size = M * batch.ranks, gradient_size = all_ranks * stride;
+  Memory projected_parts, gradient_parts;
   if (projected && grid.column_parts > 1) {
-    projected_parts = torch::stable::new_zeros(*projected, std::array<int64_t, 3>{grid.column_parts, M, ranks});
+    projected_parts = Memory(grid.column_parts * projected_size * sizeof(float));
+    std::fill_n(projected_parts.as<float>(), grid.column_parts * projected_size, 0.0f);
   }
-  if (gradient && grid.row_parts > 1) {
-    gradient_parts = torch::stable::new_zeros(*gradient, std::array<int64_t, 3>{grid.row_parts, adapters.all_ranks(), stride});
-  }
-  float* projected_base = projected_parts ? floats(*projected_parts) : nullptr;
-  float* gradient_base = gradient_parts ? floats(*gradient_parts) : nullptr;
+  if (gradient && grid.row_parts > 1) gradient_parts = Memory(grid.row_parts * gradient_size * sizeof(float));
   for_each_cell(batch, grid, L, [&](const Segments& segments, const Cell& cell, int64_t i, int64_t j) {
     Read part = pass;
-    if (projected_base) part.projected = projected_base + j * M * ranks;
-    if (gradient_base) part.gradient = gradient_base + i * adapters.all_ranks() * stride;
+    if (projected_parts) part.projected = projected_parts.as<float>() + j * projected_size;
+    if (gradient_parts) part.gradient = gradient_parts.as<float>() + i * gradient_size;
+    if (gradient) clear(part.gradient, all_ranks, stride, cell);
+    before(segments, cell);
     kernels().read(part, segments, cell);
   });
-  if (projected_parts) sum_parts(*projected_parts, pass.projected);
-  if (gradient_parts) sum_parts(*gradient_parts, pass.gradient);
+  if (projected_parts) sum_parts(projected_parts.as<float>(), grid.column_parts, projected_size, pass.projected);
+  if (gradient_parts) sum_parts(gradient_parts.as<float>(), grid.row_parts, gradient_size, pass.gradient);
 }
 
-/// One pass over v [M, L]: v += d'(c P_i).
-void add(const Tensor& v, const Batch& batch, const Keep& keep, const Tensor& coefficients, const Tensor& panels) {
-  if (place_count(batch) == 0) return;
+/// xa [M, ranks] = d_i(x) A_iᵀ; the mask is drawn into keep, if there is one.
+Tensor project(const Tensor& x, const Batch& batch, const Adapters& adapters, const Keep& keep) {
+  const Tensor xa = new_projection(x, batch);
+  const Stack panels = pack_a(adapters, read_format(x));
+  const Draw pass{x.size(1), batch.order, keep ? static_cast<uint8_t*>(keep->mutable_data_ptr()) : nullptr, bits_stride(x.size(1))};
+  read(x, batch, adapters, keep, {&panels, &xa, nullptr, nullptr}, [&](const Segments& segments, const Cell& cell) {
+    if (keep) kernels().draw(pass, segments, cell);
+  });
+  return xa;
+}
+
+/// v [M, L] += d'(c P_i), as a pass.
+Add addition(const Tensor& v, const Batch& batch, const Keep& keep, const Coefficients& coefficients, const Stack& panels) {
   Add pass{rows_of(v, batch, keep)};
   pass.v = v.mutable_data_ptr();
-  pass.panel = panels.const_data_ptr();
-  pass.panel_stride = panels.size(1);
-  pass.coefficients = coefficients.const_data_ptr();
-  pass.coefficient_stride = coefficients.stride(0);
+  pass.panel = panels.memory.as<void>();
+  pass.panel_stride = panels.stride;
+  pass.coefficients = coefficients.values;
+  pass.coefficient_stride = coefficients.stride;
+  return pass;
+}
+
+void add(const Tensor& v, const Batch& batch, const Keep& keep, const Coefficients& coefficients, const Stack& panels) {
+  if (place_count(batch) == 0) return;
+  const Add pass = addition(v, batch, keep, coefficients, panels);
   const Grid grid = cut(place_count(batch) * v.size(1) * batch.ranks, place_count(batch), v.size(1), 0, 0);
   for_each_cell(batch, grid, v.size(1), [&](const Segments& segments, const Cell& cell, int64_t, int64_t) {
     kernels().add(pass, segments, cell);
@@ -357,6 +396,14 @@ void scale_rows(const Tensor& projected, const Batch& batch) {
 }
 
 }  // namespace
+
+Tensor new_projection(const Tensor& v, const Batch& batch) {
+  const int64_t M = v.size(0);
+  const std::array<int64_t, 2> sizes{M, batch.ranks};
+  const auto has_all_rows = [&](const Segment& segment) { return segment.begin == 0 && segment.end == M; };
+  const bool is_whole = v.size(1) > 0 && std::all_of(batch.segments.begin(), batch.segments.end(), has_all_rows);
+  return is_whole ? torch::stable::new_empty(v, sizes, ScalarType::Float) : torch::stable::new_zeros(v, sizes, ScalarType::Float);
+}
 
 int64_t Adapters::all_ranks() const {
   int64_t ranks = 0;
@@ -434,10 +481,6 @@ std::optional<Tensor> checked_keep(const Tensor& keep, std::initializer_list<int
   return torch::stable::contiguous(keep);
 }
 
-Tensor new_projection(const Tensor& x, int64_t ranks) {
-  return torch::stable::new_zeros(x, std::array<int64_t, 2>{x.size(0), ranks}, ScalarType::Float);
-}
-
 namespace {
 
 /// The segments of all adapters, each with all rows; what depends on who has which is set by the caller.
@@ -489,29 +532,25 @@ Batch share_rows(const Adapters& adapters, int64_t M) {
 
 namespace {
 
-Panels read_format(const Tensor& v) { return takes_dots(v) ? Panels::DOTS : Panels::FLOATS; }
-Panels add_format(const Tensor& v) { return takes_dots(v) ? Panels::PAIRS : Panels::FLOATS; }
-
 /// y = x Wᵀ + b + s_i xa_i B_iᵀ, xa [M, ranks] at hand.
 Tensor add_to_frozen(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Adapters& adapters, const Batch& batch, const Tensor& xa) {
   const Tensor y = with_dense_rows(multiply_by_frozen(x, weight, bias));
-  add(y, scaled(batch, adapters), std::nullopt, coefficients_for(y, xa), pack_b(adapters, add_format(y)));
+  add(y, scaled(batch, adapters), std::nullopt, Coefficients(y, xa), pack_b(adapters, add_format(y)));
   return y;
 }
 
 /// One read of dy: dxa_i = s_i dy B_i [M, ranks], and the gradients of B_i; either may not be needed.
 std::tuple<Tensor, Tensor> read_dy(
     const Tensor& dy, const Adapters& adapters, const Batch& batch, const Tensor& xa, bool need_dxa, bool need_db) {
-  const Tensor dxa = new_projection(dy, batch.ranks);
+  const Tensor dxa = new_projection(dy, batch);
   Tensor db = torch::stable::new_empty(adapters.b[0], std::array<int64_t, 1>{0});
   if (!need_dxa && !need_db) return {dxa, db};
-  const Tensor rows = with_dense_rows(dy);
-  const Tensor panels = pack_b(adapters, read_format(rows));
-  const Tensor coefficients = coefficients_for(rows, with_dense_rows(xa));
-  const Tensor gradient = new_gradients(rows, adapters, rows.size(1));
-  read(rows, batch, adapters, std::nullopt, need_dxa ? &panels : nullptr, need_dxa ? &dxa : nullptr, need_db ? &coefficients : nullptr,
-       need_db ? &gradient : nullptr);
+  const Stack panels = pack_b(adapters, read_format(dy));
+  const Coefficients coefficients(dy, xa);
+  const Stack gradient = new_gradients(adapters, dy.size(1));
+  const Wanted wanted{need_dxa ? &panels : nullptr, need_dxa ? &dxa : nullptr, need_db ? &coefficients : nullptr, need_db ? &gradient : nullptr};
+  read(dy, batch, adapters, std::nullopt, wanted, [](const Segments&, const Cell&) {});
   if (need_dxa) scale_rows(dxa, scaled(batch, adapters));
   if (need_db) db = unpack_b(adapters, gradient);
   return {dxa, db};
@@ -520,11 +559,17 @@ std::tuple<Tensor, Tensor> read_dy(
 /// dx += d_i'(dxa_i A_i), and the gradients of A_i from one read of x; a null dx is not wanted.
 Tensor finish_dx_and_da(
     const Tensor& x, const Adapters& adapters, const Batch& batch, const Tensor& dxa, const Tensor* dx, bool need_da) {
-  const Tensor coefficients = coefficients_for(x, dxa);
-  if (dx) add(*dx, batch, adapters.keep, coefficients, pack_a(adapters, add_format(x)));
-  if (!need_da) return torch::stable::new_empty(adapters.a[0], std::array<int64_t, 1>{0});
-  const Tensor gradient = new_gradients(x, adapters, x.size(1));
-  read(x, batch, adapters, adapters.keep, nullptr, nullptr, &coefficients, &gradient);
+  const Coefficients coefficients(x, dxa);
+  const Stack panels = dx ? pack_a(adapters, add_format(x)) : Stack{Memory(), 0};
+  if (!need_da) {
+    if (dx) add(*dx, batch, adapters.keep, coefficients, panels);
+    return torch::stable::new_empty(adapters.a[0], std::array<int64_t, 1>{0});
+  }
+  const Add pass = dx ? addition(*dx, batch, adapters.keep, coefficients, panels) : Add{};
+  const Stack gradient = new_gradients(adapters, x.size(1));
+  read(x, batch, adapters, adapters.keep, {nullptr, nullptr, &coefficients, &gradient}, [&](const Segments& segments, const Cell& cell) {
+    if (dx) kernels().add(pass, segments, cell);
+  });
   return unpack_a(adapters, gradient);
 }
 
@@ -568,14 +613,12 @@ void copy_columns(const Tensor& from, const Tensor& to, int64_t column) {
 std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Adapters& adapters, const Batch& batch) {
   const Tensor rows = with_dense_rows(x);
-  const Keep keep = draw(rows, rows.size(1), batch);
+  const Keep keep = new_keep(rows, rows.size(1), batch);
   if (!keep && suits_few_rows(rows, weight)) {
     const auto [y, xa] = few_rows(rows, weight, bias, adapters, batch);
     return {y, xa, nothing_dropped(x)};
   }
-  const Tensor xa = new_projection(x, batch.ranks);
-  const Tensor panels = pack_a(adapters, read_format(rows));
-  read(rows, batch, adapters, keep, &panels, &xa, nullptr, nullptr);
+  const Tensor xa = project(rows, batch, adapters, keep);
   return {add_to_frozen(rows, weight, bias, adapters, batch, xa), xa, keep ? *keep : nothing_dropped(x)};
 }
 
@@ -583,7 +626,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     const Tensor& dy, const Tensor& x, const Tensor& weight, const Adapters& adapters, const Tensor& xa, const Batch& batch, bool need_dx,
     bool need_da, bool need_db) {
   const Tensor rows = with_dense_rows(x), dy_rows = with_dense_rows(dy);
-  const auto [dxa, db] = read_dy(dy_rows, adapters, batch, xa, need_dx || need_da, need_db);
+  const auto [dxa, db] = read_dy(dy_rows, adapters, batch, with_dense_rows(xa), need_dx || need_da, need_db);
   const std::array<int64_t, 1> none{0};
   Tensor dx = torch::stable::new_empty(x, none);
   if (!need_dx && !need_da) return {dx, torch::stable::new_empty(adapters.a[0], none), db};
@@ -596,13 +639,9 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> forward_shared(
     const Tensor& x, const std::vector<Tensor>& weight, const std::vector<Tensor>& bias, const Adapters& adapters) {
   const Tensor rows = with_dense_rows(x);
   const Batch batch = share_rows(adapters, x.size(0));
-  const Keep keep = draw(rows, rows.size(1), batch);
+  const Keep keep = new_keep(rows, rows.size(1), batch);
   const bool few = !keep && std::all_of(weight.begin(), weight.end(), [&](const Tensor& one) { return suits_few_rows(rows, one); });
-  const Tensor xa = new_projection(x, batch.ranks);
-  if (!few) {
-    const Tensor panels = pack_a(adapters, read_format(rows));
-    read(rows, batch, adapters, keep, &panels, &xa, nullptr, nullptr);
-  }
+  const Tensor xa = few ? new_projection(x, batch) : project(rows, batch, adapters, keep);
   std::vector<Tensor> y;
   for (size_t i = 0; i < weight.size(); ++i) {
     const Adapters one = one_of(adapters, i);
@@ -626,7 +665,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_shared(
     bool need_dx, bool need_da, bool need_db) {
   const Tensor rows = with_dense_rows(x);
   const Batch batch = share_rows(adapters, x.size(0));
-  const Tensor dxa = new_projection(x, batch.ranks);
+  const Tensor dxa = new_projection(x, batch), xa_rows = with_dense_rows(xa);
   const std::array<int64_t, 1> none{0};
   Tensor dx = torch::stable::new_empty(x, none);
   const Tensor db = torch::stable::new_empty(adapters.b[0], std::array<int64_t, 1>{need_db ? all_elements(adapters.b) : 0});
@@ -636,7 +675,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_shared(
     const Batch all = split_rows(one, {0, x.size(0)}, nullptr);
     const int64_t column = batch.segments[i].first_rank;
     const Tensor dy_rows = with_dense_rows(dy[i]);
-    const auto [own_dxa, own_db] = read_dy(dy_rows, one, all, columns_of(xa, column, all.ranks), need_dx || need_da, need_db);
+    const auto [own_dxa, own_db] = read_dy(dy_rows, one, all, columns_of(xa_rows, column, all.ranks), need_dx || need_da, need_db);
     copy_columns(own_dxa, dxa, column);
     if (need_db) {
       const size_t size = own_db.element_size();

@@ -69,8 +69,8 @@ Batch split_rows(const Adapters& adapters, const std::vector<int64_t>& bounds, c
 /// Every adapter has all M rows, its own columns of xa [M, sum R_i], and a mask of its own: seed[i] for adapter i.
 Batch share_rows(const Adapters& adapters, int64_t M);
 
-/// Zeros for xa [M, ranks] in float32.
-Tensor new_projection(const Tensor& x, int64_t ranks);
+/// Room for what a pass over v [M, L] projects, [M, ranks] float32; zeros where the pass does not write all of it.
+Tensor new_projection(const Tensor& v, const Batch& batch);
 
 /// Whether `few_rows` takes these: 1 to FEW_ROWS dense rows, and a weight that is dense by row or by column.
 bool suits_few_rows(const Tensor& x, const Tensor& weight);

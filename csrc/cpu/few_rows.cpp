@@ -6,6 +6,7 @@
 #include <array>
 
 #include "adapters.h"
+#include "memory.h"
 
 namespace fastlora {
 namespace {
@@ -30,7 +31,8 @@ FewRows task_of(const Tensor& x, const Tensor& weight) {
 
 /// The adapters' part of a task, and what it points to.
 struct Updates {
-  Tensor xa, scaled;  // [M, ranks] float32
+  Tensor xa;      // [M, ranks] float32
+  Memory scaled;  // the same times s_i
   std::vector<Tensor> held;
   std::array<const void*, FEW_ROWS> lora_b{};
   std::array<int64_t, FEW_ROWS> rank{};
@@ -39,7 +41,7 @@ struct Updates {
 /// xa_i = x A_iᵀ for the rows of each adapter.
 Updates project(const Tensor& x, const Adapters& adapters, const Batch& batch) {
   const int64_t most = batch.ranks;
-  Updates updates{new_projection(x, most), new_projection(x, most)};
+  Updates updates{new_projection(x, batch), Memory(x.size(0) * most * sizeof(float))};
   const Tensor rows = kind_of(adapters.a[0]) == kind_of(x) ? x : torch::stable::to(x, ScalarType::Float);
   float* xa = floats(updates.xa);
   for (size_t i = 0; i < adapters.a.size(); ++i) {
@@ -62,7 +64,7 @@ Updates project(const Tensor& x, const Adapters& adapters, const Batch& batch) {
       if (batch.order) project_rows(row, 1);
       updates.lora_b[row] = updates.held.back().const_data_ptr();
       updates.rank[row] = segment.rank;
-      for (int64_t r = 0; r < segment.rank; ++r) floats(updates.scaled)[row * most + r] = static_cast<float>(adapters.scale[i]) * xa[row * most + r];
+      for (int64_t r = 0; r < segment.rank; ++r) updates.scaled.as<float>()[row * most + r] = static_cast<float>(adapters.scale[i]) * xa[row * most + r];
     }
   }
   return updates;
@@ -79,8 +81,8 @@ Tensor multiply(const Tensor& x, const Tensor& weight, const std::optional<Tenso
   task.y_stride = N;
   if (updates) {
     task.adapter_kind = adapter_kind;
-    task.xa = floats(updates->scaled);
-    task.xa_stride = updates->scaled.size(1);
+    task.xa = updates->scaled.as<float>();
+    task.xa_stride = updates->xa.size(1);
     task.lora_b = updates->lora_b.data();
     task.rank = updates->rank.data();
   }

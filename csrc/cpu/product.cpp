@@ -3,26 +3,12 @@
 
 #include <algorithm>
 #include <array>
-#include <new>
 
 #include "adapters.h"
+#include "memory.h"
 
 namespace fastlora {
 namespace {
-
-/// Memory for one panel of W, where cache lines begin.
-class Panel {
- public:
-  explicit Panel(int64_t depth) : memory_(static_cast<float*>(::operator new(PANEL_COLUMNS * depth * sizeof(float), ALIGNMENT))) {}
-  ~Panel() { ::operator delete(memory_, ALIGNMENT); }
-  Panel(const Panel&) = delete;
-  Panel& operator=(const Panel&) = delete;
-  float* data() const { return memory_; }
-
- private:
-  static constexpr std::align_val_t ALIGNMENT{64};
-  float* memory_;
-};
 
 Tensor product_cpu(
     const Tensor& x,                      // [M, K]
@@ -49,8 +35,8 @@ Tensor product_cpu(
   const int64_t tiles = kernels().product_tiles(task);
   const int64_t work = M * K * N / (tiles + 1) + 1;  // multiplications of a tile
   torch::stable::parallel_for(0, tiles, GRAIN / work + 1, [&](int64_t begin, int64_t end) {
-    const Panel panel(std::min(K + 15, PRODUCT_DEPTH));
-    kernels().product(task, begin, end, panel.data());
+    const Memory panel(PANEL_COLUMNS * std::min(K + 15, PRODUCT_DEPTH) * sizeof(float));
+    kernels().product(task, begin, end, panel.as<float>());
   });
   return y;
 }
