@@ -337,6 +337,7 @@ def block_inputs(case: BlockCase, device: torch.device) -> tuple[list[Tensor], l
 
 def build_block(case: BlockCase, device: torch.device) -> Problem:
     """The block in memory, its layers frozen, with PEFT's adapters, by addmm, and accelerated."""
+    torch.compiler.reset()  # as in `build`
     inputs, gradients = block_inputs(case, device)
     blocks = {"frozen": make_block(case, False, device)}
     blocks |= {name: make_block(case, True, device) for name in ("addmm", "peft", FASTLORA)}
