@@ -157,6 +157,9 @@ forced: str | None = _forced_by_environment()
 """FASTLORA_IMPL, read once: the implementation that every operator must use."""
 
 
+EMULATORS = {"triton": "TRITON_INTERPRET", "cuda": "FASTLORA_EMULATED"}
+"""Set to 1 where tests run a GPU's kernels on a CPU."""
+
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the compiled implementations compute in; float64 is the reference's."""
 
@@ -170,8 +173,8 @@ def _obstacle(op: str, name: str, device: torch.device, dtype: torch.dtype) -> s
         return None
     if dtype not in KERNEL_DTYPES:
         return f"{name} does not compute in {str(dtype).removeprefix('torch.')}"
-    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != ("cpu" if name == "cpu" else "cuda") and not interpreted:
+    emulated = name in EMULATORS and os.environ.get(EMULATORS[name]) == "1"
+    if device.type != ("cpu" if name == "cpu" else "cuda") and not emulated:
         return f"{name} does not run on {device.type} devices"
     return None
 
