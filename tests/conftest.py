@@ -1,8 +1,8 @@
 """What every test runs under: fixed seeds, uninitialised memory full of NaN, and one run an implementation and device.
 
 A test that takes `device` runs on the CPU, and on the GPU where there is one. A test that also takes `implementation` runs once for each
-implementation of its module's OPERATOR that can run there (or for the module's RUNS), forced for everything in fastlora.functional. Without a GPU the Triton kernels
-run in Triton's interpreter. Where nothing is forced, choices do not depend on what was measured on this machine.
+implementation of its module's OPERATOR that can run there, or for the module's RUNS, forced for everything in fastlora.functional. Without a
+GPU the Triton kernels run in Triton's interpreter. Where nothing is forced, choices do not depend on what was measured on this machine.
 """
 
 import importlib.util
