@@ -1,4 +1,4 @@
-"""csrc/cuda compiled for this CPU: `load` registers the operators of its kernels for CPU tensors, under their names on a card, `<op>_cuda`.
+"""csrc/cuda compiled for this CPU: `load` registers its operators for CPU tensors, under their names on a card, `<op>_cuda`.
 
 How a card is emulated: emulated_cuda.h. What cannot be seen so: how fast a kernel is, and what only the hardware knows (its memory's order between
 threads, tensor cores' last bits, limits that ptxas reports: test_cuda_compile.py).
@@ -31,10 +31,9 @@ def available() -> bool:
     return shutil.which(COMPILER) is not None
 
 
-def build(flags: Sequence[str] = ()) -> Path:
-    """The library, compiled if what it is made of has changed; several processes may ask at once."""
-    folder = Path(torch.__file__).parent
-    sources = sorted([*(ROOT / "csrc/cuda").glob("*.cu"), ROOT / "csrc/cuda/register.cpp"])
+def build(sources: Sequence[Path]) -> Path:
+    """A library of the sources, compiled if what it is made of has changed; several processes may ask at once."""
+    folder, flags = Path(torch.__file__).parent, SANITIZERS if os.environ.get("FASTLORA_SANITIZE") == "1" else []
     headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), ROOT / "tests/emulated_cuda.h"]
     include = [f"-isystem{folder / 'include'}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}"]
     command = [COMPILER, *FLAGS, *flags, *include]
@@ -62,9 +61,9 @@ def build(flags: Sequence[str] = ()) -> Path:
     return library
 
 
-def load(flags: Sequence[str] = ()) -> ctypes.CDLL:
-    """Load the library into this process; its `emulated_descending(1)` turns the order of the threads round."""
-    path = str(build(flags))
+def load() -> ctypes.CDLL:
+    """Load the operators into this process; the library's `emulated_descending(1)` turns the order of the threads round."""
+    path = str(build([*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/cuda/register.cpp"]))
     torch.ops.load_library(path)
     return ctypes.CDLL(path)
 
