@@ -124,14 +124,12 @@ def test_numbers_out_of_range_are_never_addresses() -> None:
         out, mask, *_ = torch.ops.fastlora.prefix_concat_cuda(*{**right, "starts": torch.tensor(starts)}.values())
         assert out.shape == (2, 7, 5) and not (out.isnan().any(-1) & (mask == 0)).any()
     dout = torch.randn(2, 7, 5)
-    for source in (
-        torch.full((2, 7), 2**62),
-        torch.full((2, 7), -(2**62)),
-        torch.randint(-3, 20, (2, 7)),
-        torch.full((2, 7), 13),
-    ):
-        dprompts, dembeds = torch.ops.fastlora.prefix_concat_backward_cuda(dout, source, 6, 4, True, True)
-        assert dprompts.isfinite().all() and dembeds.isfinite().all()
+    first_beyond = 6 + 2 * 4  # prompt rows and tokens
+    for source in (2**62, -(2**62), -1, first_beyond - 1, first_beyond):
+        given = torch.full((2, 7), source)
+        dprompts, dembeds = torch.ops.fastlora.prefix_concat_backward_cuda(dout, given, 6, 4, True, True)
+        assert dprompts.shape == (6, 5) and not dprompts.any()
+        assert bool(dembeds.any()) == (source == first_beyond - 1) and not dembeds[:, :-1].any()
 
 
 WRONG: dict[str, tuple[str, dict[str, Any]]] = {

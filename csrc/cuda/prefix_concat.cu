@@ -323,8 +323,7 @@ __global__ void __launch_bounds__(SUM_THREADS) prefix_concat_prompts_kernel(cons
 #pragma unroll
         for (int c = 0; c < COUNT; ++c) total[c] += to_float(*pack.at(c));
       }
-    }
-    __syncthreads();
+    }  // the next step writes rows behind a barrier, and counts that nobody reads any more
   }
   if (d >= given.D) return;
   float* const to = given.dprompts + j * given.D + d;
