@@ -8,6 +8,7 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -24,11 +25,11 @@ FLAGS = (
     "-DFASTLORA_EMULATED -DTORCH_TARGET_VERSION=0x020b000000000000ULL"
 ).split()
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all".split()
-COMPILER = os.environ.get("CXX", "g++")
+COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 
 
 def available() -> bool:
-    return shutil.which(COMPILER) is not None
+    return shutil.which(COMPILER[0]) is not None
 
 
 def build(sources: Sequence[Path]) -> Path:
@@ -36,7 +37,7 @@ def build(sources: Sequence[Path]) -> Path:
     folder, flags = Path(torch.__file__).parent, SANITIZERS if os.environ.get("FASTLORA_SANITIZE") == "1" else []
     headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), ROOT / "tests/emulated_cuda.h"]
     include = [f"-isystem{folder / 'include'}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}"]
-    command = [COMPILER, *FLAGS, *flags, *include]
+    command = [*COMPILER, *FLAGS, *flags, *include]
     contents = b"".join(path.read_bytes() for path in sorted([*sources, *headers]))
     key = hashlib.sha256(" ".join([*command, torch.__version__]).encode() + contents).hexdigest()[:16]
     place = ROOT / "build" / "emulated"
@@ -53,7 +54,7 @@ def build(sources: Sequence[Path]) -> Path:
         ]
         failed = [one.args for one in compilers if one.wait() != 0]
         assert not failed, failed
-        link = [COMPILER, *flags, "-shared", *map(str, objects), f"-L{folder / 'lib'}", "-ltorch_cpu", "-o"]
+        link = [*COMPILER, *flags, "-shared", *map(str, objects), f"-L{folder / 'lib'}", "-ltorch_cpu", "-o"]
         subprocess.run([*link, str(library.with_suffix(".new"))], check=True)
         library.with_suffix(".new").rename(library)
         for output in objects:
