@@ -24,7 +24,7 @@ OPTIONAL = {
 }
 COMPILERS = {
     "g++": "the native extension cannot be built: CPUs run plain PyTorch (reference)",
-    "nvcc": "nothing yet: this version has no CUDA C++ implementation",
+    "nvcc": "an extension built here has no CUDA C++ kernels: GPUs run Triton's, or plain PyTorch",
 }
 RESULTS = Path(__file__).parent / "benchmarks" / "results"
 ON_CARDS = {"reference": "plain PyTorch", "triton": "Triton", "cuda": "CUDA C++"}

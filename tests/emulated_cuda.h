@@ -1,0 +1,495 @@
+// CUDA's programming model on one thread of a CPU: a C++20 compiler with -DFASTLORA_EMULATED makes of csrc/cuda/*.cu a library that runs here, so
+// that a kernel's arithmetic, indices and barriers are tested without a card. csrc/cuda/launch.h includes it in place of CUDA's own headers.
+//
+// Every thread of a block is a fiber with a stack of its own. It runs until it waits: at __syncthreads, at a warp's exchange (`collective`), or in a
+// loop on memory that another thread will write (`__nanosleep`). Blocks run one after another; only where all that run wait for memory does the next
+// one join them. Threads are resumed in ascending order, or in descending order after emulated_descending(1): a kernel that lacks a barrier gives
+// another result in one of the two. Shared memory is all ones, that is NaN, when a block begins (declared with __shared__: when the process begins;
+// a kernel whose blocks wait for one another keeps all of it in shared_memory()). What would hang on a card ends the launch with an exception.
+#pragma once
+
+#include <stdlib.h>
+#include <sys/mman.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <csetjmp>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#else
+#define ASAN_UNPOISON_MEMORY_REGION(address, size)
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __constant__
+#define __grid_constant__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(bytes) alignas(bytes)
+#define __shared__ static
+
+struct uint3 { unsigned x, y, z; };
+struct dim3 {
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+  unsigned x, y, z;
+};
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+constexpr int warpSize = 32;
+
+namespace emulated {
+
+constexpr size_t STACK = 1 << 17;   // bytes a thread
+constexpr int IDLE_ROUNDS = 10000;  // of waiting for memory, before it is taken for a hang
+inline bool descending = false;
+
+struct Block;
+struct Fiber;
+
+/// One thread's place in an exchange of its warp: what it gives and where it wants the result.
+struct Seat {
+  Fiber* fiber = nullptr;  // none: the warp has no such thread, or it has ended
+  unsigned mask = 0;       // the lanes it waits for, none: it does not wait
+  void (*finish)(Seat* seats, unsigned mask) = nullptr;
+  const void* in = nullptr;
+  void* out = nullptr;
+};
+
+struct Warp { Seat seats[32]; };
+
+struct Barrier {
+  std::vector<Fiber*> arrived;  // null: one that does not wait
+  unsigned expected = 0;  // threads, 0: all that have not ended
+};
+
+struct Fiber {
+  enum State { READY, WAITING, IDLE, ENDED } state = READY;
+  Block* block = nullptr;
+  uint3 thread{};
+  unsigned lane = 0;
+  Warp* warp = nullptr;
+  char* stack = nullptr;
+  bool started = false;
+  ucontext_t first;
+  jmp_buf place;
+  void* fake_stack = nullptr;  // AddressSanitizer's
+};
+
+struct Block {
+  uint3 index{};
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  Barrier barriers[16];
+  std::unique_ptr<unsigned char, decltype(&free)> memory{nullptr, free};  // shared
+  size_t alive = 0;
+  int word = 0;  // of __syncthreads_or
+};
+
+inline Fiber* current = nullptr;
+inline const std::function<void()>* kernel = nullptr;
+inline std::string failure;
+inline jmp_buf scheduler;
+inline void* scheduler_fake_stack = nullptr;
+inline const void* scheduler_stack = nullptr;
+inline size_t scheduler_stack_size = 0;
+
+inline void before_switch([[maybe_unused]] void** fake, [[maybe_unused]] const void* stack, [[maybe_unused]] size_t size) {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_start_switch_fiber(fake, stack, size);
+#endif
+}
+
+inline void after_switch([[maybe_unused]] void* fake, [[maybe_unused]] const void** stack, [[maybe_unused]] size_t* size) {
+#ifdef __SANITIZE_ADDRESS__
+  __sanitizer_finish_switch_fiber(fake, stack, size);
+#endif
+}
+
+/// From a fiber to the scheduler, until it is resumed.
+inline void leave(Fiber::State state) {
+  Fiber* const self = current;
+  self->state = state;
+  before_switch(state == Fiber::ENDED ? nullptr : &self->fake_stack, scheduler_stack, scheduler_stack_size);
+  if (_setjmp(self->place) == 0) _longjmp(scheduler, 1);
+  after_switch(self->fake_stack, &scheduler_stack, &scheduler_stack_size);
+}
+
+/// Ends the launch with an exception.
+[[noreturn]] inline void fail(const std::string& message) {
+  const uint3 block = current->block->index, thread = current->thread;
+  const auto place = [](uint3 at) { return std::to_string(at.x) + "," + std::to_string(at.y) + "," + std::to_string(at.z); };
+  failure = message + " (block " + place(block) + ", thread " + place(thread) + ")";
+  for (;;) leave(Fiber::WAITING);
+}
+
+inline void release(Fiber* fiber) { fiber->state = Fiber::READY; }
+
+inline void try_barrier(Block& block, Barrier& barrier) {
+  const size_t expected = barrier.expected ? barrier.expected : block.alive;
+  if (barrier.arrived.empty() || barrier.arrived.size() < expected) return;
+  for (Fiber* fiber : barrier.arrived) {
+    if (fiber) release(fiber);
+  }
+  barrier.arrived.clear();
+}
+
+/// bar.sync and bar.arrive: barrier `id` of the block, of `threads` threads (0: all that have not ended).
+inline void meet(int id, unsigned threads = 0, bool wait = true) {
+  Block& block = *current->block;
+  Barrier& barrier = block.barriers[id];
+  if (!barrier.arrived.empty() && barrier.expected != threads) fail("threads expect different numbers of threads at one barrier");
+  barrier.expected = threads;
+  if (wait) current->state = Fiber::WAITING;
+  barrier.arrived.push_back(wait ? current : nullptr);
+  try_barrier(block, barrier);
+  if (wait && current->state == Fiber::WAITING) leave(Fiber::WAITING);
+}
+
+/// The lanes of `mask` that there are.
+inline unsigned present(const Warp& warp, unsigned mask) {
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    if (!warp.seats[lane].fiber) mask &= ~(1u << lane);
+  }
+  return mask;
+}
+
+inline void try_collective(Warp& warp, unsigned mask) {
+  const unsigned lanes = present(warp, mask);
+  void (*finish)(Seat*, unsigned) = nullptr;
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    if (!(lanes >> lane & 1)) continue;
+    if (warp.seats[lane].mask != mask) return;
+    finish = warp.seats[lane].finish;
+  }
+  if (!finish) return;
+  finish(warp.seats, lanes);
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    if (!(lanes >> lane & 1)) continue;
+    warp.seats[lane].mask = 0;
+    release(warp.seats[lane].fiber);
+  }
+}
+
+/// The lanes of `mask` meet; then `compute(in, out, lanes)` runs once, with arrays of 32 pointers to what each lane gave and to what it gets
+/// (null outside `lanes`). Shuffles, votes and the tensor cores' instructions are made of it. `compute` captures nothing.
+template <class Out, class In, class Compute>
+Out collective(unsigned mask, const In& in, Compute compute) {
+  static_assert(std::is_empty_v<Compute>);
+  const auto finish = [](Seat* seats, unsigned lanes) {
+    const In* ins[32] = {};
+    Out* outs[32] = {};
+    for (unsigned lane = 0; lane < 32; ++lane) {
+      if (!(lanes >> lane & 1)) continue;
+      ins[lane] = static_cast<const In*>(seats[lane].in);
+      outs[lane] = static_cast<Out*>(seats[lane].out);
+    }
+    Compute{}(ins, outs, lanes);
+  };
+  Warp& warp = *current->warp;
+  if (!(mask >> current->lane & 1)) fail("a lane takes part in an exchange whose mask leaves it out");
+  Out out{};
+  warp.seats[current->lane] = {current, mask, finish, &in, &out};
+  for (unsigned lane = 0; lane < 32; ++lane) {
+    const Seat& seat = warp.seats[lane];
+    if ((mask >> lane & 1) && seat.mask && (seat.mask != mask || seat.finish != static_cast<void (*)(Seat*, unsigned)>(finish))) {
+      fail("lanes of one warp meet at different instructions, or with different masks");
+    }
+  }
+  current->state = Fiber::WAITING;
+  try_collective(warp, mask);
+  if (current->state == Fiber::WAITING) leave(Fiber::WAITING);
+  current->state = Fiber::READY;
+  return out;
+}
+
+/// A thread ends; who waits for all threads no longer waits for it.
+inline void end_thread() {
+  Fiber* const self = current;
+  Block& block = *self->block;
+  --block.alive;
+  for (Barrier& barrier : block.barriers) {
+    if (!barrier.expected) try_barrier(block, barrier);
+  }
+  self->warp->seats[self->lane].fiber = nullptr;
+  for (const Seat& seat : self->warp->seats) {
+    if (seat.fiber && seat.mask) try_collective(*self->warp, seat.mask);
+  }
+  leave(Fiber::ENDED);
+}
+
+inline void enter() {
+  after_switch(nullptr, &scheduler_stack, &scheduler_stack_size);
+  (*kernel)();
+  end_thread();
+}
+
+/// From the scheduler to a fiber, until it waits.
+inline void resume(Fiber& fiber) {
+  current = &fiber;
+  threadIdx = fiber.thread;
+  blockIdx = fiber.block->index;
+  before_switch(&scheduler_fake_stack, fiber.stack, STACK);
+  if (_setjmp(scheduler) == 0) {
+    if (fiber.started) _longjmp(fiber.place, 1);
+    fiber.started = true;
+    getcontext(&fiber.first);
+    fiber.first.uc_stack.ss_sp = fiber.stack;
+    fiber.first.uc_stack.ss_size = STACK;
+    fiber.first.uc_link = nullptr;
+    makecontext(&fiber.first, enter, 0);
+    setcontext(&fiber.first);
+  }
+  after_switch(scheduler_fake_stack, nullptr, nullptr);
+}
+
+inline std::vector<char*> spare_stacks;
+
+inline char* new_stack() {
+  if (spare_stacks.empty()) {
+    void* const memory = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED) throw std::runtime_error("the emulated card has no memory for the stack of a thread");
+    return static_cast<char*>(memory);
+  }
+  char* const stack = spare_stacks.back();
+  spare_stacks.pop_back();
+  ASAN_UNPOISON_MEMORY_REGION(stack, STACK);  // its last thread never returned
+  return stack;
+}
+
+inline std::unique_ptr<Block> begin_block(size_t number, size_t shared) {
+  auto block = std::make_unique<Block>();
+  const unsigned threads = blockDim.x * blockDim.y * blockDim.z;
+  block->index = {
+      static_cast<unsigned>(number % gridDim.x), static_cast<unsigned>(number / gridDim.x % gridDim.y),
+      static_cast<unsigned>(number / gridDim.x / gridDim.y)};
+  void* memory = nullptr;
+  if (posix_memalign(&memory, 1024, std::max<size_t>(shared, 1)) != 0) throw std::bad_alloc();
+  block->memory.reset(static_cast<unsigned char*>(std::memset(memory, 0xFF, shared)));
+  block->fibers.resize(threads);
+  block->warps.resize((threads + 31) / 32);
+  block->alive = threads;
+  for (unsigned i = 0; i < threads; ++i) {
+    Fiber& fiber = block->fibers[i];
+    fiber.block = block.get();
+    fiber.thread = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+    fiber.lane = i % 32;
+    fiber.warp = &block->warps[i / 32];
+    fiber.warp->seats[fiber.lane].fiber = &fiber;
+    fiber.stack = new_stack();
+  }
+  return block;
+}
+
+inline void end_block(Block& block) {
+  for (Fiber& fiber : block.fibers) spare_stacks.push_back(fiber.stack);
+}
+
+/// Resumes every thread that is ready. Whether one did more than wait for memory.
+inline bool run_round(std::vector<std::unique_ptr<Block>>& running) {
+  bool progress = false;
+  for (auto& block : running) {
+    const size_t threads = block->fibers.size();
+    for (size_t i = 0; i < threads; ++i) {
+      Fiber& fiber = block->fibers[descending ? threads - 1 - i : i];
+      if (fiber.state == Fiber::WAITING || fiber.state == Fiber::ENDED) continue;
+      resume(fiber);
+      progress = progress || fiber.state != Fiber::IDLE;
+      if (!failure.empty()) return false;
+    }
+  }
+  return progress;
+}
+
+inline void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body) {
+  static std::mutex one_at_a_time;
+  const std::lock_guard lock(one_at_a_time);
+  const size_t blocks = static_cast<size_t>(grid.x) * grid.y * grid.z, threads = static_cast<size_t>(block.x) * block.y * block.z;
+  const bool fits = blocks && grid.x <= 0x7FFFFFFF && grid.y <= 65535 && grid.z <= 65535 && threads && threads <= 1024 && shared <= 232448;
+  if (!fits) throw std::runtime_error("no card can launch this: a grid or block is empty or too large, or the shared memory is");
+  gridDim = grid;
+  blockDim = block;
+  kernel = &body;
+  failure.clear();
+  std::vector<std::unique_ptr<Block>> running;
+  size_t begun = 0;
+  int idle_rounds = 0;
+  const auto begin_next = [&] {
+    running.push_back(begin_block(descending ? blocks - 1 - begun : begun, shared));
+    ++begun;
+  };
+  while (begun < blocks || !running.empty()) {
+    if (running.empty()) begin_next();
+    const bool progress = run_round(running);
+    idle_rounds = progress ? 0 : idle_rounds + 1;
+    if (failure.empty() && !progress && begun < blocks) begin_next();
+    const bool spins = std::any_of(running.begin(), running.end(), [](const auto& one) {
+      return std::any_of(one->fibers.begin(), one->fibers.end(), [](const Fiber& fiber) { return fiber.state == Fiber::IDLE; });
+    });
+    if (failure.empty() && begun == blocks && idle_rounds > (spins ? IDLE_ROUNDS : 1)) failure = "the threads wait for one another forever";
+    std::erase_if(running, [](const auto& one) {
+      if (one->alive) return false;
+      end_block(*one);
+      return true;
+    });
+    if (!failure.empty()) {
+      for (auto& one : running) end_block(*one);
+      throw std::runtime_error("emulated kernel: " + failure);
+    }
+  }
+}
+
+}  // namespace emulated
+
+/// For the tests, by ctypes: whether threads and blocks run in descending order from now on.
+extern "C" __attribute__((weak, visibility("default"))) void emulated_descending(int on) { emulated::descending = on != 0; }
+
+// What device code calls.
+
+inline void __syncthreads() { emulated::meet(0); }
+inline void __syncwarp(unsigned mask = ~0u) {
+  emulated::collective<int>(mask, 0, [](const int* const*, int* const*, unsigned) {});
+}
+inline void __nanosleep(unsigned) { emulated::leave(emulated::Fiber::IDLE); }
+inline void __threadfence() {}
+inline void __threadfence_block() {}
+[[noreturn]] inline void __trap() { emulated::fail("trap"); }
+
+namespace emulated {
+template <class T>
+T shuffle(unsigned mask, T value, unsigned from) {
+  struct Given { T value; unsigned from; };
+  return collective<T>(mask, Given{value, from}, [](const Given* const* in, T* const* out, unsigned lanes) {
+    for (unsigned lane = 0; lane < 32; ++lane) {
+      if (!(lanes >> lane & 1)) continue;
+      if (!in[in[lane]->from]) fail("a shuffle reads a lane that takes no part in it");
+      *out[lane] = in[in[lane]->from]->value;
+    }
+  });
+}
+
+/// Where the lane's part of the warp begins, cut into parts of `width` lanes.
+inline unsigned part_begin(int width) { return current->lane & ~(static_cast<unsigned>(width) - 1); }
+}  // namespace emulated
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int from, int width = 32) {
+  return emulated::shuffle(mask, value, emulated::part_begin(width) + (static_cast<unsigned>(from) & (width - 1)));
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
+  const unsigned lane = emulated::current->lane, from = lane ^ bits;
+  return emulated::shuffle(mask, value, from < emulated::part_begin(width) + width ? from : lane);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32) {
+  const unsigned lane = emulated::current->lane;
+  return emulated::shuffle(mask, value, lane >= emulated::part_begin(width) + by ? lane - by : lane);
+}
+template <class T>
+T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32) {
+  const unsigned lane = emulated::current->lane;
+  return emulated::shuffle(mask, value, lane + by < emulated::part_begin(width) + width ? lane + by : lane);
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  return emulated::collective<unsigned>(mask, predicate, [](const int* const* in, unsigned* const* out, unsigned lanes) {
+    unsigned votes = 0;
+    for (unsigned lane = 0; lane < 32; ++lane) votes |= static_cast<unsigned>(in[lane] && *in[lane]) << lane;
+    for (unsigned lane = 0; lane < 32; ++lane) {
+      if (lanes >> lane & 1) *out[lane] = votes;
+    }
+  });
+}
+inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
+inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
+inline int __syncthreads_or(int predicate) {
+  int& word = emulated::current->block->word;
+  __syncthreads();
+  word = 0;
+  __syncthreads();
+  word |= predicate != 0;
+  __syncthreads();
+  return word;
+}
+
+template <class T>
+T __ldg(const T* address) { return *address; }
+template <class T>
+T __ldcg(const T* address) { return *address; }
+template <class T>
+T atomicAdd(T* address, std::type_identity_t<T> value) { return std::exchange(*address, static_cast<T>(*address + value)); }
+template <class T>
+T atomicExch(T* address, std::type_identity_t<T> value) { return std::exchange(*address, value); }
+template <class T>
+T atomicMax(T* address, std::type_identity_t<T> value) { return std::exchange(*address, std::max<T>(*address, value)); }
+template <class T>
+T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value) { return std::exchange(*address, *address == expected ? value : *address); }
+
+inline int __popc(unsigned bits) { return std::popcount(bits); }
+inline int __ffs(unsigned bits) { return bits ? std::countr_zero(bits) + 1 : 0; }
+inline int __clz(unsigned bits) { return std::countl_zero(bits); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(static_cast<uint64_t>(a) * b >> 32); }
+inline float __uint_as_float(unsigned bits) { return std::bit_cast<float>(bits); }
+inline unsigned __float_as_uint(float value) { return std::bit_cast<unsigned>(value); }
+inline uint64_t __cvta_generic_to_shared(const void* address) { return reinterpret_cast<uint64_t>(address); }
+using std::max;
+using std::min;
+
+// Vectors and 16-bit numbers.
+
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(16) int4 { int x, y, z, w; };
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
+inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+
+using __nv_bfloat16 = c10::BFloat16;
+using __half = c10::Half;
+struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
+struct alignas(4) __half2 { __half x, y; };
+inline float __bfloat162float(__nv_bfloat16 value) { return value; }
+inline float __half2float(__half value) { return value; }
+inline __nv_bfloat16 __float2bfloat16_rn(float value) { return value; }
+inline __half __float2half_rn(float value) { return value; }
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) { return {x, y}; }
+inline __half2 __floats2half2_rn(float x, float y) { return {x, y}; }
+inline float2 __bfloat1622float2(__nv_bfloat162 pair) { return {pair.x, pair.y}; }
+inline float2 __half22float2(__half2 pair) { return {pair.x, pair.y}; }
+
+// What host code calls.
+
+using cudaStream_t = struct CUstream_st*;
+enum cudaError_t { cudaSuccess = 0 };
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+
+namespace fastlora {
+
+template <class... Parameters, class... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t, Arguments... arguments) {
+  emulated::run(grid, block, shared, [&] { kernel(arguments...); });
+}
+
+inline unsigned char* shared_memory() { return emulated::current->block->memory.get(); }
+
+}  // namespace fastlora
