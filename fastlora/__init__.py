@@ -19,7 +19,7 @@ except ImportError as error:
 else:
     ops.implement_natively("cpu")
     if _C.cuda:
-        ops.implement_natively("cuda", f"; compiled for {', '.join(_C.cuda)}, not yet run on a card")
+        ops.implement_natively("cuda", f"; compiled for {', '.join(_C.cuda)}")
     else:
         ops.mark_missing("cuda", f"not compiled in ({_C.without_cuda})")
 
