@@ -1,10 +1,12 @@
 """Builds fastlora._C from csrc/ and installs kernels/ as fastlora.kernels and benchmarks/ as fastlora.benchmarks.
 
 torch is never imported here, only its headers are used, so that pip's isolated build needs no torch of its own. Without torch's headers or a
-C++20 compiler the extension is skipped with a message, and the package runs as plain PyTorch.
+C++20 compiler the extension is skipped with a message, and the package runs as plain PyTorch. Where there is an nvcc, of CUDA 12.0 or newer,
+csrc/cuda is compiled in; where there is none, or it fails, the extension is built without, and says why.
 
     FASTLORA_BUILD=none          compile nothing
-    FASTLORA_REQUIRE_NATIVE=1    fail where the extension cannot be built
+    FASTLORA_CUDA=0              leave csrc/cuda out
+    FASTLORA_REQUIRE_NATIVE=1    fail where the extension cannot be built, or csrc/cuda not compiled by the nvcc that is there
     FASTLORA_SANITIZE=1          compile it for AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`
     CXX=clang++                  the compiler, g++ unless told
 """
@@ -20,6 +22,7 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -43,6 +46,24 @@ if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c".split()
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c".split()
     INSTRUCTION_SETS["avx512bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
+
+# Machine code for sm_80 (and 86, 89) and for sm_90 with the instructions of Hopper alone; PTX for cards to come, compiled by their driver.
+CUDA_TARGETS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "compute_90": "compute_90"}
+CUDA_FLAGS = "-O3 -std=c++20 -Xcompiler=-fPIC,-fvisibility=hidden".split()
+
+
+class Cuda(NamedTuple):
+    home: Path  # bin/nvcc, include/
+    libraries: Path
+
+
+class Unit(NamedTuple):
+    """One compilation."""
+
+    rule: str  # compile | compile_cuda
+    output: Path
+    source: str
+    flags: list[str]  # of its own
 
 
 def site_folders() -> Iterator[Path]:
@@ -83,6 +104,22 @@ def find_compiler() -> list[str]:
     return compiler
 
 
+def find_cuda() -> Cuda | str:
+    """The CUDA toolkit, or why csrc/cuda is not compiled. The nvcc on PATH may be a script that calls another: it is asked last."""
+    if os.environ.get("FASTLORA_CUDA") == "0":
+        return "switched off by FASTLORA_CUDA=0"
+    if SANITIZED:
+        return "left out of a sanitized build"
+    on_path = shutil.which("nvcc")
+    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    for home in map(Path, filter(None, [*places, on_path and Path(on_path).resolve().parent.parent])):
+        if (home / "bin/nvcc").is_file() and (home / "include/cuda_runtime.h").is_file():
+            for libraries in (home / "lib64", home / "lib", *home.glob("targets/*/lib")):
+                if (libraries / "libcudart_static.a").is_file():
+                    return Cuda(home, libraries)
+    return "no CUDA toolkit was found by CUDA_HOME or CUDA_PATH, in /usr/local/cuda, or by the nvcc on PATH"
+
+
 def find_ninja() -> str | None:
     try:
         import ninja
@@ -99,17 +136,28 @@ def find_python() -> Path:
     return folder
 
 
-def objects(folder: Path, torch: Path) -> Iterator[tuple[Path, str, list[str]]]:
-    """(object file, source, flags of its own), one a compilation."""
+def objects(folder: Path, torch: Path, cuda: Cuda | str) -> Iterator[Unit]:
+    """What is compiled."""
     # Only the module sees pybind11, whose folder is another one in each of pip's isolated builds: the rest is not compiled again for that.
-    yield folder / "module.o", "csrc/module.cpp", [f"-isystem{path}" for path in (find_pybind11(torch), find_python())]
-    for source in sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cpu").glob("*.cpp")):
+    headers = [f"-isystem{path}" for path in (find_pybind11(torch), find_python())]
+    with_cuda = isinstance(cuda, Cuda)
+    compiled_in = f'-DFASTLORA_CUDA="{" ".join(CUDA_TARGETS)}"' if with_cuda else f'-DFASTLORA_WITHOUT_CUDA="{cuda}"'
+    yield Unit("compile", folder / "module.o", "csrc/module.cpp", [*headers, compiled_in])
+    for source in sources("csrc/cpu/*.cpp"):
         name = Path(source).stem
         if name == "adapter_passes":
             for isa, flags in INSTRUCTION_SETS.items():
-                yield folder / f"{name}_{isa}.o", source, [f"-DFASTLORA_ISA={isa}", *flags]
+                yield Unit("compile", folder / f"{name}_{isa}.o", source, [f"-DFASTLORA_ISA={isa}", *flags])
         else:
-            yield folder / f"{name}.o", source, []
+            yield Unit("compile", folder / f"{name}.o", source, [])
+    if with_cuda:
+        for source in sources("csrc/cuda/*.cu"):
+            yield Unit("compile_cuda", folder / f"{Path(source).stem}.cuda.o", source, [])
+        yield Unit("compile", folder / "register.cuda.o", "csrc/cuda/register.cpp", [])
+
+
+def sources(pattern: str) -> list[str]:
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(pattern))
 
 
 class BuildNative(build_ext):
@@ -122,11 +170,20 @@ class BuildNative(build_ext):
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
         try:
-            self.compile_and_link(Path(self.get_ext_fullpath(ext.name)).resolve())
+            compiler, torch, cuda = find_compiler(), find_torch(), find_cuda()
+            try:
+                self.compile_and_link(target, compiler, torch, cuda)
+            except CompileError as error:
+                if REQUIRED or isinstance(cuda, str):
+                    raise
+                cuda = f"the build with {cuda.home / 'bin/nvcc'} failed: {error}"
+                print(f"fastlora: {cuda}; building without csrc/cuda", file=sys.stderr, flush=True)
+                self.compile_and_link(target, compiler, torch, cuda)
         except CompileError as error:
             # An older build left behind would be installed, or imported, as if it were this one.
-            Path(self.get_ext_fullpath(ext.name)).unlink(missing_ok=True)
+            target.unlink(missing_ok=True)
             if self.into_source:
                 (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
             if not REQUIRED:
@@ -137,34 +194,48 @@ class BuildNative(build_ext):
                 )
             raise
 
-    def compile_and_link(self, target: Path) -> None:
-        compiler, torch = find_compiler(), find_torch()
+    def compile_and_link(self, target: Path, compiler: list[str], torch: Path, cuda: Cuda | str) -> None:
         sanitizers = SANITIZER_FLAGS if SANITIZED else []
-        compile_line = [*compiler, *FLAGS, *sanitizers, f"-isystem{torch / 'include'}"]
+        rules = {"compile": [*compiler, *FLAGS, *sanitizers, f"-isystem{torch / 'include'}"]}
         link_line = [*compiler, *sanitizers, "-shared", f"-L{torch / 'lib'}"]
         libraries = ["-ltorch_cpu"]
+        if isinstance(cuda, Cuda):
+            targets = [f"-gencode=arch={arch},code={code}" for code, arch in CUDA_TARGETS.items()]
+            rules["compile_cuda"] = [str(cuda.home / "bin/nvcc"), f"-ccbin={compiler[0]}", *CUDA_FLAGS, *targets]
+            # libtorch loads libtorch_cuda where there is one: register.cpp finds the current stream there, and names nothing else in it.
+            # The static runtime stays ours: torch has another.
+            libraries += [
+                f"-L{cuda.libraries}",
+                "-lcudart_static",
+                "-Wl,--exclude-libs,ALL",
+                "-ldl",
+                "-lrt",
+                "-lpthread",
+            ]
+            libraries += ["-Wl,--no-as-needed", "-ltorch"]
         kind = "sanitized" if SANITIZED else "native"
         folder = ROOT / "build" / f"{kind}-{sysconfig.get_config_var('SOABI')}"
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
-        units = list(objects(folder, torch))
+        units = list(objects(folder, torch, cuda))
         ninja = find_ninja()
         if ninja is None:
             print("fastlora: ninja was not found, compiling file by file", file=sys.stderr, flush=True)
-            for output, source, flags in units:
-                self.run_command_line([*compile_line, *flags, "-c", source, "-o", str(output)])
-            self.run_command_line([*link_line, *(str(output) for output, _, _ in units), *libraries, "-o", str(target)])
+            for unit in units:
+                self.run_command_line([*rules[unit.rule], *unit.flags, "-c", unit.source, "-o", str(unit.output)])
+            self.run_command_line([*link_line, *(str(unit.output) for unit in units), *libraries, "-o", str(target)])
             return
         plan = folder / "build.ninja"
-        plan.write_text(self.plan(compile_line, link_line, libraries, units, target))
+        plan.write_text(self.plan(folder, rules, link_line, libraries, units, target))
         self.run_command_line([ninja, "-f", str(plan)])
 
     @staticmethod
     def plan(
-        compile_line: list[str],
+        folder: Path,
+        rules: dict[str, list[str]],
         link_line: list[str],
         libraries: list[str],
-        units: list[tuple[Path, str, list[str]]],
+        units: list[Unit],
         target: Path,
     ) -> str:
         def path(value: object) -> str:
@@ -173,19 +244,19 @@ class BuildNative(build_ext):
         def command(words: list[str]) -> str:
             return shlex.join(words).replace("$", "$$")
 
-        lines = [
-            f"builddir = {path(units[0][0].parent)}",
-            "rule compile",
-            f"  command = {command(compile_line)} $flags -MMD -MF $out.d -c $in -o $out",
-            "  deps = gcc",
-            "  depfile = $out.d",
-            "rule link",
-            f"  command = {command(link_line)} $in {command(libraries)} -o $out",
-        ]
-        for output, source, flags in units:
-            lines += [f"build {path(output)}: compile {path(source)}", f"  flags = {command(flags)}"]
+        lines = [f"builddir = {path(folder)}"]
+        for rule, words in rules.items():
+            lines += [
+                f"rule {rule}",
+                f"  command = {command(words)} $flags -MMD -MF $out.d -c $in -o $out",
+                "  deps = gcc",
+                "  depfile = $out.d",
+            ]
+        lines += ["rule link", f"  command = {command(link_line)} $in {command(libraries)} -o $out"]
+        for unit in units:
+            lines += [f"build {path(unit.output)}: {unit.rule} {path(unit.source)}", f"  flags = {command(unit.flags)}"]
         lines += [
-            f"build {path(target)}: link {' '.join(path(output) for output, _, _ in units)}",
+            f"build {path(target)}: link {' '.join(path(unit.output) for unit in units)}",
             f"default {path(target)}",
             "",
         ]

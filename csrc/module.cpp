@@ -4,9 +4,16 @@
 
 #include "cpu/adapter_passes.h"
 
+namespace py = pybind11;
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The native operators of fastlora and what they were compiled with.";
+#ifdef FASTLORA_CUDA
+  m.attr("cuda") = py::str(FASTLORA_CUDA).attr("split")();  // the targets: machine code (sm_), and PTX for later cards (compute_)
+#else
   m.attr("cuda") = false;
+  m.attr("without_cuda") = FASTLORA_WITHOUT_CUDA;
+#endif
 #if defined(__clang__)
   m.attr("compiler") = "clang " __clang_version__;
 #else

@@ -19,9 +19,9 @@ except ImportError as error:
 else:
     ops.implement_natively("cpu")
     if _C.cuda:
-        ops.implement_natively("cuda")
+        ops.implement_natively("cuda", f"; compiled for {', '.join(_C.cuda)}, not yet run on a card")
     else:
-        ops.mark_missing("cuda", "not compiled in")
+        ops.mark_missing("cuda", f"not compiled in ({_C.without_cuda})")
 
 
 def _load_triton() -> None:

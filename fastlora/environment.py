@@ -22,7 +22,7 @@ OPTIONAL = {
 }
 COMPILERS = {
     "g++": "the native extension cannot be built: CPUs run plain PyTorch (reference)",
-    "nvcc": "nothing yet: this version has no CUDA C++ implementation",
+    "nvcc": "an extension built here has no CUDA C++ kernels: GPUs run Triton's, or plain PyTorch",
 }
 
 

@@ -71,6 +71,7 @@ class Availability(NamedTuple):
 
 _table: dict[tuple[str, str], Callable[..., Any]] = {(op, "reference"): getattr(reference, op) for op in SCHEMAS}
 _missing: dict[str, str] = {}
+_notes: dict[str, str] = {}
 _loaders: dict[str, Callable[[], None]] = {}
 
 
@@ -80,9 +81,10 @@ def implement(op: str, implementation: str, function: Callable[..., Any]) -> Non
     tuned.choices.clear()
 
 
-def implement_natively(implementation: str) -> None:
-    """Enter the operators that fastlora._C has registered with the dispatcher under `<op>_<implementation>`."""
+def implement_natively(implementation: str, note: str = "") -> None:
+    """Enter the operators that fastlora._C has registered with the dispatcher under `<op>_<implementation>`; `availability` tells the note."""
     key = implementation.upper()
+    _notes[implementation] = note
     for op in SCHEMAS:
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastlora::{op}_{implementation}", key):
             implement(op, implementation, getattr(torch.ops.fastlora, f"{op}_{implementation}").default)
@@ -121,9 +123,16 @@ def implementation(op: str, name: str) -> Callable[..., Any]:
     try:
         return _table[op, name]
     except KeyError:
-        raise ImplementationError(
-            f"{op} has no implementation {name!r} here: {_missing.get(name, 'not built')}"
-        ) from None
+        raise ImplementationError(f"{op} has no implementation {name!r} here: {_absence(op, name)}") from None
+
+
+def _implemented(name: str) -> list[str]:
+    return [op for op in SCHEMAS if (op, name) in _table]
+
+
+def _absence(op: str, name: str) -> str:
+    """Why the implementation does not have `op`: some have only some operators."""
+    return f"{name} has no {op}" if _implemented(name) else f"{name} is {_missing.get(name, 'not built')}"
 
 
 def availability() -> list[Availability]:
@@ -136,11 +145,11 @@ def availability() -> list[Availability]:
     found = []
     for name in IMPLEMENTATIONS:
         _load(name)
-        present = ("lora_linear", name) in _table
+        has = _implemented(name)
         if name == "reference":
             found.append(Availability(name, True, "plain PyTorch"))
-        elif present:
-            found.append(Availability(name, True, ", ".join(op for op in SCHEMAS if (op, name) in _table)))
+        elif has:
+            found.append(Availability(name, True, ", ".join(has) + _notes.get(name, "")))
         else:
             found.append(Availability(name, False, f"{_missing.get(name, 'not built')}; {costs[name]}"))
     return found
@@ -157,6 +166,12 @@ forced: str | None = _forced_by_environment()
 """FASTLORA_IMPL, read once: the implementation that every operator must use."""
 
 
+EMULATORS = {"triton": "TRITON_INTERPRET", "cuda": "FASTLORA_EMULATED"}
+"""Set to 1 where tests run a GPU's kernels on a CPU."""
+
+OLDEST_CARD = (8, 0)
+"""The least compute capability that CUDA C++ is compiled for (setup.py)."""
+
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the compiled implementations compute in; float64 is the reference's."""
 
@@ -165,14 +180,16 @@ def _obstacle(op: str, name: str, device: torch.device, dtype: torch.dtype) -> s
     """Why the implementation cannot run `op` on this device in this dtype, or None."""
     _load(name)
     if (op, name) not in _table:
-        return f"{name} is {_missing.get(name, 'not built')}"
+        return _absence(op, name)
     if name == "reference":
         return None
     if dtype not in KERNEL_DTYPES:
         return f"{name} does not compute in {str(dtype).removeprefix('torch.')}"
-    interpreted = name == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if device.type != ("cpu" if name == "cpu" else "cuda") and not interpreted:
+    emulated = name in EMULATORS and os.environ.get(EMULATORS[name]) == "1"
+    if device.type != ("cpu" if name == "cpu" else "cuda") and not emulated:
         return f"{name} does not run on {device.type} devices"
+    if name == "cuda" and device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_CARD:
+        return f"{name} is compiled for compute capability {'.'.join(map(str, OLDEST_CARD))} and later"
     return None
 
 

@@ -1,8 +1,8 @@
 """What every test runs under: fixed seeds, uninitialised memory full of NaN, and one run an implementation and device.
 
 A test that takes `device` runs on the CPU, and on the GPU where there is one. A test that also takes `implementation` runs once for each
-implementation of its module's OPERATOR that can run there, forced for everything in fastlora.functional. Without a GPU the Triton kernels
-run in Triton's interpreter. Where nothing is forced, choices do not depend on what was measured on this machine.
+implementation of its module's OPERATOR that can run there, or for the module's RUNS, forced for everything in fastlora.functional. Without a
+GPU the Triton kernels run in Triton's interpreter. Where nothing is forced, choices do not depend on what was measured on this machine.
 """
 
 import importlib.util
@@ -47,7 +47,10 @@ def implementations(operator: str, device: str) -> list[str]:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "implementation" in metafunc.fixturenames:
-        runs = [(device, name) for device in DEVICES for name in implementations(metafunc.module.OPERATOR, device)]
+        module = metafunc.module
+        runs = getattr(module, "RUNS", None) or [
+            (device, name) for device in DEVICES for name in implementations(module.OPERATOR, device)
+        ]
         metafunc.parametrize(
             ("device", "implementation"), runs, ids=["-".join(run) for run in runs], indirect=["implementation"]
         )

@@ -296,5 +296,8 @@ def test_it_says_what_it_is() -> None:
     import fastlora._C
 
     assert fastlora._C.isa() in ISAS
-    assert isinstance(fastlora._C.cuda, bool)
+    if fastlora._C.cuda:
+        assert "compute_90" in fastlora._C.cuda and ops.implementation("prefix_concat", "cuda")
+    else:
+        assert fastlora._C.cuda is False and fastlora._C.without_cuda
     assert fastlora._C.compiler.split()[0] in ("g++", "clang")

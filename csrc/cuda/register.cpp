@@ -1,0 +1,237 @@
+// The operators on a card: what Python hands over is checked, the results are allocated, and the kernels of <stem>.cu are launched on the current
+// stream of the tensors' device. torch's stable ABI and no CUDA header: one binary loads into CPU and CUDA builds of torch. Numbers in the card's
+// memory are not looked at here, which would wait for the card; the kernels check them where they use them.
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <array>
+#include <bit>
+#include <optional>
+#include <tuple>
+
+#include "../check.h"
+#include "prefix_concat.h"
+
+#ifdef FASTLORA_EMULATED  // the tests' library: tensors on the CPU
+#define FASTLORA_CARD CPU
+#else
+#define FASTLORA_CARD CUDA
+// In libtorch_cuda; weak, so that a torch without it can load this file.
+extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream) __attribute__((weak));
+#endif
+
+namespace fastlora {
+namespace {
+
+using torch::stable::contiguous;
+using torch::stable::new_empty;
+
+/// While it lives a tensor's device is the current one.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& tensor)
+#ifdef FASTLORA_EMULATED
+  {
+    check_cpu(tensor, "emulated");
+  }
+  cudaStream_t stream() const { return nullptr; }
+#else
+      : index(tensor.get_device_index()), guard(index) {
+  }
+  cudaStream_t stream() const {
+    STD_TORCH_CHECK(&aoti_torch_get_current_cuda_stream != nullptr, "this torch was built without CUDA");
+    void* stream = nullptr;
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(index, &stream) == 0, "device ", index, " has no current stream");
+    return static_cast<cudaStream_t>(stream);
+  }
+
+ private:
+  torch::stable::accelerator::DeviceIndex index;
+  torch::stable::accelerator::DeviceGuard guard;
+#endif
+};
+
+void check_launch(const char* operator_name, const char* error) {
+  STD_TORCH_CHECK(error == nullptr, operator_name, ": CUDA says: ", error);
+}
+
+/// That a tensor is on the card of `like`.
+void check_device(const Tensor& tensor, const char* name, const Tensor& like) {
+#ifndef FASTLORA_EMULATED
+  STD_TORCH_CHECK(tensor.is_cuda(), name, ": got a tensor on another device, expected one on a CUDA card");
+#endif
+  STD_TORCH_CHECK(
+      tensor.is_cpu() == like.is_cpu() && tensor.get_device_index() == like.get_device_index(), name, ": got a tensor on device ",
+      tensor.get_device_index(), ", expected one on device ", like.get_device_index(), " as the other tensors");
+}
+
+constexpr std::initializer_list<ScalarType> FLOATS = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half};
+
+void check_floats(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes, const Tensor& like) {
+  check_device(tensor, name, like);
+  check_shape(tensor, name, sizes);
+  check_dtype(tensor, name, FLOATS);
+}
+
+void check_integers(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes, const Tensor& like) {
+  check_device(tensor, name, like);
+  check_shape(tensor, name, sizes);
+  check_dtype(tensor, name, {ScalarType::Long});
+}
+
+Dtype dtype_of(const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::BFloat16: return Dtype::BFLOAT16;
+    case ScalarType::Half: return Dtype::FLOAT16;
+    default: return Dtype::FLOAT32;
+  }
+}
+
+template <size_t DIMS>
+void copy_strides(const Tensor& tensor, int64_t (&strides)[DIMS]) {
+  for (size_t i = 0; i < DIMS; ++i) strides[i] = tensor.stride(i);
+}
+
+Tensor without_elements(const Tensor& like) { return new_empty(like, std::array<int64_t, 1>{0}); }
+
+// ---- prefix_concat
+
+/// How the kernels read a mask of this dtype: which bits make a number other than 0, and the bits of 1. A sign does not: -0 is 0.
+std::tuple<uint64_t, uint64_t> mask_bits(const Tensor& mask) {
+  switch (mask.scalar_type()) {
+    case ScalarType::Bool:
+    case ScalarType::Byte:
+    case ScalarType::Char:
+    case ScalarType::Short:
+    case ScalarType::Int:
+    case ScalarType::Long: return {~uint64_t(0), 1};
+    case ScalarType::Half: return {0x7FFF, 0x3C00};
+    case ScalarType::BFloat16: return {0x7FFF, 0x3F80};
+    case ScalarType::Float: return {0x7FFFFFFF, std::bit_cast<uint32_t>(1.0f)};
+    case ScalarType::Double: return {~uint64_t(0) >> 1, std::bit_cast<uint64_t>(1.0)};
+    default: STD_TORCH_CHECK(false, "attention_mask: got ", describe(mask), ", expected bool, integers or floats");
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_concat_cuda(
+    const Tensor& prompts,  // [sum P_i, D]
+    const Tensor& starts,   // [S + 1]
+    int64_t max_prompt,
+    const Tensor& prompt_index,                 // [B]
+    const std::optional<Tensor>& embeds,        // [B, T, D], or none with the next two
+    const std::optional<Tensor>& input_ids,     // [B, T]
+    const std::optional<Tensor>& embedding,     // [V, D]
+    const Tensor& attention_mask,               // [B, T]
+    const std::optional<Tensor>& position_ids,  // [B, T]
+    const std::optional<Tensor>& labels) {      // [B, T]
+  check_device(attention_mask, "attention_mask", attention_mask);
+  check_shape(attention_mask, "attention_mask", {ANY, ANY});
+  const Tensor& like = attention_mask;
+  const int64_t B = like.size(0), T = like.size(1), W = T + max_prompt;
+  STD_TORCH_CHECK(max_prompt >= 0, "max_prompt: got ", max_prompt, ", expected at least 0");
+  check_device(prompts, "prompts", like);
+  check_shape(prompts, "prompts", {ANY, ANY});
+  check_dtype(prompts, "prompts", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double});
+  check_integers(starts, "starts", {ANY}, like);
+  STD_TORCH_CHECK(starts.numel() >= 2, "starts: got ", describe(starts), ", expected at least one prompt");
+  check_integers(prompt_index, "prompt_index", {B}, like);
+  if (embeds) {
+    check_floats(*embeds, "embeds", {B, T, ANY}, like);
+  } else {
+    STD_TORCH_CHECK(input_ids && embedding, "embeds: got none, expected a tensor, or input_ids together with embedding");
+    check_integers(*input_ids, "input_ids", {B, T}, like);
+    check_floats(*embedding, "embedding", {ANY, ANY}, like);
+    STD_TORCH_CHECK(embedding->size(0) >= 1, "embedding: got ", describe(*embedding), ", expected at least one row");
+  }
+  const Tensor& table = embeds ? *embeds : *embedding;
+  const int64_t D = table.size(table.dim() - 1);
+  const char* tokens_name = embeds ? "embeds" : "embedding";
+  STD_TORCH_CHECK(prompts.size(1) == D, "prompts: got ", describe(prompts), ", expected rows of ", D, " as in ", tokens_name);
+  if (position_ids) check_integers(*position_ids, "position_ids", {B, T}, like);
+  if (labels) check_integers(*labels, "labels", {B, T}, like);
+
+  const OnDevice device(like);
+  const bool narrow = prompts.scalar_type() != ScalarType::Double;
+  const Tensor prompt_rows = narrow ? prompts : torch::stable::to(prompts, table.scalar_type());
+  const Tensor dense_starts = contiguous(starts), dense_index = contiguous(prompt_index);
+  const std::array<int64_t, 2> sizes{B, W};
+  Tensor out = new_empty(table, std::array<int64_t, 3>{B, W, D}), new_mask = new_empty(like, sizes);
+  Tensor new_positions = new_empty(starts, sizes), source = new_empty(starts, sizes);
+  Tensor new_labels = labels ? new_empty(*labels, sizes) : without_elements(starts);
+
+  PrefixConcat given{};
+  given.B = B, given.T = T, given.W = W, given.D = D, given.S = starts.numel() - 1;
+  given.dtype = dtype_of(table);
+  given.prompts = prompt_rows.const_data_ptr();
+  given.prompts_dtype = dtype_of(prompt_rows);
+  given.prompt_rows = prompt_rows.size(0);
+  copy_strides(prompt_rows, given.prompts_strides);
+  given.starts = dense_starts.const_data_ptr<int64_t>();
+  given.prompt_index = dense_index.const_data_ptr<int64_t>();
+  given.tokens = table.const_data_ptr();
+  if (embeds) {
+    copy_strides(*embeds, given.tokens_strides);
+  } else {
+    given.tokens_strides[1] = embedding->stride(0);
+    given.tokens_strides[2] = embedding->stride(1);
+    given.table_rows = embedding->size(0);
+    given.ids = input_ids->const_data_ptr<int64_t>();
+    copy_strides(*input_ids, given.ids_strides);
+  }
+  given.mask = like.const_data_ptr();
+  given.mask_bytes = static_cast<int>(like.element_size());
+  std::tie(given.mask_nonzero, given.mask_one) = mask_bits(like);
+  for (int i = 0; i < 2; ++i) given.mask_steps[i] = like.stride(i) * given.mask_bytes;
+  if (position_ids) {
+    given.positions = position_ids->const_data_ptr<int64_t>();
+    copy_strides(*position_ids, given.positions_strides);
+  }
+  if (labels) {
+    given.labels = labels->const_data_ptr<int64_t>();
+    copy_strides(*labels, given.labels_strides);
+    given.new_labels = new_labels.mutable_data_ptr<int64_t>();
+  }
+  given.out = out.mutable_data_ptr();
+  given.new_mask = new_mask.mutable_data_ptr();
+  given.new_positions = new_positions.mutable_data_ptr<int64_t>();
+  given.source = source.mutable_data_ptr<int64_t>();
+  check_launch("prefix_concat", prefix_concat(given, device.stream()));
+  return {out, new_mask, new_positions, new_labels, source};
+}
+
+std::tuple<Tensor, Tensor> prefix_concat_backward_cuda(
+    const Tensor& dout,    // [B, W, D]
+    const Tensor& source,  // [B, W]
+    int64_t prompt_rows, int64_t tokens, bool need_prompts, bool need_embeds) {
+  check_floats(dout, "dout", {ANY, ANY, ANY}, dout);
+  const int64_t B = dout.size(0), W = dout.size(1), D = dout.size(2);
+  check_integers(source, "source", {B, W}, dout);
+  STD_TORCH_CHECK(prompt_rows >= 0, "prompt_rows: got ", prompt_rows, ", expected at least 0");
+  STD_TORCH_CHECK(tokens >= 0, "tokens: got ", tokens, ", expected at least 0");
+  const OnDevice device(dout);
+  const Tensor dense_source = contiguous(source);
+  const std::array<int64_t, 2> prompt_sizes{prompt_rows, D};
+  Tensor dprompts = need_prompts ? new_empty(dout, prompt_sizes, ScalarType::Float)
+                                 : new_empty(dout, std::array<int64_t, 1>{0}, ScalarType::Float);
+  Tensor dembeds = need_embeds ? torch::stable::new_zeros(dout, std::array<int64_t, 3>{B, tokens, D}) : without_elements(dout);
+  PrefixConcatBackward given{};
+  given.B = B, given.T = tokens, given.W = W, given.D = D, given.prompt_rows = prompt_rows;
+  given.dtype = dtype_of(dout);
+  given.dout = dout.const_data_ptr();
+  copy_strides(dout, given.dout_strides);
+  given.source = dense_source.const_data_ptr<int64_t>();
+  given.dprompts = need_prompts ? dprompts.mutable_data_ptr<float>() : nullptr;
+  given.dembeds = need_embeds ? dembeds.mutable_data_ptr() : nullptr;
+  check_launch("prefix_concat_backward", prefix_concat_backward(given, device.stream()));
+  return {dprompts, dembeds};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastlora, FASTLORA_CARD, m) {
+  m.impl("prefix_concat_cuda", TORCH_BOX(&prefix_concat_cuda));
+  m.impl("prefix_concat_backward_cuda", TORCH_BOX(&prefix_concat_backward_cuda));
+}
+
+}  // namespace fastlora

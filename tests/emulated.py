@@ -1,0 +1,75 @@
+"""csrc/cuda compiled for this CPU: `load` registers the operators of its kernels for CPU tensors, under their names on a card, `<op>_cuda`.
+
+How a card is emulated: emulated_cuda.h. What cannot be seen so: how fast a kernel is, and what only the hardware knows (its memory's order between
+threads, tensor cores' last bits, limits that ptxas reports: test_cuda_compile.py).
+"""
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlora import ops  # first: it defines the schemas
+
+ROOT = Path(__file__).parent.parent
+FLAGS = (
+    "-std=c++20 -O1 -g1 -fPIC -fvisibility=hidden -fno-strict-aliasing -ffp-contract=off -U_FORTIFY_SOURCE "
+    "-DFASTLORA_EMULATED -DTORCH_TARGET_VERSION=0x020b000000000000ULL"
+).split()
+SANITIZERS = "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all".split()
+COMPILER = os.environ.get("CXX", "g++")
+
+
+def available() -> bool:
+    return shutil.which(COMPILER) is not None
+
+
+def build(flags: Sequence[str] = ()) -> Path:
+    """The library, compiled if what it is made of has changed; several processes may ask at once."""
+    folder = Path(torch.__file__).parent
+    sources = sorted([*(ROOT / "csrc/cuda").glob("*.cu"), ROOT / "csrc/cuda/register.cpp"])
+    headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), ROOT / "tests/emulated_cuda.h"]
+    include = [f"-isystem{folder / 'include'}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}"]
+    command = [COMPILER, *FLAGS, *flags, *include]
+    contents = b"".join(path.read_bytes() for path in sorted([*sources, *headers]))
+    key = hashlib.sha256(" ".join([*command, torch.__version__]).encode() + contents).hexdigest()[:16]
+    place = ROOT / "build" / "emulated"
+    place.mkdir(parents=True, exist_ok=True)
+    library = place / f"{key}.so"
+    with open(place / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if library.exists():
+            return library
+        objects = [place / f"{key}_{source.name}.o" for source in sources]
+        compilers = [
+            subprocess.Popen([*command, "-x", "c++", "-c", str(source), "-o", str(output)])
+            for source, output in zip(sources, objects, strict=True)
+        ]
+        failed = [one.args for one in compilers if one.wait() != 0]
+        assert not failed, failed
+        link = [COMPILER, *flags, "-shared", *map(str, objects), f"-L{folder / 'lib'}", "-ltorch_cpu", "-o"]
+        subprocess.run([*link, str(library.with_suffix(".new"))], check=True)
+        library.with_suffix(".new").rename(library)
+        for output in objects:
+            output.unlink()
+    return library
+
+
+def load(flags: Sequence[str] = ()) -> ctypes.CDLL:
+    """Load the library into this process; its `emulated_descending(1)` turns the order of the threads round."""
+    path = str(build(flags))
+    torch.ops.load_library(path)
+    return ctypes.CDLL(path)
+
+
+def operators() -> dict[tuple[str, str], Callable[..., Any]]:
+    """What the library registered, as ops.py enters it in its table."""
+    names = [op for op in ops.SCHEMAS if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastlora::{op}_cuda", "CPU")]
+    return {(op, "cuda"): getattr(torch.ops.fastlora, f"{op}_cuda").default for op in names}

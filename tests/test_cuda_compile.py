@@ -1,0 +1,122 @@
+"""The CUDA C++ kernels, compiled alone and without torch for the cards that setup.py names: they spill nothing and keep to their registers.
+
+What ptxas reports is compared with cuda_resources.json: [registers a thread, bytes of static shared memory a block] by file, kernel and target,
+as the nvcc that it names compiles them. A kernel that is not in the table fails, and so does one with more than its entry;
+`python tests/test_cuda_compile.py` writes the table anew.
+"""
+
+import json
+import os
+import re
+import runpy
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import setuptools
+
+ROOT = Path(__file__).parent.parent
+TABLE = Path(__file__).with_name("cuda_resources.json")
+FILES = sorted(path.name for path in (ROOT / "csrc/cuda").glob("*.cu"))
+
+Usage = dict[str, dict[str, list[int]]]  # kernel -> target -> [registers, shared]
+
+
+def read_setup() -> dict[str, Any]:
+    """setup.py's names."""
+    run, setuptools.setup = setuptools.setup, lambda **_: None
+    try:
+        return runpy.run_path(str(ROOT / "setup.py"))
+    finally:
+        setuptools.setup = run
+
+
+def nvcc() -> str:
+    return str(read_setup()["find_cuda"]().home / "bin/nvcc")
+
+
+def release() -> str:
+    """Of nvcc: 13.0."""
+    said = subprocess.run([nvcc(), "--version"], check=True, capture_output=True, text=True).stdout
+    return re.search(r"release ([\d.]+)", said)[1]  # type: ignore[index]
+
+
+def compile_alone(name: str) -> str:
+    """What ptxas says of every kernel of csrc/cuda/<name>, demangled."""
+    setup = read_setup()
+    targets = [f"-gencode=arch={arch},code={code}" for code, arch in setup["CUDA_TARGETS"].items()]
+    command = [nvcc(), *setup["CUDA_FLAGS"], "-Icsrc", *targets, "-fatbin", "-Xptxas=-v"]
+    done = subprocess.run(
+        [*command, f"csrc/cuda/{name}", "-o", os.devnull], check=False, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return subprocess.run(["c++filt"], input=done.stderr, check=True, capture_output=True, text=True).stdout
+
+
+def read_usage(report: str) -> tuple[Usage, list[str]]:
+    """The resources of each kernel, and what no kernel may have: a stack, which is where registers are spilled to, and warnings."""
+    usage: Usage = {}
+    for kernel, target, body in re.findall(
+        r"Compiling entry function '(.+?)' for '(\w+)'\n(.*?Used \d+ registers[^\n]*)", report, re.DOTALL
+    ):
+        name = re.sub(r"^void |fastlora::|\(anonymous namespace\)::", "", kernel).split("(")[0]
+        registers, shared = re.search(r"Used (\d+) registers", body), re.search(r"(\d+) bytes smem", body)
+        assert registers, body
+        usage.setdefault(name, {})[target] = [int(registers[1]), int(shared[1]) if shared else 0]
+    faults = [
+        line for line in report.splitlines() if "warning" in line or re.search(r"\b[1-9]\d* bytes (stack|spill)", line)
+    ]
+    return usage, faults
+
+
+@pytest.fixture(scope="module")
+def reports() -> dict[str, str]:
+    if isinstance(why := read_setup()["find_cuda"](), str):
+        pytest.skip(f"nvcc is not installed, or not wanted: {why}")
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip(FILES, pool.map(compile_alone, FILES), strict=True))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_nothing_spills(reports: dict[str, str], name: str) -> None:
+    assert read_usage(reports[name])[1] == []
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_kernels_keep_to_their_table(reports: dict[str, str], name: str) -> None:
+    table = json.loads(TABLE.read_text())
+    usage, allowed = read_usage(reports[name])[0], table[name]
+    defined = set(re.findall(r"\b(\w+_kernel)\(", (ROOT / "csrc/cuda" / name).read_text()))
+    assert {re.sub(r"<.*", "", kernel) for kernel in usage} == defined, "kernels defined and compiled"
+    assert usage.keys() == allowed.keys(), "kernels compiled and in the table"
+    if release() != table["nvcc"]:
+        pytest.skip(f"nvcc {release()} gives kernels other registers than nvcc {table['nvcc']}, which the table is of")
+    for kernel, targets in usage.items():
+        assert targets.keys() == allowed[kernel].keys(), kernel
+        for target, (registers, shared) in targets.items():
+            most_registers, its_shared = allowed[kernel][target]
+            assert registers <= most_registers and shared == its_shared, (kernel, target, registers, shared)
+
+
+def test_the_reading_sees_faults() -> None:
+    """ptxas' report, as it words it, of a kernel that spills."""
+    usage, faults = read_usage(
+        "ptxas info    : Compiling entry function 'void fastlora::(anonymous namespace)::one_kernel<float>(int)' for 'sm_80'\n"
+        "ptxas info    : Function properties for void one_kernel\n"
+        "    8 bytes stack frame, 4 bytes spill stores, 16 bytes spill loads\n"
+        "ptxas info    : Used 40 registers, used 1 barriers, 704 bytes smem, 664 bytes cmem[0]\n"
+    )
+    assert usage == {"one_kernel<float>": {"sm_80": [40, 704]}} and len(faults) == 1
+
+
+if __name__ == "__main__":
+    table = {name: read_usage(compile_alone(name))[0] for name in FILES}
+    rows = [
+        f'  "{name}": {{\n'
+        + ",\n".join(f'    "{kernel}": {json.dumps(usage[kernel])}' for kernel in sorted(usage))
+        + "\n  }"
+        for name, usage in table.items()
+    ]
+    TABLE.write_text("{\n" + ",\n".join([f'  "nvcc": "{release()}"', *rows]) + "\n}\n")
