@@ -67,12 +67,12 @@ def _lora_linear(case: LoRALinearCase, training: bool, device: torch.device) -> 
 
     def compute(implementation: str, cast: Callable[[Any], Any]) -> dict[str, Tensor]:
         inputs = [cast(value) for value in (x, weight, bias, a, b)]
-        y, xa = ops.implementation("lora_linear", implementation)(*inputs, SCALE, p, seed)
+        y, xa, keep = ops.implementation("lora_linear", implementation)(*inputs, SCALE, p, seed)
         if not training:
             return {"y": y}
         x_, weight_, _, a_, b_ = inputs
         backward = ops.implementation("lora_linear_backward", implementation)
-        dx, da, db = backward(cast(dy), x_, weight_, a_, b_, xa, SCALE, p, seed, True, True, True)
+        dx, da, db = backward(cast(dy), x_, weight_, a_, b_, xa, keep, SCALE, p, True, True, True)
         return {"y": y, "dx": dx, "da": da, "db": db}
 
     return compute
@@ -92,11 +92,11 @@ def _multi_lora(case: MultiLoRACase, training: bool, device: torch.device) -> Co
     def compute(implementation: str, cast: Callable[[Any], Any]) -> dict[str, Tensor]:
         x_, weight_, a_, b_ = (cast(value) for value in (x, weight, lora_a, lora_b))
         forward = ops.implementation("multi_lora", implementation)
-        y, xa = forward(x_, weight_, None, a_, b_, scale, p, seed, order, offsets)
+        y, xa, keep = forward(x_, weight_, None, a_, b_, scale, p, seed, order, offsets)
         if not training:
             return {"y": y}
         backward = ops.implementation("multi_lora_backward", implementation)
-        state = (xa, scale, p, seed, order, offsets)
+        state = (xa, keep, scale, p, order, offsets)
         dx, da, db = backward(cast(dy), x_, weight_, a_, b_, *state, True, True, True)
         return {"y": y, "dx": dx, "da": da, "db": db}
 

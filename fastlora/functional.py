@@ -175,19 +175,19 @@ def _draw_seed(dropout_p: float, training: bool, x: Tensor, *shape: int) -> Tens
 class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):  # x [M, K] -> y [M, N]
-        y, xa = torch.ops.fastlora.lora_linear(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, xa, seed)
+        y, xa, keep = torch.ops.fastlora.lora_linear(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+        ctx.save_for_backward(x, weight, lora_a, lora_b, xa, keep)
         ctx.scale, ctx.dropout_p = scale, dropout_p
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, lora_a, lora_b, xa, seed = ctx.saved_tensors
+        x, weight, lora_a, lora_b, xa, keep = ctx.saved_tensors
         need = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]
         with _without_autocast(dy.device):
             grads = torch.ops.fastlora.lora_linear_backward(
-                dy, x, weight, lora_a, lora_b, xa, ctx.scale, ctx.dropout_p, seed, *need
+                dy, x, weight, lora_a, lora_b, xa, keep, ctx.scale, ctx.dropout_p, *need
             )
         dx, da, db = (grad if needed else None for grad, needed in zip(grads, need, strict=True))
         return dx, None, None, da, db, None, None, None
@@ -228,7 +228,7 @@ def lora_linear(
         if torch.is_grad_enabled():
             y = LoRALinearFunction.apply(rows, weight, bias, lora_a, lora_b, float(scale), float(dropout_p), seed)
         else:
-            y, _ = torch.ops.fastlora.lora_linear(
+            y, _, _ = torch.ops.fastlora.lora_linear(
                 rows, weight, bias, lora_a, lora_b, float(scale), float(dropout_p), seed
             )
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
@@ -239,22 +239,22 @@ class LoRALinearSharedFunction(torch.autograd.Function):
     def forward(ctx, x, weight, bias, scale, dropout_p, seed, *adapters):  # adapters: every A, then every B
         G = len(weight)
         lora_a, lora_b = list(adapters[:G]), list(adapters[G:])
-        ys, xa = torch.ops.fastlora.lora_linear_shared(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
-        ctx.save_for_backward(x, xa, seed, *weight, *adapters)
+        ys, xa, keep = torch.ops.fastlora.lora_linear_shared(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+        ctx.save_for_backward(x, xa, keep, *weight, *adapters)
         ctx.scale, ctx.dropout_p = scale, dropout_p
         return tuple(ys)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *dy):
-        x, xa, seed, *tensors = ctx.saved_tensors
+        x, xa, keep, *tensors = ctx.saved_tensors
         G = len(dy)
         weight, lora_a, lora_b = tensors[:G], tensors[G : 2 * G], tensors[2 * G :]
         wanted = ctx.needs_input_grad[6:]
         need = ctx.needs_input_grad[0], any(wanted[:G]), any(wanted[G:])
         with _without_autocast(x.device):
             dx, da, db = torch.ops.fastlora.lora_linear_shared_backward(
-                list(dy), x, weight, lora_a, lora_b, xa, ctx.scale, ctx.dropout_p, seed, *need
+                list(dy), x, weight, lora_a, lora_b, xa, keep, ctx.scale, ctx.dropout_p, *need
             )
         grads = [*_split(da, lora_a, wanted[:G]), *_split(db, lora_b, wanted[G:])]
         return dx if need[0] else None, None, None, None, None, None, *grads
@@ -311,7 +311,7 @@ def lora_linear_shared(
         if torch.is_grad_enabled():
             ys = LoRALinearSharedFunction.apply(rows, weights, biases, scales, p, seed, *lora_a, *lora_b)
         else:
-            ys, _ = torch.ops.fastlora.lora_linear_shared(
+            ys, _, _ = torch.ops.fastlora.lora_linear_shared(
                 rows, weights, biases, list(lora_a), list(lora_b), scales, p, seed
             )
     return [y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]) for y in ys]
@@ -417,22 +417,24 @@ class MultiLoRAFunction(torch.autograd.Function):
     ):  # adapters: every A, then every B
         S = len(adapters) // 2
         lora_a, lora_b = list(adapters[:S]), list(adapters[S:])
-        y, xa = torch.ops.fastlora.multi_lora(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, order, offsets)
-        ctx.save_for_backward(x, weight, xa, seed, order, offsets, *adapters)
+        y, xa, keep = torch.ops.fastlora.multi_lora(
+            x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, order, offsets
+        )
+        ctx.save_for_backward(x, weight, xa, keep, order, offsets, *adapters)
         ctx.scale, ctx.dropout_p = scale, dropout_p
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, weight, xa, seed, order, offsets, *adapters = ctx.saved_tensors
+        x, weight, xa, keep, order, offsets, *adapters = ctx.saved_tensors
         S = len(adapters) // 2
         lora_a, lora_b = adapters[:S], adapters[S:]
         wanted = ctx.needs_input_grad[8:]
         need = ctx.needs_input_grad[0], any(wanted[:S]), any(wanted[S:])
         with _without_autocast(dy.device):
             dx, da, db = torch.ops.fastlora.multi_lora_backward(
-                dy, x, weight, lora_a, lora_b, xa, ctx.scale, ctx.dropout_p, seed, order, offsets, *need
+                dy, x, weight, lora_a, lora_b, xa, keep, ctx.scale, ctx.dropout_p, order, offsets, *need
             )
         grads = [*_split(da, lora_a, wanted[:S]), *_split(db, lora_b, wanted[S:])]
         return dx if need[0] else None, None, None, None, None, None, None, None, *grads
@@ -499,7 +501,7 @@ def multi_lora(
                 rows, weight, bias, scales, probabilities, seed, order, offsets, *lora_a, *lora_b
             )
         else:
-            y, _ = torch.ops.fastlora.multi_lora(
+            y, _, _ = torch.ops.fastlora.multi_lora(
                 rows, weight, bias, list(lora_a), list(lora_b), scales, probabilities, seed, order, offsets
             )
     return y.view(*x.shape[:-1], y.shape[1])

@@ -23,19 +23,19 @@ WORTH_IT = 0.98  # of plain PyTorch's time: a smaller gain may be noise
 # M rows   K in-features   N out-features   R rank   S adapters   B batch rows   T tokens   P prompt length   W = T + longest prompt
 SCHEMAS = {
     "lora_linear": "(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scale, float dropout_p, Tensor? seed)"
-    " -> (Tensor y, Tensor xa)",
-    "lora_linear_backward": "(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor xa, float scale, float dropout_p,"
-    " Tensor? seed, bool need_dx, bool need_da, bool need_db) -> (Tensor dx, Tensor da, Tensor db)",
+    " -> (Tensor y, Tensor xa, Tensor keep)",
+    "lora_linear_backward": "(Tensor dy, Tensor x, Tensor weight, Tensor lora_a, Tensor lora_b, Tensor xa, Tensor keep, float scale,"
+    " float dropout_p, bool need_dx, bool need_da, bool need_db) -> (Tensor dx, Tensor da, Tensor db)",
     "lora_linear_shared": "(Tensor x, Tensor[] weight, Tensor[] bias, Tensor[] lora_a, Tensor[] lora_b, float[] scale, float[] dropout_p,"
-    " Tensor? seed) -> (Tensor[] y, Tensor xa)",
-    "lora_linear_shared_backward": "(Tensor[] dy, Tensor x, Tensor[] weight, Tensor[] lora_a, Tensor[] lora_b, Tensor xa, float[] scale,"
-    " float[] dropout_p, Tensor? seed, bool need_dx, bool need_da, bool need_db) -> (Tensor dx, Tensor da, Tensor db)",
+    " Tensor? seed) -> (Tensor[] y, Tensor xa, Tensor keep)",
+    "lora_linear_shared_backward": "(Tensor[] dy, Tensor x, Tensor[] weight, Tensor[] lora_a, Tensor[] lora_b, Tensor xa, Tensor keep,"
+    " float[] scale, float[] dropout_p, bool need_dx, bool need_da, bool need_db) -> (Tensor dx, Tensor da, Tensor db)",
     "frozen_linear": "(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "frozen_linear_backward": "(Tensor dy, Tensor weight) -> Tensor",
     "multi_lora": "(Tensor x, Tensor weight, Tensor? bias, Tensor[] lora_a, Tensor[] lora_b, float[] scale, float[] dropout_p, Tensor? seed,"
-    " Tensor order, Tensor offsets) -> (Tensor y, Tensor xa)",
-    "multi_lora_backward": "(Tensor dy, Tensor x, Tensor weight, Tensor[] lora_a, Tensor[] lora_b, Tensor xa, float[] scale,"
-    " float[] dropout_p, Tensor? seed, Tensor order, Tensor offsets, bool need_dx, bool need_da, bool need_db)"
+    " Tensor order, Tensor offsets) -> (Tensor y, Tensor xa, Tensor keep)",
+    "multi_lora_backward": "(Tensor dy, Tensor x, Tensor weight, Tensor[] lora_a, Tensor[] lora_b, Tensor xa, Tensor keep, float[] scale,"
+    " float[] dropout_p, Tensor order, Tensor offsets, bool need_dx, bool need_da, bool need_db)"
     " -> (Tensor dx, Tensor da, Tensor db)",
     "prefix_concat": "(Tensor prompts, Tensor starts, SymInt max_prompt, Tensor prompt_index, Tensor? embeds, Tensor? input_ids,"
     " Tensor? embedding, Tensor attention_mask, Tensor? position_ids, Tensor? labels)"
@@ -235,7 +235,7 @@ def _decide(op: str, device: torch.device, dtype: torch.dtype, rows: int, elemen
 
 
 def choose_lora_linear(x: Tensor, weight: Tensor, dropout: bool = False, backward: bool = False) -> Choice:
-    """Which implementation runs `lora_linear`, or its backward, on inputs like x [M, K] and weight [N, K], with a dropout seed or without."""
+    """Which implementation runs `lora_linear`, or its backward, on inputs like x [M, K] and weight [N, K], with dropout or without."""
     op = "lora_linear_backward" if backward else "lora_linear"
     return _choose(op, x, x.shape[0], weight.numel(), dropout)
 
@@ -257,7 +257,7 @@ def choose_frozen_linear(x: Tensor, weight: Tensor, backward: bool = False) -> C
 
 
 def choose_multi_lora(x: Tensor, weight: Tensor, dropout: bool = False, backward: bool = False) -> Choice:
-    """Which implementation runs `multi_lora`, or its backward, on inputs like x [M, K] and weight [N, K], with a dropout seed or without."""
+    """Which implementation runs `multi_lora`, or its backward, on inputs like x [M, K] and weight [N, K], with dropout or without."""
     return _choose("multi_lora_backward" if backward else "multi_lora", x, x.shape[0], weight.numel(), dropout)
 
 
@@ -281,9 +281,7 @@ for _stem, _choose_stem in (("lora_linear", choose_lora_linear), ("multi_lora", 
     )
     _register(
         f"{_stem}_backward",
-        lambda dy, x, weight, a, b, xa, scale, p, seed, *_, choose=_choose_stem: choose(
-            x, weight, seed is not None, True
-        ),
+        lambda dy, x, weight, a, b, xa, keep, *_, choose=_choose_stem: choose(x, weight, keep.numel() > 0, True),
     )
 
 
@@ -303,8 +301,8 @@ def _(*args):
 
 @functools.partial(library.impl, "lora_linear_shared_backward", dispatch_key="CompositeExplicitAutograd")
 def _(*args):
-    dy, x, weight, *_, seed, need_dx, need_da, need_db = args
-    return _shared("lora_linear_shared_backward", "lora_linear_backward", x, weight, seed is not None, args)
+    dy, x, weight, lora_a, lora_b, xa, keep, *_ = args
+    return _shared("lora_linear_shared_backward", "lora_linear_backward", x, weight, keep.numel() > 0, args)
 
 
 _register("frozen_linear", lambda x, weight, bias: choose_frozen_linear(x, weight))
@@ -327,13 +325,19 @@ def _xa_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def _keep(x: Tensor, dropout_p: list[float], seed: Tensor | None, *layers: int) -> Tensor:
+    shape = *layers, x.shape[0], reference.keep_bytes(x.shape[1])
+    return x.new_empty(shape if reference.drops(dropout_p, seed) else 0, dtype=torch.uint8)
+
+
 @_fake("fastlora::lora_linear")
 def _(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], lora_a.shape[0], dtype=_xa_dtype(x))
+    xa = x.new_empty(x.shape[0], lora_a.shape[0], dtype=_xa_dtype(x))
+    return x.new_empty(x.shape[0], weight.shape[0]), xa, _keep(x, [dropout_p], seed)
 
 
 @_fake("fastlora::lora_linear_backward")
-def _(dy, x, weight, lora_a, lora_b, xa, scale, dropout_p, seed, need_dx, need_da, need_db):
+def _(dy, x, weight, lora_a, lora_b, xa, keep, scale, dropout_p, need_dx, need_da, need_db):
     dx = x.new_empty(x.shape if need_dx else 0)
     da = lora_a.new_empty(lora_a.shape if need_da else 0)
     return dx, da, lora_b.new_empty(lora_b.shape if need_db else 0)
@@ -341,12 +345,12 @@ def _(dy, x, weight, lora_a, lora_b, xa, scale, dropout_p, seed, need_dx, need_d
 
 @_fake("fastlora::lora_linear_shared")
 def _(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
-    ranks = sum(a.shape[0] for a in lora_a)
-    return [x.new_empty(x.shape[0], w.shape[0]) for w in weight], x.new_empty(x.shape[0], ranks, dtype=_xa_dtype(x))
+    xa = x.new_empty(x.shape[0], sum(a.shape[0] for a in lora_a), dtype=_xa_dtype(x))
+    return [x.new_empty(x.shape[0], w.shape[0]) for w in weight], xa, _keep(x, dropout_p, seed, len(weight))
 
 
 @_fake("fastlora::lora_linear_shared_backward")
-def _(dy, x, weight, lora_a, lora_b, xa, scale, dropout_p, seed, need_dx, need_da, need_db):
+def _(dy, x, weight, lora_a, lora_b, xa, keep, scale, dropout_p, need_dx, need_da, need_db):
     dx = x.new_empty(x.shape if need_dx else 0)
     da = lora_a[0].new_empty(sum(a.numel() for a in lora_a) if need_da else 0)
     return dx, da, lora_b[0].new_empty(sum(b.numel() for b in lora_b) if need_db else 0)
@@ -364,12 +368,12 @@ def _(dy, weight):
 
 @_fake("fastlora::multi_lora")
 def _(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, order, offsets):
-    rank = max(a.shape[0] for a in lora_a)
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], rank, dtype=_xa_dtype(x))
+    xa = x.new_empty(x.shape[0], max(a.shape[0] for a in lora_a), dtype=_xa_dtype(x))
+    return x.new_empty(x.shape[0], weight.shape[0]), xa, _keep(x, dropout_p, seed)
 
 
 @_fake("fastlora::multi_lora_backward")
-def _(dy, x, weight, lora_a, lora_b, xa, scale, dropout_p, seed, order, offsets, need_dx, need_da, need_db):
+def _(dy, x, weight, lora_a, lora_b, xa, keep, scale, dropout_p, order, offsets, need_dx, need_da, need_db):
     dx = x.new_empty(x.shape if need_dx else 0)
     da = lora_a[0].new_empty(sum(a.numel() for a in lora_a) if need_da else 0)
     return dx, da, lora_b[0].new_empty(sum(b.numel() for b in lora_b) if need_db else 0)

@@ -6,9 +6,13 @@
 Where they round. In float64 and float32 everything is computed in x's dtype. With a 16-bit x, the products accumulate in float32, and A, B,
 xa and dxa are rounded once to x's dtype, as autocast does. `xa` leaves in float32 (float64 for a float64 x) whatever x is, and
 gradients leave in the dtype of the tensor that they belong to.
+
+What dropout keeps is drawn once: forward returns the mask as bits, `keep`, and backward reads them. Bit j (lowest first) of byte i of a row
+says whether column 8 i + j is kept; the bits beyond K are unspecified, and so are those of a row or a layer that drops nothing. Where nothing
+at all is dropped, keep has no elements.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -51,13 +55,39 @@ def keep_mask(seed: Tensor, rows: Tensor, K: int, dropout_p: float) -> Tensor:
     return (halves.reshape(len(rows), groups * 8) >= drop_threshold(dropout_p))[:, :K]
 
 
-def dropout(x: Tensor, dropout_p: float, seed: Tensor | None, rows: Tensor | None = None) -> Tensor:
-    """d(x): inverted dropout of x [M, K] as PEFT applies it, its mask drawn by `keep_mask`; x itself where there is no seed."""
+def drops(dropout_p: Sequence[float], seed: Tensor | None) -> bool:
+    """Whether anything is dropped at one of these probabilities: there is a seed, and p does not round to 0."""
+    return seed is not None and any(drop_threshold(p) for p in dropout_p)
+
+
+def keep_bytes(K: int) -> int:
+    """The bytes of a row of keep: whole words of 64 bits."""
+    return (K + 63) // 64 * 8
+
+
+def draw_keep(x: Tensor, dropout_p: float, seed: Tensor | None, rows: Tensor | None = None) -> Tensor:
+    """The bits of `keep_mask` for rows of x [M, K] (None: all): uint8 [len(rows), keep_bytes(K)], without elements where nothing is dropped."""
     if seed is None or drop_threshold(dropout_p) == 0:
-        return x
+        return x.new_empty(0, dtype=torch.uint8)
     if rows is None:
         rows = torch.arange(x.shape[0], device=x.device)
-    return torch.where(keep_mask(seed, rows, x.shape[1], dropout_p), x * keep_scale(dropout_p), 0)
+    K = x.shape[1]
+    mask = F.pad(keep_mask(seed, rows, K, dropout_p), (0, 8 * keep_bytes(K) - K))
+    bits = 1 << torch.arange(8, dtype=torch.uint8, device=x.device)
+    return (mask.reshape(len(rows), keep_bytes(K), 8) * bits).sum(-1, dtype=torch.uint8)
+
+
+def read_keep(keep: Tensor, K: int) -> Tensor:
+    """The mask that the bits [..., keep_bytes(K)] hold: bool [..., K]."""
+    bits = 1 << torch.arange(8, dtype=torch.uint8, device=keep.device)
+    return ((keep[..., None] & bits) != 0).flatten(-2)[..., :K]
+
+
+def dropout(x: Tensor, dropout_p: float, keep: Tensor) -> Tensor:
+    """d(x): inverted dropout of x [M, K] as PEFT applies it, by the bits of `draw_keep`; x itself where p rounds to 0 or keep has no elements."""
+    if drop_threshold(dropout_p) == 0 or keep.numel() == 0:
+        return x
+    return torch.where(read_keep(keep, x.shape[1]), x * keep_scale(dropout_p), 0)
 
 
 def lora_linear(
@@ -69,11 +99,12 @@ def lora_linear(
     scale: float,
     dropout_p: float,
     seed: Tensor | None,  # int64, one element; None: no dropout
-) -> tuple[Tensor, Tensor]:  # y [M, N], xa [M, R]
+) -> tuple[Tensor, Tensor, Tensor]:  # y [M, N], xa [M, R], keep [M, 8 ceil(K / 64)] uint8
     """y = x Wᵀ + b + s xa Bᵀ with xa = d(x) Aᵀ (Hu et al. 2021, LoRA, section 4.1, equation 3)."""
-    xa = dropout(x, dropout_p, seed) @ lora_a.to(x.dtype).T
+    keep = draw_keep(x, dropout_p, seed)
+    xa = dropout(x, dropout_p, keep) @ lora_a.to(x.dtype).T
     y = F.linear(x, weight, bias).addmm_(xa, lora_b.to(x.dtype).T, alpha=scale)
-    return y, xa.to(torch.promote_types(x.dtype, torch.float32))
+    return y, xa.to(torch.promote_types(x.dtype, torch.float32)), keep
 
 
 def lora_linear_backward(
@@ -83,9 +114,9 @@ def lora_linear_backward(
     lora_a: Tensor,
     lora_b: Tensor,
     xa: Tensor,  # [M, R], the forward's
+    keep: Tensor,  # [M, 8 ceil(K / 64)] uint8, the forward's; without elements: no dropout
     scale: float,
     dropout_p: float,
-    seed: Tensor | None,
     need_dx: bool,
     need_da: bool,
     need_db: bool,
@@ -94,9 +125,9 @@ def lora_linear_backward(
     dxa = (dy @ lora_b.to(x.dtype)) * scale
     dx, da, db = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
     if need_dx:
-        dx = dy @ weight + dropout(dxa @ lora_a.to(x.dtype), dropout_p, seed)
+        dx = dy @ weight + dropout(dxa @ lora_a.to(x.dtype), dropout_p, keep)
     if need_da:
-        da = (dxa.T @ dropout(x, dropout_p, seed)).to(lora_a.dtype)
+        da = (dxa.T @ dropout(x, dropout_p, keep)).to(lora_a.dtype)
     if need_db:
         db = (dy.T @ xa.to(x.dtype) * scale).to(lora_b.dtype)
     return dx, da, db
@@ -125,15 +156,20 @@ def lora_linear_shared(
     scale: list[float],  # G
     dropout_p: list[float],  # G
     seed: Tensor | None,  # [G] int64, each layer's own
-    layer: Callable[..., tuple[Tensor, Tensor]] = lora_linear,
-) -> tuple[list[Tensor], Tensor]:  # G of y [M, N_i], xa [M, sum R_i]
+    layer: Callable[..., tuple[Tensor, Tensor, Tensor]] = lora_linear,
+) -> tuple[list[Tensor], Tensor, Tensor]:  # G of y [M, N_i], xa [M, sum R_i], keep [G, M, 8 ceil(K / 64)] uint8
     """G layers of `lora_linear` on the same x, as the query, key and value of attention are."""
     layers = zip(weight, bias, lora_a, lora_b, scale, dropout_p, strict=True)
     results = [
         layer(x, w, b if b.numel() else None, a, up, s, p, None if seed is None else seed[i])
         for i, (w, b, a, up, s, p) in enumerate(layers)
     ]
-    return [y for y, _ in results], torch.cat([xa for _, xa in results], 1)
+    ys, xas, keeps = zip(*results, strict=True)
+    keep = x.new_empty(0, dtype=torch.uint8)
+    if drops(dropout_p, seed):
+        unread = x.new_zeros(x.shape[0], keep_bytes(x.shape[1]), dtype=torch.uint8)
+        keep = torch.stack([bits if drop_threshold(p) else unread for bits, p in zip(keeps, dropout_p, strict=True)])
+    return list(ys), torch.cat(xas, 1), keep
 
 
 def lora_linear_shared_backward(
@@ -143,9 +179,9 @@ def lora_linear_shared_backward(
     lora_a: list[Tensor],
     lora_b: list[Tensor],
     xa: Tensor,  # [M, sum R_i], the forward's
+    keep: Tensor,  # [G, M, 8 ceil(K / 64)] uint8, the forward's; without elements: no dropout
     scale: list[float],
     dropout_p: list[float],
-    seed: Tensor | None,
     need_dx: bool,
     need_da: bool,
     need_db: bool,
@@ -157,8 +193,8 @@ def lora_linear_shared_backward(
     dx, das, dbs = x.new_empty(0), [], []
     layers = zip(dy, weight, lora_a, lora_b, xa.split([a.shape[0] for a in lora_a], 1), scale, dropout_p, strict=True)
     for i, (d, w, a, b, xa_i, s, p) in enumerate(layers):
-        seed_i = None if seed is None else seed[i]
-        dx_i, da, db = layer(d, x, w, a, b, xa_i, s, p, seed_i, need_dx, need_da, need_db)
+        keep_i = keep[i] if keep.numel() else keep
+        dx_i, da, db = layer(d, x, w, a, b, xa_i, keep_i, s, p, need_dx, need_da, need_db)
         dx = dx + dx_i if i else dx_i
         das.append(da.flatten())
         dbs.append(db.flatten())
@@ -182,20 +218,26 @@ def multi_lora(
     seed: Tensor | None,
     order: Tensor,  # [M] int64: the rows sorted by adapter, ascending within one; rows without an adapter first
     offsets: Tensor,  # [S + 3] int64: adapter i has the rows order[offsets[i + 1] : offsets[i + 2]]; the last group is invalid
-) -> tuple[Tensor, Tensor]:  # y [M, N], xa [M, max R_i], 0 beyond a row's own rank
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # y [M, N], xa [M, max R_i], 0 beyond a row's own rank, keep [M, 8 ceil(K / 64)] uint8
     """Row by row, y = x Wᵀ + b + s_i d_i(x) A_iᵀ B_iᵀ, where i is the row's adapter (the problem of Chen et al. 2023, Punica, section 3).
 
     A row whose adapter does not exist (possible on CUDA only, where its number is not read back) becomes NaN.
     """
     y = F.linear(x, weight, bias)
     xa = x.new_zeros(x.shape[0], max(a.shape[0] for a in lora_a), dtype=torch.promote_types(x.dtype, torch.float32))
+    keep = x.new_zeros((x.shape[0], keep_bytes(x.shape[1])) if drops(dropout_p, seed) else 0, dtype=torch.uint8)
     *groups, invalid = _rows_of(order, offsets)
     for rows, a, b, s, p in zip(groups, lora_a, lora_b, scale, dropout_p, strict=True):
-        xa_i = dropout(x[rows], p, seed, rows) @ a.to(x.dtype).T
+        keep_i = draw_keep(x, p, seed, rows)
+        if keep_i.numel():
+            keep[rows] = keep_i
+        xa_i = dropout(x[rows], p, keep_i) @ a.to(x.dtype).T
         y[rows] = y[rows].addmm_(xa_i, b.to(x.dtype).T, alpha=s)
         xa[rows, : a.shape[0]] = xa_i.to(xa.dtype)
     y[invalid] = torch.nan
-    return y, xa
+    return y, xa, keep
 
 
 def multi_lora_backward(
@@ -205,9 +247,9 @@ def multi_lora_backward(
     lora_a: list[Tensor],
     lora_b: list[Tensor],
     xa: Tensor,  # [M, max R_i], the forward's
+    keep: Tensor,  # [M, 8 ceil(K / 64)] uint8, the forward's; without elements: no dropout
     scale: list[float],
     dropout_p: list[float],
-    seed: Tensor | None,
     order: Tensor,
     offsets: Tensor,
     need_dx: bool,
@@ -222,10 +264,11 @@ def multi_lora_backward(
     *groups, invalid = _rows_of(order, offsets)
     for i, (rows, a, b) in enumerate(zip(groups, lora_a, lora_b, strict=True)):
         dxa = (dy[rows] @ b.to(x.dtype)) * scale[i]
+        keep_i = keep[rows] if keep.numel() else keep
         if need_dx:
-            dx[rows] += dropout(dxa @ a.to(x.dtype), dropout_p[i], seed, rows)
+            dx[rows] += dropout(dxa @ a.to(x.dtype), dropout_p[i], keep_i)
         if need_da:
-            das.append((dxa.T @ dropout(x[rows], dropout_p[i], seed, rows)).to(a.dtype).flatten())
+            das.append((dxa.T @ dropout(x[rows], dropout_p[i], keep_i)).to(a.dtype).flatten())
         if need_db:
             dbs.append((dy[rows].T @ xa[rows, : a.shape[0]].to(x.dtype) * scale[i]).to(b.dtype).flatten())
     if need_dx:

@@ -29,6 +29,7 @@ Call = tuple[Any, ...]  # the arguments of an operator
 SHAPES = {"small": (1024, 1024), "large": (2048, 2048)}  # K, N
 LINEAR_ROWS = {"cpu": (1, 8, 64, 512), "cuda": tuned.ROWS}
 DROPOUT_P, FEWEST_ROWS_DROPPED = 0.1, 64  # who drops anything trains, on more than a few rows
+DROPPING = ("lora_linear", "lora_linear_shared", "multi_lora")  # the last that they return is keep
 BATCHES = ((512, "small", False), (4096, "large", False))  # prefix_concat: tokens, and the size of what they move
 ODD_SHAPE = 37, 100, 75  # M, K, N of a check with dropout and a bias
 TIMES_EAGER = 2  # what an error may be, as in the tests
@@ -181,10 +182,10 @@ def _passes(op: str, implementation: str, checks: Sequence[Call]) -> bool:
 
 def find_flaw(op: str, implementation: str, call: Call) -> str | None:
     """Why the implementation's results for these arguments are wrong, or None: each error is at most twice plain PyTorch's plus tiny."""
-    exact = _results(getattr(reference, op), _widened(call))
-    eager = _results(getattr(reference, op), call)
+    exact = _results(op, getattr(reference, op), _widened(call))
+    eager = _results(op, getattr(reference, op), call)
     try:
-        results = _results(ops.implementation(op, implementation), call)
+        results = _results(op, ops.implementation(op, implementation), call)
     except Exception as defect:  # whatever it is, the model can do without this implementation
         return f"{_shown(call)}: it raises {type(defect).__name__}: {defect}"
     for number, (result, plain, right) in enumerate(zip(results, eager, exact, strict=True)):
@@ -206,15 +207,21 @@ def _shown(call: Call) -> str:
     return f"{tensors[0].dtype} {', '.join(str(list(one.shape)) for one in tensors)}"
 
 
-def _results(function: Callable[..., Any], call: Call) -> tuple[Tensor, ...]:
-    """The tensors that a function returns: one, several, or a list of them among others."""
+def _results(op: str, function: Callable[..., Any], call: Call) -> tuple[Tensor, ...]:
+    """The tensors that a function returns: one, several, or a list of them among others; of keep, the mask that a backward reads."""
     results = function(*call)
-    results = [results] if isinstance(results, Tensor) else results
+    results = [results] if isinstance(results, Tensor) else list(results)
+    if op in DROPPING and results[-1].numel():
+        mask = reference.read_keep(results[-1], call[0].shape[1])
+        if op == "multi_lora":
+            order, offsets = call[-2:]
+            mask = mask[order[offsets[1] :]]  # the rows that have an adapter
+        results[-1] = mask
     return tuple(tensor for one in results for tensor in ([one] if isinstance(one, Tensor) else one))
 
 
 def _error(value: Tensor, exact: Tensor) -> float:
-    return (value.double() - exact).abs().max().item()
+    return (value.double() - exact.double()).abs().max().item()
 
 
 def _widened(value: Any) -> Any:
@@ -303,11 +310,13 @@ def _linear_calls(
     op: str, base: tuple[Tensor, Tensor, Tensor], bias: Tensor | None, adapter: Call, rest: Call
 ) -> dict[str, list[Call]]:
     x, weight, dy = base
-    _, xa = getattr(reference, op)(x, weight, bias, *adapter, *rest)
+    scale, p, _, *sorting = rest
+    _, xa, keep = getattr(reference, op)(x, weight, bias, *adapter, *rest)
     weights = _in_turn(weight, x.shape[0])
+    state = xa, keep, scale, p, *sorting
     return {
         op: [(x, one, bias, *adapter, *rest) for one in weights],
-        f"{op}_backward": [(dy, x, one, *adapter, xa, *rest, True, True, True) for one in weights],
+        f"{op}_backward": [(dy, x, one, *adapter, *state, True, True, True) for one in weights],
     }
 
 
@@ -336,12 +345,12 @@ def _lora_linear_shared(
     weights = _in_turn(weight, M, GROUP)
     groups = [weights[first : first + GROUP] for first in range(0, len(weights), GROUP)]
     every_a, every_b = map(list, zip(*(draw.adapter(K, N, RANK) for _ in range(GROUP)), strict=True))
-    rest = [SCALE] * GROUP, [DROPOUT_P if dropout else 0.0] * GROUP, seed
-    _, xa = reference.lora_linear_shared(x, groups[0], bias, every_a, every_b, *rest)
+    rest = [SCALE] * GROUP, [DROPOUT_P if dropout else 0.0] * GROUP
+    _, xa, keep = reference.lora_linear_shared(x, groups[0], bias, every_a, every_b, *rest, seed)
     return {
-        "lora_linear_shared": [(x, group, bias, every_a, every_b, *rest) for group in groups],
+        "lora_linear_shared": [(x, group, bias, every_a, every_b, *rest, seed) for group in groups],
         "lora_linear_shared_backward": [
-            ([dy] * GROUP, x, group, every_a, every_b, xa, *rest, True, True, True) for group in groups
+            ([dy] * GROUP, x, group, every_a, every_b, xa, keep, *rest, True, True, True) for group in groups
         ],
     }
 

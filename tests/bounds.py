@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -36,6 +37,13 @@ def next_seed(device: str, seed: int) -> Tensor:
     drawn = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
     torch.manual_seed(seed)
     return drawn
+
+
+def flip_unread(keep: Tensor, read: Tensor) -> Tensor:  # uint8 [..., bytes], bool [..., K]
+    """The bits of dropout, every one flipped but those that `read` says are read."""
+    unread = np.ones((*read.shape[:-1], 8 * keep.shape[-1]), dtype=bool)
+    unread[..., : read.shape[-1]] = ~read.cpu().numpy()
+    return keep ^ torch.from_numpy(np.packbits(unread, axis=-1, bitorder="little")).to(keep.device)
 
 
 def gapped(tensor: Tensor) -> Tensor:

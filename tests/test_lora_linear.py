@@ -11,6 +11,7 @@ from bounds import (
     Layer,
     assert_within_bound,
     double,
+    flip_unread,
     gapped,
     gradients,
     make_layer,
@@ -34,10 +35,10 @@ def exactly(layer: Layer, scale: float, dropout_p: float, seed: Tensor | None) -
     """y, dx, da, db in float64 by the reference."""
     dy = double(layer.dy)
     x, weight, bias, lora_a, lora_b = (double(tensor) for tensor in layer[:5])
-    y, xa = reference.lora_linear(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+    y, *state = reference.lora_linear(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
     return [
         y,
-        *reference.lora_linear_backward(dy, x, weight, lora_a, lora_b, xa, scale, dropout_p, seed, True, True, True),
+        *reference.lora_linear_backward(dy, x, weight, lora_a, lora_b, *state, scale, dropout_p, True, True, True),
     ]
 
 
@@ -153,11 +154,11 @@ def test_only_what_is_needed(device: str, implementation: str, wanted: tuple[boo
     layer = make_layer(13, 24, 16, 4, device=device)
     seed = next_seed(device, 1)
     x, weight, bias, lora_a, lora_b, dy = (tensor.detach() for tensor in layer)
-    _, xa = ops.implementation("lora_linear", implementation)(x, weight, bias, lora_a, lora_b, SCALE, 0.1, seed)
+    _, *state = ops.implementation("lora_linear", implementation)(x, weight, bias, lora_a, lora_b, SCALE, 0.1, seed)
     backward = ops.implementation("lora_linear_backward", implementation)
-    everything = backward(dy, x, weight, lora_a, lora_b, xa, SCALE, 0.1, seed, True, True, True)
+    everything = backward(dy, x, weight, lora_a, lora_b, *state, SCALE, 0.1, True, True, True)
     for need, some, full in zip(
-        wanted, backward(dy, x, weight, lora_a, lora_b, xa, SCALE, 0.1, seed, *wanted), everything, strict=True
+        wanted, backward(dy, x, weight, lora_a, lora_b, *state, SCALE, 0.1, *wanted), everything, strict=True
     ):
         assert torch.equal(some, full) if need else some.numel() == 0
 
@@ -203,10 +204,43 @@ def test_xa(device: str, implementation: str, dtype: torch.dtype) -> None:
     layer = make_layer(13, 65, 16, 4, dtype, device=device)
     seed = next_seed(device, 1)
     inputs = [tensor.detach() for tensor in layer[:5]]
-    _, xa = ops.implementation("lora_linear", implementation)(*inputs, SCALE, 0.1, seed)
-    _, exact = reference.lora_linear(*(tensor.double() for tensor in inputs), SCALE, 0.1, seed)
-    _, eager = reference.lora_linear(*inputs, SCALE, 0.1, seed)
+    _, xa, _ = ops.implementation("lora_linear", implementation)(*inputs, SCALE, 0.1, seed)
+    _, exact, _ = reference.lora_linear(*(tensor.double() for tensor in inputs), SCALE, 0.1, seed)
+    _, eager, _ = reference.lora_linear(*inputs, SCALE, 0.1, seed)
     assert_within_bound("xa", xa, eager, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("K", [1, 17, 64, 203])
+def test_keep(device: str, implementation: str, K: int, dtype: torch.dtype) -> None:
+    """keep holds the reference's mask, bit by bit; backward reads no bit beyond the last column."""
+    layer = make_layer(13, K, 16, 4, dtype, device=device)
+    seed = next_seed(device, 1)
+    x, weight, bias, lora_a, lora_b, dy = (tensor.detach() for tensor in layer)
+    forward, backward = (ops.implementation(op, implementation) for op in ("lora_linear", "lora_linear_backward"))
+    _, xa, keep = forward(x, weight, bias, lora_a, lora_b, SCALE, 0.3, seed)
+    mask = reference.keep_mask(seed, torch.arange(13, device=device), K, 0.3)
+    assert keep.dtype == torch.uint8 and keep.shape == (13, reference.keep_bytes(K))
+    assert torch.equal(reference.read_keep(keep, K), mask)
+    grads, others = (
+        backward(dy, x, weight, lora_a, lora_b, xa, bits, SCALE, 0.3, True, True, True)
+        for bits in (keep, flip_unread(keep, torch.ones_like(mask)))
+    )
+    assert all(torch.equal(grad, other) for grad, other in zip(grads, others, strict=True))
+
+
+@pytest.mark.parametrize("rows", [2, 13])
+def test_keep_has_no_elements_where_nothing_is_dropped(device: str, implementation: str, rows: int) -> None:
+    """Without a seed or with a p that rounds to 0; a backward that is given such a keep drops nothing, whatever p is."""
+    x, weight, bias, lora_a, lora_b, dy = (tensor.detach() for tensor in make_layer(rows, 24, 16, 4, device=device))
+    forward, backward = (ops.implementation(op, implementation) for op in ("lora_linear", "lora_linear_backward"))
+    results = []
+    for p, seed in ((0.3, None), (1e-7, next_seed(device, 1)), (0.0, None)):
+        y, xa, keep = forward(x, weight, bias, lora_a, lora_b, SCALE, p, seed)
+        assert keep.dtype == torch.uint8 and keep.shape == (0,)
+        results.append([y, xa, *backward(dy, x, weight, lora_a, lora_b, xa, keep, SCALE, p, True, True, True)])
+    for one, other, plain in zip(*results, strict=True):
+        assert torch.equal(one, plain) and torch.equal(other, plain)
 
 
 def dropped_ones(device: str, rows: int, K: int, dropout_p: float, **options: Any) -> tuple[Tensor, Tensor]:
@@ -322,11 +356,11 @@ def test_opcheck(device: str, dtype: torch.dtype) -> None:
     x, weight, bias, lora_a, lora_b, dy = (tensor.detach() for tensor in layer)
     seed = next_seed(device, 0)
     torch.library.opcheck(torch.ops.fastlora.lora_linear.default, (x, weight, bias, lora_a, lora_b, SCALE, 0.1, seed))
-    xa = torch.randn(5, 4, device=device)
+    xa, keep = torch.randn(5, 4, device=device), torch.full((5, 8), 77, dtype=torch.uint8, device=device)
     for need in ((True, True, True), (False, True, False)):
         torch.library.opcheck(
             torch.ops.fastlora.lora_linear_backward.default,
-            (dy, x, weight, lora_a, lora_b, xa, SCALE, 0.1, seed, *need),
+            (dy, x, weight, lora_a, lora_b, xa, keep, SCALE, 0.1, *need),
         )
 
 
@@ -431,6 +465,18 @@ WRONG_BACKWARD = {
     "xa: another rank": ("xa", {"xa": torch.ones(6, 3)}),
     "xa: another M": ("xa", {"xa": torch.ones(5, 4)}),
     "xa: dtype": ("xa", {"xa": torch.ones(6, 4).bfloat16()}),
+    "keep: dtype": ("keep", {"keep": torch.ones(6, 8, dtype=torch.bool)}),
+    "keep: another M": ("keep", {"keep": torch.ones(5, 8, dtype=torch.uint8)}),
+    "keep: too few bytes": ("keep", {"keep": torch.ones(6, 2, dtype=torch.uint8)}),
+    "keep: 3-D": ("keep", {"keep": torch.ones(1, 6, 8, dtype=torch.uint8)}),
+    "keep: a seed": ("keep", {"keep": torch.tensor(1)}),
+}
+WRONG_SHARED_KEEP = {
+    "keep: dtype": ("keep", {"keep": torch.ones(1, 6, 8)}),
+    "keep: one layer's": ("keep", {"keep": torch.ones(6, 8, dtype=torch.uint8)}),
+    "keep: another G": ("keep", {"keep": torch.ones(2, 6, 8, dtype=torch.uint8)}),
+    "keep: another M": ("keep", {"keep": torch.ones(1, 5, 8, dtype=torch.uint8)}),
+    "keep: too few bytes": ("keep", {"keep": torch.ones(1, 6, 7, dtype=torch.uint8)}),
 }
 
 
@@ -439,19 +485,15 @@ def call_the_native_operators_wrongly() -> None:
     seed = {"seed": torch.tensor(1)}
     print_accepted("lora_linear_cpu", {**right, **seed}, WRONG_RAW | WRONG_SEED)
     forward = {name: value for name, value in right.items() if name not in ("bias", "scale", "dropout_p")}
-    rest = {
-        "xa": torch.ones(6, 4),
-        "scale": 2.0,
-        "dropout_p": 0.1,
-        **seed,
-        "need_dx": True,
-        "need_da": True,
-        "need_db": True,
-    }
+    bits = {"xa": torch.ones(6, 4), "keep": torch.ones(6, 8, dtype=torch.uint8)}
+    need = {"need_dx": True, "need_da": True, "need_db": True}
+    rest = {**bits, "scale": 2.0, "dropout_p": 0.1, **need}
     wrong = {case: (name, changes) for case, (name, changes) in WRONG_RAW.items() if name != "bias"}
-    print_accepted(
-        "lora_linear_backward_cpu", {"dy": torch.ones(6, 12), **forward, **rest}, wrong | WRONG_SEED | WRONG_BACKWARD
-    )
+    print_accepted("lora_linear_backward_cpu", {"dy": torch.ones(6, 12), **forward, **rest}, wrong | WRONG_BACKWARD)
+    listed = {name: [value] for name, value in forward.items() if name != "x"}
+    shared = {"dy": [torch.ones(6, 12)], "x": forward["x"], **listed, "xa": bits["xa"], "keep": bits["keep"][None]}
+    right = {**shared, "scale": [2.0], "dropout_p": [0.1], **need}
+    print_accepted("lora_linear_shared_backward_cpu", right, WRONG_SHARED_KEEP)
 
 
 @pytest.mark.skipif("cpu" not in implementations(OPERATOR, "cpu"), reason="the native extension is not built")
@@ -508,6 +550,44 @@ def test_layers_that_share_x(case: Shared, device: str, implementation: str) -> 
     values = [*(y.detach() for y in ys), *grads]
     for number, (value, near, right) in enumerate(zip(values, arranged(eager), arranged(exact), strict=True)):
         assert_within_bound(f"result {number}", value, near.detach(), right)
+
+
+def shared_arguments(device: str) -> tuple[list[Any], list[float], Tensor]:
+    """x, weights, biases, A and B of three layers on 13 rows of 65; their dropout, the first one's none, and their seeds."""
+    layers = [make_layer(13, 65, N, R, device=device) for N, R in ((24, 3), (16, 5), (33, 8))]
+    columns = ([getattr(one, name).detach() for one in layers] for name in ("weight", "bias", "lora_a", "lora_b"))
+    return [layers[0].x.detach(), *columns], [0.0, 0.5, 0.1], torch.tensor([3, 4, 2**40], device=device)
+
+
+def test_keep_of_layers_that_share_x(device: str, implementation: str) -> None:
+    """Each layer has the mask of its own seed; backward reads neither bits beyond the last column nor those of the layer that drops nothing."""
+    (x, weight, bias, *adapters), p, seed = shared_arguments(device)
+    scale = [1.0, -2.0, 0.5]
+    _, xa, keep = torch.ops.fastlora.lora_linear_shared(x, weight, bias, *adapters, scale, p, seed)
+    assert keep.dtype == torch.uint8 and keep.shape == (3, 13, 16)
+    rows, read = torch.arange(13, device=device), torch.ones(3, 13, 65, dtype=torch.bool)
+    read[0] = False
+    for i in (1, 2):
+        assert torch.equal(reference.read_keep(keep[i], 65), reference.keep_mask(seed[i], rows, 65, p[i]))
+    dy = [torch.randn(13, len(one), device=device) for one in weight]
+    grads, others = (
+        torch.ops.fastlora.lora_linear_shared_backward(dy, x, weight, *adapters, xa, bits, scale, p, True, True, True)
+        for bits in (keep, flip_unread(keep, read))
+    )
+    assert all(torch.equal(grad, other) for grad, other in zip(grads, others, strict=True))
+    for dropless, none in (([0.3] * 3, None), ([1e-7] * 3, seed)):
+        _, _, keep = torch.ops.fastlora.lora_linear_shared(x, weight, bias, *adapters, scale, dropless, none)
+        assert keep.dtype == torch.uint8 and keep.shape == (0,)
+
+
+def test_opcheck_of_layers_that_share_x(device: str) -> None:
+    (x, weight, bias, *adapters), p, seed = shared_arguments(device)
+    forward, backward = torch.ops.fastlora.lora_linear_shared, torch.ops.fastlora.lora_linear_shared_backward
+    torch.library.opcheck(forward.default, (x, weight, bias, *adapters, [2.0] * 3, p, seed))
+    _, xa, keep = forward(x, weight, bias, *adapters, [2.0] * 3, p, seed)
+    dy = [torch.randn(13, len(one), device=device) for one in weight]
+    arguments = (dy, x, weight, *adapters, xa, keep, [2.0] * 3, p)
+    torch.library.opcheck(backward.default, (*arguments, True, True, True))
 
 
 def test_layers_that_share_x_repeat_bitwise(device: str, implementation: str) -> None:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from bounds import (
     assert_within_bound,
     double,
+    flip_unread,
     gapped,
     gradients,
     make_layer,
@@ -93,10 +94,10 @@ def exactly(mixed: Mixed, seed: Tensor | None) -> list[Tensor]:
     """The same in float64 by the reference."""
     x, weight, bias, dy = (double(tensor) for tensor in (mixed.x, mixed.weight, mixed.bias, mixed.dy))
     lora_a, lora_b = ([tensor.detach().double() for tensor in tensors] for tensors in (mixed.lora_a, mixed.lora_b))
-    sorting = mixed.dropout_p, seed, *group_rows(mixed.index, len(lora_a)).for_rows(len(x))
-    y, xa = reference.multi_lora(x, weight, bias, lora_a, lora_b, mixed.scale, *sorting)
+    numbers, sorting = (mixed.scale, mixed.dropout_p), group_rows(mixed.index, len(lora_a)).for_rows(len(x))
+    y, *state = reference.multi_lora(x, weight, bias, lora_a, lora_b, *numbers, seed, *sorting)
     dx, da, db = reference.multi_lora_backward(
-        dy, x, weight, lora_a, lora_b, xa, mixed.scale, *sorting, True, True, True
+        dy, x, weight, lora_a, lora_b, *state, *numbers, *sorting, True, True, True
     )
     das = [grad.view_as(a) for grad, a in zip(da.split([a.numel() for a in lora_a]), lora_a, strict=True)]
     dbs = [grad.view_as(b) for grad, b in zip(db.split([b.numel() for b in lora_b]), lora_b, strict=True)]
@@ -218,14 +219,45 @@ def test_invalid_rows_become_nan(device: str, implementation: str) -> None:
     mixed = make_mixed([0, 1, 0, 1], [3, 8], dropout=False, device=device)
     x, weight, bias, dy = (tensor.detach() for tensor in (mixed.x, mixed.weight, mixed.bias, mixed.dy))
     lora_a, lora_b = ([tensor.detach() for tensor in tensors] for tensors in (mixed.lora_a, mixed.lora_b))
-    sorting = [0.0, 0.0], None, *RowGroups(torch.tensor([0, 7, -2, 1], device=device), 2).for_rows(4)
-    y, xa = ops.implementation("multi_lora", implementation)(x, weight, bias, lora_a, lora_b, mixed.scale, *sorting)
+    numbers = mixed.scale, [0.0, 0.0]
+    sorting = RowGroups(torch.tensor([0, 7, -2, 1], device=device), 2).for_rows(4)
+    forward = ops.implementation("multi_lora", implementation)
+    y, *state = forward(x, weight, bias, lora_a, lora_b, *numbers, None, *sorting)
     expected = multi_lora(x, weight, bias, lora_a, lora_b, mixed.scale, mixed.index)
     assert y[1:3].isnan().all()
     torch.testing.assert_close(y[[0, 3]], expected[[0, 3]])
     backward = ops.implementation("multi_lora_backward", implementation)
-    dx, da, db = backward(dy, x, weight, lora_a, lora_b, xa, mixed.scale, *sorting, True, True, True)
+    dx, da, db = backward(dy, x, weight, lora_a, lora_b, *state, *numbers, *sorting, True, True, True)
     assert dx[1:3].isnan().all() and dx[[0, 3]].isfinite().all() and da.isfinite().all() and db.isfinite().all()
+
+
+def test_keep(device: str, implementation: str) -> None:
+    """keep holds the reference's mask of the rows that drop something, whose bits alone backward reads, and none beyond the last column."""
+    mixed = make_mixed(SHUFFLED, [1, 8, 3, 17], device=device)
+    x, weight, bias, dy = (tensor.detach() for tensor in (mixed.x, mixed.weight, mixed.bias, mixed.dy))
+    lora_a, lora_b = ([tensor.detach() for tensor in tensors] for tensors in (mixed.lora_a, mixed.lora_b))
+    forward, backward = (ops.implementation(op, implementation) for op in ("multi_lora", "multi_lora_backward"))
+    p, seed, sorting = [0.5, 0.3, 0.0, 0.1], next_seed(device, 1), group_rows(mixed.index, 4).for_rows(len(x))
+    _, xa, keep = forward(x, weight, bias, lora_a, lora_b, mixed.scale, p, seed, *sorting)
+    assert keep.dtype == torch.uint8 and keep.shape == (len(x), 8)
+    read = torch.zeros_like(x, dtype=torch.bool)
+    for i in (0, 1, 3):
+        (rows,) = torch.nonzero(mixed.index == i, as_tuple=True)
+        assert torch.equal(reference.read_keep(keep[rows], 33), reference.keep_mask(seed, rows, 33, p[i]))
+        read[rows] = True
+    grads, others = (
+        backward(dy, x, weight, lora_a, lora_b, xa, bits, mixed.scale, p, *sorting, True, True, True)
+        for bits in (keep, flip_unread(keep, read))
+    )
+    assert all(torch.equal(grad, other) for grad, other in zip(grads, others, strict=True))
+    base_only = group_rows(torch.full_like(mixed.index, -1), 4).for_rows(len(x))
+    for chances, numbers, rows, shape in (
+        (p, seed, base_only, (len(x), 8)),
+        (p, None, sorting, (0,)),
+        ([1e-7] * 4, seed, sorting, (0,)),
+    ):
+        _, _, keep = forward(x, weight, bias, lora_a, lora_b, mixed.scale, chances, numbers, *rows)
+        assert keep.dtype == torch.uint8 and keep.shape == shape
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: only there an index is not read back")
@@ -331,13 +363,14 @@ def test_opcheck(device: str) -> None:
     mixed = make_mixed([1, -1, 0, 1], [2, 1, 3], device=device)
     x, weight, bias, dy = (tensor.detach() for tensor in (mixed.x, mixed.weight, mixed.bias, mixed.dy))
     lora_a, lora_b = ([tensor.detach() for tensor in tensors] for tensors in (mixed.lora_a, mixed.lora_b))
-    sorting = mixed.dropout_p, next_seed(device, 0), *group_rows(mixed.index, 3).for_rows(4)
+    numbers, sorting = (mixed.scale, mixed.dropout_p), group_rows(mixed.index, 3).for_rows(4)
     torch.library.opcheck(
-        torch.ops.fastlora.multi_lora.default, (x, weight, bias, lora_a, lora_b, mixed.scale, *sorting)
+        torch.ops.fastlora.multi_lora.default,
+        (x, weight, bias, lora_a, lora_b, *numbers, next_seed(device, 0), *sorting),
     )
-    xa = torch.randn(4, 3, device=device)
+    xa, keep = torch.randn(4, 3, device=device), torch.full((4, 8), 77, dtype=torch.uint8, device=device)
     for need in ((True, True, True), (False, True, False)):
-        arguments = (dy, x, weight, lora_a, lora_b, xa, mixed.scale, *sorting, *need)
+        arguments = (dy, x, weight, lora_a, lora_b, xa, keep, *numbers, *sorting, *need)
         torch.library.opcheck(torch.ops.fastlora.multi_lora_backward.default, arguments)
 
 
@@ -463,13 +496,8 @@ def test_group_rows_wants_a_number_of_adapters(adapters: Any) -> None:
 def call_the_native_operators_wrongly() -> None:
     mixed = make_mixed([0, 1, -1, 1, 0, 0], [4, 2], K=16, N=12)
     order, offsets = group_rows(mixed.index, 2).for_rows(6)
-    sorting = {
-        "scale": [1.0, 2.0],
-        "dropout_p": [0.1, 0.0],
-        "seed": torch.tensor(1),
-        "order": order,
-        "offsets": offsets,
-    }
+    numbers = {"scale": [1.0, 2.0], "dropout_p": [0.1, 0.0]}
+    sorting = {"order": order, "offsets": offsets}
     tensors = {
         "x": mixed.x.detach(),
         "weight": mixed.weight,
@@ -486,7 +514,6 @@ def call_the_native_operators_wrongly() -> None:
     wrong |= {
         "scale: too few": ("scale", {"scale": [1.0]}),
         "dropout_p: too few": ("dropout_p", {"dropout_p": [0.1]}),
-        "seed: dtype": ("seed", {"seed": torch.tensor(1, dtype=torch.int32)}),
         "order: too short": ("order", {"order": order[:5]}),
         "order: dtype": ("order", {"order": order.int()}),
         "order: too large": ("order", {"order": order + 1}),
@@ -496,7 +523,8 @@ def call_the_native_operators_wrongly() -> None:
         "offsets: beyond the rows": ("offsets", {"offsets": offsets * 1000}),
         "offsets: falling": ("offsets", {"offsets": offsets.flip(0)}),
     }
-    print_accepted("multi_lora_cpu", {**tensors, **sorting}, wrong)
+    wrong_seed = {"seed: dtype": ("seed", {"seed": torch.tensor(1, dtype=torch.int32)})}
+    print_accepted("multi_lora_cpu", {**tensors, **numbers, "seed": torch.tensor(1), **sorting}, wrong | wrong_seed)
     wrong = {case: change for case, change in wrong.items() if change[0] != "bias"}
     wrong |= {
         "dy: another N": ("dy", {"dy": torch.ones(6, 11)}),
@@ -505,10 +533,15 @@ def call_the_native_operators_wrongly() -> None:
         "xa: another rank": ("xa", {"xa": torch.ones(6, 3)}),
         "xa: another M": ("xa", {"xa": torch.ones(5, 4)}),
         "xa: dtype": ("xa", {"xa": torch.ones(6, 4).bfloat16()}),
+        "keep: dtype": ("keep", {"keep": torch.ones(6, 8, dtype=torch.int8)}),
+        "keep: another M": ("keep", {"keep": torch.ones(5, 8, dtype=torch.uint8)}),
+        "keep: too few bytes": ("keep", {"keep": torch.ones(6, 2, dtype=torch.uint8)}),
+        "keep: 1-D": ("keep", {"keep": torch.ones(48, dtype=torch.uint8)}),
     }
     del tensors["bias"]
     need = {"need_dx": True, "need_da": True, "need_db": True}
-    right = {"dy": torch.ones(6, 12), **tensors, "xa": torch.ones(6, 4), **sorting, **need}
+    state = {"xa": torch.ones(6, 4), "keep": torch.ones(6, 8, dtype=torch.uint8)}
+    right = {"dy": torch.ones(6, 12), **tensors, **state, **numbers, **sorting, **need}
     print_accepted("multi_lora_backward_cpu", right, wrong)
 
 

@@ -32,9 +32,9 @@ def run(
     """y, xa, dx, da, db of a `bounds.Layer`, computed without autograd."""
     x, weight, bias, lora_a, lora_b, dy = (None if t is None else t.detach() for t in layer)
     forward, backward = (ops.implementation(name, implementation) for name in (op, f"{op}_backward"))
-    y, xa = forward(x, weight, bias, lora_a, lora_b, scale, p, seed)
+    y, xa, keep = forward(x, weight, bias, lora_a, lora_b, scale, p, seed)
     xa_given = changes.get("xa", xa)
-    grads = backward(dy, x, weight, lora_a, lora_b, xa_given, scale, p, seed, True, True, True)
+    grads = backward(dy, x, weight, lora_a, lora_b, xa_given, keep, scale, p, True, True, True)
     return [y, xa, *grads]
 
 
@@ -57,16 +57,19 @@ def check_masks() -> None:
         (1 << 40, 0.95, 1, 9),
     ):
         drawn = torch.tensor(seed)
-        keep = reference.keep_mask(drawn, torch.arange(M), K, p)
+        mask = reference.keep_mask(drawn, torch.arange(M), K, p)
         factor = torch.tensor(reference.keep_scale(p), dtype=torch.float32)
-        expected = torch.where(keep, factor, 0.0)
+        expected = torch.where(mask, factor, 0.0)
         x, frozen = torch.ones(M, K), torch.zeros(M, K)
-        _, xa = torch.ops.fastlora.lora_linear_cpu(x, frozen, None, torch.eye(K), torch.zeros(M, K), 1.0, p, drawn)
+        _, xa, keep = torch.ops.fastlora.lora_linear_cpu(
+            x, frozen, None, torch.eye(K), torch.zeros(M, K), 1.0, p, drawn
+        )
         assert torch.equal(xa, expected), f"forward, seed {seed}"
+        assert torch.equal(reference.read_keep(keep, K), mask), f"keep, seed {seed}"
         # dxa is the identity where dy and B are: dA = d(x), and dx = d'(A).
         one = torch.eye(M)
         dx, da, _ = torch.ops.fastlora.lora_linear_backward_cpu(
-            one, x, frozen, x, one, torch.zeros(M, M), 1.0, p, drawn, True, True, False
+            one, x, frozen, x, one, torch.zeros(M, M), keep, 1.0, p, True, True, False
         )
         assert torch.equal(dx, expected), f"dx, seed {seed}"
         assert torch.equal(da, expected), f"da, seed {seed}"
@@ -84,12 +87,12 @@ def check_conversions() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
         one = torch.ones(1, 1)
-        _, xa = torch.ops.fastlora.lora_linear_cpu(x, one.to(dtype), None, one, one, 1.0, 0.0, None)
+        _, xa, _ = torch.ops.fastlora.lora_linear_cpu(x, one.to(dtype), None, one, one, 1.0, 0.0, None)
         assert torch.equal(xa.nan_to_num(1.25), flushed(x.float(), dtype).nan_to_num(1.25))
         finite = x[x.isfinite()][:, None]
         for scale in (1 / 3, 3.0, 2.0**-14):
             frozen = torch.zeros(1, 1, dtype=dtype)
-            y, _ = torch.ops.fastlora.lora_linear_cpu(finite, frozen, None, one, one, scale, 0.0, None)
+            y, _, _ = torch.ops.fastlora.lora_linear_cpu(finite, frozen, None, one, one, scale, 0.0, None)
             product = flushed(finite.float(), dtype) * torch.tensor(scale, dtype=torch.float32)
             assert torch.equal(y, flushed(product, dtype).to(dtype))
 
@@ -243,9 +246,11 @@ def test_a_mixed_batch_is_its_adapters(threads) -> None:
     x, weight, bias, dy = (t.detach() for t in (base.x, base.weight, base.bias, base.dy))
     for count in (1, 2, 3):
         threads(count)
-        y, xa = torch.ops.fastlora.multi_lora_cpu(x, weight, bias, a, b, [1.5] * 3, [0.0] * 3, None, order, offsets)
+        y, xa, keep = torch.ops.fastlora.multi_lora_cpu(
+            x, weight, bias, a, b, [1.5] * 3, [0.0] * 3, None, order, offsets
+        )
         dx, da, db = torch.ops.fastlora.multi_lora_backward_cpu(
-            dy, x, weight, a, b, xa, [1.5] * 3, [0.0] * 3, None, order, offsets, True, True, True
+            dy, x, weight, a, b, xa, keep, [1.5] * 3, [0.0] * 3, order, offsets, True, True, True
         )
         das, dbs = da.split([m.numel() for m in a]), db.split([m.numel() for m in b])
         for i in range(3):
@@ -271,6 +276,19 @@ def test_layouts(dtype: torch.dtype) -> None:
         assert torch.equal(one, other)
 
 
+def test_a_keep_with_gaps() -> None:
+    layer = make_layer(20, 70, 50, 6)
+    x, weight, bias, lora_a, lora_b, dy = (tensor.detach() for tensor in layer)
+    _, xa, keep = torch.ops.fastlora.lora_linear_cpu(x, weight, bias, lora_a, lora_b, 1.5, 0.1, torch.tensor(11))
+    wide = torch.cat((~keep, keep), 1)
+    backward = torch.ops.fastlora.lora_linear_backward_cpu
+    for loose in (wide[:, keep.shape[1] :], keep.T.contiguous().T):
+        grads, others = (
+            backward(dy, x, weight, lora_a, lora_b, xa, bits, 1.5, 0.1, True, True, True) for bits in (keep, loose)
+        )
+        assert all(torch.equal(one, other) for one, other in zip(grads, others, strict=True))
+
+
 def test_nothing_is_dropped_or_everything() -> None:
     layer = make_layer(4, 40, 24, 3)
     seed = torch.tensor(1)
@@ -286,7 +304,7 @@ def test_a_dropped_infinity_is_zero() -> None:
     """As torch.where has it, not inf · 0."""
     x = torch.full((64, 16), torch.inf)
     keep = reference.keep_mask(torch.tensor(4), torch.arange(64), 16, 0.5)
-    _, xa = torch.ops.fastlora.lora_linear_cpu(
+    _, xa, _ = torch.ops.fastlora.lora_linear_cpu(
         x, torch.zeros(2, 16), None, torch.ones(1, 16), torch.zeros(2, 1), 1.0, 0.5, torch.tensor(4)
     )
     assert torch.equal(xa[:, 0].isinf(), keep.any(1)) and not xa.isnan().any()

@@ -170,7 +170,8 @@ def test_dropout_is_pefts_given_the_same_masks(family, monkeypatch):
     def with_our_mask(self, x):
         if self not in adapters_dropouts:
             return x
-        return reference.dropout(x.reshape(-1, x.shape[-1]), self.p, seeds.popleft()).view_as(x)
+        flat = x.reshape(-1, x.shape[-1])
+        return reference.dropout(flat, self.p, reference.draw_keep(flat, self.p, seeds.popleft())).view_as(x)
 
     adapters_dropouts = {
         m for layer in peers.modules() if isinstance(layer, lora.Linear) for m in layer.lora_dropout.values()

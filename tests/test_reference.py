@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from bounds import make_layer
+from bounds import flip_unread, make_layer
 
 from fastlora import reference
 
@@ -56,6 +56,20 @@ def test_keep_mask_draws_from_philox(seed: int, K: int) -> None:
     assert mask.dtype == torch.bool and np.array_equal(mask.numpy(), expected)
 
 
+@pytest.mark.parametrize("K", [0, 1, 8, 13, 64, 100])
+def test_keep_is_the_mask_as_bits(K: int) -> None:
+    """The lowest bit of a row's first byte is its first column, as numpy packs bits; a row is whole words of 64 bits."""
+    x, seed, rows = torch.ones(2, K), torch.tensor(99), torch.tensor([0, 3, 2**40 + 3])
+    mask = reference.keep_mask(seed, rows, K, 0.37)
+    keep = reference.draw_keep(x, 0.37, seed, rows)
+    assert keep.dtype == torch.uint8 and keep.shape == (3, 8 * -(-K // 64))
+    bits = np.unpackbits(keep.numpy(), axis=1, bitorder="little")
+    assert np.array_equal(bits[:, :K], mask.numpy())
+    assert torch.equal(reference.read_keep(flip_unread(keep, torch.ones_like(mask)), K), mask)
+    for p, none in ((0.37, None), (1e-7, seed)):
+        assert reference.draw_keep(x, p, none).shape == (0,)
+
+
 @pytest.mark.parametrize("dropout_p", [0.05, 0.1, 0.5, 0.9])
 def test_keep_rate_and_expectation(dropout_p: float) -> None:
     """Of 2**20 elements the kept share is within five standard deviations of 1 - p; so is d(1)'s mean of 1."""
@@ -89,7 +103,7 @@ def test_seeds_and_rows_draw_apart() -> None:
 def test_dropout_leaves_no_nan_behind() -> None:
     """A dropped element is 0 whatever it was: inf * 0 would be NaN."""
     x = torch.full((4, 32), torch.inf)
-    dropped = reference.dropout(x, 0.5, torch.tensor(0))
+    dropped = reference.dropout(x, 0.5, reference.draw_keep(x, 0.5, torch.tensor(0)))
     assert set(dropped.unique().tolist()) == {0.0, torch.inf}
 
 
@@ -100,9 +114,9 @@ def test_lora_linear_by_hand() -> None:
         torch.tensor([0.5, 0.0, -1.0]),
     )
     lora_a, lora_b = torch.tensor([[2.0, -1.0]]), torch.tensor([[1.0], [2.0], [0.0]])
-    y, xa = reference.lora_linear(x, weight, bias, torch.tensor([[2.0, 1.0]]), lora_b, 10.0, 0.0, None)
+    y, xa, _ = reference.lora_linear(x, weight, bias, torch.tensor([[2.0, 1.0]]), lora_b, 10.0, 0.0, None)
     assert xa.tolist() == [[4.0]] and y.tolist() == [[51.5, 97.0, 1.0]]
-    y, xa = reference.lora_linear(x, weight, bias, lora_a, lora_b, 10.0, 0.0, None)
+    y, xa, _ = reference.lora_linear(x, weight, bias, lora_a, lora_b, 10.0, 0.0, None)
     assert xa.tolist() == [[0.0]] and y.tolist() == [[11.5, 17.0, 1.0]]
 
 
@@ -111,13 +125,13 @@ def test_lora_linear_backward_is_the_gradient(dropout_p: float) -> None:
     """The written backward against autograd through the written forward, in float64."""
     layer = make_layer(7, 11, 5, 3, torch.float64)
     seed = torch.tensor(99)
-    dropped = reference.dropout(layer.x, dropout_p, seed)
+    dropped = reference.dropout(layer.x, dropout_p, reference.draw_keep(layer.x, dropout_p, seed))
     y = layer.x @ layer.weight.T + layer.bias + 1.7 * (dropped @ layer.lora_a.T) @ layer.lora_b.T
     expected = torch.autograd.grad(y, (layer.x, layer.lora_a, layer.lora_b), layer.dy)
     x, weight, bias, lora_a, lora_b, dy = (tensor.detach() for tensor in layer)
-    forward, xa = reference.lora_linear(x, weight, bias, lora_a, lora_b, 1.7, dropout_p, seed)
+    forward, xa, keep = reference.lora_linear(x, weight, bias, lora_a, lora_b, 1.7, dropout_p, seed)
     torch.testing.assert_close(forward, y.detach())
-    grads = reference.lora_linear_backward(dy, x, weight, lora_a, lora_b, xa, 1.7, dropout_p, seed, True, True, True)
+    grads = reference.lora_linear_backward(dy, x, weight, lora_a, lora_b, xa, keep, 1.7, dropout_p, True, True, True)
     for grad, want in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, want)
 
@@ -132,15 +146,16 @@ def test_multi_lora_is_lora_linear_row_by_row() -> None:
     order = torch.argsort(index, stable=True)
     offsets = torch.searchsorted(index[order], torch.arange(-1, 5))
     lora_a, lora_b = [layer.lora_a.detach() for layer in layers], [layer.lora_b.detach() for layer in layers]
-    y, xa = reference.multi_lora(x, weight, bias, lora_a, lora_b, scales, probabilities, seed, order, offsets)
+    y, xa, keep = reference.multi_lora(x, weight, bias, lora_a, lora_b, scales, probabilities, seed, order, offsets)
     for row, i in enumerate(index.tolist()):
         if i == -1:
             torch.testing.assert_close(y[row], x[row] @ weight.T + bias)
             assert not xa[row].any()
             continue
-        alone, alone_xa = reference.lora_linear(
+        alone, alone_xa, alone_keep = reference.lora_linear(
             x, weight, bias, lora_a[i], lora_b[i], scales[i], probabilities[i], seed
         )
         torch.testing.assert_close(y[row], alone[row])
         torch.testing.assert_close(xa[row, : ranks[i]], alone_xa[row])
         assert not xa[row, ranks[i] :].any()
+        assert not probabilities[i] or torch.equal(keep[row], alone_keep[row])

@@ -403,28 +403,33 @@ def test_no_trial_inside_a_compiled_step(machine: Path, timed: list[list[str]]) 
     assert timed == [] and not machine.exists()
 
 
-def wrong_value(*args: Any) -> tuple[Tensor, Tensor]:
-    y, xa = ops.reference.lora_linear(*args)
-    return y + 1e-3, xa
+def wrong_value(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y, xa, keep = ops.reference.lora_linear(*args)
+    return y + 1e-3, xa, keep
 
 
-def wrong_nan(*args: Any) -> tuple[Tensor, Tensor]:
-    y, xa = ops.reference.lora_linear(*args)
+def wrong_nan(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y, xa, keep = ops.reference.lora_linear(*args)
     y[-1, -1] = torch.nan
-    return y, xa
+    return y, xa, keep
 
 
-def wrong_mask(*args: Any) -> tuple[Tensor, Tensor]:
+def wrong_mask(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *others, seed = args
     return ops.reference.lora_linear(*others, seed if seed is None else seed + 1)
 
 
-def wrong_dtype(*args: Any) -> tuple[Tensor, Tensor]:
-    y, xa = ops.reference.lora_linear(*args)
-    return y.double(), xa
+def wrong_dtype(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y, xa, keep = ops.reference.lora_linear(*args)
+    return y.double(), xa, keep
 
 
-def wrong_and_loud(*args: Any) -> tuple[Tensor, Tensor]:
+def wrong_keep(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y, xa, keep = ops.reference.lora_linear(*args)
+    return y, xa, ~keep
+
+
+def wrong_and_loud(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     raise RuntimeError("illegal instruction")
 
 
@@ -435,6 +440,7 @@ def wrong_and_loud(*args: Any) -> tuple[Tensor, Tensor]:
         (wrong_value, "the error of result 0 is 0.001"),
         (wrong_nan, "the error of result 0 is nan"),
         (wrong_mask, "the error of result 0"),
+        (wrong_keep, "the error of result 2 is 1"),
         (wrong_dtype, "result 0 is torch.float64"),
         (wrong_and_loud, "it raises RuntimeError: illegal instruction"),
     ],

@@ -43,8 +43,6 @@ void with_type(const Tensor& tensor, const Body& body) {
 /// Whether the passes over v take bfloat16 panels and coefficients. With a few rows that saves nothing, and A and B are better not rounded.
 bool takes_dots(const Tensor& v) { return kernels().dots && kind_of(v) == Kind::BFLOAT16 && v.size(0) > FEW_ROWS; }
 
-int64_t bits_stride(int64_t columns) { return round_up(columns, COLUMN_UNIT) / 8; }
-
 /// Calls body(begin, end) for runs of at most TILE columns, so that what a transposition touches stays in the first-level cache.
 template <class Body>
 void for_column_tiles(int64_t columns, int64_t rank, const Body& body) {
@@ -251,15 +249,17 @@ void sum_parts(const Tensor& parts, float* total) {
   });
 }
 
-/// What draw has drawn: bits [M, bits_stride], or none.
+/// What draw has drawn: bits [M, bits_stride], masks of them one after the other; or none.
 using Keep = std::optional<Tensor>;
 
 /// Dropout's mask for the rows of the batch, of `columns` elements each.
 Keep draw(const Tensor& like, int64_t columns, const Batch& batch) {
   const bool drops = std::any_of(batch.segments.begin(), batch.segments.end(), [](const Segment& segment) { return segment.threshold != 0; });
-  if (!drops || place_count(batch) == 0) return std::nullopt;
-  const Tensor keep = torch::stable::new_empty(like, std::array<int64_t, 2>{batch.masks * like.size(0), bits_stride(columns)}, ScalarType::Byte);
-  const Draw pass{columns, batch.order, static_cast<uint8_t*>(keep.mutable_data_ptr()), keep.size(1)};
+  if (!drops) return std::nullopt;
+  const int64_t stride = bits_stride(columns);
+  const Tensor keep = torch::stable::new_empty(like, std::array<int64_t, 2>{batch.masks * like.size(0), stride}, ScalarType::Byte);
+  if (place_count(batch) == 0) return keep;
+  const Draw pass{columns, batch.order, static_cast<uint8_t*>(keep.mutable_data_ptr()), stride};
   const Grid grid = cut(place_count(batch) * columns, place_count(batch), columns, 0, 0);
   for_each_cell(batch, grid, columns, [&](const Segments& segments, const Cell& cell, int64_t, int64_t) {
     kernels().draw(pass, segments, cell);
@@ -274,7 +274,7 @@ Rows rows_of(const Tensor& v, const Batch& batch, const Keep& keep) {
   rows.stride = v.stride(0);
   rows.order = batch.order;
   rows.keep = keep ? keep->const_data_ptr<uint8_t>() : nullptr;
-  rows.keep_stride = keep ? keep->size(1) : 0;
+  rows.keep_stride = bits_stride(v.size(1));
   return rows;
 }
 
@@ -426,6 +426,14 @@ void check_projection(const Tensor& xa, const Tensor& x, int64_t ranks) {
   check_dtype(xa, "xa", {ScalarType::Float});
 }
 
+std::optional<Tensor> checked_keep(const Tensor& keep, std::initializer_list<int64_t> sizes) {
+  check_cpu(keep, "keep");
+  check_dtype(keep, "keep", {ScalarType::Byte});
+  if (keep.numel() == 0) return std::nullopt;
+  check_shape(keep, "keep", sizes);
+  return torch::stable::contiguous(keep);
+}
+
 Tensor new_projection(const Tensor& x, int64_t ranks) {
   return torch::stable::new_zeros(x, std::array<int64_t, 2>{x.size(0), ranks}, ScalarType::Float);
 }
@@ -434,11 +442,12 @@ namespace {
 
 /// The segments of all adapters, each with all rows; what depends on who has which is set by the caller.
 std::vector<Segment> make_segments(const Adapters& adapters, int64_t M) {
+  const bool drops = adapters.seed || adapters.keep;
   std::vector<Segment> segments;
   int64_t panel_row = 0, pair_row = 0;
   for (size_t i = 0; i < adapters.a.size(); ++i) {
     // reference.py::drop_threshold and keep_scale.
-    const int64_t threshold = adapters.seed ? static_cast<int64_t>(65536 * adapters.dropout_p[i] + 0.5) : 0;
+    const int64_t threshold = drops ? static_cast<int64_t>(65536 * adapters.dropout_p[i] + 0.5) : 0;
     Segment segment{};
     segment.end = M;
     segment.rank = adapters.a[i].size(0);
@@ -511,12 +520,11 @@ std::tuple<Tensor, Tensor> read_dy(
 /// dx += d_i'(dxa_i A_i), and the gradients of A_i from one read of x; a null dx is not wanted.
 Tensor finish_dx_and_da(
     const Tensor& x, const Adapters& adapters, const Batch& batch, const Tensor& dxa, const Tensor* dx, bool need_da) {
-  const Keep keep = draw(x, x.size(1), batch);
   const Tensor coefficients = coefficients_for(x, dxa);
-  if (dx) add(*dx, batch, keep, coefficients, pack_a(adapters, add_format(x)));
+  if (dx) add(*dx, batch, adapters.keep, coefficients, pack_a(adapters, add_format(x)));
   if (!need_da) return torch::stable::new_empty(adapters.a[0], std::array<int64_t, 1>{0});
   const Tensor gradient = new_gradients(x, adapters, x.size(1));
-  read(x, batch, adapters, keep, nullptr, nullptr, &coefficients, &gradient);
+  read(x, batch, adapters, adapters.keep, nullptr, nullptr, &coefficients, &gradient);
   return unpack_a(adapters, gradient);
 }
 
@@ -540,8 +548,11 @@ void accumulate(const Tensor& total, const Tensor& part) {
 
 /// The adapter of one of the layers that share x.
 Adapters one_of(const Adapters& adapters, size_t i) {
-  return {{adapters.a[i]}, {adapters.b[i]}, {adapters.scale[i]}, {0.0}, std::nullopt};
+  return {{adapters.a[i]}, {adapters.b[i]}, {adapters.scale[i]}, {0.0}};
 }
+
+/// The keep of a forward without dropout.
+Tensor nothing_dropped(const Tensor& x) { return torch::stable::new_empty(x, std::array<int64_t, 1>{0}, ScalarType::Byte); }
 
 Tensor columns_of(Tensor matrix, int64_t column, int64_t count) { return torch::stable::narrow(matrix, 1, column, count); }
 
@@ -554,15 +565,18 @@ void copy_columns(const Tensor& from, const Tensor& to, int64_t column) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> forward(
+std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Adapters& adapters, const Batch& batch) {
   const Tensor rows = with_dense_rows(x);
   const Keep keep = draw(rows, rows.size(1), batch);
-  if (!keep && suits_few_rows(rows, weight)) return few_rows(rows, weight, bias, adapters, batch);
+  if (!keep && suits_few_rows(rows, weight)) {
+    const auto [y, xa] = few_rows(rows, weight, bias, adapters, batch);
+    return {y, xa, nothing_dropped(x)};
+  }
   const Tensor xa = new_projection(x, batch.ranks);
   const Tensor panels = pack_a(adapters, read_format(rows));
   read(rows, batch, adapters, keep, &panels, &xa, nullptr, nullptr);
-  return {add_to_frozen(rows, weight, bias, adapters, batch, xa), xa};
+  return {add_to_frozen(rows, weight, bias, adapters, batch, xa), xa, keep ? *keep : nothing_dropped(x)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(
@@ -578,7 +592,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
   return {dx, da, db};
 }
 
-std::tuple<std::vector<Tensor>, Tensor> forward_shared(
+std::tuple<std::vector<Tensor>, Tensor, Tensor> forward_shared(
     const Tensor& x, const std::vector<Tensor>& weight, const std::vector<Tensor>& bias, const Adapters& adapters) {
   const Tensor rows = with_dense_rows(x);
   const Batch batch = share_rows(adapters, x.size(0));
@@ -603,7 +617,8 @@ std::tuple<std::vector<Tensor>, Tensor> forward_shared(
       y.push_back(add_to_frozen(rows, weight[i], one_bias, one, all, columns_of(xa, column, all.ranks)));
     }
   }
-  return {y, xa};
+  const std::array<int64_t, 3> masks{batch.masks, x.size(0), bits_stride(x.size(1))};
+  return {y, xa, keep ? torch::stable::view(*keep, masks) : nothing_dropped(x)};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward_shared(

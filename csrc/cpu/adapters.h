@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <initializer_list>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -22,6 +23,9 @@ inline Kind kind_of(const Tensor& tensor) {
   }
 }
 
+/// Bytes of a row of dropout's bits.
+inline int64_t bits_stride(int64_t columns) { return (columns + COLUMN_UNIT - 1) / COLUMN_UNIT * (COLUMN_UNIT / 8); }
+
 inline float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
 /// The matrix itself where each row lies together in memory, however far the rows are apart; else a copy.
@@ -35,7 +39,8 @@ struct Adapters {
   std::vector<Tensor> b;  // S of [N, R_i]
   std::vector<double> scale;
   std::vector<double> dropout_p;
-  std::optional<Tensor> seed;  // int64: one element, or one an adapter where they share rows
+  std::optional<Tensor> seed;  // a forward's, int64: one element, or one an adapter where they share rows
+  std::optional<Tensor> keep;  // a backward's: what the forward has drawn; none of the two: nothing is dropped
 
   int64_t all_ranks() const;   // sum R_i
   int64_t most_ranks() const;  // max R_i
@@ -48,6 +53,8 @@ void check_layer(const Tensor& x, const Tensor& weight, const std::optional<Tens
 /// Raises unless a backward's dy [M, N] and xa [M, ranks] fit them.
 void check_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight);
 void check_projection(const Tensor& xa, const Tensor& x, int64_t ranks);
+/// A backward's keep without gaps, or none where it has no elements; raises unless its bytes have these sizes.
+std::optional<Tensor> checked_keep(const Tensor& keep, std::initializer_list<int64_t> sizes);
 
 /// Who has which rows of x.
 struct Batch {
@@ -72,8 +79,8 @@ bool suits_few_rows(const Tensor& x, const Tensor& weight);
 std::tuple<Tensor, Tensor> few_rows(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Adapters& adapters, const Batch& batch);
 
-/// y = x Wᵀ + b + s_i xa_i B_iᵀ and xa_i = d_i(x) A_iᵀ, for the rows of each segment.
-std::tuple<Tensor, Tensor> forward(
+/// y = x Wᵀ + b + s_i xa_i B_iᵀ and xa_i = d_i(x) A_iᵀ, for the rows of each segment; and keep.
+std::tuple<Tensor, Tensor, Tensor> forward(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Adapters& adapters, const Batch& batch);
 
 /// dx, and dA_i [R_i, K] and dB_i [N, R_i] one after the other in two flat tensors; one that is not needed has no elements.
@@ -82,7 +89,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     bool need_da, bool need_db);
 
 /// Layers that share x, each with one adapter: y_i = x W_iᵀ + b_i + s_i xa_i B_iᵀ with all xa_i from one read of x. No bias: no elements.
-std::tuple<std::vector<Tensor>, Tensor> forward_shared(
+std::tuple<std::vector<Tensor>, Tensor, Tensor> forward_shared(
     const Tensor& x, const std::vector<Tensor>& weight, const std::vector<Tensor>& bias, const Adapters& adapters);
 
 /// dx is the sum over the layers, and x is read once for all dA_i.

@@ -1,6 +1,6 @@
 // y = x Wᵀ + b + s xa Bᵀ with xa = d(x) Aᵀ;  dxa = s dy B;  dx = dy W + d'(dxa A);  dA = dxaᵀ d(x);  dB = s dyᵀ xa.
 // The equations are fastlora/reference.py::lora_linear and lora_linear_backward. The frozen products are fastlora/packed.py's; the rest reads x
-// and y once in the forward, dy, dx and x once in the backward, and accumulates in float32. Dropout's mask is bits, drawn anew in the backward.
+// and y once in the forward, dy, dx and x once in the backward, and accumulates in float32. Dropout's mask is bits, drawn in the forward only.
 // lora_linear_shared is several such layers on the same x, which is read once for all.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -13,7 +13,7 @@
 namespace fastlora {
 namespace {
 
-std::tuple<Tensor, Tensor> lora_linear_cpu(
+std::tuple<Tensor, Tensor, Tensor> lora_linear_cpu(
     const Tensor& x,                    // [M, K]
     const Tensor& weight,               // [N, K]
     const std::optional<Tensor>& bias,  // [N]
@@ -28,12 +28,14 @@ std::tuple<Tensor, Tensor> lora_linear_cpu(
 std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_cpu(
     const Tensor& dy,  // [M, N]
     const Tensor& x, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
-    const Tensor& xa,  // [M, R] float32
-    double scale, double dropout_p, const std::optional<Tensor>& seed, bool need_dx, bool need_da, bool need_db) {
-  const Adapters adapters{{lora_a}, {lora_b}, {scale}, {dropout_p}, seed};
+    const Tensor& xa,    // [M, R] float32
+    const Tensor& keep,  // [M, bits_stride] uint8, or no elements
+    double scale, double dropout_p, bool need_dx, bool need_da, bool need_db) {
+  Adapters adapters{{lora_a}, {lora_b}, {scale}, {dropout_p}};
   check_layer(x, weight, std::nullopt, adapters);
   check_gradient(dy, x, weight);
   check_projection(xa, x, lora_a.size(0));
+  adapters.keep = checked_keep(keep, {x.size(0), bits_stride(x.size(1))});
   auto [dx, da, db] = backward(dy, x, weight, adapters, xa, split_rows(adapters, {0, x.size(0)}, nullptr), need_dx, need_da, need_db);
   if (need_da) da = torch::stable::view(da, lora_a.sizes());
   if (need_db) db = torch::stable::view(db, lora_b.sizes());
@@ -49,7 +51,7 @@ void check_shared(const Tensor& x, const std::vector<Tensor>& weight, const std:
   for (const auto& [name, count] : counts) STD_TORCH_CHECK(count == G, name, ": got ", count, " layers, expected ", G);
   const int64_t seeds = adapters.seed ? adapters.seed->numel() : 0;
   for (size_t i = 0; i < G; ++i) {
-    const Adapters one{{adapters.a[i]}, {adapters.b[i]}, {adapters.scale[i]}, {adapters.dropout_p[i]}, std::nullopt};
+    const Adapters one{{adapters.a[i]}, {adapters.b[i]}, {adapters.scale[i]}, {adapters.dropout_p[i]}};
     check_layer(x, weight[i], bias[i].numel() ? std::optional<Tensor>(bias[i]) : std::nullopt, one);
     check_dtype(adapters.a[i], "lora_a", {adapters.a[0].scalar_type()});
   }
@@ -59,7 +61,7 @@ void check_shared(const Tensor& x, const std::vector<Tensor>& weight, const std:
   STD_TORCH_CHECK(seeds == static_cast<int64_t>(G), "seed: got ", describe(*adapters.seed), ", expected one number a layer");
 }
 
-std::tuple<std::vector<Tensor>, Tensor> lora_linear_shared_cpu(
+std::tuple<std::vector<Tensor>, Tensor, Tensor> lora_linear_shared_cpu(
     const Tensor& x,                                                         // [M, K]
     const std::vector<Tensor>& weight, const std::vector<Tensor>& bias,      // G of [N_i, K], [N_i] or no elements
     const std::vector<Tensor>& lora_a, const std::vector<Tensor>& lora_b,    // G of [R_i, K], [N_i, R_i]
@@ -73,15 +75,16 @@ std::tuple<std::vector<Tensor>, Tensor> lora_linear_shared_cpu(
 std::tuple<Tensor, Tensor, Tensor> lora_linear_shared_backward_cpu(
     const std::vector<Tensor>& dy,  // G of [M, N_i]
     const Tensor& x, const std::vector<Tensor>& weight, const std::vector<Tensor>& lora_a, const std::vector<Tensor>& lora_b,
-    const Tensor& xa,  // [M, sum R_i] float32
-    const std::vector<double>& scale, const std::vector<double>& dropout_p, const std::optional<Tensor>& seed, bool need_dx, bool need_da,
-    bool need_db) {
-  const Adapters adapters{lora_a, lora_b, scale, dropout_p, seed};
+    const Tensor& xa,    // [M, sum R_i] float32
+    const Tensor& keep,  // [G, M, bits_stride] uint8, or no elements
+    const std::vector<double>& scale, const std::vector<double>& dropout_p, bool need_dx, bool need_da, bool need_db) {
+  Adapters adapters{lora_a, lora_b, scale, dropout_p};
   const Tensor none = torch::stable::new_empty(x, std::array<int64_t, 1>{0});
   check_shared(x, weight, std::vector<Tensor>(weight.size(), none), adapters);
   STD_TORCH_CHECK(dy.size() == weight.size(), "dy: got ", dy.size(), " layers, expected ", weight.size());
   for (size_t i = 0; i < dy.size(); ++i) check_gradient(dy[i], x, weight[i]);
   check_projection(xa, x, adapters.all_ranks());
+  adapters.keep = checked_keep(keep, {static_cast<int64_t>(weight.size()), x.size(0), bits_stride(x.size(1))});
   return backward_shared(dy, x, weight, adapters, xa, need_dx, need_da, need_db);
 }
 

@@ -47,7 +47,7 @@ void poison_invalid(const Tensor& rows, const Grouping& grouping) {
   }
 }
 
-std::tuple<Tensor, Tensor> multi_lora_cpu(
+std::tuple<Tensor, Tensor, Tensor> multi_lora_cpu(
     const Tensor& x,                                                            // [M, K]
     const Tensor& weight,                                                       // [N, K]
     const std::optional<Tensor>& bias,                                          // [N]
@@ -58,21 +58,23 @@ std::tuple<Tensor, Tensor> multi_lora_cpu(
   const Adapters adapters{lora_a, lora_b, scale, dropout_p, seed};
   check_layer(x, weight, bias, adapters);
   const Grouping grouping = check_grouping(order, offsets, x.size(0), static_cast<int64_t>(lora_a.size()));
-  auto [y, xa] = forward(x, weight, bias, adapters, split_rows(adapters, grouping.bounds, grouping.rows_in_order()));
+  const auto [y, xa, keep] = forward(x, weight, bias, adapters, split_rows(adapters, grouping.bounds, grouping.rows_in_order()));
   poison_invalid(y, grouping);
-  return {y, xa};
+  return {y, xa, keep};
 }
 
 std::tuple<Tensor, Tensor, Tensor> multi_lora_backward_cpu(
     const Tensor& dy,  // [M, N]
     const Tensor& x, const Tensor& weight, const std::vector<Tensor>& lora_a, const std::vector<Tensor>& lora_b,
-    const Tensor& xa,  // [M, max R_i] float32
-    const std::vector<double>& scale, const std::vector<double>& dropout_p, const std::optional<Tensor>& seed, const Tensor& order,
-    const Tensor& offsets, bool need_dx, bool need_da, bool need_db) {
-  const Adapters adapters{lora_a, lora_b, scale, dropout_p, seed};
+    const Tensor& xa,    // [M, max R_i] float32
+    const Tensor& keep,  // [M, bits_stride] uint8, or no elements
+    const std::vector<double>& scale, const std::vector<double>& dropout_p, const Tensor& order, const Tensor& offsets, bool need_dx,
+    bool need_da, bool need_db) {
+  Adapters adapters{lora_a, lora_b, scale, dropout_p};
   check_layer(x, weight, std::nullopt, adapters);
   check_gradient(dy, x, weight);
   check_projection(xa, x, adapters.most_ranks());
+  adapters.keep = checked_keep(keep, {x.size(0), bits_stride(x.size(1))});
   const Grouping grouping = check_grouping(order, offsets, x.size(0), static_cast<int64_t>(lora_a.size()));
   const Batch batch = split_rows(adapters, grouping.bounds, grouping.rows_in_order());
   auto [dx, da, db] = backward(dy, x, weight, adapters, xa, batch, need_dx, need_da, need_db);
