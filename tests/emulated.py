@@ -35,7 +35,7 @@ def build(flags: Sequence[str] = ()) -> Path:
     """The library, compiled if what it is made of has changed; several processes may ask at once."""
     folder = Path(torch.__file__).parent
     sources = sorted([*(ROOT / "csrc/cuda").glob("*.cu"), ROOT / "csrc/cuda/register.cpp"])
-    headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), ROOT / "tests/emulated_cuda.h"]
+    headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *(ROOT / "tests").glob("emulated_*.h")]
     include = [f"-isystem{folder / 'include'}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}"]
     command = [COMPILER, *FLAGS, *flags, *include]
     contents = b"".join(path.read_bytes() for path in sorted([*sources, *headers]))

@@ -43,6 +43,7 @@ void copy_async(void* shared, const void* global, int bytes) {
   if (reinterpret_cast<uintptr_t>(shared) % SIZE || (bytes && address % SIZE)) emulated::fail("a copy that is not aligned to its size");
   copies[emulated::current].open.push_back({shared, global, SIZE, bytes});
 }
+inline void prefetch(const void* global) { static_cast<void>(*static_cast<const volatile unsigned char*>(global)); }
 inline void commit_copies() {
   Copies& mine = copies[emulated::current];
   mine.groups.push_back(std::move(mine.open));

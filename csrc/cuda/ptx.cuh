@@ -50,6 +50,8 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(SIZE), "r"(bytes) : "memory");
   }
 }
+/// Brings a line of global memory into the second-level cache.
+__device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
 /// Ends a group of copies of this thread.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 /// Waits for this thread's copies, all but the newest PENDING groups.
