@@ -5,12 +5,15 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "../check.h"
+#include "multi_lora.h"
 #include "prefix_concat.h"
 
 #ifdef FASTLORA_EMULATED  // the tests' library: tensors on the CPU
@@ -227,11 +230,122 @@ std::tuple<Tensor, Tensor> prefix_concat_backward_cuda(
   return {dprompts, dembeds};
 }
 
+// ---- multi_lora
+
+/// The matrix with its columns side by side, this and its rows at multiples of 16 bytes: itself where it is so, else a copy.
+Tensor rows_of_16_bytes(const Tensor& matrix) {
+  const int64_t rows = matrix.size(0), columns = matrix.size(1), wide = (columns + 7) / 8 * 8;
+  const bool together = columns <= 1 || matrix.stride(1) == 1, apart = rows <= 1 || matrix.stride(0) % 8 == 0;
+  if (together && apart && reinterpret_cast<uintptr_t>(matrix.const_data_ptr()) % 16 == 0) return matrix;
+  Tensor around = new_empty(matrix, std::array<int64_t, 2>{rows, wide});
+  Tensor copy = torch::stable::narrow(around, 1, 0, columns);
+  torch::stable::copy_(copy, matrix);
+  return copy;
+}
+
+/// The adapters as the kernels take them, checked one by one against x [M, K] and weight [N, K].
+std::vector<LoraAdapter> check_adapters(
+    const Tensor& x, const Tensor& weight, const std::vector<Tensor>& lora_a, const std::vector<Tensor>& lora_b,
+    const std::vector<double>& scale, const std::vector<double>& dropout_p) {
+  const size_t S = lora_a.size();
+  STD_TORCH_CHECK(S >= 1, "lora_a: got no adapter, expected at least one");
+  STD_TORCH_CHECK(lora_b.size() == S, "lora_b: got ", lora_b.size(), " adapters, expected ", S);
+  STD_TORCH_CHECK(scale.size() == S, "scale: got ", scale.size(), " numbers, expected ", S);
+  STD_TORCH_CHECK(dropout_p.size() == S, "dropout_p: got ", dropout_p.size(), " numbers, expected ", S);
+  std::vector<LoraAdapter> adapters(S);
+  for (size_t i = 0; i < S; ++i) {
+    const std::string which = "[" + std::to_string(i) + "]", a = "lora_a" + which, b = "lora_b" + which;
+    check_device(lora_a[i], a.c_str(), x);
+    check_shape(lora_a[i], a.c_str(), {ANY, x.size(1)});
+    STD_TORCH_CHECK(lora_a[i].size(0) >= 1, a, ": got ", describe(lora_a[i]), ", expected a rank of at least 1");
+    check_dtype(lora_a[i], a.c_str(), {x.scalar_type(), ScalarType::Float});
+    check_dtype(lora_a[i], a.c_str(), {lora_a[0].scalar_type()});
+    check_device(lora_b[i], b.c_str(), x);
+    check_shape(lora_b[i], b.c_str(), {weight.size(0), lora_a[i].size(0)});
+    check_dtype(lora_b[i], b.c_str(), {lora_a[0].scalar_type()});
+    const double p = dropout_p[i];
+    STD_TORCH_CHECK(p >= 0 && p <= 1, "dropout_p", which, ": got ", p, ", expected a probability between 0 and 1");
+    LoraAdapter& adapter = adapters[i];
+    adapter.a = lora_a[i].const_data_ptr(), adapter.b = lora_b[i].const_data_ptr(), adapter.R = lora_a[i].size(0);
+    copy_strides(lora_a[i], adapter.a_strides);
+    copy_strides(lora_b[i], adapter.b_strides);
+    adapter.scale = scale[i], adapter.dropout_p = p;
+  }
+  return adapters;
+}
+
+std::tuple<Tensor, Tensor, Tensor> multi_lora_cuda(
+    const Tensor& x,                                                         // [M, K]
+    const Tensor& weight,                                                    // [N, K]
+    const std::optional<Tensor>& bias,                                       // [N]
+    const std::vector<Tensor>& lora_a,                                       // S of [R_i, K]
+    const std::vector<Tensor>& lora_b,                                       // S of [N, R_i]
+    const std::vector<double>& scale, const std::vector<double>& dropout_p,  // S
+    const std::optional<Tensor>& seed,
+    const Tensor& order,      // [M]
+    const Tensor& offsets) {  // [S + 3]
+  check_device(x, "x", x);
+  check_shape(x, "x", {ANY, ANY});
+  check_dtype(x, "x", {ScalarType::BFloat16, ScalarType::Half});
+  const int64_t M = x.size(0), K = x.size(1), S = static_cast<int64_t>(lora_a.size());
+  check_device(weight, "weight", x);
+  check_shape(weight, "weight", {ANY, K});
+  check_dtype(weight, "weight", {x.scalar_type()});
+  const int64_t N = weight.size(0);
+  if (bias) {
+    check_device(*bias, "bias", x);
+    check_shape(*bias, "bias", {N});
+    check_dtype(*bias, "bias", {x.scalar_type()});
+  }
+  const std::vector<LoraAdapter> adapters = check_adapters(x, weight, lora_a, lora_b, scale, dropout_p);
+  if (seed) {
+    check_device(*seed, "seed", x);
+    check_dtype(*seed, "seed", {ScalarType::Long});
+    STD_TORCH_CHECK(seed->numel() == 1, "seed: got ", describe(*seed), ", expected one element");
+  }
+  check_integers(order, "order", {M}, x);
+  check_integers(offsets, "offsets", {S + 3}, x);
+
+  const OnDevice device(x);
+  const Tensor x_rows = rows_of_16_bytes(x), weight_rows = rows_of_16_bytes(weight);
+  const Tensor dense_order = contiguous(order), dense_offsets = contiguous(offsets);
+  MultiLora given{};
+  given.M = M, given.K = K, given.N = N, given.S = S;
+  bool drops = false;
+  for (const LoraAdapter& adapter : adapters) {
+    given.R = std::max(given.R, adapter.R);
+    drops = drops || (seed && 65536 * adapter.dropout_p + 0.5 >= 1);
+  }
+  Tensor y = new_empty(x, std::array<int64_t, 2>{M, N}), xa = new_empty(x, std::array<int64_t, 2>{M, given.R}, ScalarType::Float);
+  Tensor keep = drops ? new_empty(x, std::array<int64_t, 2>{M, (K + 63) / 64 * 8}, ScalarType::Byte)
+                      : new_empty(x, std::array<int64_t, 1>{0}, ScalarType::Byte);
+  given.dtype = dtype_of(x);
+  given.adapter_dtype = dtype_of(lora_a[0]);
+  given.x = x_rows.const_data_ptr();
+  given.x_stride = x_rows.stride(0);
+  given.weight = weight_rows.const_data_ptr();
+  given.weight_stride = weight_rows.stride(0);
+  if (bias) given.bias = bias->const_data_ptr(), given.bias_stride = bias->stride(0);
+  given.adapters = adapters.data();
+  given.seed = drops ? seed->const_data_ptr<int64_t>() : nullptr;
+  given.order = dense_order.const_data_ptr<int64_t>();
+  given.offsets = dense_offsets.const_data_ptr<int64_t>();
+  given.y = y.mutable_data_ptr();
+  given.xa = xa.mutable_data_ptr<float>();
+  given.keep = drops ? keep.mutable_data_ptr<uint8_t>() : nullptr;
+  Tensor workspace = new_empty(x, std::array<int64_t, 1>{multi_lora_workspace(given)}, ScalarType::Byte);
+  given.workspace = workspace.mutable_data_ptr();
+  const std::string error = multi_lora(given, device.stream());
+  STD_TORCH_CHECK(error.empty(), "multi_lora: ", error);
+  return {y, xa, keep};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastlora, FASTLORA_CARD, m) {
   m.impl("prefix_concat_cuda", TORCH_BOX(&prefix_concat_cuda));
   m.impl("prefix_concat_backward_cuda", TORCH_BOX(&prefix_concat_backward_cuda));
+  m.impl("multi_lora_cuda", TORCH_BOX(&multi_lora_cuda));
 }
 
 }  // namespace fastlora

@@ -1,0 +1,312 @@
+// y = x Wᵀ + b + s xa Bᵀ with xa = d(x) Aᵀ;  dxa = s dy B;  dx = dy W + d'(dxa A);  dA = dxaᵀ d(x);  dB = s dyᵀ xa, in bfloat16 and float16.
+// The equations are fastlora/reference.py::lora_linear and lora_linear_backward.
+//
+//     forward     A and B rounded to x's numbers and padded        round_kernel
+//                 xa, the mask drawn on the way and kept as bits   side_kernel: one read of x
+//                 y, the rank step last, the bias on the way out   product_kernel
+//     backward    A, B and xa rounded, padded, transposed          round_kernel
+//                 dxa and parts of dB                              side_kernel: dy from memory once, then from the cache
+//                 dx, the rank step last and masked                product_kernel
+//                 parts of dA                                      side_kernel: one read of x
+//                 dA and dB, parts added in order                  sum_kernel
+//
+// Products accumulate in float32; A, B, s xa, xa and dxa are rounded once to x's numbers. The factor 1 / (1 - p) is applied to sums.
+#include "lora_linear.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "product_sm80.cuh"
+
+namespace fastlora {
+namespace {
+
+constexpr int BLOCK = 256;      // threads of the kernels that only move numbers
+constexpr int64_t SPAN = 1024;  // rows a part of dA and dB, unless there would be more than PARTS
+constexpr int64_t PARTS = 64;
+
+/// A matrix rounded, and padded with zeros to [to_rows, to_columns].
+template <class T>
+struct Rounding {
+  const void* from;
+  bool wide;  // from float32
+  int64_t rows, columns, row_stride, column_stride;
+  T* to;
+  int64_t to_rows, to_columns;
+};
+
+template <class T>
+struct Roundings {
+  Rounding<T> matrix[3];
+  int count;
+};
+
+template <class T>
+__global__ void __launch_bounds__(BLOCK) round_kernel(const __grid_constant__ Roundings<T> task) {
+  const Rounding<T>& matrix = task.matrix[blockIdx.y];
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(BLOCK) + threadIdx.x; i < matrix.to_rows * matrix.to_columns; i += gridDim.x * BLOCK) {
+    const int64_t row = i / matrix.to_columns, column = i % matrix.to_columns, at = row * matrix.row_stride + column * matrix.column_stride;
+    float value = 0;
+    if (row < matrix.rows && column < matrix.columns) {
+      value = matrix.wide ? static_cast<const float*>(matrix.from)[at] : static_cast<float>(static_cast<const T*>(matrix.from)[at]);
+    }
+    reinterpret_cast<uint16_t*>(matrix.to)[i] = static_cast<uint16_t>(pack<T>(value, 0));
+  }
+}
+
+/// factor * the sum of the parts [parts, padded R, padded columns], written as [R, columns] with any strides.
+struct Sum {
+  const float* parts;
+  int64_t count, rows, columns;
+  void* to;
+  int64_t row_stride, column_stride;
+  float factor;
+};
+
+struct Sums {
+  Sum sum[2];
+  int count, R;
+  bool wide;  // to float32
+};
+
+template <class T>
+__global__ void __launch_bounds__(BLOCK) sum_kernel(const __grid_constant__ Sums task) {
+  const Sum& sum = task.sum[blockIdx.y];
+  const int64_t stride = round_up(sum.columns, GRAD_COLUMNS), a_part = padded_rank(task.R) * stride;
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(BLOCK) + threadIdx.x; i < sum.rows * sum.columns; i += gridDim.x * BLOCK) {
+    const int64_t row = i / sum.columns, column = i % sum.columns, at = row * sum.row_stride + column * sum.column_stride;
+    float total = 0;
+    for (int64_t part = 0; part < sum.count; ++part) total += sum.parts[part * a_part + row * stride + column];
+    total *= sum.factor;
+    if (task.wide) {
+      static_cast<float*>(sum.to)[at] = total;
+    } else {
+      static_cast<uint16_t*>(sum.to)[at] = static_cast<uint16_t>(pack<T>(total, 0));
+    }
+  }
+}
+
+template <class T, int WIDTH>
+__global__ void __launch_bounds__(GROUP, 4) side_kernel(const __grid_constant__ Sides<T> sides) {
+  side_tile<T, WIDTH>(sides, blockIdx.x, shared_memory(), 1);
+}
+
+/// Pieces of the workspace, one after the other. Without a base it only counts.
+struct Workspace {
+  unsigned char* base;
+  int64_t used = 0;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* const piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += round_up(count * sizeof(T), 256);
+    return piece;
+  }
+};
+
+int64_t span_of(int64_t M) { return std::max(SPAN, round_up(divide_up(M, PARTS), GRAD_STEP)); }
+
+/// The 16-bit number below which a half-word drops its element, and what a kept one is multiplied by; as in fastlora/reference.py.
+uint32_t threshold_of(double p) { return static_cast<uint32_t>(65536 * p + 0.5); }
+float factor_of(double p) {
+  const uint32_t kept = 65536 - threshold_of(p);
+  return kept ? static_cast<float>(65536.0 / kept) : 0.f;
+}
+
+/// One call: the layer's sizes, and how its kernels are launched.
+template <class T>
+struct Call {
+  const LoraLinear& layer;
+  int64_t M;
+  int K, N, R, padded;
+  cudaStream_t stream;
+
+  Call(const LoraLinear& layer, cudaStream_t stream)
+      : layer(layer), M(layer.M), K(static_cast<int>(layer.K)), N(static_cast<int>(layer.N)), R(static_cast<int>(layer.R)),
+        padded(padded_rank(R)), stream(stream) {}
+
+  Rounding<T> rounding(const Matrix& from, int64_t rows, int64_t columns, T* to, int64_t to_rows, int64_t to_columns) const {
+    return {from.data, layer.adapter_dtype == Dtype::FLOAT32, rows, columns, from.strides[0], from.strides[1], to, to_rows, to_columns};
+  }
+
+  void round(const Roundings<T>& task) const {
+    int64_t most = 1;
+    for (int i = 0; i < task.count; ++i) most = std::max(most, task.matrix[i].to_rows * task.matrix[i].to_columns);
+    const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(divide_up(most, BLOCK), 1024));
+    launch(round_kernel<T>, dim3(blocks, task.count), dim3(BLOCK), 0, stream, task);
+  }
+
+  /// No tiles yet.
+  Sides<T> sides(int columns) const {
+    return {{}, {}, false, false, M, span_of(M), static_cast<int>(divide_up(columns, GRAD_COLUMNS)), padded == 16 ? 1 : padded / RANKS};
+  }
+
+  void run(const Sides<T>& sides) const {
+    if (sides.tiles() == 0) return;
+    const auto kernel = padded == 16 ? side_kernel<T, 16> : side_kernel<T, RANKS>;
+    launch(kernel, dim3(sides.tiles()), dim3(GROUP), QUEUE, stream, sides);
+  }
+
+  template <bool BACK>
+  void multiply(const Product<T>& product) const {
+    const int64_t tiles = divide_up(product.M, sm80::SIDE) * divide_up(product.N, sm80::SIDE);
+    launch(sm80::product_kernel<T, BACK>, dim3(static_cast<unsigned>(tiles)), dim3(sm80::THREADS), sm80::SHARED, stream, product);
+  }
+};
+
+template <class T>
+struct ForwardWorkspace {
+  T *a, *b, *xa;
+  int a_stride;
+  int64_t bytes;
+
+  ForwardWorkspace(const Call<T>& call, void* base) : a_stride(static_cast<int>(round_up(call.K, SHRINK_STEP))) {
+    Workspace space{static_cast<unsigned char*>(base)};
+    a = space.take<T>(int64_t{1} * call.padded * a_stride);          // [padded R, padded K]
+    b = space.take<T>(call.layer.N * call.padded);  // [N, padded R]
+    xa = space.take<T>(call.M * call.padded);           // [M, padded R]: s xa
+    bytes = space.used;
+  }
+};
+
+template <class T>
+void forward(const LoraLinearForward& given, cudaStream_t stream) {
+  const LoraLinear& layer = given.layer;
+  const Call<T> call(layer, stream);
+  if (call.M == 0) return;
+  const ForwardWorkspace<T> space(call, given.workspace);
+  call.round({{call.rounding(layer.lora_a, call.R, call.K, space.a, call.padded, space.a_stride),
+               call.rounding(layer.lora_b, call.N, call.R, space.b, call.N, call.padded)}, 2});
+
+  const T* const x = static_cast<const T*>(layer.x.data);
+  const uint32_t threshold = given.seed ? threshold_of(layer.dropout_p) : 0;
+  Sides<T> sides = call.sides(0);
+  sides.shrinks = true;
+  sides.shrink = {
+      x, layer.x.strides[0], space.a, space.a_stride, given.xa, space.xa, nullptr, threshold ? given.keep : nullptr, given.seed, threshold,
+      threshold ? factor_of(layer.dropout_p) : 1.f, static_cast<float>(layer.scale), call.M, call.K, call.R};
+  call.run(sides);
+  call.template multiply<false>({
+      x, layer.x.strides[0], static_cast<const T*>(layer.weight.data), layer.weight.strides[0], space.xa, space.b, call.padded,
+      static_cast<const T*>(layer.bias), layer.bias_stride, nullptr, 1.f, static_cast<T*>(given.y), call.M, call.N, call.K, call.R});
+}
+
+template <class T>
+struct BackwardWorkspace {
+  T *a, *b, *xa, *dxa, *dxa_transposed;
+  float *da, *db;
+  int a_stride, b_stride;
+  int64_t rows, parts, bytes;
+
+  BackwardWorkspace(const Call<T>& call, void* base)
+      : a_stride(static_cast<int>(round_up(call.K, SHRINK_STEP))), b_stride(static_cast<int>(round_up(call.N, SHRINK_STEP))), rows(round_up(call.M, SHRINK_ROWS)),
+        parts(divide_up(call.M, span_of(call.M))) {
+    Workspace space{static_cast<unsigned char*>(base)};
+    a = space.take<T>(int64_t{1} * call.padded * a_stride);                                     // [padded R, padded K]
+    b = space.take<T>(int64_t{1} * call.padded * b_stride);                                     // [padded R, padded N], transposed
+    xa = space.take<T>(call.padded * rows);                                        // [padded R, padded M], transposed
+    dxa = space.take<T>(call.M * call.padded);                                     // [M, padded R]
+    dxa_transposed = space.take<T>(call.padded * rows);                            // [padded R, padded M]
+    da = space.take<float>(parts * call.padded * round_up(call.K, GRAD_COLUMNS));  // [parts, padded R, padded K]
+    db = space.take<float>(parts * call.padded * round_up(call.N, GRAD_COLUMNS));  // [parts, padded R, padded N], transposed
+    bytes = space.used;
+  }
+};
+
+template <class T>
+void add_parts(const Call<T>& call, const LoraLinearBackward& given, const BackwardWorkspace<T>& space, float factor) {
+  Sums sums{{}, 0, call.R, call.layer.adapter_dtype == Dtype::FLOAT32};
+  if (given.da) sums.sum[sums.count++] = {space.da, space.parts, call.R, call.K, given.da, call.K, 1, factor};
+  if (given.db) sums.sum[sums.count++] = {space.db, space.parts, call.R, call.N, given.db, 1, call.R, static_cast<float>(call.layer.scale)};
+  if (sums.count == 0) return;
+  const int64_t most = static_cast<int64_t>(call.R) * std::max(call.K, call.N);
+  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(divide_up(most, BLOCK), 1024));
+  launch(sum_kernel<T>, dim3(blocks, sums.count), dim3(BLOCK), 0, call.stream, sums);
+}
+
+template <class T>
+void backward(const LoraLinearBackward& given, cudaStream_t stream) {
+  const LoraLinear& layer = given.layer;
+  const Call<T> call(layer, stream);
+  const BackwardWorkspace<T> space(call, given.workspace);
+  const uint8_t* const keep = threshold_of(layer.dropout_p) ? given.keep : nullptr;
+  const float factor = keep ? factor_of(layer.dropout_p) : 1.f;
+  if (call.M == 0) return add_parts(call, given, space, factor);
+
+  Rounding<T> xa = call.rounding({given.xa, {1, call.R}}, call.R, call.M, space.xa, call.padded, space.rows);
+  xa.wide = true;
+  call.round({{call.rounding(layer.lora_a, call.R, call.K, space.a, call.padded, space.a_stride),
+               call.rounding({layer.lora_b.data, {layer.lora_b.strides[1], layer.lora_b.strides[0]}}, call.R, call.N, space.b, call.padded, space.b_stride),
+               xa}, 3});
+
+  const T* const dy = static_cast<const T*>(given.dy.data);
+  const int64_t dy_stride = given.dy.strides[0];
+  Sides<T> first = call.sides(call.N);
+  first.shrinks = given.dx || given.da;
+  first.grads = given.db;
+  first.shrink = {
+      dy, dy_stride, space.b, space.b_stride, nullptr, space.dxa, space.dxa_transposed, nullptr, nullptr, 0, static_cast<float>(layer.scale), 1.f,
+      call.M, call.N, call.R};
+  first.gradient = {dy, dy_stride, nullptr, space.xa, space.db, call.M, first.span, call.N, call.R};
+  call.run(first);
+  if (given.dx) {
+    call.template multiply<true>({
+        dy, dy_stride, static_cast<const T*>(layer.weight.data), layer.weight.strides[0], space.dxa, space.a, space.a_stride, nullptr, 0, keep, factor,
+        static_cast<T*>(given.dx), call.M, call.K, call.N, call.R});
+  }
+  Sides<T> last = call.sides(call.K);
+  last.grads = given.da;
+  last.gradient = {
+      static_cast<const T*>(layer.x.data), layer.x.strides[0], keep, space.dxa_transposed, space.da, call.M, last.span, call.K, call.R};
+  call.run(last);
+  add_parts(call, given, space, factor);
+}
+
+/// Rows are copied 16 bytes at a time.
+std::string unaligned(const char* name, const Matrix& matrix, int64_t rows, int64_t columns) {
+  const bool apart = rows <= 1 || (matrix.strides[0] % 8 == 0 && matrix.strides[0] >= columns), together = columns <= 1 || matrix.strides[1] == 1;
+  if ((apart && together && reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0) || rows * columns == 0) return "";
+  return std::string(name) + ": got [" + std::to_string(rows) + ", " + std::to_string(columns) + "] with strides [" +
+         std::to_string(matrix.strides[0]) + ", " + std::to_string(matrix.strides[1]) + "] at address " +
+         std::to_string(reinterpret_cast<uintptr_t>(matrix.data)) + ", expected columns side by side and rows apart, at multiples of 16 bytes";
+}
+
+std::string launched() {
+  const cudaError_t error = cudaGetLastError();
+  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+}
+
+}  // namespace
+
+std::string lora_linear_unsupported(const LoraLinear& layer, const Matrix* dy) {
+  if (layer.dtype == Dtype::FLOAT32) return "x: got float32, expected bfloat16 or float16";
+  if (layer.R > 512) return "lora_a: got rank " + std::to_string(layer.R) + ", expected at most 512";
+  constexpr int64_t FAR = 1 << 24;  // offsets within the rows of a tile are 32 bits
+  if (layer.K > FAR || layer.N > FAR) return "weight: got [" + std::to_string(layer.N) + ", " + std::to_string(layer.K) + "], expected sides up to 2^24";
+  std::string found = unaligned("x", layer.x, layer.M, layer.K);
+  if (found.empty()) found = unaligned("weight", layer.weight, layer.N, layer.K);
+  if (found.empty() && dy) found = unaligned("dy", *dy, layer.M, layer.N);
+  return found;
+}
+
+int64_t lora_linear_workspace(const LoraLinear& layer) { return ForwardWorkspace<__half>(Call<__half>(layer, nullptr), nullptr).bytes; }
+
+int64_t lora_linear_backward_workspace(const LoraLinear& layer) {
+  return BackwardWorkspace<__half>(Call<__half>(layer, nullptr), nullptr).bytes;
+}
+
+std::string lora_linear(const LoraLinearForward& given, cudaStream_t stream) {
+  const std::string unsupported = lora_linear_unsupported(given.layer, nullptr);
+  if (!unsupported.empty()) return unsupported;
+  (given.layer.dtype == Dtype::BFLOAT16 ? forward<__nv_bfloat16> : forward<__half>)(given, stream);
+  return launched();
+}
+
+std::string lora_linear_backward(const LoraLinearBackward& given, cudaStream_t stream) {
+  const std::string unsupported = lora_linear_unsupported(given.layer, &given.dy);
+  if (!unsupported.empty()) return unsupported;
+  (given.layer.dtype == Dtype::BFLOAT16 ? backward<__nv_bfloat16> : backward<__half>)(given, stream);
+  return launched();
+}
+
+}  // namespace fastlora
