@@ -12,7 +12,7 @@ from typing import Any
 import emulated
 import pytest
 import torch
-from bounds import gapped, print_accepted
+from bounds import assert_within_bound, double, gapped, make_layer, next_seed, print_accepted, transposed
 from test_prefix_concat import (  # noqa: F401  (run here, too, with RUNS)
     raw_arguments,
     test_by_hand,
@@ -223,3 +223,63 @@ def test_a_missing_barrier_shows(run: Any, order: str) -> None:
 def test_what_a_card_would_not_survive_is_an_exception(run: Any, kernel: str, threads: int, message: str) -> None:
     said = run(kernel, torch.zeros(2000, dtype=torch.int32), 1, threads)
     assert said and re.search(message, said)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+def test_lora_linear_with_any_strides(dropout_p: float) -> None:
+    """Rows that cannot be read 16 bytes at a time: an odd K, gaps, a weight that lies by column."""
+    x, weight, bias, lora_a, lora_b, dy = make_layer(19, 37, 29, 5, torch.bfloat16, torch.float32)
+    given = [gapped(x), transposed(weight), bias, gapped(lora_a), transposed(lora_b)]
+    given = [tensor.detach() for tensor in given]
+    seed = next_seed("cpu", 1) if dropout_p else None
+
+    def run(forward: Callable[..., Any], backward: Callable[..., Any], numbers: Callable[[Any], Any]) -> list[Any]:
+        x, weight, bias, lora_a, lora_b = map(numbers, given)
+        y, xa, keep = forward(x, weight, bias, lora_a, lora_b, 1.7, dropout_p, seed)
+        return [y, xa, *backward(numbers(dy), x, weight, lora_a, lora_b, xa, keep, 1.7, dropout_p, True, True, True)]
+
+    fastlora_ops = torch.ops.fastlora
+    found = run(fastlora_ops.lora_linear_cuda, fastlora_ops.lora_linear_backward_cuda, lambda tensor: tensor)
+    eager = run(reference.lora_linear, reference.lora_linear_backward, lambda tensor: tensor)
+    exact = run(reference.lora_linear, reference.lora_linear_backward, double)
+    for name, value, near, right in zip(("y", "xa", "dx", "da", "db"), found, eager, exact, strict=True):
+        assert_within_bound(name, value, near, right)
+
+
+def test_wrong_arguments_to_lora_linear(capsys: pytest.CaptureFixture[str]) -> None:
+    x, weight, bias, lora_a, lora_b, dy = (
+        None if t is None else t.detach() for t in make_layer(4, 16, 8, 2, torch.bfloat16)
+    )
+    right = {
+        "x": x, "weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b, "scale": 1.0, "dropout_p": 0.5,
+        "seed": torch.tensor(3),
+    }  # fmt: skip
+    print_accepted("lora_linear_cuda", right, {
+        "float32": ("x", {"x": x.float(), "weight": weight.float(), "bias": bias.float()}),
+        "a row": ("x", {"x": x[0]}),
+        "weight of another K": ("weight", {"weight": weight[:, :8]}),
+        "weight of another dtype": ("weight", {"weight": weight.half()}),
+        "bias of another N": ("bias", {"bias": bias[:3]}),
+        "A of another K": ("lora_a", {"lora_a": lora_a[:, :8]}),
+        "no rank": ("lora_a", {"lora_a": lora_a[:0], "lora_b": lora_b[:, :0]}),
+        "a rank of more than 512": ("lora_a", {"lora_a": x.new_zeros(513, 16), "lora_b": x.new_zeros(8, 513)}),
+        "B of another rank": ("lora_b", {"lora_b": lora_b[:, :1]}),
+        "A and B of two dtypes": ("lora_b", {"lora_b": lora_b.float()}),
+        "a probability above 1": ("dropout_p", {"dropout_p": 1.5}),
+        "two seeds": ("seed", {"seed": torch.tensor([1, 2])}),
+        "a seed of another dtype": ("seed", {"seed": torch.tensor(3, dtype=torch.int32)}),
+    })  # fmt: skip
+    _, xa, keep = torch.ops.fastlora.lora_linear_cuda(*right.values())
+    backward = {
+        "dy": dy, "x": x, "weight": weight, "lora_a": lora_a, "lora_b": lora_b, "xa": xa, "keep": keep, "scale": 1.0,
+        "dropout_p": 0.5, "need_dx": True, "need_da": True, "need_db": True,
+    }  # fmt: skip
+    print_accepted("lora_linear_backward_cuda", backward, {
+        "dy of another N": ("dy", {"dy": dy[:, :3]}),
+        "dy of another dtype": ("dy", {"dy": dy.float()}),
+        "xa of another rank": ("xa", {"xa": xa[:, :1]}),
+        "xa of another dtype": ("xa", {"xa": xa.double()}),
+        "keep of another dtype": ("keep", {"keep": keep.float()}),
+        "keep of fewer rows": ("keep", {"keep": keep[:2]}),
+    })  # fmt: skip
+    assert capsys.readouterr().out == ""

@@ -4,7 +4,6 @@ Every test runs with the threads and blocks in ascending and in descending order
 """
 
 import ctypes
-import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -26,7 +25,7 @@ pytestmark = pytest.mark.skipif(not emulated.available(), reason="needs a C++20 
 
 @pytest.fixture(scope="module")
 def card() -> ctypes.CDLL:
-    return emulated.load(emulated.SANITIZERS if os.environ.get("FASTLORA_SANITIZE") == "1" else ())
+    return emulated.load()
 
 
 @pytest.fixture(autouse=True, params=["ascending", "descending"])

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../check.h"
+#include "lora_linear.h"
 #include "multi_lora.h"
 #include "prefix_concat.h"
 
@@ -230,8 +231,6 @@ std::tuple<Tensor, Tensor> prefix_concat_backward_cuda(
   return {dprompts, dembeds};
 }
 
-// ---- multi_lora
-
 /// The matrix with its columns side by side, this and its rows at multiples of 16 bytes: itself where it is so, else a copy.
 Tensor rows_of_16_bytes(const Tensor& matrix) {
   const int64_t rows = matrix.size(0), columns = matrix.size(1), wide = (columns + 7) / 8 * 8;
@@ -242,6 +241,141 @@ Tensor rows_of_16_bytes(const Tensor& matrix) {
   torch::stable::copy_(copy, matrix);
   return copy;
 }
+
+/// Raises unless x [M, K], weight [N, K] and bias fit together, in 16 bits.
+void check_base(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  check_device(x, "x", x);
+  check_shape(x, "x", {ANY, ANY});
+  check_dtype(x, "x", {ScalarType::BFloat16, ScalarType::Half});
+  check_device(weight, "weight", x);
+  check_shape(weight, "weight", {ANY, x.size(1)});
+  check_dtype(weight, "weight", {x.scalar_type()});
+  if (!bias) return;
+  check_device(*bias, "bias", x);
+  check_shape(*bias, "bias", {weight.size(0)});
+  check_dtype(*bias, "bias", {x.scalar_type()});
+}
+
+/// Raises unless lora_a [R, K], lora_b [N, R] and p fit x and weight. `which` stands behind their names.
+void check_adapter(
+    const Tensor& x, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b, double dropout_p, ScalarType dtype, const std::string& which) {
+  const std::string a = "lora_a" + which, b = "lora_b" + which;
+  check_device(lora_a, a.c_str(), x);
+  check_shape(lora_a, a.c_str(), {ANY, x.size(1)});
+  STD_TORCH_CHECK(lora_a.size(0) >= 1, a, ": got ", describe(lora_a), ", expected a rank of at least 1");
+  check_dtype(lora_a, a.c_str(), {x.scalar_type(), ScalarType::Float});
+  check_dtype(lora_a, a.c_str(), {dtype});
+  check_device(lora_b, b.c_str(), x);
+  check_shape(lora_b, b.c_str(), {weight.size(0), lora_a.size(0)});
+  check_dtype(lora_b, b.c_str(), {dtype});
+  STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p", which, ": got ", dropout_p, ", expected a probability between 0 and 1");
+}
+
+void check_seed(const std::optional<Tensor>& seed, const Tensor& like) {
+  if (!seed) return;
+  check_device(*seed, "seed", like);
+  check_dtype(*seed, "seed", {ScalarType::Long});
+  STD_TORCH_CHECK(seed->numel() == 1, "seed: got ", describe(*seed), ", expected one element");
+}
+
+/// Whether anything is dropped: fastlora/reference.py::drop_threshold.
+bool drops(double dropout_p) { return 65536 * dropout_p + 0.5 >= 1; }
+
+/// Room for dropout's bits of x [M, K]; without elements where nothing is dropped.
+Tensor new_keep(const Tensor& x, bool dropped) {
+  if (!dropped) return new_empty(x, std::array<int64_t, 1>{0}, ScalarType::Byte);
+  return new_empty(x, std::array<int64_t, 2>{x.size(0), (x.size(1) + 63) / 64 * 8}, ScalarType::Byte);
+}
+
+Tensor new_workspace(const Tensor& like, int64_t bytes) { return new_empty(like, std::array<int64_t, 1>{bytes}, ScalarType::Byte); }
+
+// ---- lora_linear
+
+Matrix matrix_of(const Tensor& tensor) { return {tensor.const_data_ptr(), {tensor.stride(0), tensor.stride(1)}}; }
+
+/// x and weight in rows of 16 bytes.
+LoraLinear layer_of(
+    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_a, const Tensor& lora_b, double scale,
+    double dropout_p) {
+  LoraLinear layer{};
+  layer.M = x.size(0), layer.K = x.size(1), layer.N = weight.size(0), layer.R = lora_a.size(0);
+  layer.dtype = dtype_of(x), layer.adapter_dtype = dtype_of(lora_a);
+  layer.x = matrix_of(x), layer.weight = matrix_of(weight);
+  layer.lora_a = matrix_of(lora_a), layer.lora_b = matrix_of(lora_b);
+  if (bias) layer.bias = bias->const_data_ptr(), layer.bias_stride = bias->stride(0);
+  layer.scale = scale, layer.dropout_p = dropout_p;
+  return layer;
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_linear_cuda(
+    const Tensor& x,                    // [M, K]
+    const Tensor& weight,               // [N, K]
+    const std::optional<Tensor>& bias,  // [N]
+    const Tensor& lora_a,               // [R, K]
+    const Tensor& lora_b,               // [N, R]
+    double scale, double dropout_p, const std::optional<Tensor>& seed) {
+  check_base(x, weight, bias);
+  check_adapter(x, weight, lora_a, lora_b, dropout_p, lora_a.scalar_type(), "");
+  check_seed(seed, x);
+  const OnDevice device(x);
+  const Tensor x_rows = rows_of_16_bytes(x), weight_rows = rows_of_16_bytes(weight);
+  const bool dropped = seed && drops(dropout_p);
+  LoraLinearForward given{};
+  given.layer = layer_of(x_rows, weight_rows, bias, lora_a, lora_b, scale, dropout_p);
+  Tensor y = new_empty(x, std::array<int64_t, 2>{x.size(0), weight.size(0)});
+  Tensor xa = new_empty(x, std::array<int64_t, 2>{x.size(0), lora_a.size(0)}, ScalarType::Float);
+  Tensor keep = new_keep(x, dropped), workspace = new_workspace(x, lora_linear_workspace(given.layer));
+  given.seed = dropped ? seed->const_data_ptr<int64_t>() : nullptr;
+  given.y = y.mutable_data_ptr();
+  given.xa = xa.mutable_data_ptr<float>();
+  given.keep = dropped ? keep.mutable_data_ptr<uint8_t>() : nullptr;
+  given.workspace = workspace.mutable_data_ptr();
+  const std::string error = lora_linear(given, device.stream());
+  STD_TORCH_CHECK(error.empty(), "lora_linear: ", error);
+  return {y, xa, keep};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_cuda(
+    const Tensor& dy,  // [M, N]
+    const Tensor& x, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
+    const Tensor& xa,    // [M, R] float32
+    const Tensor& keep,  // [M, 8 ceil(K / 64)] uint8, or no elements
+    double scale, double dropout_p, bool need_dx, bool need_da, bool need_db) {
+  check_base(x, weight, std::nullopt);
+  check_adapter(x, weight, lora_a, lora_b, dropout_p, lora_a.scalar_type(), "");
+  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
+  check_device(dy, "dy", x);
+  check_shape(dy, "dy", {M, N});
+  check_dtype(dy, "dy", {x.scalar_type()});
+  check_device(xa, "xa", x);
+  check_shape(xa, "xa", {M, lora_a.size(0)});
+  check_dtype(xa, "xa", {ScalarType::Float});
+  check_device(keep, "keep", x);
+  check_dtype(keep, "keep", {ScalarType::Byte});
+  const bool dropped = keep.numel() != 0;
+  if (dropped) check_shape(keep, "keep", {M, (K + 63) / 64 * 8});
+  const OnDevice device(x);
+  const Tensor x_rows = rows_of_16_bytes(x), weight_rows = rows_of_16_bytes(weight), dy_rows = rows_of_16_bytes(dy);
+  const Tensor dense_xa = contiguous(xa), dense_keep = contiguous(keep);
+  LoraLinearBackward given{};
+  given.layer = layer_of(x_rows, weight_rows, std::nullopt, lora_a, lora_b, scale, dropped ? dropout_p : 0);
+  Tensor dx = need_dx ? new_empty(x, std::array<int64_t, 2>{M, K}) : without_elements(x);
+  Tensor da = need_da ? new_empty(lora_a, lora_a.sizes()) : without_elements(lora_a);
+  Tensor db = need_db ? new_empty(lora_b, lora_b.sizes()) : without_elements(lora_b);
+  Tensor workspace = new_workspace(x, lora_linear_backward_workspace(given.layer));
+  given.dy = matrix_of(dy_rows);
+  given.xa = dense_xa.const_data_ptr<float>();
+  given.keep = dropped ? dense_keep.const_data_ptr<uint8_t>() : nullptr;
+  given.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
+  given.da = need_da ? da.mutable_data_ptr() : nullptr;
+  given.db = need_db ? db.mutable_data_ptr() : nullptr;
+  given.workspace = workspace.mutable_data_ptr();
+  const std::string error = lora_linear_backward(given, device.stream());
+  STD_TORCH_CHECK(error.empty(), "lora_linear_backward: ", error);
+  return {dx, da, db};
+}
+
+// ---- multi_lora
 
 /// The adapters as the kernels take them, checked one by one against x [M, K] and weight [N, K].
 std::vector<LoraAdapter> check_adapters(
@@ -254,22 +388,12 @@ std::vector<LoraAdapter> check_adapters(
   STD_TORCH_CHECK(dropout_p.size() == S, "dropout_p: got ", dropout_p.size(), " numbers, expected ", S);
   std::vector<LoraAdapter> adapters(S);
   for (size_t i = 0; i < S; ++i) {
-    const std::string which = "[" + std::to_string(i) + "]", a = "lora_a" + which, b = "lora_b" + which;
-    check_device(lora_a[i], a.c_str(), x);
-    check_shape(lora_a[i], a.c_str(), {ANY, x.size(1)});
-    STD_TORCH_CHECK(lora_a[i].size(0) >= 1, a, ": got ", describe(lora_a[i]), ", expected a rank of at least 1");
-    check_dtype(lora_a[i], a.c_str(), {x.scalar_type(), ScalarType::Float});
-    check_dtype(lora_a[i], a.c_str(), {lora_a[0].scalar_type()});
-    check_device(lora_b[i], b.c_str(), x);
-    check_shape(lora_b[i], b.c_str(), {weight.size(0), lora_a[i].size(0)});
-    check_dtype(lora_b[i], b.c_str(), {lora_a[0].scalar_type()});
-    const double p = dropout_p[i];
-    STD_TORCH_CHECK(p >= 0 && p <= 1, "dropout_p", which, ": got ", p, ", expected a probability between 0 and 1");
+    check_adapter(x, weight, lora_a[i], lora_b[i], dropout_p[i], lora_a[0].scalar_type(), "[" + std::to_string(i) + "]");
     LoraAdapter& adapter = adapters[i];
     adapter.a = lora_a[i].const_data_ptr(), adapter.b = lora_b[i].const_data_ptr(), adapter.R = lora_a[i].size(0);
     copy_strides(lora_a[i], adapter.a_strides);
     copy_strides(lora_b[i], adapter.b_strides);
-    adapter.scale = scale[i], adapter.dropout_p = p;
+    adapter.scale = scale[i], adapter.dropout_p = dropout_p[i];
   }
   return adapters;
 }
@@ -284,25 +408,10 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_cuda(
     const std::optional<Tensor>& seed,
     const Tensor& order,      // [M]
     const Tensor& offsets) {  // [S + 3]
-  check_device(x, "x", x);
-  check_shape(x, "x", {ANY, ANY});
-  check_dtype(x, "x", {ScalarType::BFloat16, ScalarType::Half});
-  const int64_t M = x.size(0), K = x.size(1), S = static_cast<int64_t>(lora_a.size());
-  check_device(weight, "weight", x);
-  check_shape(weight, "weight", {ANY, K});
-  check_dtype(weight, "weight", {x.scalar_type()});
-  const int64_t N = weight.size(0);
-  if (bias) {
-    check_device(*bias, "bias", x);
-    check_shape(*bias, "bias", {N});
-    check_dtype(*bias, "bias", {x.scalar_type()});
-  }
+  check_base(x, weight, bias);
+  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), S = static_cast<int64_t>(lora_a.size());
   const std::vector<LoraAdapter> adapters = check_adapters(x, weight, lora_a, lora_b, scale, dropout_p);
-  if (seed) {
-    check_device(*seed, "seed", x);
-    check_dtype(*seed, "seed", {ScalarType::Long});
-    STD_TORCH_CHECK(seed->numel() == 1, "seed: got ", describe(*seed), ", expected one element");
-  }
+  check_seed(seed, x);
   check_integers(order, "order", {M}, x);
   check_integers(offsets, "offsets", {S + 3}, x);
 
@@ -311,14 +420,13 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_cuda(
   const Tensor dense_order = contiguous(order), dense_offsets = contiguous(offsets);
   MultiLora given{};
   given.M = M, given.K = K, given.N = N, given.S = S;
-  bool drops = false;
+  bool dropped = false;
   for (const LoraAdapter& adapter : adapters) {
     given.R = std::max(given.R, adapter.R);
-    drops = drops || (seed && 65536 * adapter.dropout_p + 0.5 >= 1);
+    dropped = dropped || (seed && drops(adapter.dropout_p));
   }
   Tensor y = new_empty(x, std::array<int64_t, 2>{M, N}), xa = new_empty(x, std::array<int64_t, 2>{M, given.R}, ScalarType::Float);
-  Tensor keep = drops ? new_empty(x, std::array<int64_t, 2>{M, (K + 63) / 64 * 8}, ScalarType::Byte)
-                      : new_empty(x, std::array<int64_t, 1>{0}, ScalarType::Byte);
+  Tensor keep = new_keep(x, dropped);
   given.dtype = dtype_of(x);
   given.adapter_dtype = dtype_of(lora_a[0]);
   given.x = x_rows.const_data_ptr();
@@ -327,13 +435,13 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_cuda(
   given.weight_stride = weight_rows.stride(0);
   if (bias) given.bias = bias->const_data_ptr(), given.bias_stride = bias->stride(0);
   given.adapters = adapters.data();
-  given.seed = drops ? seed->const_data_ptr<int64_t>() : nullptr;
+  given.seed = dropped ? seed->const_data_ptr<int64_t>() : nullptr;
   given.order = dense_order.const_data_ptr<int64_t>();
   given.offsets = dense_offsets.const_data_ptr<int64_t>();
   given.y = y.mutable_data_ptr();
   given.xa = xa.mutable_data_ptr<float>();
-  given.keep = drops ? keep.mutable_data_ptr<uint8_t>() : nullptr;
-  Tensor workspace = new_empty(x, std::array<int64_t, 1>{multi_lora_workspace(given)}, ScalarType::Byte);
+  given.keep = dropped ? keep.mutable_data_ptr<uint8_t>() : nullptr;
+  Tensor workspace = new_workspace(x, multi_lora_workspace(given));
   given.workspace = workspace.mutable_data_ptr();
   const std::string error = multi_lora(given, device.stream());
   STD_TORCH_CHECK(error.empty(), "multi_lora: ", error);
@@ -345,6 +453,8 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_cuda(
 STABLE_TORCH_LIBRARY_IMPL(fastlora, FASTLORA_CARD, m) {
   m.impl("prefix_concat_cuda", TORCH_BOX(&prefix_concat_cuda));
   m.impl("prefix_concat_backward_cuda", TORCH_BOX(&prefix_concat_backward_cuda));
+  m.impl("lora_linear_cuda", TORCH_BOX(&lora_linear_cuda));
+  m.impl("lora_linear_backward_cuda", TORCH_BOX(&lora_linear_backward_cuda));
   m.impl("multi_lora_cuda", TORCH_BOX(&multi_lora_cuda));
 }
 
