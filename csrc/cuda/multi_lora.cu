@@ -10,14 +10,14 @@
 //
 //   - x is 0.26 MB, too much for one multiprocessor's memory beside what must be on its way, so every block brings it from the second-level cache.
 //     With 64 columns a block that is 17 MB (34 MB for 64 rows), half of W's; with 32 it would be as much as W's. Up to 16 rows 32 columns do, and
-//     4096 of them are a block for each of 128 multiprocessors. Fewer blocks than multiprocessors split K; the last to arrive adds up in a fixed order.
+//     4096 of them are a block for each of 128 multiprocessors. Fewer blocks than multiprocessors split K; the last to arrive adds up, in order.
 //   - Each block keeps 32 to 56 KB of W on its way (128 of them 4 MB or more; 3.35 TB/s for a microsecond are 3.4 MB). Copies go to the lane that
 //     multiplies them, 16 bytes at a time: the lanes' own columns are called the depths that the tensor core expects, and no barrier stands between.
 //   - A is read once for every 16 rows of an adapter, B once a block, brought into the second-level cache while W streams.
 //   - Two launches, not one whose blocks wait for flags: the second begins while the first runs (sm_90 and later) and waits for it where it needs xa,
-//     10 us later; the 40 blocks of the first are done in the time of a few loads. Flags would have to be cleared by a launch before, or be memory that
-//     outlives the call, which two graphs replayed at once would share; here the first launch clears the counters of the second. On sm_80 the
-//     two follow one another: some 3 us beside 20 us of W at 1.6 TB/s.
+//     10 us later; the 40 blocks of the first are done in the time of a few loads. Flags would have to be cleared by a launch before, or be memory
+//     that outlives the call, which two graphs replayed at once would share; here the first launch clears the counters of the second. On sm_80
+//     the two follow one another: some 3 us beside 20 us of W at 1.6 TB/s.
 //
 // None of these times is measured. More than 64 rows are tiles of 64: right, but for prefill slower than a product with tiles of 128.
 #include "multi_lora.h"
@@ -110,7 +110,9 @@ __device__ void read_any(uint32_t (&pair)[COUNT / 2], const void* matrix, bool w
   float value[COUNT] = {};
 #pragma unroll
   for (int i = 0; i < COUNT; ++i) {
-    if (i < left) value[i] = wide ? static_cast<const float*>(matrix)[at + i * stride] : static_cast<float>(static_cast<const T*>(matrix)[at + i * stride]);
+    if (i >= left) continue;
+    const int64_t from = at + i * stride;
+    value[i] = wide ? static_cast<const float*>(matrix)[from] : static_cast<float>(static_cast<const T*>(matrix)[from]);
   }
 #pragma unroll
   for (int i = 0; i < COUNT / 2; ++i) pair[i] = pack<T>(value[2 * i], value[2 * i + 1]);
@@ -343,9 +345,13 @@ __global__ void __launch_bounds__(THREADS, 2) multi_linear_kernel(const __grid_c
     if (turn < turns) {
       const int k = begin + (turn / (STEP / CHUNK) * WARPS + warp) * STEP + turn % (STEP / CHUNK) * CHUNK + t * 8, bytes = bytes_inside(end - k);
 #pragma unroll
-      for (int i = 0; i < COLUMNS / 8; ++i) copy_async<16>(slot(turn, i), weight + i * 8 * task.weight_stride + k, column + i * 8 + g < task.N ? bytes : 0);
+      for (int i = 0; i < COLUMNS / 8; ++i) {
+        copy_async<16>(slot(turn, i), weight + i * 8 * task.weight_stride + k, column + i * 8 + g < task.N ? bytes : 0);
+      }
 #pragma unroll
-      for (int j = 0; j < ROWS / 8; ++j) copy_async<16>(slot(turn, COLUMNS / 8 + j), task.x + max(rows[j], 0) * task.x_stride + k, rows[j] >= 0 ? bytes : 0);
+      for (int j = 0; j < ROWS / 8; ++j) {
+        copy_async<16>(slot(turn, COLUMNS / 8 + j), task.x + max(rows[j], 0) * task.x_stride + k, rows[j] >= 0 ? bytes : 0);
+      }
     }
     commit_copies();
   };
@@ -493,7 +499,9 @@ struct Plan {
   explicit Plan(const MultiLora& given)
       : rows(given.M <= 8 ? 8 : given.M <= 16 ? 16 : given.M <= 32 ? 32 : 64), columns(rows <= 16 ? 32 : 64),
         tiles(std::max<int64_t>(divide_up(given.M, rows) * divide_up(given.N, columns), 1)), padded(static_cast<int>(round_up(given.R, TILE))) {
-    const auto cut = [&](int64_t most) { return static_cast<int>(std::max<int64_t>(round_up(divide_up(given.K, std::max<int64_t>(most, 1)), STEP), STEP)); };
+    const auto cut = [&](int64_t most) {  // the columns of one of `most` pieces
+      return static_cast<int>(std::max<int64_t>(round_up(divide_up(given.K, std::max<int64_t>(most, 1)), STEP), STEP));
+    };
     span = cut(std::min({processors() / tiles, divide_up(given.K, WARPS * STEP), int64_t{8}}));
     splits = static_cast<int>(std::max<int64_t>(divide_up(given.K, span), 1));
     part = cut(std::min<int64_t>(divide_up(given.K, 1024), 8));
@@ -581,7 +589,9 @@ std::string multi_lora(const MultiLora& given, cudaStream_t stream) {
   if (given.dtype == Dtype::FLOAT32) return "x: got float32, expected bfloat16 or float16";
   constexpr int64_t FAR = int64_t{1} << 30;  // rows and columns are 32 bits where they are many
   if (given.M > FAR) return "x: got " + std::to_string(given.M) + " rows, expected at most 2^30";
-  if (given.N > FAR || given.K > FAR) return "weight: got [" + std::to_string(given.N) + ", " + std::to_string(given.K) + "], expected sides up to 2^30";
+  if (given.N > FAR || given.K > FAR) {
+    return "weight: got [" + std::to_string(given.N) + ", " + std::to_string(given.K) + "], expected sides up to 2^30";
+  }
   if (given.R > 65535 * TILE) return "lora_a: got rank " + std::to_string(given.R) + ", expected at most " + std::to_string(65535 * TILE);
   if (given.M == 0) return "";
   (given.dtype == Dtype::BFLOAT16 ? forward<__nv_bfloat16> : forward<__half>)(given, stream);
