@@ -61,7 +61,7 @@ class Backward(ctypes.Structure):
 
 
 @pytest.fixture(scope="module")
-def card(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     library = tmp_path_factory.mktemp("emulated") / "lora_linear.so"
     headers = (f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / 'tests'}", f"-isystem{Path(torch.__file__).parent / 'include'}")
     flags = "-std=c++20 -O1 -shared -fPIC -DFASTLORA_EMULATED".split()
@@ -70,6 +70,12 @@ def card(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(library))
     loaded.workspace.restype = loaded.backward_workspace.restype = ctypes.c_int64
     return loaded
+
+
+@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
+def card(request: pytest.FixtureRequest, library: ctypes.CDLL) -> ctypes.CDLL:
+    library.emulated_capability(request.param)
+    return library
 
 
 def pointer(tensor: Tensor | None) -> int | None:
