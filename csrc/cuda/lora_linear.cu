@@ -194,7 +194,8 @@ struct Call {
 
   template <bool BACK>
   std::string multiply_sm90(const Product<T>& product, const Sides<T>& first, const Sides<T>& last, uint32_t* progress, int multiprocessors) const {
-    sm90::Fused<T> task{{}, {}, {}, {}, product, first, last, progress};
+    const int tiles = divide_up(product.M, sm90::HEIGHT) * divide_up(product.N, sm90::WIDTH), side_tiles = first.tiles() + last.tiles();
+    sm90::Fused<T> task{{}, {}, {}, {}, product, first, last, progress, tiles, first.tiles(), side_tiles};
     const auto map = [&](TensorMap& to, const T* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
       return describe(to, layer.dtype == Dtype::BFLOAT16, matrix, rows, columns, rows > 1 ? stride : round_up(columns, 8), box_rows, 64);
     };
@@ -205,8 +206,7 @@ struct Call {
                         map(task.q, product.q, BACK ? padded : product.N, BACK ? product.N : padded, product.q_stride, BACK ? 64 : sm90::WIDTH);
     if (!mapped) return "the driver has no tensor map (cuTensorMapEncodeTiled) for x, weight, lora_a or lora_b";
     const auto kernel = padded == 16 ? product_sm90_kernel<T, BACK, 16> : product_sm90_kernel<T, BACK, RANKS>;
-    const int blocks = std::min(multiprocessors, std::max(task.tiles(), first.tiles() + last.tiles()));
-    launch(kernel, dim3(blocks), dim3(sm90::THREADS), sm90::SHARED, stream, task);
+    launch(kernel, dim3(std::min(multiprocessors, std::max(tiles, side_tiles))), dim3(sm90::THREADS), sm90::SHARED, stream, task);
     return "";
   }
 };

@@ -58,40 +58,45 @@ __device__ inline void add_kept(float& first, float& second, float p0, float p1,
   second += pair & 2 ? factor * p1 : 0.f;
 }
 
-/// The bias of a lane's columns among 32: 2 t and 2 t + 1 of each of four fragments.
-template <class T>
+/// The bias of a lane's columns among 32: 2 t and 2 t + 1 of each of four fragments. IS: whether there may be one.
+template <class T, bool IS>
 struct Bias {
   int column;
   float value[4][2] = {};
 
-  /// IS: whether there may be one.
-  template <bool IS>
-  __device__ Bias(const Product<T>& task, int column, std::bool_constant<IS>) : column(column) {
-    if (!IS || !task.bias) return;
+  __device__ Bias(const Product<T>& task, int column) : column(column) {
+    if constexpr (IS) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int n = column + i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2;
-      if (n < task.N) value[i / 2][i % 2] = static_cast<float>(task.bias[n * task.bias_stride]);
+      for (int i = 0; i < 8; ++i) {
+        const int n = column + i / 2 * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
+        if (task.bias && n < task.N) value[i / 2][i % 2] = static_cast<float>(task.bias[n * task.bias_stride]);
+      }
     }
   }
 };
 
 /// Writes one row's sums of four fragments, with the bias. Lane t of four holds columns 2 t and 2 t + 1 of each fragment and trades them for one
 /// whole fragment: eight columns, 16 bytes.
-template <class T>
-__device__ inline void write_32(const Product<T>& task, int row, const Bias<T>& bias, const float (&sum)[4][2]) {
+template <class T, bool IS>
+__device__ inline void write_32(const Product<T>& task, int row, const Bias<T, IS>& bias, const float (&sum)[4][2]) {
   const int t = threadIdx.x % 4;
   uint32_t pair[4];
 #pragma unroll
-  for (int j = 0; j < 4; ++j) pair[j] = pack<T>(sum[j][0] + bias.value[j][0], sum[j][1] + bias.value[j][1]);
-  Eight mine;
+  for (int j = 0; j < 4; ++j) {
+    if constexpr (IS) {
+      pair[j] = pack<T>(sum[j][0] + bias.value[j][0], sum[j][1] + bias.value[j][1]);
+    } else {
+      pair[j] = pack<T>(sum[j][0], sum[j][1]);
+    }
+  }
+  Eight mine = {};
 #pragma unroll
   for (int r = 0; r < 4; ++r) {  // with lane t ^ r: its pair of fragment t for our pair of fragment t ^ r
     const int other = t ^ r;
     const uint32_t give = other < 2 ? (other ? pair[1] : pair[0]) : (other == 2 ? pair[2] : pair[3]);
     const uint32_t get = r ? __shfl_xor_sync(~0u, give, r) : give;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) mine.pair[i] = i == other ? get : mine.pair[i];
+    for (int i = 0; i < 4; ++i) mine.pair[i] = r == 0 || i == other ? get : mine.pair[i];
   }
   const int first = bias.column + 8 * t;
   if (row >= task.M || first >= task.N) return;

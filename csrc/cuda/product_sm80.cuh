@@ -139,15 +139,18 @@ __device__ void run(const Product<T>& task) {
   }
   wait_copies<0>();
 
+  uint32_t thread = threadIdx.x;
+  forget(thread);  // or where the sums belong keeps registers all along
+  const int row = tile.row + static_cast<int>(thread / 64 * 64 + thread % 32 / 4), column = tile.column + static_cast<int>(thread / 32 % 2 * 64);
 #pragma unroll
   for (int block = 0; block < 2; ++block) {
-    const Bias<T> bias(task, tile.column + warp_column + block * 32, std::bool_constant<!BACK>{});
+    const Bias<T, !BACK> bias(task, column + block * 32);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      float row[4][2];
+      float part[4][2];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) row[j / 2][j % 2] = sum[i / 2][block * 4 + j / 2][i % 2 * 2 + j % 2];
-      write_32(task, tile.row + warp_row + i * 8 + g, bias, row);
+      for (int j = 0; j < 8; ++j) part[j / 2][j % 2] = sum[i / 2][block * 4 + j / 2][i % 2 * 2 + j % 2];
+      write_32(task, row + i * 8, bias, part);
     }
   }
 }

@@ -24,8 +24,12 @@ constexpr int LEFT = HEIGHT * DEPTH * 2, RIGHT = WIDTH * DEPTH * 2;  // bytes of
 constexpr int SHARED = STAGES * (LEFT + RIGHT) + QUEUE + 128;
 constexpr int SIDE_BARRIER = 1;
 // Registers a thread. At the start all have 168; wgmma with 256 columns does not compile with fewer than 154, so four groups would be too many.
-constexpr int OTHER_REGISTERS = 120, CONSUMER_REGISTERS = 192;
-static_assert(GROUP + 32 == WARPGROUP && OTHER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * 168);
+template <int RANK>
+constexpr int OTHER_REGISTERS = RANK == 16 ? 104 : 120;
+template <int RANK>
+constexpr int CONSUMER_REGISTERS = RANK == 16 ? 200 : 192;
+static_assert(GROUP + 32 == WARPGROUP && OTHER_REGISTERS<16> + 2 * CONSUMER_REGISTERS<16> <= 3 * 168);
+static_assert(OTHER_REGISTERS<RANKS> + 2 * CONSUMER_REGISTERS<RANKS> <= 3 * 168);
 
 /// One launch: the product, `first` that shrinks what its rank step adds, and `last`, which reads what `first` has shrunk.
 template <class T>
@@ -34,18 +38,21 @@ struct Fused {
   Product<T> product;
   Sides<T> first, last;
   uint32_t* progress;  // [1 + ceil(M / HEIGHT)], zeros: side tiles handed out; shrinking tiles done in each block of HEIGHT rows
-
-  __host__ __device__ int tiles() const { return divide_up(product.M, HEIGHT) * divide_up(product.N, WIDTH); }
+  int tiles, first_tiles, side_tiles;  // of the product, of first, of first and last
 };
 
-struct Stages {
-  unsigned char* memory;
-  uint64_t *full, *empty;  // a barrier each
-  int at = 0;
-  uint32_t parity = 0;  // of the phase in which stage `at` is filled
+__device__ inline unsigned char* queue() { return shared_memory() + STAGES * (LEFT + RIGHT); }
+__device__ inline uint64_t* barriers() { return reinterpret_cast<uint64_t*>(queue() + QUEUE); }
 
-  __device__ unsigned char* left() const { return memory + at * (LEFT + RIGHT); }
+/// Where a producer or a consumer is in the queue of stages.
+struct Stage {
+  int at = 0;
+  uint32_t parity = 0;  // of the phase in which it is filled
+
+  __device__ unsigned char* left() const { return shared_memory() + at * (LEFT + RIGHT); }
   __device__ unsigned char* right() const { return left() + LEFT; }
+  __device__ uint64_t* full() const { return barriers() + at; }
+  __device__ uint64_t* empty() const { return barriers() + STAGES + at; }
   __device__ void next() {
     at = (at + 1) % STAGES;
     parity ^= at == 0;
@@ -60,11 +67,12 @@ __device__ void wait_for_rows(const Fused<T>& task, int row) {
 }
 
 template <class T, bool BACK>
-__device__ void produce(const Fused<T>& task, Stages stages) {
+__device__ void produce(const Fused<T>& task) {
+  Stage stage;
   const int frozen = divide_up(task.product.depth, DEPTH), steps = frozen + divide_up(task.product.R, DEPTH);
-  for (int number = blockIdx.x; number < task.tiles(); number += gridDim.x) {
+  for (int number = blockIdx.x; number < task.tiles; number += gridDim.x) {
     const Tile tile = tile_of(number, task.product.M, task.product.N, HEIGHT, WIDTH);
-    for (int step = 0; step < steps; ++step, stages.next()) {
+    for (int step = 0; step < steps; ++step, stage.next()) {
       const bool rank = step >= frozen;
       if (step == frozen) {
         wait_for_rows(task, tile.row);
@@ -72,15 +80,14 @@ __device__ void produce(const Fused<T>& task, Stages stages) {
       }
       const TensorMap *const left = rank ? &task.p : &task.x, *const right = rank ? &task.q : &task.w;
       const int depth = (rank ? step - frozen : step) * DEPTH;
-      uint64_t* const full = stages.full + stages.at;
-      wait_barrier(stages.empty + stages.at, stages.parity ^ 1);
-      arrive_expecting(full, LEFT + RIGHT);
-      copy_box(stages.left(), left, full, tile.row, depth);
+      wait_barrier(stage.empty(), stage.parity ^ 1);
+      arrive_expecting(stage.full(), LEFT + RIGHT);
+      copy_box(stage.left(), left, stage.full(), tile.row, depth);
       if constexpr (BACK) {
 #pragma unroll
-        for (int i = 0; i < WIDTH / 64; ++i) copy_box(stages.right() + i * DEPTH * 128, right, full, depth, tile.column + i * 64);
+        for (int i = 0; i < WIDTH / 64; ++i) copy_box(stage.right() + i * DEPTH * 128, right, stage.full(), depth, tile.column + i * 64);
       } else {
-        copy_box(stages.right(), right, full, tile.column, depth);
+        copy_box(stage.right(), right, stage.full(), tile.column, depth);
       }
     }
   }
@@ -112,38 +119,41 @@ __device__ __forceinline__ void add_masked(
 }
 
 template <class T, bool BACK>
-__device__ void consume(const Fused<T>& task, Stages stages, int consumer) {
+__device__ void consume(const Fused<T>& task, int consumer) {
   const Product<T>& product = task.product;
-  const int lane = threadIdx.x % 32, g = lane / 4;
+  const int lane = threadIdx.x % 32;
   const int frozen = divide_up(product.depth, DEPTH);
   const bool masked = BACK && product.keep;
-  const auto left = [&](int k) { return operand(stages.left() + consumer * 64 * 128 + k * 32, 0); };
-  const auto right = [&](int k) { return BACK ? operand(stages.right() + k * 16 * 128, DEPTH * 128) : operand(stages.right() + k * 32, 0); };
-  const auto release = [&](int stage) {
-    if (lane == 0) arrive(stages.empty + stage);
+  Stage stage;
+  const auto left = [&](int k) { return operand(stage.left() + consumer * 64 * 128 + k * 32, 0); };
+  const auto right = [&](int k) { return BACK ? operand(stage.right() + k * 16 * 128, DEPTH * 128) : operand(stage.right() + k * 32, 0); };
+  const auto release = [&](const Stage& read) {
+    if (lane == 0) arrive(read.empty());
   };
-  for (int number = blockIdx.x; number < task.tiles(); number += gridDim.x) {
+  for (int number = blockIdx.x; number < task.tiles; number += gridDim.x) {
     const Tile tile = tile_of(number, product.M, product.N, HEIGHT, WIDTH);
-    const int row = tile.row + consumer * 64 + static_cast<int>(threadIdx.x) % WARPGROUP / 32 * 16 + g;
     float sum[128];
-    int before = -1;  // the stage of the products that are not waited for
-    for (int step = 0; step < frozen; ++step, stages.next()) {
-      wait_barrier(stages.full + stages.at, stages.parity);
+    Stage before;  // whose products are not waited for
+    for (int step = 0; step < frozen; ++step, stage.next()) {
+      wait_barrier(stage.full(), stage.parity);
       begin_products();
 #pragma unroll
       for (int k = 0; k < DEPTH / 16; ++k) multiply_operands<T, BACK>(sum, left(k), right(k), step | k);
       commit_products();
       wait_products<1>();
-      if (before >= 0) release(before);
-      before = stages.at;
+      if (step > 0) release(before);
+      before = stage;
     }
     wait_products<0>();
     release(before);
-    for (int rank = 0; rank < product.R; rank += DEPTH, stages.next()) {
+    uint32_t thread = threadIdx.x;
+    forget(thread);  // or the row keeps a register all along
+    const int row = tile.row + consumer * 64 + static_cast<int>(thread % WARPGROUP / 32 * 16 + thread % 32 / 4);
+    for (int rank = 0; rank < product.R; rank += DEPTH, stage.next()) {
       const int depths = min(product.R - rank, DEPTH);
-      wait_barrier(stages.full + stages.at, stages.parity);
+      wait_barrier(stage.full(), stage.parity);
       if (masked) {
-        add_masked(product, row, tile.column, depths, left(0), stages.right(), sum);
+        add_masked(product, row, tile.column, depths, left(0), stage.right(), sum);
       } else {
 #pragma unroll 1
         for (int k = 0; k * 16 < depths; ++k) {
@@ -153,11 +163,11 @@ __device__ void consume(const Fused<T>& task, Stages stages, int consumer) {
         }
         wait_products<0>();
       }
-      release(stages.at);
+      release(stage);
     }
 #pragma unroll
     for (int block = 0; block < WIDTH / 32; ++block) {
-      const Bias<T> bias(product, tile.column + block * 32, std::bool_constant<!BACK>{});
+      const Bias<T, !BACK> bias(product, tile.column + block * 32);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float part[4][2];
@@ -170,53 +180,51 @@ __device__ void consume(const Fused<T>& task, Stages stages, int consumer) {
 }
 
 template <class T, bool BACK, int RANK>
-__device__ void take_sides(const Fused<T>& task, unsigned char* queue, int* number) {
-  const int thread = threadIdx.x % GROUP, first = task.first.tiles(), all = first + task.last.tiles();
+__device__ void take_sides(const Fused<T>& task) {
+  int* const number = reinterpret_cast<int*>(barriers() + 2 * STAGES);
+  const int thread = threadIdx.x;
   for (;;) {
     if (thread == 0) *number = static_cast<int>(atomicAdd(task.progress, 1u));
     group_sync(SIDE_BARRIER, GROUP);
     const int mine = *number;  // the next is written after the barriers of this one
-    if (mine >= all) return;
-    if (mine < first) {
-      const int shrunk = side_tile<T, RANK, BACK ? SHRINKS | GRADS : SHRINKS | DROPS>(task.first, mine, queue, SIDE_BARRIER);
+    if (mine >= task.side_tiles) return;
+    if (mine < task.first_tiles) {
+      const int shrunk = side_tile<T, RANK, BACK ? SHRINKS | GRADS : SHRINKS | DROPS>(task.first, mine, queue(), SIDE_BARRIER);
       if (shrunk < 0) continue;
       fence_copy_engine();
       __threadfence();
       group_sync(SIDE_BARRIER, GROUP);
       if (thread == 0) release_add(task.progress + 1 + shrunk * SHRINK_ROWS / HEIGHT, 1);
     } else if constexpr (BACK) {
-      const Rows rows = side_rows(task.last, mine - first);
+      const Rows rows = side_rows(task.last, mine - task.first_tiles);
       for (int row = rows.begin + thread * HEIGHT; row < rows.end; row += GROUP * HEIGHT) wait_for_rows(task, row);
       group_sync(SIDE_BARRIER, GROUP);
-      side_tile<T, RANK, GRADS | DROPS>(task.last, mine - first, queue, SIDE_BARRIER);
+      side_tile<T, RANK, GRADS | DROPS>(task.last, mine - task.first_tiles, queue(), SIDE_BARRIER);
     }
   }
 }
 
 template <class T, bool BACK, int RANK>
 __device__ void run(const Fused<T>& task) {
-  unsigned char *const memory = shared_memory(), *const queue = memory + STAGES * (LEFT + RIGHT);
-  uint64_t* const barriers = reinterpret_cast<uint64_t*>(queue + QUEUE);
-  const Stages stages{memory, barriers, barriers + STAGES};
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
-      init_barrier(stages.full + i, 1);
-      init_barrier(stages.empty + i, CONSUMER_WARPS);
+      init_barrier(barriers() + i, 1);
+      init_barrier(barriers() + STAGES + i, CONSUMER_WARPS);
     }
     publish_barriers();
   }
   __syncthreads();
   const int warpgroup = threadIdx.x / WARPGROUP;
   if (warpgroup == 0) {
-    give_registers<OTHER_REGISTERS>();
+    give_registers<OTHER_REGISTERS<RANK>>();
     if (threadIdx.x < GROUP) {
-      take_sides<T, BACK, RANK>(task, queue, reinterpret_cast<int*>(barriers + 2 * STAGES));
+      take_sides<T, BACK, RANK>(task);
     } else if (threadIdx.x == GROUP) {
-      produce<T, BACK>(task, stages);
+      produce<T, BACK>(task);
     }
   } else {
-    take_registers<CONSUMER_REGISTERS>();
-    consume<T, BACK>(task, stages, warpgroup - 1);
+    take_registers<CONSUMER_REGISTERS<RANK>>();
+    consume<T, BACK>(task, warpgroup - 1);
   }
 }
 
