@@ -27,11 +27,11 @@ sanitize: $(VENV)/test-ready
 	@$(PIP) ninja
 	rm -rf build/sanitized
 	FASTLORA_SANITIZE=1 FASTLORA_REQUIRE_NATIVE=1 $(BIN)/python setup.py -q build --build-lib build/sanitized
-	cd build/sanitized && export OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	cd build/sanitized && export FASTLORA_SANITIZE=1 OMP_NUM_THREADS=1 ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" && \
 		$(abspath $(BIN)/python) -c 'import fastlora._C' && \
 		$(abspath $(BIN)/python) -m pytest -q -x --capture=sys -k 'not cpu-reference and not cpu-triton' \
-			$(addprefix ../../tests/test_,$(addsuffix .py,lora_linear multi_lora prefix_concat native product))
+			$(addprefix ../../tests/test_,$(addsuffix .py,lora_linear multi_lora prefix_concat native product cuda_emulated))
 
 emulate: $(VENV)/test-ready
 	@test -n "$(QEMU)" || { echo "make emulate needs qemu-x86_64, as in Debian's qemu-user: none was found (set QEMU=...)"; exit 1; }

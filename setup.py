@@ -178,8 +178,8 @@ class BuildNative(build_ext):
             except CompileError as error:
                 if REQUIRED or isinstance(cuda, str):
                     raise
-                cuda = f"the build with {cuda.home / 'bin/nvcc'} failed: {error}"
-                print(f"fastlora: {cuda}; building without csrc/cuda", file=sys.stderr, flush=True)
+                cuda = f"the build with {cuda.home / 'bin/nvcc'} failed"
+                print(f"fastlora: {cuda} ({error}); building without csrc/cuda", file=sys.stderr, flush=True)
                 self.compile_and_link(target, compiler, torch, cuda)
         except CompileError as error:
             # An older build left behind would be installed, or imported, as if it were this one.

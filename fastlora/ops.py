@@ -127,7 +127,8 @@ def implementation(op: str, name: str) -> Callable[..., Any]:
 
 
 def _implemented(name: str) -> list[str]:
-    return [op for op in SCHEMAS if (op, name) in _table]
+    """The operators that an implementation has, none where it is noted as missing (packed.py alone makes no "cpu")."""
+    return [] if name in _missing else [op for op in SCHEMAS if (op, name) in _table]
 
 
 def _absence(op: str, name: str) -> str:

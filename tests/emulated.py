@@ -1,4 +1,4 @@
-"""csrc/cuda compiled for this CPU: `load` registers the operators of its kernels for CPU tensors, under their names on a card, `<op>_cuda`.
+"""csrc/cuda compiled for this CPU: `load` registers its operators for CPU tensors, under their names on a card, `<op>_cuda`.
 
 How a card is emulated: emulated_cuda.h. What cannot be seen so: how fast a kernel is, and what only the hardware knows (its memory's order between
 threads, tensor cores' last bits, limits that ptxas reports: test_cuda_compile.py).
@@ -8,6 +8,7 @@ import ctypes
 import fcntl
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 from collections.abc import Callable, Sequence
@@ -24,20 +25,19 @@ FLAGS = (
     "-DFASTLORA_EMULATED -DTORCH_TARGET_VERSION=0x020b000000000000ULL"
 ).split()
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all".split()
-COMPILER = os.environ.get("CXX", "g++")
+COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 
 
 def available() -> bool:
-    return shutil.which(COMPILER) is not None
+    return shutil.which(COMPILER[0]) is not None
 
 
-def build(flags: Sequence[str] = ()) -> Path:
-    """The library, compiled if what it is made of has changed; several processes may ask at once."""
-    folder = Path(torch.__file__).parent
-    sources = sorted([*(ROOT / "csrc/cuda").glob("*.cu"), ROOT / "csrc/cuda/register.cpp"])
+def build(sources: Sequence[Path]) -> Path:
+    """A library of the sources, compiled if what it is made of has changed; several processes may ask at once."""
+    folder, flags = Path(torch.__file__).parent, SANITIZERS if os.environ.get("FASTLORA_SANITIZE") == "1" else []
     headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), ROOT / "tests/emulated_cuda.h"]
     include = [f"-isystem{folder / 'include'}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}"]
-    command = [COMPILER, *FLAGS, *flags, *include]
+    command = [*COMPILER, *FLAGS, *flags, *include]
     contents = b"".join(path.read_bytes() for path in sorted([*sources, *headers]))
     key = hashlib.sha256(" ".join([*command, torch.__version__]).encode() + contents).hexdigest()[:16]
     place = ROOT / "build" / "emulated"
@@ -54,7 +54,7 @@ def build(flags: Sequence[str] = ()) -> Path:
         ]
         failed = [one.args for one in compilers if one.wait() != 0]
         assert not failed, failed
-        link = [COMPILER, *flags, "-shared", *map(str, objects), f"-L{folder / 'lib'}", "-ltorch_cpu", "-o"]
+        link = [*COMPILER, *flags, "-shared", *map(str, objects), f"-L{folder / 'lib'}", "-ltorch_cpu", "-o"]
         subprocess.run([*link, str(library.with_suffix(".new"))], check=True)
         library.with_suffix(".new").rename(library)
         for output in objects:
@@ -62,9 +62,9 @@ def build(flags: Sequence[str] = ()) -> Path:
     return library
 
 
-def load(flags: Sequence[str] = ()) -> ctypes.CDLL:
-    """Load the library into this process; its `emulated_descending(1)` turns the order of the threads round."""
-    path = str(build(flags))
+def load() -> ctypes.CDLL:
+    """Load the operators into this process; the library's `emulated_descending(1)` turns the order of the threads round."""
+    path = str(build([*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/cuda/register.cpp"]))
     torch.ops.load_library(path)
     return ctypes.CDLL(path)
 

@@ -104,12 +104,26 @@ def test_shared_kernel_files_import_no_operator() -> None:
             )
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "csrc").rglob("*.cpp")), ids=lambda path: path.name)
+def native_files() -> list[Path]:
+    return sorted(path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".cpp", ".cu", ".cuh", ".h"))
+
+
+@pytest.mark.parametrize("path", native_files(), ids=lambda path: str(path.relative_to(ROOT / "csrc")))
 def test_native_files_stand_apart(path: Path) -> None:
-    """An operator's C++ includes no other operator's, and no .cpp."""
+    """An operator's C++ includes no other operator's, and no .cpp or .cu; but cuda/register.cpp includes every operator's kernels' header."""
     for included in re.findall(r'#include "([^"]+)"', path.read_text()):
         stem, _, suffix = Path(included).name.partition(".")
-        assert suffix in ("h", "hpp") and (stem not in OPERATORS or stem == path.stem), included
+        its_own = stem == path.stem or path.name == "register.cpp"
+        assert suffix in ("h", "hpp", "cuh") and (stem not in OPERATORS or its_own), included
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc/cuda").glob("*.*")), ids=lambda path: path.name)
+def test_kernels_see_no_torch_and_inline_no_instructions(path: Path) -> None:
+    """CUDA C++ is compiled without torch; launches and instructions go through the files that the tests replace."""
+    text = path.read_text()
+    assert path.name == "register.cpp" or not re.search(r"#include <(torch|ATen|c10)/", text)
+    assert path.name == "launch.h" or "<<<" not in text
+    assert path.name == "ptx.cuh" or not re.search(r"\basm\b", text)
 
 
 def test_kernels_is_no_regular_package() -> None:

@@ -9,6 +9,7 @@ import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -124,6 +125,73 @@ def test_a_sanitized_build_never_takes_the_place_of_the_real_one(checkout: Path)
     done = run_setup(checkout, "build_ext", "--inplace", FASTLORA_SANITIZE="1")
     assert done.returncode != 0
     assert "FASTLORA_SANITIZE=1 with --inplace" in done.stderr
+
+
+def make_toolkit(home: Path) -> Path:
+    for file in ("bin/nvcc", "include/cuda_runtime.h", "lib64/libcudart_static.a"):
+        (home / file).parent.mkdir(parents=True)
+        (home / file).touch()
+    return home
+
+
+def test_where_cuda_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """CUDA_HOME before CUDA_PATH before PATH; a folder with an nvcc alone, as of a script that calls another, is no toolkit."""
+    names, _ = read_setup(monkeypatch)
+    find_cuda = names["find_cuda"]
+    monkeypatch.delenv("FASTLORA_CUDA", raising=False)
+    real, other = make_toolkit(tmp_path / "real"), make_toolkit(tmp_path / "other")
+    script = tmp_path / "usr" / "bin" / "nvcc"
+    script.parent.mkdir(parents=True)
+    script.touch(mode=0o755)
+    monkeypatch.setenv("CUDA_HOME", str(script.parent.parent))
+    monkeypatch.setenv("CUDA_PATH", str(real))
+    assert find_cuda() == (real, real / "lib64")
+    monkeypatch.setenv("CUDA_HOME", str(other))
+    assert find_cuda().home == other
+    monkeypatch.setenv("FASTLORA_CUDA", "0")
+    assert find_cuda() == "switched off by FASTLORA_CUDA=0"
+
+
+@pytest.mark.parametrize("required", [False, True])
+def test_an_nvcc_that_fails(required: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd) -> None:
+    """The extension is built without csrc/cuda, and knows why; unless it is required."""
+    names, _ = read_setup(monkeypatch)
+    toolkit = names["Cuda"](make_toolkit(tmp_path), tmp_path / "lib64")
+    built = []
+
+    def compile_and_link(target: Path, compiler: list[str], torch: Path, cuda: Any) -> None:
+        if cuda == toolkit:
+            raise names["CompileError"]("ninja failed with exit status 1")
+        built.append(cuda)
+
+    command = SimpleNamespace(
+        get_ext_fullpath=lambda name: str(tmp_path / "_C.so"), compile_and_link=compile_and_link, into_source=False
+    )
+    build_extension = names["BuildNative"].build_extension
+    for name, value in {"find_cuda": lambda: toolkit, "find_compiler": lambda: ["g++"], "REQUIRED": required}.items():
+        monkeypatch.setitem(build_extension.__globals__, name, value)
+    if required:
+        with pytest.raises(names["CompileError"]):
+            build_extension(command, SimpleNamespace(name="fastlora._C"))
+        assert built == []
+    else:
+        build_extension(command, SimpleNamespace(name="fastlora._C"))
+        (why,) = built
+        assert why.endswith("bin/nvcc failed")
+        assert f"{why} (ninja failed with exit status 1); building without csrc/cuda" in capfd.readouterr().err
+
+
+def test_the_build_plan_has_every_kernel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names, _ = read_setup(monkeypatch)
+    with_cuda = list(names["objects"](tmp_path, Path(torch.__file__).parent, names["Cuda"](tmp_path, tmp_path)))
+    without = list(names["objects"](tmp_path, Path(torch.__file__).parent, "no nvcc"))
+    kernels = {unit.source for unit in with_cuda if unit.rule == "compile_cuda"}
+    assert kernels == {str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.cu")}
+    assert len({unit.output for unit in with_cuda}) == len(with_cuda)
+    assert {unit.source for unit in with_cuda} - {unit.source for unit in without} == {
+        *kernels,
+        "csrc/cuda/register.cpp",
+    }
 
 
 def test_without_torch_or_with_an_old_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

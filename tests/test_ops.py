@@ -44,11 +44,12 @@ def test_uninitialised_memory_is_poisoned() -> None:
 
 
 def test_every_implementation_has_every_operator(device: str) -> None:
-    """But for frozen_linear, which is torch's own product where it is not packed.py's."""
-    names = implementations("lora_linear", device)
+    """But for CUDA C++, which has only some, and for frozen_linear, which is torch's own product where it is not packed.py's."""
+    names = set(implementations("lora_linear", device)) - {"cuda"}
     assert "reference" in names
     for op in ("lora_linear", "multi_lora", "prefix_concat"):
-        assert implementations(op, device) == implementations(f"{op}_backward", device) == names, op
+        assert implementations(op, device) == implementations(f"{op}_backward", device), op
+        assert set(implementations(op, device)) - {"cuda"} == names, op
     ours = ["reference", "cpu"] if device == "cpu" else ["reference"]
     assert implementations("frozen_linear", device) == implementations("frozen_linear_backward", device) == ours
 
@@ -103,6 +104,35 @@ def test_forced_and_unable_raises(name: str, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(ops, "forced", name)
     with pytest.raises(ops.ImplementationError, match="float64"):
         lora_linear(*make_layer(3, 4, 5, 2, torch.float64)[:5], 1.0)
+
+
+def test_an_implementation_of_some_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it has runs; what it lacks is plain PyTorch's, or an error where the implementation is forced."""
+    table = {key: value for key, value in ops._table.items() if key[1] == "reference"}
+    monkeypatch.setattr(ops, "_table", {**table, ("prefix_concat", "cuda"): max})
+    monkeypatch.setattr(ops, "_loaders", {})
+    monkeypatch.setattr(ops, "_notes", {"cuda": "; a note"})
+    monkeypatch.setattr(ops, "_missing", {})
+    monkeypatch.setenv(ops.EMULATORS["cuda"], "1")
+    found = {entry.implementation: entry for entry in ops.availability()}
+    assert found["cuda"] == ("cuda", True, "prefix_concat; a note")
+    monkeypatch.setattr(ops, "forced", "cuda")
+    assert CHOOSERS["prefix_concat"](torch.ones(2, 2)).implementation == "cuda"
+    with pytest.raises(ops.ImplementationError, match="cuda has no lora_linear"):
+        CHOOSERS["lora_linear"](torch.ones(2, 2))
+    with pytest.raises(ops.ImplementationError, match="cuda has no prefix_concat_backward"):
+        ops.implementation("prefix_concat_backward", "cuda")
+
+
+@pytest.mark.parametrize(("capability", "found"), [((7, 5), []), ((8, 0), ["cuda"]), ((12, 0), ["cuda"])])
+def test_cards_that_cuda_is_compiled_for(
+    capability: tuple[int, int], found: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "_table", {("prefix_concat", "cuda"): max})
+    monkeypatch.setattr(ops, "_loaders", {})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert ops.candidates("prefix_concat", torch.device("cuda"), torch.float32) == found
+    assert ops.candidates("lora_linear", torch.device("cuda"), torch.float32) == []
 
 
 def test_unknown_names() -> None:

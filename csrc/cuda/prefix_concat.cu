@@ -202,8 +202,9 @@ prefix_concat_kernel(const __grid_constant__ PrefixConcat given, const Packed pa
     tokens += counts[i];
   }
   const int64_t prompt = min(max(given.prompt_index[b], int64_t(0)), given.S - 1);
-  const int64_t start = given.starts[prompt];
-  const int64_t length = min(max(given.starts[prompt + 1] - start, int64_t(0)), given.W - given.T);
+  const int64_t start = min(max(given.starts[prompt], int64_t(0)), given.prompt_rows);
+  const int64_t stop = min(max(given.starts[prompt + 1], start), given.prompt_rows);
+  const int64_t length = min(stop - start, given.W - given.T);
   bool left = tokens > 0 && !is_real(given, b, 0);
   if (tokens == 0 || tokens == given.T) left = __syncthreads_or(finds_padded_left(given, warp, lane));
   const int64_t begin = left ? given.W - length - tokens : 0;
@@ -232,7 +233,7 @@ prefix_concat_kernel(const __grid_constant__ PrefixConcat given, const Packed pa
       source = row = start + k;
       position = k;
       mask = given.mask_one;
-      const bool exists = prompt == given.prompt_index[b] && row >= 0 && row < given.prompt_rows;
+      const bool exists = prompt == given.prompt_index[b] && start == given.starts[prompt] && start + length == given.starts[prompt + 1];
       origin = exists ? Origin::PROMPT : Origin::NOWHERE;
     } else if (k >= 0 && k < length + tokens) {
       const int64_t t = token_of[threadIdx.x];
@@ -243,8 +244,8 @@ prefix_concat_kernel(const __grid_constant__ PrefixConcat given, const Packed pa
       origin = Origin::TOKEN;
       if (given.ids) {
         const int64_t id = given.ids[b * given.ids_strides[0] + t * given.ids_strides[1]];
-        if (id < 0 || id >= given.table_rows) origin = Origin::NOWHERE;
-        row = id * given.tokens_strides[1];
+        if (id >= 0 && id < given.table_rows) row = id * given.tokens_strides[1];
+        else origin = Origin::NOWHERE;
       } else {
         row = b * given.tokens_strides[0] + t * given.tokens_strides[1];
       }
@@ -322,8 +323,7 @@ __global__ void __launch_bounds__(SUM_THREADS) prefix_concat_prompts_kernel(cons
 #pragma unroll
         for (int c = 0; c < COUNT; ++c) total[c] += to_float(*pack.at(c));
       }
-    }
-    __syncthreads();
+    }  // the next step writes rows behind a barrier, and counts that nobody reads any more
   }
   if (d >= given.D) return;
   float* const to = given.dprompts + j * given.D + d;
