@@ -35,7 +35,7 @@ def available() -> bool:
 def build(sources: Sequence[Path]) -> Path:
     """A library of the sources, compiled if what it is made of has changed; several processes may ask at once."""
     folder, flags = Path(torch.__file__).parent, SANITIZERS if os.environ.get("FASTLORA_SANITIZE") == "1" else []
-    headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *(ROOT / "tests").glob("emulated_*.h")]
+    headers = [*(ROOT / "csrc").rglob("*.h"), *(ROOT / "csrc").rglob("*.cuh"), *(ROOT / "tests").glob("*.h")]
     include = [f"-isystem{folder / 'include'}", f"-I{ROOT / 'csrc'}", f"-I{ROOT / 'tests'}"]
     command = [*COMPILER, *FLAGS, *flags, *include]
     contents = b"".join(path.read_bytes() for path in sorted([*sources, *headers]))

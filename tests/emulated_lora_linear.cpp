@@ -1,8 +1,8 @@
-// csrc/cuda/lora_linear.cu on the emulated card, as functions for ctypes. `message` takes what went wrong, at most 1023 bytes.
-#include "lora_linear.cu"
-
+// csrc/cuda/lora_linear.cu as functions for ctypes. `message` takes what went wrong, at most 1023 bytes.
 #include <cstdio>
 #include <exception>
+
+#include "cuda/lora_linear.h"
 
 namespace {
 template <class Given>
@@ -17,9 +17,11 @@ void call(std::string (*operation)(const Given&, cudaStream_t), const Given& giv
 }
 }  // namespace
 
+#pragma GCC visibility push(default)
 extern "C" {
 int64_t workspace(const fastlora::LoraLinear& layer) { return fastlora::lora_linear_workspace(layer); }
 int64_t backward_workspace(const fastlora::LoraLinear& layer) { return fastlora::lora_linear_backward_workspace(layer); }
 void forward(const fastlora::LoraLinearForward& given, char* message) { call(fastlora::lora_linear, given, message); }
 void backward(const fastlora::LoraLinearBackward& given, char* message) { call(fastlora::lora_linear_backward, given, message); }
 }
+#pragma GCC visibility pop

@@ -108,4 +108,162 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 
 inline void group_sync(int id, int threads) { emulated::meet(id, threads); }
 
+// Hopper's. Boxes arrive when their barrier is waited for, products are computed when they are waited for, both no earlier.
+
+struct TensorMap {
+  const uint16_t* data;
+  int64_t rows, columns, stride;
+  int box_rows, box_columns;
+};
+
+inline bool describe(TensorMap& map, bool, const void* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows, int box_columns) {
+  map = {static_cast<const uint16_t*>(matrix), rows, columns, stride, box_rows, box_columns};
+  return reinterpret_cast<uintptr_t>(matrix) % 16 == 0 && stride % 8 == 0 && stride >= columns && box_rows <= 256 && box_columns == 64;
+}
+
+/// Where the byte lies that is at `address` without the 128-byte swizzle.
+inline uintptr_t swizzled(uintptr_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+struct Box {
+  unsigned char* to;
+  const TensorMap* map;
+  int row, column;
+
+  int bytes() const { return map->box_rows * map->box_columns * 2; }
+  void bring() const {
+    for (int r = 0; r < map->box_rows; ++r) {
+      for (int c = 0; c < map->box_columns; ++c) {
+        const bool inside = row + r < map->rows && column + c < map->columns;
+        const uintptr_t at = swizzled(reinterpret_cast<uintptr_t>(to) + r * 128 + c * 2);
+        *reinterpret_cast<uint16_t*>(at) = inside ? map->data[(row + r) * map->stride + column + c] : 0;
+      }
+    }
+  }
+};
+
+struct CountingBarrier {
+  int count, missing;
+  int64_t bytes;  // announced and not there
+  uint32_t parity;
+  std::vector<Box> boxes;
+
+  void try_end() {
+    if (missing || bytes || !boxes.empty()) return;
+    missing = count;
+    parity ^= 1;
+  }
+};
+inline std::unordered_map<uint64_t*, CountingBarrier> counting_barriers;
+
+inline void init_barrier(uint64_t* barrier, int count) { counting_barriers[barrier] = {count, count, 0, 0, {}}; }
+inline void publish_barriers() {}
+inline void arrive_expecting(uint64_t* barrier, int bytes) {
+  CountingBarrier& state = counting_barriers.at(barrier);
+  if (state.missing-- == 0) emulated::fail("more threads arrive at a barrier than it counts");
+  state.bytes += bytes;
+  state.try_end();
+}
+inline void arrive(uint64_t* barrier) { arrive_expecting(barrier, 0); }
+inline void wait_barrier(uint64_t* barrier, uint32_t parity) {
+  for (CountingBarrier& state = counting_barriers.at(barrier); state.parity == parity; __nanosleep(0)) {
+    for (const Box& box : state.boxes) {
+      box.bring();
+      state.bytes -= box.bytes();
+    }
+    state.boxes.clear();
+    state.try_end();
+    if (state.parity != parity) return;
+  }
+}
+inline void copy_box(void* shared, const TensorMap* map, uint64_t* barrier, int row, int column) {
+  if (reinterpret_cast<uintptr_t>(shared) % 1024) emulated::fail("a box that is not aligned to the swizzle's 1024 bytes");
+  counting_barriers.at(barrier).boxes.push_back({static_cast<unsigned char*>(shared), map, row, column});
+}
+inline void fence_copy_engine() {}
+inline void release_add(uint32_t* flag, uint32_t value) { *flag += value; }
+inline uint32_t acquire(const uint32_t* flag) { return *flag; }
+template <int COUNT>
+void take_registers() {}
+template <int COUNT>
+void give_registers() {}
+
+/// Address and distance as on a card, in 16 bytes; the address has more bits.
+inline uint64_t operand(const void* shared, int apart) {
+  return reinterpret_cast<uint64_t>(shared) >> 4 | static_cast<uint64_t>(apart >> 4) << 44;
+}
+
+struct OperandProduct {
+  float* d;
+  int size;
+  uint64_t a, b;
+  bool across, add;
+  float (*number)(uint16_t);
+
+  static uintptr_t begin(uint64_t operand) { return (operand & ((uint64_t{1} << 44) - 1)) << 4; }
+  float at(uintptr_t address) const { return number(*reinterpret_cast<const uint16_t*>(swizzled(address))); }
+  float left(int row, int depth) const { return at(begin(a) + row / 8 * 1024 + row % 8 * 128 + depth * 2); }
+  float right(int column, int depth) const {
+    if (!across) return at(begin(b) + column / 8 * 1024 + column % 8 * 128 + depth * 2);
+    return at(begin(b) + column / 64 * (b >> 44 << 4) + depth / 8 * 1024 + depth % 8 * 128 + column % 64 * 2);
+  }
+  void compute() const {
+    const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+    float rows[2][16];
+    for (int i = 0; i < 32; ++i) rows[i / 16][i % 16] = left(row + i / 16 * 8, i % 16);
+    for (int i = 0; i < size; i += 4) {
+      for (int half = 0; half < 2; ++half) {
+        float sums[2] = {add ? d[i + half] : 0, add ? d[i + 2 + half] : 0};
+        for (int depth = 0; depth < 16; ++depth) {
+          const float number = right(i * 2 + lane % 4 * 2 + half, depth);
+          sums[0] += rows[0][depth] * number;
+          sums[1] += rows[1][depth] * number;
+        }
+        d[i + half] = sums[0];
+        d[i + 2 + half] = sums[1];
+      }
+    }
+  }
+};
+struct OperandProducts {
+  std::vector<OperandProduct> open;
+  std::deque<std::vector<OperandProduct>> groups;
+};
+inline std::unordered_map<emulated::Fiber*, OperandProducts> operand_products;  // of each thread that has any
+
+template <class T, bool ACROSS, int SIZE>
+void multiply_operands(float (&d)[SIZE], uint64_t a, uint64_t b, int add) {
+  const auto number = [](uint16_t bits) { return static_cast<float>(std::bit_cast<T>(bits)); };
+  operand_products[emulated::current].open.push_back({d, SIZE, a, b, ACROSS, add != 0, number});
+}
+inline void begin_products() {}
+inline void commit_products() {
+  OperandProducts& mine = operand_products[emulated::current];
+  mine.groups.push_back(std::move(mine.open));
+  mine.open.clear();
+}
+template <int PENDING>
+void wait_products() {
+  OperandProducts& mine = operand_products[emulated::current];
+  for (; mine.groups.size() > PENDING; mine.groups.pop_front()) {
+    for (const OperandProduct& product : mine.groups.front()) product.compute();
+  }
+  if (mine.groups.empty() && mine.open.empty()) operand_products.erase(emulated::current);
+  __syncwarp();  // what one lane does next is after all lanes' reading
+}
+
 }  // namespace fastlora
+
+// The card that the host asks about.
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
+inline int emulated_capability_now = 80;  // compute capability times 10
+extern "C" __attribute__((weak, visibility("default"))) void emulated_capability(int capability) { emulated_capability_now = capability; }
+inline cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  constexpr int MULTIPROCESSORS = 2;
+  const int values[] = {MULTIPROCESSORS, emulated_capability_now / 10, emulated_capability_now % 10};
+  *value = values[attribute];
+  return cudaSuccess;
+}

@@ -5,14 +5,10 @@ csrc/cuda/ptx.cuh says that they are.
 """
 
 import ctypes
-import os
-import shlex
-import shutil
-import subprocess
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
+import emulated
 import pytest
 import torch
 from bounds import Layer, assert_within_bound, double, gapped, make_layer, next_seed, transposed
@@ -20,12 +16,10 @@ from torch import Tensor
 
 from fastlora import reference
 
-ROOT = Path(__file__).parent.parent
 SCALE = 1.7
-COMPILER = shlex.split(os.environ.get("CXX", "g++"))
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
-pytestmark = pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(not emulated.available(), reason="needs a C++20 compiler")
 
 
 class Matrix(ctypes.Structure):
@@ -61,15 +55,17 @@ class Backward(ctypes.Structure):
 
 
 @pytest.fixture(scope="module")
-def card(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    library = tmp_path_factory.mktemp("emulated") / "lora_linear.so"
-    headers = (f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / 'tests'}", f"-isystem{Path(torch.__file__).parent / 'include'}")
-    flags = "-std=c++20 -O1 -shared -fPIC -DFASTLORA_EMULATED".split()
-    source = ROOT / "tests/emulated_lora_linear.cpp"
-    subprocess.run([*COMPILER, *flags, *headers, str(source), "-o", str(library)], check=True)
-    loaded = ctypes.CDLL(str(library))
+def library() -> ctypes.CDLL:
+    sources = [emulated.ROOT / "csrc/cuda/lora_linear.cu", emulated.ROOT / "tests/emulated_lora_linear.cpp"]
+    loaded = ctypes.CDLL(str(emulated.build(sources)))
     loaded.workspace.restype = loaded.backward_workspace.restype = ctypes.c_int64
     return loaded
+
+
+@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
+def card(request: pytest.FixtureRequest, library: ctypes.CDLL) -> ctypes.CDLL:
+    library.emulated_capability(request.param)
+    return library
 
 
 def pointer(tensor: Tensor | None) -> int | None:
@@ -134,8 +130,8 @@ def run(card: ctypes.CDLL, layer: Layer, dropout_p: float, seed: Tensor | None) 
 def by_reference(layer: Layer, dropout_p: float, seed: Tensor | None) -> list[Tensor]:
     """y, xa, dx, da, db."""
     x, weight, bias, lora_a, lora_b, dy = layer
-    y, xa = reference.lora_linear(x, weight, bias, lora_a, lora_b, SCALE, dropout_p, seed)
-    grads = reference.lora_linear_backward(dy, x, weight, lora_a, lora_b, xa, SCALE, dropout_p, seed, True, True, True)
+    y, xa, keep = reference.lora_linear(x, weight, bias, lora_a, lora_b, SCALE, dropout_p, seed)
+    grads = reference.lora_linear_backward(dy, x, weight, lora_a, lora_b, xa, keep, SCALE, dropout_p, True, True, True)
     return [y, xa, *grads]
 
 

@@ -17,13 +17,14 @@
 #include <cmath>
 
 #include "product_sm80.cuh"
+#include "product_sm90.cuh"
 
 namespace fastlora {
 namespace {
 
 constexpr int BLOCK = 256;      // threads of the kernels that only move numbers
-constexpr int64_t SPAN = 1024;  // rows a part of dA and dB, unless there would be more than PARTS
-constexpr int64_t PARTS = 64;
+constexpr int SPAN = 1024;      // rows a part of dA and dB, unless there would be more than PARTS
+constexpr int PARTS = 64;
 
 /// A matrix rounded, and padded with zeros to [to_rows, to_columns].
 template <class T>
@@ -39,11 +40,16 @@ template <class T>
 struct Roundings {
   Rounding<T> matrix[3];
   int count;
+  uint32_t* progress;  // what the next launch finds as zeros
+  int64_t progress_count;
 };
 
 template <class T>
 __global__ void __launch_bounds__(BLOCK) round_kernel(const __grid_constant__ Roundings<T> task) {
   const Rounding<T>& matrix = task.matrix[blockIdx.y];
+  if (blockIdx.x == 0 && blockIdx.y == 0) {
+    for (int64_t i = threadIdx.x; i < task.progress_count; i += BLOCK) task.progress[i] = 0;
+  }
   for (int64_t i = blockIdx.x * static_cast<int64_t>(BLOCK) + threadIdx.x; i < matrix.to_rows * matrix.to_columns; i += gridDim.x * BLOCK) {
     const int64_t row = i / matrix.to_columns, column = i % matrix.to_columns, at = row * matrix.row_stride + column * matrix.column_stride;
     float value = 0;
@@ -86,9 +92,32 @@ __global__ void __launch_bounds__(BLOCK) sum_kernel(const __grid_constant__ Sums
   }
 }
 
-template <class T, int WIDTH>
+template <class T, int RANK>
 __global__ void __launch_bounds__(GROUP, 4) side_kernel(const __grid_constant__ Sides<T> sides) {
-  side_tile<T, WIDTH>(sides, blockIdx.x, shared_memory(), 1);
+  side_tile<T, RANK, SHRINKS | GRADS | DROPS>(sides, blockIdx.x, shared_memory(), 1);
+}
+
+// The host launches the one or the other. Compiled for another card than its own, a body has nothing that could run there: it stops the card.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define FASTLORA_HOPPER
+#endif
+
+template <class T, bool BACK>
+__global__ void __launch_bounds__(sm80::THREADS, 2) product_sm80_kernel(const __grid_constant__ Product<T> task) {
+#if !defined(__CUDA_ARCH__) || !defined(FASTLORA_HOPPER)
+  sm80::run<T, BACK>(task);
+#else
+  __trap();
+#endif
+}
+
+template <class T, bool BACK, int RANK>
+__global__ void __launch_bounds__(sm90::THREADS, 1) product_sm90_kernel(const __grid_constant__ sm90::Fused<T> task) {
+#ifdef FASTLORA_HOPPER
+  sm90::run<T, BACK, RANK>(task);
+#else
+  __trap();
+#endif
 }
 
 /// Pieces of the workspace, one after the other. Without a base it only counts.
@@ -99,12 +128,12 @@ struct Workspace {
   template <class T>
   T* take(int64_t count) {
     T* const piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += round_up(count * sizeof(T), 256);
+    used += round_up(count * static_cast<int64_t>(sizeof(T)), 256);
     return piece;
   }
 };
 
-int64_t span_of(int64_t M) { return std::max(SPAN, round_up(divide_up(M, PARTS), GRAD_STEP)); }
+int span_of(int M) { return std::max(SPAN, round_up(divide_up(M, PARTS), sm90::HEIGHT)); }
 
 /// The 16-bit number below which a half-word drops its element, and what a kept one is multiplied by; as in fastlora/reference.py.
 uint32_t threshold_of(double p) { return static_cast<uint32_t>(65536 * p + 0.5); }
@@ -117,12 +146,11 @@ float factor_of(double p) {
 template <class T>
 struct Call {
   const LoraLinear& layer;
-  int64_t M;
-  int K, N, R, padded;
+  int M, K, N, R, padded;
   cudaStream_t stream;
 
   Call(const LoraLinear& layer, cudaStream_t stream)
-      : layer(layer), M(layer.M), K(static_cast<int>(layer.K)), N(static_cast<int>(layer.N)), R(static_cast<int>(layer.R)),
+      : layer(layer), M(static_cast<int>(layer.M)), K(static_cast<int>(layer.K)), N(static_cast<int>(layer.N)), R(static_cast<int>(layer.R)),
         padded(padded_rank(R)), stream(stream) {}
 
   Rounding<T> rounding(const Matrix& from, int64_t rows, int64_t columns, T* to, int64_t to_rows, int64_t to_columns) const {
@@ -138,7 +166,7 @@ struct Call {
 
   /// No tiles yet.
   Sides<T> sides(int columns) const {
-    return {{}, {}, false, false, M, span_of(M), static_cast<int>(divide_up(columns, GRAD_COLUMNS)), padded == 16 ? 1 : padded / RANKS};
+    return {{}, {}, false, false, M, span_of(M), divide_up(columns, GRAD_COLUMNS), padded == 16 ? 1 : padded / RANKS};
   }
 
   void run(const Sides<T>& sides) const {
@@ -147,36 +175,70 @@ struct Call {
     launch(kernel, dim3(sides.tiles()), dim3(GROUP), QUEUE, stream, sides);
   }
 
+  /// The product, `first` that shrinks for it, and `last`, which reads what `first` has shrunk. progress: zeros.
   template <bool BACK>
-  void multiply(const Product<T>& product) const {
-    const int64_t tiles = divide_up(product.M, sm80::SIDE) * divide_up(product.N, sm80::SIDE);
-    launch(sm80::product_kernel<T, BACK>, dim3(static_cast<unsigned>(tiles)), dim3(sm80::THREADS), sm80::SHARED, stream, product);
+  std::string multiply(const Product<T>& product, const Sides<T>& first, const Sides<T>& last, uint32_t* progress) const {
+    int device = 0, major = 0, minor = 0, multiprocessors = 0;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (major < 8) return "this card has compute capability " + std::to_string(major) + "." + std::to_string(minor) + ", expected 8.0 or newer";
+    if (major == 9 && minor == 0) return multiply_sm90<BACK>(product, first, last, progress, multiprocessors);
+    run(first);
+    const int tiles = divide_up(product.M, sm80::SIDE) * divide_up(product.N, sm80::SIDE);
+    launch(product_sm80_kernel<T, BACK>, dim3(tiles), dim3(sm80::THREADS), sm80::SHARED, stream, product);
+    run(last);
+    return "";
+  }
+
+  template <bool BACK>
+  std::string multiply_sm90(const Product<T>& product, const Sides<T>& first, const Sides<T>& last, uint32_t* progress, int multiprocessors) const {
+    const int tiles = divide_up(product.M, sm90::HEIGHT) * divide_up(product.N, sm90::WIDTH), side_tiles = first.tiles() + last.tiles();
+    sm90::Fused<T> task{{}, {}, {}, {}, product, first, last, progress, tiles, first.tiles(), side_tiles};
+    const auto map = [&](TensorMap& to, const T* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
+      return describe(to, layer.dtype == Dtype::BFLOAT16, matrix, rows, columns, rows > 1 ? stride : round_up(columns, 8), box_rows, 64);
+    };
+    const int M = product.M, depth = product.depth;
+    const bool mapped = map(task.x, product.x, M, depth, product.x_stride, sm90::HEIGHT) &&
+                        map(task.p, product.p, M, padded, padded, sm90::HEIGHT) &&
+                        map(task.w, product.w, BACK ? depth : product.N, BACK ? product.N : depth, product.w_stride, BACK ? 64 : sm90::WIDTH) &&
+                        map(task.q, product.q, BACK ? padded : product.N, BACK ? product.N : padded, product.q_stride, BACK ? 64 : sm90::WIDTH);
+    if (!mapped) return "the driver has no tensor map (cuTensorMapEncodeTiled) for x, weight, lora_a or lora_b";
+    const auto kernel = padded == 16 ? product_sm90_kernel<T, BACK, 16> : product_sm90_kernel<T, BACK, RANKS>;
+    launch(kernel, dim3(std::min(multiprocessors, std::max(tiles, side_tiles))), dim3(sm90::THREADS), sm90::SHARED, stream, task);
+    return "";
   }
 };
+
+int progress_count(int M) { return 1 + divide_up(M, sm90::HEIGHT); }
 
 template <class T>
 struct ForwardWorkspace {
   T *a, *b, *xa;
+  uint32_t* progress;
   int a_stride;
   int64_t bytes;
 
-  ForwardWorkspace(const Call<T>& call, void* base) : a_stride(static_cast<int>(round_up(call.K, SHRINK_STEP))) {
+  ForwardWorkspace(const Call<T>& call, void* base) : a_stride(round_up(call.K, SHRINK_STEP)) {
     Workspace space{static_cast<unsigned char*>(base)};
-    a = space.take<T>(int64_t{1} * call.padded * a_stride);          // [padded R, padded K]
-    b = space.take<T>(call.layer.N * call.padded);  // [N, padded R]
-    xa = space.take<T>(call.M * call.padded);           // [M, padded R]: s xa
+    a = space.take<T>(int64_t{1} * call.padded * a_stride);  // [padded R, padded K]
+    b = space.take<T>(call.layer.N * call.padded);           // [N, padded R]
+    xa = space.take<T>(call.layer.M * call.padded);                // [M, padded R]: s xa
+    progress = space.take<uint32_t>(progress_count(call.M));
     bytes = space.used;
   }
 };
 
 template <class T>
-void forward(const LoraLinearForward& given, cudaStream_t stream) {
+std::string forward(const LoraLinearForward& given, cudaStream_t stream) {
   const LoraLinear& layer = given.layer;
   const Call<T> call(layer, stream);
-  if (call.M == 0) return;
+  if (call.M == 0) return "";
   const ForwardWorkspace<T> space(call, given.workspace);
-  call.round({{call.rounding(layer.lora_a, call.R, call.K, space.a, call.padded, space.a_stride),
-               call.rounding(layer.lora_b, call.N, call.R, space.b, call.N, call.padded)}, 2});
+  const Rounding<T> a = call.rounding(layer.lora_a, call.R, call.K, space.a, call.padded, space.a_stride);
+  const Rounding<T> b = call.rounding(layer.lora_b, call.N, call.R, space.b, call.N, call.padded);
+  call.round({{a, b}, 2, space.progress, progress_count(call.M)});
 
   const T* const x = static_cast<const T*>(layer.x.data);
   const uint32_t threshold = given.seed ? threshold_of(layer.dropout_p) : 0;
@@ -185,30 +247,32 @@ void forward(const LoraLinearForward& given, cudaStream_t stream) {
   sides.shrink = {
       x, layer.x.strides[0], space.a, space.a_stride, given.xa, space.xa, nullptr, threshold ? given.keep : nullptr, given.seed, threshold,
       threshold ? factor_of(layer.dropout_p) : 1.f, static_cast<float>(layer.scale), call.M, call.K, call.R};
-  call.run(sides);
-  call.template multiply<false>({
+  const Product<T> product{
       x, layer.x.strides[0], static_cast<const T*>(layer.weight.data), layer.weight.strides[0], space.xa, space.b, call.padded,
-      static_cast<const T*>(layer.bias), layer.bias_stride, nullptr, 1.f, static_cast<T*>(given.y), call.M, call.N, call.K, call.R});
+      static_cast<const T*>(layer.bias), layer.bias_stride, nullptr, 1.f, static_cast<T*>(given.y), call.M, call.N, call.K, call.R};
+  return call.template multiply<false>(product, sides, call.sides(0), space.progress);
 }
 
 template <class T>
 struct BackwardWorkspace {
   T *a, *b, *xa, *dxa, *dxa_transposed;
   float *da, *db;
-  int a_stride, b_stride;
-  int64_t rows, parts, bytes;
+  uint32_t* progress;
+  int a_stride, b_stride, rows, parts;
+  int64_t bytes;
 
   BackwardWorkspace(const Call<T>& call, void* base)
-      : a_stride(static_cast<int>(round_up(call.K, SHRINK_STEP))), b_stride(static_cast<int>(round_up(call.N, SHRINK_STEP))), rows(round_up(call.M, SHRINK_ROWS)),
+      : a_stride(round_up(call.K, SHRINK_STEP)), b_stride(round_up(call.N, SHRINK_STEP)), rows(round_up(call.M, SHRINK_ROWS)),
         parts(divide_up(call.M, span_of(call.M))) {
     Workspace space{static_cast<unsigned char*>(base)};
     a = space.take<T>(int64_t{1} * call.padded * a_stride);                                     // [padded R, padded K]
     b = space.take<T>(int64_t{1} * call.padded * b_stride);                                     // [padded R, padded N], transposed
-    xa = space.take<T>(call.padded * rows);                                        // [padded R, padded M], transposed
-    dxa = space.take<T>(call.M * call.padded);                                     // [M, padded R]
-    dxa_transposed = space.take<T>(call.padded * rows);                            // [padded R, padded M]
-    da = space.take<float>(parts * call.padded * round_up(call.K, GRAD_COLUMNS));  // [parts, padded R, padded K]
-    db = space.take<float>(parts * call.padded * round_up(call.N, GRAD_COLUMNS));  // [parts, padded R, padded N], transposed
+    xa = space.take<T>(int64_t{1} * call.padded * rows);                                        // [padded R, padded M], transposed
+    dxa = space.take<T>(call.layer.M * call.padded);                                     // [M, padded R]
+    dxa_transposed = space.take<T>(int64_t{1} * call.padded * rows);                            // [padded R, padded M]
+    da = space.take<float>(int64_t{1} * parts * call.padded * round_up(call.K, GRAD_COLUMNS));  // [parts, padded R, padded K]
+    db = space.take<float>(int64_t{1} * parts * call.padded * round_up(call.N, GRAD_COLUMNS));  // [parts, padded R, padded N], transposed
+    progress = space.take<uint32_t>(progress_count(call.M));
     bytes = space.used;
   }
 };
@@ -225,41 +289,47 @@ void add_parts(const Call<T>& call, const LoraLinearBackward& given, const Backw
 }
 
 template <class T>
-void backward(const LoraLinearBackward& given, cudaStream_t stream) {
+std::string backward(const LoraLinearBackward& given, cudaStream_t stream) {
   const LoraLinear& layer = given.layer;
   const Call<T> call(layer, stream);
   const BackwardWorkspace<T> space(call, given.workspace);
   const uint8_t* const keep = threshold_of(layer.dropout_p) ? given.keep : nullptr;
   const float factor = keep ? factor_of(layer.dropout_p) : 1.f;
-  if (call.M == 0) return add_parts(call, given, space, factor);
-
+  if (call.M == 0) {
+    add_parts(call, given, space, factor);
+    return "";
+  }
+  const Matrix b_transposed{layer.lora_b.data, {layer.lora_b.strides[1], layer.lora_b.strides[0]}};
+  const Rounding<T> a = call.rounding(layer.lora_a, call.R, call.K, space.a, call.padded, space.a_stride);
+  const Rounding<T> b = call.rounding(b_transposed, call.R, call.N, space.b, call.padded, space.b_stride);
   Rounding<T> xa = call.rounding({given.xa, {1, call.R}}, call.R, call.M, space.xa, call.padded, space.rows);
   xa.wide = true;
-  call.round({{call.rounding(layer.lora_a, call.R, call.K, space.a, call.padded, space.a_stride),
-               call.rounding({layer.lora_b.data, {layer.lora_b.strides[1], layer.lora_b.strides[0]}}, call.R, call.N, space.b, call.padded, space.b_stride),
-               xa}, 3});
+  call.round({{a, b, xa}, 3, space.progress, progress_count(call.M)});
 
   const T* const dy = static_cast<const T*>(given.dy.data);
   const int64_t dy_stride = given.dy.strides[0];
-  Sides<T> first = call.sides(call.N);
+  Sides<T> first = call.sides(call.N), last = call.sides(call.K);
   first.shrinks = given.dx || given.da;
   first.grads = given.db;
   first.shrink = {
       dy, dy_stride, space.b, space.b_stride, nullptr, space.dxa, space.dxa_transposed, nullptr, nullptr, 0, static_cast<float>(layer.scale), 1.f,
       call.M, call.N, call.R};
   first.gradient = {dy, dy_stride, nullptr, space.xa, space.db, call.M, first.span, call.N, call.R};
-  call.run(first);
-  if (given.dx) {
-    call.template multiply<true>({
-        dy, dy_stride, static_cast<const T*>(layer.weight.data), layer.weight.strides[0], space.dxa, space.a, space.a_stride, nullptr, 0, keep, factor,
-        static_cast<T*>(given.dx), call.M, call.K, call.N, call.R});
-  }
-  Sides<T> last = call.sides(call.K);
   last.grads = given.da;
   last.gradient = {
       static_cast<const T*>(layer.x.data), layer.x.strides[0], keep, space.dxa_transposed, space.da, call.M, last.span, call.K, call.R};
-  call.run(last);
+  if (given.dx) {
+    const Product<T> product{
+        dy, dy_stride, static_cast<const T*>(layer.weight.data), layer.weight.strides[0], space.dxa, space.a, space.a_stride, nullptr, 0, keep,
+        factor, static_cast<T*>(given.dx), call.M, call.K, call.N, call.R};
+    const std::string error = call.template multiply<true>(product, first, last, space.progress);
+    if (!error.empty()) return error;
+  } else {
+    call.run(first);
+    call.run(last);
+  }
   add_parts(call, given, space, factor);
+  return "";
 }
 
 /// Rows are copied 16 bytes at a time.
@@ -282,6 +352,7 @@ std::string lora_linear_unsupported(const LoraLinear& layer, const Matrix* dy) {
   if (layer.dtype == Dtype::FLOAT32) return "x: got float32, expected bfloat16 or float16";
   if (layer.R > 512) return "lora_a: got rank " + std::to_string(layer.R) + ", expected at most 512";
   constexpr int64_t FAR = 1 << 24;  // offsets within the rows of a tile are 32 bits
+  if (layer.M > 64 * FAR) return "x: got " + std::to_string(layer.M) + " rows, expected at most 2^30";
   if (layer.K > FAR || layer.N > FAR) return "weight: got [" + std::to_string(layer.N) + ", " + std::to_string(layer.K) + "], expected sides up to 2^24";
   std::string found = unaligned("x", layer.x, layer.M, layer.K);
   if (found.empty()) found = unaligned("weight", layer.weight, layer.N, layer.K);
@@ -298,15 +369,15 @@ int64_t lora_linear_backward_workspace(const LoraLinear& layer) {
 std::string lora_linear(const LoraLinearForward& given, cudaStream_t stream) {
   const std::string unsupported = lora_linear_unsupported(given.layer, nullptr);
   if (!unsupported.empty()) return unsupported;
-  (given.layer.dtype == Dtype::BFLOAT16 ? forward<__nv_bfloat16> : forward<__half>)(given, stream);
-  return launched();
+  const std::string error = (given.layer.dtype == Dtype::BFLOAT16 ? forward<__nv_bfloat16> : forward<__half>)(given, stream);
+  return error.empty() ? launched() : error;
 }
 
 std::string lora_linear_backward(const LoraLinearBackward& given, cudaStream_t stream) {
   const std::string unsupported = lora_linear_unsupported(given.layer, &given.dy);
   if (!unsupported.empty()) return unsupported;
-  (given.layer.dtype == Dtype::BFLOAT16 ? backward<__nv_bfloat16> : backward<__half>)(given, stream);
-  return launched();
+  const std::string error = (given.layer.dtype == Dtype::BFLOAT16 ? backward<__nv_bfloat16> : backward<__half>)(given, stream);
+  return error.empty() ? launched() : error;
 }
 
 }  // namespace fastlora

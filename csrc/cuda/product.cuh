@@ -1,6 +1,8 @@
 // What the two products with the frozen weight share, for whichever architecture: y = x W' + scale_of(p Q') + bias.
 #pragma once
 
+#include <type_traits>
+
 #include "skinny.cuh"
 
 namespace fastlora {
@@ -21,32 +23,29 @@ struct Product {
   const uint8_t* keep;  // [M, 8 ceil(N / 64)], or null
   float factor;
   T* y;  // rows of N
-  int64_t M;
-  int N, depth, R;
+  int M, N, depth, R;
 };
 
 constexpr int TILES_TOGETHER = 8;  // row-blocks whose tiles follow one another, so that they read a block of w while it is in the cache
 
-struct Tile { int64_t row; int column; };  // the first ones
+struct Tile { int row, column; };  // the first ones
 
 /// Tile `number` of ceil(M / height) * ceil(N / width): TILES_TOGETHER row-blocks at a time, down each block of columns.
-__device__ inline Tile tile_of(int64_t number, int64_t M, int N, int height, int width) {
-  const int64_t rows = divide_up(M, height), columns = divide_up(N, width);
-  const int64_t group = number / (TILES_TOGETHER * columns), first = group * TILES_TOGETHER;
-  const int64_t together = min(rows - first, static_cast<int64_t>(TILES_TOGETHER)), within = number - first * columns;
-  return {(first + within % together) * height, static_cast<int>(within / together) * width};
+__device__ inline Tile tile_of(int number, int M, int N, int height, int width) {
+  const int rows = divide_up(M, height), columns = divide_up(N, width), first = number / (TILES_TOGETHER * columns) * TILES_TOGETHER;
+  const int together = min(rows - first, TILES_TOGETHER), within = number - first * columns;
+  return {(first + within % together) * height, within / together * width};
 }
 
 /// The bits of `keep` from `column` on, to the end of a group of 64, for rows some steps below `row`. None outside.
 template <class T>
 struct KeptRows {
   const uint8_t* at;
-  int64_t stride, rows;
-  int shift;
+  int stride, rows, shift;
 
-  __device__ KeptRows(const Product<T>& task, int64_t row, int column)
+  __device__ KeptRows(const Product<T>& task, int row, int column)
       : stride(divide_up(task.N, 64) * 8), rows(column / 64 * 64 < task.N ? task.M - row : 0), shift(column % 64) {
-    at = task.keep + row * stride + column / 64 * 8;
+    at = task.keep + static_cast<int64_t>(row) * stride + column / 64 * 8;
   }
 
   __device__ uint64_t bits(int below) const { return below < rows ? *reinterpret_cast<const uint64_t*>(at + below * stride) >> shift : 0; }
@@ -59,42 +58,49 @@ __device__ inline void add_kept(float& first, float& second, float p0, float p1,
   second += pair & 2 ? factor * p1 : 0.f;
 }
 
-/// The bias of a lane's columns among 32: 2 t and 2 t + 1 of each of four fragments.
-template <class T>
+/// The bias of a lane's columns among 32: 2 t and 2 t + 1 of each of four fragments. IS: whether there may be one.
+template <class T, bool IS>
 struct Bias {
   int column;
   float value[4][2] = {};
 
   __device__ Bias(const Product<T>& task, int column) : column(column) {
-    if (!task.bias) return;
+    if constexpr (IS) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int n = column + i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2;
-      if (n < task.N) value[i / 2][i % 2] = static_cast<float>(task.bias[n * task.bias_stride]);
+      for (int i = 0; i < 8; ++i) {
+        const int n = column + i / 2 * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
+        if (task.bias && n < task.N) value[i / 2][i % 2] = static_cast<float>(task.bias[n * task.bias_stride]);
+      }
     }
   }
 };
 
 /// Writes one row's sums of four fragments, with the bias. Lane t of four holds columns 2 t and 2 t + 1 of each fragment and trades them for one
 /// whole fragment: eight columns, 16 bytes.
-template <class T>
-__device__ inline void write_32(const Product<T>& task, int64_t row, const Bias<T>& bias, const float (&sum)[4][2]) {
+template <class T, bool IS>
+__device__ inline void write_32(const Product<T>& task, int row, const Bias<T, IS>& bias, const float (&sum)[4][2]) {
   const int t = threadIdx.x % 4;
   uint32_t pair[4];
 #pragma unroll
-  for (int j = 0; j < 4; ++j) pair[j] = pack<T>(sum[j][0] + bias.value[j][0], sum[j][1] + bias.value[j][1]);
-  Eight mine;
+  for (int j = 0; j < 4; ++j) {
+    if constexpr (IS) {
+      pair[j] = pack<T>(sum[j][0] + bias.value[j][0], sum[j][1] + bias.value[j][1]);
+    } else {
+      pair[j] = pack<T>(sum[j][0], sum[j][1]);
+    }
+  }
+  Eight mine = {};
 #pragma unroll
   for (int r = 0; r < 4; ++r) {  // with lane t ^ r: its pair of fragment t for our pair of fragment t ^ r
     const int other = t ^ r;
     const uint32_t give = other < 2 ? (other ? pair[1] : pair[0]) : (other == 2 ? pair[2] : pair[3]);
     const uint32_t get = r ? __shfl_xor_sync(~0u, give, r) : give;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) mine.pair[i] = i == other ? get : mine.pair[i];
+    for (int i = 0; i < 4; ++i) mine.pair[i] = r == 0 || i == other ? get : mine.pair[i];
   }
   const int first = bias.column + 8 * t;
   if (row >= task.M || first >= task.N) return;
-  T* const to = task.y + row * task.N + first;
+  T* const to = task.y + static_cast<int64_t>(row) * task.N + first;
   if (task.N % 8 == 0) {
     *reinterpret_cast<Eight*>(to) = mine;
     return;

@@ -2,8 +2,6 @@
 // queue of stages. A block is four warps, each a quarter of 64 x 64.
 #pragma once
 
-#include <type_traits>
-
 #include "product.cuh"
 
 namespace fastlora::sm80 {
@@ -45,34 +43,34 @@ struct Source {
 
 /// `row`: the tile's first; a narrow tile's rows are the matrix's, a wide one's are the depth.
 template <class T>
-__device__ Source<T> narrow_source(const T* matrix, int64_t stride, int64_t row, int64_t rows) {
-  const int64_t first = row + threadIdx.x / 4;
-  return {matrix + first * stride + threadIdx.x % 4 * 8, stride, static_cast<int>(max(min(rows - first, static_cast<int64_t>(SIDE)), int64_t{0})), 0};
+__device__ Source<T> narrow_source(const T* matrix, int64_t stride, int row, int rows) {
+  const int first = row + static_cast<int>(threadIdx.x) / 4;
+  return {matrix + first * stride + threadIdx.x % 4 * 8, stride, rows - first, 0};
 }
 template <class T>
 __device__ Source<T> wide_source(const T* matrix, int64_t stride, int column, int columns) {
-  const int first = column + threadIdx.x % 16 * 8;
+  const int first = column + static_cast<int>(threadIdx.x) % 16 * 8;
   return {matrix + threadIdx.x / 16 * stride + first, stride, 0, bytes_inside(columns - first)};
 }
 
 template <class T, bool BACK>
-__global__ void __launch_bounds__(THREADS, 2) product_kernel(const __grid_constant__ Product<T> task) {
+__device__ void run(const Product<T>& task) {
   unsigned char* const stages = shared_memory();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int warp_row = warp / 2 * 64, warp_column = warp % 2 * 64;
   const Tile tile = tile_of(blockIdx.x, task.M, task.N, SIDE, SIDE);
-  const int frozen = static_cast<int>(divide_up(task.depth, DEPTH)), steps = frozen + static_cast<int>(divide_up(task.R, DEPTH));
+  const int frozen = divide_up(task.depth, DEPTH), steps = frozen + divide_up(task.R, DEPTH);
   const auto right_source = [&](const T* matrix, int64_t stride) {
     if constexpr (BACK) return wide_source(matrix, stride, tile.column, task.N);
-    return narrow_source(matrix, stride, static_cast<int64_t>(tile.column), static_cast<int64_t>(task.N));
+    return narrow_source(matrix, stride, tile.column, task.N);
   };
   Source<T> left = narrow_source(task.x, task.x_stride, tile.row, task.M), right = right_source(task.w, task.w_stride);
   int depth = task.depth;  // left
   const auto load = [&](int step) {
     if (step == frozen) {
-      left = narrow_source(task.p, static_cast<int64_t>(padded_rank(task.R)), tile.row, task.M);
+      left = narrow_source(task.p, padded_rank(task.R), tile.row, task.M);
       right = right_source(task.q, task.q_stride);
-      depth = static_cast<int>(round_up(task.R, 16));
+      depth = round_up(task.R, 16);
     }
     if (step < steps) {
       unsigned char* const stage = stages + step % STAGES * 2 * OPERAND;
@@ -141,15 +139,18 @@ __global__ void __launch_bounds__(THREADS, 2) product_kernel(const __grid_consta
   }
   wait_copies<0>();
 
+  uint32_t thread = threadIdx.x;
+  forget(thread);  // or where the sums belong keeps registers all along
+  const int row = tile.row + static_cast<int>(thread / 64 * 64 + thread % 32 / 4), column = tile.column + static_cast<int>(thread / 32 % 2 * 64);
 #pragma unroll
   for (int block = 0; block < 2; ++block) {
-    const Bias<T> bias(task, tile.column + warp_column + block * 32);
+    const Bias<T, !BACK> bias(task, column + block * 32);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      float row[4][2];
+      float part[4][2];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) row[j / 2][j % 2] = sum[i / 2][block * 4 + j / 2][i % 2 * 2 + j % 2];
-      write_32(task, tile.row + warp_row + i * 8 + g, bias, row);
+      for (int j = 0; j < 8; ++j) part[j / 2][j % 2] = sum[i / 2][block * 4 + j / 2][i % 2 * 2 + j % 2];
+      write_32(task, row + i * 8, bias, part);
     }
   }
 }

@@ -13,6 +13,10 @@
 #include "emulated_ptx.h"
 #else
 
+#include <cuda.h>
+
+#include <type_traits>
+
 namespace fastlora {
 
 /// Two numbers rounded to nearest even, the first in the low half.
@@ -85,6 +89,127 @@ __device__ __forceinline__ void multiply<__half>(float (&d)[4], const uint32_t (
 
 /// The barrier `id` of `threads` threads of the block.
 __device__ __forceinline__ void group_sync(int id, int threads) { asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
+// Hopper's: copies of tiles by the copy engine, barriers in shared memory that count what it has brought, products of four warps from shared memory.
+
+/// A matrix as the copy engine knows it: CUtensorMap.
+struct alignas(64) TensorMap { uint64_t opaque[16]; };
+
+/// Describes [rows, columns] of 16-bit numbers in boxes of [box_rows, box_columns]; a box's row is 128 bytes at most. Whether the driver takes it.
+inline bool describe(TensorMap& map, bool bfloat16, const void* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows, int box_columns) {
+  static const auto encode = [] {  // the driver's function, found through the runtime: nothing is linked against the driver
+    void* found = nullptr;
+    cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &found, 12000, cudaEnableDefault, &result);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &found, cudaEnableDefault, &result);
+#endif
+    return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(error == cudaSuccess ? found : nullptr);
+  }();
+  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)}, strides[1] = {static_cast<cuuint64_t>(stride) * 2};
+  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+  return encode && encode(
+      reinterpret_cast<CUtensorMap*>(&map), bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
+      const_cast<void*>(matrix), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+/// A barrier of shared memory, whose phases end when `count` threads have arrived and all bytes that they announced are there.
+__device__ __forceinline__ void init_barrier(uint64_t* barrier, int count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+}
+/// Makes the barriers known to the copy engine; before a __syncthreads.
+__device__ __forceinline__ void publish_barriers() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ __forceinline__ void arrive_expecting(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+/// Until the phase of this parity has ended; the phase before the first has parity 1.
+__device__ __forceinline__ void wait_barrier(uint64_t* barrier, uint32_t parity) {
+  uint32_t ended;
+  do {
+    asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
+                 : "=r"(ended) : "r"(shared_address(barrier)), "r"(parity) : "memory");
+  } while (!ended);
+}
+
+/// Brings the box that begins at (row, column), zeros outside the matrix, its 16-byte columns of row r at c ^ r % 8; `barrier` counts its bytes.
+__device__ __forceinline__ void copy_box(void* shared, const TensorMap* map, uint64_t* barrier, int row, int column) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
+               "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row) : "memory");
+}
+/// Between what this thread has written and what the copy engine then reads of it; or, after a wait, the other way round.
+__device__ __forceinline__ void fence_copy_engine() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+/// A flag in the card's memory: what a thread wrote before adding is seen by who has read the sum.
+__device__ __forceinline__ void release_add(uint32_t* flag, uint32_t value) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
+}
+__device__ __forceinline__ uint32_t acquire(const uint32_t* flag) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
+  return value;
+}
+
+template <int COUNT>
+__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT>
+__device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+
+/// An operand in shared memory as copy_box leaves it. Rows along the depth: `apart` is unused. Rows across it: `apart` bytes between blocks of 64.
+__device__ __forceinline__ uint64_t operand(const void* shared, int apart) {
+  constexpr uint64_t EIGHT_ROWS = 1024, SWIZZLE_128 = uint64_t{1} << 62;
+  return (shared_address(shared) & 0x3FFFF) >> 4 | static_cast<uint64_t>(apart >> 4) << 16 | (EIGHT_ROWS >> 4) << 32 | SWIZZLE_128;
+}
+
+/// Before the first product of a group: registers and shared memory are as the code says.
+__device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+/// Ends a group of products.
+__device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+/// Waits for all but the newest PENDING groups.
+template <int PENDING>
+__device__ __forceinline__ void wait_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
+
+#define FASTLORA_8(d, i) \
+  "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
+#define FASTLORA_32(d, i) FASTLORA_8(d, i), FASTLORA_8(d, i + 8), FASTLORA_8(d, i + 16), FASTLORA_8(d, i + 24)
+#define FASTLORA_WGMMA_64(type) \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %34, 0; wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31" \
+      "}, %32, %33, p, 1, 1, 0, %35; }" : FASTLORA_32(d, 0) : "l"(a), "l"(b), "r"(add), "n"(static_cast<int>(ACROSS)))
+#define FASTLORA_WGMMA_256(type) \
+  asm volatile("{ .reg .pred p; setp.ne.b32 p, %130, 0; wgmma.mma_async.sync.aligned.m64n256k16.f32." type "." type " {" \
+      "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, " \
+      "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, " \
+      "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, " \
+      "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, " \
+      "%64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, " \
+      "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95, " \
+      "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111, " \
+      "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127" \
+      "}, %128, %129, p, 1, 1, 0, %131; }" \
+      : FASTLORA_32(d, 0), FASTLORA_32(d, 32), FASTLORA_32(d, 64), FASTLORA_32(d, 96) : "l"(a), "l"(b), "r"(add), "n"(static_cast<int>(ACROSS)))
+
+/// d = a b, added to d where `add` is not 0: 64 rows, 2 SIZE columns, 16 depths. ACROSS: b's rows lie across the depth. Warp w of four has rows
+/// 16 w to 16 w + 15, its sums as those of m16n8k16, one fragment of 8 columns after the other.
+template <class T, bool ACROSS, int SIZE>
+__device__ __forceinline__ void multiply_operands(float (&d)[SIZE], uint64_t a, uint64_t b, int add) {
+  static_assert(SIZE == 32 || SIZE == 128);
+  constexpr bool BFLOAT16 = std::is_same_v<T, __nv_bfloat16>;
+  if constexpr (SIZE == 32 && BFLOAT16) FASTLORA_WGMMA_64("bf16");
+  if constexpr (SIZE == 32 && !BFLOAT16) FASTLORA_WGMMA_64("f16");
+  if constexpr (SIZE == 128 && BFLOAT16) FASTLORA_WGMMA_256("bf16");
+  if constexpr (SIZE == 128 && !BFLOAT16) FASTLORA_WGMMA_256("f16");
+}
+
+#undef FASTLORA_8
+#undef FASTLORA_32
+#undef FASTLORA_WGMMA_64
+#undef FASTLORA_WGMMA_256
 
 }  // namespace fastlora
 

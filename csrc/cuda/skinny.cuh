@@ -1,26 +1,31 @@
-// The two thin products of an adapter, each a tile by a group of four warps: x aᵀ with few columns, and pᵀ x with few rows.
+// The two thin products of an adapter, each a tile by a group of three warps: x aᵀ with few columns, and pᵀ x with few rows.
 //
 // Both are bound by reading x, so x goes from memory to the lane that multiplies it, 16 bytes at a time, with neither barrier nor exchange: a sum
 // may take its terms in any order, so the lanes' own columns (or rows) are called the depths that the tensor core expects of them. Shared memory is
 // only a queue of each thread's own copies. Every sum has one order, whoever computes it.
 #pragma once
 
+#include <type_traits>
+
 #include "ptx.cuh"
 
 namespace fastlora {
 
-constexpr int GROUP = 128;                // threads
-constexpr int QUEUE = 32 << 10;           // bytes of shared memory a group
-constexpr int SHRINK_ROWS = 16;           // of a tile of x aᵀ
-constexpr int SHRINK_STEP = 128;          // columns of x that a warp takes at a time; the rows of `a` are padded with zeros to a multiple of it
-constexpr int GRAD_COLUMNS = 64;          // of a tile of pᵀ x
-constexpr int GRAD_STEP = 64;             // rows of x that a group takes at a time
-constexpr int RANKS = 64;                 // at most in one tile; beyond, x is read again
+constexpr int WARPS = 3;                // a group; on Hopper the fourth of its warp group brings tiles
+constexpr int GROUP = 32 * WARPS;       // threads
+constexpr int QUEUE = 16 * GROUP * 16;  // bytes of shared memory a group
+constexpr int SHRINK_ROWS = 16;         // of a tile of x aᵀ
+constexpr int SHRINK_STEP = 128;        // columns of x that a warp takes at a time; the rows of `a` are padded with zeros to a multiple of it
+constexpr int GRAD_COLUMNS = 64;        // of a tile of pᵀ x
+constexpr int GRAD_STEP = 16 * WARPS;   // rows of x that a group takes at a time
+constexpr int RANKS = 16 * WARPS;       // at most in one tile; beyond, x is read again
 
-constexpr __host__ __device__ int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr __host__ __device__ int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+template <class I>
+constexpr __host__ __device__ I divide_up(I a, std::type_identity_t<I> b) { return (a + b - 1) / b; }
+template <class I>
+constexpr __host__ __device__ I round_up(I a, std::type_identity_t<I> b) { return divide_up(a, b) * b; }
 /// Ranks, padded with zeros: 16, or a multiple of RANKS.
-constexpr __host__ __device__ int padded_rank(int R) { return R <= 16 ? 16 : static_cast<int>(round_up(R, RANKS)); }
+constexpr __host__ __device__ int padded_rank(int R) { return R <= 16 ? 16 : round_up(R, RANKS); }
 
 /// Eight decisions of fastlora/reference.py::keep_mask, bit j for column 8 * group + j: Philox4x32-10, counter = row * ceil(columns / 8) + group.
 __device__ inline uint32_t draw(uint64_t seed, uint64_t counter, uint32_t threshold) {
@@ -73,19 +78,18 @@ struct Shrink {
   const int64_t* seed;  // read where keep is given
   uint32_t threshold;
   float factor, scale;
-  int64_t M;
-  int K, R;
+  int M, K, R;
 };
 
-template <class T, int WIDTH>
-__device__ void shrink_tile(const Shrink<T>& task, int64_t tile, int first_rank, unsigned char* queue, int barrier) {
-  constexpr int EARLY = WIDTH == 16 ? 2 : 4;
+/// DRAWS: whether `keep` may be given.
+template <class T, int WIDTH, bool DRAWS>
+__device__ void shrink_tile(const Shrink<T>& task, int tile, int first_rank, unsigned char* queue, int barrier) {
+  constexpr int EARLY = WIDTH == 16 ? 2 : 3;  // loads of `a` before the bits are drawn, which hides them
   const int thread = threadIdx.x % GROUP, warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
-  const int64_t row = tile * SHRINK_ROWS + g;  // and row + 8
-  const int steps = static_cast<int>(divide_up(task.K, SHRINK_STEP));
+  const int row = tile * SHRINK_ROWS + g, steps = divide_up(task.K, SHRINK_STEP);  // row: and row + 8
   const T* const rows[2] = {task.x + row * task.x_stride, task.x + (row + 8) * task.x_stride};
   const int columns[2] = {row < task.M ? task.K : 0, row + 8 < task.M ? task.K : 0};
-  const auto place = [&](int step, int i) { return queue + ((step / 4 % 2 * 8 + i) * GROUP + thread) * 16; };
+  const auto place = [&](int step, int i) { return queue + ((step / WARPS % 2 * 8 + i) * GROUP + thread) * 16; };
   const auto fetch = [&](int step) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -94,14 +98,15 @@ __device__ void shrink_tile(const Shrink<T>& task, int64_t tile, int first_rank,
     }
     commit_copies();
   };
-  const uint64_t seed = task.keep ? static_cast<uint64_t>(*task.seed) : 0;
-  const int64_t calls = divide_up(task.K, 8), keep_stride = divide_up(task.K, 64) * 8;
+  const uint64_t seed = DRAWS && task.keep ? static_cast<uint64_t>(*task.seed) : 0;
+  const int64_t calls = divide_up(task.K, 8);
+  const int keep_stride = divide_up(task.K, 64) * 8;
   const T* const a = task.a + static_cast<int64_t>(first_rank + g) * task.a_stride + t * 8;
   float sum[WIDTH / 8][4] = {};
 
   fetch(warp);
-  fetch(warp + 4);
-  for (int step = warp; step < steps; step += 4) {
+  fetch(warp + WARPS);
+  for (int step = warp; step < steps; step += WARPS) {
     wait_copies<1>();
     uint32_t kept[2] = {};  // of both rows: 32 columns, those with number t of the four times 32
 #pragma unroll 1
@@ -110,12 +115,12 @@ __device__ void shrink_tile(const Shrink<T>& task, int64_t tile, int first_rank,
       uint4 right[WIDTH / 8];
       const auto load = [&](int j) { right[j] = *reinterpret_cast<const uint4*>(a + j * 8 * task.a_stride + column); };
 #pragma unroll
-      for (int j = 0; j < EARLY; ++j) load(j);  // while the bits are drawn
+      for (int j = 0; j < EARLY; ++j) load(j);
       Eight left[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         left[half] = *reinterpret_cast<const Eight*>(place(step, 2 * c + half));
-        if (!task.keep) continue;
+        if (!DRAWS || !task.keep) continue;
         const uint32_t bits = draw(seed, (row + half * 8) * calls + column / 8 + t, task.threshold);
         drop(left[half], bits);
         uint32_t word = bits << 8 * t;
@@ -133,18 +138,18 @@ __device__ void shrink_tile(const Shrink<T>& task, int64_t tile, int first_rank,
         multiply<T>(sum[j], second, right[j].z, right[j].w);
       }
     }
-    fetch(step + 8);
-    const int64_t byte = static_cast<int64_t>(step) * (SHRINK_STEP / 8) + t * 4;
+    fetch(step + 2 * WARPS);
+    const int byte = step * (SHRINK_STEP / 8) + t * 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (!task.keep || first_rank || row + half * 8 >= task.M || byte >= keep_stride) continue;
-      *reinterpret_cast<uint32_t*>(task.keep + (row + half * 8) * keep_stride + byte) = kept[half];
+      if (!DRAWS || !task.keep || first_rank || row + half * 8 >= task.M || byte >= keep_stride) continue;
+      *reinterpret_cast<uint32_t*>(task.keep + static_cast<int64_t>(row + half * 8) * keep_stride + byte) = kept[half];
     }
   }
   wait_copies<0>();
   group_sync(barrier, GROUP);  // the queue becomes the place where the warps' sums meet
 
-  float* const meeting = reinterpret_cast<float*>(queue);  // [4 warps, 16 rows, WIDTH]
+  float* const meeting = reinterpret_cast<float*>(queue);  // [WARPS, 16 rows, WIDTH]
 #pragma unroll
   for (int j = 0; j < WIDTH / 8; ++j) {
 #pragma unroll
@@ -155,24 +160,25 @@ __device__ void shrink_tile(const Shrink<T>& task, int64_t tile, int first_rank,
   }
   group_sync(barrier, GROUP);
   for (int i = thread; i < SHRINK_ROWS * WIDTH / 2; i += GROUP) {
-    const int64_t m = tile * SHRINK_ROWS + i * 2 / WIDTH;
-    const int r = first_rank + i * 2 % WIDTH;
+    const int m = tile * SHRINK_ROWS + i * 2 / WIDTH, r = first_rank + i * 2 % WIDTH;
     float total[2] = {};
-    for (int from = 0; from < 4; ++from) {
+    for (int from = 0; from < WARPS; ++from) {
       total[0] += meeting[from * SHRINK_ROWS * WIDTH + i * 2];
       total[1] += meeting[from * SHRINK_ROWS * WIDTH + i * 2 + 1];
     }
     const uint32_t pair = pack<T>(task.scale * (task.factor * total[0]), task.scale * (task.factor * total[1]));
     if (task.transposed) {
-      uint16_t* const to = reinterpret_cast<uint16_t*>(task.transposed) + r * round_up(task.M, SHRINK_ROWS) + m;
+      const int stride = round_up(task.M, SHRINK_ROWS);
+      uint16_t* const to = reinterpret_cast<uint16_t*>(task.transposed) + static_cast<int64_t>(r) * stride + m;
       to[0] = static_cast<uint16_t>(pair);
-      to[round_up(task.M, SHRINK_ROWS)] = static_cast<uint16_t>(pair >> 16);
+      to[stride] = static_cast<uint16_t>(pair >> 16);
     }
     if (m >= task.M) continue;
-    *reinterpret_cast<uint32_t*>(task.rounded + m * padded_rank(task.R) + r) = pair;
+    *reinterpret_cast<uint32_t*>(task.rounded + static_cast<int64_t>(m) * padded_rank(task.R) + r) = pair;
     if (!task.out) continue;
-    if (r < task.R) task.out[m * task.R + r] = task.factor * total[0];
-    if (r + 1 < task.R) task.out[m * task.R + r + 1] = task.factor * total[1];
+    float* const out = task.out + static_cast<int64_t>(m) * task.R + r;
+    if (r < task.R) out[0] = task.factor * total[0];
+    if (r + 1 < task.R) out[1] = task.factor * total[1];
   }
   group_sync(barrier, GROUP);  // before the queue is filled again
 }
@@ -185,33 +191,33 @@ struct Gradient {
   const uint8_t* keep;  // [M, 8 ceil(columns / 64)], or null: nothing is dropped
   const T* p;           // [padded R, M padded to 16], transposed
   float* sums;          // [parts, padded R, columns padded to GRAD_COLUMNS]
-  int64_t M, span;      // span: rows a part, a multiple of GRAD_STEP
+  int M, span;          // span: rows a part, a multiple of 16
   int columns, R;
 };
 
-/// Sixteen ranks a warp. With a WIDTH of 16 the warps share the rows of x; with 64 each has its own ranks and they share what is in the queue.
-template <class T, int WIDTH>
-__device__ void gradient_tile(const Gradient<T>& task, int64_t part, int block, int first_rank, unsigned char* queue, int barrier) {
+/// Sixteen ranks a warp. With a WIDTH of 16 the warps share the rows of x; with RANKS each has its own ranks and they share what is in the queue.
+/// MASKS: whether `keep` may be given.
+template <class T, int WIDTH, bool MASKS>
+__device__ void gradient_tile(const Gradient<T>& task, int part, int block, int first_rank, unsigned char* queue, int barrier) {
   constexpr int STAGES = 3;
   constexpr bool ALONE = WIDTH == 16;  // each warp reads only what it has fetched itself
   const int thread = threadIdx.x % GROUP, warp = thread / 32, g = thread % 32 / 4, t = thread % 4, lane = thread % 32;
   const int column = block * GRAD_COLUMNS + g * 8, bytes = bytes_inside(task.columns - column);
-  const int64_t begin = part * task.span, end = min(begin + task.span, task.M);
-  const int64_t p_stride = round_up(task.M, SHRINK_ROWS), keep_stride = divide_up(task.columns, 64) * 8;
-  const int steps = static_cast<int>(divide_up(end - begin, GRAD_STEP));
+  const int begin = part * task.span, end = min(begin + task.span, task.M), steps = divide_up(end - begin, GRAD_STEP);
+  const int p_stride = round_up(task.M, SHRINK_ROWS), keep_stride = divide_up(task.columns, 64) * 8;
   const auto place = [&](int step, int i, int of_warp) { return queue + ((step % STAGES * 5 + i) * GROUP + of_warp * 32 + lane) * 16; };
   const auto fetch = [&](int step) {
-    const int64_t row = begin + step * GRAD_STEP + warp * 16 + t * 4;
+    const int row = begin + step * GRAD_STEP + warp * 16 + t * 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (step >= steps) break;
       const bool inside = row + i < end;
       copy_async<16>(place(step, i, warp), task.x + (row + i) * task.x_stride + column, inside ? bytes : 0);
-      if (task.keep) copy_async<4>(place(step, 4, warp) + i * 4, task.keep + (row + i) * keep_stride + block * 8 + g / 4 * 4, inside ? 4 : 0);
+      if (MASKS && task.keep) copy_async<4>(place(step, 4, warp) + i * 4, task.keep + static_cast<int64_t>(row + i) * keep_stride + block * 8 + g / 4 * 4, inside ? 4 : 0);
     }
     commit_copies();
   };
-  const T* const p = task.p + (first_rank + (ALONE ? 0 : warp * 16) + g) * p_stride + t * 4;
+  const T* const p = task.p + static_cast<int64_t>(first_rank + (ALONE ? 0 : warp * 16) + g) * p_stride + t * 4;
   float sum[8][4] = {};
 
 #pragma unroll
@@ -221,17 +227,17 @@ __device__ void gradient_tile(const Gradient<T>& task, int64_t part, int block, 
     if constexpr (!ALONE) group_sync(barrier, GROUP);  // all copies of this step are there, and the step before is read
     fetch(step + STAGES - 1);
 #pragma unroll
-    for (int share = 0; share < (ALONE ? 1 : 4); ++share) {
+    for (int share = 0; share < (ALONE ? 1 : WARPS); ++share) {
       const int of_warp = ALONE ? warp : share;
-      const int64_t row = begin + step * GRAD_STEP + of_warp * 16;
+      const int row = begin + step * GRAD_STEP + of_warp * 16;
       if (row >= end) break;
-      const uint2 low = *reinterpret_cast<const uint2*>(p + row), high = *reinterpret_cast<const uint2*>(p + row + 8 * p_stride);
+      const uint2 low = *reinterpret_cast<const uint2*>(p + row), high = *reinterpret_cast<const uint2*>(p + row + int64_t{8} * p_stride);
       const uint32_t left[4] = {low.x, high.x, low.y, high.y};
       Eight right[4];  // rows 4 t to 4 t + 3, columns 8 g to 8 g + 7
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         right[i] = *reinterpret_cast<const Eight*>(place(step, i, of_warp));
-        if (task.keep) drop(right[i], *(place(step, 4, of_warp) + i * 4 + g % 4));
+        if (MASKS && task.keep) drop(right[i], *(place(step, 4, of_warp) + i * 4 + g % 4));
       }
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -245,9 +251,9 @@ __device__ void gradient_tile(const Gradient<T>& task, int64_t part, int block, 
   group_sync(barrier, GROUP);
 
   // sum[j] holds ranks g and g + 8, columns 16 t + j and 16 t + 8 + j of the block.
-  const int64_t stride = round_up(task.columns, GRAD_COLUMNS);
-  float* const sums = task.sums + (part * padded_rank(task.R) + first_rank) * stride + block * GRAD_COLUMNS;
-  float* const meeting = reinterpret_cast<float*>(queue);  // [4 warps, 16 ranks, 64 columns]
+  const int stride = round_up(task.columns, GRAD_COLUMNS);
+  float* const sums = task.sums + (static_cast<int64_t>(part) * padded_rank(task.R) + first_rank) * stride + block * GRAD_COLUMNS;
+  float* const meeting = reinterpret_cast<float*>(queue);  // [WARPS, 16 ranks, 64 columns]
 #pragma unroll
   for (int i = 0; i < 4; ++i) {  // rank g or g + 8, the first or the last 8 columns
     float* const to = ALONE ? meeting + (warp * 16 + g + i / 2 * 8) * GRAD_COLUMNS : sums + (warp * 16 + g + i / 2 * 8) * stride;
@@ -260,7 +266,7 @@ __device__ void gradient_tile(const Gradient<T>& task, int64_t part, int block, 
     group_sync(barrier, GROUP);
     for (int i = thread; i < 16 * GRAD_COLUMNS; i += GROUP) {
       float total = 0;
-      for (int from = 0; from < 4; ++from) total += meeting[from * 16 * GRAD_COLUMNS + i];
+      for (int from = 0; from < WARPS; ++from) total += meeting[from * 16 * GRAD_COLUMNS + i];
       sums[i / GRAD_COLUMNS * stride + i % GRAD_COLUMNS] = total;
     }
   }
@@ -274,26 +280,44 @@ struct Sides {
   Shrink<T> shrink;
   Gradient<T> gradient;
   bool shrinks, grads;
-  int64_t M, span;
+  int M, span;
   int blocks, passes;  // of columns, of ranks
 
   __host__ __device__ int tiles() const {
-    return static_cast<int>((shrinks ? divide_up(M, SHRINK_ROWS) * passes : 0) + (grads ? divide_up(M, span) * blocks * passes : 0));
+    return ((shrinks ? divide_up(M, SHRINK_ROWS) : 0) + (grads ? divide_up(M, span) * blocks : 0)) * passes;
   }
 };
 
-template <class T, int WIDTH>
-__device__ void side_tile(const Sides<T>& sides, int number, unsigned char* queue, int barrier) {
-  const int shrinks_a_part = sides.shrinks ? static_cast<int>(sides.span / SHRINK_ROWS) : 0;  // times passes, as all counts here
-  const int turn = number / sides.passes, a_part = shrinks_a_part + (sides.grads ? sides.blocks : 0), part = turn / a_part;
-  const int first_rank = number % sides.passes * WIDTH, within = turn % a_part;
-  const int64_t rows = min(sides.span, sides.M - part * sides.span);  // of the part: the last may have fewer
-  const int shrinks = sides.shrinks ? static_cast<int>(divide_up(rows, SHRINK_ROWS)) : 0;
-  if (within < shrinks) {
-    shrink_tile<T, WIDTH>(sides.shrink, part * static_cast<int64_t>(shrinks_a_part) + within, first_rank, queue, barrier);
-  } else {
-    gradient_tile<T, WIDTH>(sides.gradient, part, within - shrinks, first_rank, queue, barrier);
+struct Rows { int begin, end; };
+
+/// The rows of the part that tile `number` belongs to.
+template <class T>
+__device__ Rows side_rows(const Sides<T>& sides, int number) {
+  const int a_part = (sides.shrinks ? sides.span / SHRINK_ROWS : 0) + (sides.grads ? sides.blocks : 0);
+  const int begin = number / sides.passes / a_part * sides.span;
+  return {begin, min(begin + sides.span, sides.M)};
+}
+
+/// What a launch may be asked for: the less, the fewer registers.
+enum Kinds { SHRINKS = 1, GRADS = 2, DROPS = 4 };
+
+/// Computes tile `number`. The number of the block of SHRINK_ROWS rows that it has shrunk, or -1: it was a gradient's.
+template <class T, int WIDTH, int KINDS>
+__device__ int side_tile(const Sides<T>& sides, int number, unsigned char* queue, int barrier) {
+  const int first_rank = number % sides.passes * WIDTH, turn = number / sides.passes;
+  const int shrinks_a_part = KINDS & SHRINKS && sides.shrinks ? sides.span / SHRINK_ROWS : 0;
+  const int a_part = shrinks_a_part + (KINDS & GRADS && sides.grads ? sides.blocks : 0), part = turn / a_part, within = turn % a_part;
+  const Rows rows = side_rows(sides, number);
+  const int shrinks = shrinks_a_part ? divide_up(rows.end - rows.begin, SHRINK_ROWS) : 0;
+  if constexpr (KINDS & GRADS) {
+    if (within >= shrinks) {
+      gradient_tile<T, WIDTH, (KINDS & DROPS) != 0>(sides.gradient, part, within - shrinks, first_rank, queue, barrier);
+      return -1;
+    }
   }
+  const int shrunk = rows.begin / SHRINK_ROWS + within;
+  if constexpr (KINDS & SHRINKS) shrink_tile<T, WIDTH, (KINDS & DROPS) != 0>(sides.shrink, shrunk, first_rank, queue, barrier);
+  return shrunk;
 }
 
 }  // namespace fastlora
