@@ -135,13 +135,6 @@ struct Workspace {
 
 int span_of(int M) { return std::max(SPAN, round_up(divide_up(M, PARTS), sm90::HEIGHT)); }
 
-/// The 16-bit number below which a half-word drops its element, and what a kept one is multiplied by; as in fastlora/reference.py.
-uint32_t threshold_of(double p) { return static_cast<uint32_t>(65536 * p + 0.5); }
-float factor_of(double p) {
-  const uint32_t kept = 65536 - threshold_of(p);
-  return kept ? static_cast<float>(65536.0 / kept) : 0.f;
-}
-
 /// One call: the layer's sizes, and how its kernels are launched.
 template <class T>
 struct Call {

@@ -328,7 +328,7 @@ __global__ void __launch_bounds__(THREADS, 2) multi_linear_kernel(const __grid_c
   int* const group_of = reinterpret_cast<int*>(queue + S::QUEUE);  // of each place
   const Groups& groups = task.groups;
   const int thread = threadIdx.x, warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
-  const int64_t row_tiles = divide_up(groups.M, ROWS), column_tiles = max(divide_up(task.N, COLUMNS), int64_t{1}), tiles = row_tiles * column_tiles;
+  const int64_t row_tiles = divide_up(groups.M, ROWS), column_tiles = max(divide_up(task.N, COLUMNS), 1), tiles = row_tiles * column_tiles;
   const int64_t tile = blockIdx.x % tiles, first = tile % row_tiles * ROWS;
   const int split = static_cast<int>(blockIdx.x / tiles), column = static_cast<int>(tile / row_tiles) * COLUMNS;
   const int count = static_cast<int>(min(groups.M - first, static_cast<int64_t>(ROWS)));
@@ -512,13 +512,6 @@ struct Plan {
     bytes = table + (given.S > FEW ? given.S * sizeof(Adapter) : 0);
   }
 };
-
-/// As in fastlora/reference.py.
-uint32_t threshold_of(double p) { return static_cast<uint32_t>(65536 * p + 0.5); }
-float factor_of(double p) {
-  const uint32_t kept = 65536 - threshold_of(p);
-  return kept ? static_cast<float>(65536.0 / kept) : 0.f;
-}
 
 bool at_multiples(const void* matrix, const int64_t (&strides)[2], int numbers) {
   return strides[1] == 1 && strides[0] % numbers == 0 && reinterpret_cast<uintptr_t>(matrix) % (numbers * 2) == 0;

@@ -27,6 +27,13 @@ constexpr __host__ __device__ I round_up(I a, std::type_identity_t<I> b) { retur
 /// Ranks, padded with zeros: 16, or a multiple of RANKS.
 constexpr __host__ __device__ int padded_rank(int R) { return R <= 16 ? 16 : round_up(R, RANKS); }
 
+/// The 16-bit number below which a half-word drops its element, and what a kept one is multiplied by; as in fastlora/reference.py.
+inline uint32_t threshold_of(double p) { return static_cast<uint32_t>(65536 * p + 0.5); }
+inline float factor_of(double p) {
+  const uint32_t kept = 65536 - threshold_of(p);
+  return kept ? static_cast<float>(65536.0 / kept) : 0.f;
+}
+
 /// Eight decisions of fastlora/reference.py::keep_mask, bit j for column 8 * group + j: Philox4x32-10, counter = row * ceil(columns / 8) + group.
 __device__ inline uint32_t draw(uint64_t seed, uint64_t counter, uint32_t threshold) {
   uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;
