@@ -41,7 +41,7 @@ test_() {
   local many=() # processes, where pytest can have several
   "$PYTHON" -c 'import xdist' 2>/dev/null && many=(-n 8 --dist loadfile)
   "$PYTHON" -m pytest -q -p no:cacheprovider "${many[@]}" --junitxml "$out/tests.xml" -k 'cuda or test_kernels' \
-    tests/test_lora_linear.py tests/test_multi_lora.py tests/test_prefix_concat.py tests/test_kernels.py
+    tests/test_lora_linear.py tests/test_multi_lora.py tests/test_prefix_concat.py tests/test_kernels.py tests/test_cuda_card.py
 }
 
 sanitize() {

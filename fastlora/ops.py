@@ -176,6 +176,9 @@ OLDEST_CARD = (8, 0)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the compiled implementations compute in; float64 is the reference's."""
 
+SIXTEEN_BITS = {(op, "cuda") for op in ("lora_linear", "lora_linear_backward", "multi_lora")}
+"""What runs on tensor cores alone: bfloat16 and float16."""
+
 
 def _obstacle(op: str, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the implementation cannot run `op` on this device in this dtype, or None."""
@@ -184,7 +187,7 @@ def _obstacle(op: str, name: str, device: torch.device, dtype: torch.dtype) -> s
         return _absence(op, name)
     if name == "reference":
         return None
-    if dtype not in KERNEL_DTYPES:
+    if dtype not in KERNEL_DTYPES or (dtype is torch.float32 and (op, name) in SIXTEEN_BITS):
         return f"{name} does not compute in {str(dtype).removeprefix('torch.')}"
     emulated = name in EMULATORS and os.environ.get(EMULATORS[name]) == "1"
     if device.type != ("cpu" if name == "cpu" else "cuda") and not emulated:

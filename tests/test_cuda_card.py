@@ -1,0 +1,136 @@
+"""The CUDA C++ kernels of lora_linear and multi_lora on a real card, in 16 bits: the cases that the emulated card is tested with, and larger ones."""
+
+from typing import Any
+
+import pytest
+import test_cuda_lora_linear
+import test_cuda_multi_lora
+import torch
+from bounds import Layer, assert_within_bound, double, make_layer
+from test_cuda_lora_linear import Case
+from torch import Tensor
+
+from fastlora import functional, ops, reference
+
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available() or ("lora_linear", "cuda") not in ops._table, reason="needs a card and CUDA C++"
+)
+
+BF16, F32 = torch.bfloat16, torch.float32
+SCALE = 1.7
+LARGE = {
+    "4096": Case(1024, 4096, 4096, 16, BF16, F32, dropout_p=0.1),
+    "wide": Case(257, 4096, 14336, 64, BF16, F32, dropout_p=0.05),
+    "narrow": Case(8192, 1024, 520, 8, torch.float16),
+}
+
+
+def to_card(value: Any) -> Any:
+    """The tensors, and those in lists, with their strides."""
+    if isinstance(value, Tensor):
+        value = value.detach()
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda").copy_(value)
+    return [to_card(one) for one in value] if isinstance(value, list) else value
+
+
+def run(layer: Layer, dropout_p: float, seed: Tensor | None, forward: Any, backward: Any) -> list[Tensor]:
+    """y, xa, keep, dx, da, db."""
+    x, weight, bias, lora_a, lora_b, dy = layer
+    y, xa, keep = forward(x, weight, bias, lora_a, lora_b, SCALE, dropout_p, seed)
+    grads = backward(dy, x, weight, lora_a, lora_b, xa, keep, SCALE, dropout_p, True, True, True)
+    return [y, xa, keep, *grads]
+
+
+def by_cuda(layer: Layer, dropout_p: float, seed: Tensor | None) -> list[Tensor]:
+    return run(
+        layer, dropout_p, seed, torch.ops.fastlora.lora_linear_cuda, torch.ops.fastlora.lora_linear_backward_cuda
+    )
+
+
+def by_reference(layer: Layer, dropout_p: float, seed: Tensor | None) -> list[Tensor]:
+    return run(layer, dropout_p, seed, reference.lora_linear, reference.lora_linear_backward)
+
+
+def on_card(case: Case) -> tuple[Layer, float, Tensor | None]:
+    *sizes, dropout_p = case
+    seed = torch.tensor(7, device="cuda") if dropout_p else None
+    return Layer(*map(to_card, make_layer(*sizes))), dropout_p, seed
+
+
+CASES = {**test_cuda_lora_linear.CASES, **LARGE}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_lora_linear(case: Case) -> None:
+    layer, dropout_p, seed = on_card(case)
+    found, eager = by_cuda(layer, dropout_p, seed), by_reference(layer, dropout_p, seed)
+    exact = by_reference(Layer(*map(double, layer)), dropout_p, seed)
+    for name, value, near, right in zip(("y", "xa", "keep", "dx", "da", "db"), found, eager, exact, strict=True):
+        if name == "keep":
+            assert value.shape == near.shape
+            if value.numel():
+                K = layer.x.shape[1]
+                assert torch.equal(reference.read_keep(value, K), reference.read_keep(near, K))
+        else:
+            assert_within_bound(name, value, near, right)
+
+
+def test_odd_sizes_with_gaps() -> None:
+    layer = Layer(*map(to_card, test_cuda_lora_linear.odd_layer()))
+    found, eager = by_cuda(layer, 0.0, None), by_reference(layer, 0.0, None)
+    exact = by_reference(Layer(*map(double, layer)), 0.0, None)
+    for name, value, near, right in zip(("y", "xa", "keep", "dx", "da", "db"), found, eager, exact, strict=True):
+        if name != "keep":
+            assert_within_bound(name, value, near, right)
+
+
+def test_two_runs_and_a_graph_are_equal() -> None:
+    """Bitwise: sums have one order, whoever comes first."""
+    problem = on_card(LARGE["4096"])
+    once = by_cuda(*problem)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        by_cuda(*problem)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = by_cuda(*problem)
+    for _ in range(2):
+        graph.replay()
+        for first, second in zip(once, captured, strict=True):
+            assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("case", test_cuda_multi_lora.CASES.values(), ids=test_cuda_multi_lora.CASES)
+def test_multi_lora(case: dict[str, Any]) -> None:
+    given = test_cuda_multi_lora.Arguments(*map(to_card, test_cuda_multi_lora.make(**case)))
+    y, xa, _ = torch.ops.fastlora.multi_lora_cuda(*given)
+    eager_y, eager_xa, _ = reference.multi_lora(*given)
+    exact_y, exact_xa, _ = test_cuda_multi_lora.exact(given)
+    valid = ~exact_y.isnan().all(1)
+    assert y[~valid].isnan().all()
+    assert_within_bound("y", y[valid], eager_y[valid], exact_y[valid])
+    assert_within_bound("xa", xa, eager_xa, exact_xa)
+
+
+def test_gradients_by_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way from functional.lora_linear, in three dimensions."""
+    layer = Layer(*map(to_card, make_layer(48, 64, 40, 8, BF16, F32)))
+    x, weight, bias, lora_a, lora_b, dy = layer
+
+    def gradients() -> list[Tensor]:
+        inputs = [tensor.requires_grad_() for tensor in (x.view(4, 12, 64).detach(), lora_a.detach(), lora_b.detach())]
+        torch.manual_seed(0)
+        y = functional.lora_linear(inputs[0], weight, bias, inputs[1], inputs[2], SCALE, dropout_p=0.1)
+        return [y.detach(), *torch.autograd.grad(y, inputs, dy.view(4, 12, 40))]
+
+    torch.manual_seed(0)
+    seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cuda")
+    exact = by_reference(Layer(*map(double, layer)), 0.1, seed)
+    monkeypatch.setattr(ops, "forced", "reference")
+    eager = gradients()
+    monkeypatch.setattr(ops, "forced", "cuda")
+    for name, value, near, right in zip(
+        ("y", "dx", "da", "db"), gradients(), eager, [exact[0], *exact[3:]], strict=True
+    ):
+        assert_within_bound(name, value, near, right.view(value.shape))
