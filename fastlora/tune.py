@@ -173,28 +173,52 @@ def measure(problem: Problem, device: torch.device, seconds: float) -> list[Meas
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         odd = make(*ODD_SHAPE, dtype, device, True)
         for name, calls in make(rows, *SHAPES[size], dtype, device, dropout).items():
-            sound = [candidate for candidate in names if _passes(name, candidate, (odd[name][0], calls[0]))]
-            functions = {one: ops.implementation(name, one) for one in ("reference", *sound)}
+            runs = {f"{one} {way}".strip(): (one, way) for one in names for way in _ways(name, one)}
+            sound = [run for run in runs if _passes(name, *runs[run], (odd[name][0], calls[0]))]
+            functions = {run: _in_way(name, *runs.get(run, (run, ""))) for run in ("reference", *sound)}
             times = ratios(functions, calls, device, seconds)
-            found += [tuned.measurement(name, *problem[1:], one, times.get(one)) for one in names]
+            for one in names:
+                best = min((run for run in sound if runs[run][0] == one), key=times.__getitem__, default="")
+                found.append(tuned.measurement(name, *problem[1:], one, times.get(best), runs[best][1] if best else ""))
     return found
 
 
-def _passes(op: str, implementation: str, checks: Sequence[Call]) -> bool:
+def _ways(op: str, implementation: str) -> tuple[str, ...]:
+    """The implementation's ways to run the operator; one without a name where it has no choice."""
+    return tuned.WAYS.get(implementation, ("",)) if op.startswith(("lora_linear", "multi_lora")) else ("",)
+
+
+def _in_way(op: str, implementation: str, way: str) -> Callable[..., Any]:
+    """The implementation, made to go that way."""
+    function = ops.implementation(op, implementation)
+
+    def run(*call: Any) -> Any:
+        tuned.forced_way = way
+        try:
+            return function(*call)
+        finally:
+            tuned.forced_way = ""
+
+    return run if way else function
+
+
+def _passes(op: str, implementation: str, way: str, checks: Sequence[Call]) -> bool:
     for call in checks:
-        flaw = find_flaw(op, implementation, call)
+        flaw = find_flaw(op, implementation, call, way)
         if flaw is not None:
-            warnings.warn(f"fastlora: {implementation} is refused for {op}: {flaw}", stacklevel=2)
+            warnings.warn(
+                f"fastlora: {' '.join((implementation, way)).strip()} is refused for {op}: {flaw}", stacklevel=2
+            )
             return False
     return True
 
 
-def find_flaw(op: str, implementation: str, call: Call) -> str | None:
+def find_flaw(op: str, implementation: str, call: Call, way: str = "") -> str | None:
     """Why the implementation's results for these arguments are wrong, or None: each error is at most twice plain PyTorch's plus tiny."""
     exact = _results(op, getattr(reference, op), _widened(call))
     eager = _results(op, getattr(reference, op), call)
     try:
-        results = _results(op, ops.implementation(op, implementation), call)
+        results = _results(op, _in_way(op, implementation, way), call)
     except Exception as defect:  # whatever it is, the model can do without this implementation
         return f"{_shown(call)}: it raises {type(defect).__name__}: {defect}"
     for number, (result, plain, right) in enumerate(zip(results, eager, exact, strict=True)):

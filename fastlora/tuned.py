@@ -40,7 +40,14 @@ class Measurement(NamedTuple):
     checked: bool  # against the float64 reference; False: it failed, and is refused for this operator and dtype
     ratio: float | None  # its time over plain PyTorch's; None: it failed its check and was not timed
     origin: str  # who measured it and when, for people
+    way: str = ""  # the faster one, where the implementation has several: one of WAYS
 
+
+WAYS = {"triton": ("fused", "library")}
+"""How an implementation may compute the operators with a frozen weight: in kernels of its own, or with the product left to torch's library."""
+
+forced_way = ""
+"""The way that must be taken whatever was measured: for those who measure it."""
 
 Table = dict[tuple[Hashable, ...], Measurement]  # by every field before `checked`
 
@@ -71,6 +78,19 @@ def measured(
     return {one.implementation: one for one in sorted(ours, key=distance, reverse=True)}
 
 
+def way(
+    implementation: str, op: str, device_type: str, dtype: torch.dtype, rows: int, elements: int, dropout: bool
+) -> str:
+    """The faster of the implementation's WAYS where it was measured, else nothing; `forced_way` goes before."""
+    if forced_way:
+        return forced_way
+    key = implementation, op, device_type, dtype, rows.bit_length(), elements.bit_length(), dropout
+    if key not in choices:
+        known = measured(device_type, op, dtype, rows, elements, dropout).get(implementation)
+        choices[key] = known.way if known else ""
+    return choices[key]
+
+
 def is_measured(device_type: str, op: str, dtype: torch.dtype, rows: int, size: str, dropout: bool) -> bool:
     """Whether anything is known of exactly this class."""
     wanted = (op, _name(dtype), rows, size, dropout)
@@ -83,12 +103,19 @@ def measurements(device_type: str) -> list[Measurement]:
 
 
 def measurement(
-    op: str, dtype: torch.dtype, rows: int, size: str, dropout: bool, implementation: str, ratio: float | None
+    op: str,
+    dtype: torch.dtype,
+    rows: int,
+    size: str,
+    dropout: bool,
+    implementation: str,
+    ratio: float | None,
+    way: str = "",
 ) -> Measurement:
     """A Measurement made on this machine, today. ratio: None where the implementation failed its check."""
     ratio = None if ratio is None else max(round(ratio, 3), 0.001)
     what = op, _name(dtype), rows, size, dropout, implementation
-    return Measurement(*what, ratio is not None, ratio, _origin("this machine", _today()))
+    return Measurement(*what, ratio is not None, ratio, _origin("this machine", _today()), way)
 
 
 def keep(device_type: str, found: Iterable[Measurement], command: str) -> Path | None:
@@ -112,8 +139,10 @@ def write(path: Path, device_type: str, found: Iterable[Measurement], command: s
         OSError: the file cannot be written.
     """
     head = {**_identity(device_type), "machine": machine_name(device_type), "date": _today(), "command": command}
-    fields = [name for name in Measurement._fields if name != "origin"]
-    entries = [json.dumps({name: getattr(one, name) for name in fields}) for one in found]
+    entries = [
+        json.dumps({name: value for name, value in one._asdict().items() if name != "origin" and value != ""})
+        for one in found
+    ]
     text = json.dumps(head, indent=2).removesuffix("\n}") + ',\n  "entries": [\n    ' + ",\n    ".join(entries)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,94 +1,129 @@
 """y = x Wᵀ + b + s xa Bᵀ with xa = d(x) Aᵀ, and its gradients, in Triton; the equation is `fastlora.reference.lora_linear`.
 
-    forward     xa = d(x) Aᵀ                          one read of x, the mask drawn in the kernel; a long sum is split and added in order
-                y  = x Wᵀ + (s xa) Bᵀ + b             one product, the rank step last, the bias on the way out
-    backward    dxa = s dy B, dB = s dyᵀ xa           one read of dy while R fits a tile; partial sums added in order
-                dA = dxaᵀ d(x)                        one read of x; the mask redrawn once, as bits, for this and the next
-                dx = d'(dxa A) + dy W                 one product; the rank step first, so that the mask needs no second accumulator
+Layers that share x are computed together; a layer alone is a group of one.
+
+    forward     xa = d(x) Aᵀ      one launch: the layers that read a tile of x are neighbours in the grid, so that the card's memory gives it once;
+                                  the mask is drawn here and stored as bits; a long sum is split and added in order
+                y  = x Wᵀ + b + (s xa) Bᵀ    a launch a layer: one product, the rank step last, the bias on the way out
+    backward    dxa = s dy B, dB = s dyᵀ xa  one read of dy while R is small; beyond, the partial sums of dxa would cost more than a second read
+                dA = dxaᵀ d(x)               one launch, x read once for all layers, as for xa
+                dx = sum of dy W + d'(dxa A) one launch: products of all layers, then their rank steps, into one accumulator; dx is written once
+
+The rank steps of dx come last, a chunk of columns at a time: only a chunk has a second accumulator, which its mask needs. Compiled for 128 by 128
+tiles of bfloat16, R 16, that takes 128 registers a thread on sm_90 where the rank step before the product took 150, a whole second accumulator 205.
+
+The second way leaves the products x Wᵀ and dy W to torch's library (cuBLAS), and the same kernels then add the rank step to what it wrote: two more
+passes over y, and 2 G over a dx of G layers, for a product that may be faster. `tuning.by_library` chooses.
 
 Products accumulate in float32. With a 16-bit x, tensor cores read A, B, s xa and dxa rounded once to x's dtype; float32 A and B are rounded as they
-are loaded. With a float32 x products are IEEE float32: tf32 would lose 13 bits. The factor 1 / (1 - p) is applied to sums, not to x.
-Pointers advance in 64 bits. Nothing here reads the seed or anything else back from the card.
+are loaded. With a float32 x products are IEEE float32: tf32 would lose 13 bits (the library's follow torch's setting, as plain PyTorch's do). The
+factor 1 / (1 - p) is applied to sums, not to x. Pointers advance in 64 bits. Nothing here reads the seed or anything else back from the card.
 """
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastlora import ops
 from fastlora.kernels import tuning
-from fastlora.kernels.philox import drop_threshold, keep_bits, keep_mask, keep_scale, load_keep_mask
-from fastlora.kernels.tiles import partials_for, sum_partials, tile_of
+from fastlora.kernels.philox import draw_keep_mask, drop_threshold, keep_scale, load_keep_mask, row_bytes
+from fastlora.kernels.tiles import (
+    column_chunks,
+    partials_for,
+    product,
+    rank_step,
+    store_sum,
+    sum_partials,
+    tile_of,
+)
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
+@triton.jit(do_not_specialize=["M"])
 def _shrink_kernel(
-    x_ptr, a_ptr, xa_ptr, seed_ptr,  # xa: partial sums [parts, M, R]
-    M, K, R, span,  # span: columns of x a part
-    threshold, factor,
-    x_m, x_k, a_r, a_k,
+    x_ptr, a_ptrs, xa_ptr, seed_ptr, keep_ptr,  # xa: partial sums [parts, M, ranks]; plurals: a tuple of LAYERS
+    M, K, ranks, Rs, span, thresholds, factors,  # span: columns of x a part
+    x_m, x_k, a_strides,
+    LAYERS: tl.constexpr, TILES_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    layer, tile_r = tl.program_id(0) % LAYERS, tl.program_id(0) // LAYERS % TILES_R
+    m = (tl.program_id(0) // (LAYERS * TILES_R)).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = 0
+    for i in tl.static_range(LAYERS):
+        if layer == i:
+            _shrink_tile(
+                x_ptr, a_ptrs[i], xa_ptr + first, seed_ptr, keep_ptr, i, M, K, ranks, Rs[i], m, tile_r, span,
+                thresholds[i], factors[i], x_m, x_k, a_strides[i][0], a_strides[i][1], BLOCK_M, BLOCK_K, BLOCK_R,
+            )  # fmt: skip
+        first += Rs[i]
+
+
+@triton.jit
+def _shrink_tile(
+    x_ptr, a_ptr, xa_ptr, seed_ptr, keep_ptr, layer, M, K, ranks, R, m, tile_r, span, threshold, factor, x_m, x_k, a_r, a_k,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     part = tl.program_id(1)
-    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
     end = tl.minimum((part + 1) * span, K)
     k = (part * span + tl.arange(0, BLOCK_K)).to(tl.int64)
+    rows = m < M
     x_ptrs = x_ptr + m[:, None] * x_m + k[None, :] * x_k
     a_ptrs = a_ptr + r.to(tl.int64)[None, :] * a_r + k[:, None] * a_k
     xa = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k0 in range(part * span, end, BLOCK_K):
         inside = k0 + tl.arange(0, BLOCK_K) < end
-        x = tl.load(x_ptrs, mask=(m < M)[:, None] & inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        x = tl.load(x_ptrs, mask=rows[:, None] & inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         if seed_ptr is not None:
-            x = tl.where(keep_mask(seed_ptr, m, k0, K, threshold, BLOCK_K), x, 0.0)
+            here = keep_ptr + tl.cast(M, tl.int64) * layer * row_bytes(K)
+            keep = draw_keep_mask(seed_ptr + layer, here, m, rows & (tile_r == 0), k0, K, threshold, BLOCK_K)
+            x = tl.where(keep, x, 0.0)
         a = tl.load(a_ptrs, mask=inside[:, None] & (r < R)[None, :], other=0.0).to(x.dtype)  # [BLOCK_K, BLOCK_R]
         xa = tl.dot(x, a, xa, input_precision="ieee")
         x_ptrs += tl.cast(BLOCK_K, tl.int64) * x_k
         a_ptrs += tl.cast(BLOCK_K, tl.int64) * a_k
-    xa_ptrs = xa_ptr + (part.to(tl.int64) * M + m)[:, None] * R + r[None, :]
-    tl.store(xa_ptrs, xa * factor, mask=(m < M)[:, None] & (r < R)[None, :])
+    xa_ptrs = xa_ptr + (part.to(tl.int64) * M + m)[:, None] * ranks + r[None, :]
+    tl.store(xa_ptrs, xa * factor, mask=rows[:, None] & (r < R)[None, :])
 
 
 @triton.jit(do_not_specialize=["M"])
 def _linear_kernel(
-    x_ptr, weight_ptr, bias_ptr, b_ptr, xa_ptr, y_ptr,
-    M, N, K, R, scale,
+    x_ptr, weight_ptr, bias_ptr, b_ptr, partials_ptr, xa_ptr, y_ptr,  # no weight: y holds the product; no xa: there is one part
+    M, N, K, R, ranks, parts, scale,
     x_m, x_k, w_n, w_k, b_n, b_r, bias_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K).to(tl.int64)
-    x_ptrs = x_ptr + m[:, None] * x_m + k[None, :] * x_k
-    w_ptrs = weight_ptr + n[None, :] * w_n + k[:, None] * w_k
-    dtype = x_ptr.dtype.element_ty
-    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        inside = k0 + tl.arange(0, BLOCK_K) < K
-        x = tl.load(x_ptrs, mask=(m < M)[:, None] & inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-        w = tl.load(w_ptrs, mask=inside[:, None] & (n < N)[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
-        y = tl.dot(x, w, y, input_precision="ieee")
-        x_ptrs += tl.cast(BLOCK_K, tl.int64) * x_k
-        w_ptrs += tl.cast(BLOCK_K, tl.int64) * w_k
-    for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
-        r = r0 + tl.arange(0, BLOCK_R)
-        xa = tl.load(xa_ptr + m[:, None] * R + r[None, :], mask=(m < M)[:, None] & (r < R)[None, :], other=0.0)
-        b_ptrs = b_ptr + n[None, :] * b_n + r.to(tl.int64)[:, None] * b_r
-        b = tl.load(b_ptrs, mask=(r < R)[:, None] & (n < N)[None, :], other=0.0)  # [BLOCK_R, BLOCK_N]
-        y = tl.dot((xa * scale).to(dtype), b.to(dtype), y, input_precision="ieee")
+    rows, columns = m < M, n < N
+    stride = tl.cast(M, tl.int64) * ranks
+    xa_ptrs, b_ptrs = partials_ptr + m[:, None] * ranks, b_ptr + n[None, :] * b_n
+    if xa_ptr is not None:
+        if tile_n == 0:
+            store_sum(xa_ptr + m[:, None] * ranks, xa_ptrs, rows, R, parts, stride, BLOCK_R)
+    if weight_ptr is None:
+        y = tl.load(y_ptr + m[:, None] * N + n[None, :], mask=rows[:, None] & columns[None, :], other=0.0)
+        y = y.to(tl.float32)
+    else:
+        k = tl.arange(0, BLOCK_K).to(tl.int64)
+        x_ptrs = x_ptr + m[:, None] * x_m + k[None, :] * x_k
+        w_ptrs = weight_ptr + n[None, :] * w_n + k[:, None] * w_k
+        y = product(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x_ptrs, w_ptrs, rows, columns, K, x_k, w_k, BLOCK_K)
+    y = rank_step(y, xa_ptrs, b_ptrs, rows, columns, R, b_r, scale, parts, stride, y_ptr.dtype.element_ty, BLOCK_R)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + n * bias_n, mask=n < N, other=0.0).to(tl.float32)[None, :]
-    tl.store(y_ptr + m[:, None] * N + n[None, :], y, mask=(m < M)[:, None] & (n < N)[None, :])
+        y += tl.load(bias_ptr + n * bias_n, mask=columns, other=0.0).to(tl.float32)[None, :]
+    tl.store(y_ptr + m[:, None] * N + n[None, :], y, mask=rows[:, None] & columns[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "span"])
 def _shrink_back_kernel(
     dy_ptr, b_ptr, xa_ptr, dxa_ptr, db_ptr,  # partial sums: dxa [columns of tiles, M, R] or None, dB [parts, N, R] or None
     M, N, R, span, scale,  # span: rows of dy a part
-    dy_m, dy_n, b_n, b_r,
+    dy_m, dy_n, b_n, b_r, xa_m,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     tile_n, part = tl.program_id(0), tl.program_id(1)
@@ -97,9 +132,10 @@ def _shrink_back_kernel(
     begin = part.to(tl.int64) * span
     end = tl.minimum(begin + span, M)
     ranks = (n < N)[:, None] & (r < R)[None, :]
-    b = tl.load(b_ptr + n[:, None] * b_n + r.to(tl.int64)[None, :] * b_r, mask=ranks, other=0.0)  # [BLOCK_N, BLOCK_R]
-    b = b.to(dy_ptr.dtype.element_ty)
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    if dxa_ptr is not None:
+        b = tl.load(b_ptr + n[:, None] * b_n + r.to(tl.int64)[None, :] * b_r, mask=ranks, other=0.0)
+        b = b.to(dy_ptr.dtype.element_ty)  # [BLOCK_N, BLOCK_R]
     for m0 in range(begin, end, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
         dy_ptrs = dy_ptr + m[:, None] * dy_m + n[None, :] * dy_n
@@ -109,7 +145,7 @@ def _shrink_back_kernel(
             dxa = tl.dot(dy, b, input_precision="ieee") * scale  # [BLOCK_M, BLOCK_R]
             tl.store(dxa_ptr + (tile_n.to(tl.int64) * M + m)[:, None] * R + r[None, :], dxa, mask=rows)
         if db_ptr is not None:
-            xa = tl.load(xa_ptr + m[:, None] * R + r[None, :], mask=rows, other=0.0).to(dy.dtype)  # [BLOCK_M, BLOCK_R]
+            xa = tl.load(xa_ptr + m[:, None] * xa_m + r[None, :], mask=rows, other=0.0).to(dy.dtype)
             db = tl.dot(tl.trans(dy), xa, db, input_precision="ieee")
     if db_ptr is not None:
         tl.store(db_ptr + (part.to(tl.int64) * N + n)[:, None] * R + r[None, :], db * scale, mask=ranks)
@@ -117,120 +153,251 @@ def _shrink_back_kernel(
 
 @triton.jit(do_not_specialize=["M", "span"])
 def _adapter_grad_kernel(
-    x_ptr, dxa_ptr, da_ptr, bits_ptr,  # dA: partial sums [parts, R, K]
-    M, K, R, span, factor,  # span: rows of x a part
+    x_ptr, dxa_ptrs, da_ptr, keep_ptr,  # dA: partial sums [parts, ranks, K]; plurals: a tuple of LAYERS
+    M, K, ranks, Rs, span, thresholds, factors,  # span: rows of x a part
     x_m, x_k,
+    LAYERS: tl.constexpr, TILES_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    layer, tile_r = tl.program_id(0) % LAYERS, tl.program_id(0) // LAYERS % TILES_R
+    first_k = tl.program_id(0) // (LAYERS * TILES_R) * BLOCK_K
+    first = tl.program_id(1).to(tl.int64) * ranks
+    for i in tl.static_range(LAYERS):
+        if layer == i:
+            _adapter_grad_tile(
+                x_ptr, dxa_ptrs[i], da_ptr + first * K, keep_ptr, i, M, K, Rs[i], first_k, tile_r, span, thresholds[i], factors[i],
+                x_m, x_k, BLOCK_M, BLOCK_K, BLOCK_R,
+            )  # fmt: skip
+        first += Rs[i]
+
+
+@triton.jit
+def _adapter_grad_tile(
+    x_ptr, dxa_ptr, da_ptr, keep_ptr, layer, M, K, R, first_k, tile_r, span, threshold, factor, x_m, x_k,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
-    first_k, part = tl.program_id(0) * BLOCK_K, tl.program_id(1)
     k = first_k.to(tl.int64) + tl.arange(0, BLOCK_K)
-    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
-    begin = part.to(tl.int64) * span
+    r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    begin = tl.program_id(1).to(tl.int64) * span
     end = tl.minimum(begin + span, M)
     da = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     for m0 in range(begin, end, BLOCK_M):
         m = m0 + tl.arange(0, BLOCK_M)
         x_ptrs = x_ptr + m[:, None] * x_m + k[None, :] * x_k
         x = tl.load(x_ptrs, mask=(m < end)[:, None] & (k < K)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-        if bits_ptr is not None:
-            x = tl.where(load_keep_mask(bits_ptr, m, m < end, first_k, K, BLOCK_K), x, 0.0)
+        if keep_ptr is not None:
+            keep = _load_keep(keep_ptr, layer, m, M, m < end, first_k, K, threshold, BLOCK_K)
+            x = tl.where(keep, x, 0.0)
         rows = (m < end)[:, None] & (r < R)[None, :]
         dxa = tl.load(dxa_ptr + m[:, None] * R + r[None, :], mask=rows, other=0.0).to(x.dtype)  # [BLOCK_M, BLOCK_R]
         da = tl.dot(tl.trans(x), dxa, da, input_precision="ieee")
-    da_ptrs = da_ptr + (part * R + r).to(tl.int64)[None, :] * K + k[:, None]
-    tl.store(da_ptrs, da * factor, mask=(k < K)[:, None] & (r < R)[None, :])
+    tl.store(da_ptr + r.to(tl.int64)[None, :] * K + k[:, None], da * factor, mask=(k < K)[:, None] & (r < R)[None, :])
+
+
+@triton.jit
+def _load_keep(keep_ptr, layer, m, M, rows, first_column, K, threshold, BLOCK: tl.constexpr):
+    """The layer's mask, from the bits of all layers; nobody wrote those of a layer that drops nothing."""
+    here = keep_ptr + tl.cast(M, tl.int64) * layer * row_bytes(K)
+    return load_keep_mask(here, m, rows, first_column, K, BLOCK) | (threshold == 0)
 
 
 @triton.jit(do_not_specialize=["M"])
 def _linear_back_kernel(
-    dy_ptr, weight_ptr, a_ptr, dxa_ptr, dx_ptr, bits_ptr,
-    M, N, K, R, factor,
-    dy_m, dy_n, w_n, w_k, a_r, a_k,
+    dy_ptrs, weight_ptrs, a_ptrs, dxa_ptrs, dx_ptr, keep_ptr,  # plurals: a tuple of LAYERS; no weights: dx holds the products
+    M, K, Ns, Rs, thresholds, factors,
+    dy_strides, w_strides, a_strides,
+    LAYERS: tl.constexpr, CHUNK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_k = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
     m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tile_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    dtype = dy_ptr.dtype.element_ty
-    dx = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    for r0 in tl.range(0, R, BLOCK_R, num_stages=1):
-        r = r0 + tl.arange(0, BLOCK_R)
-        dxa = tl.load(dxa_ptr + m[:, None] * R + r[None, :], mask=(m < M)[:, None] & (r < R)[None, :], other=0.0)
-        a_ptrs = a_ptr + r.to(tl.int64)[:, None] * a_r + k[None, :] * a_k
-        a = tl.load(a_ptrs, mask=(r < R)[:, None] & (k < K)[None, :], other=0.0)  # [BLOCK_R, BLOCK_K]
-        dx = tl.dot(dxa.to(dtype), a.to(dtype), dx, input_precision="ieee")
-    if bits_ptr is not None:
-        dx = tl.where(load_keep_mask(bits_ptr, m, m < M, tile_k * BLOCK_K, K, BLOCK_K), dx * factor, 0.0)
-    n = tl.arange(0, BLOCK_N).to(tl.int64)
-    dy_ptrs = dy_ptr + m[:, None] * dy_m + n[None, :] * dy_n
-    w_ptrs = weight_ptr + n[:, None] * w_n + k[None, :] * w_k
-    for n0 in range(0, N, BLOCK_N):
-        inside = n0 + tl.arange(0, BLOCK_N) < N
-        dy = tl.load(dy_ptrs, mask=(m < M)[:, None] & inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
-        w = tl.load(w_ptrs, mask=inside[:, None] & (k < K)[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
-        dx = tl.dot(dy, w, dx, input_precision="ieee")
-        dy_ptrs += tl.cast(BLOCK_N, tl.int64) * dy_n
-        w_ptrs += tl.cast(BLOCK_N, tl.int64) * w_n
-    tl.store(dx_ptr + m[:, None] * K + k[None, :], dx, mask=(m < M)[:, None] & (k < K)[None, :])
+    rows = m < M
+    if weight_ptrs is None:
+        dx_ptrs = dx_ptr + m[:, None] * K + k[None, :]
+        dx = tl.load(dx_ptrs, mask=rows[:, None] & (k < K)[None, :], other=0.0).to(tl.float32)
+    else:
+        dx = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+        n = tl.arange(0, BLOCK_N).to(tl.int64)
+        for i in tl.static_range(LAYERS):
+            dy = dy_ptrs[i] + m[:, None] * dy_strides[i][0] + n[None, :] * dy_strides[i][1]
+            w = weight_ptrs[i] + n[:, None] * w_strides[i][0] + k[None, :] * w_strides[i][1]
+            dx = product(dx, dy, w, rows, k < K, Ns[i], dy_strides[i][1], w_strides[i][0], BLOCK_N)
+    chunks = column_chunks(dx, CHUNK)
+    WIDTH: tl.constexpr = chunks[0].shape[1]
+    for c in tl.static_range(len(chunks)):
+        chunk = chunks[c]
+        first = tile_k * BLOCK_K + c * WIDTH
+        k = first.to(tl.int64) + tl.arange(0, WIDTH)
+        for i in tl.static_range(LAYERS):
+            a = a_ptrs[i] + k[None, :] * a_strides[i][1]
+            step = rank_step(
+                tl.zeros_like(chunk), dxa_ptrs[i] + m[:, None] * Rs[i], a, rows, k < K, Rs[i], a_strides[i][0], 1.0, 1, 0,
+                dx_ptr.dtype.element_ty, BLOCK_R,
+            )  # fmt: skip
+            if keep_ptr is not None:
+                keep = _load_keep(keep_ptr, i, m, M, rows, first, K, thresholds[i], WIDTH)
+                step = tl.where(keep, step * factors[i], 0.0)
+            chunk += step
+        tl.store(dx_ptr + m[:, None] * K + k[None, :], chunk, mask=rows[:, None] & (k < K)[None, :])
 
 
-def _dropout(dropout_p: float, seed: Tensor | None) -> tuple[Tensor | None, int, float]:
-    """(seed, threshold, factor), the seed None where nothing is dropped: kernels are compiled without a mask then."""
-    threshold = drop_threshold(dropout_p)
-    return (None, 0, 1.0) if seed is None or threshold == 0 else (seed, threshold, keep_scale(dropout_p))
+def _strides(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
+    return tuple(one.stride() for one in tensors)
 
 
-def _shrink(x: Tensor, a: Tensor, seed: Tensor | None, threshold: int, factor: float) -> Tensor:
-    """factor d(x) aᵀ [M, R] in float32, without the factor of d."""
-    (M, K), R = x.shape, a.shape[0]
-    xa = x.new_empty(M, R, dtype=torch.float32)
-    tile = tuning.shrink(x, M, R)
-    tiles_m, tiles_r = triton.cdiv(M, tile.rows), triton.cdiv(R, tile.rank)
-    parts = tuning.parts(x, tiles_m * tiles_r, triton.cdiv(K, tile.inner))
+def _shrink(
+    x: Tensor, a: Sequence[Tensor], factors: Sequence[float], thresholds: Sequence[int] = (), seed: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(xa [M, sum R_i], its partial sums [parts, M, sum R_i], keep [layers, M, bytes]) with every xa_i = factor_i d_i(x) a_iᵀ, side by side.
+
+    xa is filled where it is the only part. d has no factor of its own here; without a seed it is the identity, and keep has no elements.
+    """
+    (M, K), ranks, layers = x.shape, tuple(one.shape[0] for one in a), len(a)
+    xa = x.new_empty(M, sum(ranks), dtype=torch.float32)
+    keep = x.new_empty(0 if seed is None else (layers, M, 8 * triton.cdiv(K, 64)), dtype=torch.uint8)
+    tile = tuning.shrink(x, M, max(ranks))
+    tiles_r = triton.cdiv(max(ranks), tile.rank)
+    programs = triton.cdiv(M, tile.rows) * tiles_r * layers
+    parts = tuning.parts(x, programs, triton.cdiv(K, tile.inner))
     span = triton.cdiv(triton.cdiv(K, parts), tile.inner) * tile.inner
     partials = partials_for(xa, parts)
-    _shrink_kernel[tiles_m, parts, tiles_r](
-        x, a, partials, seed, M, K, R, span, threshold, factor, *x.stride(), *a.stride(),
-        BLOCK_M=tile.rows, BLOCK_K=tile.inner, BLOCK_R=tile.rank, **tile.launch,
+    _shrink_kernel[programs, parts](
+        x, tuple(a), partials, seed, keep, M, K, sum(ranks), ranks, span, tuple(thresholds) or (0,) * layers, tuple(factors),
+        *x.stride(), _strides(a),
+        LAYERS=layers, TILES_R=tiles_r, BLOCK_M=tile.rows, BLOCK_K=tile.inner, BLOCK_R=tile.rank, **tile.launch,
     )  # fmt: skip
-    sum_partials(partials, xa)
-    return xa
+    return xa, partials, keep
+
+
+def _expand(
+    x: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, partials: Tensor, xa: Tensor | None, scale: float, by_library: bool
+) -> Tensor:  # fmt: skip
+    """y = x weightᵀ + bias + scale (sum of the partials [parts, M, R]) bᵀ; the sum is left in `xa`, where there is one."""
+    (M, K), (N, R) = x.shape, b.shape
+    y = F.linear(x, weight, bias) if by_library else x.new_empty(M, N)
+    tile = tuning.adding(x, M, N, R) if by_library else tuning.linear(x, M, N, R)
+    base, bias = (None, None) if by_library else (weight, bias)
+    _linear_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
+        x, base, bias, b, partials, xa, y, M, N, K, R, partials.stride(1), partials.shape[0], scale,
+        *x.stride(), *weight.stride(), *b.stride(), 0 if bias is None else bias.stride(0),
+        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner, BLOCK_R=tile.rank, GROUP_M=tuning.GROUP_M, **tile.launch,
+    )  # fmt: skip
+    return y
+
+
+def _forward(
+    op: str, x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], a: Sequence[Tensor], b: Sequence[Tensor],
+    scale: Sequence[float], dropout_p: Sequence[float], seed: Tensor | None,
+) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    """y of each layer, xa [M, sum R_i], and keep [layers, M, bytes], without elements where no layer drops anything."""
+    tuning.require_float(op, x)
+    thresholds = [drop_threshold(p) for p in dropout_p]
+    if seed is None or not any(thresholds):
+        seed, dropout_p, thresholds = None, [0.0] * len(weight), []
+    M, ranks, ys = x.shape[0], [one.shape[0] for one in a], []
+    by_library = tuning.by_library(op, x, weight[0], seed is not None)
+    with torch.cuda.device_of(x):
+        xa, partials, keep = _shrink(x, a, [keep_scale(p) for p in dropout_p], thresholds, seed)
+        sums: Sequence[Tensor | None] = [None] * len(weight)
+        if len(partials) > 1 and M <= tuning.FEW_ROWS and all(w.shape[0] for w in weight):
+            sums = xa.split(ranks, 1)  # a launch saved: whoever uses the partial sums adds them
+        else:
+            sum_partials(partials, xa)
+            partials = xa[None]
+        for w, c, up, xa_i, sum_i, s in zip(weight, bias, b, partials.split(ranks, 2), sums, scale, strict=True):
+            ys.append(_expand(x, w, c, up, xa_i, sum_i, s, by_library))
+    return ys, xa, keep
+
+
+def _shrink_back(
+    dy: Tensor, b: Tensor, xa: Tensor, scale: float, need_dxa: bool, db: Tensor | None
+) -> Tensor | None:  # [M, R] float32
+    """dxa = scale dy b where it is needed, and scale dyᵀ xa into `db` where there is one."""
+    (M, N), R = dy.shape, b.shape[1]
+    tile = tuning.shrink_back(dy, M, N, R)
+    tiles_n, tiles_r = triton.cdiv(N, tile.columns), triton.cdiv(R, tile.rank)
+    dxa = partials = None
+    if need_dxa and (db is None or not tuning.reads_once(dy, tile, R)):
+        dxa, sums, _ = _shrink(dy, [b.T], [scale])
+        sum_partials(sums, dxa)
+    elif need_dxa:
+        dxa = dy.new_empty(M, R, dtype=torch.float32)
+        partials = partials_for(dxa, tiles_n)
+    if db is not None:
+        parts = tuning.parts(dy, tiles_n * tiles_r, triton.cdiv(M, tile.rows))
+        db_partials = partials_for(db, parts)
+        _shrink_back_kernel[tiles_n, parts, tiles_r](
+            dy, b, xa, partials, db_partials, M, N, R, triton.cdiv(triton.cdiv(M, parts), tile.rows) * tile.rows, scale,
+            *dy.stride(), *b.stride(), xa.stride(0),
+            BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_R=tile.rank, **tile.launch,
+        )  # fmt: skip
+        sum_partials(db_partials, db)
+    if partials is not None and dxa is not None:
+        sum_partials(partials, dxa)
+    return dxa
+
+
+def _backward(
+    op: str, dy: Sequence[Tensor], x: Tensor, weight: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], xa: Tensor, keep: Tensor,
+    scale: Sequence[float], dropout_p: Sequence[float], need_dx: bool, need_da: bool, need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx [M, K], and every dA_i and every dB_i one after the other; keep [layers, M, bytes]."""
+    tuning.require_float(op, x)
+    xa = xa.contiguous()
+    (M, K), layers, ranks = x.shape, len(weight), tuple(one.shape[0] for one in a)
+    dropped = keep.numel() != 0
+    thresholds = tuple(drop_threshold(p) if dropped else 0 for p in dropout_p)
+    factors = tuple(keep_scale(p) if dropped else 1.0 for p in dropout_p)
+    bits = keep if dropped else None
+    dx = x.new_empty((M, K) if need_dx else 0)
+    da = a[0].new_empty(sum(ranks) * K if need_da else 0)
+    db = b[0].new_empty(sum(one.numel() for one in b) if need_db else 0)
+    with torch.cuda.device_of(x):
+        dbs = db.split([one.numel() for one in b]) if need_db else [None] * layers
+        each = zip(dy, b, xa.split(ranks, 1), scale, dbs, strict=True)
+        dxa = tuple(_shrink_back(d, b_i, xa_i, s, need_dx or need_da, db_i) for d, b_i, xa_i, s, db_i in each)
+        if need_da:
+            tile = tuning.adapter_grad(x, M, K, max(ranks))
+            tiles_r = triton.cdiv(max(ranks), tile.rank)
+            programs = triton.cdiv(K, tile.columns) * tiles_r * layers
+            parts = tuning.parts(x, programs, triton.cdiv(M, tile.rows))
+            partials = partials_for(da, parts)
+            _adapter_grad_kernel[programs, parts](
+                x, dxa, partials, bits, M, K, sum(ranks), ranks, triton.cdiv(triton.cdiv(M, parts), tile.rows) * tile.rows, thresholds, factors,
+                *x.stride(), LAYERS=layers, TILES_R=tiles_r, BLOCK_M=tile.rows, BLOCK_K=tile.columns, BLOCK_R=tile.rank, **tile.launch,
+            )  # fmt: skip
+            sum_partials(partials, da)
+        if need_dx:
+            by_library = tuning.by_library(op, x, weight[0], dropped)
+            if by_library:
+                torch.mm(dy[0], weight[0], out=dx)
+                for d, w in zip(dy[1:], weight[1:], strict=True):
+                    dx.addmm_(d, w)
+            tile = (tuning.adding if by_library else tuning.linear)(x, M, K, max(ranks))
+            products = (None, None) if by_library else (tuple(dy), tuple(weight))
+            _linear_back_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(K, tile.columns),)](
+                *products, tuple(a), dxa, dx, bits, M, K, tuple(w.shape[0] for w in weight), ranks, thresholds, factors,
+                _strides(dy), _strides(weight), _strides(a),
+                LAYERS=layers, CHUNK=tuning.chunk(layers), BLOCK_M=tile.rows, BLOCK_K=tile.columns, BLOCK_N=tile.inner, BLOCK_R=tile.rank,
+                GROUP_M=tuning.GROUP_M, **tile.launch,
+            )  # fmt: skip
+    return dx, da, db
 
 
 def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    """y [M, N] in x's dtype and xa [M, R] in float32, as `fastlora.reference.lora_linear`, on x's device and any strides.
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float, dropout_p: float, seed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y [M, N] in x's dtype, xa [M, R] in float32 and keep, as `fastlora.reference.lora_linear`, on x's device and any strides.
 
     Raises:
         ImplementationError: x is float64.
     """
-    tuning.require_float("lora_linear", x)
-    (M, K), N, R = x.shape, weight.shape[0], lora_a.shape[0]
-    seed, threshold, factor = _dropout(dropout_p, seed)
-    y = x.new_empty(M, N)
-    with torch.cuda.device_of(x):
-        xa = _shrink(x, lora_a, seed, threshold, factor)
-        if M == 0:
-            return y, xa
-        tile = tuning.linear(x, M, N, R)
-        _linear_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
-            x, weight, bias, lora_b, xa, y, M, N, K, R, scale,
-            *x.stride(), *weight.stride(), *lora_b.stride(), 0 if bias is None else bias.stride(0),
-            BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner, BLOCK_R=tile.rank, GROUP_M=tuning.GROUP_M, **tile.launch,
-        )  # fmt: skip
-    return y, xa
+    [y], xa, keep = _forward("lora_linear", x, [weight], [bias], [lora_a], [lora_b], [scale], [dropout_p], seed)
+    return y, xa, keep[0] if keep.dim() == 3 else keep
 
 
 def lora_linear_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, xa: Tensor, scale: float, dropout_p: float, seed: Tensor | None,
+    dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, xa: Tensor, keep: Tensor, scale: float, dropout_p: float,
     need_dx: bool, need_da: bool, need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx [M, K] in x's dtype, dA [R, K] and dB [N, R] in theirs, as `fastlora.reference.lora_linear_backward`; without elements where not needed.
@@ -238,54 +405,37 @@ def lora_linear_backward(
     Raises:
         ImplementationError: x is float64.
     """
-    tuning.require_float("lora_linear_backward", x)
-    xa = xa.contiguous()
-    (M, K), N, R = x.shape, weight.shape[0], lora_a.shape[0]
-    seed, threshold, factor = _dropout(dropout_p, seed)
-    dx = x.new_empty((M, K) if need_dx else 0)
-    da = lora_a.new_empty((R, K) if need_da else 0)
-    db = lora_b.new_empty((N, R) if need_db else 0)
-    with torch.cuda.device_of(x):
-        tile = tuning.shrink_back(dy, M, N, R)
-        tiles_n, tiles_r = triton.cdiv(N, tile.columns), triton.cdiv(R, tile.rank)
-        parts = tuning.parts(x, tiles_n * tiles_r, triton.cdiv(M, tile.rows))
-        db_partials = partials_for(db, parts) if need_db else None
-        dxa_partials = None
-        if tiles_r == 1:
-            dxa = x.new_empty(M, R, dtype=torch.float32)
-            dxa_partials = partials_for(dxa, tiles_n) if need_dx or need_da else None
-        else:  # the partial sums would be larger than dy
-            dxa = _shrink(dy, lora_b.T, None, 0, scale)
-        _shrink_back_kernel[tiles_n, parts, tiles_r](
-            dy, lora_b, xa, dxa_partials, db_partials, M, N, R, triton.cdiv(triton.cdiv(M, parts), tile.rows) * tile.rows, scale,
-            *dy.stride(), *lora_b.stride(),
-            BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_R=tile.rank, **tile.launch,
-        )  # fmt: skip
-        if db_partials is not None:
-            sum_partials(db_partials, db)
-        if dxa_partials is not None:
-            sum_partials(dxa_partials, dxa)
-
-        bits = keep_bits(seed, M, K, threshold) if seed is not None and (need_dx or need_da) else None
-        if need_da:
-            tile = tuning.adapter_grad(x, M, K, R)
-            tiles_k, tiles_r = triton.cdiv(K, tile.columns), triton.cdiv(R, tile.rank)
-            parts = tuning.parts(x, tiles_k * tiles_r, triton.cdiv(M, tile.rows))
-            da_partials = partials_for(da, parts)
-            _adapter_grad_kernel[tiles_k, parts, tiles_r](
-                x, dxa, da_partials, bits, M, K, R, triton.cdiv(triton.cdiv(M, parts), tile.rows) * tile.rows, factor, *x.stride(),
-                BLOCK_M=tile.rows, BLOCK_K=tile.columns, BLOCK_R=tile.rank, **tile.launch,
-            )  # fmt: skip
-            sum_partials(da_partials, da)
-
-        if need_dx and M > 0:
-            tile = tuning.linear(x, M, K, R)
-            _linear_back_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(K, tile.columns),)](
-                dy, weight, lora_a, dxa, dx, bits, M, N, K, R, factor, *dy.stride(), *weight.stride(), *lora_a.stride(),
-                BLOCK_M=tile.rows, BLOCK_K=tile.columns, BLOCK_N=tile.inner, BLOCK_R=tile.rank, GROUP_M=tuning.GROUP_M, **tile.launch,
-            )  # fmt: skip
-    return dx, da, db
+    dx, da, db = _backward(
+        "lora_linear_backward", [dy], x, [weight], [lora_a], [lora_b], xa, keep, [scale], [dropout_p], need_dx, need_da, need_db,
+    )  # fmt: skip
+    return dx, da.view(lora_a.shape) if need_da else da, db.view(lora_b.shape) if need_db else db
 
 
-ops.implement("lora_linear", "triton", lora_linear)
-ops.implement("lora_linear_backward", "triton", lora_linear_backward)
+def lora_linear_shared(
+    x: Tensor, weight: list[Tensor], bias: list[Tensor], lora_a: list[Tensor], lora_b: list[Tensor], scale: list[float],
+    dropout_p: list[float], seed: Tensor | None,
+) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    """Every y [M, N_i], xa [M, sum R_i] and keep [G, M, bytes], as `fastlora.reference.lora_linear_shared`.
+
+    Raises:
+        ImplementationError: x is float64.
+    """
+    biases = [one if one.numel() else None for one in bias]
+    return _forward("lora_linear_shared", x, weight, biases, lora_a, lora_b, scale, dropout_p, seed)
+
+
+def lora_linear_shared_backward(
+    dy: list[Tensor], x: Tensor, weight: list[Tensor], lora_a: list[Tensor], lora_b: list[Tensor], xa: Tensor, keep: Tensor,
+    scale: list[float], dropout_p: list[float], need_dx: bool, need_da: bool, need_db: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dx [M, K], and every dA_i and every dB_i one after the other, as `fastlora.reference.lora_linear_shared_backward`.
+
+    Raises:
+        ImplementationError: x is float64.
+    """
+    arguments = (dy, x, weight, lora_a, lora_b, xa, keep, scale, dropout_p, need_dx, need_da, need_db)
+    return _backward("lora_linear_shared_backward", *arguments)
+
+
+for implemented in (lora_linear, lora_linear_backward, lora_linear_shared, lora_linear_shared_backward):
+    ops.implement(implemented.__name__, "triton", implemented)

@@ -3,37 +3,38 @@
 Groups are numbered 0 (rows of the base alone), 1 to S (adapter i is group i + 1) and S + 1 (rows whose adapter does not exist). Group g has the
 sorted places offsets[g] : offsets[g + 1]; order[place] is the row. Everything is found on the card: nothing waits for it.
 
-    forward     xa      tiles of one group each, at most ceil(M / rows of a tile) + S + 2 of them, whatever the groups
+    forward     xa      tiles of one group each, at most ceil(M / rows of a tile) + S + 2 of them, whatever the groups; the mask is stored as bits
                 y       tiles of sorted places that may span groups: W is read once a tile, with one rank step a group in the tile
-    backward    dxa, dB one read of dy while every R_i fits a tile, group by group; partial sums added in order
-                dA      one read of x, group by group; the mask redrawn once, as bits, for this and the next
-                dx      tiles as for y; rank steps first, then the mask, once for all groups in the tile
+    backward    dxa, dB one read of dy while every R_i is small, group by group; partial sums added in order
+                dA      one read of x, group by group
+                dx      tiles as for y; rank steps last, a chunk of columns at a time, and the mask once for all groups in the tile
 
-The adapters are laid side by side first (A [sum R_i, K], B [N, sum R_i]): one copy of them, small beside W. Rounding is that of lora_linear.py.
+Every group computes its own ranks only. The adapters are read where they lie, by a table of their addresses: side by side they would be a copy a
+call, which at decode, where W is read once, weighs a quarter of W (8 adapters of rank 16, float32, beside 4096 by 4096 in bfloat16).
+
+Decode is two launches, the sums of a split xa added where they are read. In one launch, either every column of tiles computes xa anew, reading sum
+R_i / columns of a tile (2 for those adapters) times what W has, or tiles wait for others, which nobody has seen run on a card.
+
+Rounding, and the second way, with the base product left to torch's library, are those of lora_linear.py.
 """
 
 import functools
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastlora import ops
 from fastlora.kernels import tuning
-from fastlora.kernels.philox import (
-    BLOCK_GROUPS,
-    BLOCK_ROWS,
-    draw_bits,
-    drop_threshold,
-    keep_mask,
-    keep_scale,
-    load_keep_mask,
-)
-from fastlora.kernels.tiles import partials_for, sum_partials, tile_of
+from fastlora.kernels.philox import draw_keep_mask, drop_threshold, keep_scale, load_keep_mask
+from fastlora.kernels.tiles import column_chunks, partials_for, product, rank_step, store_sum, sum_partials, tile_of
 
 # Rows of the two tables that hold, for each of the S + 2 groups, whole numbers (int64) and fractions (float32).
-FIRST, RANK, THRESHOLD = (tl.constexpr(row) for row in range(3))
+FIRST, RANK, THRESHOLD, ADDRESS_A, ADDRESS_B = (tl.constexpr(row) for row in range(5))
 SCALE, FACTOR = (tl.constexpr(row) for row in range(2))
 
 
@@ -66,105 +67,118 @@ def _places_of_part(offsets_ptr, group, part, parts, BLOCK_M: tl.constexpr):
     return begin + part * span, tl.minimum(begin + (part + 1) * span, end)
 
 
+@triton.jit
+def _adapter_at(whole_ptr, row, groups, group, like_ptr):
+    """The pointer in that row of the table; adapters are kept where 16 bytes begin (`_tables`)."""
+    address = tl.load(whole_ptr + row * groups + group)
+    return tl.multiple_of(address.to(like_ptr.dtype), 16)
+
+
 @triton.jit(do_not_specialize=["M", "groups"])
 def _shrink_kernel(
-    x_ptr, a_ptr, xa_ptr, seed_ptr, order_ptr, offsets_ptr, whole_ptr, factor_ptr,  # xa: partial sums [parts, M, R]
-    M, K, R, span, groups,  # R: the largest rank; span: columns of x a part
-    x_m, x_k, a_r, a_k,
+    x_ptr, like_ptr, xa_ptr, seed_ptr, keep_ptr, order_ptr, offsets_ptr, whole_ptr, factor_ptr,  # xa: partial sums [parts, M, R]
+    M, K, R, span, groups,  # R: the largest rank; span: columns of x a part; like: the dtype of the adapters
+    x_m, x_k,
+    ADDRESS: tl.constexpr, TRANSPOSED: tl.constexpr,  # the adapters: [R_i, K], or [K, R_i]
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     group, first, last = _places_of_tile(offsets_ptr, tl.program_id(0), groups, BLOCK_M, BLOCK_S)
     place = first + tl.arange(0, BLOCK_M)
-    m = tl.load(order_ptr + place, mask=place < last, other=0)
-    part = tl.program_id(1)
-    r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    rows = place < last
+    m = tl.load(order_ptr + place, mask=rows, other=0)
+    part, tile_r = tl.program_id(1), tl.program_id(2)
+    r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
     rank = tl.load(whole_ptr + RANK * groups + group)
     begin = part * span
     end = tl.minimum(begin + span, K)
     # No sums for ranks that this group does not have, nor for tiles without rows: zeros are stored.
-    end = tl.where((tl.program_id(2) * BLOCK_R < rank) & (first < last), end, begin)
+    end = tl.where((tile_r * BLOCK_R < rank) & (first < last), end, begin)
     k = (begin + tl.arange(0, BLOCK_K)).to(tl.int64)
+    if TRANSPOSED:
+        a_r, a_k = 1, rank
+    else:
+        a_r, a_k = K, 1
     x_ptrs = x_ptr + m[:, None] * x_m + k[None, :] * x_k
-    a_ptrs = a_ptr + (tl.load(whole_ptr + FIRST * groups + group) + r)[None, :] * a_r + k[:, None] * a_k
+    a_ptrs = _adapter_at(whole_ptr, ADDRESS, groups, group, like_ptr) + r.to(tl.int64)[None, :] * a_r + k[:, None] * a_k
     xa = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for k0 in range(begin, end, BLOCK_K):
         inside = k0 + tl.arange(0, BLOCK_K) < end
-        x = tl.load(x_ptrs, mask=(place < last)[:, None] & inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
+        x = tl.load(x_ptrs, mask=rows[:, None] & inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
         if seed_ptr is not None:
             threshold = tl.load(whole_ptr + THRESHOLD * groups + group).to(tl.int32)
-            x = tl.where(keep_mask(seed_ptr, m, k0, K, threshold, BLOCK_K), x, 0.0)
+            keep = draw_keep_mask(seed_ptr, keep_ptr, m, rows & (tile_r == 0), k0, K, threshold, BLOCK_K)
+            x = tl.where(keep, x, 0.0)
         a = tl.load(a_ptrs, mask=inside[:, None] & (r < rank)[None, :], other=0.0).to(x.dtype)  # [BLOCK_K, BLOCK_R]
         xa = tl.dot(x, a, xa, input_precision="ieee")
         x_ptrs += tl.cast(BLOCK_K, tl.int64) * x_k
         a_ptrs += tl.cast(BLOCK_K, tl.int64) * a_k
     xa *= tl.load(factor_ptr + group)
     xa_ptrs = xa_ptr + (part.to(tl.int64) * M + m)[:, None] * R + r[None, :]
-    tl.store(xa_ptrs, xa, mask=(place < last)[:, None] & (r < R)[None, :])
+    tl.store(xa_ptrs, xa, mask=rows[:, None] & (r < R)[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "groups"])
 def _linear_kernel(
-    x_ptr, weight_ptr, bias_ptr, b_ptr, xa_ptr, y_ptr, order_ptr, offsets_ptr, whole_ptr, fraction_ptr,
-    M, N, K, R, groups,
-    x_m, x_k, w_n, w_k, b_n, bias_n,
+    x_ptr, weight_ptr, bias_ptr, like_ptr, partials_ptr, xa_ptr, y_ptr,  # no weight: y holds the product; no xa: there is one part
+    order_ptr, offsets_ptr, whole_ptr, fraction_ptr,
+    M, N, K, R, parts, groups,
+    x_m, x_k, w_n, w_k, bias_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     place = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m = tl.load(order_ptr + place, mask=place < M, other=0)
+    rows = place < M
+    m = tl.load(order_ptr + place, mask=rows, other=0)
     n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K).to(tl.int64)
-    x_ptrs = x_ptr + m[:, None] * x_m + k[None, :] * x_k
-    w_ptrs = weight_ptr + n[None, :] * w_n + k[:, None] * w_k
-    dtype = x_ptr.dtype.element_ty
-    y = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for k0 in range(0, K, BLOCK_K):
-        inside = k0 + tl.arange(0, BLOCK_K) < K
-        x = tl.load(x_ptrs, mask=(place < M)[:, None] & inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-        w = tl.load(w_ptrs, mask=inside[:, None] & (n < N)[None, :], other=0.0)  # [BLOCK_K, BLOCK_N]
-        y = tl.dot(x, w, y, input_precision="ieee")
-        x_ptrs += tl.cast(BLOCK_K, tl.int64) * x_k
-        w_ptrs += tl.cast(BLOCK_K, tl.int64) * w_k
+    columns = n < N
+    xa_ptrs, stride = partials_ptr + m[:, None] * R, tl.cast(M, tl.int64) * R
+    if xa_ptr is not None:
+        if tile_n == 0:
+            store_sum(xa_ptr + m[:, None] * R, xa_ptrs, rows, R, parts, stride, BLOCK_R)
+    if weight_ptr is None:
+        y = tl.load(y_ptr + m[:, None] * N + n[None, :], mask=rows[:, None] & columns[None, :], other=0.0)
+        y = y.to(tl.float32)
+    else:
+        k = tl.arange(0, BLOCK_K).to(tl.int64)
+        x_ptrs = x_ptr + m[:, None] * x_m + k[None, :] * x_k
+        w_ptrs = weight_ptr + n[None, :] * w_n + k[:, None] * w_k
+        y = product(tl.zeros((BLOCK_M, BLOCK_N), tl.float32), x_ptrs, w_ptrs, rows, columns, K, x_k, w_k, BLOCK_K)
     at = tile_m.to(tl.int64) * BLOCK_M
     stop = tl.minimum(at + BLOCK_M, M)
     while at < stop:
         group = _group_of_place(offsets_ptr, at, groups, BLOCK_S)
         end = tl.minimum(tl.load(offsets_ptr + group + 1), stop)
-        mine = (place >= at) & (place < end)
-        first, rank = tl.load(whole_ptr + FIRST * groups + group), tl.load(whole_ptr + RANK * groups + group)
+        rank = tl.load(whole_ptr + RANK * groups + group)
+        b_ptrs = _adapter_at(whole_ptr, ADDRESS_B, groups, group, like_ptr) + n[None, :] * rank
         scale = tl.load(fraction_ptr + SCALE * groups + group)
-        for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
-            r = r0 + tl.arange(0, BLOCK_R)
-            xa = tl.load(xa_ptr + m[:, None] * R + r[None, :], mask=mine[:, None] & (r < rank)[None, :], other=0.0)
-            b_ptrs = b_ptr + n[None, :] * b_n + (first + r)[:, None]
-            b = tl.load(b_ptrs, mask=(r < rank)[:, None] & (n < N)[None, :], other=0.0)  # [BLOCK_R, BLOCK_N]
-            y = tl.dot((xa * scale).to(dtype), b.to(dtype), y, input_precision="ieee")
+        mine = (place >= at) & (place < end)
+        y = rank_step(y, xa_ptrs, b_ptrs, mine, columns, rank, 1, scale, parts, stride, y_ptr.dtype.element_ty, BLOCK_R)
         at = tl.maximum(end, at + 1)
     if bias_ptr is not None:
-        y += tl.load(bias_ptr + n * bias_n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+        y += tl.load(bias_ptr + n * bias_n, mask=columns, other=0.0).to(tl.float32)[None, :]
     y = tl.where((place >= tl.load(offsets_ptr + groups - 1))[:, None], float("nan"), y)
-    tl.store(y_ptr + m[:, None] * N + n[None, :], y, mask=(place < M)[:, None] & (n < N)[None, :])
+    tl.store(y_ptr + m[:, None] * N + n[None, :], y, mask=rows[:, None] & columns[None, :])
 
 
 @triton.jit(do_not_specialize=["M", "groups", "ranks", "parts"])
 def _shrink_back_kernel(
-    dy_ptr, b_ptr, xa_ptr, dxa_ptr, db_ptr, order_ptr, offsets_ptr, whole_ptr, fraction_ptr,
+    dy_ptr, like_ptr, xa_ptr, dxa_ptr, db_ptr, order_ptr, offsets_ptr, whole_ptr, fraction_ptr,
     M, N, R, groups, ranks, parts,  # partial sums: dxa [columns of tiles, M, R] or None, dB [parts, N * ranks] or None
-    dy_m, dy_n, b_n,
+    dy_m, dy_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     group, part = tl.program_id(1) // parts + 1, tl.program_id(1) % parts
     rank = tl.load(whole_ptr + RANK * groups + group)
     if tl.program_id(2) * BLOCK_R >= rank:
         return
-    first = tl.load(whole_ptr + FIRST * groups + group)
     scale = tl.load(fraction_ptr + SCALE * groups + group)
     tile_n = tl.program_id(0)
     n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask = (n < N)[:, None] & (r < rank)[None, :]
-    b = tl.load(b_ptr + n[:, None] * b_n + (first + r)[None, :], mask=mask, other=0.0)  # [BLOCK_N, BLOCK_R]
-    b = b.to(dy_ptr.dtype.element_ty)
+    if dxa_ptr is not None:
+        b_ptrs = _adapter_at(whole_ptr, ADDRESS_B, groups, group, like_ptr) + n[:, None] * rank + r[None, :]
+        b = tl.load(b_ptrs, mask=mask, other=0.0).to(dy_ptr.dtype.element_ty)  # [BLOCK_N, BLOCK_R]
     begin, end = _places_of_part(offsets_ptr, group, part, parts, BLOCK_M)
     db = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for start in range(begin, end, BLOCK_M):
@@ -180,29 +194,13 @@ def _shrink_back_kernel(
             xa = tl.load(xa_ptr + m[:, None] * R + r[None, :], mask=rows, other=0.0).to(dy.dtype)  # [BLOCK_M, BLOCK_R]
             db = tl.dot(tl.trans(dy), xa, db, input_precision="ieee")
     if db_ptr is not None:
-        db_ptrs = db_ptr + (part.to(tl.int64) * ranks + first) * N + n[:, None] * rank + r[None, :]
-        tl.store(db_ptrs, db * scale, mask=mask)
-
-
-@triton.jit(do_not_specialize=["groups"])
-def _keep_bits_kernel(
-    bits_ptr, seed_ptr, order_ptr, offsets_ptr, whole_ptr, columns, groups,
-    ROWS: tl.constexpr, GROUPS: tl.constexpr, BLOCK_S: tl.constexpr,
-):  # fmt: skip
-    group, first, last = _places_of_tile(offsets_ptr, tl.program_id(0), groups, ROWS, BLOCK_S)
-    place = first + tl.arange(0, ROWS)
-    m = tl.load(order_ptr + place, mask=place < last, other=0)
-    threshold = tl.load(whole_ptr + THRESHOLD * groups + group).to(tl.int32)
-    column_groups = tl.program_id(1) * GROUPS + tl.arange(0, GROUPS)
-    bits = draw_bits(seed_ptr, m, column_groups, columns, threshold)
-    a_row = tl.cdiv(columns, 8)
-    mask = (place < last)[:, None] & (column_groups < a_row)[None, :]
-    tl.store(bits_ptr + m[:, None] * a_row + column_groups[None, :], bits.to(tl.uint8), mask=mask)
+        first = part.to(tl.int64) * ranks + tl.load(whole_ptr + FIRST * groups + group)
+        tl.store(db_ptr + first * N + n[:, None] * rank + r[None, :], db * scale, mask=mask)
 
 
 @triton.jit(do_not_specialize=["M", "groups", "ranks", "parts"])
 def _adapter_grad_kernel(
-    x_ptr, dxa_ptr, da_ptr, bits_ptr, order_ptr, offsets_ptr, whole_ptr, fraction_ptr,  # dA: partial sums [parts, ranks * K]
+    x_ptr, dxa_ptr, da_ptr, keep_ptr, order_ptr, offsets_ptr, whole_ptr, fraction_ptr,  # dA: partial sums [parts, ranks * K]
     M, K, R, groups, ranks, parts,
     x_m, x_k,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
@@ -211,6 +209,7 @@ def _adapter_grad_kernel(
     rank = tl.load(whole_ptr + RANK * groups + group)
     if tl.program_id(2) * BLOCK_R >= rank:
         return
+    threshold = tl.load(whole_ptr + THRESHOLD * groups + group)
     first_k = tl.program_id(0) * BLOCK_K
     k = first_k.to(tl.int64) + tl.arange(0, BLOCK_K)
     r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -221,8 +220,10 @@ def _adapter_grad_kernel(
         m = tl.load(order_ptr + place, mask=place < end, other=0)
         x_ptrs = x_ptr + m[:, None] * x_m + k[None, :] * x_k
         x = tl.load(x_ptrs, mask=(place < end)[:, None] & (k < K)[None, :], other=0.0)  # [BLOCK_M, BLOCK_K]
-        if bits_ptr is not None:
-            x = tl.where(load_keep_mask(bits_ptr, m, place < end, first_k, K, BLOCK_K), x, 0.0)
+        if keep_ptr is not None:
+            # Nobody wrote the bits of an adapter that drops nothing.
+            keep = load_keep_mask(keep_ptr, m, place < end, first_k, K, BLOCK_K) | (threshold == 0)
+            x = tl.where(keep, x, 0.0)
         rows = (place < end)[:, None] & (r < rank)[None, :]
         dxa = tl.load(dxa_ptr + m[:, None] * R + r[None, :], mask=rows, other=0.0).to(x.dtype)  # [BLOCK_M, BLOCK_R]
         da = tl.dot(tl.trans(x), dxa, da, input_precision="ieee")
@@ -233,120 +234,154 @@ def _adapter_grad_kernel(
 
 @triton.jit(do_not_specialize=["M", "groups"])
 def _linear_back_kernel(
-    dy_ptr, weight_ptr, a_ptr, dxa_ptr, dx_ptr, bits_ptr, order_ptr, offsets_ptr, whole_ptr, fraction_ptr,
+    dy_ptr, weight_ptr, like_ptr, dxa_ptr, dx_ptr, keep_ptr, order_ptr, offsets_ptr, whole_ptr, fraction_ptr,  # no weight: dx holds the product
     M, N, K, R, groups,
     dy_m, dy_n, w_n, w_k,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_S: tl.constexpr, GROUP_M: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     tile_m, tile_k = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(K, BLOCK_K), GROUP_M)
     place = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    m = tl.load(order_ptr + place, mask=place < M, other=0)
+    rows = place < M
+    m = tl.load(order_ptr + place, mask=rows, other=0)
     k = tile_k.to(tl.int64) * BLOCK_K + tl.arange(0, BLOCK_K)
-    dtype = dy_ptr.dtype.element_ty
-    factor = tl.full((BLOCK_M,), 1.0, tl.float32)
-    dx = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-    at = tile_m.to(tl.int64) * BLOCK_M
-    stop = tl.minimum(at + BLOCK_M, M)
-    while at < stop:
-        group = _group_of_place(offsets_ptr, at, groups, BLOCK_S)
-        end = tl.minimum(tl.load(offsets_ptr + group + 1), stop)
-        mine = (place >= at) & (place < end)
-        first, rank = tl.load(whole_ptr + FIRST * groups + group), tl.load(whole_ptr + RANK * groups + group)
-        factor = tl.where(mine, tl.load(fraction_ptr + FACTOR * groups + group), factor)
-        for r0 in tl.range(0, rank, BLOCK_R, num_stages=1):
-            r = r0 + tl.arange(0, BLOCK_R)
-            dxa = tl.load(dxa_ptr + m[:, None] * R + r[None, :], mask=mine[:, None] & (r < rank)[None, :], other=0.0)
-            a_ptrs = a_ptr + (first + r)[:, None] * K + k[None, :]
-            a = tl.load(a_ptrs, mask=(r < rank)[:, None] & (k < K)[None, :], other=0.0)  # [BLOCK_R, BLOCK_K]
-            dx = tl.dot(dxa.to(dtype), a.to(dtype), dx, input_precision="ieee")
-        at = tl.maximum(end, at + 1)
-    if bits_ptr is not None:
-        dx = tl.where(load_keep_mask(bits_ptr, m, place < M, tile_k * BLOCK_K, K, BLOCK_K), dx * factor[:, None], 0.0)
-    n = tl.arange(0, BLOCK_N).to(tl.int64)
-    dy_ptrs = dy_ptr + m[:, None] * dy_m + n[None, :] * dy_n
-    w_ptrs = weight_ptr + n[:, None] * w_n + k[None, :] * w_k
-    for n0 in range(0, N, BLOCK_N):
-        inside = n0 + tl.arange(0, BLOCK_N) < N
-        dy = tl.load(dy_ptrs, mask=(place < M)[:, None] & inside[None, :], other=0.0)  # [BLOCK_M, BLOCK_N]
-        w = tl.load(w_ptrs, mask=inside[:, None] & (k < K)[None, :], other=0.0)  # [BLOCK_N, BLOCK_K]
-        dx = tl.dot(dy, w, dx, input_precision="ieee")
-        dy_ptrs += tl.cast(BLOCK_N, tl.int64) * dy_n
-        w_ptrs += tl.cast(BLOCK_N, tl.int64) * w_n
-    dx = tl.where((place >= tl.load(offsets_ptr + groups - 1))[:, None], float("nan"), dx)
-    tl.store(dx_ptr + m[:, None] * K + k[None, :], dx, mask=(place < M)[:, None] & (k < K)[None, :])
+    if weight_ptr is None:
+        dx = tl.load(dx_ptr + m[:, None] * K + k[None, :], mask=rows[:, None] & (k < K)[None, :], other=0.0)
+        dx = dx.to(tl.float32)
+    else:
+        n = tl.arange(0, BLOCK_N).to(tl.int64)
+        dy_ptrs = dy_ptr + m[:, None] * dy_m + n[None, :] * dy_n
+        w_ptrs = weight_ptr + n[:, None] * w_n + k[None, :] * w_k
+        dx = product(tl.zeros((BLOCK_M, BLOCK_K), tl.float32), dy_ptrs, w_ptrs, rows, k < K, N, dy_n, w_n, BLOCK_N)
+    exists = place < tl.load(offsets_ptr + groups - 1)
+    chunks = column_chunks(dx, CHUNK)
+    WIDTH: tl.constexpr = chunks[0].shape[1]
+    for c in tl.static_range(len(chunks)):
+        first_k = tile_k * BLOCK_K + c * WIDTH
+        k = first_k.to(tl.int64) + tl.arange(0, WIDTH)
+        step = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+        factor = tl.full((BLOCK_M,), 1.0, tl.float32)
+        at = tile_m.to(tl.int64) * BLOCK_M
+        stop = tl.minimum(at + BLOCK_M, M)
+        while at < stop:
+            group = _group_of_place(offsets_ptr, at, groups, BLOCK_S)
+            end = tl.minimum(tl.load(offsets_ptr + group + 1), stop)
+            mine = (place >= at) & (place < end)
+            factor = tl.where(mine, tl.load(fraction_ptr + FACTOR * groups + group), factor)
+            rank = tl.load(whole_ptr + RANK * groups + group)
+            a_ptrs = _adapter_at(whole_ptr, ADDRESS_A, groups, group, like_ptr) + k[None, :]
+            dtype = dx_ptr.dtype.element_ty
+            step = rank_step(step, dxa_ptr + m[:, None] * R, a_ptrs, mine, k < K, rank, K, 1.0, 1, 0, dtype, BLOCK_R)
+            at = tl.maximum(end, at + 1)
+        if keep_ptr is not None:
+            # Nobody wrote the bits of rows that drop nothing; their factor is 1.
+            keep = load_keep_mask(keep_ptr, m, rows, first_k, K, WIDTH) | (factor == 1.0)[:, None]
+            step = tl.where(keep, step * factor[:, None], 0.0)
+        value = tl.where(exists[:, None], chunks[c] + step, float("nan"))
+        tl.store(dx_ptr + m[:, None] * K + k[None, :], value, mask=rows[:, None] & (k < K)[None, :])
+
+
+class _Groups(NamedTuple):
+    """What the kernels need to know of the groups, and the adapters in the form that they read."""
+
+    order: Tensor  # [M]
+    offsets: Tensor  # [S + 3]
+    whole: Tensor  # int64 [5, S + 2]: FIRST, RANK, THRESHOLD, ADDRESS_A, ADDRESS_B
+    fraction: Tensor  # float32 [2, S + 2]: SCALE, FACTOR
+    adapters: list[Tensor]  # held while kernels read them by address
+
+    @property
+    def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self[:4]
 
 
 @functools.lru_cache(maxsize=1024)
 def _tables(
-    ranks: tuple[int, ...], scale: tuple[float, ...], dropout_p: tuple[float, ...], device: torch.device
-) -> tuple[Tensor, Tensor]:  # int64 [3, S + 2]: FIRST, RANK, THRESHOLD; float32 [2, S + 2]: SCALE, FACTOR
-    """What the kernels need to know of each group. Kept, so that later steps copy nothing to the card."""
-    first = [sum(ranks[:i]) for i in range(len(ranks))]
-    whole = [[0, *first, 0], [0, *ranks, 0], [0, *map(drop_threshold, dropout_p), 0]]
+    ranks: tuple[int, ...], scale: tuple[float, ...], dropout_p: tuple[float, ...], addresses: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """`whole` and `fraction`. Kept, so that later steps copy nothing to the card: adapters seldom move."""
+    first, S = [sum(ranks[:i]) for i in range(len(ranks))], len(ranks)
+    whole = [first, ranks, map(drop_threshold, dropout_p), addresses[:S], addresses[S:]]
     fraction = [[0.0, *scale, 0.0], [1.0, *map(keep_scale, dropout_p), 1.0]]
-    return torch.tensor(whole, device=device), torch.tensor(fraction, dtype=torch.float32, device=device)
+    table = torch.tensor([[0, *row, 0] for row in whole], device=device)
+    return table, torch.tensor(fraction, dtype=torch.float32, device=device)
 
 
-def _dropout(dropout_p: list[float], seed: Tensor | None) -> tuple[list[float], Tensor | None]:
-    """The probabilities that apply, and the seed, None where nothing is dropped: kernels are compiled without a mask then."""
-    if seed is None or not any(map(drop_threshold, dropout_p)):
-        return [0.0] * len(dropout_p), None
-    return dropout_p, seed
+def _groups_of(
+    lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], scale: Sequence[float], dropout_p: Sequence[float], order: Tensor, offsets: Tensor
+) -> _Groups:  # fmt: skip
+    """dropout_p: those that apply, zeros where nothing is dropped."""
+    # Kernels read rows without gaps that begin where 16 bytes do, as everything does that torch itself allocates.
+    adapters = [one if one.is_contiguous() and one.data_ptr() % 16 == 0 else one.clone(memory_format=torch.contiguous_format)
+                for one in (*lora_a, *lora_b)]  # fmt: skip
+    ranks = tuple(one.shape[0] for one in lora_a)
+    addresses = tuple(one.data_ptr() for one in adapters)
+    tables = _tables(ranks, tuple(scale), tuple(dropout_p), addresses, order.device)
+    return _Groups(order, offsets, *tables, adapters)
 
 
 def _shrink(
-    x: Tensor, a: Tensor, R: int, seed: Tensor | None, order: Tensor, offsets: Tensor, whole: Tensor, factor: Tensor
-) -> Tensor:
-    """factor_i d_i(x) a_iᵀ [M, R] in float32 for each row's own adapter, 0 beyond its rank, without the factor of d_i; a [sum R_i, K]."""
-    (M, K), groups = x.shape, whole.shape[1]
+    x: Tensor, groups: _Groups, R: int, back: bool, seed: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(xa [M, R], its partial sums [parts, M, R], keep): factor_i d_i(x) A_iᵀ of each row's adapter, or scale_i x B_i where `back`.
+
+    It is 0 beyond a row's own rank. xa is filled where it is the only part. d_i has no factor of its own here; without a seed it is the identity,
+    and keep has no elements.
+    """
+    (M, K), count = x.shape, groups.whole.shape[1]
     xa = x.new_empty(M, R, dtype=torch.float32)
+    keep = x.new_empty(0 if seed is None else (M, 8 * triton.cdiv(K, 64)), dtype=torch.uint8)
     tile = tuning.shrink(x, M, R)
-    tiles_m, tiles_r = (M + groups * (tile.rows - 1)) // tile.rows, triton.cdiv(R, tile.rank)
+    tiles_m, tiles_r = (M + count * (tile.rows - 1)) // tile.rows, triton.cdiv(R, tile.rank)
     parts = tuning.parts(x, tiles_m * tiles_r, triton.cdiv(K, tile.inner))
     span = triton.cdiv(triton.cdiv(K, parts), tile.inner) * tile.inner
     partials = partials_for(xa, parts)
+    order, offsets, whole, fraction = groups.tables
     _shrink_kernel[tiles_m, parts, tiles_r](
-        x, a, partials, seed, order, offsets, whole, factor, M, K, R, span, groups, *x.stride(), *a.stride(),
-        BLOCK_M=tile.rows, BLOCK_K=tile.inner, BLOCK_R=tile.rank, BLOCK_S=triton.next_power_of_2(groups), **tile.launch,
+        x, groups.adapters[0], partials, seed, keep, order, offsets, whole, fraction[(SCALE if back else FACTOR).value],
+        M, K, R, span, count, *x.stride(), ADDRESS=(ADDRESS_B if back else ADDRESS_A).value, TRANSPOSED=back,
+        BLOCK_M=tile.rows, BLOCK_K=tile.inner, BLOCK_R=tile.rank, BLOCK_S=triton.next_power_of_2(count), **tile.launch,
     )  # fmt: skip
-    sum_partials(partials, xa)
-    return xa
+    return xa, partials, keep
 
 
 def multi_lora(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], scale: list[float], dropout_p: list[float],
     seed: Tensor | None, order: Tensor, offsets: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """y [M, N] in x's dtype and xa [M, max R_i] in float32, as `fastlora.reference.multi_lora`, on x's device and any strides.
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """y [M, N] in x's dtype, xa [M, max R_i] in float32 and keep, as `fastlora.reference.multi_lora`, on x's device and any strides.
 
     Raises:
         ImplementationError: x is float64.
     """
     tuning.require_float("multi_lora", x)
-    ranks = tuple(a.shape[0] for a in lora_a)
-    (M, K), N, R, groups = x.shape, weight.shape[0], max(ranks), len(ranks) + 2
-    y = x.new_empty(M, N)
-    dropout_p, seed = _dropout(dropout_p, seed)
+    if seed is None or not any(map(drop_threshold, dropout_p)):
+        seed, dropout_p = None, [0.0] * len(lora_a)
+    (M, K), N, R = x.shape, weight.shape[0], max(one.shape[0] for one in lora_a)
+    by_library = tuning.by_library("multi_lora", x, weight, seed is not None)
     with torch.cuda.device_of(x):
-        rows = (order, offsets, *_tables(ranks, tuple(scale), tuple(dropout_p), x.device))
-        a, b = torch.cat(lora_a), torch.cat(lora_b, 1)  # [sum R_i, K], [N, sum R_i]
-        block_s = triton.next_power_of_2(groups)
-        xa = _shrink(x, a, R, seed, *rows[:3], rows[3][FACTOR.value])
-        if M == 0:
-            return y, xa
-        tile = tuning.linear(x, M, N, R)
+        groups = _groups_of(lora_a, lora_b, scale, dropout_p, order, offsets)
+        xa, partials, keep = _shrink(x, groups, R, back=False, seed=seed)
+        in_parts = len(partials) > 1 and M <= tuning.FEW_ROWS and N > 0
+        if not in_parts:
+            sum_partials(partials, xa)
+            partials = xa[None]
+        y = F.linear(x, weight, bias) if by_library else x.new_empty(M, N)
+        tile = tuning.adding(x, M, N, R) if by_library else tuning.linear(x, M, N, R)
+        base, bias = (None, None) if by_library else (weight, bias)
+        count = groups.whole.shape[1]
         _linear_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
-            x, weight, bias, b, xa, y, *rows, M, N, K, R, groups,
-            *x.stride(), *weight.stride(), b.stride(0), 0 if bias is None else bias.stride(0),
-            BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner, BLOCK_R=tile.rank, BLOCK_S=block_s, GROUP_M=tuning.GROUP_M,
-            **tile.launch,
+            x, base, bias, lora_b[0], partials, xa if in_parts else None, y, *groups.tables, M, N, K, R, len(partials), count,
+            *x.stride(), *weight.stride(), 0 if bias is None else bias.stride(0),
+            BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner, BLOCK_R=tile.rank, BLOCK_S=triton.next_power_of_2(count),
+            GROUP_M=tuning.GROUP_M, **tile.launch,
         )  # fmt: skip
-    return y, xa
+    return y, xa, keep
 
 
 def multi_lora_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, lora_a: list[Tensor], lora_b: list[Tensor], xa: Tensor, scale: list[float], dropout_p: list[float],
-    seed: Tensor | None, order: Tensor, offsets: Tensor, need_dx: bool, need_da: bool, need_db: bool,
+    dy: Tensor, x: Tensor, weight: Tensor, lora_a: list[Tensor], lora_b: list[Tensor], xa: Tensor, keep: Tensor, scale: list[float],
+    dropout_p: list[float], order: Tensor, offsets: Tensor, need_dx: bool, need_da: bool, need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx [M, K], and every dA_i and every dB_i one after the other, as `fastlora.reference.multi_lora_backward`; without elements where not needed.
 
@@ -354,65 +389,67 @@ def multi_lora_backward(
         ImplementationError: x is float64.
     """
     tuning.require_float("multi_lora_backward", x)
-    ranks = tuple(a.shape[0] for a in lora_a)
-    (M, K), N, R, S = x.shape, weight.shape[0], max(ranks), len(ranks)
-    groups, all_ranks = S + 2, sum(ranks)
-    block_s = triton.next_power_of_2(groups)
-    dropout_p, seed = _dropout(dropout_p, seed)
+    dropped = keep.numel() != 0
+    bits = keep if dropped else None
+    ranks = [one.shape[0] for one in lora_a]
+    (M, K), N, R, S, all_ranks = x.shape, weight.shape[0], max(ranks), len(ranks), sum(ranks)
     dx = x.new_empty((M, K) if need_dx else 0)
     da = lora_a[0].new_empty(all_ranks * K if need_da else 0)
     db = lora_b[0].new_empty(all_ranks * N if need_db else 0)
     with torch.cuda.device_of(x):
-        rows = (order, offsets, *_tables(ranks, tuple(scale), tuple(dropout_p), x.device))
-        a, b = torch.cat(lora_a), torch.cat(lora_b, 1)  # [sum R_i, K], [N, sum R_i]
-
-        tile = tuning.shrink_back(dy, M, N, R)
-        tiles_n, tiles_r = triton.cdiv(N, tile.columns), triton.cdiv(R, tile.rank)
-        parts = tuning.parts(x, tiles_n * tiles_r * S, triton.cdiv(M, tile.rows))
-        db_partials = partials_for(db, parts) if need_db else None
-        dxa_partials = None
-        if tiles_r == 1:
-            dxa = x.new_empty(M, R, dtype=torch.float32)
-            dxa_partials = partials_for(dxa, tiles_n) if need_dx or need_da else None
-        else:  # the partial sums would be larger than dy
-            dxa = _shrink(dy, b.T, R, None, *rows[:3], rows[3][SCALE.value])
-        _shrink_back_kernel[tiles_n, S * parts, tiles_r](
-            dy, b, xa, dxa_partials, db_partials, *rows, M, N, R, groups, all_ranks, parts, *dy.stride(), b.stride(0),
-            BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_R=tile.rank, **tile.launch,
-        )  # fmt: skip
-        if db_partials is not None:
-            sum_partials(db_partials, db)
-        if dxa_partials is not None:
-            sum_partials(dxa_partials, dxa)
-
-        bits = None
-        if seed is not None and (need_dx or need_da):
-            bits = x.new_empty(M, triton.cdiv(K, 8), dtype=torch.uint8)
-            grid = (M + groups * (BLOCK_ROWS - 1)) // BLOCK_ROWS, triton.cdiv(bits.shape[1], BLOCK_GROUPS)
-            _keep_bits_kernel[grid](
-                bits, seed, *rows[:3], K, groups, ROWS=BLOCK_ROWS, GROUPS=BLOCK_GROUPS, BLOCK_S=block_s
-            )
-
+        groups = _groups_of(lora_a, lora_b, scale, dropout_p if dropped else [0.0] * S, order, offsets)
+        count = groups.whole.shape[1]
+        dxa = _shrink_back(dy, groups, xa, R, all_ranks, need_dx or need_da, db if need_db else None)
         if need_da:
             tile = tuning.adapter_grad(x, M, K, R)
             tiles_k, tiles_r = triton.cdiv(K, tile.columns), triton.cdiv(R, tile.rank)
             parts = tuning.parts(x, tiles_k * tiles_r * S, triton.cdiv(M, tile.rows))
-            da_partials = partials_for(da, parts)
+            partials = partials_for(da, parts)
             _adapter_grad_kernel[tiles_k, S * parts, tiles_r](
-                x, dxa, da_partials, bits, *rows, M, K, R, groups, all_ranks, parts, *x.stride(),
+                x, dxa, partials, bits, *groups.tables, M, K, R, count, all_ranks, parts, *x.stride(),
                 BLOCK_M=tile.rows, BLOCK_K=tile.columns, BLOCK_R=tile.rank, **tile.launch,
             )  # fmt: skip
-            sum_partials(da_partials, da)
-
-        if need_dx and M > 0:
-            tile = tuning.linear(x, M, K, R)
+            sum_partials(partials, da)
+        if need_dx:
+            by_library = tuning.by_library("multi_lora_backward", x, weight, dropped)
+            if by_library:
+                torch.mm(dy, weight, out=dx)
+            tile = (tuning.adding if by_library else tuning.linear)(x, M, K, R)
             _linear_back_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(K, tile.columns),)](
-                dy, weight, a, dxa, dx, bits, *rows, M, N, K, R, groups, *dy.stride(), *weight.stride(),
-                BLOCK_M=tile.rows, BLOCK_K=tile.columns, BLOCK_N=tile.inner, BLOCK_R=tile.rank, BLOCK_S=block_s,
-                GROUP_M=tuning.GROUP_M, **tile.launch,
+                dy, None if by_library else weight, lora_a[0], dxa, dx, bits, *groups.tables, M, N, K, R, count, *dy.stride(), *weight.stride(),
+                BLOCK_M=tile.rows, BLOCK_K=tile.columns, BLOCK_N=tile.inner, BLOCK_R=tile.rank, BLOCK_S=triton.next_power_of_2(count),
+                GROUP_M=tuning.GROUP_M, CHUNK=tuning.chunk(1), **tile.launch,
             )  # fmt: skip
     return dx, da, db
 
 
-ops.implement("multi_lora", "triton", multi_lora)
-ops.implement("multi_lora_backward", "triton", multi_lora_backward)
+def _shrink_back(
+    dy: Tensor, groups: _Groups, xa: Tensor, R: int, all_ranks: int, need_dxa: bool, db: Tensor | None
+) -> Tensor | None:  # [M, R] float32
+    """dxa = scale_i dy B_i where it is needed, and every scale_i dyᵀ xa into `db` where there is one."""
+    (M, N), count = dy.shape, groups.whole.shape[1]
+    S = count - 2
+    tile = tuning.shrink_back(dy, M, N, R)
+    tiles_n, tiles_r = triton.cdiv(N, tile.columns), triton.cdiv(R, tile.rank)
+    dxa = partials = None
+    if need_dxa and (db is None or not tuning.reads_once(dy, tile, R)):
+        dxa, sums, _ = _shrink(dy, groups, R, back=True)
+        sum_partials(sums, dxa)
+    elif need_dxa:
+        dxa = dy.new_empty(M, R, dtype=torch.float32)
+        partials = partials_for(dxa, tiles_n)
+    if db is not None:
+        parts = tuning.parts(dy, tiles_n * tiles_r * S, triton.cdiv(M, tile.rows))
+        db_partials = partials_for(db, parts)
+        _shrink_back_kernel[tiles_n, S * parts, tiles_r](
+            dy, groups.adapters[0], xa, partials, db_partials, *groups.tables, M, N, R, count, all_ranks, parts, *dy.stride(),
+            BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_R=tile.rank, **tile.launch,
+        )  # fmt: skip
+        sum_partials(db_partials, db)
+    if partials is not None and dxa is not None:
+        sum_partials(partials, dxa)
+    return dxa
+
+
+for implemented in (multi_lora, multi_lora_backward):
+    ops.implement(implemented.__name__, "triton", implemented)

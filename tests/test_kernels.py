@@ -13,10 +13,10 @@ pytest.importorskip("triton", reason="Triton is not installed: there are no kern
 import triton
 import triton.language as tl
 
-from fastlora import ops, reference
+from fastlora import ops, reference, tune, tuned
 from fastlora.functional import RowGroups
 from fastlora.kernels import lora_linear, prefix_concat, tuning
-from fastlora.kernels.philox import drop_threshold, keep_bits, keep_mask, keep_scale
+from fastlora.kernels.philox import draw_keep_mask, drop_threshold, keep_scale, load_keep_mask
 from fastlora.kernels.tiles import partials_for, sum_partials, tile_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -29,41 +29,75 @@ OUTPUTS = ("y", "xa", "dx", "da", "db")
 def run_lora(implementation: str, layer, scale: float, dropout_p: float, seed: Tensor | None) -> list[Tensor]:
     """y, xa, dx, dA and dB of an implementation."""
     x, weight, bias, a, b, dy = (None if value is None else value.detach() for value in layer)
-    y, xa = ops.implementation("lora_linear", implementation)(x, weight, bias, a, b, scale, dropout_p, seed)
+    y, xa, keep = ops.implementation("lora_linear", implementation)(x, weight, bias, a, b, scale, dropout_p, seed)
     backward = ops.implementation("lora_linear_backward", implementation)
-    return [y, xa, *backward(dy, x, weight, a, b, xa, scale, dropout_p, seed, True, True, True)]
+    return [y, xa, *backward(dy, x, weight, a, b, xa, keep, scale, dropout_p, True, True, True)]
 
 
-def assert_right(layer, scale: float, dropout_p: float, seed: Tensor | None) -> None:
+def assert_right(layer, scale: float, dropout_p: float, seed: Tensor | None) -> list[Tensor]:
+    """Triton's results, within their bounds."""
     # float32 adapters of a 16-bit x are rounded to it first, as the equations say.
     rounded = layer._replace(lora_a=layer.lora_a.to(layer.x.dtype), lora_b=layer.lora_b.to(layer.x.dtype))
     values, eager = (run_lora(name, layer, scale, dropout_p, seed) for name in ("triton", "reference"))
     exact = run_lora("reference", type(layer)(*map(double, rounded)), scale, dropout_p, seed)
     for name, *results in zip(OUTPUTS, values, eager, exact, strict=True):
         assert_within_bound(name, *results)
+    return values
 
 
 def use_small_tiles(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
     """Tiles of 16 by 16 by 16, so that small inputs have many, in every direction; `rank` ranks at a time."""
-    for name in ("linear", "shrink", "shrink_back", "adapter_grad"):
+    for name in ("linear", "adding", "shrink", "shrink_back", "adapter_grad"):
         config = tuning.Config(16, 16, 16, rank, num_warps=4, num_stages=2)
         monkeypatch.setattr(tuning, name, lambda *args, config=config: config)
 
 
-@pytest.mark.parametrize(("rank", "parts", "dropout_p"), [(16, 1, 0.3), (32, 3, 0.0), (32, 3, 0.3)])
+@pytest.mark.parametrize(("rank", "parts", "dropout_p", "few_rows", "way"), [
+    (16, 1, 0.3, 0, "fused"), (32, 3, 0.0, 0, "fused"), (32, 3, 0.3, 64, "fused"), (16, 2, 0.3, 0, "library"),
+], ids=str)  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_lora_linear_in_many_tiles(monkeypatch, dtype, rank, parts, dropout_p):
+def test_lora_linear_in_many_tiles(monkeypatch, dtype, rank, parts, dropout_p, few_rows, way):
     use_small_tiles(monkeypatch, rank)
+    monkeypatch.setattr(tuned, "forced_way", way)
+    monkeypatch.setattr(tuning, "FEW_ROWS", few_rows)
     monkeypatch.setattr(tuning, "parts", lambda x, programs, steps: parts)
     monkeypatch.setattr(tuning, "GROUP_M", 2)
-    layer = make_layer(36, 35, 20, 18, dtype, torch.float32, device=DEVICE)
+    layer = make_layer(20, 35, 20, 18, dtype, torch.float32, device=DEVICE)
     layer = layer._replace(
         x=gapped(layer.x), weight=transposed(layer.weight), dy=gapped(layer.dy), lora_b=gapped(layer.lora_b)
     )
     seed = torch.tensor(2**62 + 12345, device=DEVICE)
-    assert_right(layer, 1.7, dropout_p, seed)
-    first, second = (run_lora("triton", layer, 1.7, dropout_p, seed) for _ in range(2))
+    first = assert_right(layer, 1.7, dropout_p, seed)
+    second = run_lora("triton", layer, 1.7, dropout_p, seed)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def run_shared(implementation: str, layers, dropout_p: list[float], seed: Tensor) -> list[Tensor]:
+    """xa, dx, every dA and dB, and each y; the first layer gives x."""
+    x, a, b = layers[0].x, [layer.lora_a for layer in layers], [layer.lora_b for layer in layers]
+    weight, scale = [layer.weight for layer in layers], [1.0 + i for i in range(len(layers))]
+    bias = [layer.weight.new_empty(0) if layer.bias is None else layer.bias for layer in layers]
+    y, xa, keep = ops.implementation("lora_linear_shared", implementation)(
+        x, weight, bias, a, b, scale, dropout_p, seed
+    )
+    dy, backward = [layer.dy for layer in layers], ops.implementation("lora_linear_shared_backward", implementation)
+    return [xa, *backward(dy, x, weight, a, b, xa, keep, scale, dropout_p, True, True, True), *y]
+
+
+@pytest.mark.parametrize(("way", "dtype"), [("fused", torch.float32), ("library", torch.bfloat16)], ids=str)
+def test_layers_that_share_x_in_many_tiles(monkeypatch, way, dtype):
+    """Ranks that span tiles, other widths, a layer without a bias, and one that drops nothing beside two that drop."""
+    use_small_tiles(monkeypatch, 16)
+    monkeypatch.setattr(tuned, "forced_way", way)
+    monkeypatch.setattr(tuning, "parts", lambda x, programs, steps: 2)
+    layers = [make_layer(20, 35, N, R, dtype, bias=N != 9, device=DEVICE) for N, R in ((24, 18), (9, 1), (20, 5))]
+    layers = [type(layer)(*(None if one is None else one.detach() for one in layer)) for layer in layers]
+    layers[1] = layers[1]._replace(weight=transposed(layers[1].weight), lora_a=gapped(layers[1].lora_a))
+    arguments = [0.3, 0.0, 0.5], torch.tensor([5, 2**40, 2**62 + 1], device=DEVICE)
+    values, eager = (run_shared(name, layers, *arguments) for name in ("triton", "reference"))
+    exact = run_shared("reference", [type(layer)(*map(double, layer)) for layer in layers], *arguments)
+    for name, *results in zip(("xa", "dx", "da", "db", "y", "y", "y"), values, eager, exact, strict=True):
+        assert_within_bound(name, *results)
 
 
 @pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=3)), ids=str)
@@ -71,8 +105,8 @@ def test_lora_linear_backward_gives_what_is_needed_and_no_more(needed):
     x, weight, _, a, b, dy = (
         None if value is None else value.detach() for value in make_layer(5, 20, 12, 3, device=DEVICE)
     )
-    xa, seed = torch.randn(5, 3, device=DEVICE), torch.tensor(7, device=DEVICE)
-    arguments = (dy, x, weight, a, b, xa, 0.5, 0.2, seed)
+    xa, keep = torch.randn(5, 3, device=DEVICE), torch.randint(256, (5, 8), dtype=torch.uint8, device=DEVICE)
+    arguments = (dy, x, weight, a, b, xa, keep, 0.5, 0.2)
     everything = lora_linear.lora_linear_backward(*arguments, True, True, True)
     for value, full, wanted in zip(
         lora_linear.lora_linear_backward(*arguments, *needed), everything, needed, strict=True
@@ -95,25 +129,33 @@ def test_rows_of_zeros_and_nan_stay_in_their_rows():
 
 
 @triton.jit
-def keep_mask_kernel(out_ptr, seed_ptr, rows_ptr, columns, threshold, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    i, column = tl.arange(0, ROWS), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    keep = keep_mask(seed_ptr, tl.load(rows_ptr + i), tl.program_id(0) * BLOCK, columns, threshold, BLOCK)
+def keep_mask_kernel(
+    out_ptr, keep_ptr, seed_ptr, rows_ptr, columns, threshold, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    i, first = tl.arange(0, ROWS), tl.program_id(0) * BLOCK
+    rows, column, inside = tl.load(rows_ptr + i), first + tl.arange(0, BLOCK), i < ROWS
+    keep = draw_keep_mask(seed_ptr, None, rows, inside, first, columns, threshold, BLOCK)
+    if keep_ptr is not None:  # rows 0, 1, 2, ...: stored, and read back
+        draw_keep_mask(seed_ptr, keep_ptr, rows, inside, first, columns, threshold, BLOCK)
+        tl.debug_barrier()
+        keep = load_keep_mask(keep_ptr, rows, inside, first, columns, BLOCK)
     tl.store(out_ptr + i[:, None] * columns + column[None, :], keep.to(tl.uint8), mask=(column < columns)[None, :])
 
 
 @pytest.mark.parametrize("dropout_p", [1e-6, 0.1, 0.5, 0.99999, 1.0])
 def test_the_mask_has_the_references_bits(dropout_p):
     K = 61
-    rows = torch.tensor([0, 1, 2, 7, 2**29, 2**31 - 1, 2**31, 2**40 + 3], device=DEVICE)  # row * 8 passes 32 bits
+    far = torch.tensor([0, 1, 2, 7, 2**29, 2**31 - 1, 2**31, 2**40 + 3], device=DEVICE)  # row * 8 passes 32 bits
+    near = torch.arange(8, device=DEVICE)
     for seed in (torch.tensor(value, device=DEVICE) for value in (0, 1, 2**32 - 1, 2**32, 2**63 - 1)):
-        expected = reference.keep_mask(seed, rows, K, dropout_p)
-        out = torch.zeros(len(rows), K, dtype=torch.uint8, device=DEVICE)
-        keep_mask_kernel[(2,)](out, seed, rows, K, drop_threshold(dropout_p), ROWS=len(rows), BLOCK=32)
-        assert torch.equal(out.bool(), expected)
-        bits = keep_bits(seed, 19, K, drop_threshold(dropout_p))
-        drawn = (bits[:, :, None] >> torch.arange(8, device=DEVICE)) & 1
-        expected = reference.keep_mask(seed, torch.arange(19, device=DEVICE), K, dropout_p)
-        assert torch.equal(drawn.reshape(19, -1)[:, :K].bool(), expected)
+        stored = torch.zeros(8, 8, dtype=torch.uint8, device=DEVICE)
+        for rows, keep in ((far, None), (near, stored)):
+            expected = reference.keep_mask(seed, rows, K, dropout_p)
+            out = torch.zeros(8, K, dtype=torch.uint8, device=DEVICE)
+            keep_mask_kernel[(2,)](out, keep, seed, rows, K, drop_threshold(dropout_p), ROWS=8, BLOCK=32)
+            assert torch.equal(out.bool(), expected)
+        drawn = (stored[:, :, None] >> torch.arange(8, device=DEVICE)) & 1
+        assert torch.equal(drawn.reshape(8, -1)[:, :K].bool(), expected)
 
 
 def test_the_mask_has_the_references_probabilities():
@@ -152,7 +194,8 @@ def test_every_tile_is_one_that_a_tensor_core_takes():
         tuning.FLOATS, (1, 33, 64, 8192), (1, 48, 4096), (1, 3, 65, 512)
     ):
         x = torch.empty(0, dtype=dtype)
-        configs = [tuning.linear(x, rows, columns, rank), tuning.shrink(x, rows, rank)]
+        configs = [tuning.linear(x, rows, columns, rank), tuning.adding(x, rows, columns, rank)]
+        configs += [tuning.shrink(x, rows, rank)]
         configs += [tuning.shrink_back(x, rows, columns, rank), tuning.adapter_grad(x, rows, columns, rank)]
         for config in configs:
             sizes = [
@@ -180,20 +223,24 @@ def run_multi(
         [layer.lora_b for layer in layers],
         [1.0 + i for i in range(len(layers))],
     )
-    y, xa = ops.implementation("multi_lora", implementation)(x, weight, bias, a, b, scale, dropout_p, seed, *groups)
+    y, xa, keep = ops.implementation("multi_lora", implementation)(
+        x, weight, bias, a, b, scale, dropout_p, seed, *groups
+    )
     backward = ops.implementation("multi_lora_backward", implementation)
-    return [y, xa, *backward(dy, x, weight, a, b, xa, scale, dropout_p, seed, *groups, True, True, True)]
+    return [y, xa, *backward(dy, x, weight, a, b, xa, keep, scale, dropout_p, *groups, True, True, True)]
 
 
-@pytest.mark.parametrize(("rank", "parts"), [(16, 1), (32, 2)])
+@pytest.mark.parametrize(("rank", "parts", "few_rows", "way"), [(16, 1, 0, "fused"), (32, 2, 64, "library")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_multi_lora_in_many_tiles(monkeypatch, dtype, rank, parts):
+def test_multi_lora_in_many_tiles(monkeypatch, dtype, rank, parts, few_rows, way):
     """Groups that end inside tiles, span tiles, or are empty; ranks that span tiles; rows of the base; numbers that do not exist."""
     use_small_tiles(monkeypatch, rank)
+    monkeypatch.setattr(tuned, "forced_way", way)
+    monkeypatch.setattr(tuning, "FEW_ROWS", few_rows)
     monkeypatch.setattr(tuning, "parts", lambda x, programs, steps: parts)
     ranks = [3, 17, 1, 20, 16]
     index = torch.tensor(
-        [0, 1, 1, -1, 4, 9] + [1] * 20 + [-1] * 3 + [4, 0, -7, 0, 4], device=DEVICE
+        [0, 1, 1, -1, 4, 9] + [1] * 17 + [-1] * 3 + [4, 0, -7, 0, 4], device=DEVICE
     )  # nobody has adapters 2 and 3
     groups = RowGroups(index, len(ranks)).for_rows(len(index))
     layers = [make_layer(len(index), 37, 41, R, dtype, device=DEVICE) for R in ranks]
@@ -221,6 +268,24 @@ def test_one_adapter_for_all_rows_is_lora_linear():
         strict=True,
     ):
         torch.testing.assert_close(many.view_as(one), one, rtol=1e-5, atol=1e-5, msg=name)
+
+
+def test_tuning_measures_both_ways_and_the_faster_one_is_taken(monkeypatch):
+    """The product in Triton, or left to torch's library: each is checked, and the choice lasts through a checkpoint."""
+    times = {"triton fused": 0.9, "triton library": 0.5}
+    monkeypatch.setattr(ops, "candidates", lambda op, device, dtype: ["triton"])
+    monkeypatch.setattr(tune, "SHAPES", {"small": (40, 24)})
+    monkeypatch.setattr(tune, "ratios", lambda functions, *_: {name: times[name] for name in list(functions)[1:]})
+    problem = tune.Problem("lora_linear", torch.float32, 8, "small", False)
+    found = tune.measure(problem, torch.device(DEVICE), 0.0)
+    assert [(one.op, one.ratio, one.way) for one in found] == [
+        ("lora_linear", 0.5, "library"),
+        ("lora_linear_backward", 0.5, "library"),
+    ]
+    x, weight = torch.empty(8, 40, device=DEVICE), torch.empty(24, 40, device=DEVICE)
+    assert not tuning.by_library("lora_linear", x, weight, False)  # not known
+    tuned.load_state({DEVICE: [list(one) for one in found]})
+    assert tuning.by_library("lora_linear", x, weight, False) and tuned.forced_way == ""
 
 
 @pytest.mark.parametrize("case", range(12))
