@@ -2,8 +2,8 @@
 // that a kernel's arithmetic, indices and barriers are tested without a card. csrc/cuda/launch.h includes it in place of CUDA's own headers.
 //
 // Every thread of a block is a fiber with a stack of its own. It runs until it waits: at __syncthreads, at a warp's exchange (`collective`), or in a
-// loop on memory that another thread will write (`__nanosleep`). Blocks run one after another; only where all that run wait for memory does the next
-// one join them. Threads are resumed in ascending order, or in descending order after emulated_descending(1): a kernel that lacks a barrier gives
+// loop on memory that another thread will write (`__nanosleep`). Blocks run one after another, or as many together as emulated_together says; only where
+// all that run wait for memory does the next one join them. Threads are resumed in ascending order, or in descending order after emulated_descending(1): a kernel that lacks a barrier gives
 // another result in one of the two. Shared memory is all ones, that is NaN, when a block begins (declared with __shared__: when the process begins;
 // a kernel whose blocks wait for one another keeps all of it in shared_memory()). What would hang on a card ends the launch with an exception.
 #pragma once
@@ -59,6 +59,7 @@ namespace emulated {
 constexpr size_t STACK = 1 << 17;   // bytes a thread
 constexpr int IDLE_ROUNDS = 10000;  // of waiting for memory, before it is taken for a hang
 inline bool descending = false;
+inline size_t together = 1;  // blocks that run at the same time from their beginning
 
 struct Block;
 struct Fiber;
@@ -90,6 +91,7 @@ struct Fiber {
   ucontext_t first;
   jmp_buf place;
   void* fake_stack = nullptr;  // AddressSanitizer's
+  std::shared_ptr<void> instructions;  // emulated_ptx.h's: what it has under way for this thread
 };
 
 struct Block {
@@ -100,6 +102,7 @@ struct Block {
   std::unique_ptr<unsigned char, decltype(&free)> memory{nullptr, free};  // shared
   size_t alive = 0;
   int word = 0;  // of __syncthreads_or
+  std::shared_ptr<void> instructions;  // emulated_ptx.h's
 };
 
 inline Fiber* current = nullptr;
@@ -335,7 +338,7 @@ inline void run(dim3 grid, dim3 block, size_t shared, const std::function<void()
     ++begun;
   };
   while (begun < blocks || !running.empty()) {
-    if (running.empty()) begin_next();
+    while (begun < blocks && running.size() < together) begin_next();
     const bool progress = run_round(running);
     idle_rounds = progress ? 0 : idle_rounds + 1;
     if (failure.empty() && !progress && begun < blocks) begin_next();
@@ -359,6 +362,8 @@ inline void run(dim3 grid, dim3 block, size_t shared, const std::function<void()
 
 /// For the tests, by ctypes: whether threads and blocks run in descending order from now on.
 extern "C" __attribute__((weak, visibility("default"))) void emulated_descending(int on) { emulated::descending = on != 0; }
+/// Likewise: so many blocks begin together, or fewer where a launch has fewer.
+extern "C" __attribute__((weak, visibility("default"))) void emulated_together(int blocks) { emulated::together = static_cast<size_t>(blocks); }
 
 // What device code calls.
 

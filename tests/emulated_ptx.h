@@ -3,18 +3,15 @@
 #pragma once
 
 #include <deque>
-#include <unordered_map>
+#include <map>
 
 #include "emulated_cuda.h"
 
 namespace fastlora {
 
 template <class T>
-T narrow(float value) { return static_cast<T>(value); }
-
-template <class T>
 uint32_t pack(float low, float high) {
-  return std::bit_cast<uint16_t>(narrow<T>(low)) | static_cast<uint32_t>(std::bit_cast<uint16_t>(narrow<T>(high))) << 16;
+  return std::bit_cast<uint16_t>(static_cast<T>(low)) | static_cast<uint32_t>(std::bit_cast<uint16_t>(static_cast<T>(high))) << 16;
 }
 
 template <class T>
@@ -30,35 +27,88 @@ struct Copy {
   const void* from;
   int size, bytes;
 };
-struct Copies {
-  std::vector<Copy> open;
-  std::deque<std::vector<Copy>> groups;
-};
-inline std::unordered_map<emulated::Fiber*, Copies> copies;  // of each thread that has any
 
-template <int SIZE, bool near = false>
+/// A thread's asynchronous instructions: those of the group that is not ended, and the groups that are not waited for.
+template <class Instruction>
+struct Groups {
+  std::vector<Instruction> open;
+  std::deque<std::vector<Instruction>> ended;
+
+  void commit() {
+    ended.push_back(std::move(open));
+    open.clear();
+  }
+  template <class Run>
+  void wait(size_t pending, Run run) {
+    for (; ended.size() > pending; ended.pop_front()) {
+      for (const Instruction& instruction : ended.front()) run(instruction);
+    }
+  }
+};
+
+/// What belongs to a thread or a block, made when it is first asked for, and gone with it.
+template <class State>
+State& state_of(std::shared_ptr<void>& place) {
+  if (!place) place = std::make_shared<State>();
+  return *static_cast<State*>(place.get());
+}
+
+/// Where the byte lies that is at `address` without the 128-byte swizzle.
+inline uintptr_t swizzled(uintptr_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+struct OperandProduct {
+  float* d;
+  int size;
+  uint64_t a, b;
+  bool across, add;
+  float (*number)(uint16_t);
+
+  static uintptr_t begin(uint64_t operand) { return (operand & ((uint64_t{1} << 44) - 1)) << 4; }
+  float at(uintptr_t address) const { return number(*reinterpret_cast<const uint16_t*>(swizzled(address))); }
+  float left(int row, int depth) const { return at(begin(a) + row / 8 * 1024 + row % 8 * 128 + depth * 2); }
+  float right(int column, int depth) const {
+    if (!across) return at(begin(b) + column / 8 * 1024 + column % 8 * 128 + depth * 2);
+    return at(begin(b) + column / 64 * (b >> 44 << 4) + depth / 8 * 1024 + depth % 8 * 128 + column % 64 * 2);
+  }
+  void compute() const {
+    const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
+    float rows[2][16];
+    for (int i = 0; i < 32; ++i) rows[i / 16][i % 16] = left(row + i / 16 * 8, i % 16);
+    for (int i = 0; i < size; i += 4) {
+      for (int half = 0; half < 2; ++half) {
+        float sums[2] = {add ? d[i + half] : 0, add ? d[i + 2 + half] : 0};
+        for (int depth = 0; depth < 16; ++depth) {
+          const float number = right(i * 2 + lane % 4 * 2 + half, depth);
+          sums[0] += rows[0][depth] * number;
+          sums[1] += rows[1][depth] * number;
+        }
+        d[i + half] = sums[0];
+        d[i + 2 + half] = sums[1];
+      }
+    }
+  }
+};
+struct ThreadState {
+  Groups<Copy> copies;
+  Groups<OperandProduct> products;
+};
+inline ThreadState& thread_state() { return state_of<ThreadState>(emulated::current->instructions); }
+
+template <int SIZE>
 void copy_async(void* shared, const void* global, int bytes) {
   const auto address = reinterpret_cast<uintptr_t>(global);
   if (bytes < 0 || bytes > SIZE) emulated::fail("a copy of more or fewer bytes than there is room for");
   if (reinterpret_cast<uintptr_t>(shared) % SIZE || (bytes && address % SIZE)) emulated::fail("a copy that is not aligned to its size");
-  copies[emulated::current].open.push_back({shared, global, SIZE, bytes});
+  thread_state().copies.open.push_back({shared, global, SIZE, bytes});
 }
 inline void prefetch(const void* global) { static_cast<void>(*static_cast<const volatile unsigned char*>(global)); }
-inline void commit_copies() {
-  Copies& mine = copies[emulated::current];
-  mine.groups.push_back(std::move(mine.open));
-  mine.open.clear();
-}
+inline void commit_copies() { thread_state().copies.commit(); }
 template <int PENDING>
 void wait_copies() {
-  Copies& mine = copies[emulated::current];
-  for (; mine.groups.size() > PENDING; mine.groups.pop_front()) {
-    for (const Copy& copy : mine.groups.front()) {
-      if (copy.bytes) std::memcpy(copy.to, copy.from, copy.bytes);
-      std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, copy.size - copy.bytes);
-    }
-  }
-  if (mine.groups.empty() && mine.open.empty()) copies.erase(emulated::current);
+  thread_state().copies.wait(PENDING, [](const Copy& copy) {
+    if (copy.bytes) std::memcpy(copy.to, copy.from, copy.bytes);
+    std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, copy.size - copy.bytes);
+  });
 }
 
 struct Quad { uint32_t word[4]; };
@@ -121,9 +171,6 @@ inline bool describe(TensorMap& map, bool, const void* matrix, int64_t rows, int
   return reinterpret_cast<uintptr_t>(matrix) % 16 == 0 && stride % 8 == 0 && stride >= columns && box_rows <= 256 && box_columns == 64;
 }
 
-/// Where the byte lies that is at `address` without the 128-byte swizzle.
-inline uintptr_t swizzled(uintptr_t address) { return address ^ (address >> 7 & 7) << 4; }
-
 struct Box {
   unsigned char* to;
   const TensorMap* map;
@@ -153,19 +200,19 @@ struct CountingBarrier {
     parity ^= 1;
   }
 };
-inline std::unordered_map<uint64_t*, CountingBarrier> counting_barriers;
+inline auto& counting_barriers() { return state_of<std::map<uint64_t*, CountingBarrier>>(emulated::current->block->instructions); }
 
-inline void init_barrier(uint64_t* barrier, int count) { counting_barriers[barrier] = {count, count, 0, 0, {}}; }
+inline void init_barrier(uint64_t* barrier, int count) { counting_barriers()[barrier] = {count, count, 0, 0, {}}; }
 inline void publish_barriers() {}
 inline void arrive_expecting(uint64_t* barrier, int bytes) {
-  CountingBarrier& state = counting_barriers.at(barrier);
+  CountingBarrier& state = counting_barriers().at(barrier);
   if (state.missing-- == 0) emulated::fail("more threads arrive at a barrier than it counts");
   state.bytes += bytes;
   state.try_end();
 }
 inline void arrive(uint64_t* barrier) { arrive_expecting(barrier, 0); }
 inline void wait_barrier(uint64_t* barrier, uint32_t parity) {
-  for (CountingBarrier& state = counting_barriers.at(barrier); state.parity == parity; __nanosleep(0)) {
+  for (CountingBarrier& state = counting_barriers().at(barrier); state.parity == parity; __nanosleep(0)) {
     for (const Box& box : state.boxes) {
       box.bring();
       state.bytes -= box.bytes();
@@ -177,7 +224,7 @@ inline void wait_barrier(uint64_t* barrier, uint32_t parity) {
 }
 inline void copy_box(void* shared, const TensorMap* map, uint64_t* barrier, int row, int column) {
   if (reinterpret_cast<uintptr_t>(shared) % 1024) emulated::fail("a box that is not aligned to the swizzle's 1024 bytes");
-  counting_barriers.at(barrier).boxes.push_back({static_cast<unsigned char*>(shared), map, row, column});
+  counting_barriers().at(barrier).boxes.push_back({static_cast<unsigned char*>(shared), map, row, column});
 }
 inline void fence_copy_engine() {}
 inline void release_add(uint32_t* flag, uint32_t value) { *flag += value; }
@@ -192,62 +239,16 @@ inline uint64_t operand(const void* shared, int apart) {
   return reinterpret_cast<uint64_t>(shared) >> 4 | static_cast<uint64_t>(apart >> 4) << 44;
 }
 
-struct OperandProduct {
-  float* d;
-  int size;
-  uint64_t a, b;
-  bool across, add;
-  float (*number)(uint16_t);
-
-  static uintptr_t begin(uint64_t operand) { return (operand & ((uint64_t{1} << 44) - 1)) << 4; }
-  float at(uintptr_t address) const { return number(*reinterpret_cast<const uint16_t*>(swizzled(address))); }
-  float left(int row, int depth) const { return at(begin(a) + row / 8 * 1024 + row % 8 * 128 + depth * 2); }
-  float right(int column, int depth) const {
-    if (!across) return at(begin(b) + column / 8 * 1024 + column % 8 * 128 + depth * 2);
-    return at(begin(b) + column / 64 * (b >> 44 << 4) + depth / 8 * 1024 + depth % 8 * 128 + column % 64 * 2);
-  }
-  void compute() const {
-    const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
-    float rows[2][16];
-    for (int i = 0; i < 32; ++i) rows[i / 16][i % 16] = left(row + i / 16 * 8, i % 16);
-    for (int i = 0; i < size; i += 4) {
-      for (int half = 0; half < 2; ++half) {
-        float sums[2] = {add ? d[i + half] : 0, add ? d[i + 2 + half] : 0};
-        for (int depth = 0; depth < 16; ++depth) {
-          const float number = right(i * 2 + lane % 4 * 2 + half, depth);
-          sums[0] += rows[0][depth] * number;
-          sums[1] += rows[1][depth] * number;
-        }
-        d[i + half] = sums[0];
-        d[i + 2 + half] = sums[1];
-      }
-    }
-  }
-};
-struct OperandProducts {
-  std::vector<OperandProduct> open;
-  std::deque<std::vector<OperandProduct>> groups;
-};
-inline std::unordered_map<emulated::Fiber*, OperandProducts> operand_products;  // of each thread that has any
-
 template <class T, bool ACROSS, int SIZE>
 void multiply_operands(float (&d)[SIZE], uint64_t a, uint64_t b, int add) {
   const auto number = [](uint16_t bits) { return static_cast<float>(std::bit_cast<T>(bits)); };
-  operand_products[emulated::current].open.push_back({d, SIZE, a, b, ACROSS, add != 0, number});
+  thread_state().products.open.push_back({d, SIZE, a, b, ACROSS, add != 0, number});
 }
 inline void begin_products() {}
-inline void commit_products() {
-  OperandProducts& mine = operand_products[emulated::current];
-  mine.groups.push_back(std::move(mine.open));
-  mine.open.clear();
-}
+inline void commit_products() { thread_state().products.commit(); }
 template <int PENDING>
 void wait_products() {
-  OperandProducts& mine = operand_products[emulated::current];
-  for (; mine.groups.size() > PENDING; mine.groups.pop_front()) {
-    for (const OperandProduct& product : mine.groups.front()) product.compute();
-  }
-  if (mine.groups.empty() && mine.open.empty()) operand_products.erase(emulated::current);
+  thread_state().products.wait(PENDING, [](const OperandProduct& product) { product.compute(); });
   __syncwarp();  // what one lane does next is after all lanes' reading
 }
 

@@ -5,7 +5,7 @@ csrc/cuda/ptx.cuh says that they are.
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import emulated
@@ -97,10 +97,10 @@ def workspace(size: int) -> Tensor:
 class Results(NamedTuple):
     y: Tensor
     xa: Tensor
-    keep: Tensor
-    dx: Tensor
-    da: Tensor
-    db: Tensor
+    keep: Tensor | None  # where something is dropped
+    dx: Tensor | None  # where they are needed
+    da: Tensor | None
+    db: Tensor | None
 
 
 def call(function: Any, given: ctypes.Structure) -> None:
@@ -110,7 +110,13 @@ def call(function: Any, given: ctypes.Structure) -> None:
         raise RuntimeError(message.value.decode())
 
 
-def run(card: ctypes.CDLL, layer: Layer, dropout_p: float, seed: Tensor | None) -> Results:
+def run(
+    card: ctypes.CDLL,
+    layer: Layer,
+    dropout_p: float,
+    seed: Tensor | None,
+    needs: tuple[bool, bool, bool] = (True, True, True),  # dx, da, db
+) -> Results:
     x, weight, bias, lora_a, lora_b, dy = (None if t is None else t.detach() for t in layer)
     (M, K), (N, R) = x.shape, lora_b.shape
     given = LoraLinear(
@@ -121,10 +127,13 @@ def run(card: ctypes.CDLL, layer: Layer, dropout_p: float, seed: Tensor | None) 
     keep = poisoned(M, 8 * -(-K // 64), dtype=torch.uint8) if seed is not None else None
     space = workspace(card.workspace(ctypes.byref(given)))
     call(card.forward, Forward(given, *map(pointer, (seed, y, xa, keep, space))))
-    dx, da, db = poisoned(M, K, dtype=x.dtype), poisoned(R, K, dtype=lora_a.dtype), poisoned(N, R, dtype=lora_a.dtype)
+    shapes = ((M, K, x.dtype), (R, K, lora_a.dtype), (N, R, lora_a.dtype))
+    grads = [
+        poisoned(*sizes, dtype=dtype) if need else None for need, (*sizes, dtype) in zip(needs, shapes, strict=True)
+    ]
     space = workspace(card.backward_workspace(ctypes.byref(given)))
-    call(card.backward, Backward(given, matrix(dy), *map(pointer, (xa, keep, dx, da, db, space))))
-    return Results(whole(y), whole(xa), keep if keep is None else whole(keep), whole(dx), whole(da), whole(db))
+    call(card.backward, Backward(given, matrix(dy), *map(pointer, (xa, keep, *grads, space))))
+    return Results(*(tensor if tensor is None else whole(tensor) for tensor in (y, xa, keep, *grads)))
 
 
 def by_reference(layer: Layer, dropout_p: float, seed: Tensor | None) -> list[Tensor]:
@@ -204,16 +213,32 @@ def test_odd_sizes_with_gaps(card: ctypes.CDLL) -> None:
     check(card, odd_layer(), 0.1)
 
 
-def test_the_order_of_threads_does_not_matter(card: ctypes.CDLL) -> None:
-    """Bitwise: a barrier that is missing would show, as would a sum whose order depends on who comes first."""
-    layer = make_layer(200, 320, 264, 20, BF16, F32)
-    runs = []
-    for descending in (0, 1):
+@pytest.fixture
+def in_any_order(card: ctypes.CDLL) -> Iterator[Callable[[bool, int], None]]:
+    """Sets whether threads and blocks run in descending order, and how many blocks begin together."""
+
+    def set_order(descending: bool, together: int) -> None:
         card.emulated_descending(descending)
-        runs.append(run(card, layer, 0.1, torch.tensor(5)))
-    card.emulated_descending(0)
-    for first, second in zip(*runs, strict=True):
-        assert torch.equal(first, second)
+        card.emulated_together(together)
+
+    yield set_order
+    set_order(False, 1)
+
+
+@pytest.mark.parametrize("needs", [(1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)], ids=str)
+def test_gradients_in_any_order(
+    card: ctypes.CDLL, in_any_order: Callable[[bool, int], None], needs: tuple[bool, bool, bool]
+) -> None:
+    """Bitwise: a wait that is missing would show, as would a sum whose order depends on who comes first."""
+    # Three tiles are shrunk: of two blocks one is at the last of them while the other begins with what needs it.
+    layer = make_layer(40, 136, 704, 20, BF16, F32)
+    seed = torch.tensor(5)
+    first = run(card, layer, 0.1, seed)
+    wanted = first._replace(**{name: None for name, need in zip(("dx", "da", "db"), needs, strict=True) if not need})
+    for descending, together in ((False, 2), (True, 1)):
+        in_any_order(descending, together)
+        for value, other in zip(wanted, run(card, layer, 0.1, seed, needs), strict=True):
+            assert (value is None and other is None) or torch.equal(value, other)
 
 
 WRONG: dict[str, tuple[str, Callable[[Layer], Layer]]] = {

@@ -45,10 +45,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) { return
 __device__ __forceinline__ void forget(uint32_t& value) { asm volatile("" : "+r"(value)); }
 
 /// Copies SIZE bytes to shared memory: the first `bytes` of them from global memory, zeros after; nothing is read where `bytes` is 0.
-/// The copies of 16 bytes that many threads repeat stay in the first-level cache (`near`).
-template <int SIZE, bool near = false>
+template <int SIZE>
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
-  if constexpr (SIZE == 16 && !near) {
+  if constexpr (SIZE == 16) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
   } else {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(shared_address(shared)), "l"(global), "n"(SIZE), "r"(bytes) : "memory");
