@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from fastlora import ops, tune
+from fastlora import ops, tune, tuned
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -18,10 +18,12 @@ def flaws(device: torch.device) -> list[str]:
     for op, make in tune.PROBLEMS.items():
         for dtype in DTYPES:
             calls = make(*tune.ODD_SHAPE, dtype, device, True)
-            for name in ops.candidates(op, device, dtype):
-                checked = [(one, tune.find_flaw(one, name, its_calls[0])) for one, its_calls in calls.items()]
-                found += [f"{one}, {name}: {flaw}" for one, flaw in checked if flaw is not None]
-                print(f"{op}, {name}, {dtype}: ran", flush=True)
+            for one, its_calls in calls.items():
+                for name in ops.candidates(one, device, dtype):
+                    for way in tuned.WAYS.get(name, ("",)):
+                        flaw = tune.find_flaw(one, name, its_calls[0], way)
+                        found += [] if flaw is None else [f"{one}, {name} {way}: {flaw}"]
+                        print(f"{one}, {name} {way}, {dtype}: ran", flush=True)
     return found
 
 

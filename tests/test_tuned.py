@@ -175,14 +175,19 @@ def test_the_fastest_of_several_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
 
     def decide(*entries: Measurement) -> str:
         hold(*entries, device_type="cuda")
-        return ops._decide("lora_linear", torch.device("cuda"), torch.float32, 64, 2**20, False).implementation
+        return ops._decide("lora_linear", torch.device("cuda"), torch.bfloat16, 64, 2**20, False).implementation
 
-    triton, cuda = entry(0.7, implementation="triton"), entry(0.6, implementation="cuda")
+    triton, cuda = (
+        entry(ratio, dtype="bfloat16", implementation=name) for ratio, name in ((0.7, "triton"), (0.6, "cuda"))
+    )
     assert decide() == "reference"
     assert decide(triton) == "triton"
     assert decide(triton, cuda) == "cuda"
     assert decide(triton, cuda._replace(checked=False, ratio=None)) == "triton"
     assert decide(triton._replace(ratio=1.5), cuda._replace(ratio=1.2)) == "reference"
+    assert ops.candidates("lora_linear", torch.device("cuda"), torch.float32) == [
+        "triton"
+    ]  # tensor cores are for 16 bits
 
 
 @needs_native
