@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from fastlora import ops, tune, tuned
+from fastlora import ops, tune
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -15,12 +15,12 @@ DTYPES = (torch.bfloat16, torch.float32)
 def flaws(device: torch.device) -> list[str]:
     """What is wrong with the implementations on this device, in sizes that no tile divides, with dropout and a bias."""
     found = []
-    for op, make in tune.PROBLEMS.items():
+    for make in tune.PROBLEMS.values():
         for dtype in DTYPES:
             calls = make(*tune.ODD_SHAPE, dtype, device, True)
             for one, its_calls in calls.items():
                 for name in ops.candidates(one, device, dtype):
-                    for way in tuned.WAYS.get(name, ("",)):
+                    for way in tune.ways(one, name):
                         flaw = tune.find_flaw(one, name, its_calls[0], way)
                         found += [] if flaw is None else [f"{one}, {name} {way}: {flaw}"]
                         print(f"{one}, {name} {way}, {dtype}: ran", flush=True)

@@ -173,7 +173,7 @@ def measure(problem: Problem, device: torch.device, seconds: float) -> list[Meas
         odd = make(*ODD_SHAPE, dtype, device, True)
         for name, calls in make(rows, *SHAPES[size], dtype, device, dropout).items():
             names = ops.candidates(name, device, dtype)  # an implementation may have the forward alone
-            runs = {f"{one} {way}".strip(): (one, way) for one in names for way in _ways(name, one)}
+            runs = {f"{one} {way}".strip(): (one, way) for one in names for way in ways(name, one)}
             sound = [run for run in runs if _passes(name, *runs[run], (odd[name][0], calls[0]))]
             functions = {run: _in_way(name, *runs.get(run, (run, ""))) for run in ("reference", *sound)}
             times = ratios(functions, calls, device, seconds)
@@ -183,7 +183,7 @@ def measure(problem: Problem, device: torch.device, seconds: float) -> list[Meas
     return found
 
 
-def _ways(op: str, implementation: str) -> tuple[str, ...]:
+def ways(op: str, implementation: str) -> tuple[str, ...]:
     """The implementation's ways to run the operator; one without a name where it has no choice."""
     return tuned.WAYS.get(implementation, ("",)) if op.startswith(("lora_linear", "multi_lora")) else ("",)
 

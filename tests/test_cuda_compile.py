@@ -5,10 +5,13 @@ as the nvcc that it names compiles them. A kernel that is not in the table fails
 `python tests/test_cuda_compile.py` writes the table anew.
 """
 
+import functools
+import importlib.util
 import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +27,7 @@ FILES = sorted(path.name for path in (ROOT / "csrc/cuda").glob("*.cu"))
 Usage = dict[str, dict[str, list[int]]]  # kernel -> target -> [registers, shared]
 
 
+@functools.cache  # it changes setuptools for a moment, which threads must not do at the same time
 def read_setup() -> dict[str, Any]:
     """setup.py's names."""
     run, setuptools.setup = setuptools.setup, lambda **_: None
@@ -43,13 +47,13 @@ def release() -> str:
     return re.search(r"release ([\d.]+)", said)[1]  # type: ignore[index]
 
 
-def compile_alone(name: str) -> str:
-    """What ptxas says of every kernel of csrc/cuda/<name>, demangled."""
+def compile_alone(name: str, output: str | Path = os.devnull) -> str:
+    """What ptxas says of every kernel of csrc/cuda/<name>, demangled; its machine code is left in `output`."""
     setup = read_setup()
     targets = [f"-gencode=arch={arch},code={code}" for code, arch in setup["CUDA_TARGETS"].items()]
     command = [nvcc(), *setup["CUDA_FLAGS"], "-Icsrc", *targets, "-fatbin", "-Xptxas=-v"]
     done = subprocess.run(
-        [*command, f"csrc/cuda/{name}", "-o", os.devnull], check=False, cwd=ROOT, capture_output=True, text=True
+        [*command, f"csrc/cuda/{name}", "-o", str(output)], check=False, cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return subprocess.run(["c++filt"], input=done.stderr, check=True, capture_output=True, text=True).stdout
@@ -72,11 +76,16 @@ def read_usage(report: str) -> tuple[Usage, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def reports() -> dict[str, str]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("machine code")
+
+
+@pytest.fixture(scope="module")
+def reports(folder: Path) -> dict[str, str]:
     if isinstance(why := read_setup()["find_cuda"](), str):
         pytest.skip(f"nvcc is not installed, or not wanted: {why}")
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(FILES, pool.map(compile_alone, FILES), strict=True))
+        return dict(zip(FILES, pool.map(lambda name: compile_alone(name, folder / name), FILES), strict=True))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -98,6 +107,38 @@ def test_kernels_keep_to_their_table(reports: dict[str, str], name: str) -> None
         for target, (registers, shared) in targets.items():
             most_registers, its_shared = allowed[kernel][target]
             assert registers <= most_registers and shared == its_shared, (kernel, target, registers, shared)
+
+
+def cuobjdump() -> str | None:
+    """CUDA's, or the one that comes with Triton."""
+    triton = importlib.util.find_spec("triton")
+    places = [Path(triton.origin).parent / "backends/nvidia/bin"] if triton and triton.origin else []
+    return next(
+        (str(place / "cuobjdump") for place in places if (place / "cuobjdump").is_file()), shutil.which("cuobjdump")
+    )
+
+
+# Of kernels that are written for a card's own instructions: asynchronous copies, the copy engine, tensor cores of either kind.
+INSTRUCTIONS = {
+    ("lora_linear.cu", "product_sm80_kernel", "sm_80"): {"LDGSTS", "LDSM", "HMMA"},
+    ("lora_linear.cu", "product_sm90_kernel", "sm_90a"): {"UTMALDG", "HGMMA", "LDGSTS", "HMMA"},
+    ("lora_linear.cu", "side_kernel", "sm_80"): {"LDGSTS", "HMMA"},
+}
+
+
+@pytest.mark.parametrize(("name", "kernel", "target"), INSTRUCTIONS, ids=map(" ".join, INSTRUCTIONS))
+def test_machine_code_has_what_the_kernel_is_for(
+    reports: dict[str, str], folder: Path, name: str, kernel: str, target: str
+) -> None:
+    if (program := cuobjdump()) is None:
+        pytest.skip("no cuobjdump: neither Triton nor CUDA's own is installed")
+    command = [program, "-sass", "-arch", target, str(folder / name)]
+    code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    bodies = [body for body in code.split("Function : ")[1:] if kernel in body.partition("\n")[0]]
+    usage = read_usage(reports[name])[0]
+    assert len(bodies) == sum(one.startswith(f"{kernel}<") and target in usage[one] for one in usage) > 0
+    for body in bodies:
+        assert set(re.findall(r"\b[A-Z]{3,}\b", body)) >= INSTRUCTIONS[name, kernel, target], body.partition("\n")[0]
 
 
 def test_the_reading_sees_faults() -> None:

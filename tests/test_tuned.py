@@ -172,6 +172,7 @@ def test_the_fastest_of_several_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     names = {("lora_linear", name): max for name in ("triton", "cuda")}
     monkeypatch.setattr(ops, "forced", None)
     monkeypatch.setattr(ops, "_table", ops._table | names)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
     def decide(*entries: Measurement) -> str:
         hold(*entries, device_type="cuda")
@@ -185,9 +186,11 @@ def test_the_fastest_of_several_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     assert decide(triton, cuda) == "cuda"
     assert decide(triton, cuda._replace(checked=False, ratio=None)) == "triton"
     assert decide(triton._replace(ratio=1.5), cuda._replace(ratio=1.2)) == "reference"
-    assert ops.candidates("lora_linear", torch.device("cuda"), torch.float32) == [
-        "triton"
-    ]  # tensor cores are for 16 bits
+    # CUDA C++ is for tensor cores: 16 bits, and not before the oldest card that it is compiled for.
+    assert ops.candidates("lora_linear", torch.device("cuda"), torch.float32) == ["triton"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert ops.candidates("lora_linear", torch.device("cuda"), torch.bfloat16) == ["triton"]
+    assert decide(triton, cuda) == "triton"
 
 
 @needs_native
