@@ -3,18 +3,19 @@
 //
 //     forward     A and B rounded to x's numbers and padded        round_kernel
 //                 xa, the mask drawn on the way and kept as bits   side_kernel: one read of x
-//                 y, the rank step last, the bias on the way out   product_kernel
+//                 y, the rank step last, the bias on the way out   product_sm80_kernel
 //     backward    A, B and xa rounded, padded, transposed          round_kernel
 //                 dxa and parts of dB                              side_kernel: dy from memory once, then from the cache
-//                 dx, the rank step last and masked                product_kernel
+//                 dx, the rank step last and masked                product_sm80_kernel
 //                 parts of dA                                      side_kernel: one read of x
 //                 dA and dB, parts added in order                  sum_kernel
 //
+// On Hopper what stands between the first and the last is one launch, product_sm90_kernel: the thin products run beside the tensor cores' work.
 // Products accumulate in float32; A, B, s xa, xa and dxa are rounded once to x's numbers. The factor 1 / (1 - p) is applied to sums.
 #include "lora_linear.h"
 
 #include <algorithm>
-#include <cmath>
+#include <utility>
 
 #include "product_sm80.cuh"
 #include "product_sm90.cuh"
@@ -22,8 +23,8 @@
 namespace fastlora {
 namespace {
 
-constexpr int BLOCK = 256;      // threads of the kernels that only move numbers
-constexpr int SPAN = 1024;      // rows a part of dA and dB, unless there would be more than PARTS
+constexpr int BLOCK = 256;  // threads of the kernels that only move numbers
+constexpr int SPAN = 1024;  // rows a part of dA and dB, unless there would be more than PARTS
 constexpr int PARTS = 64;
 
 /// A matrix rounded, and padded with zeros to [to_rows, to_columns].
@@ -97,14 +98,10 @@ __global__ void __launch_bounds__(GROUP, 4) side_kernel(const __grid_constant__ 
   side_tile<T, RANK, SHRINKS | GRADS | DROPS>(sides, blockIdx.x, shared_memory(), 1);
 }
 
-// The host launches the one or the other. Compiled for another card than its own, a body has nothing that could run there: it stops the card.
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define FASTLORA_HOPPER
-#endif
-
+// The host launches the one or the other. A body compiled for another card than its own stops the card: nothing returns unwritten results.
 template <class T, bool BACK>
 __global__ void __launch_bounds__(sm80::THREADS, 2) product_sm80_kernel(const __grid_constant__ Product<T> task) {
-#if !defined(__CUDA_ARCH__) || !defined(FASTLORA_HOPPER)
+#if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
   sm80::run<T, BACK>(task);
 #else
   __trap();
@@ -113,7 +110,7 @@ __global__ void __launch_bounds__(sm80::THREADS, 2) product_sm80_kernel(const __
 
 template <class T, bool BACK, int RANK>
 __global__ void __launch_bounds__(sm90::THREADS, 1) product_sm90_kernel(const __grid_constant__ sm90::Fused<T> task) {
-#ifdef FASTLORA_HOPPER
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(FASTLORA_EMULATED)
   sm90::run<T, BACK, RANK>(task);
 #else
   __trap();
@@ -186,7 +183,8 @@ struct Call {
   }
 
   template <bool BACK>
-  std::string multiply_sm90(const Product<T>& product, const Sides<T>& first, const Sides<T>& last, uint32_t* progress, int multiprocessors) const {
+  std::string multiply_sm90(
+      const Product<T>& product, const Sides<T>& first, const Sides<T>& last, uint32_t* progress, int multiprocessors) const {
     const int tiles = divide_up(product.M, sm90::HEIGHT) * divide_up(product.N, sm90::WIDTH), side_tiles = first.tiles() + last.tiles();
     sm90::Fused<T> task{{}, {}, {}, {}, product, first, last, progress, tiles, first.tiles(), side_tiles};
     const auto map = [&](TensorMap& to, const T* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
@@ -217,7 +215,7 @@ struct ForwardWorkspace {
     Workspace space{static_cast<unsigned char*>(base)};
     a = space.take<T>(int64_t{1} * call.padded * a_stride);  // [padded R, padded K]
     b = space.take<T>(call.layer.N * call.padded);           // [N, padded R]
-    xa = space.take<T>(call.layer.M * call.padded);                // [M, padded R]: s xa
+    xa = space.take<T>(call.layer.M * call.padded);          // [M, padded R]: s xa
     progress = space.take<uint32_t>(progress_count(call.M));
     bytes = space.used;
   }
@@ -305,8 +303,8 @@ std::string backward(const LoraLinearBackward& given, cudaStream_t stream) {
   first.shrinks = given.dx || given.da;
   first.grads = given.db;
   first.shrink = {
-      dy, dy_stride, space.b, space.b_stride, nullptr, space.dxa, space.dxa_transposed, nullptr, nullptr, 0, static_cast<float>(layer.scale), 1.f,
-      call.M, call.N, call.R};
+      dy, dy_stride, space.b, space.b_stride, nullptr, space.dxa, space.dxa_transposed, nullptr, nullptr, 0,
+      static_cast<float>(layer.scale), 1.f, call.M, call.N, call.R};
   first.gradient = {dy, dy_stride, nullptr, space.xa, space.db, call.M, first.span, call.N, call.R};
   last.grads = given.da;
   last.gradient = {
@@ -327,7 +325,8 @@ std::string backward(const LoraLinearBackward& given, cudaStream_t stream) {
 
 /// Rows are copied 16 bytes at a time.
 std::string unaligned(const char* name, const Matrix& matrix, int64_t rows, int64_t columns) {
-  const bool apart = rows <= 1 || (matrix.strides[0] % 8 == 0 && matrix.strides[0] >= columns), together = columns <= 1 || matrix.strides[1] == 1;
+  const bool apart = rows <= 1 || (matrix.strides[0] % 8 == 0 && matrix.strides[0] >= columns);
+  const bool together = columns <= 1 || matrix.strides[1] == 1;
   if ((apart && together && reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0) || rows * columns == 0) return "";
   return std::string(name) + ": got [" + std::to_string(rows) + ", " + std::to_string(columns) + "] with strides [" +
          std::to_string(matrix.strides[0]) + ", " + std::to_string(matrix.strides[1]) + "] at address " +
@@ -346,7 +345,9 @@ std::string lora_linear_unsupported(const LoraLinear& layer, const Matrix* dy) {
   if (layer.R > 512) return "lora_a: got rank " + std::to_string(layer.R) + ", expected at most 512";
   constexpr int64_t FAR = 1 << 24;  // offsets within the rows of a tile are 32 bits
   if (layer.M > 64 * FAR) return "x: got " + std::to_string(layer.M) + " rows, expected at most 2^30";
-  if (layer.K > FAR || layer.N > FAR) return "weight: got [" + std::to_string(layer.N) + ", " + std::to_string(layer.K) + "], expected sides up to 2^24";
+  if (layer.K > FAR || layer.N > FAR) {
+    return "weight: got [" + std::to_string(layer.N) + ", " + std::to_string(layer.K) + "], expected sides up to 2^24";
+  }
   std::string found = unaligned("x", layer.x, layer.M, layer.K);
   if (found.empty()) found = unaligned("weight", layer.weight, layer.N, layer.K);
   if (found.empty() && dy) found = unaligned("dy", *dy, layer.M, layer.N);

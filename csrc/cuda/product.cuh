@@ -1,14 +1,12 @@
-// What the two products with the frozen weight share, for whichever architecture: y = x W' + scale_of(p Q') + bias.
+// What the products with the frozen weight share, on whichever card.
 #pragma once
-
-#include <type_traits>
 
 #include "skinny.cuh"
 
 namespace fastlora {
 
-/// y [M, N] = x [M, depth] w + p [M, R] q + bias, the rank step p q last. BACK says how w and q lie: not BACK, w is [N, depth] and q [N, R] (y = x Wᵀ);
-/// BACK, w is [depth, N] and q [R, N] (dx = dy W). Where keep is given, p q is multiplied by `factor` where its bit is set, and is 0 elsewhere.
+/// y [M, N] = x [M, depth] w + p [M, R] q + bias, the rank step p q last. How w and q lie: forward (y = x Wᵀ), w is [N, depth] and q [N, R];
+/// BACK (dx = dy W), w is [depth, N] and q [R, N]. Where keep is given, p q counts `factor` times where its bit is set, and not at all elsewhere.
 template <class T>
 struct Product {
   const T* x;
@@ -75,8 +73,8 @@ struct Bias {
   }
 };
 
-/// Writes one row's sums of four fragments, with the bias. Lane t of four holds columns 2 t and 2 t + 1 of each fragment and trades them for one
-/// whole fragment: eight columns, 16 bytes.
+/// Writes one row's sums of four fragments, with the bias. Lane t of four holds columns 2 t and 2 t + 1 of each and trades them for one whole
+/// fragment: eight columns, 16 bytes.
 template <class T, bool IS>
 __device__ inline void write_32(const Product<T>& task, int row, const Bias<T, IS>& bias, const float (&sum)[4][2]) {
   const int t = threadIdx.x % 4;

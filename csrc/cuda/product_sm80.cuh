@@ -1,6 +1,8 @@
-// The product with the frozen weight on tensor cores as of sm_80: mma.sync on fragments that ldmatrix loads, from tiles that cp.async brings into a
-// queue of stages. A block is four warps, each a quarter of 64 x 64.
+// The product with the frozen weight on tensor cores as of sm_80: mma.sync on fragments that ldmatrix loads, from tiles that cp.async brings into
+// a queue of stages. A block is four warps, each a quarter of the tile, 64 x 64.
 #pragma once
+
+#include <type_traits>
 
 #include "product.cuh"
 
@@ -13,7 +15,7 @@ constexpr int THREADS = 128;
 constexpr int OPERAND = SIDE * DEPTH * 2;  // bytes of one operand of a stage
 constexpr int SHARED = STAGES * 2 * OPERAND;
 
-/// Where 16 bytes lie in a tile whose rows are 64 bytes (or 256): moved about so that eight rows' 16 bytes of one column are in different banks.
+/// Where 16 bytes lie in a tile whose rows are 64 bytes, or 256: moved so that those of eight rows in one column are in different banks.
 __device__ inline int narrow_place(int row, int chunk) { return row * 64 + ((chunk ^ row / 2) & 3) * 16; }
 __device__ inline int wide_place(int row, int chunk) { return row * 256 + (chunk ^ row % 8) * 16; }
 
@@ -28,7 +30,9 @@ struct Source {
   __device__ void load_narrow(unsigned char* tile, int depth) {
     const int row = threadIdx.x / 4, chunk = threadIdx.x % 4, inside = bytes_inside(depth - chunk * 8);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) copy_async<16>(tile + narrow_place(row, chunk) + i * 32 * 64, at + i * 32 * stride, i * 32 < rows ? inside : 0);
+    for (int i = 0; i < 4; ++i) {
+      copy_async<16>(tile + narrow_place(row, chunk) + i * 32 * 64, at + i * 32 * stride, i * 32 < rows ? inside : 0);
+    }
     at += DEPTH;
   }
 
@@ -36,7 +40,9 @@ struct Source {
   __device__ void load_wide(unsigned char* tile, int depth) {
     const int row = threadIdx.x / 16, chunk = threadIdx.x % 16;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) copy_async<16>(tile + wide_place(row, chunk) + i * 8 * 256, at + i * 8 * stride, row + i * 8 < depth ? bytes : 0);
+    for (int i = 0; i < 4; ++i) {
+      copy_async<16>(tile + wide_place(row, chunk) + i * 8 * 256, at + i * 8 * stride, row + i * 8 < depth ? bytes : 0);
+    }
     at += DEPTH * stride;
   }
 };
@@ -84,7 +90,7 @@ __device__ void run(const Product<T>& task) {
     }
     commit_copies();
   };
-  // Brings the step into registers, fragments of 16 depths at a time, UNROLL of them together, and passes them on: left, and right two at a time.
+  // Brings a step's fragments into registers, 16 depths at a time, UNROLL of these together, and passes them on: left, and right by twos.
   const auto for_each_fragment = [&]<int UNROLL>(int step, std::integral_constant<int, UNROLL>, auto use) {
     wait_copies<STAGES - 2>();
     __syncthreads();  // everyone's copies of this step are there, and the step before is read
@@ -141,7 +147,8 @@ __device__ void run(const Product<T>& task) {
 
   uint32_t thread = threadIdx.x;
   forget(thread);  // or where the sums belong keeps registers all along
-  const int row = tile.row + static_cast<int>(thread / 64 * 64 + thread % 32 / 4), column = tile.column + static_cast<int>(thread / 32 % 2 * 64);
+  const int row = tile.row + static_cast<int>(thread / 64 * 64 + thread % 32 / 4);
+  const int column = tile.column + static_cast<int>(thread / 32 % 2 * 64);
 #pragma unroll
   for (int block = 0; block < 2; ++block) {
     const Bias<T, !BACK> bias(task, column + block * 32);

@@ -1,4 +1,4 @@
-// The product with the frozen weight on Hopper (sm_90a), with the thin products beside it in the same launch: wgmma on tiles that the copy engine
+// The product with the frozen weight on Hopper (sm_90a), and the thin products beside it in the same launch: wgmma on tiles that the copy engine
 // brings into a queue of stages. The grid is persistent, a block a multiprocessor, and a block is three groups of four warps:
 //
 //     sides       three warps take the thin products' tiles in their order, from all blocks together, while the tensor cores are busy elsewhere
@@ -121,8 +121,7 @@ __device__ __forceinline__ void add_masked(
 template <class T, bool BACK>
 __device__ void consume(const Fused<T>& task, int consumer) {
   const Product<T>& product = task.product;
-  const int lane = threadIdx.x % 32;
-  const int frozen = divide_up(product.depth, DEPTH);
+  const int lane = threadIdx.x % 32, frozen = divide_up(product.depth, DEPTH);
   const bool masked = BACK && product.keep;
   Stage stage;
   const auto left = [&](int k) { return operand(stage.left() + consumer * 64 * 128 + k * 32, 0); };

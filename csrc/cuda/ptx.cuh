@@ -1,8 +1,8 @@
-// The instructions that C++ has no word for: asynchronous copies, tensor cores, named barriers, flags between blocks. tests/emulated_ptx.h has the
-// same functions for the CPU, thread by thread and fragment by fragment.
+// The instructions that C++ has no word for: asynchronous copies, tensor cores, named barriers, flags between blocks. tests/emulated_ptx.h has
+// the same functions for the CPU, lane by lane.
 //
-// A fragment of a warp's m16n8k16 product, lane = 4 g + t: a = rows g and g + 8, depths 2t, 2t + 1 (a[0], a[1]) and 2t + 8, 2t + 9 (a[2], a[3]);
-// b = column g, the same depths (b0, b1); the sum = row g, columns 2t and 2t + 1 (d[0], d[1]), row g + 8 (d[2], d[3]).
+// Lane 4 g + t holds of a warp's m16n8k16 product: of a, rows g and g + 8 at depths 2 t, 2 t + 1 (a[0], a[1]) and 2 t + 8, 2 t + 9 (a[2], a[3]);
+// of b, column g at the same depths (b0, b1); of the sum, columns 2 t and 2 t + 1 of row g (d[0], d[1]) and of row g + 8 (d[2], d[3]).
 #pragma once
 
 #include <cstdint>
@@ -89,13 +89,14 @@ __device__ __forceinline__ void multiply<__half>(float (&d)[4], const uint32_t (
 /// The barrier `id` of `threads` threads of the block.
 __device__ __forceinline__ void group_sync(int id, int threads) { asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-// Hopper's: copies of tiles by the copy engine, barriers in shared memory that count what it has brought, products of four warps from shared memory.
+// Hopper's: the copy engine, which brings tiles; barriers in shared memory that count its bytes; products of four warps from shared memory.
 
 /// A matrix as the copy engine knows it: CUtensorMap.
 struct alignas(64) TensorMap { uint64_t opaque[16]; };
 
-/// Describes [rows, columns] of 16-bit numbers in boxes of [box_rows, box_columns]; a box's row is 128 bytes at most. Whether the driver takes it.
-inline bool describe(TensorMap& map, bool bfloat16, const void* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows, int box_columns) {
+/// Describes [rows, columns] of 16-bit numbers in boxes of [box_rows, box_columns], whose rows are 128 bytes. Whether the driver takes it.
+inline bool describe(
+    TensorMap& map, bool bfloat16, const void* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows, int box_columns) {
   static const auto encode = [] {  // the driver's function, found through the runtime: nothing is linked against the driver
     void* found = nullptr;
     cudaDriverEntryPointQueryResult result;
@@ -106,8 +107,9 @@ inline bool describe(TensorMap& map, bool bfloat16, const void* matrix, int64_t 
 #endif
     return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(error == cudaSuccess ? found : nullptr);
   }();
-  const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)}, strides[1] = {static_cast<cuuint64_t>(stride) * 2};
-  const cuuint32_t box[2] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)}, steps[2] = {1, 1};
+  const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[] = {static_cast<cuuint64_t>(stride) * 2};  // bytes
+  const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)}, steps[] = {1, 1};
   return encode && encode(
       reinterpret_cast<CUtensorMap*>(&map), bfloat16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16, 2,
       const_cast<void*>(matrix), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
@@ -135,7 +137,7 @@ __device__ __forceinline__ void wait_barrier(uint64_t* barrier, uint32_t parity)
   } while (!ended);
 }
 
-/// Brings the box that begins at (row, column), zeros outside the matrix, its 16-byte columns of row r at c ^ r % 8; `barrier` counts its bytes.
+/// Brings the box that begins at (row, column), zeros outside the matrix, with bytes 16 c of its row r at 16 (c ^ r % 8); `barrier` counts them.
 __device__ __forceinline__ void copy_box(void* shared, const TensorMap* map, uint64_t* barrier, int row, int column) {
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
                "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row) : "memory");
@@ -158,7 +160,7 @@ __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.
 template <int COUNT>
 __device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 
-/// An operand in shared memory as copy_box leaves it. Rows along the depth: `apart` is unused. Rows across it: `apart` bytes between blocks of 64.
+/// An operand as copy_box leaves it. Where its rows lie across the depth, blocks of 64 columns are `apart` bytes from one another; else 0.
 __device__ __forceinline__ uint64_t operand(const void* shared, int apart) {
   constexpr uint64_t EIGHT_ROWS = 1024, SWIZZLE_128 = uint64_t{1} << 62;
   return (shared_address(shared) & 0x3FFFF) >> 4 | static_cast<uint64_t>(apart >> 4) << 16 | (EIGHT_ROWS >> 4) << 32 | SWIZZLE_128;

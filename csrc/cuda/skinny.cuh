@@ -1,8 +1,8 @@
 // The two thin products of an adapter, each a tile by a group of three warps: x aᵀ with few columns, and pᵀ x with few rows.
 //
-// Both are bound by reading x, so x goes from memory to the lane that multiplies it, 16 bytes at a time, with neither barrier nor exchange: a sum
-// may take its terms in any order, so the lanes' own columns (or rows) are called the depths that the tensor core expects of them. Shared memory is
-// only a queue of each thread's own copies. Every sum has one order, whoever computes it.
+// Both are bound by reading x, so x goes from memory to the lane that multiplies it, 16 bytes at a time, with hardly a barrier and no exchange: a
+// sum may take its terms in any order, so a lane's own columns (or rows) are called the depths that the tensor core expects of it. Shared memory
+// is a queue of each thread's own copies. Every sum has one order, whoever computes it.
 #pragma once
 
 #include <type_traits>
@@ -34,7 +34,7 @@ inline float factor_of(double p) {
   return kept ? static_cast<float>(65536.0 / kept) : 0.f;
 }
 
-/// Eight decisions of fastlora/reference.py::keep_mask, bit j for column 8 * group + j: Philox4x32-10, counter = row * ceil(columns / 8) + group.
+/// Eight decisions of fastlora/reference.py::keep_mask, bit j for column 8 * group + j. counter = row * ceil(columns / 8) + group.
 __device__ inline uint32_t draw(uint64_t seed, uint64_t counter, uint32_t threshold) {
   uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
@@ -202,7 +202,7 @@ struct Gradient {
   int columns, R;
 };
 
-/// Sixteen ranks a warp. With a WIDTH of 16 the warps share the rows of x; with RANKS each has its own ranks and they share what is in the queue.
+/// Sixteen ranks a warp. With a WIDTH of 16 the warps divide the rows of x; with RANKS each has its own ranks, and all read what is in the queue.
 /// MASKS: whether `keep` may be given.
 template <class T, int WIDTH, bool MASKS>
 __device__ void gradient_tile(const Gradient<T>& task, int part, int block, int first_rank, unsigned char* queue, int barrier) {
@@ -220,7 +220,9 @@ __device__ void gradient_tile(const Gradient<T>& task, int part, int block, int 
       if (step >= steps) break;
       const bool inside = row + i < end;
       copy_async<16>(place(step, i, warp), task.x + (row + i) * task.x_stride + column, inside ? bytes : 0);
-      if (MASKS && task.keep) copy_async<4>(place(step, 4, warp) + i * 4, task.keep + static_cast<int64_t>(row + i) * keep_stride + block * 8 + g / 4 * 4, inside ? 4 : 0);
+      if (!MASKS || !task.keep) continue;
+      const uint8_t* const four = task.keep + static_cast<int64_t>(row + i) * keep_stride + block * 8 + g / 4 * 4;  // the lane's byte among them
+      copy_async<4>(place(step, 4, warp) + i * 4, four, inside ? 4 : 0);
     }
     commit_copies();
   };
@@ -280,8 +282,8 @@ __device__ void gradient_tile(const Gradient<T>& task, int part, int block, int 
   group_sync(barrier, GROUP);  // before the queue is filled again
 }
 
-/// Tiles of both products in the order in which they are to be taken. Where both read the same x, a part of its rows at a time: what one has read
-/// is in the second-level cache for the other.
+/// Tiles of both products in the order in which they are to be taken: where both read the same x, a part of its rows at a time, so that what one
+/// has read is in the second-level cache for the other.
 template <class T>
 struct Sides {
   Shrink<T> shrink;
