@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from fastlora import ops, tune
+from fastlora import measure, ops
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -15,13 +15,13 @@ DTYPES = (torch.bfloat16, torch.float32)
 def flaws(device: torch.device) -> list[str]:
     """What is wrong with the implementations on this device, in sizes that no tile divides, with dropout and a bias."""
     found = []
-    for make in tune.PROBLEMS.values():
+    for make in measure.PROBLEMS.values():
         for dtype in DTYPES:
-            calls = make(*tune.ODD_SHAPE, dtype, device, True)
+            calls = make(*measure.ODD_SHAPE, dtype, device, True)
             for one, its_calls in calls.items():
                 for name in ops.candidates(one, device, dtype):
-                    for way in tune.ways(one, name):
-                        flaw = tune.find_flaw(one, name, its_calls[0], way)
+                    for way in measure.ways(one, name):
+                        flaw = measure.find_flaw(one, name, its_calls[0], way)
                         found += [] if flaw is None else [f"{one}, {name} {way}: {flaw}"]
                         print(f"{one}, {name} {way}, {dtype}: ran", flush=True)
     return found

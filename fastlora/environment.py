@@ -136,7 +136,7 @@ def _measurements() -> list[Finding]:
         without = f"none for {tuned.kind_of(device_type)}: `fastlora tune --device {device_type}` makes them"
         detail = ", ".join(f"{count} {origin}" for origin, count in held.items()) or without
         found.append(Finding("measurements", device_type, bool(held), detail))
-    trial = "accelerate measures what a model needs and nobody has measured on such a CPU, and keeps it in"
+    trial = "accelerate measures what a model needs and nobody has measured on such a machine, and keeps it in"
     where = tuned.cache_path("cpu").parent
     on = tune.trials_are_on()
     return [*found, Finding("measurements", "trial", on, f"{trial} {where}" if on else f"switched off; cache: {where}")]

@@ -229,7 +229,7 @@ def _decide(op: str, device: torch.device, dtype: torch.dtype, rows: int, elemen
     if not found:
         if device.type == "cpu":
             return Choice("cpu", "native C++, not measured on this kind of CPU")
-        return Choice("reference", "not measured on this kind of GPU; FASTLORA_IMPL=triton runs the Triton kernels")
+        return Choice("reference", "not measured on this kind of GPU: `fastlora tune --device cuda` does it")
     best = min(found, key=lambda one: math.inf if one.ratio is None else one.ratio)
     title = TITLES[best.implementation]
     if best.ratio is None:

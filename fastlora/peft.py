@@ -342,7 +342,8 @@ def accelerate(model: nn.Module, *, frozen: bool = False, pack_budget: int | Non
     copy is made by the first product that is faster with it; `report` names those that did not fit. A write into a frozen weight through
     `.data` by other hands than PEFT's leaves no trace: call `accelerate` again after it.
 
-    On a kind of CPU that nobody has measured, it first measures for a few seconds, once (`fastlora.tune.try_out`; FASTLORA_TRIAL=0: never).
+    On a kind of CPU or GPU that nobody has measured, it first measures, once: for a few seconds on a CPU, for about a minute on a GPU, whose
+    kernels are compiled meanwhile (`fastlora.tune.try_out`; FASTLORA_TRIAL=0: never).
     Under torch.distributed every process calls it, and all choose as rank 0 does.
 
     Raises:
@@ -386,6 +387,7 @@ def _weights_by_operator(model: nn.Module) -> dict[str, list[Tensor]]:
     fused = [module for module in model.modules() if type(module) is FusedLinear]
     return {
         "lora_linear": [layer.base_layer.weight for layer in fused],
+        "lora_linear_shared": [layer.base_layer.weight for layer in fused if "_fastlora_group" in layer.__dict__],
         "multi_lora": [layer.base_layer.weight for layer in fused if len(layer.lora_A) > 1],
     }
 

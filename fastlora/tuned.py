@@ -74,7 +74,7 @@ def measured(
         apart = abs(one.rows.bit_length() - wanted.bit_length())
         return one.checked, one.dropout is not dropout, one.size != size, apart
 
-    ours = [one for one in _table(device_type).values() if (one.op, one.dtype) == (op, _name(dtype))]
+    ours = [one for one in _table(device_type).values() if (one.op, one.dtype) == (op, name_of(dtype))]
     return {one.implementation: one for one in sorted(ours, key=distance, reverse=True)}
 
 
@@ -93,7 +93,7 @@ def way(
 
 def is_measured(device_type: str, op: str, dtype: torch.dtype, rows: int, size: str, dropout: bool) -> bool:
     """Whether anything is known of exactly this class."""
-    wanted = (op, _name(dtype), rows, size, dropout)
+    wanted = (op, name_of(dtype), rows, size, dropout)
     return any(key[: len(wanted)] == wanted for key in _table(device_type))
 
 
@@ -114,7 +114,7 @@ def measurement(
 ) -> Measurement:
     """A Measurement made on this machine, today. ratio: None where the implementation failed its check."""
     ratio = None if ratio is None else max(round(ratio, 3), 0.001)
-    what = op, _name(dtype), rows, size, dropout, implementation
+    what = op, name_of(dtype), rows, size, dropout, implementation
     return Measurement(*what, ratio is not None, ratio, _origin("this machine", _today()), way)
 
 
@@ -172,7 +172,8 @@ def is_fixed() -> bool:
     return _loaded or bool(os.environ.get("FASTLORA_TABLE"))
 
 
-def _name(dtype: torch.dtype) -> str:
+def name_of(dtype: torch.dtype) -> str:
+    """As a Measurement has it."""
     return str(dtype).removeprefix("torch.")
 
 

@@ -15,6 +15,7 @@ FLOORS = (
     {"ops"},
     {"packed"},
     {"kernels", "_C"},
+    {"measure"},
     {"functional", "tune"},
     {"layers", "groups"},
     {"peft"},

@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed: there are no kern
 import triton
 import triton.language as tl
 
-from fastlora import ops, reference, tune, tuned
+from fastlora import measure, ops, reference, tuned
 from fastlora.functional import RowGroups
 from fastlora.kernels import lora_linear, prefix_concat, tuning
 from fastlora.kernels.philox import draw_keep_mask, drop_threshold, keep_scale, load_keep_mask
@@ -274,10 +274,10 @@ def test_tuning_measures_both_ways_and_the_faster_one_is_taken(monkeypatch):
     """The product in Triton, or left to torch's library: each is checked, and the choice lasts through a checkpoint."""
     times = {"triton fused": 0.9, "triton library": 0.5}
     monkeypatch.setattr(ops, "candidates", lambda op, device, dtype: ["triton"])
-    monkeypatch.setattr(tune, "SHAPES", {"small": (40, 24)})
-    monkeypatch.setattr(tune, "ratios", lambda functions, *_: {name: times[name] for name in list(functions)[1:]})
-    problem = tune.Problem("lora_linear", torch.float32, 8, "small", False)
-    found = tune.measure(problem, torch.device(DEVICE), 0.0)
+    monkeypatch.setattr(measure, "SHAPES", {"small": (40, 24)})
+    monkeypatch.setattr(measure, "ratios", lambda functions, *_: {name: times[name] for name in list(functions)[1:]})
+    problem = measure.Problem("lora_linear", torch.float32, 8, "small", False)
+    found = measure.measure(problem, torch.device(DEVICE), 0.0)
     assert [(one.op, one.ratio, one.way) for one in found] == [
         ("lora_linear", 0.5, "library"),
         ("lora_linear_backward", 0.5, "library"),

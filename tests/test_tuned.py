@@ -22,7 +22,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import fastlora
-from fastlora import checkpoint, cli, environment, functional, ops, tune, tuned
+from fastlora import checkpoint, cli, environment, functional, measure, ops, tune, tuned
 from fastlora.train import TrainConfig, train
 from fastlora.tuned import Measurement
 
@@ -66,9 +66,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("FASTLORA_TABLE")
     monkeypatch.setattr(ops, "forced", None)
     monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(tune, "SHAPES", {"small": (48, 40), "large": (56, 64)})
-    monkeypatch.setattr(tune, "BATCHES", ((64, "small", False), (512, "large", False)))
-    monkeypatch.setitem(tune.LINEAR_ROWS, "cpu", (1, 8, 64))
+    monkeypatch.setattr(measure, "SHAPES", {"small": (48, 40), "large": (56, 64)})
+    monkeypatch.setattr(measure, "BATCHES", ((64, "small", False), (512, "large", False)))
+    monkeypatch.setitem(measure.LINEAR_ROWS, "cpu", (1, 8, 64))
     restart()
     return tuned.cache_path("cpu")
 
@@ -82,7 +82,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         seen.append(list(functions))
         return {name: 0.5 for name in functions if name != "reference"}
 
-    monkeypatch.setattr(tune, "ratios", half)
+    monkeypatch.setattr(measure, "ratios", half)
     return seen
 
 
@@ -169,6 +169,7 @@ def test_what_failed_its_check_once_is_refused_in_every_class(monkeypatch: pytes
 
 def test_the_fastest_of_several_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rule is the same for a card, which this machine need not have."""
+    ops.availability()  # what is loaded at its first use is registered before the table is a copy
     names = {("lora_linear", name): max for name in ("triton", "cuda")}
     monkeypatch.setattr(ops, "forced", None)
     monkeypatch.setattr(ops, "_table", ops._table | names)
@@ -470,12 +471,109 @@ def test_a_wrong_implementation_is_refused_for_good(
     assert all(grad.isfinite().all() for grad in gradients(y, [layer.x, layer.lora_a], layer.dy))
 
 
+def apart(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
+    """Measure in a process apart, as on a GPU, where lora_linear in native C++ is a function with this body."""
+    lines = (
+        "import os, torch",
+        "from fastlora import measure, ops, tune",
+        "measure.SHAPES = {'small': (48, 40)}",
+        "measure.ratios = lambda functions, *_: {name: 0.5 for name in functions if name != 'reference'}",
+        f"def faulty(*args): {body}",
+        "ops._table['lora_linear', 'cpu'] = faulty",
+        "tune.answer()",
+    )
+    monkeypatch.setattr(tune, "APART", ("cpu",))
+    monkeypatch.setattr(tune, "ANSWER", "\n".join(lines))
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("body", "how"),
+    [
+        ("os.abort()", "it ended its process (SIGABRT)"),
+        ("os._exit(7)", "its process ended with code 7"),
+        ("raise SystemExit('a fault')", "a fault"),
+        ("raise ValueError('no good')", "it raises ValueError: no good"),
+        (
+            "print('noise'); y, *state = ops.reference.lora_linear(*args); return 0.5 * y, *state",
+            "the error of result 0 is",
+        ),
+    ],
+)
+def test_what_ends_its_process_is_refused_and_the_rest_is_measured(
+    body: str, how: str, machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart(monkeypatch, body)
+    with pytest.warns(UserWarning, match=f"cpu is refused for lora_linear: .*{re.escape(how)}"):
+        tune.try_out(small_weights())
+    for _ in range(2):
+        assert {choose(rows) for rows in (1, 8, 64)} == {"reference"}
+        assert {choose(rows, backward=True) for rows in (1, 8, 64)} == {"cpu"}
+        assert len(tuned.measurements("cpu")) == 8
+        restart()  # the cache remembers
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("body", "how"),
+    [
+        ("raise torch.OutOfMemoryError('the card is full')", "the card is full"),
+        ("...\nraise OSError('no driver')", "no driver"),
+    ],
+)
+def test_a_trial_that_cannot_run_blames_no_implementation(
+    body: str, how: str, machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart(monkeypatch, body)
+    with pytest.warns(UserWarning, match=f"fastlora: no more is measured on cpu: .*{how}"):
+        tune.try_out(small_weights())
+    assert tuned.measurements("cpu") == [] and not machine.exists()
+
+
+@needs_native
+def test_what_never_ends_is_refused(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = (
+        "import json, sys, time",
+        "names, *_, refused = json.loads(sys.argv[1])",
+        "if refused:",
+        "    for _ in names: print(json.dumps(['found', [[], refused]]))",
+        "    sys.exit()",
+        """print(json.dumps(['trying', ['lora_linear', ['cpu']]]), flush=True)""",
+        "time.sleep(600)",
+    )
+    monkeypatch.setattr(tune, "APART", ("cpu",))
+    monkeypatch.setattr(tune, "PATIENCE", 1.0)
+    monkeypatch.setattr(tune, "ANSWER", "\n".join(lines))
+    with pytest.warns(UserWarning, match="cpu is refused for lora_linear: it did not end within 1 s"):
+        tune.try_out(small_weights())
+
+
+@needs_native
+def test_what_fails_in_one_size_is_used_in_none(
+    machine: Path, timed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in sizes where it was right before: another way of the same implementation has none of its times."""
+    monkeypatch.setitem(tuned.WAYS, "cpu", ("good", "late"))
+    native = ops._table["lora_linear", "cpu"]
+    monkeypatch.setattr(measure, "ratios", lambda functions, *_: dict.fromkeys(functions, 0.5) | {"cpu late": 0.4})
+
+    def late(x: Tensor, *args: Any) -> Any:
+        return (wrong_value if tuned.forced_way == "late" and len(x) == 64 else native)(x, *args)
+
+    monkeypatch.setattr(ops, "_table", ops._table | {("lora_linear", "cpu"): late})
+    with pytest.warns(UserWarning, match="cpu late is refused for lora_linear"):
+        tune.try_out(small_weights())
+    ways = {(one.op, one.rows): one.way for one in tuned.measurements("cpu")}
+    both = ("lora_linear", "good"), ("lora_linear_backward", "late")
+    assert ways == {(op, rows): way for op, way in both for rows in (1, 8, 64)}
+
+
 @needs_native
 @pytest.mark.parametrize("dtype", ops.KERNEL_DTYPES)
-@pytest.mark.parametrize("op", tune.PROBLEMS)
+@pytest.mark.parametrize("op", measure.PROBLEMS)
 def test_right_implementations_pass(op: str, dtype: torch.dtype, timed: list[list[str]], machine: Path) -> None:
-    for problem in tune.problems("cpu", [op], [dtype], ["small"]):
-        found = tune.measure(problem, torch.device("cpu"), 0.0)
+    for problem in measure.problems("cpu", [op], [dtype], ["small"]):
+        found = measure.measure(problem, torch.device("cpu"), 0.0)
         assert [one.op for one in found] == [op, f"{op}_backward"]
         assert all(one.checked and one.ratio == 0.5 and one.rows == problem.rows for one in found)
 
@@ -504,7 +602,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTime]:
 
 def test_times_are_taken_in_turn(clock: FakeTime) -> None:
     functions = {"reference": clock.function("reference", 1.1e-4), "cpu": clock.function("cpu", 7.7e-5)}
-    found = tune.ratios(functions, [(0,), (1,)], torch.device("cpu"), 0.01)
+    found = measure.ratios(functions, [(0,), (1,)], torch.device("cpu"), 0.01)
     assert found == {"cpu": pytest.approx(0.7)}
     # One call each, the other one on both weights, one call each again; then what fills the shortest sample, in turn.
     assert "".join(name[0] for name, _ in clock.calls[:21]) == "rc" + "cc" + "rc" + "rrccc" + "cccrr" + "rrccc"
@@ -513,7 +611,7 @@ def test_times_are_taken_in_turn(clock: FakeTime) -> None:
 
 def test_a_long_call_is_timed_once(clock: FakeTime) -> None:
     functions = {"reference": clock.function("reference", 10.0), "cpu": clock.function("cpu", 1.0)}
-    assert tune.ratios(functions, [(0,)], torch.device("cpu"), 0.01) == {"cpu": pytest.approx(0.1)}
+    assert measure.ratios(functions, [(0,)], torch.device("cpu"), 0.01) == {"cpu": pytest.approx(0.1)}
     assert len(clock.calls) == 2
 
 
@@ -528,7 +626,7 @@ def test_tune_writes_a_table_that_is_used(machine: Path, timed: list[list[str]],
     assert head["kind"] == shipped.stem and head["command"] == f"fastlora tune --device cpu --output {shipped.name}"
     assert head["torch"] == torch.__version__ and head["threads"] == torch.get_num_threads() and head["date"]
     restart()
-    for problem in tune.problems("cpu", list(tune.PROBLEMS), ops.KERNEL_DTYPES, ["small", "large"]):
+    for problem in measure.problems("cpu", list(measure.PROBLEMS), ops.KERNEL_DTYPES, ["small", "large"]):
         for op in (problem.op, f"{problem.op}_backward"):
             assert tuned.is_measured("cpu", op, *problem[1:]), (op, problem)
     timed.clear()
@@ -548,7 +646,7 @@ def test_tune_keeps_its_measurements(machine: Path, timed: list[list[str]]) -> N
 
 @needs_native
 def test_tune_ends_in_time_with_what_it_has(machine: Path, timed: list[list[str]], tmp_path: Path) -> None:
-    whole = tune.problems("cpu", list(tune.PROBLEMS), ops.KERNEL_DTYPES, list(tune.SHAPES))
+    whole = measure.problems("cpu", list(measure.PROBLEMS), ops.KERNEL_DTYPES, list(measure.SHAPES))
     path, found = tune.tune("cpu", tmp_path / "cut.json", progress=False, seconds=0)
     assert {one.op for one in found} == {whole[0].op, f"{whole[0].op}_backward"}
     assert len(json.loads(path.read_text())["entries"]) == len(found)
@@ -575,7 +673,7 @@ def test_shipped_tables_are_whole(path: Path) -> None:
     table = tuned._read(path, {"schema": tuned.SCHEMA, "kind": path.stem})
     assert all(one.checked for one in table.values())
     tuned.load_state({"cpu": table.values()})
-    for problem in tune.problems("cpu", list(tune.PROBLEMS), ops.KERNEL_DTYPES, list(tune.SHAPES)):
+    for problem in measure.problems("cpu", list(measure.PROBLEMS), ops.KERNEL_DTYPES, list(measure.SHAPES)):
         for op in (problem.op, f"{problem.op}_backward"):
             assert tuned.is_measured("cpu", op, *problem[1:]), (op, problem)
 
@@ -615,7 +713,7 @@ def test_a_resumed_run_chooses_as_the_run_before(machine: Path, tmp_path: Path) 
 
 def tiny_measurements(ratio: float) -> list[Measurement]:
     """One for every class that a tiny model's trial would look at."""
-    todo = tune.problems("cpu", ["lora_linear"], [torch.float32], ["small"])
+    todo = measure.problems("cpu", ["lora_linear"], [torch.float32], ["small"])
     return [
         entry(ratio, op, one.rows, dropout=one.dropout)
         for one in todo
@@ -626,11 +724,11 @@ def tiny_measurements(ratio: float) -> list[Measurement]:
 RANK = """
 import sys, torch
 from pathlib import Path
-from fastlora import ops, tune, tuned
+from fastlora import measure, ops, tune, tuned
 tuned.SHIPPED = Path(sys.argv[2], "no", "tables")
 rank, ratio = int(sys.argv[1]), float(sys.argv[3])
 torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
-tune.ratios = lambda functions, *_: {name: ratio for name in functions if name != "reference"}
+measure.ratios = lambda functions, *_: {name: ratio for name in functions if name != "reference"}
 tune.try_out({"lora_linear": [torch.ones(8, 8)]})
 print(ops.choose_lora_linear(torch.ones(64, 8), torch.ones(8, 8)).implementation, tuned.is_fixed())
 torch.distributed.destroy_process_group()
