@@ -63,6 +63,8 @@ struct OperandProduct {
   bool across, add;
   float (*number)(uint16_t);
 
+  /// Eight rows of 128 bytes are swizzled by their addresses: an operand that begins between them would need an offset in it.
+  static bool between_rows(uint64_t operand) { return begin(operand) >> 7 & 7; }
   static uintptr_t begin(uint64_t operand) { return (operand & ((uint64_t{1} << 44) - 1)) << 4; }
   float at(uintptr_t address) const { return number(*reinterpret_cast<const uint16_t*>(swizzled(address))); }
   float left(int row, int depth) const { return at(begin(a) + row / 8 * 1024 + row % 8 * 128 + depth * 2); }
@@ -91,6 +93,7 @@ struct OperandProduct {
 struct ThreadState {
   Groups<Copy> copies;
   Groups<OperandProduct> products;
+  bool products_begun = false;
 };
 inline ThreadState& thread_state() { return state_of<ThreadState>(emulated::current->instructions); }
 
@@ -168,7 +171,8 @@ struct TensorMap {
 
 inline bool describe(TensorMap& map, bool, const void* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows, int box_columns) {
   map = {static_cast<const uint16_t*>(matrix), rows, columns, stride, box_rows, box_columns};
-  return reinterpret_cast<uintptr_t>(matrix) % 16 == 0 && stride % 8 == 0 && stride >= columns && box_rows <= 256 && box_columns == 64;
+  const bool aligned = reinterpret_cast<uintptr_t>(matrix) % 16 == 0 && stride % 8 == 0, some = rows >= 1 && columns >= 1;
+  return aligned && some && stride >= columns && box_rows <= 256 && box_columns == 64;
 }
 
 struct Box {
@@ -242,10 +246,15 @@ inline uint64_t operand(const void* shared, int apart) {
 template <class T, bool ACROSS, int SIZE>
 void multiply_operands(float (&d)[SIZE], uint64_t a, uint64_t b, int add) {
   const auto number = [](uint16_t bits) { return static_cast<float>(std::bit_cast<T>(bits)); };
+  if (!thread_state().products_begun) emulated::fail("a product before its group's begin_products");
+  if (OperandProduct::between_rows(a) || OperandProduct::between_rows(b)) emulated::fail("an operand that begins between eight rows");
   thread_state().products.open.push_back({d, SIZE, a, b, ACROSS, add != 0, number});
 }
-inline void begin_products() {}
-inline void commit_products() { thread_state().products.commit(); }
+inline void begin_products() { thread_state().products_begun = true; }
+inline void commit_products() {
+  thread_state().products.commit();
+  thread_state().products_begun = false;
+}
 template <int PENDING>
 void wait_products() {
   thread_state().products.wait(PENDING, [](const OperandProduct& product) { product.compute(); });

@@ -227,8 +227,9 @@ def test_what_a_card_would_not_survive_is_an_exception(run: Any, kernel: str, th
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 def test_lora_linear_with_any_strides(dropout_p: float) -> None:
-    """Rows that cannot be read 16 bytes at a time: an odd K, gaps, a weight that lies by column."""
+    """Rows that cannot be read 16 bytes at a time: an odd K, gaps, a weight that lies by column, rows of dy that are one."""
     x, weight, bias, lora_a, lora_b, dy = make_layer(19, 37, 29, 5, torch.bfloat16, torch.float32)
+    dy = dy[:1].expand_as(dy)
     given = [gapped(x), transposed(weight), bias, gapped(lora_a), transposed(lora_b)]
     given = [tensor.detach() for tensor in given]
     seed = next_seed("cpu", 1) if dropout_p else None
@@ -236,6 +237,7 @@ def test_lora_linear_with_any_strides(dropout_p: float) -> None:
     def run(forward: Callable[..., Any], backward: Callable[..., Any], numbers: Callable[[Any], Any]) -> list[Any]:
         x, weight, bias, lora_a, lora_b = map(numbers, given)
         y, xa, keep = forward(x, weight, bias, lora_a, lora_b, 1.7, dropout_p, seed)
+        keep = torch.cat((keep.new_zeros(1), keep.flatten()))[1:].view_as(keep)  # at an odd address
         return [y, xa, *backward(numbers(dy), x, weight, lora_a, lora_b, xa, keep, 1.7, dropout_p, True, True, True)]
 
     fastlora_ops = torch.ops.fastlora

@@ -248,6 +248,16 @@ WRONG: dict[str, tuple[str, Callable[[Layer], Layer]]] = {
     "x: expanded": ("x", lambda layer: layer._replace(x=layer.x[:1].expand(6, 16))),
     "x: float32": ("x", lambda layer: Layer(*(tensor.detach().float() for tensor in layer))),
     "weight: transposed": ("weight", lambda layer: layer._replace(weight=transposed(layer.weight))),
+    "weight: no columns": (
+        "weight",
+        lambda layer: layer._replace(x=layer.x[:, :0], weight=layer.weight[:, :0], lora_a=layer.lora_a[:, :0]),
+    ),
+    "weight: no rows": (
+        "weight",
+        lambda layer: layer._replace(
+            weight=layer.weight[:0], bias=None, lora_b=layer.lora_b[:0], dy=layer.dy[:, :0].contiguous()
+        ),
+    ),
     "lora_a: rank 513": ("lora_a", lambda layer: make_layer(6, 16, 24, 513, BF16)),
 }
 

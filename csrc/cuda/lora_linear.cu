@@ -333,9 +333,11 @@ std::string unaligned(const char* name, const Matrix& matrix, int64_t rows, int6
          std::to_string(reinterpret_cast<uintptr_t>(matrix.data)) + ", expected columns side by side and rows apart, at multiples of 16 bytes";
 }
 
-std::string launched() {
+/// What went wrong: what was found, and what CUDA says of the launches.
+std::string all_of(const std::string& found) {
   const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+  if (error == cudaSuccess) return found;
+  return (found.empty() ? "" : found + "; ") + "CUDA says: " + cudaGetErrorString(error);
 }
 
 }  // namespace
@@ -345,8 +347,8 @@ std::string lora_linear_unsupported(const LoraLinear& layer, const Matrix* dy) {
   if (layer.R > 512) return "lora_a: got rank " + std::to_string(layer.R) + ", expected at most 512";
   constexpr int64_t FAR = 1 << 24;  // offsets within the rows of a tile are 32 bits
   if (layer.M > 64 * FAR) return "x: got " + std::to_string(layer.M) + " rows, expected at most 2^30";
-  if (layer.K > FAR || layer.N > FAR) {
-    return "weight: got [" + std::to_string(layer.N) + ", " + std::to_string(layer.K) + "], expected sides up to 2^24";
+  if (std::min(layer.K, layer.N) < 1 || std::max(layer.K, layer.N) > FAR) {
+    return "weight: got [" + std::to_string(layer.N) + ", " + std::to_string(layer.K) + "], expected sides of 1 to 2^24";
   }
   std::string found = unaligned("x", layer.x, layer.M, layer.K);
   if (found.empty()) found = unaligned("weight", layer.weight, layer.N, layer.K);
@@ -363,15 +365,13 @@ int64_t lora_linear_backward_workspace(const LoraLinear& layer) {
 std::string lora_linear(const LoraLinearForward& given, cudaStream_t stream) {
   const std::string unsupported = lora_linear_unsupported(given.layer, nullptr);
   if (!unsupported.empty()) return unsupported;
-  const std::string error = (given.layer.dtype == Dtype::BFLOAT16 ? forward<__nv_bfloat16> : forward<__half>)(given, stream);
-  return error.empty() ? launched() : error;
+  return all_of((given.layer.dtype == Dtype::BFLOAT16 ? forward<__nv_bfloat16> : forward<__half>)(given, stream));
 }
 
 std::string lora_linear_backward(const LoraLinearBackward& given, cudaStream_t stream) {
   const std::string unsupported = lora_linear_unsupported(given.layer, &given.dy);
   if (!unsupported.empty()) return unsupported;
-  const std::string error = (given.layer.dtype == Dtype::BFLOAT16 ? backward<__nv_bfloat16> : backward<__half>)(given, stream);
-  return error.empty() ? launched() : error;
+  return all_of((given.layer.dtype == Dtype::BFLOAT16 ? backward<__nv_bfloat16> : backward<__half>)(given, stream));
 }
 
 }  // namespace fastlora

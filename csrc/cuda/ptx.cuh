@@ -142,8 +142,9 @@ __device__ __forceinline__ void copy_box(void* shared, const TensorMap* map, uin
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
                "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row) : "memory");
 }
-/// Between what this thread has written and what the copy engine then reads of it; or, after a wait, the other way round.
-__device__ __forceinline__ void fence_copy_engine() { asm volatile("fence.proxy.async;" ::: "memory"); }
+/// Between what was written to the card's memory and what the copy engine reads of it: by who wrote, and by who asks for it after its wait.
+/// .global is named, because of the fence of all memories ptxas makes one for the engine's view of shared memory alone.
+__device__ __forceinline__ void fence_copy_engine() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
 /// A flag in the card's memory: what a thread wrote before adding is seen by who has read the sum.
 __device__ __forceinline__ void release_add(uint32_t* flag, uint32_t value) {

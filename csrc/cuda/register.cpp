@@ -231,10 +231,11 @@ std::tuple<Tensor, Tensor> prefix_concat_backward_cuda(
   return {dprompts, dembeds};
 }
 
-/// The matrix with its columns side by side, this and its rows at multiples of 16 bytes: itself where it is so, else a copy.
+/// The matrix with its columns side by side and its rows apart, both at multiples of 16 bytes: itself where it is so, else a copy.
 Tensor rows_of_16_bytes(const Tensor& matrix) {
   const int64_t rows = matrix.size(0), columns = matrix.size(1), wide = (columns + 7) / 8 * 8;
-  const bool together = columns <= 1 || matrix.stride(1) == 1, apart = rows <= 1 || matrix.stride(0) % 8 == 0;
+  const bool together = columns <= 1 || matrix.stride(1) == 1;
+  const bool apart = rows <= 1 || (matrix.stride(0) % 8 == 0 && matrix.stride(0) >= columns);  // expanded rows are not
   if (together && apart && reinterpret_cast<uintptr_t>(matrix.const_data_ptr()) % 16 == 0) return matrix;
   Tensor around = new_empty(matrix, std::array<int64_t, 2>{rows, wide});
   Tensor copy = torch::stable::narrow(around, 1, 0, columns);
@@ -356,7 +357,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_cuda(
   if (dropped) check_shape(keep, "keep", {M, (K + 63) / 64 * 8});
   const OnDevice device(x);
   const Tensor x_rows = rows_of_16_bytes(x), weight_rows = rows_of_16_bytes(weight), dy_rows = rows_of_16_bytes(dy);
-  const Tensor dense_xa = contiguous(xa), dense_keep = contiguous(keep);
+  const Tensor dense_xa = contiguous(xa), dense_keep = dropped ? rows_of_16_bytes(contiguous(keep)) : keep;  // read 8 bytes at a time
   LoraLinearBackward given{};
   given.layer = layer_of(x_rows, weight_rows, std::nullopt, lora_a, lora_b, scale, dropped ? dropout_p : 0);
   Tensor dx = need_dx ? new_empty(x, std::array<int64_t, 2>{M, K}) : without_elements(x);
