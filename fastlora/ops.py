@@ -61,6 +61,7 @@ class ImplementationError(RuntimeError):
 class Choice(NamedTuple):
     implementation: str  # one of IMPLEMENTATIONS
     reason: str
+    ratio: float = 1.0  # its time over plain PyTorch's, as far as that was measured
 
 
 class Availability(NamedTuple):
@@ -235,7 +236,7 @@ def _decide(op: str, device: torch.device, dtype: torch.dtype, rows: int, elemen
     if best.ratio is None:
         return Choice("reference", f"{title} failed its check ({best.origin})")
     reason = f"{title}, {best.ratio:.2f}x of plain PyTorch's time ({best.origin})"
-    return Choice(best.implementation if best.ratio <= WORTH_IT else "reference", reason)
+    return Choice(best.implementation, reason, best.ratio) if best.ratio <= WORTH_IT else Choice("reference", reason)
 
 
 def choose_lora_linear(x: Tensor, weight: Tensor, dropout: bool = False, backward: bool = False) -> Choice:
@@ -290,11 +291,13 @@ for _stem, _choose_stem in (("lora_linear", choose_lora_linear), ("multi_lora", 
 
 
 def _shared(op: str, single: str, like: Tensor, weight: list[Tensor], dropout: bool, args: tuple[Any, ...]) -> Any:
-    """Layers that share x run as the first of them would alone; one after the other where groups are not known or not faster."""
-    name = choose_lora_linear(like, weight[0], dropout, backward=single != "lora_linear").implementation
-    if (op, name) in _table and _choose(op, like, like.shape[0], weight[0].numel(), dropout).implementation == name:
-        return _table[op, name](*args)
-    return getattr(reference, op)(*args, layer=implementation(single, name))
+    """Layers that share x run together as the first of them would alone, or in what gains more together; else one after the other."""
+    alone = choose_lora_linear(like, weight[0], dropout, backward=single != "lora_linear")
+    if forced is None or (op, forced) in _table:
+        together = _choose(op, like, like.shape[0], weight[0].numel(), dropout)
+        if together.implementation == alone.implementation or together.ratio < alone.ratio:
+            return _table[op, together.implementation](*args)
+    return getattr(reference, op)(*args, layer=implementation(single, alone.implementation))
 
 
 @functools.partial(library.impl, "lora_linear_shared", dispatch_key="CompositeExplicitAutograd")

@@ -194,6 +194,50 @@ def test_the_fastest_of_several_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     assert decide(triton, cuda) == "triton"
 
 
+@pytest.mark.parametrize(
+    ("alone", "together", "runs"),
+    [
+        (0.6, ("triton", 0.5), "together"),
+        (0.6, ("triton", 0.7), "each"),  # what runs them one by one gains more
+        (1.5, ("triton", 0.9), "together"),
+        (1.5, ("triton", 1.5), "plain PyTorch"),
+        (0.6, ("cuda", 0.7), "together"),  # the same implementation: a group saves passes over x
+    ],
+)
+def test_layers_that_share_x_run_as_gains_most(
+    alone: float, together: tuple[str, float], runs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def one(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+        ran.append("each")
+        return x @ weight.T, x[:, :2], x.new_empty(0)
+
+    def group(x: Tensor, weight: list[Tensor], *_: Any) -> tuple[list[Tensor], Tensor, Tensor]:
+        ran.append("together")
+        return [], x, x
+
+    def on_a_card(op: str, like: Tensor, rows: int, elements: int, dropout: bool) -> ops.Choice:
+        return ops._decide(op, torch.device("cuda"), like.dtype, rows, elements, dropout)
+
+    ran: list[str] = []
+    ops.availability()
+    ours = {("lora_linear", name): one for name in ("reference", "cuda")}
+    ours |= {("lora_linear_shared", name): group for name in ("triton", "cuda")}
+    monkeypatch.setattr(ops, "forced", None)
+    monkeypatch.setattr(ops, "_table", ops._table | ours)
+    monkeypatch.setattr(ops, "_choose", on_a_card)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    name, ratio = together
+    hold(
+        entry(alone, dtype="bfloat16", implementation="cuda"),
+        entry(ratio, "lora_linear_shared", dtype="bfloat16", implementation=name),
+        device_type="cuda",
+    )
+    x, weight = (torch.ones(64, 8, dtype=torch.bfloat16) for _ in range(2))
+    rest = [weight[:2]] * 2, [weight[:, :2]] * 2, [1.0] * 2, [0.0] * 2, None
+    torch.ops.fastlora.lora_linear_shared(x, [weight] * 2, [x.new_empty(0)] * 2, *rest)
+    assert set(ran or ["plain PyTorch"]) == {runs}
+
+
 @needs_native
 def test_choices_change_with_the_measurements(machine: Path) -> None:
     assert choose() == "cpu"
