@@ -110,12 +110,12 @@ class Group:
             self.hook.remove()
             self.hook = None
 
-    def describe(self, layer: nn.Module) -> str:
-        """For people: with whom the layer shares x, or why it no longer does."""
+    def describe(self, layer: nn.Module, together: bool) -> str:
+        """For people: with whom the layer shares x and, where they run together, its passes over x; or why it no longer does."""
         others = ", ".join(name for name, other in zip(self.names, self.layers, strict=True) if other is not layer)
         if self.dissolved is not None:
             return f"its group with {others} was dissolved: {self.dissolved}"
-        return f"x read once with {others}"
+        return f"x {'read once' if together else 'shared'} with {others}"
 
 
 def _when_parent_returns(group: Group, parent: nn.Module, args: Any, output: Any) -> None:

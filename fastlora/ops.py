@@ -245,6 +245,22 @@ def choose_lora_linear(x: Tensor, weight: Tensor, dropout: bool = False, backwar
     return _choose(op, x, x.shape[0], weight.numel(), dropout)
 
 
+def choose_lora_linear_shared(
+    x: Tensor, weight: Tensor, dropout: bool = False, backward: bool = False
+) -> tuple[Choice, bool]:
+    """What runs layers that share x [M, K], the first of which has weight [N, K], or their backward; and whether it runs them together.
+
+    Together where the implementation that would run the first alone can do so, or where another gains more; else one after the other.
+    """
+    alone = choose_lora_linear(x, weight, dropout, backward)
+    op = "lora_linear_shared_backward" if backward else "lora_linear_shared"
+    if forced is None or (op, forced) in _table:
+        together = _choose(op, x, x.shape[0], weight.numel(), dropout)
+        if together.implementation == alone.implementation or together.ratio < alone.ratio:
+            return together, together.implementation != "reference"
+    return alone, False
+
+
 def choose_frozen_linear(x: Tensor, weight: Tensor, backward: bool = False) -> Choice:
     """Which implementation runs `frozen_linear`, or its backward, on inputs like x [M, K] and weight [N, K].
 
@@ -291,13 +307,10 @@ for _stem, _choose_stem in (("lora_linear", choose_lora_linear), ("multi_lora", 
 
 
 def _shared(op: str, single: str, like: Tensor, weight: list[Tensor], dropout: bool, args: tuple[Any, ...]) -> Any:
-    """Layers that share x run together as the first of them would alone, or in what gains more together; else one after the other."""
-    alone = choose_lora_linear(like, weight[0], dropout, backward=single != "lora_linear")
-    if forced is None or (op, forced) in _table:
-        together = _choose(op, like, like.shape[0], weight[0].numel(), dropout)
-        if together.implementation == alone.implementation or together.ratio < alone.ratio:
-            return _table[op, together.implementation](*args)
-    return getattr(reference, op)(*args, layer=implementation(single, alone.implementation))
+    choice, together = choose_lora_linear_shared(like, weight[0], dropout, backward=single != "lora_linear")
+    if together:
+        return _table[op, choice.implementation](*args)
+    return getattr(reference, op)(*args, layer=implementation(single, choice.implementation))
 
 
 @functools.partial(library.impl, "lora_linear_shared", dispatch_key="CompositeExplicitAutograd")

@@ -447,13 +447,17 @@ def _explain(layer: Any) -> tuple[str, str]:
         choose = functools.partial(
             ops.choose_multi_lora if seen.mixed else ops.choose_lora_linear, dropout=seen.dropout
         )
-    implementation, reason = choose(like_x, weight)
-    backward = choose(like_x, weight, backward=True)
+    choice, backward = choose(like_x, weight), choose(like_x, weight, backward=True)
+    group, together = layer.__dict__.get("_fastlora_group"), False
+    if group is not None and not seen.mixed and group.dissolved is None:
+        first = _weight_of(_frozen_base(group.layers[0]))
+        choice, together = ops.choose_lora_linear_shared(like_x, first, seen.dropout)
+        backward, _ = ops.choose_lora_linear_shared(like_x, first, seen.dropout, backward=True)
+    implementation, reason = choice.implementation, choice.reason
     if implementation == "cpu":
         reason += f"; x Wᵀ by {packed.describe(weight, seen.dtype, rows)}"
-    group = layer.__dict__.get("_fastlora_group")
     if group is not None and not seen.mixed:
-        reason += f"; {group.describe(layer)}"
+        reason += f"; {group.describe(layer, together)}"
     if backward.implementation != implementation:
         reason += f"; backward {backward.implementation}: {backward.reason}"
     return implementation, reason

@@ -57,7 +57,7 @@ def test_every_implementation_has_every_operator(device: str) -> None:
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_frozen_linear_is_torchs_beside_other_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "forced", name)
-    assert ops.choose_frozen_linear(torch.ones(2, 2), torch.ones(2, 2)) == ("reference", "FASTLORA_IMPL")
+    assert ops.choose_frozen_linear(torch.ones(2, 2), torch.ones(2, 2))[:2] == ("reference", "FASTLORA_IMPL")
 
 
 def test_backward_and_forward_are_chosen_alike(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,7 +95,7 @@ def test_choice_on_a_cpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_forced_choice(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in implementations(op, "cpu"):
         monkeypatch.setattr(ops, "forced", name)
-        assert CHOOSERS[op](torch.ones(2, 2)) == (name, "FASTLORA_IMPL")
+        assert CHOOSERS[op](torch.ones(2, 2))[:2] == (name, "FASTLORA_IMPL")
 
 
 @pytest.mark.parametrize("name", [name for name in implementations("lora_linear", "cpu") if name != "reference"])
