@@ -124,10 +124,19 @@ _pending: list[_Pending] = []
 """Values that a GPU found out of range and that no one has read back yet."""
 
 
-def _check_in_range(bad: Tensor, message: str) -> None:
-    """Raise IndexError where any of `bad` is true: at once on a CPU; on a GPU at the first check after the device has got there."""
-    if torch.compiler.is_compiling():
+def _check_in_range(numbers: Tensor, least: int, most: int, message: str, where: Tensor | None = None) -> None:
+    """Raise IndexError where one of the numbers, or of those where `where` is not 0, is not among `least` to `most`: at once on a CPU; on a GPU
+    at the first check after the device has got there.
+    """
+    if torch.compiler.is_compiling() or not numbers.numel():
         return
+    if numbers.device.type == "cpu":
+        lowest, highest = torch.aminmax(numbers)
+        if lowest >= least and highest <= most:
+            return
+    bad = (numbers < least) | (numbers > most)
+    if where is not None:
+        bad &= where != 0
     if bad.device.type == "cpu":
         if bool(bad.any()):
             raise IndexError(message)
@@ -411,7 +420,9 @@ def group_rows(index: Tensor, adapters: int) -> RowGroups:
     if adapters < 1:
         raise _wrong("adapters", adapters, "at least 1")
     _check_in_range(
-        (index < -1) | (index >= adapters),
+        index,
+        -1,
+        adapters - 1,
         f"index: expected numbers from -1 to {adapters - 1} (one for each adapter, -1: base only)",
     )
     return RowGroups(index.to(torch.int64, copy=True), adapters)  # sorted later, whatever becomes of the caller's
@@ -558,8 +569,9 @@ class PrefixConcatFunction(torch.autograd.Function):
         position_ids,
         labels,
     ):
+        flat = _rows(prompts)  # [sum P_i, D]
         out, mask, positions, new_labels, source = torch.ops.fastlora.prefix_concat(
-            prompts,
+            flat,
             starts,
             max_prompt,
             prompt_index,
@@ -571,8 +583,14 @@ class PrefixConcatFunction(torch.autograd.Function):
             labels,
         )
         ctx.save_for_backward(source)
-        ctx.prompt_rows, ctx.tokens, ctx.dtype = prompts.shape[0], attention_mask.shape[1], prompts.dtype
+        ctx.prompts, ctx.prompt_rows, ctx.tokens, ctx.dtype = (
+            prompts.shape,
+            flat.shape[0],
+            attention_mask.shape[1],
+            prompts.dtype,
+        )
         ctx.mark_non_differentiable(mask, positions, new_labels)
+        ctx.set_materialize_grads(False)  # or zeros would be made for these three
         return out, mask, positions, new_labels
 
     @staticmethod
@@ -583,7 +601,7 @@ class PrefixConcatFunction(torch.autograd.Function):
         dprompts, dembeds = torch.ops.fastlora.prefix_concat_backward(dout, source, ctx.prompt_rows, ctx.tokens, *need)
         grads: list[Tensor | None] = [None] * 10
         if need[0]:
-            grads[0] = dprompts.to(ctx.dtype)
+            grads[0] = dprompts.to(ctx.dtype).view(ctx.prompts)
         if need[1]:
             grads[4] = dembeds
         return tuple(grads)
@@ -611,8 +629,8 @@ def prefix_concat(
         ValueError: a shape, dtype or device does not fit, prompts is empty, or embedding requires a gradient.
         IndexError: a prompt or token number is out of range (on a CUDA device raised by a later call; those rows become NaN).
     """
-    flat, starts, lengths = _flatten_prompts(prompts)
-    S, D, device = len(lengths), flat.shape[1], flat.device
+    prompts, starts, lengths = _line_up(prompts)
+    S, D, device = len(lengths), prompts.shape[-1], prompts.device
     if not isinstance(attention_mask, Tensor):
         raise _wrong_type("attention_mask", attention_mask, "a torch.Tensor")
     if attention_mask.dim() != 2 or attention_mask.is_complex():
@@ -636,9 +654,9 @@ def prefix_concat(
                 "embedding: requires a gradient, expected a frozen tensor; look the tokens up yourself and pass embeds"
             )
         V = embedding.shape[0]
-        absent = (attention_mask != 0) & ((input_ids < 0) | (input_ids >= V))
-        _check_in_range(absent, f"input_ids: expected numbers from 0 to {V - 1} (embedding [{V}, {D}])")
         input_ids = input_ids.long()
+        expected = f"input_ids: expected numbers from 0 to {V - 1} (embedding [{V}, {D}])"
+        _check_in_range(input_ids, 0, V - 1, expected, attention_mask)
     else:
         if input_ids is not None or embedding is not None:
             raise ValueError("embeds: got a tensor, expected None where input_ids or embedding is given")
@@ -655,16 +673,15 @@ def prefix_concat(
         prompt_index = torch.zeros(B, dtype=torch.int64, device=device)
     else:
         _check_integers(prompt_index, "prompt_index", (B,), device)
-        absent = (prompt_index < 0) | (prompt_index >= S)
-        _check_in_range(absent, f"prompt_index: expected numbers from 0 to {S - 1} ({S} prompts)")
         prompt_index = prompt_index.long()
+        _check_in_range(prompt_index, 0, S - 1, f"prompt_index: expected numbers from 0 to {S - 1} ({S} prompts)")
     for value, name in ((labels, "labels"), (position_ids, "position_ids")):
         if value is not None:
             _check_integers(value, name, (B, T), device)
     if labels is input_ids and labels is not None:
         labels = labels.view_as(labels)  # the same tensor twice is more than torch.compile takes
     out, mask, positions, new_labels = PrefixConcatFunction.apply(
-        flat,
+        prompts,
         starts,
         max(lengths),
         prompt_index,
@@ -678,15 +695,15 @@ def prefix_concat(
     return Prefixed(out, mask, positions, None if labels is None else new_labels)
 
 
-def _flatten_prompts(prompts: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
-    """All prompts one after the other [sum P_i, D], where each begins [S + 1] int64, and their lengths."""
+def _line_up(prompts: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
+    """All prompts one after the other, [sum P_i, D] or as given [S, P, D]; where each begins [S + 1] int64, and their lengths."""
     if isinstance(prompts, Tensor):
         _check_floats(prompts, "prompts")
         if prompts.dim() != 3 or prompts.shape[0] < 1:
             raise _wrong("prompts", prompts, "shape [S, P, D] with at least one prompt")
-        S, length, D = prompts.shape
-        starts = torch.arange(S + 1, device=prompts.device) * length
-        return prompts.reshape(S * length, D), starts, [length] * S
+        S, length, _ = prompts.shape
+        starts = torch.arange(S + 1, device=prompts.device).mul_(length)
+        return prompts, starts, [length] * S
     if not isinstance(prompts, Sequence):
         raise _wrong_type("prompts", prompts, "a tensor [S, P, D] or a list of [P_i, D]")
     if len(prompts) < 1:

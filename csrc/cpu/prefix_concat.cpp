@@ -99,20 +99,37 @@ void write_source(const std::vector<BatchRow>& rows, const bool* real, int64_t p
 
 Tensor without_elements(const Tensor& like) { return torch::stable::new_empty(like, std::array<int64_t, 1>{0}); }
 
+/// A number as a tensor of this dtype holds it.
+template <class Word>
+Word word_of(const Tensor& like, double number) {
+  if (like.scalar_type() == ScalarType::Long) return static_cast<Word>(static_cast<int64_t>(number));
+  Tensor one = torch::stable::new_empty(like, std::array<int64_t, 1>{1});
+  torch::stable::fill_(one, number);
+  return *static_cast<const Word*>(one.const_data_ptr());
+}
+
+template <class Word>
+void move_words(const Tensor& from, Word prompt, Word padding, const int64_t* source, int64_t prompt_rows, const Tensor& to) {
+  const Word* values = static_cast<const Word*>(from.const_data_ptr());
+  Word* out = static_cast<Word*>(to.mutable_data_ptr());
+  const int64_t count = to.numel();
+  for (int64_t i = 0; i < count; ++i) {
+    out[i] = source[i] < 0 ? padding : source[i] < prompt_rows ? prompt : values[source[i] - prompt_rows];
+  }
+}
+
 /// [B, W] with `prompt` at prompts, values [B, T] at tokens, `padding` at padding; whatever the dtype.
 Tensor move_values(const Tensor& values, double prompt, double padding, const int64_t* source, int64_t prompt_rows, int64_t W) {
   const Tensor from = contiguous(values);
-  const std::array<int64_t, 2> sizes{values.size(0), W};
-  Tensor to = torch::stable::new_empty(values, sizes);
-  torch::stable::fill_(to, padding);
-  Tensor one = torch::stable::new_empty(values, std::array<int64_t, 1>{1});
-  torch::stable::fill_(one, prompt);
-  const size_t size = values.element_size();
-  const char* in = static_cast<const char*>(from.const_data_ptr());
-  char* out = static_cast<char*>(to.mutable_data_ptr());
-  for (int64_t i = 0; i < to.numel(); ++i) {
-    if (source[i] < 0) continue;
-    std::memcpy(out + i * size, source[i] < prompt_rows ? one.const_data_ptr() : in + (source[i] - prompt_rows) * size, size);
+  const Tensor to = torch::stable::new_empty(values, std::array<int64_t, 2>{values.size(0), W});
+  const auto move = [&]<class Word>(Word) {
+    move_words<Word>(from, word_of<Word>(from, prompt), word_of<Word>(from, padding), source, prompt_rows, to);
+  };
+  switch (values.element_size()) {
+    case 1: move(uint8_t{}); break;
+    case 2: move(uint16_t{}); break;
+    case 4: move(uint32_t{}); break;
+    default: move(uint64_t{});
   }
   return to;
 }
@@ -191,11 +208,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_concat_cpu(
   char* to = static_cast<char*>(out.mutable_data_ptr());
   const int64_t bytes = D * static_cast<int64_t>(table.element_size());
   parallel_for(0, B * W, GRAIN / (bytes + 1) + 1, [&](int64_t begin, int64_t end) {
+    int64_t b = begin / W;
     for (int64_t i = begin; i < end; ++i) {
+      if (i == (b + 1) * W) ++b;
       if (from[i] < 0) {
         std::memset(to + i * bytes, 0, bytes);
       } else if (from[i] < prompt_rows) {
-        std::memcpy(to + i * bytes, rows[i / W].prompt_exists ? prompt_table.data + from[i] * bytes : nan_row, bytes);
+        std::memcpy(to + i * bytes, rows[b].prompt_exists ? prompt_table.data + from[i] * bytes : nan_row, bytes);
       } else {
         const int64_t token = id ? id[from[i] - prompt_rows] : from[i] - prompt_rows;
         std::memcpy(to + i * bytes, token >= 0 && token < V ? tokens.data + token * bytes : nan_row, bytes);
