@@ -596,10 +596,12 @@ class PrefixConcatFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, *_):
+        grads: list[Tensor | None] = [None] * 10
+        if dout is None:
+            return tuple(grads)
         (source,) = ctx.saved_tensors
         need = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         dprompts, dembeds = torch.ops.fastlora.prefix_concat_backward(dout, source, ctx.prompt_rows, ctx.tokens, *need)
-        grads: list[Tensor | None] = [None] * 10
         if need[0]:
             grads[0] = dprompts.to(ctx.dtype).view(ctx.prompts)
         if need[1]:
