@@ -4,6 +4,7 @@ A step is forward, loss, backward and AdamW's update of the adapters, on one ran
 since two of them do not fit beside one another: each is warmed up, then timed, and the median kept.
 """
 
+import gc
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
@@ -52,6 +53,7 @@ def measure_model(case: StepCase, device: torch.device, notes: list[str]) -> Ite
         except RuntimeError as error:
             notes.append(f"{case.name}, {variant}: fails: {str(error).splitlines()[0]}")
         optimizer.zero_grad(set_to_none=True)
+        gc.collect()  # a cycle that holds a step's activations would leave no room for the next variant's
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
