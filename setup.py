@@ -139,7 +139,8 @@ def find_python() -> Path:
 def objects(folder: Path, torch: Path, cuda: Cuda | str) -> Iterator[Unit]:
     """What is compiled."""
     # Only the module sees pybind11, whose folder is another one in each of pip's isolated builds: the rest is not compiled again for that.
-    headers = [f"-isystem{path}" for path in (find_pybind11(torch), find_python())]
+    # torch's copy of it, which is found first, refuses (torch 2.11) to be read where torch's stable interface is asked for; the module has none.
+    headers = ["-UTORCH_TARGET_VERSION", *(f"-isystem{path}" for path in (find_pybind11(torch), find_python()))]
     with_cuda = isinstance(cuda, Cuda)
     compiled_in = f'-DFASTLORA_CUDA="{" ".join(CUDA_TARGETS)}"' if with_cuda else f'-DFASTLORA_WITHOUT_CUDA="{cuda}"'
     yield Unit("compile", folder / "module.o", "csrc/module.cpp", [*headers, compiled_in])
@@ -201,7 +202,9 @@ class BuildNative(build_ext):
         libraries = ["-ltorch_cpu"]
         if isinstance(cuda, Cuda):
             targets = [f"-gencode=arch={arch},code={code}" for code, arch in CUDA_TARGETS.items()]
-            rules["compile_cuda"] = [str(cuda.home / "bin/nvcc"), f"-ccbin={compiler[0]}", *CUDA_FLAGS, *targets]
+            # A file's targets at once, or it takes as long as all of them together.
+            nvcc = [str(cuda.home / "bin/nvcc"), f"-ccbin={compiler[0]}", f"--threads={len(targets)}"]
+            rules["compile_cuda"] = [*nvcc, *CUDA_FLAGS, *targets]
             # libtorch loads libtorch_cuda where there is one: register.cpp finds the current stream there, and names nothing else in it.
             # The static runtime stays ours: torch has another.
             libraries += [

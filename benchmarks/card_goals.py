@@ -43,6 +43,7 @@ from .clock import (
     clock_of,
     graph_pool,
     main_kernel,
+    require_no_wait,
     sweep,
     time_in_turn,
     wait_for,
@@ -262,6 +263,7 @@ def times_by_mode(
 def _ready(run: Run, copies: int, mode: str, device: torch.device, pool: Any) -> Run:
     whole = sweep(run, copies)
     if mode == GRAPH:
+        require_no_wait(whole, device)
         return captured(whole, device, pool)
     for turn in range(WARM_UP_CALLS):
         whole(turn)

@@ -96,6 +96,21 @@ def captured(run: Run, device: torch.device, pool: Any = None) -> Run:
     return lambda _: graph.replay()
 
 
+def require_no_wait(run: Run, device: torch.device) -> None:
+    """Run turn 0, which has run before, and raise RuntimeError where it waits for the card.
+
+    No graph can hold such a run; and a capture that fails, unlike this, ends what the process can do on the card.
+    """
+    if device.type != "cuda":
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run(0)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
 class HostClock:
     """Wall-clock seconds a call of calls that follow one another, until the device has done the last of them."""
 

@@ -38,8 +38,8 @@ build() {
 }
 
 test_() {
-  local many=() # processes, where pytest can have several
-  "$PYTHON" -c 'import xdist' 2>/dev/null && many=(-n 8 --dist loadfile)
+  local many=() # processes, where pytest can have several: a file's tests too, most of whose time is Triton's compiler's
+  "$PYTHON" -c 'import xdist' 2>/dev/null && many=(-n 8)
   "$PYTHON" -m pytest -q -p no:cacheprovider "${many[@]}" --junitxml "$out/tests.xml" -k 'cuda or test_kernels' \
     tests/test_lora_linear.py tests/test_multi_lora.py tests/test_prefix_concat.py tests/test_kernels.py tests/test_cuda_card.py
 }
@@ -51,7 +51,8 @@ sanitize() {
   for check in memcheck racecheck; do
     echo "-- $check"
     # Without torch's caching allocator, so that each tensor has bounds of its own.
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool "$check" --error-exitcode 9 "$PYTHON" -m benchmarks.sanitize || return
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$tool" --tool "$check" --target-processes application-only --error-exitcode 9 \
+      "$PYTHON" -m benchmarks.sanitize || return
   done
 }
 

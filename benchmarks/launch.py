@@ -4,10 +4,23 @@ On a card the same calls as one CUDA graph stand beside it: what is left once no
 """
 
 from dataclasses import dataclass
+from typing import Any
+
+import torch
 
 from .card_goals import GRAPH, BrokenProcessError, Session, all_runs, may_be_tried
 from .cases import BOTH, LAUNCHES, TRAINING, LoRALinearCase, MultiLoRACase
-from .clock import WARM_UP_CALLS, HostClock, Run, captured, clock_of, graph_pool, sweep, time_in_turn
+from .clock import (
+    WARM_UP_CALLS,
+    HostClock,
+    Run,
+    captured,
+    clock_of,
+    graph_pool,
+    require_no_wait,
+    sweep,
+    time_in_turn,
+)
 from .rivals import build, choice
 
 CALLS = 50  # in a row
@@ -47,7 +60,7 @@ def measure_launch(case: LoRALinearCase | MultiLoRACase, pass_: str, session: Se
     if device.type == "cuda":
         pool = graph_pool(device)
         for name, run in rows.items():
-            graph = session.attempt(f"{what}, {GRAPH}", name, captured, run, device, pool, mode=GRAPH)
+            graph = session.attempt(f"{what}, {GRAPH}", name, _capture, run, device, pool, mode=GRAPH)
             graphs |= {} if graph is None else {name: graph}
     replays = time_in_turn(graphs, clock_of(device), SECONDS) if graphs else {}
     return LaunchRow(
@@ -66,6 +79,11 @@ def _warm(run: Run) -> Run:
     for turn in range(WARM_UP_CALLS):
         run(turn)
     return sweep(run, CALLS)
+
+
+def _capture(run: Run, device: torch.device, pool: Any) -> Run:
+    require_no_wait(run, device)
+    return captured(run, device, pool)
 
 
 def launch_rows(session: Session) -> list[LaunchRow]:

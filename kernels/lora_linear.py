@@ -255,7 +255,7 @@ def _shrink(
     (M, K), ranks, layers = x.shape, tuple(one.shape[0] for one in a), len(a)
     xa = x.new_empty(M, sum(ranks), dtype=torch.float32)
     keep = x.new_empty(0 if seed is None else (layers, M, 8 * triton.cdiv(K, 64)), dtype=torch.uint8)
-    tile = tuning.shrink(x, M, max(ranks))
+    tile = tuning.shrink(x, a[0], M, max(ranks))
     tiles_r = triton.cdiv(max(ranks), tile.rank)
     programs = triton.cdiv(M, tile.rows) * tiles_r * layers
     parts = tuning.parts(x, programs, triton.cdiv(K, tile.inner))

@@ -295,11 +295,11 @@ class _Groups(NamedTuple):
         return self[:4]
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=2**16)
 def _tables(
     ranks: tuple[int, ...], scale: tuple[float, ...], dropout_p: tuple[float, ...], addresses: tuple[int, ...], device: torch.device
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`whole` and `fraction`. Kept, so that later steps copy nothing to the card: adapters seldom move."""
+    """`whole` and `fraction`. Kept: later steps copy nothing to the card, as adapters seldom move, and captured graphs go on reading them."""
     first, S = [sum(ranks[:i]) for i in range(len(ranks))], len(ranks)
     whole = [first, ranks, map(drop_threshold, dropout_p), addresses[:S], addresses[S:]]
     fraction = [[0.0, *scale, 0.0], [1.0, *map(keep_scale, dropout_p), 1.0]]
@@ -331,7 +331,7 @@ def _shrink(
     (M, K), count = x.shape, groups.whole.shape[1]
     xa = x.new_empty(M, R, dtype=torch.float32)
     keep = x.new_empty(0 if seed is None else (M, 8 * triton.cdiv(K, 64)), dtype=torch.uint8)
-    tile = tuning.shrink(x, M, R)
+    tile = tuning.shrink(x, groups.adapters[0], M, R)
     tiles_m, tiles_r = (M + count * (tile.rows - 1)) // tile.rows, triton.cdiv(R, tile.rank)
     parts = tuning.parts(x, tiles_m * tiles_r, triton.cdiv(K, tile.inner))
     span = triton.cdiv(triton.cdiv(K, parts), tile.inner) * tile.inner
@@ -367,7 +367,8 @@ def multi_lora(
             sum_partials(partials, xa)
             partials = xa[None]
         y = F.linear(x, weight, bias) if by_library else x.new_empty(M, N)
-        tile = tuning.adding(x, M, N, R) if by_library else tuning.linear(x, M, N, R)
+        # Sixteen ranks at a time: with 32 of float32 adapters sm_80 runs out of registers.
+        tile = tuning.adding(x, M, N, R) if by_library else tuning.linear(x, M, N, min(R, 16))
         base, bias = (None, None) if by_library else (weight, bias)
         count = groups.whole.shape[1]
         _linear_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](

@@ -66,11 +66,13 @@ def linear(x: Tensor, rows: int, columns: int, rank: int) -> Config:
     return Config(128, 128, 64, _up_to(rank, 32), 8, 3)
 
 
-def shrink(x: Tensor, rows: int, rank: int) -> Config:
-    """For xa [rows, rank], a sum over the columns of x."""
+def shrink(x: Tensor, a: Tensor, rows: int, rank: int) -> Config:
+    """For xa [rows, rank], a sum over the columns of x and of adapters like `a`."""
     if x.dtype == torch.float32:
         return Config(_up_to(rows, 32), 0, 32, _up_to(rank, 32), 4, 2)
-    return Config(_up_to(rows, 64), 0, 64, _up_to(rank, 128), 8, 3)
+    # Three stages of 128 float32 ranks are more than sm_86 and sm_89 have room for.
+    stages = 2 if a.dtype == torch.float32 and rank > 64 else 3
+    return Config(_up_to(rows, 64), 0, 64, _up_to(rank, 128), 8, stages)
 
 
 def chunk(layers: int) -> int:

@@ -101,7 +101,7 @@ template <int SIZE>
 void copy_async(void* shared, const void* global, int bytes) {
   const auto address = reinterpret_cast<uintptr_t>(global);
   if (bytes < 0 || bytes > SIZE) emulated::fail("a copy of more or fewer bytes than there is room for");
-  if (reinterpret_cast<uintptr_t>(shared) % SIZE || (bytes && address % SIZE)) emulated::fail("a copy that is not aligned to its size");
+  if (reinterpret_cast<uintptr_t>(shared) % SIZE || address % SIZE) emulated::fail("a copy that is not aligned to its size");
   thread_state().copies.open.push_back({shared, global, SIZE, bytes});
 }
 inline void prefetch(const void* global) { static_cast<void>(*static_cast<const volatile unsigned char*>(global)); }

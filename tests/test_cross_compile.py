@@ -235,6 +235,7 @@ def launch_everything() -> None:
     launch_lora(torch.bfloat16, 8192, 16, 0.1, torch.float32)
     launch_lora(torch.float32, 8192, 64, 0.1, torch.float32)
     launch_lora(torch.float16, 8192, 128, 0.1, torch.float16)
+    launch_lora(torch.bfloat16, 8192, 128, 0.1, torch.float32, backward=False)
     launch_lora(torch.float16, 64, 16, 0.0, torch.float16)
     launch_lora(torch.bfloat16, 32, 16, 0.0, torch.bfloat16, backward=False)
     launch_shared(torch.bfloat16, 8192, 16, (4096, 1024, 1024))

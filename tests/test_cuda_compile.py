@@ -120,11 +120,15 @@ def cuobjdump() -> str | None:
     )
 
 
-# Of kernels that are written for a card's own instructions: asynchronous copies, the copy engine, tensor cores of either kind.
+# Of kernels that are written for a card's own instructions: asynchronous copies, the copy engine, tensor cores of either kind, and what lets a
+# launch begin early (PREEXIT) and wait for the one before (ACQBULK).
 INSTRUCTIONS = {
     ("lora_linear.cu", "product_sm80_kernel", "sm_80"): {"LDGSTS", "LDSM", "HMMA"},
     ("lora_linear.cu", "product_sm90_kernel", "sm_90a"): {"UTMALDG", "HGMMA", "USETMAXREG", "LDGSTS", "HMMA"},
     ("lora_linear.cu", "side_kernel", "sm_80"): {"LDGSTS", "HMMA"},
+    ("multi_lora.cu", "multi_shrink_kernel", "sm_90a"): {"PREEXIT", "HMMA"},
+    ("multi_lora.cu", "multi_linear_kernel", "sm_80"): {"LDGSTS", "HMMA"},
+    ("multi_lora.cu", "multi_linear_kernel", "sm_90a"): {"ACQBULK", "LDGSTS", "HMMA"},
 }
 
 
@@ -141,6 +145,9 @@ def test_machine_code_has_what_the_kernel_is_for(
     assert len(bodies) == sum(one.startswith(f"{kernel}<") and target in usage[one] for one in usage) > 0
     for body in bodies:
         assert set(re.findall(r"\b[A-Z]{3,}\b", body)) >= INSTRUCTIONS[name, kernel, target], body.partition("\n")[0]
+        # What the launch before writes is read, and what it may still read is written, behind the wait only.
+        ahead = body.partition("ACQBULK")[0] if "ACQBULK" in body else ""
+        assert re.findall(r"\b(?:LDG\S*STRONG|STG|ATOM|RED)\S*", ahead) == []
 
 
 def test_the_reading_sees_faults() -> None:

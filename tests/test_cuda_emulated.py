@@ -55,6 +55,18 @@ def order(request: pytest.FixtureRequest, card: ctypes.CDLL, monkeypatch: pytest
     card.emulated_descending(0)
 
 
+def test_lora_linear_takes_any_dy() -> None:
+    """One row of dy for all rows of x, as a mean's gradient is; and one whose rows lie across."""
+    layer = make_layer(24, 40, 32, 4, torch.bfloat16)
+    x, weight, _, lora_a, lora_b, dy = (tensor.detach() for tensor in layer)
+    xa, keep = torch.zeros(24, 4), torch.empty(0, dtype=torch.uint8)
+    backward = ops.implementation("lora_linear_backward", "cuda")
+    for odd in (dy[:1].expand(24, 32), transposed(dy)):
+        arguments = x, weight, lora_a, lora_b, xa, keep, 1.5, 0.0, True, True, True
+        for got, right in zip(backward(odd, *arguments), backward(odd.clone(), *arguments), strict=True):
+            assert torch.equal(got, right)
+
+
 def wide_batch(
     dtype: torch.dtype, D: int, B: int = 3, T: int = 300, P: tuple[int, ...] = (33, 0, 64)
 ) -> dict[str, Any]:

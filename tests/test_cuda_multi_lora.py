@@ -125,6 +125,7 @@ CASES: dict[str, dict[str, Any]] = {
     "64 rows": {"index": mixed(64), "K": 264, "N": 100},
     "64 rows, an adapter each": {"index": list(range(64)), "ranks": tuple(1 + i % 9 for i in range(64)), "K": 64},
     "100 rows": {"index": mixed(100), "K": 72, "dropout": True},
+    "5 rows, one column out of an odd width": {"index": mixed(5), "K": 33, "N": 1},
     "no width": {"index": mixed(5), "K": 0},
     "nothing out": {"index": mixed(5), "N": 0},
 }

@@ -194,6 +194,23 @@ def test_the_build_plan_has_every_kernel(monkeypatch: pytest.MonkeyPatch, tmp_pa
     }
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed")
+def test_the_module_compiles_beside_a_torch_that_guards_its_pybind11(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """torch 2.11's copy, which is found before the package's, is no header where torch's stable interface is asked for."""
+    names, _ = read_setup(monkeypatch)
+    guarded = tmp_path / "include" / "pybind11"
+    guarded.mkdir(parents=True)
+    copied = Path(names["find_pybind11"](Path(torch.__file__).parent), "pybind11/pybind11.h")
+    text = f'#if defined(TORCH_STABLE_ONLY) || defined(TORCH_TARGET_VERSION)\n#error guarded\n#endif\n#include "{copied}"\n'
+    (guarded / "pybind11.h").write_text(text)
+    (module,) = (unit for unit in names["objects"](tmp_path, tmp_path, "no nvcc") if unit.source == "csrc/module.cpp")
+    command = ["g++", *names["FLAGS"], f"-isystem{tmp_path / 'include'}", *module.flags, "-fsyntax-only", module.source]
+    done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_without_torch_or_with_an_old_one(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     names, _ = read_setup(monkeypatch)
     find_torch = names["find_torch"]

@@ -195,7 +195,7 @@ def test_every_tile_is_one_that_a_tensor_core_takes():
     ):
         x = torch.empty(0, dtype=dtype)
         configs = [tuning.linear(x, rows, columns, rank), tuning.adding(x, rows, columns, rank)]
-        configs += [tuning.shrink(x, rows, rank)]
+        configs += [tuning.shrink(x, x, rows, rank)]
         configs += [tuning.shrink_back(x, rows, columns, rank), tuning.adapter_grad(x, rows, columns, rank)]
         for config in configs:
             sizes = [

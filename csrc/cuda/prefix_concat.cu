@@ -364,7 +364,7 @@ template <class T>
 void launch_forward(const PrefixConcat& given, cudaStream_t stream) {
   const Packed packed{
       in_packs(given.prompts, given.prompts_strides, given.D, given.prompts_dtype, PACKED<T>),
-      in_packs(given.tokens, given.tokens_strides, given.D, given.dtype, PACKED<T>)};
+      in_packs(given.tokens, given.tokens_strides, given.D, given.dtype, PACKED<T>), given.D % PACKED<T> == 0};
   // A block reads the mask of a whole row: the more columns it writes the better, as long as there are blocks for every multiprocessor.
   const int columns = given.B * given.W >= 16384 ? MOST_COLUMNS : WARPS;
   const int64_t slices = (given.W + columns - 1) / columns;

@@ -231,11 +231,11 @@ std::tuple<Tensor, Tensor> prefix_concat_backward_cuda(
   return {dprompts, dembeds};
 }
 
-/// The matrix with its columns side by side and its rows apart, both at multiples of 16 bytes: itself where it is so, else a copy.
+/// The matrix with its columns side by side and its rows apart, each at a multiple of 16 bytes, the one that follows a single row too, which
+/// kernels may point at: itself where it is so, else a copy.
 Tensor rows_of_16_bytes(const Tensor& matrix) {
   const int64_t rows = matrix.size(0), columns = matrix.size(1), wide = (columns + 7) / 8 * 8;
-  const bool together = columns <= 1 || matrix.stride(1) == 1;
-  const bool apart = rows <= 1 || (matrix.stride(0) % 8 == 0 && matrix.stride(0) >= columns);  // expanded rows are not
+  const bool together = columns <= 1 || matrix.stride(1) == 1, apart = matrix.stride(0) % 8 == 0 && matrix.stride(0) >= columns;
   if (together && apart && reinterpret_cast<uintptr_t>(matrix.const_data_ptr()) % 16 == 0) return matrix;
   Tensor around = new_empty(matrix, std::array<int64_t, 2>{rows, wide});
   Tensor copy = torch::stable::narrow(around, 1, 0, columns);
