@@ -34,7 +34,11 @@ print(json.dumps(dataclasses.asdict(describe(torch.device("cuda")))))') || exit 
 table="$out/$("$PYTHON" -c 'from fastlora import tuned; print(tuned.kind_of("cuda"))').json"
 
 build() {
-  "$PYTHON" setup.py -q build_ext --inplace && "$PYTHON" -m fastlora env
+  local code=0
+  FASTLORA_REQUIRE_NATIVE=1 "$PYTHON" setup.py -q build_ext --inplace || code=$?
+  [ "$code" = 0 ] || "$PYTHON" setup.py -q build_ext --inplace || return # the other parts go on with what can be built
+  "$PYTHON" -m fastlora env
+  return "$code"
 }
 
 test_() {
