@@ -206,7 +206,8 @@ def test_the_module_compiles_beside_a_torch_that_guards_its_pybind11(
     text = f'#if defined(TORCH_STABLE_ONLY) || defined(TORCH_TARGET_VERSION)\n#error guarded\n#endif\n#include "{copied}"\n'
     (guarded / "pybind11.h").write_text(text)
     (module,) = (unit for unit in names["objects"](tmp_path, tmp_path, "no nvcc") if unit.source == "csrc/module.cpp")
-    command = ["g++", *names["FLAGS"], f"-isystem{tmp_path / 'include'}", *module.flags, "-fsyntax-only", module.source]
+    found = (f"-isystem{folder}" for folder in (tmp_path / "include", copied.parent.parent))
+    command = ["g++", *names["FLAGS"], *found, *module.flags, "-fsyntax-only", module.source]
     done = subprocess.run(command, check=False, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
 
