@@ -167,7 +167,7 @@ def _apart(
     """
     left = list(todo)
     while left:
-        op, runs = "", []
+        op, runs, end = "", [], ""
         for kind, what in _run_apart(left, device, seconds, refused):
             if kind == "trying":
                 op, runs = what
@@ -177,20 +177,21 @@ def _apart(
                 more, known = what
                 refused.update((op, dtype, run) for op, dtype, run in known)
                 left.pop(0)
-                op, runs = "", []
                 yield [Measurement(*one) for one in more]
-            elif left and runs:
-                refused.update((op, tuned.name_of(left[0].dtype), run) for run in runs)
-                warnings.warn(f"fastlora: {', '.join(runs)} is refused for {op}: {what}", stacklevel=2)
-            elif left:
-                warnings.warn(f"fastlora: no more is measured on {device}: {what}", stacklevel=2)
-                return
+            else:
+                end = end or what  # what the process said goes before what is seen of it
+        if left and not runs:
+            warnings.warn(f"fastlora: no more is measured on {device}: {end}", stacklevel=2)
+            return
+        if left:
+            refused.update((op, tuned.name_of(left[0].dtype), run) for run in runs)
+            warnings.warn(f"fastlora: {', '.join(runs)} is refused for {op}: {end}", stacklevel=2)
 
 
 def _run_apart(
     todo: list[Problem], device: torch.device, seconds: float, refused: set[Refusal]
 ) -> Iterator[tuple[str, Any]]:
-    """What a process that runs `answer` says, and at last ("ended", how)."""
+    """What a process that runs `answer` says, and at last ("ended", how), as far as can be seen."""
     names = [(op, tuned.name_of(dtype), *rest) for op, dtype, *rest in todo]
     question = json.dumps([names, str(device), seconds, list(refused)])
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
@@ -209,6 +210,7 @@ def _run_apart(
             while line:
                 asked = time.monotonic()
                 watchdog = threading.Timer(PATIENCE, process.kill)
+                watchdog.daemon = True
                 watchdog.start()
                 line = process.stdout.readline()
                 watchdog.cancel()
@@ -252,6 +254,8 @@ def answer() -> None:
             problem = Problem(op, getattr(torch, dtype), *rest)
             found = measure(problem, torch.device(device), seconds, refused, lambda *what: say("trying", what))
             say("found", [found, list(refused)])
-    except torch.OutOfMemoryError:
-        say("trying", ("", []))  # the fault of none
-        raise
+    except Exception as fault:
+        if isinstance(fault, torch.OutOfMemoryError):
+            say("trying", ("", []))  # the fault of none
+        say("ended", f"{type(fault).__name__}: {fault}".splitlines()[0])
+        sys.exit(1)
