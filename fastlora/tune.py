@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,22 +118,30 @@ def _measure_what_is_missing(weights: Mapping[str, Sequence[Tensor]]) -> None:
     for op, its_weights in weights.items():
         for device, dtype, size in {(w.device, w.dtype, tuned.class_of(1, w.numel())[1]) for w in its_weights}:
             if device.type in LINEAR_ROWS and ops.candidates(op, device, dtype):
-                todo = problems(device.type, [op], [dtype], [size])
-                missing = [one for one in todo if not tuned.is_measured(device.type, *one)]
-                wanted.setdefault(device.type, {}).update(dict.fromkeys(missing))
+                wanted.setdefault(device.type, {}).update(dict.fromkeys(problems(device.type, [op], [dtype], [size])))
                 devices.setdefault(device.type, device)
     for device_type, its_problems in wanted.items():
-        steps = tqdm(
-            _measured(list(its_problems), devices[device_type], TRIAL_SECONDS),
-            desc=f"fastlora measures this {device_type}, once",
-            total=len(its_problems),
-            unit="class",
-            leave=False,
-            disable=None,  # shown on terminals alone
-        )
-        known = list(steps)
-        if known and known[-1]:
-            tuned.keep(device_type, known[-1], "fastlora.accelerate")
+        if _missing(device_type, its_problems):
+            with tuned.alone(device_type):
+                _try_out(devices[device_type], _missing(device_type, its_problems))
+
+
+def _missing(device_type: str, problems: Iterable[Problem]) -> list[Problem]:
+    return [one for one in problems if not tuned.is_measured(device_type, *one)]
+
+
+def _try_out(device: torch.device, todo: list[Problem]) -> None:
+    steps = tqdm(
+        _measured(todo, device, TRIAL_SECONDS),
+        desc=f"fastlora measures this {device.type}, once",
+        total=len(todo),
+        unit="class",
+        leave=False,
+        disable=None,  # shown on terminals alone
+    )
+    known = list(steps)
+    if known and known[-1]:
+        tuned.keep(device.type, known[-1], "fastlora.accelerate")
 
 
 def _measured(todo: list[Problem], device: torch.device, seconds: float) -> Iterator[list[Measurement]]:

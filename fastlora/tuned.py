@@ -15,11 +15,13 @@ import platform
 import re
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock
 
 SCHEMA = 1
 SHIPPED = Path(__file__).parent / "data" / "tuned"
@@ -130,6 +132,26 @@ def keep(device_type: str, found: Iterable[Measurement], command: str) -> Path |
         warnings.warn(f"fastlora: the measurements of this machine cannot be kept: {error}", stacklevel=2)
         return None
     return path
+
+
+@contextmanager
+def alone(device_type: str) -> Iterator[None]:
+    """One process of this machine at a time; one that had to wait finds what the one before has kept."""
+    path = cache_path(device_type)
+    lock = FileLock(path.with_suffix(".lock"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except OSError:
+        pass  # nothing can be kept there either, of which `keep` warns
+    try:
+        kept = _read_cache(device_type)
+        _tables[device_type] = _table(device_type) | kept
+        _cached[device_type] = _cached.get(device_type, {}) | kept
+        choices.clear()
+        yield
+    finally:
+        lock.release()
 
 
 def write(path: Path, device_type: str, found: Iterable[Measurement], command: str) -> None:

@@ -775,18 +775,56 @@ torch.distributed.destroy_process_group()
 """
 
 
-@needs_native
-def test_rank_0_decides_for_all(machine: Path, tmp_path: Path) -> None:
-    """Each rank would measure something else, on a disk of its own; only rank 0 measures, and both choose as it does."""
+def side_by_side(script: str, arguments: list[list[str]], caches: list[Path]) -> list[str]:
+    """What processes with these arguments print that run at the same time."""
     running = []
-    for rank, ratio in enumerate(("2.0", "0.5")):
-        cache = {"FASTLORA_CACHE": str(tmp_path / f"cache{rank}"), "PYTHONPATH": os.pathsep.join(sys.path)}
-        command = [sys.executable, "-c", RANK, str(rank), str(tmp_path / "meeting"), ratio]
-        environment = {**os.environ, **cache, "FASTLORA_IMPL": ""}
+    for own, cache in zip(arguments, caches, strict=True):
+        environment = {**os.environ, "FASTLORA_CACHE": str(cache), "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment["FASTLORA_IMPL"] = ""
         environment.pop("TRITON_INTERPRET", None)
+        command = [sys.executable, "-c", script, *own]
         running.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
     outputs = [process.communicate(timeout=120) for process in running]
-    assert [out.split() for out, _ in outputs] == [["reference", "False"], ["reference", "True"]], outputs
-    assert (tmp_path / "cache0").exists() and not (tmp_path / "cache1").exists()
+    assert all(process.returncode == 0 for process in running), outputs
+    return [out for out, _ in outputs]
+
+
+@needs_native
+def test_rank_0_decides_for_all(machine: Path, tmp_path: Path) -> None:
+    """Each rank would measure something else, on a disk of its own; only rank 0 measures, and both choose as it does."""
+    arguments = [[str(rank), str(tmp_path / "meeting"), ratio] for rank, ratio in enumerate(("2.0", "0.5"))]
+    caches = [tmp_path / "cache0", tmp_path / "cache1"]
+    outputs = side_by_side(RANK, arguments, caches)
+    assert [out.split() for out in outputs] == [["reference", "False"], ["reference", "True"]]
+    assert caches[0].exists() and not caches[1].exists()
+
+
+ONE_OF_MANY = """
+import sys, time, torch
+from pathlib import Path
+from fastlora import measure, ops, tune, tuned
+own, other = Path(sys.argv[1]), Path(sys.argv[2])
+tuned.SHIPPED = own.parent / "no" / "tables"
+own.touch()
+while not other.exists():
+    time.sleep(0.01)
+measured = []
+def ratios(functions, *_):
+    time.sleep(0.05)
+    measured.append(1)
+    return {name: float(sys.argv[3]) for name in functions if name != "reference"}
+measure.ratios = ratios
+tune.try_out({"lora_linear": [torch.ones(8, 8)]})
+print(ops.choose_lora_linear(torch.ones(64, 8), torch.ones(8, 8)).implementation, len(measured))
+"""
+
+
+@needs_native
+def test_processes_that_do_not_know_of_one_another_choose_alike(machine: Path, tmp_path: Path) -> None:
+    """As under torchrun before torch.distributed begins: whoever is first measures, the others wait and take what it has found."""
+    here, there = str(tmp_path / "here"), str(tmp_path / "there")
+    outputs = side_by_side(ONE_OF_MANY, [[here, there, "2.0"], [there, here, "0.5"]], [tmp_path / "cache"] * 2)
+    (first, one), (second, two) = (out.split() for out in outputs)
+    assert first == second and sorted((int(one), int(two)))[0] == 0 < int(one) + int(two)
