@@ -13,6 +13,7 @@ import os
 import random
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections import Counter
@@ -301,6 +302,7 @@ class _Run:
             initial=self.step,
             unit="step",
             dynamic_ncols=True,
+            mininterval=0.1 if sys.stderr.isatty() else 2.0,  # seconds; a log keeps every line
             disable=not (progress and self.accelerator.is_main_process),
         )
         log = (self.output / metrics.NAME).open("a") if self.accelerator.is_main_process else nullcontext()
