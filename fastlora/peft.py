@@ -158,16 +158,15 @@ class FusedLinear(lora.Linear):
                 self.__dict__["_fastlora_seen"] = _Seen.own_forward(obstacle)
             return super().forward(x, *args, **kwargs)
         adapters = [self._arguments(adapter) for adapter in used]
-        mixed = adapter_names is not None
         if not torch.compiler.is_compiling():
             dropout = any(each.dropout_p for each in adapters)
-            group = self.__dict__.get("_fastlora_group")
-            y = group.result_of(self, x) if group is not None and not mixed and len(used) == 1 else None
-            self.__dict__["_fastlora_seen"] = _Seen.call(x, dropout, mixed, grouped=y is not None)
+            group = self.__dict__.get("_fastlora_group") if adapter_names is None and len(used) == 1 else None
+            y = None if group is None else group.result_of(self, x)
+            self.__dict__["_fastlora_seen"] = _Seen.call(x, dropout, adapter_names is not None, grouped=y is not None)
             if y is not None:
                 return y
         one = adapters[0]
-        if mixed:
+        if adapter_names is not None:
             self._check_forward_args(x, adapter_names=adapter_names)
             return functional.multi_lora(
                 x,
