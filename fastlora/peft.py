@@ -343,7 +343,8 @@ def accelerate(model: nn.Module, *, frozen: bool = False, pack_budget: int | Non
     `.data` by other hands than PEFT's leaves no trace: call `accelerate` again after it.
 
     On a kind of CPU or GPU that nobody has measured, it first measures, once: for a few seconds on a CPU, for about a minute on a GPU, whose
-    kernels are compiled meanwhile (`fastlora.tune.try_out`; FASTLORA_TRIAL=0: never).
+    kernels are compiled meanwhile (`fastlora.tune.try_out`; FASTLORA_TRIAL=0: never). It does so for the device that the model is on: a
+    model that goes to a GPU should be there before.
     Under torch.distributed every process calls it, and all choose as rank 0 does.
 
     Raises:
