@@ -419,13 +419,14 @@ def group_rows(index: Tensor, adapters: int) -> RowGroups:
         raise _wrong_type("adapters", adapters, "the number of adapters")
     if adapters < 1:
         raise _wrong("adapters", adapters, "at least 1")
+    index = index.to(torch.int64, copy=True)  # sorted later, whatever becomes of the caller's
     _check_in_range(
         index,
         -1,
         adapters - 1,
         f"index: expected numbers from -1 to {adapters - 1} (one for each adapter, -1: base only)",
     )
-    return RowGroups(index.to(torch.int64, copy=True), adapters)  # sorted later, whatever becomes of the caller's
+    return RowGroups(index, adapters)
 
 
 class MultiLoRAFunction(torch.autograd.Function):

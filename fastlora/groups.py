@@ -110,11 +110,16 @@ class Group:
             self.hook.remove()
             self.hook = None
 
-    def describe(self, layer: nn.Module, together: bool) -> str:
-        """For people: with whom the layer shares x and, where they run together, its passes over x; or why it no longer does."""
+    def describe(self, layer: nn.Module, grouped: bool, together: bool) -> str:
+        """For people: with whom the layer shares x and how that went, or why it no longer does.
+
+        grouped: the group computed its last call; together: in one pass over x.
+        """
         others = ", ".join(name for name, other in zip(self.names, self.layers, strict=True) if other is not layer)
         if self.dissolved is not None:
             return f"its group with {others} was dissolved: {self.dissolved}"
+        if not grouped:
+            return f"x read alone: its group with {others} could not run"
         return f"x {'read once' if together else 'shared'} with {others}"
 
 

@@ -9,7 +9,7 @@ import math
 import statistics
 import time
 import warnings
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import cycle, product
 from typing import Any, NamedTuple
 
@@ -118,6 +118,21 @@ def is_refused(one: Measurement, refused: Collection[Refusal]) -> bool:
     return one.checked and (one.op, one.dtype, f"{one.implementation} {one.way}".strip()) in refused
 
 
+def refused_before(known: Iterable[Measurement]) -> set[Refusal]:
+    """What failed a check when these were made, in all its ways: it is not run again."""
+    failed = [one for one in known if not one.checked]
+    return {
+        (one.op, one.dtype, f"{one.implementation} {way}".strip())
+        for one in failed
+        for way in ways(one.op, one.implementation)
+    }
+
+
+def is_out_of_memory(fault: Exception) -> bool:
+    """Whether the card was full, of which nothing follows: torch has a type for it, CUDA and Triton have words."""
+    return isinstance(fault, torch.OutOfMemoryError) or "out of memory" in str(fault)
+
+
 def ways(op: str, implementation: str) -> tuple[str, ...]:
     """The implementation's ways to run the operator; one without a name where it has no choice."""
     return tuned.WAYS.get(implementation, ("",)) if op.startswith(("lora_linear", "multi_lora")) else ("",)
@@ -156,9 +171,9 @@ def find_flaw(op: str, implementation: str, call: Call, way: str = "") -> str | 
     try:
         results = _results(op, _in_way(op, implementation, way), call)
         _finish(device)
-    except torch.OutOfMemoryError:  # the card is full: nothing is known of the implementation
-        raise
     except Exception as defect:  # whatever it is, the model can do without this implementation
+        if is_out_of_memory(defect):
+            raise
         _finish(device)  # raises where nothing can run on the card any more: then the process is at its end
         return f"{_shown(call)}: it raises {type(defect).__name__}: {defect}"
     for number, (result, plain, right) in enumerate(zip(results, eager, exact, strict=True)):

@@ -130,15 +130,16 @@ class _Seen(NamedTuple):
     dtype: torch.dtype
     dropout: bool
     mixed: bool  # a mixed batch, that is multi_lora
+    grouped: bool  # its group computed it
     obstacle: str | None  # why the layer's own forward ran; the rest means nothing then
 
     @classmethod
-    def call(cls, x: Tensor, dropout: bool = False, mixed: bool = False) -> Self:
-        return cls(x.shape, functional._autocast_dtype(x) or x.dtype, dropout, mixed, None)
+    def call(cls, x: Tensor, dropout: bool = False, mixed: bool = False, grouped: bool = False) -> Self:
+        return cls(x.shape, functional._autocast_dtype(x) or x.dtype, dropout, mixed, grouped, None)
 
     @classmethod
     def own_forward(cls, obstacle: str) -> Self:
-        return cls((), torch.float32, False, False, obstacle)
+        return cls((), torch.float32, False, False, False, obstacle)
 
 
 class FusedLinear(lora.Linear):
@@ -159,7 +160,11 @@ class FusedLinear(lora.Linear):
         adapters = [self._arguments(adapter) for adapter in used]
         if not torch.compiler.is_compiling():
             dropout = any(each.dropout_p for each in adapters)
-            self.__dict__["_fastlora_seen"] = _Seen.call(x, dropout, mixed=adapter_names is not None)
+            group = self.__dict__.get("_fastlora_group") if adapter_names is None and len(used) == 1 else None
+            y = None if group is None else group.result_of(self, x)
+            self.__dict__["_fastlora_seen"] = _Seen.call(x, dropout, adapter_names is not None, grouped=y is not None)
+            if y is not None:
+                return y
         one = adapters[0]
         if adapter_names is not None:
             self._check_forward_args(x, adapter_names=adapter_names)
@@ -174,11 +179,6 @@ class FusedLinear(lora.Linear):
                 dropout_p=[each.dropout_p for each in adapters],
             )
         if len(used) == 1:
-            group = self.__dict__.get("_fastlora_group")
-            if group is not None and not torch.compiler.is_compiling():
-                y = group.result_of(self, x)
-                if y is not None:
-                    return y
             return functional.lora_linear(
                 x, one.weight, one.bias, one.lora_a, one.lora_b, one.scale, dropout_p=one.dropout_p
             )
@@ -343,7 +343,8 @@ def accelerate(model: nn.Module, *, frozen: bool = False, pack_budget: int | Non
     `.data` by other hands than PEFT's leaves no trace: call `accelerate` again after it.
 
     On a kind of CPU or GPU that nobody has measured, it first measures, once: for a few seconds on a CPU, for about a minute on a GPU, whose
-    kernels are compiled meanwhile (`fastlora.tune.try_out`; FASTLORA_TRIAL=0: never).
+    kernels are compiled meanwhile (`fastlora.tune.try_out`; FASTLORA_TRIAL=0: never). It does so for the device that the model is on: a
+    model that goes to a GPU should be there before.
     Under torch.distributed every process calls it, and all choose as rank 0 does.
 
     Raises:
@@ -441,28 +442,35 @@ def _explain(layer: Any) -> tuple[str, str]:
     weight = _weight_of(base)
     rows = math.prod(seen.shape[:-1])
     like_x = weight.new_empty(1, 1, dtype=seen.dtype).expand(rows, layer.in_features)
-    if base is layer:
-        choose: Any = ops.choose_frozen_linear
-    else:
-        choose = functools.partial(
-            ops.choose_multi_lora if seen.mixed else ops.choose_lora_linear, dropout=seen.dropout
-        )
-    choice, backward = choose(like_x, weight), choose(like_x, weight, backward=True)
-    group, together = layer.__dict__.get("_fastlora_group"), False
-    if group is not None and not seen.mixed and group.dissolved is None:
-        first = _weight_of(_frozen_base(group.layers[0]))
-        choice, together = ops.choose_lora_linear_shared(like_x, first, seen.dropout)
-        backward, _ = ops.choose_lora_linear_shared(like_x, first, seen.dropout, backward=True)
-    implementation, reason = choice.implementation, choice.reason
+    group = layer.__dict__.get("_fastlora_group")
+    grouped = seen.grouped and group is not None and group.dissolved is None
+
+    def chosen(backward: bool) -> tuple[ops.Choice, bool]:
+        """The choice, and whether it runs the layer's group together."""
+        if grouped:
+            first = _weight_of(_frozen_base(group.layers[0]))
+            return ops.choose_lora_linear_shared(like_x, first, seen.dropout, backward)
+        if base is layer:
+            return ops.choose_frozen_linear(like_x, weight, backward), False
+        choose = ops.choose_multi_lora if seen.mixed else ops.choose_lora_linear
+        return choose(like_x, weight, seen.dropout, backward), False
+
+    (implementation, reason, _), together = chosen(backward=False)
     if implementation == "cpu":
         reason += f"; x Wᵀ by {packed.describe(weight, seen.dtype, rows)}"
     if group is not None and not seen.mixed:
-        reason += f"; {group.describe(layer, together)}"
+        reason += f"; {group.describe(layer, seen.grouped, together)}"
+    try:
+        backward, _ = chosen(backward=True)
+    except ops.ImplementationError as error:  # forced, and has the forward alone
+        return implementation, f"{reason}; no backward: {error}"
     if backward.implementation != implementation:
         reason += f"; backward {backward.implementation}: {backward.reason}"
     return implementation, reason
 
 
 def _before_any_call(layer: Any, base: Any) -> _Seen:
-    dropout = base is not layer and any(_dropout_p(layer.lora_dropout[name]) for name in layer._used_adapters(None))
-    return _Seen((ROWS_BEFORE_ANY_CALL, layer.in_features), base.weight.dtype, dropout, False, None)
+    used = [] if base is layer else layer._used_adapters(None)
+    dropout = any(_dropout_p(layer.lora_dropout[name]) for name in used)
+    grouped = "_fastlora_group" in layer.__dict__ and len(used) == 1
+    return _Seen((ROWS_BEFORE_ANY_CALL, layer.in_features), base.weight.dtype, dropout, False, grouped, None)

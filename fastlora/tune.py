@@ -25,12 +25,24 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastlora import ops, tuned
-from fastlora.measure import LINEAR_ROWS, PROBLEMS, SHAPES, Problem, Refusal, is_refused, measure, problems
+from fastlora.measure import (
+    LINEAR_ROWS,
+    PROBLEMS,
+    SHAPES,
+    Problem,
+    Refusal,
+    is_out_of_memory,
+    is_refused,
+    measure,
+    problems,
+    refused_before,
+)
 from fastlora.tuned import Measurement
 
 TUNE_SECONDS, TRIAL_SECONDS = 0.25, 0.05  # for each operator and class
 FIRST_ON_CARDS = (4096, 64, 512, 1, 8)  # rows: training, decoding, and what lies between
 APART = ("cuda",)  # devices on which a fault ends the process
+FROM_OUTSIDE = ("SIGHUP", "SIGINT", "SIGKILL", "SIGTERM")  # no kernel's fault; full memory (the host's) is SIGKILL
 PATIENCE = 300.0  # seconds without a word from the process apart: a kernel is compiled at its first use
 
 
@@ -60,7 +72,7 @@ def tune(
     found: list[Measurement] = []
     began = time.perf_counter()
     for found in tqdm(
-        _measured(todo, torch.device(device), TUNE_SECONDS),
+        _measured(todo, torch.device(device), TUNE_SECONDS, set()),
         desc=f"fastlora tune, {device}",
         total=len(todo),
         unit="class",
@@ -132,7 +144,7 @@ def _missing(device_type: str, problems: Iterable[Problem]) -> list[Problem]:
 
 def _try_out(device: torch.device, todo: list[Problem]) -> None:
     steps = tqdm(
-        _measured(todo, device, TRIAL_SECONDS),
+        _measured(todo, device, TRIAL_SECONDS, refused_before(tuned.measurements(device.type))),
         desc=f"fastlora measures this {device.type}, once",
         total=len(todo),
         unit="class",
@@ -144,9 +156,10 @@ def _try_out(device: torch.device, todo: list[Problem]) -> None:
         tuned.keep(device.type, known[-1], "fastlora.accelerate")
 
 
-def _measured(todo: list[Problem], device: torch.device, seconds: float) -> Iterator[list[Measurement]]:
-    """Measure one class after the other; yields after each what is known by then."""
-    refused: set[Refusal] = set()
+def _measured(
+    todo: list[Problem], device: torch.device, seconds: float, refused: set[Refusal]
+) -> Iterator[list[Measurement]]:
+    """Measure one class after the other, without what is refused; yields after each what is known by then."""
     found: list[Measurement] = []
     while todo:
         for more in (_apart if device.type in APART else _here)(todo, device, seconds, refused):
@@ -202,31 +215,39 @@ def _run_apart(
     """What a process that runs `answer` says, and at last ("ended", how), as far as can be seen."""
     names = [(op, tuned.name_of(dtype), *rest) for op, dtype, *rest in todo]
     question = json.dumps([names, str(device), seconds, list(refused)])
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    with tempfile.TemporaryFile("w+") as complaints:
-        process = subprocess.Popen(
-            [sys.executable, "-c", ANSWER, question],
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=complaints,
-            text=True,
-        )
+    # The modules of this process, and none that merely lie in the working directory (-P).
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if isinstance(path, str))}
+    with tempfile.TemporaryFile("w+", errors="replace") as complaints:
+        try:
+            process = subprocess.Popen(
+                [sys.executable or "", "-P", "-c", ANSWER, question],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=complaints,
+                text=True,
+                errors="replace",
+            )
+        except OSError as fault:
+            yield "ended", f"no process can be started: {fault}"
+            return
         assert process.stdout is not None
         try:
-            line = " "
-            while line:
+            while True:
                 asked = time.monotonic()
                 watchdog = threading.Timer(PATIENCE, process.kill)
                 watchdog.daemon = True
                 watchdog.start()
                 line = process.stdout.readline()
+                if not line:
+                    break
                 watchdog.cancel()
-                if line:
+                if line.startswith('["'):  # else it was printed by what Python runs as it starts
                     yield tuple(json.loads(line))
+            code = process.wait()  # watched as well: a process may hang while it ends
             silent = time.monotonic() - asked >= PATIENCE
-            code = process.wait()
         finally:
+            watchdog.cancel()
             process.kill()
             process.wait()
             process.stdout.close()
@@ -235,7 +256,10 @@ def _run_apart(
     if silent:
         last = f"it did not end within {PATIENCE:.0f} s"
     elif code < 0:
-        last = f"it ended its process ({signal.Signals(-code).name})"
+        name = signal.Signals(-code).name
+        last = f"it ended its process ({name})"
+        if name in FROM_OUTSIDE:
+            yield "trying", ("", [])  # the fault of none
     yield "ended", last or f"its process ended with code {code}"
 
 
@@ -263,7 +287,7 @@ def answer() -> None:
             found = measure(problem, torch.device(device), seconds, refused, lambda *what: say("trying", what))
             say("found", [found, list(refused)])
     except Exception as fault:
-        if isinstance(fault, torch.OutOfMemoryError):
+        if is_out_of_memory(fault):
             say("trying", ("", []))  # the fault of none
         say("ended", f"{type(fault).__name__}: {fault}".splitlines()[0])
         sys.exit(1)

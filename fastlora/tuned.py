@@ -142,8 +142,8 @@ def alone(device_type: str) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except OSError:
-        pass  # nothing can be kept there either, of which `keep` warns
+    except (OSError, NotImplementedError):  # the latter: a file system without locks
+        pass  # where nothing can be kept either, `keep` warns
     try:
         kept = _read_cache(device_type)
         _tables[device_type] = _table(device_type) | kept

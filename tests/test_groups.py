@@ -167,6 +167,31 @@ def test_merged_disabled_or_hooked_layers_run_alone(monkeypatch: pytest.MonkeyPa
     assert calls == [3]
 
 
+def test_report_tells_a_call_without_the_group() -> None:
+    x = torch.randn(7, WIDTH)
+    model = fastlora.accelerate(make_model())
+    attention = attention_of(model)
+    alone = "x read alone: its group with q_proj, v_proj could not run"
+
+    def reason() -> str:
+        return reasons(model)[1]
+
+    assert "x read once with" in reason()  # before any call
+    with torch.inference_mode():
+        model(torch.randn(7, WIDTH))
+    assert alone in reason() and "x read once" not in reason()
+    model(x)
+    assert "x read once with" in reason()
+    attention.v_proj.merge()
+    model(x)
+    assert alone in reason()
+    attention.v_proj.unmerge()
+    model.add_adapter("other", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "other"])
+    model(x)
+    assert alone in reason()
+
+
 def test_a_replaced_layer_dissolves_the_group() -> None:
     model = fastlora.accelerate(make_model())
     attention = attention_of(model)

@@ -487,6 +487,13 @@ def test_groups_must_fit_the_examples() -> None:
         multi_lora(mixed.x.view(4, 3, 16), *mixed[1:6], group_rows(torch.tensor([0, 1]), 2))
 
 
+@pytest.mark.parametrize(("dtype", "adapters"), [(torch.uint8, 2), (torch.int8, 200), (torch.int32, 2)])
+def test_an_index_of_any_integers(dtype: torch.dtype, adapters: int) -> None:
+    """Also of those that do not reach from -1 to the number of adapters."""
+    order, offsets = group_rows(torch.tensor([1, 0, 1], dtype=dtype), adapters).for_rows(3)
+    assert order.tolist() == [1, 0, 2] and offsets.tolist()[:4] == [0, 0, 1, 3]
+
+
 @pytest.mark.parametrize("adapters", [0, -1, 1.5, None], ids=str)
 def test_group_rows_wants_a_number_of_adapters(adapters: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="^adapters: "):

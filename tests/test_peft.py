@@ -348,6 +348,19 @@ def test_report_tells_a_call_that_was_not_fused(change, reason):
     assert reason_of(model) == ("reference", reason)
 
 
+def test_report_tells_a_forced_implementation_without_a_backward(pair, monkeypatch):
+    model, _ = pair
+    native = {("multi_lora", "cpu"): reference.multi_lora, ("lora_linear", "cpu"): reference.lora_linear}
+    others = {key: value for key, value in ops._table.items() if key[1] != "cpu"}
+    monkeypatch.setattr(ops, "_table", others | native)
+    monkeypatch.setattr(ops, "_missing", {})
+    monkeypatch.setattr(ops, "forced", "cpu")
+    logits(model, adapter_names=["other", "__base__", "default"])
+    implementation, reason = reason_of(model)
+    assert implementation == "cpu"
+    assert "no backward: FASTLORA_IMPL=cpu: multi_lora_backward cannot run: cpu has no multi_lora_backward" in reason
+
+
 def test_unsupported_layers_keep_pefts_forward_and_say_so():
     model, _ = peft_model(use_dora=True)
     expected = logits(model)

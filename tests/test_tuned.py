@@ -18,6 +18,7 @@ import pytest
 import tiny
 import torch
 from bounds import gradients, make_layer
+from filelock import FileLock
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -518,9 +519,9 @@ def test_a_wrong_implementation_is_refused_for_good(
 def apart(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     """Measure in a process apart, as on a GPU, where lora_linear in native C++ is a function with this body."""
     lines = (
-        "import os, torch",
+        "import os, signal, torch",
         "from fastlora import measure, ops, tune",
-        "measure.SHAPES = {'small': (48, 40)}",
+        "measure.SHAPES = {'small': (48, 40), 'large': (56, 64)}",
         "measure.ratios = lambda functions, *_: {name: 0.5 for name in functions if name != 'reference'}",
         f"def faulty(*args): {body}",
         "ops._table['lora_linear', 'cpu'] = faulty",
@@ -555,6 +556,10 @@ def test_what_ends_its_process_is_refused_and_the_rest_is_measured(
         assert {choose(rows, backward=True) for rows in (1, 8, 64)} == {"cpu"}
         assert len(tuned.measurements("cpu")) == 8
         restart()  # the cache remembers
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tune.try_out({"lora_linear": [torch.empty(1).expand(2048, 2048)]})  # of another class: it is not run again
+    assert choose(elements=2**22) == "reference" and choose(elements=2**22, backward=True) == "cpu"
 
 
 @needs_native
@@ -562,6 +567,8 @@ def test_what_ends_its_process_is_refused_and_the_rest_is_measured(
     ("body", "how"),
     [
         ("raise torch.OutOfMemoryError('the card is full')", "the card is full"),
+        ("raise RuntimeError('Triton Error [CUDA]: out of memory')", "out of memory"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
         ("...\nraise OSError('no driver')", "no driver"),
     ],
 )
@@ -590,6 +597,63 @@ def test_what_never_ends_is_refused(machine: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(tune, "ANSWER", "\n".join(lines))
     with pytest.warns(UserWarning, match="cpu is refused for lora_linear: it did not end within 1 s"):
         tune.try_out(small_weights())
+
+
+@needs_native
+def test_a_process_that_hangs_as_it_ends_is_not_waited_for(
+    machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = (
+        "import json, os, sys, time",
+        "names, *_ = json.loads(sys.argv[1])",
+        "for _ in names: print(json.dumps(['found', [[], []]]), flush=True)",
+        "os.close(1)",
+        "time.sleep(15)",
+        f"open({str(tmp_path / 'ended')!r}, 'w')",
+        "os._exit(0)",
+    )
+    monkeypatch.setattr(tune, "APART", ("cpu",))
+    monkeypatch.setattr(tune, "PATIENCE", 1.0)
+    monkeypatch.setattr(tune, "ANSWER", "\n".join(lines))
+    tune.try_out(small_weights())
+    assert not (tmp_path / "ended").exists()
+
+
+@needs_native
+def test_a_process_apart_has_this_ones_modules(
+    machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    """Not those of the working directory, whatever sys.path holds besides, and whatever Python prints as it starts."""
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "statistics.py").write_text("raise RuntimeError('not this one')")
+    (tmp_path / "sitecustomize.py").write_text("print('a word of welcome', flush=True)")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path] + [tmp_path])  # Python passes over a Path
+    apart(monkeypatch, "return ops.reference.lora_linear(*args)")
+    tune.try_out(small_weights())
+    assert len(tuned.measurements("cpu")) == 8
+    assert not [one for one in recwarn if "fastlora" in str(one.message)]
+
+
+@needs_native
+def test_no_trial_where_no_process_can_be_started(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "APART", ("cpu",))
+    monkeypatch.setattr(sys, "executable", "")
+    with pytest.warns(UserWarning, match="no more is measured on cpu: no process can be started"):
+        tune.try_out(small_weights())
+
+
+@needs_native
+def test_a_file_system_without_locks_stops_no_trial(
+    machine: Path, timed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def acquire(lock: FileLock) -> None:
+        raise NotImplementedError("no flock")
+
+    monkeypatch.setattr(FileLock, "acquire", acquire)
+    tune.try_out(small_weights())
+    assert len(timed) == 8 and machine.exists()
 
 
 @needs_native
