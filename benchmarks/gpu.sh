@@ -66,6 +66,7 @@ tune() {
 
 bench() {
   local code=3 began=$SECONDS resume=()
+  export FASTLORA_TRIAL=0 # what `tune` has measured, and nothing else
   [ -f "$table" ] && export FASTLORA_TABLE=$table
   "$PYTHON" -m benchmarks launch --device cuda --out "$out" || echo "launch: failed"
   while [ "$code" = 3 ]; do # something broke the process: another one goes on without it

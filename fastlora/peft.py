@@ -342,9 +342,9 @@ def accelerate(model: nn.Module, *, frozen: bool = False, pack_budget: int | Non
     copy is made by the first product that is faster with it; `report` names those that did not fit. A write into a frozen weight through
     `.data` by other hands than PEFT's leaves no trace: call `accelerate` again after it.
 
-    On a kind of CPU or GPU that nobody has measured, it first measures, once: for a few seconds on a CPU, for about a minute on a GPU, whose
-    kernels are compiled meanwhile (`fastlora.tune.try_out`; FASTLORA_TRIAL=0: never). It does so for the device that the model is on: a
-    model that goes to a GPU should be there before.
+    On a kind of CPU or GPU that nobody has measured, it first measures, once: for a few seconds on a CPU, for a minute or two on a GPU, whose
+    kernels are compiled meanwhile (`fastlora.tune.try_out`; FASTLORA_TRIAL=0: never). A model that is on a CPU may yet be moved: where
+    there is a card, that is measured as well.
     Under torch.distributed every process calls it, and all choose as rank 0 does.
 
     Raises:

@@ -128,14 +128,28 @@ def _measure_what_is_missing(weights: Mapping[str, Sequence[Tensor]]) -> None:
     wanted: dict[str, dict[Problem, None]] = {}  # the values: dicts keep the order
     devices: dict[str, torch.device] = {}  # cards of one machine are taken to be alike
     for op, its_weights in weights.items():
-        for device, dtype, size in {(w.device, w.dtype, tuned.class_of(1, w.numel())[1]) for w in its_weights}:
-            if device.type in LINEAR_ROWS and ops.candidates(op, device, dtype):
-                wanted.setdefault(device.type, {}).update(dict.fromkeys(problems(device.type, [op], [dtype], [size])))
+        for now, dtype, size in {(w.device, w.dtype, tuned.class_of(1, w.numel())[1]) for w in its_weights}:
+            for device in _places(now):
+                todo = problems(device.type, [op], _dtypes(device, dtype), [size]) if device.type in LINEAR_ROWS else []
+                todo = [one for one in todo if ops.candidates(op, device, one.dtype)]
+                wanted.setdefault(device.type, {}).update(dict.fromkeys(todo))
                 devices.setdefault(device.type, device)
     for device_type, its_problems in wanted.items():
         if _missing(device_type, its_problems):
             with tuned.alone(device_type):
                 _try_out(devices[device_type], _missing(device_type, its_problems))
+
+
+def _places(device: torch.device) -> list[torch.device]:
+    """Where a weight is; on a CPU also the card that it may yet be moved to, as transformers' Trainer does after `accelerate`."""
+    if device.type != "cpu" or not torch.cuda.is_available():
+        return [device]
+    return [device, torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())]
+
+
+def _dtypes(device: torch.device, dtype: torch.dtype) -> list[torch.dtype]:
+    """What the products with a weight compute in; on a card autocast may turn those of a float32 model into bfloat16."""
+    return [dtype, torch.bfloat16] if (device.type, dtype) == ("cuda", torch.float32) else [dtype]
 
 
 def _missing(device_type: str, problems: Iterable[Problem]) -> list[Problem]:

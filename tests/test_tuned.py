@@ -448,6 +448,21 @@ def test_no_trial(machine: Path, timed: list[list[str]], monkeypatch: pytest.Mon
     assert len(timed) == 8
 
 
+def test_a_model_that_is_yet_to_be_moved_has_a_trial_on_the_card(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(tuned, "kind_of", lambda device_type: f"a-{device_type}")
+    monkeypatch.setattr(ops, "candidates", lambda op, device, dtype: ["one"])
+    monkeypatch.setattr(tune, "_try_out", lambda device, todo: tried.append((str(device), len(todo))))
+    tune.try_out(small_weights())
+    assert tried == [("cpu", 4), ("cuda:1", 16)]  # there in bfloat16, too, for autocast
+
+
 def test_no_trial_inside_a_compiled_step(machine: Path, timed: list[list[str]]) -> None:
     """A compiled layer computes by the default, and neither compiling nor running it measures anything."""
     layer = make_layer(5, 6, 7, 2)
