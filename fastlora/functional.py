@@ -289,6 +289,23 @@ def _split(flat: Tensor, like: Sequence[Tensor], wanted: Sequence[bool]) -> list
     return [part.view_as(one) if wants else None for part, one, wants in zip(parts, like, wanted, strict=True)]
 
 
+def _check_one_a_layer(layers: int, **lists: Sequence[Any]) -> None:
+    for name, values in lists.items():
+        if len(values) != layers or not layers:
+            raise _wrong(name, f"{len(values)} entries", f"one for each of the {layers} weights, at least 1")
+
+
+def _cast_shared(
+    x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], cast: torch.dtype | None
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """x, every weight and every bias as autocast has them; a layer without a bias has one without elements."""
+    none = x.new_empty(0)
+    weights, biases = list(weight), [none if b is None else b for b in bias]
+    if cast is None:
+        return x, weights, biases
+    return x.to(cast), [w.to(cast) for w in weights], [b.to(cast) for b in biases]
+
+
 def lora_linear_shared(
     x: Tensor,  # [..., K]
     weight: Sequence[Tensor],  # G of [N_i, K], frozen
@@ -311,20 +328,14 @@ def lora_linear_shared(
     cast = _autocast_dtype(x)
     G = len(weight)
     probabilities = [dropout_p] * G if isinstance(dropout_p, (int, float)) else list(dropout_p)
-    lists = {"weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b, "scale": scale}
-    for name, values in {**lists, "dropout_p": probabilities}.items():
-        if len(values) != G or not G:
-            raise _wrong(name, f"{len(values)} entries", f"one for each of the {G} weights, at least 1")
+    _check_one_a_layer(G, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b, scale=scale, dropout_p=probabilities)
     for i in range(G):
         _check_base(x, weight[i], bias[i], autocast=cast is not None)
         _check_adapter(x, cast or x.dtype, weight[i].shape[0], lora_a[i], lora_b[i], scale[i], f"[{i}]")
         _check_probability(probabilities[i], f"dropout_p[{i}]")
         if lora_a[i].dtype != lora_a[0].dtype:
             raise _wrong(f"lora_a[{i}]", lora_a[i], f"the dtype of lora_a[0], {lora_a[0].dtype}")
-    none = x.new_empty(0)
-    weights, biases = list(weight), [none if b is None else b for b in bias]
-    if cast is not None:
-        x, weights, biases = x.to(cast), [w.to(cast) for w in weights], [b.to(cast) for b in biases]
+    x, weights, biases = _cast_shared(x, weight, bias, cast)
     seed = _draw_seed(max(probabilities), training, x, G)
     scales, p = [float(s) for s in scale], [float(q) for q in probabilities]
     with _without_autocast(x.device):
@@ -484,34 +495,12 @@ def multi_lora(
     _check_floats(x, "x")
     cast = _autocast_dtype(x)
     _check_base(x, weight, bias, autocast=cast is not None)
-    for name, values in (("lora_a", lora_a), ("lora_b", lora_b), ("scale", scale)):
-        if isinstance(values, Tensor) or not isinstance(values, Sequence):
-            raise _wrong_type(name, values, "a list with one entry an adapter")
-    S = len(lora_a)
-    if S < 1:
-        raise _wrong("lora_a", list(lora_a), "at least one adapter")
-    if len(lora_b) != S:
-        raise _wrong("lora_b", f"{len(lora_b)} entries", f"{S}, one for each lora_a")
-    if len(scale) != S:
-        raise _wrong("scale", list(scale), f"{S} numbers, one for each lora_a")
-    for i in range(S):
-        _check_adapter(x, cast or x.dtype, weight.shape[0], lora_a[i], lora_b[i], scale[i], f"[{i}]")
-        if lora_a[i].dtype != lora_a[0].dtype:
-            raise _wrong(f"lora_a[{i}]", lora_a[i], f"the dtype of lora_a[0], {lora_a[0].dtype}")
-    if isinstance(dropout_p, (int, float)):
-        dropout_p = [dropout_p] * S
-    if isinstance(dropout_p, Tensor) or not isinstance(dropout_p, Sequence):
-        raise _wrong_type("dropout_p", dropout_p, "a probability, or a list with one an adapter")
-    if len(dropout_p) != S:
-        raise _wrong("dropout_p", list(dropout_p), f"one probability, or {S}, one for each adapter")
-    for i, p in enumerate(dropout_p):
-        _check_probability(p, f"dropout_p[{i}]")
-    groups = _groups_of(x, index, S)
+    scales, probabilities = _check_adapters(x, cast or x.dtype, weight.shape[0], lora_a, lora_b, scale, dropout_p)
+    groups = _groups_of(x, index, len(lora_a))
     if cast is not None:
         x, weight, bias = x.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
 
     order, offsets = groups.for_rows(math.prod(x.shape[:-1]))
-    scales, probabilities = [float(s) for s in scale], [float(p) for p in dropout_p]
     seed = _draw_seed(max(probabilities), training, x)
     with _without_autocast(x.device):
         if torch.is_grad_enabled():
@@ -522,6 +511,117 @@ def multi_lora(
             _rows(x), weight, bias, list(lora_a), list(lora_b), scales, probabilities, seed, order, offsets
         )
         return _shaped(y, x)
+
+
+def _check_adapters(
+    x: Tensor, dtype: torch.dtype, N: int, lora_a: Any, lora_b: Any, scale: Any, dropout_p: Any, of: str = ""
+) -> tuple[list[float], list[float]]:
+    """Raise unless S adapters fit x, as dtype, and N; returns their scales and probabilities. `of` stands behind the names: [1], a layer."""
+    for name, values in (("lora_a", lora_a), ("lora_b", lora_b), ("scale", scale)):
+        if isinstance(values, Tensor) or not isinstance(values, Sequence):
+            raise _wrong_type(name + of, values, "a list with one entry an adapter")
+    S = len(lora_a)
+    if S < 1:
+        raise _wrong(f"lora_a{of}", list(lora_a), "at least one adapter")
+    if len(lora_b) != S:
+        raise _wrong(f"lora_b{of}", f"{len(lora_b)} entries", f"{S}, one for each lora_a")
+    if len(scale) != S:
+        raise _wrong(f"scale{of}", list(scale), f"{S} numbers, one for each lora_a")
+    for i in range(S):
+        _check_adapter(x, dtype, N, lora_a[i], lora_b[i], scale[i], f"{of}[{i}]")
+        if lora_a[i].dtype != lora_a[0].dtype:
+            raise _wrong(f"lora_a{of}[{i}]", lora_a[i], f"the dtype of lora_a{of}[0], {lora_a[0].dtype}")
+    if isinstance(dropout_p, (int, float)):
+        dropout_p = [dropout_p] * S
+    if isinstance(dropout_p, Tensor) or not isinstance(dropout_p, Sequence):
+        raise _wrong_type(f"dropout_p{of}", dropout_p, "a probability, or a list with one an adapter")
+    if len(dropout_p) != S:
+        raise _wrong(f"dropout_p{of}", list(dropout_p), f"one probability, or {S}, one for each adapter")
+    for i, p in enumerate(dropout_p):
+        _check_probability(p, f"dropout_p{of}[{i}]")
+    return [float(s) for s in scale], [float(p) for p in dropout_p]
+
+
+class MultiLoRASharedFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x, weight, bias, scale, dropout_p, seed, order, offsets, *adapters
+    ):  # adapters: every A of every layer, then every B
+        half = len(adapters) // 2
+        lora_a, lora_b = list(adapters[:half]), list(adapters[half:])
+        ys, xa, keep = torch.ops.fastlora.multi_lora_shared(
+            _rows(x), weight, bias, lora_a, lora_b, scale, dropout_p, seed, order, offsets
+        )
+        ctx.save_for_backward(x, xa, keep, order, offsets, *weight, *adapters)
+        ctx.scale, ctx.dropout_p = scale, dropout_p
+        return tuple(_shaped(y, x) for y in ys)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *dy):
+        x, xa, keep, order, offsets, *tensors = ctx.saved_tensors
+        weight, adapters = tensors[: len(dy)], tensors[len(dy) :]
+        half = len(adapters) // 2
+        lora_a, lora_b = adapters[:half], adapters[half:]
+        wanted = ctx.needs_input_grad[8:]
+        need = ctx.needs_input_grad[0], any(wanted[:half]), any(wanted[half:])
+        with _without_autocast(x.device):
+            dx, da, db = torch.ops.fastlora.multi_lora_shared_backward(
+                [_rows(d) for d in dy], _rows(x), weight, lora_a, lora_b, xa, keep, ctx.scale, ctx.dropout_p, order, offsets, *need
+            )  # fmt: skip
+        grads = [*_split(da, lora_a, wanted[:half]), *_split(db, lora_b, wanted[half:])]
+        return _shaped(dx, x) if need[0] else None, None, None, None, None, None, None, None, *grads
+
+
+def multi_lora_shared(
+    x: Tensor,  # [..., K]
+    weight: Sequence[Tensor],  # G of [N_g, K], frozen
+    bias: Sequence[Tensor | None],  # G of [N_g], frozen
+    lora_a: Sequence[Sequence[Tensor]],  # G of S of [R_gi, K]
+    lora_b: Sequence[Sequence[Tensor]],  # G of S of [N_g, R_gi]
+    scale: Sequence[Sequence[float]],  # G of S
+    index: Tensor | RowGroups,
+    *,
+    dropout_p: float | Sequence[float | Sequence[float]] = 0.0,
+    training: bool = True,
+) -> list[Tensor]:  # G of [..., N_g]
+    """`multi_lora` of G layers that have the same x, where a row has the same adapter in all of them: x is read once for all layers' A.
+
+    Every layer has S adapters, whose ranks may differ, and its own dropout masks. All lora_a and lora_b have one dtype, x's or float32.
+    `dropout_p` is one probability for all, or for each layer one or a list with one an adapter.
+
+    Raises:
+        TypeError, ValueError, IndexError: as `multi_lora`; the message names the layer, then the adapter, as in lora_a[1][2].
+    """
+    _check_floats(x, "x")
+    cast = _autocast_dtype(x)
+    G = len(weight)
+    probabilities = [dropout_p] * G if isinstance(dropout_p, (int, float)) else list(dropout_p)
+    _check_one_a_layer(G, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b, scale=scale, dropout_p=probabilities)
+    checked = []
+    for g in range(G):
+        _check_base(x, weight[g], bias[g], autocast=cast is not None)
+        own = lora_a[g], lora_b[g], scale[g], probabilities[g]
+        checked.append(_check_adapters(x, cast or x.dtype, weight[g].shape[0], *own, of=f"[{g}]"))
+        if len(lora_a[g]) != len(lora_a[0]):
+            raise _wrong(f"lora_a[{g}]", f"{len(lora_a[g])} adapters", f"{len(lora_a[0])}, as lora_a[0] has")
+        if lora_a[g][0].dtype != lora_a[0][0].dtype:
+            raise _wrong(f"lora_a[{g}][0]", lora_a[g][0], f"the dtype of lora_a[0][0], {lora_a[0][0].dtype}")
+    groups = _groups_of(x, index, len(lora_a[0]))
+    x, weights, biases = _cast_shared(x, weight, bias, cast)
+    order, offsets = groups.for_rows(math.prod(x.shape[:-1]))
+    scales, p = ([number for own in column for number in own] for column in zip(*checked, strict=True))
+    every_a, every_b = ([one for own in column for one in own] for column in (lora_a, lora_b))
+    seed = _draw_seed(max(p), training, x, G)
+    with _without_autocast(x.device):
+        if torch.is_grad_enabled():
+            return list(
+                MultiLoRASharedFunction.apply(x, weights, biases, scales, p, seed, order, offsets, *every_a, *every_b)
+            )
+        ys, _, _ = torch.ops.fastlora.multi_lora_shared(
+            _rows(x), weights, biases, every_a, every_b, scales, p, seed, order, offsets
+        )
+        return [_shaped(y, x) for y in ys]
 
 
 def _groups_of(x: Tensor, index: Tensor | RowGroups, adapters: int) -> RowGroups:

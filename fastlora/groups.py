@@ -5,15 +5,13 @@ out for the very same tensor object, unchanged, and what nobody took is dropped 
 to share x is dissolved for good. Nothing is rewritten: a model of unknown names has no groups.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-from fastlora import functional
 
 NAMES = (
     ("q_proj", "k_proj", "v_proj"),  # Llama, Qwen, Mistral, Gemma, OPT, BART
@@ -31,15 +29,11 @@ CROSS_ATTENTION = (
 )  # whose query reads something else
 
 
-class Arguments(NamedTuple):
-    """What a layer gives to `functional.lora_linear` besides x."""
+AdapterNames = tuple[str, ...] | None
+"""Of a mixed batch, one name an example; None: every row has the active adapter."""
 
-    weight: Tensor  # [N, K]
-    bias: Tensor | None
-    lora_a: Tensor
-    lora_b: Tensor
-    scale: float
-    dropout_p: float
+ComputeAll = Callable[[Sequence[Any], Tensor, AdapterNames], list[Tensor] | None]
+"""The results of some layers for the same x, or None where they cannot run together just now."""
 
 
 @dataclass
@@ -48,18 +42,19 @@ class _Pending:
 
     x: Tensor
     version: int
+    adapter_names: AdapterNames
     grad_enabled: bool
     results: dict[int, Tensor]  # by the layer's place in the group
 
 
 @dataclass(eq=False)
 class Group:
-    """Some children of one module. `arguments_of(layer, x)` gives a layer's Arguments, or None where it cannot run fused just now."""
+    """Some children of one module."""
 
     parent: nn.Module
     names: tuple[str, ...]
     layers: tuple[nn.Module, ...]
-    arguments_of: Callable[[Any, Tensor], Arguments | None]
+    compute_all: ComputeAll
     dissolved: str | None = None  # why
     hook: Any = None
     _pending: _Pending | None = field(default=None, repr=False)
@@ -67,15 +62,16 @@ class Group:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pending": None}  # results belong to one forward
 
-    def result_of(self, layer: nn.Module, x: Tensor) -> Tensor | None:
+    def result_of(self, layer: nn.Module, x: Tensor, adapter_names: AdapterNames) -> Tensor | None:
         """The layer's result for x, or None: then it computes alone."""
         if self.dissolved is not None or x.is_inference():  # an inference tensor tells no version
             return None
         place = self.layers.index(layer)
         pending = self._pending
         if pending is None:
-            return self._compute(place, x)
-        fits = pending.x is x and pending.version == x._version and pending.grad_enabled == torch.is_grad_enabled()
+            return self._compute(place, x, adapter_names)
+        fits = pending.x is x and pending.version == x._version and pending.adapter_names == adapter_names
+        fits = fits and pending.grad_enabled == torch.is_grad_enabled()
         result = pending.results.pop(place, None) if fits else None
         if result is None:
             self.dissolve(f"{self.names[place]} was called with another x")
@@ -83,20 +79,17 @@ class Group:
             self._pending = None
         return result
 
-    def _compute(self, place: int, x: Tensor) -> Tensor | None:
+    def _compute(self, place: int, x: Tensor, adapter_names: AdapterNames) -> Tensor | None:
         if any(
             self.parent._modules.get(name) is not layer for name, layer in zip(self.names, self.layers, strict=True)
         ):
             self.dissolve("a layer was wrapped or replaced")
             return None
-        arguments = [self.arguments_of(layer, x) for layer in self.layers]
-        present = [one for one in arguments if one is not None]
-        if len(present) < len(arguments) or len({one.lora_a.dtype for one in present}) > 1:
+        ys = self.compute_all(self.layers, x, adapter_names)
+        if ys is None:
             return None
-        weight, bias, lora_a, lora_b, scale, dropout_p = (list(column) for column in zip(*present, strict=True))
-        ys = functional.lora_linear_shared(x, weight, bias, lora_a, lora_b, scale, dropout_p=dropout_p)
         others = {i: y for i, y in enumerate(ys) if i != place}
-        self._pending = _Pending(x, x._version, torch.is_grad_enabled(), others)
+        self._pending = _Pending(x, x._version, adapter_names, torch.is_grad_enabled(), others)
         return ys[place]
 
     def dissolve(self, reason: str) -> None:
@@ -135,7 +128,7 @@ def _when_parent_returns(group: Group, parent: nn.Module, args: Any, output: Any
 def find_groups(
     model: nn.Module,
     is_member: Callable[[nn.Module], bool],
-    arguments_of: Callable[[Any, Tensor], Arguments | None],
+    compute_all: ComputeAll,
 ) -> Iterator[Group]:
     """The groups of a model by the names of its modules, each hooked to its parent: members with one in_features, at least two."""
     for path, parent in model.named_modules():
@@ -146,6 +139,6 @@ def find_groups(
             found = {name: layer for name, layer in members.items() if layer is not None and is_member(layer)}
             if len(found) < 2 or len({layer.in_features for layer in found.values()}) > 1:
                 continue
-            group = Group(parent, tuple(found), tuple(found.values()), arguments_of)
+            group = Group(parent, tuple(found), tuple(found.values()), compute_all)
             group.hook = parent.register_forward_hook(partial(_when_parent_returns, group), always_call=True)
             yield group

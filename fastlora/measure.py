@@ -24,7 +24,7 @@ Call = tuple[Any, ...]  # the arguments of an operator
 SHAPES = {"small": (1024, 1024), "large": (2048, 2048)}  # K, N
 LINEAR_ROWS = {"cpu": (1, 8, 64, 512), "cuda": tuned.ROWS}
 DROPOUT_P, FEWEST_ROWS_DROPPED = 0.1, 64  # who drops anything trains, on more than a few rows
-DROPPING = ("lora_linear", "lora_linear_shared", "multi_lora")  # the last that they return is keep
+DROPPING = ("lora_linear", "lora_linear_shared", "multi_lora", "multi_lora_shared")  # the last that they return is keep
 BATCHES = ((512, "small", False), (4096, "large", False))  # prefix_concat: tokens, and the size of what they move
 ODD_SHAPE = 37, 100, 75  # M, K, N of a check with dropout and a bias
 TIMES_EAGER = 2  # what an error may be, as in the tests
@@ -204,9 +204,9 @@ def _results(op: str, function: Callable[..., Any], call: Call) -> tuple[Tensor,
     results = [results] if isinstance(results, Tensor) else list(results)
     if op in DROPPING and results[-1].numel():
         mask = reference.read_keep(results[-1], call[0].shape[1])
-        if op == "multi_lora":
+        if op.startswith("multi_lora"):
             order, offsets = call[-2:]
-            mask = mask[order[offsets[1] :]]  # the rows that have an adapter
+            mask = mask[..., order[offsets[1] :], :]  # the rows that have an adapter
         results[-1] = mask
     return tuple(tensor for one in results for tensor in ([one] if isinstance(one, Tensor) else one))
 
@@ -334,20 +334,41 @@ def _lora_linear_shared(
     M: int, K: int, N: int, dtype: torch.dtype, device: torch.device, dropout: bool
 ) -> dict[str, list[Call]]:
     draw = _Draw(dtype, device)
+    adapters = map(list, zip(*(draw.adapter(K, N, RANK) for _ in range(GROUP)), strict=True))
+    return _shared_calls("lora_linear_shared", draw, (M, K, N), dropout, adapters)
+
+
+def _shared_calls(
+    op: str,
+    draw: _Draw,
+    sizes: tuple[int, int, int],
+    dropout: bool,
+    adapters: Iterable[list[Tensor]],
+    sorting: Call = (),
+) -> dict[str, list[Call]]:
+    """adapters: every A and every B of GROUP layers."""
+    M, K, N = sizes
+    every_a, every_b = adapters
+    x, weight, dy = draw.linear(M, K, N)
     seed = draw.integers(2**62, GROUP) if dropout else None
     bias = [draw.normal(N if dropout else 0)] * GROUP
-    x, weight, dy = draw.linear(M, K, N)
     weights = _in_turn(weight, M, GROUP)
     groups = [weights[first : first + GROUP] for first in range(0, len(weights), GROUP)]
-    every_a, every_b = map(list, zip(*(draw.adapter(K, N, RANK) for _ in range(GROUP)), strict=True))
-    rest = [SCALE] * GROUP, [DROPOUT_P if dropout else 0.0] * GROUP
-    _, xa, keep = reference.lora_linear_shared(x, groups[0], bias, every_a, every_b, *rest, seed)
+    rest = [SCALE] * len(every_a), [DROPOUT_P if dropout else 0.0] * len(every_a)
+    _, xa, keep = getattr(reference, op)(x, groups[0], bias, every_a, every_b, *rest, seed, *sorting)
     return {
-        "lora_linear_shared": [(x, group, bias, every_a, every_b, *rest, seed) for group in groups],
-        "lora_linear_shared_backward": [
-            ([dy] * GROUP, x, group, every_a, every_b, xa, keep, *rest, True, True, True) for group in groups
+        op: [(x, group, bias, every_a, every_b, *rest, seed, *sorting) for group in groups],
+        f"{op}_backward": [
+            ([dy] * GROUP, x, group, every_a, every_b, xa, keep, *rest, *sorting, True, True, True) for group in groups
         ],
     }
+
+
+def _mixed_rows(M: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """order and offsets of a batch of ADAPTERS: an adapter, or none, for every row where rows are few, else for every run of rows."""
+    run = 1 if M <= FEW_ROWS else max(TOKENS, M // 8)
+    code, order = torch.sort(torch.arange(M, device=device) // run % (ADAPTERS + 1), stable=True)  # 0: no adapter
+    return order, torch.searchsorted(code, torch.arange(ADAPTERS + 3, device=device))
 
 
 def _multi_lora(
@@ -357,10 +378,17 @@ def _multi_lora(
     seed = draw.integers(2**62) if dropout else None
     bias = draw.normal(N) if dropout else None
     every_a, every_b = zip(*(draw.adapter(K, N, RANK) for _ in range(ADAPTERS)), strict=True)
-    code, order = torch.sort(torch.arange(M, device=device) % (ADAPTERS + 1), stable=True)  # 0: no adapter
-    offsets = torch.searchsorted(code, torch.arange(ADAPTERS + 3, device=device))
-    rest = [SCALE] * ADAPTERS, [DROPOUT_P if dropout else 0.0] * ADAPTERS, seed, order, offsets
+    rest = [SCALE] * ADAPTERS, [DROPOUT_P if dropout else 0.0] * ADAPTERS, seed, *_mixed_rows(M, device)
     return _linear_calls("multi_lora", draw.linear(M, K, N), bias, (list(every_a), list(every_b)), rest)
+
+
+def _multi_lora_shared(
+    M: int, K: int, N: int, dtype: torch.dtype, device: torch.device, dropout: bool
+) -> dict[str, list[Call]]:
+    draw = _Draw(dtype, device)
+    sorting = _mixed_rows(M, device)
+    adapters = map(list, zip(*(draw.adapter(K, N, RANK) for _ in range(GROUP * ADAPTERS)), strict=True))
+    return _shared_calls("multi_lora_shared", draw, (M, K, N), dropout, adapters, sorting)
 
 
 def _prefix_concat(
@@ -384,4 +412,5 @@ PROBLEMS: dict[str, Callable[..., dict[str, list[Call]]]] = {
     "lora_linear_shared": _lora_linear_shared,
     "multi_lora": _multi_lora,
     "prefix_concat": _prefix_concat,
+    "multi_lora_shared": _multi_lora_shared,
 }

@@ -37,6 +37,11 @@ SCHEMAS = {
     "multi_lora_backward": "(Tensor dy, Tensor x, Tensor weight, Tensor[] lora_a, Tensor[] lora_b, Tensor xa, Tensor keep, float[] scale,"
     " float[] dropout_p, Tensor order, Tensor offsets, bool need_dx, bool need_da, bool need_db)"
     " -> (Tensor dx, Tensor da, Tensor db)",
+    "multi_lora_shared": "(Tensor x, Tensor[] weight, Tensor[] bias, Tensor[] lora_a, Tensor[] lora_b, float[] scale, float[] dropout_p,"
+    " Tensor? seed, Tensor order, Tensor offsets) -> (Tensor[] y, Tensor xa, Tensor keep)",
+    "multi_lora_shared_backward": "(Tensor[] dy, Tensor x, Tensor[] weight, Tensor[] lora_a, Tensor[] lora_b, Tensor xa, Tensor keep,"
+    " float[] scale, float[] dropout_p, Tensor order, Tensor offsets, bool need_dx, bool need_da, bool need_db)"
+    " -> (Tensor dx, Tensor da, Tensor db)",
     "prefix_concat": "(Tensor prompts, Tensor starts, SymInt max_prompt, Tensor prompt_index, Tensor? embeds, Tensor? input_ids,"
     " Tensor? embedding, Tensor attention_mask, Tensor? position_ids, Tensor? labels)"
     " -> (Tensor embeds, Tensor attention_mask, Tensor position_ids, Tensor labels, Tensor source)",
@@ -252,8 +257,19 @@ def choose_lora_linear_shared(
 
     Together where the implementation that would run the first alone can do so, or where another gains more; else one after the other.
     """
-    alone = choose_lora_linear(x, weight, dropout, backward)
     op = "lora_linear_shared_backward" if backward else "lora_linear_shared"
+    return _choose_shared(op, choose_lora_linear(x, weight, dropout, backward), x, weight, dropout)
+
+
+def choose_multi_lora_shared(
+    x: Tensor, weight: Tensor, dropout: bool = False, backward: bool = False
+) -> tuple[Choice, bool]:
+    """`choose_lora_linear_shared` for layers whose rows have adapters of their own."""
+    op = "multi_lora_shared_backward" if backward else "multi_lora_shared"
+    return _choose_shared(op, choose_multi_lora(x, weight, dropout, backward), x, weight, dropout)
+
+
+def _choose_shared(op: str, alone: Choice, x: Tensor, weight: Tensor, dropout: bool) -> tuple[Choice, bool]:
     if forced is None or (op, forced) in _table:
         together = _choose(op, x, x.shape[0], weight.numel(), dropout)
         if together.implementation == alone.implementation or together.ratio < alone.ratio:
@@ -306,25 +322,29 @@ for _stem, _choose_stem in (("lora_linear", choose_lora_linear), ("multi_lora", 
     )
 
 
-def _shared(op: str, single: str, like: Tensor, weight: list[Tensor], dropout: bool, args: tuple[Any, ...]) -> Any:
-    choice, together = choose_lora_linear_shared(like, weight[0], dropout, backward=single != "lora_linear")
-    if together:
-        return _table[op, choice.implementation](*args)
-    return getattr(reference, op)(*args, layer=implementation(single, choice.implementation))
+def _register_shared(stem: str, choose: Callable[..., tuple[Choice, bool]]) -> None:
+    """`stem`_shared and its backward: together, or layer after layer by what runs `stem`."""
+
+    def run(op: str, single: str, like: Tensor, weight: list[Tensor], dropout: bool, args: tuple[Any, ...]) -> Any:
+        choice, together = choose(like, weight[0], dropout, backward=single.endswith("_backward"))
+        if together:
+            return _table[op, choice.implementation](*args)
+        return getattr(reference, op)(*args, layer=implementation(single, choice.implementation))
+
+    def forward(*args: Any) -> Any:
+        x, weight, _, _, _, _, _, seed, *_ = args
+        return run(f"{stem}_shared", stem, x, weight, seed is not None, args)
+
+    def backward(*args: Any) -> Any:
+        _, x, weight, _, _, _, keep, *_ = args
+        return run(f"{stem}_shared_backward", f"{stem}_backward", x, weight, keep.numel() > 0, args)
+
+    library.impl(f"{stem}_shared", forward, "CompositeExplicitAutograd")
+    library.impl(f"{stem}_shared_backward", backward, "CompositeExplicitAutograd")
 
 
-@functools.partial(library.impl, "lora_linear_shared", dispatch_key="CompositeExplicitAutograd")
-def _(*args):
-    x, weight, *_, seed = args
-    return _shared("lora_linear_shared", "lora_linear", x, weight, seed is not None, args)
-
-
-@functools.partial(library.impl, "lora_linear_shared_backward", dispatch_key="CompositeExplicitAutograd")
-def _(*args):
-    dy, x, weight, lora_a, lora_b, xa, keep, *_ = args
-    return _shared("lora_linear_shared_backward", "lora_linear_backward", x, weight, keep.numel() > 0, args)
-
-
+_register_shared("lora_linear", choose_lora_linear_shared)
+_register_shared("multi_lora", choose_multi_lora_shared)
 _register("frozen_linear", lambda x, weight, bias: choose_frozen_linear(x, weight))
 _register("frozen_linear_backward", lambda dy, weight: choose_frozen_linear(dy, weight, backward=True))
 _register(
@@ -393,6 +413,19 @@ def _(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, order, offsets):
 
 
 @_fake("fastlora::multi_lora_backward")
+def _(dy, x, weight, lora_a, lora_b, xa, keep, scale, dropout_p, order, offsets, need_dx, need_da, need_db):
+    dx = x.new_empty(x.shape if need_dx else 0)
+    da = lora_a[0].new_empty(sum(a.numel() for a in lora_a) if need_da else 0)
+    return dx, da, lora_b[0].new_empty(sum(b.numel() for b in lora_b) if need_db else 0)
+
+
+@_fake("fastlora::multi_lora_shared")
+def _(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, order, offsets):
+    xa = x.new_empty(len(weight), x.shape[0], max(a.shape[0] for a in lora_a), dtype=_xa_dtype(x))
+    return [x.new_empty(x.shape[0], w.shape[0]) for w in weight], xa, _keep(x, dropout_p, seed, len(weight))
+
+
+@_fake("fastlora::multi_lora_shared_backward")
 def _(dy, x, weight, lora_a, lora_b, xa, keep, scale, dropout_p, order, offsets, need_dx, need_da, need_db):
     dx = x.new_empty(x.shape if need_dx else 0)
     da = lora_a[0].new_empty(sum(a.numel() for a in lora_a) if need_da else 0)

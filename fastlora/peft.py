@@ -123,6 +123,21 @@ def _dropout_p(dropout: nn.Module) -> float:
     return dropout.p if isinstance(dropout, nn.Dropout) and dropout.training else 0.0
 
 
+class _Arguments(NamedTuple):
+    """What `functional.lora_linear` takes besides x."""
+
+    weight: Tensor  # [N, K]
+    bias: Tensor | None
+    lora_a: Tensor
+    lora_b: Tensor
+    scale: float
+    dropout_p: float
+
+
+def _columns(adapters: Sequence[_Arguments]) -> tuple[list[Any], ...]:
+    return tuple(list(column) for column in zip(*adapters, strict=True))
+
+
 class _Seen(NamedTuple):
     """What `report` needs to know of a layer's last call."""
 
@@ -158,26 +173,22 @@ class FusedLinear(lora.Linear):
                 self.__dict__["_fastlora_seen"] = _Seen.own_forward(obstacle)
             return super().forward(x, *args, **kwargs)
         adapters = [self._arguments(adapter) for adapter in used]
+        names = None if adapter_names is None else tuple(adapter_names)
+        if names is not None:
+            self._check_forward_args(x, adapter_names=adapter_names)
         if not torch.compiler.is_compiling():
             dropout = any(each.dropout_p for each in adapters)
-            group = self.__dict__.get("_fastlora_group") if adapter_names is None and len(used) == 1 else None
-            y = None if group is None else group.result_of(self, x)
-            self.__dict__["_fastlora_seen"] = _Seen.call(x, dropout, adapter_names is not None, grouped=y is not None)
+            shares = len(used) == 1 if names is None else bool(ops.candidates("multi_lora_shared", x.device, x.dtype))
+            group = self.__dict__.get("_fastlora_group") if shares else None
+            y = None if group is None else group.result_of(self, x, names)
+            self.__dict__["_fastlora_seen"] = _Seen.call(x, dropout, names is not None, grouped=y is not None)
             if y is not None:
                 return y
         one = adapters[0]
-        if adapter_names is not None:
-            self._check_forward_args(x, adapter_names=adapter_names)
-            return functional.multi_lora(
-                x,
-                one.weight,
-                one.bias,
-                [each.lora_a for each in adapters],
-                [each.lora_b for each in adapters],
-                [each.scale for each in adapters],
-                _row_groups(tuple(adapter_names), tuple(used), x.device, torch.is_inference_mode_enabled()),
-                dropout_p=[each.dropout_p for each in adapters],
-            )
+        if names is not None:
+            _, _, every_a, every_b, scale, dropout_p = _columns(adapters)
+            index = _row_groups(names, tuple(used), x.device, torch.is_inference_mode_enabled())
+            return functional.multi_lora(x, one.weight, one.bias, every_a, every_b, scale, index, dropout_p=dropout_p)
         if len(used) == 1:
             return functional.lora_linear(
                 x, one.weight, one.bias, one.lora_a, one.lora_b, one.scale, dropout_p=one.dropout_p
@@ -187,11 +198,10 @@ class FusedLinear(lora.Linear):
         lora_b = torch.cat([each.lora_b * each.scale for each in adapters], dim=1)
         return functional.lora_linear(x, one.weight, one.bias, lora_a, lora_b, 1.0)
 
-    def _arguments(self, adapter: str) -> groups.Arguments:
-        """What `functional.lora_linear` takes besides x."""
+    def _arguments(self, adapter: str) -> _Arguments:
         base: Any = self._modules["base_layer"]
         lora_a, lora_b, dropout = _Adapter.of(self, adapter)
-        return groups.Arguments(
+        return _Arguments(
             _weight_of(base),
             _tensor(base, "bias"),
             _tensor(lora_a, "weight"),
@@ -218,7 +228,7 @@ class FusedLinear(lora.Linear):
         with packed.rewriting(self.base_layer.weight):  # moved: the copies are of no use, wherever it goes
             return super()._apply(*args, **kwargs)
 
-    def _used_adapters(self, adapter_names: list[str] | None) -> list[str]:
+    def _used_adapters(self, adapter_names: Sequence[str] | None) -> list[str]:
         wanted = self.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
         return [adapter for adapter in wanted if adapter in self.lora_A]
 
@@ -257,12 +267,28 @@ class FusedLinear(lora.Linear):
         return None
 
 
-def _arguments_in_group(layer: FusedLinear, x: Tensor) -> groups.Arguments | None:
-    """The layer's arguments where it runs fused, with one adapter and without hooks; None: the group's layers run alone this time."""
-    used = layer._used_adapters(None)
-    if len(used) != 1 or is_hooked(layer) or layer._obstacle(x, used, (), {}) is not None:
+def _compute_all(layers: Sequence[FusedLinear], x: Tensor, names: groups.AdapterNames) -> list[Tensor] | None:
+    """The results of layers that share x, or None: they run alone this time, as one is hooked, does not run fused, or has other adapters."""
+    used = [layer._used_adapters(names) for layer in layers]
+    if any(own != used[0] for own in used) if names is not None else any(len(own) != 1 for own in used):
         return None
-    return layer._arguments(used[0])
+    kwargs = {} if names is None else {"adapter_names": names}
+    for layer, own in zip(layers, used, strict=True):
+        if is_hooked(layer) or layer._obstacle(x, own, (), kwargs) is not None:
+            return None
+    adapters = [[layer._arguments(adapter) for adapter in own] for layer, own in zip(layers, used, strict=True)]
+    if len({own[0].lora_a.dtype for own in adapters}) > 1:
+        return None
+    weight, bias, *own_columns = _columns([own[0] for own in adapters])
+    if names is None:
+        lora_a, lora_b, scale, dropout_p = own_columns
+        return functional.lora_linear_shared(x, weight, bias, lora_a, lora_b, scale, dropout_p=dropout_p)
+    _, _, lora_a, lora_b, scale, dropout_p = (list(column) for column in zip(*map(_columns, adapters), strict=True))
+    like_x, dropout = _like_rows(x.shape, weight[0], functional._autocast_dtype(x) or x.dtype), any(map(any, dropout_p))
+    if not ops.choose_multi_lora_shared(like_x, weight[0], dropout)[1]:
+        return None  # one after the other is cheaper from here than within one operator
+    index = _row_groups(names, tuple(used[0]), x.device, torch.is_inference_mode_enabled())
+    return functional.multi_lora_shared(x, weight, bias, lora_a, lora_b, scale, index, dropout_p=dropout_p)
 
 
 class FrozenLinear(nn.Linear):
@@ -372,7 +398,7 @@ def accelerate(model: nn.Module, *, frozen: bool = False, pack_budget: int | Non
         if base is not None:
             packed.register(base.weight, budget, transposed=isinstance(base, Conv1D))
     _dissolve_groups(model)
-    for group in groups.find_groups(model, lambda module: type(module) is FusedLinear, _arguments_in_group):
+    for group in groups.find_groups(model, lambda module: type(module) is FusedLinear, _compute_all):
         for member in group.layers:
             member.__dict__["_fastlora_group"] = group
     if layers and not any(type(layer) is FusedLinear for _, layer in layers):
@@ -386,10 +412,12 @@ def accelerate(model: nn.Module, *, frozen: bool = False, pack_budget: int | Non
 def _weights_by_operator(model: nn.Module) -> dict[str, list[Tensor]]:
     """For each operator, the frozen weights that the swapped layers call it with."""
     fused = [module for module in model.modules() if type(module) is FusedLinear]
+    grouped = [layer for layer in fused if "_fastlora_group" in layer.__dict__]
     return {
         "lora_linear": [layer.base_layer.weight for layer in fused],
-        "lora_linear_shared": [layer.base_layer.weight for layer in fused if "_fastlora_group" in layer.__dict__],
+        "lora_linear_shared": [layer.base_layer.weight for layer in grouped],
         "multi_lora": [layer.base_layer.weight for layer in fused if len(layer.lora_A) > 1],
+        "multi_lora_shared": [layer.base_layer.weight for layer in grouped if len(layer.lora_A) > 1],
     }
 
 
@@ -432,6 +460,11 @@ def report(model: nn.Module) -> Report:
     )
 
 
+def _like_rows(shape: Sequence[int], weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """What `ops` chooses by in the place of x, as rows [M, K], where weight is; it has no memory of its own."""
+    return weight.new_empty(1, 1, dtype=dtype).expand(math.prod(shape[:-1]), weight.shape[1])
+
+
 def _explain(layer: Any) -> tuple[str, str]:
     base = _frozen_base(layer)
     if base is None:
@@ -441,7 +474,7 @@ def _explain(layer: Any) -> tuple[str, str]:
         return "reference", f"{'PEFT' if base is not layer else 'nn.Linear'}'s own forward: {seen.obstacle}"
     weight = _weight_of(base)
     rows = math.prod(seen.shape[:-1])
-    like_x = weight.new_empty(1, 1, dtype=seen.dtype).expand(rows, layer.in_features)
+    like_x = _like_rows(seen.shape, weight, seen.dtype)
     group = layer.__dict__.get("_fastlora_group")
     grouped = seen.grouped and group is not None and group.dissolved is None
 
@@ -449,7 +482,8 @@ def _explain(layer: Any) -> tuple[str, str]:
         """The choice, and whether it runs the layer's group together."""
         if grouped:
             first = _weight_of(_frozen_base(group.layers[0]))
-            return ops.choose_lora_linear_shared(like_x, first, seen.dropout, backward)
+            choose_all = ops.choose_multi_lora_shared if seen.mixed else ops.choose_lora_linear_shared
+            return choose_all(like_x, first, seen.dropout, backward)
         if base is layer:
             return ops.choose_frozen_linear(like_x, weight, backward), False
         choose = ops.choose_multi_lora if seen.mixed else ops.choose_lora_linear
@@ -458,7 +492,7 @@ def _explain(layer: Any) -> tuple[str, str]:
     (implementation, reason, _), together = chosen(backward=False)
     if implementation == "cpu":
         reason += f"; x Wᵀ by {packed.describe(weight, seen.dtype, rows)}"
-    if group is not None and not seen.mixed:
+    if group is not None and (seen.grouped or not seen.mixed):
         reason += f"; {group.describe(layer, seen.grouped, together)}"
     try:
         backward, _ = chosen(backward=True)

@@ -13,6 +13,7 @@ at all is dropped, keep has no elements.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -165,11 +166,15 @@ def lora_linear_shared(
         for i, (w, b, a, up, s, p) in enumerate(layers)
     ]
     ys, xas, keeps = zip(*results, strict=True)
-    keep = x.new_empty(0, dtype=torch.uint8)
-    if drops(dropout_p, seed):
-        unread = x.new_zeros(x.shape[0], keep_bytes(x.shape[1]), dtype=torch.uint8)
-        keep = torch.stack([bits if drop_threshold(p) else unread for bits, p in zip(keeps, dropout_p, strict=True)])
-    return list(ys), torch.cat(xas, 1), keep
+    return list(ys), torch.cat(xas, 1), _stack_keep(x, keeps, [drops([p], seed) for p in dropout_p])
+
+
+def _stack_keep(x: Tensor, keeps: Sequence[Tensor], dropping: Sequence[bool]) -> Tensor:
+    """The bits of the layers that drop anything as one [G, M, keep_bytes(K)], zeros for the others; without elements where none does."""
+    if not any(dropping):
+        return x.new_empty(0, dtype=torch.uint8)
+    unread = x.new_zeros(x.shape[0], keep_bytes(x.shape[1]), dtype=torch.uint8)
+    return torch.stack([keep if drops else unread for keep, drops in zip(keeps, dropping, strict=True)])
 
 
 def lora_linear_shared_backward(
@@ -274,6 +279,71 @@ def multi_lora_backward(
     if need_dx:
         dx[invalid] = torch.nan
     return dx, torch.cat(das) if das else lora_a[0].new_empty(0), torch.cat(dbs) if dbs else lora_b[0].new_empty(0)
+
+
+def _by_layer(values: Sequence[Any], layers: int) -> list[Sequence[Any]]:
+    """What the adapters of all layers have, one layer after the other, as a list for each layer."""
+    S = len(values) // layers
+    return [values[layer * S : (layer + 1) * S] for layer in range(layers)]
+
+
+def multi_lora_shared(
+    x: Tensor,  # [M, K]
+    weight: list[Tensor],  # G of [N_g, K]
+    bias: list[Tensor],  # G of [N_g], or without elements: none
+    lora_a: list[Tensor],  # G S of [R_gi, K]: every adapter of the first layer, then of the second, ...
+    lora_b: list[Tensor],  # G S of [N_g, R_gi]
+    scale: list[float],  # G S
+    dropout_p: list[float],  # G S
+    seed: Tensor | None,  # [G] int64, each layer's own
+    order: Tensor,
+    offsets: Tensor,
+    layer: Callable[..., tuple[Tensor, Tensor, Tensor]] = multi_lora,
+) -> tuple[
+    list[Tensor], Tensor, Tensor
+]:  # G of y [M, N_g], xa [G, M, max R_gi], 0 beyond a row's own rank in that layer, keep [G, M, 8 ceil(K / 64)] uint8
+    """G layers of `multi_lora` on the same x with the same adapter for a row, as the query, key and value of attention are."""
+    adapters = zip(*(_by_layer(values, len(weight)) for values in (lora_a, lora_b, scale, dropout_p)), strict=True)
+    results = [
+        layer(x, w, b if b.numel() else None, *own, None if seed is None else seed[g], order, offsets)
+        for g, (w, b, own) in enumerate(zip(weight, bias, adapters, strict=True))
+    ]
+    ys, xas, keeps = zip(*results, strict=True)
+    R = max(a.shape[0] for a in lora_a)
+    xa = torch.stack([F.pad(own, (0, R - own.shape[1])) for own in xas])
+    return list(ys), xa, _stack_keep(x, keeps, [drops(p, seed) for p in _by_layer(dropout_p, len(weight))])
+
+
+def multi_lora_shared_backward(
+    dy: list[Tensor],  # G of [M, N_g]
+    x: Tensor,
+    weight: list[Tensor],
+    lora_a: list[Tensor],
+    lora_b: list[Tensor],
+    xa: Tensor,  # [G, M, max R_gi], the forward's
+    keep: Tensor,  # [G, M, 8 ceil(K / 64)] uint8, the forward's; without elements: no dropout
+    scale: list[float],
+    dropout_p: list[float],
+    order: Tensor,
+    offsets: Tensor,
+    need_dx: bool,
+    need_da: bool,
+    need_db: bool,
+    layer: Callable[..., tuple[Tensor, Tensor, Tensor]] = multi_lora_backward,
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # dx [M, K], summed over the layers; da, db 1-D: every dA_gi, every dB_gi, one after the other
+    """`multi_lora_backward` of every layer."""
+    dx, das, dbs = x.new_empty(0), [], []
+    adapters = zip(*(_by_layer(values, len(weight)) for values in (lora_a, lora_b, scale, dropout_p)), strict=True)
+    for g, (d, w, (a, b, s, p)) in enumerate(zip(dy, weight, adapters, strict=True)):
+        xa_g = xa[g, :, : max(one.shape[0] for one in a)].contiguous()
+        keep_g = keep[g] if keep.numel() else keep
+        dx_g, da, db = layer(d, x, w, a, b, xa_g, keep_g, s, p, order, offsets, need_dx, need_da, need_db)
+        dx = dx + dx_g if g else dx_g
+        das.append(da)
+        dbs.append(db)
+    return dx, torch.cat(das), torch.cat(dbs)
 
 
 def prefix_layout(

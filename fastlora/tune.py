@@ -66,6 +66,7 @@ def tune(
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': torch sees no CUDA card here")
     todo = problems(device, list(PROBLEMS), ops.KERNEL_DTYPES, list(SHAPES))
+    todo = [one for one in todo if ops.candidates(one.op, torch.device(device), one.dtype)]
     if device == "cuda":
         # Compiling takes longer than measuring: a class of every operator first, then the next.
         todo.sort(key=lambda one: (one.dtype != torch.bfloat16, one.size != "large", FIRST_ON_CARDS.index(one.rows)))

@@ -227,6 +227,11 @@ def launch_everything() -> None:
         bias = [torch.empty(0, dtype=dtype)] * G
         _, xa, keep = run("lora_linear_shared", x, weight, bias, a, b, *drawn, seed)
         run("lora_linear_shared_backward", dy, x, weight, a, b, xa, keep, *drawn, True, True, True)
+        order, offsets = torch.empty(M, dtype=torch.int64), torch.empty(5, dtype=torch.int64)
+        every = [one for one in a for _ in range(2)], [one for one in b for _ in range(2)]
+        drawn, sorting = ([1.0] * 2 * G, [0.1] * 2 * G), (order, offsets)
+        _, xa, keep = run("multi_lora_shared", x, weight, bias, *every, *drawn, seed, *sorting)
+        run("multi_lora_shared_backward", dy, x, weight, *every, xa, keep, *drawn, *sorting, True, True, True)
 
     # Products need no hands: kernels are compiled for them, and nothing is computed.
     torch.nn.functional.linear = lambda x, weight, bias=None: x.new_empty(x.shape[0], weight.shape[0])
@@ -239,6 +244,7 @@ def launch_everything() -> None:
     launch_lora(torch.float16, 64, 16, 0.0, torch.float16)
     launch_lora(torch.bfloat16, 32, 16, 0.0, torch.bfloat16, backward=False)
     launch_shared(torch.bfloat16, 8192, 16, (4096, 1024, 1024))
+    launch_shared(torch.bfloat16, 32, 16, (4096, 1024, 1024))
     tuned.forced_way = "library"
     launch_lora(torch.bfloat16, 8192, 16, 0.1, torch.float32)
     launch_lora(torch.float32, 8192, 64, 0.1, torch.float32)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora import functional
+from fastlora import functional, ops
 
 WIDTH = 16
 
@@ -54,16 +54,16 @@ def reasons(model: nn.Module) -> list[str]:
     return [layer.reason for layer in fastlora.report(model)]
 
 
-def count_shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Filled with the number of layers at each call of lora_linear_shared."""
+def count_shared(monkeypatch: pytest.MonkeyPatch, name: str = "lora_linear_shared") -> list[int]:
+    """Filled with the number of layers at each call of that function."""
     calls: list[int] = []
-    shared = functional.lora_linear_shared
+    shared = getattr(functional, name)
 
     def counting(x: Tensor, weight: list[Tensor], *args: Any, **options: Any) -> list[Tensor]:
         calls.append(len(weight))
         return shared(x, weight, *args, **options)
 
-    monkeypatch.setattr(functional, "lora_linear_shared", counting)
+    monkeypatch.setattr(functional, name, counting)
     return calls
 
 
@@ -165,6 +165,55 @@ def test_merged_disabled_or_hooked_layers_run_alone(monkeypatch: pytest.MonkeyPa
     attention.v_proj.unmerge()
     torch.testing.assert_close(model(x), expected)
     assert calls == [3]
+
+
+def make_mixed_model() -> tuple[Any, list[Any]]:
+    """A model with adapters "default" and "other", and "query" in one layer; and its layers."""
+    model = make_model()
+    for name, r, layers in (("other", 3, ["q_proj", "k_proj", "v_proj"]), ("query", 2, ["q_proj"])):
+        model.add_adapter(name, peft.LoraConfig(r=r, target_modules=layers, init_lora_weights=False))
+    attention = attention_of(model.eval())
+    return model, [attention.q_proj, attention.k_proj, attention.v_proj]
+
+
+def test_a_mixed_batch_is_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Examples with adapters of their own, and without; an adapter that one of the layers lacks keeps the group from running."""
+    x = torch.randn(4, 5, WIDTH)
+    model, layers = make_mixed_model()
+
+    def results(names: list[str]) -> list[Tensor]:
+        return [layer(x, adapter_names=names) for layer in layers]
+
+    both, all_three = ["other", "__base__", "default", "other"], ["query", "other", "default", "query"]
+    expected = [results(both), results(all_three)]
+    fastlora.accelerate(model)
+    # As where an implementation runs them together; on a CPU none does, and plain PyTorch stands for it.
+    monkeypatch.setattr(ops, "candidates", lambda *_: ["triton"])
+    monkeypatch.setattr(ops, "choose_multi_lora_shared", lambda *_: (ops.Choice("triton", "a test"), True))
+    calls = count_shared(monkeypatch, "multi_lora_shared")
+    assert_near(results(both), expected[0])
+    assert calls == [3] and all("x read once with" in reason for reason in reasons(model))
+    assert_near(results(all_three), expected[1])
+    assert calls == [3] and not any("x read once" in reason for reason in reasons(model))
+    with torch.no_grad():
+        assert_near(results(both), expected[0])
+    with pytest.raises(ValueError, match="adapter_names"):
+        layers[0](x, adapter_names=both[:3])
+    assert calls == [3, 3] and not any("dissolved" in reason for reason in reasons(model))
+    layers[0](x, adapter_names=both)
+    other_rows = layers[1](x, adapter_names=both[::-1])  # not what waits for it
+    assert layers[0].__dict__["_fastlora_group"].dissolved == "k_proj was called with another x"
+    fastlora.restore(model)
+    torch.testing.assert_close(other_rows, layers[1](x, adapter_names=both[::-1]), rtol=1e-5, atol=1e-5)
+
+
+def test_a_mixed_batch_runs_alone_where_nothing_runs_it_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, layers = make_mixed_model()
+    fastlora.accelerate(model)
+    calls = count_shared(monkeypatch, "multi_lora_shared")
+    for layer in layers:
+        layer(torch.randn(2, WIDTH), adapter_names=["other", "default"])
+    assert calls == [] and not any("x " in reason.split("; ")[-1] and "q_proj" in reason for reason in reasons(model))
 
 
 def test_report_tells_a_call_without_the_group() -> None:

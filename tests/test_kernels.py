@@ -256,6 +256,47 @@ def test_multi_lora_in_many_tiles(monkeypatch, dtype, rank, parts, few_rows, way
         assert_within_bound(name, value, near, truth)
 
 
+def run_multi_shared(
+    implementation: str, layers, adapters, dropout_p: list[float], seed: Tensor, groups: tuple[Tensor, Tensor]
+) -> list[Tensor]:
+    """xa, dx, every dA and dB, and each y; layers give what is frozen and dy, the first one x, and `adapters` every A and B, layer after layer."""
+    x, weight = layers[0].x, [layer.weight for layer in layers]
+    bias = [layer.weight.new_empty(0) if layer.bias is None else layer.bias for layer in layers]
+    a, b = [one.lora_a for one in adapters], [one.lora_b for one in adapters]
+    scale = [1.0 + i for i in range(len(adapters))]
+    y, xa, keep = ops.implementation("multi_lora_shared", implementation)(
+        x, weight, bias, a, b, scale, dropout_p, seed, *groups
+    )
+    dy, backward = [layer.dy for layer in layers], ops.implementation("multi_lora_shared_backward", implementation)
+    return [xa, *backward(dy, x, weight, a, b, xa, keep, scale, dropout_p, *groups, True, True, True), *y]
+
+
+@pytest.mark.parametrize(("way", "few_rows", "dtype"), [
+    ("fused", 64, torch.float32), ("fused", 0, torch.bfloat16), ("library", 0, torch.bfloat16),
+], ids=str)  # fmt: skip
+def test_multi_lora_of_layers_that_share_x_in_many_tiles(monkeypatch, way, few_rows, dtype):
+    """Other widths and ranks in each layer, one of which drops nothing; a weight and an adapter that lie otherwise."""
+    use_small_tiles(monkeypatch, 16)
+    monkeypatch.setattr(tuned, "forced_way", way)
+    monkeypatch.setattr(tuning, "FEW_ROWS", few_rows)
+    monkeypatch.setattr(tuning, "parts", lambda x, programs, steps: 2)
+    index = torch.tensor([0, 1, 1, -1, 1] + [2] * 17 + [-1, 0, 2], device=DEVICE)
+    groups = RowGroups(index, 3).for_rows(len(index))
+    widths, ranks = (24, 9), ((3, 18, 1), (5, 2, 20))
+    made = [[make_layer(len(index), 35, N, R, dtype, bias=N != 9, device=DEVICE) for R in own]
+            for N, own in zip(widths, ranks, strict=True)]  # fmt: skip
+    made = [[type(one)(*(None if value is None else value.detach() for value in one)) for one in own] for own in made]
+    layers, adapters = [own[0] for own in made], [one for own in made for one in own]
+    layers[1] = layers[1]._replace(weight=transposed(layers[1].weight), dy=gapped(layers[1].dy))
+    adapters[4] = adapters[4]._replace(lora_a=gapped(adapters[4].lora_a))
+    rest = [0.3, 0.0, 0.5, 0.0, 0.0, 0.0], torch.tensor([5, 2**62 + 1], device=DEVICE), groups
+    values, eager = (run_multi_shared(name, layers, adapters, *rest) for name in ("triton", "reference"))
+    wide = ([type(one)(*map(double, one)) for one in ones] for ones in (layers, adapters))
+    exact = run_multi_shared("reference", *wide, *rest)
+    for name, *results in zip(("xa", "dx", "da", "db", "y", "y"), values, eager, exact, strict=True):
+        assert_within_bound(name, *results)
+
+
 def test_one_adapter_for_all_rows_is_lora_linear():
     layer = make_layer(21, 40, 24, 5, device=DEVICE)
     groups = RowGroups(torch.zeros(21, dtype=torch.int64, device=DEVICE), 1).for_rows(21)

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import ops, reference
-from fastlora.functional import RowGroups, group_rows, lora_linear, multi_lora, raise_pending
+from fastlora.functional import RowGroups, group_rows, lora_linear, multi_lora, multi_lora_shared, raise_pending
 
 OPERATOR = "multi_lora"
 
@@ -386,6 +386,158 @@ def test_compiles_whole(device: str, grouped: bool) -> None:
         assert torch.equal(y, expected)
         for grad, want in zip(gradients(y, inputs, mixed.dy), gradients(expected, inputs, mixed.dy), strict=True):
             assert torch.equal(grad, want)
+
+
+# Layers that share x: each has S adapters of its own, a row has the same number in all.
+
+
+def make_shared(
+    index: list[int], ranks: list[list[int]], widths: list[int], dropout: bool = True, **options: Any
+) -> list[Mixed]:
+    """One Mixed a layer, with one x; without `dropout` in the second layer anywhere, and a bias in all but the first."""
+    layers = [
+        make_mixed(index, own, N=N, dropout=dropout and g != 1, bias=g > 0, **options)
+        for g, (own, N) in enumerate(zip(ranks, widths, strict=True))
+    ]
+    return [layer._replace(x=layers[0].x) for layer in layers]
+
+
+def columns_of(layers: list[Mixed]) -> dict[str, list[Any]]:
+    return {name: [getattr(layer, name) for layer in layers] for name in Mixed._fields}
+
+
+def fused_shared(layers: list[Mixed], index: Tensor | RowGroups | None = None) -> list[Tensor]:
+    """Every y, dx, every dA and every dB."""
+    c = columns_of(layers)
+    ys = multi_lora_shared(
+        c["x"][0], c["weight"], c["bias"], c["lora_a"], c["lora_b"], c["scale"], c["index"][0] if index is None else index,
+        dropout_p=c["dropout_p"],
+    )  # fmt: skip
+    leaves = [c["x"][0], *(one for own in (*c["lora_a"], *c["lora_b"]) for one in own)]
+    return [*ys, *torch.autograd.grad(ys, leaves, c["dy"])]
+
+
+def arranged(results: list[list[Tensor]], S: int) -> list[Tensor]:
+    """The layers' y, dx, dA and dB (`fused`) in the order of `fused_shared`."""
+    das, dbs = ([grad for own in results for grad in own[begin:][:S]] for begin in (2, 2 + S))
+    return [*(own[0] for own in results), sum(own[1] for own in results[1:]) + results[0][1], *das, *dbs]
+
+
+SHARED: dict[str, dict[str, Any]] = {
+    "three layers": {"index": SHUFFLED, "ranks": [[1, 8, 3, 17]] * 3, "widths": [24, 8, 8]},
+    "other ranks": {"index": SHUFFLED, "ranks": [[1, 8, 3, 17], [20, 2, 5, 1]], "widths": [24, 40]},
+    "no dropout": {"index": SHUFFLED, "ranks": [[4, 4, 4, 4]] * 2, "widths": [16, 16], "dropout": False},
+    "one layer": {"index": [1, -1, 0], "ranks": [[3, 8]], "widths": [12]},
+    "no rows": {"index": [], "ranks": [[4, 2]] * 2, "widths": [8, 8]},
+    "many rows, bfloat16": {
+        "index": [i // 20 - 1 for i in range(90)],
+        "ranks": [[16, 8, 5, 1]] * 2,
+        "widths": [70, 33],
+        "K": 130,
+        "dtype": torch.bfloat16,
+        "adapter_dtype": torch.float32,
+    },
+}
+
+
+@pytest.mark.parametrize("case", SHARED.values(), ids=SHARED)
+def test_layers_that_share_x(device: str, implementation: str, case: dict[str, Any]) -> None:
+    layers = make_shared(**case, device=device)
+    S, seeds = len(layers[0].scale), [None] * len(layers)
+    if any(p for layer in layers for p in layer.dropout_p):
+        torch.manual_seed(1)
+        seeds = list(torch.randint(0, 2**63 - 1, (len(layers),), dtype=torch.int64, device=device))
+        torch.manual_seed(1)
+    values = fused_shared(layers)
+    eager, exact = (
+        arranged([compute(*one) for one in zip(layers, seeds, strict=True)], S) for compute in (eagerly, exactly)
+    )
+    for number, (value, near, right) in enumerate(zip(values, eager, exact, strict=True)):
+        assert_within_bound(f"result {number}", value.detach(), near.detach(), right)
+
+
+def test_layers_that_share_x_repeat_bitwise(device: str, implementation: str) -> None:
+    layers = make_shared([i % 4 - 1 for i in range(70)], [[16, 8, 5]] * 2, [24, 9], device=device)
+    runs = []
+    for index in (layers[0].index, group_rows(layers[0].index, 3)):
+        torch.manual_seed(0)
+        runs.append(fused_shared(layers, index))
+    for first, second in zip(*runs, strict=True):
+        assert torch.equal(first, second)
+
+
+def test_invalid_rows_of_layers_that_share_x(device: str, implementation: str) -> None:
+    layers = make_shared([0, 1, 0, 1], [[3, 8]] * 2, [24, 8], dropout=False, device=device)
+    groups = RowGroups(torch.tensor([0, 7, -2, 1], device=device), 2)
+    y0, y1, dx, *grads = fused_shared(layers, groups)
+    for tensor in (y0, y1, dx):
+        assert tensor[1:3].isnan().all() and tensor[[0, 3]].isfinite().all()
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+def shared_arguments(device: str) -> tuple[list[Any], list[Any], list[Tensor], tuple[Tensor, Tensor]]:
+    """x, weights, biases, A and B; scales, probabilities and seeds; dy; order and offsets. Two layers, the second drops nothing."""
+    layers = make_shared(SHUFFLED, [[1, 8, 3, 17], [2, 4, 6, 1]], [24, 9], device=device)
+    c = columns_of(layers)
+    every = {name: [one for own in c[name] for one in own] for name in ("lora_a", "lora_b", "scale", "dropout_p")}
+    lists = [[one.detach() for one in every[name]] for name in ("lora_a", "lora_b")]
+    bias = [layers[0].x.new_empty(0) if one is None else one for one in c["bias"]]
+    numbers = [every["scale"], every["dropout_p"], torch.tensor([3, 2**40], device=device)]
+    sorting = group_rows(layers[0].index, 4).for_rows(len(SHUFFLED))
+    return [layers[0].x.detach(), c["weight"], bias, *lists], numbers, c["dy"], sorting
+
+
+def test_keep_of_layers_that_share_x(device: str, implementation: str) -> None:
+    """A layer's bits are those of its own seed; backward reads neither those of rows that drop nothing nor those beyond the last column."""
+    (x, weight, bias, *adapters), (scale, p, seed), dy, sorting = shared_arguments(device)
+    _, xa, keep = torch.ops.fastlora.multi_lora_shared(x, weight, bias, *adapters, scale, p, seed, *sorting)
+    M, K = x.shape
+    assert xa.shape == (2, M, 17) and keep.dtype == torch.uint8 and keep.shape == (2, M, reference.keep_bytes(K))
+    read = torch.zeros(2, M, K, dtype=torch.bool, device=device)
+    index = torch.tensor(SHUFFLED, device=device)
+    for i in (1, 3):
+        (rows,) = torch.nonzero(index == i, as_tuple=True)
+        assert torch.equal(reference.read_keep(keep[0, rows], K), reference.keep_mask(seed[0], rows, K, p[i]))
+        read[0, rows] = True
+    backward = torch.ops.fastlora.multi_lora_shared_backward
+    grads, others = (
+        backward(dy, x, weight, *adapters, xa, bits, scale, p, *sorting, True, True, True)
+        for bits in (keep, flip_unread(keep, read))
+    )
+    assert all(torch.equal(grad, other) for grad, other in zip(grads, others, strict=True))
+    _, _, keep = torch.ops.fastlora.multi_lora_shared(x, weight, bias, *adapters, scale, p, None, *sorting)
+    assert keep.dtype == torch.uint8 and keep.shape == (0,)
+
+
+def test_opcheck_of_layers_that_share_x(device: str) -> None:
+    (x, weight, bias, *adapters), (scale, p, seed), dy, sorting = shared_arguments(device)
+    forward, backward = torch.ops.fastlora.multi_lora_shared, torch.ops.fastlora.multi_lora_shared_backward
+    torch.library.opcheck(forward.default, (x, weight, bias, *adapters, scale, p, seed, *sorting))
+    _, xa, keep = forward(x, weight, bias, *adapters, scale, p, seed, *sorting)
+    for need in ((True, True, True), (False, False, True)):
+        arguments = (dy, x, weight, *adapters, xa, keep, scale, p, *sorting, *need)
+        torch.library.opcheck(backward.default, arguments)
+
+
+def test_layers_that_share_x_name_the_wrong_one() -> None:
+    layers = make_shared([0, 1, 0], [[4, 2]] * 2, [12, 6], K=16)
+    c = columns_of(layers)
+    right = {name: c[name] for name in ("weight", "bias", "lora_a", "lora_b", "scale")}
+    short = [c["lora_a"][1][0], torch.ones(2, 15)]
+    for changes, message in (
+        ({"lora_a": [c["lora_a"][0], short]}, r"^lora_a\[1\]\[1\]: got float32 \[2, 15\]"),
+        ({"lora_b": [c["lora_b"][0]]}, "^lora_b: got '1 entries', expected one for each of the 2 weights"),
+        ({"scale": [[1.0, 1.0], [1.0]]}, r"^scale\[1\]: "),
+        ({"dropout_p": [0.1, [0.1, 2.0]]}, r"^dropout_p\[1\]\[1\]: "),
+        (
+            {name: [c[name][0], c[name][1][:1]] for name in ("lora_a", "lora_b", "scale")},
+            r"^lora_a\[1\]: got '1 adapters', expected 2, as lora_a\[0\] has",
+        ),
+        ({"index": torch.tensor([0, 2, 0])}, "^index: "),
+    ):
+        arguments = {**right, "index": layers[0].index, **changes}
+        with pytest.raises((IndexError, ValueError), match=message):
+            multi_lora_shared(layers[0].x, **arguments)
 
 
 NAN, INF = float("nan"), float("inf")

@@ -29,6 +29,7 @@ from fastlora.tuned import Measurement
 
 NATIVE = ("lora_linear", "cpu") in ops._table
 needs_native = pytest.mark.skipif(not NATIVE, reason="the native extension is not built")
+ON_A_CPU = [op for op in measure.PROBLEMS if op != "multi_lora_shared"]  # that one runs layer after layer there
 
 
 def entry(
@@ -693,7 +694,7 @@ def test_what_fails_in_one_size_is_used_in_none(
 
 @needs_native
 @pytest.mark.parametrize("dtype", ops.KERNEL_DTYPES)
-@pytest.mark.parametrize("op", measure.PROBLEMS)
+@pytest.mark.parametrize("op", ON_A_CPU)
 def test_right_implementations_pass(op: str, dtype: torch.dtype, timed: list[list[str]], machine: Path) -> None:
     for problem in measure.problems("cpu", [op], [dtype], ["small"]):
         found = measure.measure(problem, torch.device("cpu"), 0.0)
@@ -749,7 +750,7 @@ def test_tune_writes_a_table_that_is_used(machine: Path, timed: list[list[str]],
     assert head["kind"] == shipped.stem and head["command"] == f"fastlora tune --device cpu --output {shipped.name}"
     assert head["torch"] == torch.__version__ and head["threads"] == torch.get_num_threads() and head["date"]
     restart()
-    for problem in measure.problems("cpu", list(measure.PROBLEMS), ops.KERNEL_DTYPES, ["small", "large"]):
+    for problem in measure.problems("cpu", ON_A_CPU, ops.KERNEL_DTYPES, ["small", "large"]):
         for op in (problem.op, f"{problem.op}_backward"):
             assert tuned.is_measured("cpu", op, *problem[1:]), (op, problem)
     timed.clear()
@@ -769,7 +770,7 @@ def test_tune_keeps_its_measurements(machine: Path, timed: list[list[str]]) -> N
 
 @needs_native
 def test_tune_ends_in_time_with_what_it_has(machine: Path, timed: list[list[str]], tmp_path: Path) -> None:
-    whole = measure.problems("cpu", list(measure.PROBLEMS), ops.KERNEL_DTYPES, list(measure.SHAPES))
+    whole = measure.problems("cpu", ON_A_CPU, ops.KERNEL_DTYPES, list(measure.SHAPES))
     path, found = tune.tune("cpu", tmp_path / "cut.json", progress=False, seconds=0)
     assert {one.op for one in found} == {whole[0].op, f"{whole[0].op}_backward"}
     assert len(json.loads(path.read_text())["entries"]) == len(found)
@@ -796,7 +797,7 @@ def test_shipped_tables_are_whole(path: Path) -> None:
     table = tuned._read(path, {"schema": tuned.SCHEMA, "kind": path.stem})
     assert all(one.checked for one in table.values())
     tuned.load_state({"cpu": table.values()})
-    for problem in measure.problems("cpu", list(measure.PROBLEMS), ops.KERNEL_DTYPES, list(measure.SHAPES)):
+    for problem in measure.problems("cpu", ON_A_CPU, ops.KERNEL_DTYPES, list(measure.SHAPES)):
         for op in (problem.op, f"{problem.op}_backward"):
             assert tuned.is_measured("cpu", op, *problem[1:]), (op, problem)
 
