@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from conftest import implementations
 from torch import Tensor, nn
 
 import fastlora
@@ -176,6 +177,7 @@ def make_mixed_model() -> tuple[Any, list[Any]]:
     return model, [attention.q_proj, attention.k_proj, attention.v_proj]
 
 
+@pytest.mark.skipif("triton" not in implementations("multi_lora_shared", "cpu"), reason="needs Triton's interpreter")
 def test_a_mixed_batch_is_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Examples with adapters of their own, and without; an adapter that one of the layers lacks keeps the group from running."""
     x = torch.randn(4, 5, WIDTH)
@@ -187,9 +189,8 @@ def test_a_mixed_batch_is_computed_together(monkeypatch: pytest.MonkeyPatch) -> 
     both, all_three = ["other", "__base__", "default", "other"], ["query", "other", "default", "query"]
     expected = [results(both), results(all_three)]
     fastlora.accelerate(model)
-    # As where an implementation runs them together; on a CPU none does, and plain PyTorch stands for it.
-    monkeypatch.setattr(ops, "candidates", lambda *_: ["triton"])
-    monkeypatch.setattr(ops, "choose_multi_lora_shared", lambda *_: (ops.Choice("triton", "a test"), True))
+    monkeypatch.setattr(ops, "candidates", lambda *_: ["triton"])  # as on a card
+    monkeypatch.setattr(ops, "forced", "triton")
     calls = count_shared(monkeypatch, "multi_lora_shared")
     assert_near(results(both), expected[0])
     assert calls == [3] and all("x read once with" in reason for reason in reasons(model))
