@@ -62,7 +62,7 @@ struct ManyAdapters {
     return {group, from, end, (first / SHRINK_ROWS + group) * SHRINK_ROWS + within * size, within, number - group - 1};
   }
 
-  __device__ Adapter of(int group) const { return groups.adapts(group) ? adapters[group - 1] : Adapter{0, 0, 0, 1.f, 1.f}; }
+  __device__ Adapter of(int group) const { return groups.adapts(group) ? adapters[group - 1] : Adapter{0, 0, 0, 0, 1.f, 1.f}; }
   __device__ bool drops(const Adapter& adapter) const { return adapter.threshold != 0; }
 
   __device__ int row(const Piece& piece, int place) const {

@@ -91,7 +91,7 @@ struct Call {
 
   OneAdapter adapter(bool drops) const {
     const double p = layer.dropout_p;
-    return {{0, R, drops ? threshold_of(p) : 0, factor_of(p), static_cast<float>(layer.scale)}, M};
+    return {{0, 0, R, drops ? threshold_of(p) : 0, factor_of(p), static_cast<float>(layer.scale)}, M};
   }
 
   /// No tiles yet.
@@ -150,7 +150,7 @@ std::string forward(const LoraLinearForward& given, cudaStream_t stream) {
   const Product<T, OneAdapter> product{
       x, layer.x.strides[0], static_cast<const T*>(layer.weight.data), layer.weight.strides[0], space.xa, space.b, call.padded,
       static_cast<const T*>(layer.bias), layer.bias_stride, nullptr, static_cast<T*>(given.y), call.M, call.N, call.K, call.R, call.padded, adapter};
-  return multiply<T, OneAdapter, false>(product, sides, call.sides(), space.progress, stream);
+  return launch_products<T, OneAdapter, false>(product, sides, call.sides(), space.progress, stream);
 }
 
 template <class T>
@@ -227,11 +227,11 @@ std::string backward(const LoraLinearBackward& given, cudaStream_t stream) {
     const Product<T, OneAdapter> product{
         dy, dy_stride, static_cast<const T*>(layer.weight.data), layer.weight.strides[0], space.dxa, space.a, space.a_stride, nullptr, 0,
         keep, static_cast<T*>(given.dx), call.M, call.K, call.N, call.R, call.padded, adapter};
-    const std::string error = multiply<T, OneAdapter, true>(product, first, last, space.progress, stream);
+    const std::string error = launch_products<T, OneAdapter, true>(product, first, last, space.progress, stream);
     if (!error.empty()) return error;
   } else {
-    run(first, stream);
-    run(last, stream);
+    launch_sides(first, stream);
+    launch_sides(last, stream);
   }
   add_parts(call, given, space, factor);
   return "";

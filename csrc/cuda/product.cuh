@@ -76,7 +76,7 @@ __device__ inline Tile tile_of(int number, int M, int N, int height, int width) 
 }
 
 /// Which columns of a row a rank step counts for, as bits from `column` on, to the end of a group of 64, for rows some steps below `row`.
-template <class T, class G>
+template <class T, class G, bool BACK>
 struct KeptRows {
   const Product<T, G>& task;
   const RankStep& step;
@@ -92,7 +92,7 @@ struct KeptRows {
   __device__ uint64_t bits(int below) const {
     if constexpr (G::MANY) {
       if (!task.groups.has(row + below, step.group)) return 0;
-      if (!step.drops) return ~uint64_t{0};
+      if (!BACK || !step.drops) return ~uint64_t{0};
     }
     return below < rows ? *reinterpret_cast<const uint64_t*>(at + below * stride) >> shift : 0;
   }

@@ -66,14 +66,14 @@ __global__ void __launch_bounds__(sm90::THREADS, 1) product_sm90_kernel(const __
 
 /// The thin products alone.
 template <class T, class G>
-void run(const Sides<T, G>& sides, cudaStream_t stream) {
+void launch_sides(const Sides<T, G>& sides, cudaStream_t stream) {
   if (sides.tiles() == 0) return;
   const auto kernel = padded_rank(sides.shrink.R) == 16 ? side_kernel<T, G, 16> : side_kernel<T, G, RANKS>;
   launch(kernel, dim3(sides.tiles()), dim3(GROUP), QUEUE, stream, sides);
 }
 
 template <class T, class G, bool BACK>
-std::string multiply_sm90(
+std::string launch_on_sm90(
     const Product<T, G>& product, const Sides<T, G>& first, const Sides<T, G>& last, uint32_t* progress, int multiprocessors, cudaStream_t stream) {
   const int tiles = divide_up(product.M, sm90::HEIGHT) * divide_up(product.N, sm90::WIDTH), side_tiles = first.tiles() + last.tiles();
   sm90::Fused<T, G> task{{}, {}, {}, {}, product, first, last, {progress}, tiles, first.tiles(), side_tiles};
@@ -92,7 +92,7 @@ std::string multiply_sm90(
 
 /// The product, `first` that shrinks for it, and `last`, which reads what `first` has shrunk. progress: sm90::Progress::count(M) zeros.
 template <class T, class G, bool BACK>
-std::string multiply(
+std::string launch_products(
     const Product<T, G>& product, const Sides<T, G>& first, const Sides<T, G>& last, uint32_t* progress, cudaStream_t stream) {
   int device = 0, major = 0, minor = 0, multiprocessors = 0;
   cudaGetDevice(&device);
@@ -100,11 +100,11 @@ std::string multiply(
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (major < 8) return "this card has compute capability " + std::to_string(major) + "." + std::to_string(minor) + ", expected 8.0 or newer";
-  if (major == 9 && minor == 0) return multiply_sm90<T, G, BACK>(product, first, last, progress, multiprocessors, stream);
-  run(first, stream);
+  if (major == 9 && minor == 0) return launch_on_sm90<T, G, BACK>(product, first, last, progress, multiprocessors, stream);
+  launch_sides(first, stream);
   const int tiles = divide_up(product.M, sm80::SIDE) * divide_up(product.N, sm80::SIDE);
   launch(product_sm80_kernel<T, G, BACK>, dim3(tiles), dim3(sm80::THREADS), sm80::SHARED, stream, product);
-  run(last, stream);
+  launch_sides(last, stream);
   return "";
 }
 

@@ -143,9 +143,10 @@ __device__ __forceinline__ void add_selected(
       multiply_operands<T, BACK>(part, left + k * (32 >> 4), BACK ? operand(columns + k * 16 * 128, DEPTH * 128) : operand(columns + k * 32, 0), k);
       commit_products();
     }
-    const KeptRows<T, G> kept(product, step, row, column + block * 64 + threadIdx.x % 4 * 2);
+    const KeptRows<T, G, BACK> kept(product, step, row, column + block * 64 + threadIdx.x % 4 * 2);
     const uint64_t upper = kept.bits(0), lower = kept.bits(8);
     wait_products<0>();
+    forget(part);  // or what they are multiplied with may come before the wait
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       float* const to = sum + block * 32 + j * 4;

@@ -24,8 +24,9 @@ template <class I>
 constexpr __host__ __device__ I divide_up(I a, std::type_identity_t<I> b) { return (a + b - 1) / b; }
 template <class I>
 constexpr __host__ __device__ I round_up(I a, std::type_identity_t<I> b) { return divide_up(a, b) * b; }
-/// Ranks, padded with zeros: 16, or a multiple of RANKS.
-constexpr __host__ __device__ int padded_rank(int R) { return R <= 16 ? 16 : round_up(R, RANKS); }
+/// The ranks of a tile where R is the largest rank, which those of each adapter are padded with zeros to a multiple of.
+constexpr __host__ __device__ int ranks_a_pass(int R) { return R <= 16 ? 16 : RANKS; }
+constexpr __host__ __device__ int padded_rank(int R) { return round_up(R, ranks_a_pass(R)); }
 
 /// The 16-bit number below which a half-word drops its element, and what a kept one is multiplied by; as in fastlora/reference.py.
 inline uint32_t threshold_of(double p) { return static_cast<uint32_t>(65536 * p + 0.5); }
@@ -73,7 +74,8 @@ __device__ inline void drop(Eight& numbers, uint32_t bits) {
 
 /// What the kernels must know of an adapter.
 struct Adapter {
-  int first, R;        // where its ranks begin among those of all adapters, each padded; how many it has
+  int first, before;   // where its ranks begin among those of all adapters, each padded, and as they are
+  int R;
   uint32_t threshold;  // of dropout; 0: nothing is dropped
   float factor, scale;
 };
@@ -126,7 +128,7 @@ struct Shrink {
   G groups;
 };
 
-/// Where shrink_tile leaves the rows of its tile's places, M or more where there is none, until the queue is filled again.
+/// Where shrink_tile leaves the rows of its tile's places, M or more where there is none, until the queue is filled adapter.
 __device__ inline int* shrunk_rows(unsigned char* queue) { return reinterpret_cast<int*>(queue + QUEUE) - SHRINK_ROWS; }
 
 /// DRAWS: whether `keep` may be given.
@@ -214,7 +216,8 @@ __device__ void shrink_tile(const Shrink<T, G>& task, int tile, int first_rank, 
   }
   group_sync(barrier, GROUP);
   if (thread < SHRINK_ROWS && met_rows[thread] < task.M) task.groups.note(met_rows[thread], piece.group);
-  const float factor = draws ? adapter.factor : 1.f;
+  const Adapter& again = task.groups.of(piece.group);  // or it keeps registers all along
+  const float factor = draws ? again.factor : 1.f;
   for (int i = thread; i < SHRINK_ROWS * WIDTH / 2; i += GROUP) {
     const int m = met_rows[i * 2 / WIDTH], r = first_rank + i * 2 % WIDTH;
     float total[2] = {};
@@ -222,7 +225,7 @@ __device__ void shrink_tile(const Shrink<T, G>& task, int tile, int first_rank, 
       total[0] += meeting[from * SHRINK_ROWS * WIDTH + i * 2];
       total[1] += meeting[from * SHRINK_ROWS * WIDTH + i * 2 + 1];
     }
-    const uint32_t pair = pack<T>(adapter.scale * (factor * total[0]), adapter.scale * (factor * total[1]));
+    const uint32_t pair = pack<T>(again.scale * (factor * total[0]), again.scale * (factor * total[1]));
     if (task.transposed) {
       const int64_t place = tile * SHRINK_ROWS + i * 2 / WIDTH;
       uint16_t* const to = reinterpret_cast<uint16_t*>(task.transposed) + static_cast<int64_t>(r) * task.places + place;
@@ -233,8 +236,8 @@ __device__ void shrink_tile(const Shrink<T, G>& task, int tile, int first_rank, 
     *reinterpret_cast<uint32_t*>(task.rounded + static_cast<int64_t>(m) * padded_rank(task.R) + r) = pair;
     if (!task.out) continue;
     float* const out = task.out + static_cast<int64_t>(m) * task.R + r;
-    if (r < task.R) out[0] = r < adapter.R ? factor * total[0] : 0.f;
-    if (r + 1 < task.R) out[1] = r + 1 < adapter.R ? factor * total[1] : 0.f;
+    if (r < task.R) out[0] = r < again.R ? factor * total[0] : 0.f;
+    if (r + 1 < task.R) out[1] = r + 1 < again.R ? factor * total[1] : 0.f;
   }
   group_sync(barrier, GROUP);  // before the queue is filled again
 }
@@ -253,9 +256,9 @@ struct Gradient {
   G groups;
 };
 
-/// Where the ranks of a part begin in `sums`.
-__device__ inline int64_t sums_row(const Adapter& adapter, const Piece& part, int ranks, int R) {
-  return part.number == 0 ? adapter.first : ranks + static_cast<int64_t>(part.slot) * padded_rank(R);
+/// Where the ranks of a part of an adapter begin in `sums`, by the part's Piece::number and slot.
+__device__ inline int sums_row(const Adapter& adapter, int number, int slot, int ranks, int R) {
+  return number == 0 ? adapter.first : ranks + slot * padded_rank(R);
 }
 
 /// Sixteen ranks a warp. With a WIDTH of 16 the warps divide the rows of x; with RANKS each has its own ranks, and all read what is in the queue.
@@ -270,6 +273,8 @@ __device__ void gradient_tile(const Gradient<T, G>& task, int number, int block,
   const Adapter& adapter = task.groups.of(part.group);
   if (first_rank >= adapter.R || part.begin >= part.end) return group_sync(barrier, GROUP);
   const int begin = part.begin, end = part.end, steps = divide_up(end - begin, GRAD_STEP), keep_stride = divide_up(task.columns, 64) * 8;
+  uint32_t sums_begin = static_cast<uint32_t>(sums_row(adapter, part.number, part.slot, task.ranks, task.R));
+  forget(sums_begin);  // or what it is made of keeps more registers all along
   const bool masks = MASKS && task.keep && task.groups.drops(adapter);
   const auto place = [&](int step, int i, int of_warp) { return queue + ((step % STAGES * 5 + i) * GROUP + of_warp * 32 + lane) * 16; };
   typename G::FourRows rows;  // of the step that is fetched next: their numbers may have to come from memory first
@@ -324,7 +329,7 @@ __device__ void gradient_tile(const Gradient<T, G>& task, int number, int block,
 
   // sum[j] holds ranks g and g + 8, columns 16 t + j and 16 t + 8 + j of the block.
   const int stride = round_up(task.columns, GRAD_COLUMNS);
-  float* const sums = task.sums + (sums_row(adapter, part, task.ranks, task.R) + first_rank) * stride + block * GRAD_COLUMNS;
+  float* const sums = task.sums + (static_cast<int64_t>(sums_begin) + first_rank) * stride + block * GRAD_COLUMNS;
   float* const meeting = reinterpret_cast<float*>(queue);  // [WARPS, 16 ranks, 64 columns]
 #pragma unroll
   for (int i = 0; i < 4; ++i) {  // rank g or g + 8, the first or the last 8 columns
