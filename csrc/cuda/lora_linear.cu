@@ -86,7 +86,7 @@ struct Call {
   void round(const Roundings<T>& task) const {
     int64_t most = 1;
     for (int i = 0; i < task.count; ++i) most = std::max(most, task.matrix[i].to_rows * task.matrix[i].to_columns);
-    launch(round_kernel<T>, dim3(blocks_for(most), task.count), dim3(BLOCK), 0, stream, task);
+    launch(round_kernel<T>, dim3(blocks_for(most / 8), task.count), dim3(BLOCK), 0, stream, task);
   }
 
   OneAdapter adapter(bool drops) const {

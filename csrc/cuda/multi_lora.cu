@@ -156,7 +156,7 @@ struct Call {
         if (!drops) to.threshold = 0;
         first += padded_beside(from), before += to.R;
       }
-      const unsigned blocks = blocks_for(static_cast<int64_t>(padded) * std::max(task.K, task.N));
+      const unsigned blocks = blocks_for(int64_t{1} * padded * std::max(task.K, task.N) / 8);
       launch(multi_round_kernel<T>, dim3(blocks, 2 * task.count + (task.begin == 0)), dim3(BLOCK), 0, stream, task);
     }
   }

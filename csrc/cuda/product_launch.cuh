@@ -17,7 +17,7 @@ constexpr int PARTS = 64;
 
 inline int span_of(int M) { return std::max(SPAN, round_up(divide_up(M, PARTS), sm90::HEIGHT)); }
 
-/// A matrix rounded, and padded with zeros to [to_rows, to_columns].
+/// A matrix rounded, and padded with zeros to [to_rows, to_columns], eight columns at a time: `to` and its rows are at multiples of 16 bytes.
 template <class T>
 struct Rounding {
   const void* from;
@@ -25,18 +25,25 @@ struct Rounding {
   int64_t rows, columns, row_stride, column_stride;
   T* to;
   int64_t to_rows, to_columns, to_stride;
+
+  template <class From>
+  __device__ Eight read(int64_t row, int64_t column) const {
+    const From* const first = static_cast<const From*>(from) + row * row_stride + column * column_stride;
+    float value[8];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) value[i] = row < rows && column + i < columns ? static_cast<float>(first[i * column_stride]) : 0.f;
+    return {pack<T>(value[0], value[1]), pack<T>(value[2], value[3]), pack<T>(value[4], value[5]), pack<T>(value[6], value[7])};
+  }
 };
 
 /// By the blocks of gridDim.x.
 template <class T>
 __device__ void round(const Rounding<T>& matrix) {
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(BLOCK) + threadIdx.x; i < matrix.to_rows * matrix.to_columns; i += gridDim.x * BLOCK) {
-    const int64_t row = i / matrix.to_columns, column = i % matrix.to_columns, at = row * matrix.row_stride + column * matrix.column_stride;
-    float value = 0;
-    if (row < matrix.rows && column < matrix.columns) {
-      value = matrix.wide ? static_cast<const float*>(matrix.from)[at] : static_cast<float>(static_cast<const T*>(matrix.from)[at]);
-    }
-    reinterpret_cast<uint16_t*>(matrix.to)[row * matrix.to_stride + column] = static_cast<uint16_t>(pack<T>(value, 0));
+  const int64_t eights = matrix.to_columns / 8;
+  for (int64_t i = blockIdx.x * static_cast<int64_t>(BLOCK) + threadIdx.x; i < matrix.to_rows * eights; i += gridDim.x * BLOCK) {
+    const int64_t row = i / eights, column = i % eights * 8;
+    Eight* const to = reinterpret_cast<Eight*>(matrix.to + row * matrix.to_stride + column);
+    *to = matrix.wide ? matrix.template read<float>(row, column) : matrix.template read<T>(row, column);
   }
 }
 
