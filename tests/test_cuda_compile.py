@@ -132,6 +132,8 @@ INSTRUCTIONS = {
     ("lora_linear.cu", "product_sm80_kernel", "sm_80"): {"LDGSTS", "LDSM", "HMMA"},
     ("lora_linear.cu", "product_sm90_kernel", "sm_90a"): {"UTMALDG", "HGMMA", "USETMAXREG", "LDGSTS", "HMMA"},
     ("lora_linear.cu", "side_kernel", "sm_80"): {"LDGSTS", "HMMA"},
+    ("multi_lora.cu", "product_sm80_kernel", "sm_80"): {"LDGSTS", "LDSM", "HMMA"},
+    ("multi_lora.cu", "product_sm90_kernel", "sm_90a"): {"UTMALDG", "HGMMA", "USETMAXREG", "LDGSTS", "HMMA"},
     ("multi_lora.cu", "multi_shrink_kernel", "sm_90a"): {"PREEXIT", "HMMA"},
     ("multi_lora.cu", "multi_linear_kernel", "sm_80"): {"LDGSTS", "HMMA"},
     ("multi_lora.cu", "multi_linear_kernel", "sm_90a"): {"ACQBULK", "LDGSTS", "HMMA"},

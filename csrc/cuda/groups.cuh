@@ -58,8 +58,7 @@ struct ManyAdapters {
       }
     }
     const int first = begin(group), within = number - group - first / size, from = first + within * size;
-    const int end = within < 0 ? from : min(from + size, begin(group + 1));  // within: below 0 where the offsets are out of order
-    return {group, from, end, (first / SHRINK_ROWS + group) * SHRINK_ROWS + within * size, within, number - group - 1};
+    return {group, from, min(from + size, begin(group + 1)), (first / SHRINK_ROWS + group) * SHRINK_ROWS + within * size, within, number - group - 1};
   }
 
   __device__ Adapter of(int group) const { return groups.adapts(group) ? adapters[group - 1] : Adapter{0, 0, 0, 0, 1.f, 1.f}; }

@@ -138,7 +138,7 @@ __device__ void shrink_tile(const Shrink<T, G>& task, int tile, int first_rank, 
   const int thread = threadIdx.x % GROUP, warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
   const Piece piece = task.groups.piece(tile, SHRINK_ROWS);
   const Adapter& adapter = task.groups.of(piece.group);
-  const int steps = first_rank < adapter.R ? divide_up(task.K, SHRINK_STEP) : 0;
+  const int steps = first_rank < adapter.R && piece.begin < piece.end ? divide_up(task.K, SHRINK_STEP) : 0;
   const int row[2] = {task.groups.row(piece, piece.begin + g), task.groups.row(piece, piece.begin + g + 8)};
   const T* const rows[2] = {task.x + row[0] * task.x_stride, task.x + row[1] * task.x_stride};
   const int columns[2] = {row[0] < task.M ? task.K : 0, row[1] < task.M ? task.K : 0};
