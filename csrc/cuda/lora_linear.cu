@@ -93,25 +93,6 @@ struct Call {
     const double p = layer.dropout_p;
     return {{0, 0, R, drops ? threshold_of(p) : 0, factor_of(p), static_cast<float>(layer.scale)}, M};
   }
-
-  /// No tiles yet.
-  Sides<T, OneAdapter> sides() const {
-    Sides<T, OneAdapter> sides{};
-    sides.shrink.R = R;
-    sides.blocks = 1;
-    sides.passes = padded == 16 ? 1 : padded / RANKS;
-    return sides;
-  }
-  void shrink_in(Sides<T, OneAdapter>& sides, const Shrink<T, OneAdapter>& task) const {
-    sides.shrink = task;
-    sides.shrinks = divide_up(M, SHRINK_ROWS);
-    sides.shrinks_a_turn = span_of(M) / SHRINK_ROWS;
-  }
-  void grad_in(Sides<T, OneAdapter>& sides, const Gradient<T, OneAdapter>& task) const {
-    sides.gradient = task;
-    sides.blocks = sides.grads_a_turn = divide_up(task.columns, GRAD_COLUMNS);
-    sides.grads = divide_up(M, task.span) * sides.blocks;
-  }
 };
 
 template <class T>
@@ -143,14 +124,15 @@ std::string forward(const LoraLinearForward& given, cudaStream_t stream) {
 
   const T* const x = static_cast<const T*>(layer.x.data);
   const OneAdapter adapter = call.adapter(given.seed);
-  Sides<T, OneAdapter> sides = call.sides();
-  call.shrink_in(sides, {
-      x, layer.x.strides[0], space.a, space.a_stride, given.xa, space.xa, nullptr, adapter.adapter.threshold ? given.keep : nullptr, given.seed, call.M, call.K, call.R,
-      round_up(call.M, SHRINK_ROWS), adapter});
+  const Shrink<T, OneAdapter> shrink{
+      x, layer.x.strides[0], space.a, space.a_stride, given.xa, space.xa, nullptr, adapter.adapter.threshold ? given.keep : nullptr, given.seed,
+      call.M, call.K, call.R, round_up(call.M, SHRINK_ROWS), adapter};
+  Sides<T, OneAdapter> sides(call.R);
+  sides.take(shrink, divide_up(call.M, SHRINK_ROWS), span_of(call.M) / SHRINK_ROWS);
   const Product<T, OneAdapter> product{
       x, layer.x.strides[0], static_cast<const T*>(layer.weight.data), layer.weight.strides[0], space.xa, space.b, call.padded,
       static_cast<const T*>(layer.bias), layer.bias_stride, nullptr, static_cast<T*>(given.y), call.M, call.N, call.K, call.R, call.padded, adapter};
-  return launch_products<T, OneAdapter, false>(product, sides, call.sides(), space.progress, stream);
+  return launch_products<T, OneAdapter, false>(product, sides, Sides<T, OneAdapter>(call.R), space.progress, stream);
 }
 
 template <class T>
@@ -208,21 +190,18 @@ std::string backward(const LoraLinearBackward& given, cudaStream_t stream) {
 
   const T* const dy = static_cast<const T*>(given.dy.data);
   const int64_t dy_stride = given.dy.strides[0];
-  Sides<T, OneAdapter> first = call.sides(), last = call.sides();
-  if (given.dx || given.da) {
-    call.shrink_in(first, {
-        dy, dy_stride, space.b, space.b_stride, nullptr, space.dxa, space.dxa_transposed, nullptr, nullptr, call.M, call.N, call.R, space.rows,
-        adapter});
-  }
   const int span = span_of(call.M);
-  if (given.db) {
-    call.grad_in(first, {dy, dy_stride, nullptr, space.xa, space.db, call.M, span, call.N, call.R, space.rows, call.padded, adapter});
-  }
-  if (given.da) {
-    call.grad_in(last, {
-        static_cast<const T*>(layer.x.data), layer.x.strides[0], keep, space.dxa_transposed, space.da, call.M, span, call.K, call.R,
-        space.rows, call.padded, adapter});
-  }
+  const Shrink<T, OneAdapter> dxa{
+      dy, dy_stride, space.b, space.b_stride, nullptr, space.dxa, space.dxa_transposed, nullptr, nullptr, call.M, call.N, call.R, space.rows,
+      adapter};
+  const Gradient<T, OneAdapter> db{dy, dy_stride, nullptr, space.xa, space.db, call.M, span, call.N, call.R, space.rows, call.padded, adapter};
+  const Gradient<T, OneAdapter> da{
+      static_cast<const T*>(layer.x.data), layer.x.strides[0], keep, space.dxa_transposed, space.da, call.M, span, call.K, call.R, space.rows,
+      call.padded, adapter};
+  Sides<T, OneAdapter> first(call.R), last(call.R);
+  if (given.dx || given.da) first.take(dxa, divide_up(call.M, SHRINK_ROWS), span / SHRINK_ROWS);
+  if (given.db) first.take(db, space.parts, 1);
+  if (given.da) last.take(da, space.parts, 1);
   if (given.dx) {
     const Product<T, OneAdapter> product{
         dy, dy_stride, static_cast<const T*>(layer.weight.data), layer.weight.strides[0], space.dxa, space.a, space.a_stride, nullptr, 0,

@@ -128,13 +128,13 @@ template <class T>
 struct Call {
   const MultiLora& layer;
   int M, K, N, S, R, padded;
-  int ranks = 0;  // of all adapters, padded
-  int places;     // padded
+  int ranks = 0;      // of all adapters, padded
+  int tiles, places;  // of SHRINK_ROWS places; places, padded
   cudaStream_t stream;
 
   Call(const MultiLora& layer, cudaStream_t stream)
       : layer(layer), M(static_cast<int>(layer.M)), K(static_cast<int>(layer.K)), N(static_cast<int>(layer.N)), S(static_cast<int>(layer.S)),
-        R(static_cast<int>(layer.R)), padded(padded_rank(R)), places(ManyAdapters::pieces(M, S, SHRINK_ROWS) * SHRINK_ROWS), stream(stream) {
+        R(static_cast<int>(layer.R)), padded(padded_rank(R)), tiles(ManyAdapters::pieces(M, S, SHRINK_ROWS)), places(tiles * SHRINK_ROWS), stream(stream) {
     for (int i = 0; i < S; ++i) ranks += padded_beside(layer.adapters[i]);
   }
 
@@ -159,24 +159,6 @@ struct Call {
       const unsigned blocks = blocks_for(int64_t{1} * padded * std::max(task.K, task.N) / 8);
       launch(multi_round_kernel<T>, dim3(blocks, 2 * task.count + (task.begin == 0)), dim3(BLOCK), 0, stream, task);
     }
-  }
-
-  /// No tiles yet.
-  Sides<T, ManyAdapters> sides() const {
-    Sides<T, ManyAdapters> sides{};
-    sides.shrink.R = R;
-    sides.blocks = 1;
-    sides.passes = padded / ranks_a_pass(R);
-    return sides;
-  }
-  void shrink_in(Sides<T, ManyAdapters>& sides, const Shrink<T, ManyAdapters>& task) const {
-    sides.shrink = task;
-    sides.shrinks = sides.shrinks_a_turn = ManyAdapters::pieces(M, S, SHRINK_ROWS);
-  }
-  void grad_in(Sides<T, ManyAdapters>& sides, const Gradient<T, ManyAdapters>& task) const {
-    sides.gradient = task;
-    sides.blocks = divide_up(task.columns, GRAD_COLUMNS);
-    sides.grads = sides.grads_a_turn = ManyAdapters::pieces(M, S, task.span) * sides.blocks;
   }
 };
 
@@ -213,14 +195,15 @@ std::string many_rows(const MultiLoraForward& given, cudaStream_t stream) {
       given.seed);
 
   const T* const x = static_cast<const T*>(layer.x);
-  Sides<T, ManyAdapters> sides = call.sides();
-  call.shrink_in(sides, {
+  const Shrink<T, ManyAdapters> shrink{
       x, layer.x_stride, space.a, space.a_stride, given.xa, space.xa, nullptr, given.keep, given.seed, call.M, call.K, call.R, call.places,
-      groups});
+      groups};
+  Sides<T, ManyAdapters> sides(call.R);
+  sides.take(shrink, call.tiles, call.tiles);
   const Product<T, ManyAdapters> product{
       x, layer.x_stride, static_cast<const T*>(layer.weight), layer.weight_stride, space.xa, space.b, call.ranks,
       static_cast<const T*>(given.bias), given.bias_stride, nullptr, static_cast<T*>(given.y), call.M, call.N, call.K, call.R, call.ranks, groups};
-  return launch_products<T, ManyAdapters, false>(product, sides, call.sides(), space.progress, stream);
+  return launch_products<T, ManyAdapters, false>(product, sides, Sides<T, ManyAdapters>(call.R), space.progress, stream);
 }
 
 template <class T>
@@ -263,21 +246,19 @@ std::string backward(const MultiLoraBackward& given, cudaStream_t stream) {
       given.keep);
 
   const T* const dy = static_cast<const T*>(given.dy);
-  Sides<T, ManyAdapters> first = call.sides(), last = call.sides();
-  if (given.dx || given.da) {
-    call.shrink_in(first, {
-        dy, given.dy_stride, space.b, space.b_stride, nullptr, space.dxa, space.dxa_transposed, nullptr, nullptr, call.M, call.N, call.R,
-        call.places, groups});
-  }
-  if (given.db) {
-    call.grad_in(first, {
-        dy, given.dy_stride, nullptr, space.xa, space.db, call.M, space.span, call.N, call.R, call.places, call.ranks, groups});
-  }
-  if (given.da) {
-    call.grad_in(last, {
-        static_cast<const T*>(layer.x), layer.x_stride, given.keep, space.dxa_transposed, space.da, call.M, space.span, call.K, call.R,
-        call.places, call.ranks, groups});
-  }
+  const Shrink<T, ManyAdapters> dxa{
+      dy, given.dy_stride, space.b, space.b_stride, nullptr, space.dxa, space.dxa_transposed, nullptr, nullptr, call.M, call.N, call.R, call.places,
+      groups};
+  const Gradient<T, ManyAdapters> db{
+      dy, given.dy_stride, nullptr, space.xa, space.db, call.M, space.span, call.N, call.R, call.places, call.ranks, groups};
+  const Gradient<T, ManyAdapters> da{
+      static_cast<const T*>(layer.x), layer.x_stride, given.keep, space.dxa_transposed, space.da, call.M, space.span, call.K, call.R, call.places,
+      call.ranks, groups};
+  const int parts = ManyAdapters::pieces(call.M, call.S, space.span);
+  Sides<T, ManyAdapters> first(call.R), last(call.R);
+  if (given.dx || given.da) first.take(dxa, call.tiles, call.tiles);
+  if (given.db) first.take(db, parts, parts);
+  if (given.da) last.take(da, parts, parts);
   if (given.dx && call.M) {
     const Product<T, ManyAdapters> product{
         dy, given.dy_stride, static_cast<const T*>(layer.weight), layer.weight_stride, space.dxa, space.a, space.a_stride, nullptr, 0,

@@ -30,10 +30,10 @@ constexpr int ROW_BLOCK = 128;  // rows of a tile on any card
 
 /// A part of the product's rank steps: what some of an adapter's ranks add to the rows of a tile that have it.
 struct RankStep {
-  int group, first, depths;  // first: of its ranks in q; depths: how many, 0: the tile's rows have no adapter
+  int group, p, q, depths;  // p, q: where these ranks begin in them; depths: how many they are, 0: no row of the tile has an adapter
   float factor;
   bool drops;  // by the bits of keep
-  bool alone;  // all rows of the tile have it, and nothing drops
+  bool alone;  // all rows of the tile have it, and nothing is dropped
 };
 
 /// The rank steps of the tile that begins with `row`, up to DEPTH ranks at a time, one adapter after the other. The whole warp walks.
@@ -46,15 +46,13 @@ class RankSteps {
   __device__ RankSteps(const G& groups, int row) : groups(groups), row(row), group(groups.after(row, 0)) {}
 
   __device__ bool left() const { return group != 0; }
-  __device__ int p_column() const { return rank; }
   __device__ RankStep step() const {
-    if (!left()) return {0, 0, 0, 1.f, false, true};
+    if (!left()) return {0, 0, 0, 0, 1.f, false, true};
     // Where there is no such adapter a row is NaN: NaN times any rank of any adapter.
-    if (!groups.exists(group)) return {group, 0, 1, __uint_as_float(0x7FC00000), false, false};
+    if (!groups.exists(group)) return {group, 0, 0, 1, __uint_as_float(0x7FC00000), false, false};
     const Adapter& adapter = groups.of(group);
-    const bool drops = BACK && adapter.threshold;
-    return {
-        group, adapter.first + rank, min(adapter.R - rank, DEPTH), drops ? adapter.factor : 1.f, drops, !drops && groups.alone(row, group)};
+    const bool drops = BACK && adapter.threshold, alone = !drops && groups.alone(row, group);
+    return {group, rank, adapter.first + rank, min(adapter.R - rank, DEPTH), drops ? adapter.factor : 1.f, drops, alone};
   }
   __device__ void next() {
     rank += DEPTH;

@@ -9,7 +9,6 @@
 #include "product_sm90.cuh"
 
 namespace fastlora {
-namespace {
 
 constexpr int BLOCK = 256;  // threads of the kernels that only move numbers
 constexpr int SPAN = 1024;  // places a part of dA and dB, unless there would be more than PARTS
@@ -75,7 +74,7 @@ __global__ void __launch_bounds__(sm90::THREADS, 1) product_sm90_kernel(const __
 template <class T, class G>
 void launch_sides(const Sides<T, G>& sides, cudaStream_t stream) {
   if (sides.tiles() == 0) return;
-  const auto kernel = padded_rank(sides.shrink.R) == 16 ? side_kernel<T, G, 16> : side_kernel<T, G, RANKS>;
+  const auto kernel = padded_rank(sides.R) == 16 ? side_kernel<T, G, 16> : side_kernel<T, G, RANKS>;
   launch(kernel, dim3(sides.tiles()), dim3(GROUP), QUEUE, stream, sides);
 }
 
@@ -138,5 +137,4 @@ inline std::string all_of(const std::string& found) {
   return (found.empty() ? "" : found + "; ") + "CUDA says: " + cudaGetErrorString(error);
 }
 
-}  // namespace
 }  // namespace fastlora

@@ -65,11 +65,11 @@ __device__ void run(const Product<T, G>& task) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int warp_row = warp / 2 * 64, warp_column = warp % 2 * 64;
   const Tile tile = tile_of(blockIdx.x, task.M, task.N, SIDE, SIDE);
-  const auto right_source = [&](const T* matrix, int64_t stride, int columns, int depth) {  // from a column, or row, of the depth on
-    if constexpr (BACK) return wide_source(matrix + depth * stride, stride, columns, task.N);
-    return narrow_source(matrix + depth, stride, columns, task.N);
+  const auto right_source = [&](const T* matrix, int64_t stride, int depth) {
+    if constexpr (BACK) return wide_source(matrix + depth * stride, stride, tile.column, task.N);
+    return narrow_source(matrix + depth, stride, tile.column, task.N);
   };
-  Source<T> left = narrow_source(task.x, task.x_stride, tile.row, task.M), right = right_source(task.w, task.w_stride, tile.column, 0);
+  Source<T> left = narrow_source(task.x, task.x_stride, tile.row, task.M), right = right_source(task.w, task.w_stride, 0);
   int depth = task.depth;  // of the frozen weight, left to load
   RankSteps<G, BACK, DEPTH> ahead(task.groups, tile.row);
   const auto bring = [&](unsigned char* stage, int depths) {
@@ -87,8 +87,8 @@ __device__ void run(const Product<T, G>& task) {
       depth -= DEPTH;
     } else if (ahead.left()) {
       const RankStep rank = ahead.step();
-      left = narrow_source(task.p + ahead.p_column(), padded_rank(task.R), tile.row, task.M);
-      right = right_source(task.q, task.q_stride, tile.column, rank.first);
+      left = narrow_source(task.p + rank.p, padded_rank(task.R), tile.row, task.M);
+      right = right_source(task.q, task.q_stride, rank.q);
       bring(stage, round_up(rank.depths, 16));
       ahead.next();
     }
@@ -125,10 +125,10 @@ __device__ void run(const Product<T, G>& task) {
     }
   };
 
-  int step = 0;
-  for (; step < STAGES - 1; ++step) load(step);
+  for (int step = 0; step < STAGES - 1; ++step) load(step);
   const int frozen = divide_up(task.depth, DEPTH);
-  for (step = 0; step < frozen; ++step) for_each_fragment(step, std::integral_constant<int, 2>{}, add);
+  int step = 0;
+  for (; step < frozen; ++step) for_each_fragment(step, std::integral_constant<int, 2>{}, add);
   for (RankSteps<G, BACK, DEPTH> steps(task.groups, tile.row); steps.left(); steps.next(), ++step) {
     const RankStep rank = steps.step();
     if ((!BACK && !G::MANY) || rank.alone) {

@@ -5,7 +5,7 @@
 //     producer    the fourth warp asks for tiles; before those of a rank step it waits until its rows are shrunk
 //     consumers   two groups, each 64 rows of the tile of 128 x 256
 //
-// A shrinking tile waits for nothing and all of them are handed out before any tile that waits for rows, so whoever waits, waits for warps that
+// A shrinking tile waits for nothing and all of them are handed out before any tile that waits for them, so whoever waits, waits for warps that
 // are at work: nothing depends on which blocks run at the same time.
 #pragma once
 
@@ -21,7 +21,8 @@ constexpr int WARPGROUP = 128;
 constexpr int THREADS = 3 * WARPGROUP;
 constexpr int CONSUMER_WARPS = 8;
 constexpr int LEFT = HEIGHT * DEPTH * 2, RIGHT = WIDTH * DEPTH * 2;  // bytes of a stage's operands
-constexpr int SHARED = STAGES * (LEFT + RIGHT) + QUEUE + 256;
+constexpr int TOLD = 256;  // bytes of barriers, a number, and what is told of stages
+constexpr int SHARED = STAGES * (LEFT + RIGHT) + QUEUE + TOLD;
 constexpr int SIDE_BARRIER = 1;
 // Registers a thread. At the start all have 168; wgmma with 256 columns does not compile with fewer than 154, so four groups would be too many.
 constexpr int OTHER_REGISTERS = 120, CONSUMER_REGISTERS = 192;
@@ -32,9 +33,9 @@ struct Progress {
   uint32_t* words;  // [2 + ceil(M / HEIGHT)]
 
   static __host__ __device__ int count(int M) { return 2 + divide_up(M, HEIGHT); }
-  __device__ uint32_t* taken() const { return words; }                                // tiles handed out
-  __device__ uint32_t* shrunk() const { return words + 1; }                           // shrinking tiles done
-  __device__ uint32_t* of_row(int row) const { return words + 2 + row / HEIGHT; }     // rows shrunk in its block of HEIGHT, once a pass
+  __device__ uint32_t* taken() const { return words; }                             // side tiles handed out
+  __device__ uint32_t* shrunk() const { return words + 1; }                        // shrinking tiles done
+  __device__ uint32_t* of_row(int row) const { return words + 2 + row / HEIGHT; }  // rows shrunk in its block of HEIGHT, counted in every pass
 };
 
 /// One launch: the product, `first` that shrinks what its rank steps add, and `last`, which reads what `first` has shrunk.
@@ -55,6 +56,7 @@ struct alignas(16) RankStage {
   RankStep step;
   bool more;  // stages of this tile follow
 };
+static_assert((2 * STAGES + 2) * sizeof(uint64_t) + STAGES * sizeof(RankStage) <= TOLD);
 
 /// Where a producer or a consumer is in the queue of stages.
 struct Stage {
@@ -112,13 +114,12 @@ __device__ void produce(const Fused<T, G>& task) {
     RankSteps<G, BACK, DEPTH> steps(task.product.groups, tile.row);
     do {  // one stage at least, which tells that no other follows
       const RankStep step = steps.step();
-      const int p_column = steps.p_column();
       if (steps.left()) steps.next();
       if (asks) {
         wait_barrier(stage.empty(), stage.parity ^ 1);
         stage.rank() = {step, steps.left()};
         if (step.depths) {
-          bring(&task.p, tile.row, p_column, &task.q, tile.column, step.first);
+          bring(&task.p, tile.row, step.p, &task.q, tile.column, step.q);
         } else {
           arrive(stage.full());
         }

@@ -225,7 +225,7 @@ __device__ void shrink_tile(const Shrink<T, G>& task, int tile, int first_rank, 
       total[0] += meeting[from * SHRINK_ROWS * WIDTH + i * 2];
       total[1] += meeting[from * SHRINK_ROWS * WIDTH + i * 2 + 1];
     }
-    const uint32_t pair = pack<T>(again.scale * (factor * total[0]), again.scale * (factor * total[1]));
+    const uint32_t pair = m < task.M ? pack<T>(again.scale * (factor * total[0]), again.scale * (factor * total[1])) : 0;
     if (task.transposed) {
       const int64_t place = tile * SHRINK_ROWS + i * 2 / WIDTH;
       uint16_t* const to = reinterpret_cast<uint16_t*>(task.transposed) + static_cast<int64_t>(r) * task.places + place;
@@ -354,11 +354,17 @@ __device__ void gradient_tile(const Gradient<T, G>& task, int number, int block,
 /// both read the same x, what one has read is in the second-level cache for the other.
 template <class T, class G>
 struct Sides {
-  Shrink<T, G> shrink;
-  Gradient<T, G> gradient;
-  int shrinks, grads;  // tiles; a gradient's blocks of columns follow one another
-  int shrinks_a_turn, grads_a_turn, blocks;
-  int passes;  // of ranks
+  Shrink<T, G> shrink{};
+  Gradient<T, G> gradient{};
+  int shrinks = 0, shrinks_a_turn = 0, grads = 0, grads_a_turn = 0;  // tiles
+  int blocks = 1;                                                   // of columns, a tile each, which follow one another
+  int R, passes;                                                    // the largest rank; of ranks
+
+  explicit Sides(int R) : R(R), passes(padded_rank(R) / ranks_a_pass(R)) {}
+  void take(const Shrink<T, G>& task, int tiles, int a_turn) { shrink = task, shrinks = tiles, shrinks_a_turn = a_turn; }
+  void take(const Gradient<T, G>& task, int parts, int parts_a_turn) {
+    gradient = task, blocks = divide_up(task.columns, GRAD_COLUMNS), grads = parts * blocks, grads_a_turn = parts_a_turn * blocks;
+  }
 
   __host__ __device__ int shrink_tiles() const { return shrinks * passes; }
   __host__ __device__ int tiles() const { return (shrinks + grads) * passes; }
