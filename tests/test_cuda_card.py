@@ -103,9 +103,7 @@ def test_two_runs_and_a_graph_are_equal() -> None:
 
 
 LONG = test_cuda_multi_lora.sequences((3, 700), (0, 1500), (-1, 300), (1, 1000), (7, 96), (2, 500))
-MULTI_LORA_CASES = {
-    **test_cuda_multi_lora.CASES,
-    **test_cuda_multi_lora.MANY,
+LARGE_MULTI_LORA = {
     "4096": {"index": LONG, "ranks": (16, 16, 16, 16), "K": 4096, "N": 4096, "dropout": True},
     "4096, mixed": {
         "index": test_cuda_multi_lora.mixed(4096),
@@ -115,6 +113,10 @@ MULTI_LORA_CASES = {
         "adapter_dtype": F32,
     },
 }
+
+
+MULTI_LORA_CASES = {**test_cuda_multi_lora.CASES, **test_cuda_multi_lora.MANY, **LARGE_MULTI_LORA}
+MULTI_LORA_GRADIENTS = {**test_cuda_multi_lora.GRADIENTS, **LARGE_MULTI_LORA}
 
 
 @pytest.mark.parametrize("case", MULTI_LORA_CASES.values(), ids=MULTI_LORA_CASES)
@@ -134,16 +136,13 @@ def on_card_backward(case: dict[str, Any]) -> test_cuda_multi_lora.Backward:
     return test_cuda_multi_lora.Backward(*map(to_card, made))
 
 
-GRADIENT_CASES = {name: case for name, case in MULTI_LORA_CASES.items() if name not in ("no width", "nothing out")}
-
-
-@pytest.mark.parametrize("case", GRADIENT_CASES.values(), ids=GRADIENT_CASES)
+@pytest.mark.parametrize("case", MULTI_LORA_GRADIENTS.values(), ids=MULTI_LORA_GRADIENTS)
 def test_multi_lora_backward(case: dict[str, Any]) -> None:
     test_cuda_multi_lora.check_backward(on_card_backward(case), run=torch.ops.fastlora.multi_lora_backward_cuda)
 
 
 def test_two_runs_of_multi_lora_backward_are_equal() -> None:
-    given = on_card_backward(MULTI_LORA_CASES["4096"])
+    given = on_card_backward(LARGE_MULTI_LORA["4096"])
     once, again = (torch.ops.fastlora.multi_lora_backward_cuda(*given) for _ in range(2))
     for first, second in zip(once, again, strict=True):
         assert torch.equal(first.nan_to_num(), second.nan_to_num())

@@ -34,22 +34,21 @@ struct Groups {
   }
 };
 
-/// Rows are of many adapters, as G of the products. The pieces of group g, `size` places each, are numbered from begin(g) / size + g on: no two
+/// Rows of many adapters: what OneAdapter is for one. The pieces of group g, `size` places each, are numbered from begin(g) / size + g on: no two
 /// groups have a number in common, some numbers are nobody's, and none depends on how many pieces other groups have. Likewise its padded places.
-struct ManyAdapters {
+struct ManyAdapters : Groups {
   static constexpr bool MANY = true;
-  Groups groups;
   const Adapter* adapters;  // [S]
-  int* group_of_row;        // [M padded to ROW_BLOCK]: what shrink_tile notes; before it, 0, and NO_ROW beyond M
+  int* group_of_row;        // [M padded to ROW_BLOCK]: what is noted; before, 0, and NO_ROW beyond M
 
   static constexpr int NO_ROW = -1;
-  static __host__ __device__ int pieces(int64_t M, int64_t S, int size) { return static_cast<int>(M / size + S + 2); }
+  static int pieces(int64_t M, int64_t S, int size) { return static_cast<int>(M / size + S + 2); }
 
-  __device__ int begin(int group) const { return static_cast<int>(groups.begin(group)); }
+  __device__ int begin(int group) const { return static_cast<int>(Groups::begin(group)); }
 
   __device__ Piece piece(int number, int size) const {
     int group = 0;
-    for (int high = groups.count + 1; group < high;) {
+    for (int high = count + 1; group < high;) {
       const int middle = (group + high + 1) / 2;
       if (begin(middle) / size + middle <= number) {
         group = middle;
@@ -58,35 +57,33 @@ struct ManyAdapters {
       }
     }
     const int first = begin(group), within = number - group - first / size, from = first + within * size;
-    return {group, from, min(from + size, begin(group + 1)), (first / SHRINK_ROWS + group) * SHRINK_ROWS + within * size, within, number - group - 1};
+    const int padded = (first / SHRINK_ROWS + group) * SHRINK_ROWS + within * size;
+    return {group, from, min(from + size, begin(group + 1)), padded, within, number - group - 1};
   }
 
-  __device__ Adapter of(int group) const { return groups.adapts(group) ? adapters[group - 1] : Adapter{0, 0, 0, 0, 1.f, 1.f}; }
+  __device__ Adapter of(int group) const { return adapts(group) ? adapters[group - 1] : Adapter{0, 0, 0, 0, 1.f, 1.f}; }
   __device__ bool drops(const Adapter& adapter) const { return adapter.threshold != 0; }
 
   __device__ int row(const Piece& piece, int place) const {
-    const int64_t row = place < piece.end ? groups.row(place) : -1;
-    return static_cast<int>(row < 0 ? groups.M : row);
+    const int64_t row = place < piece.end ? Groups::row(place) : -1;
+    return static_cast<int>(row < 0 ? M : row);
   }
 
   __device__ void note(int row, int group) const { group_of_row[row] = group; }
 
-  /// The next group after `group` that a row of the block of ROW_BLOCK from `row` on has, of those whose rows are not the base's alone; 0: none.
-  /// The whole warp asks.
   __device__ int after(int row, int group) const {
     const int4 four = four_of(row);
     const auto beyond = [&](int one) { return static_cast<unsigned>(one) - group - 1u; };
     const unsigned next = __reduce_min_sync(~0u, min(min(beyond(four.x), beyond(four.y)), min(beyond(four.z), beyond(four.w))));
-    return next < static_cast<unsigned>(groups.count + 1 - group) ? group + 1 + static_cast<int>(next) : 0;
+    return next < static_cast<unsigned>(count + 1 - group) ? group + 1 + static_cast<int>(next) : 0;
   }
-  /// Whether all of the block's rows are the group's.
   __device__ bool alone(int row, int group) const {
     const int4 four = four_of(row);
     const auto fits = [&](int one) { return one == group || one == NO_ROW; };
     return __all_sync(~0u, fits(four.x) && fits(four.y) && fits(four.z) && fits(four.w));
   }
+  __device__ bool exists(int group) const { return group <= count; }
   __device__ bool has(int row, int group) const { return group_of_row[row] == group; }
-  __device__ bool exists(int group) const { return group <= groups.count; }
 
   struct FourRows {
     int rows[4];

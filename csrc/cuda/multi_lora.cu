@@ -41,10 +41,10 @@ struct MultiRound {
   int places;
 };
 
-/// By the blocks of gridDim.x.
+/// By the blocks of gridDim.x: no row has an adapter until it is noted, nothing is done, and the forward's xa by place.
 template <class T>
 __device__ void make_ready(const MultiRound<T>& task) {
-  const int M = static_cast<int>(task.groups.groups.M);
+  const int M = static_cast<int>(task.groups.M);
   const int64_t first = blockIdx.x * static_cast<int64_t>(BLOCK) + threadIdx.x, step = gridDim.x * BLOCK;
   for (int64_t i = first; i < task.progress_count; i += step) task.progress[i] = 0;
   for (int64_t row = first; row < round_up(M, ROW_BLOCK); row += step) task.groups.group_of_row[row] = row < M ? 0 : ManyAdapters::NO_ROW;
@@ -101,12 +101,12 @@ __global__ void __launch_bounds__(BLOCK) multi_sum_kernel(const __grid_constant_
   const MultiSum& sum = task.sum[blockIdx.z];
   if (!sum.parts) return;
   const int64_t stride = round_up(sum.columns, GRAD_COLUMNS);
-  for (int group = 1 + blockIdx.y; group <= task.groups.groups.count; group += gridDim.y) {
+  for (int group = 1 + blockIdx.y; group <= task.groups.count; group += gridDim.y) {
     const Adapter& adapter = task.groups.of(group);
     const int begin = task.groups.begin(group), parts = max(0, divide_up(task.groups.begin(group + 1) - begin, task.span));
     const float factor = sum.transposed ? adapter.scale : adapter.threshold ? adapter.factor : 1.f;
-    const int64_t before = static_cast<int64_t>(adapter.before) * sum.columns;
-    for (int64_t i = blockIdx.x * static_cast<int64_t>(BLOCK) + threadIdx.x; i < static_cast<int64_t>(adapter.R) * sum.columns; i += gridDim.x * BLOCK) {
+    const int64_t numbers = static_cast<int64_t>(adapter.R) * sum.columns, before = static_cast<int64_t>(adapter.before) * sum.columns;
+    for (int64_t i = blockIdx.x * static_cast<int64_t>(BLOCK) + threadIdx.x; i < numbers; i += gridDim.x * BLOCK) {
       const int64_t row = i / sum.columns, column = i % sum.columns;
       float total = 0;
       for (int part = 0; part < parts; ++part) {
@@ -134,7 +134,8 @@ struct Call {
 
   Call(const MultiLora& layer, cudaStream_t stream)
       : layer(layer), M(static_cast<int>(layer.M)), K(static_cast<int>(layer.K)), N(static_cast<int>(layer.N)), S(static_cast<int>(layer.S)),
-        R(static_cast<int>(layer.R)), padded(padded_rank(R)), tiles(ManyAdapters::pieces(M, S, SHRINK_ROWS)), places(tiles * SHRINK_ROWS), stream(stream) {
+        R(static_cast<int>(layer.R)), padded(padded_rank(R)), tiles(ManyAdapters::pieces(M, S, SHRINK_ROWS)), places(tiles * SHRINK_ROWS),
+        stream(stream) {
     for (int i = 0; i < S; ++i) ranks += padded_beside(layer.adapters[i]);
   }
 
@@ -220,13 +221,13 @@ struct BackwardWorkspace {
       : a_stride(round_up(call.K, SHRINK_STEP)), b_stride(round_up(call.N, SHRINK_STEP)), span(span_of(call.M)) {
     Workspace space{static_cast<unsigned char*>(base)};
     const int64_t parts = call.ranks + int64_t{1} * (call.M / span) * call.padded;  // their ranks
-    a = space.take<T>(int64_t{1} * call.ranks * a_stride);           // [ranks, padded K]
-    b = space.take<T>(int64_t{1} * call.ranks * b_stride);           // [ranks, padded N]
-    xa = space.take<T>(int64_t{1} * call.padded * call.places);      // [padded R, places]
-    dxa = space.take<T>(call.layer.M * call.padded);                 // [M, padded R]
+    a = space.take<T>(int64_t{1} * call.ranks * a_stride);                   // [ranks, padded K]
+    b = space.take<T>(int64_t{1} * call.ranks * b_stride);                   // [ranks, padded N]
+    xa = space.take<T>(int64_t{1} * call.padded * call.places);              // [padded R, places]
+    dxa = space.take<T>(call.layer.M * call.padded);                         // [M, padded R]
     dxa_transposed = space.take<T>(int64_t{1} * call.padded * call.places);  // [padded R, places]
-    da = space.take<float>(parts * round_up(call.K, GRAD_COLUMNS));  // [parts' ranks, padded K]
-    db = space.take<float>(parts * round_up(call.N, GRAD_COLUMNS));  // [parts' ranks, padded N]
+    da = space.take<float>(parts * round_up(call.K, GRAD_COLUMNS));          // [parts' ranks, padded K]
+    db = space.take<float>(parts * round_up(call.N, GRAD_COLUMNS));          // [parts' ranks, padded N]
     table = space.take<Adapter>(call.S);
     group_of_row = space.take<int>(round_up(call.M, ROW_BLOCK));
     progress = space.take<uint32_t>(sm90::Progress::count(call.M));

@@ -88,23 +88,32 @@ struct Piece {
   int slot;               // of this piece among all that are not the first of their adapter
 };
 
-/// All rows are one adapter's, each at its own place: lora_linear. ManyAdapters of groups.cuh is the other kind that the products take as G.
+/// Whose the rows are: all one adapter's, group 1, each at its own place, as in lora_linear. What takes a G takes this or ManyAdapters (groups.cuh).
 struct OneAdapter {
   static constexpr bool MANY = false;
   Adapter adapter;
   int M;
 
+  /// Piece `number` of all adapters' pieces of `size` places.
   __device__ Piece piece(int number, int size) const { return {1, number * size, min(number * size + size, M), number * size, number, number - 1}; }
+  /// The group's adapter.
   __device__ const Adapter& of(int) const { return adapter; }
   /// Whether it drops something, where keep is given at all.
   __device__ bool drops(const Adapter&) const { return true; }
-  /// The row at a place, M or more: none.
+  /// The row at a place of the piece; M or more: none.
   __device__ int row(const Piece&, int place) const { return place; }
+  /// Keeps in mind, for the product, that the row is the group's.
   __device__ void note(int, int) const {}
+
+  // Of the rows of a tile of the product, which begins with `row`; the whole warp asks.
+  /// The next group after `group` that a row has, but for the base's own rows; 0: none.
   __device__ int after(int, int group) const { return group == 0; }
+  /// Whether all rows are the group's.
   __device__ bool alone(int, int) const { return true; }
+  /// Whether the group has an adapter: else its rows are NaN.
   __device__ bool exists(int) const { return true; }
 
+  /// The rows at four places of a piece, looked up before they are asked for.
   struct FourRows {
     __device__ void look(const OneAdapter&, const Piece&, int) {}
     __device__ int row(int first, int i) const { return first + i; }
@@ -128,7 +137,7 @@ struct Shrink {
   G groups;
 };
 
-/// Where shrink_tile leaves the rows of its tile's places, M or more where there is none, until the queue is filled adapter.
+/// Where shrink_tile leaves the rows of its tile's places, M or more where there is none, until the queue is filled again.
 __device__ inline int* shrunk_rows(unsigned char* queue) { return reinterpret_cast<int*>(queue + QUEUE) - SHRINK_ROWS; }
 
 /// DRAWS: whether `keep` may be given.
