@@ -182,7 +182,7 @@ OLDEST_CARD = (8, 0)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the compiled implementations compute in; float64 is the reference's."""
 
-SIXTEEN_BITS = {(op, "cuda") for op in ("lora_linear", "lora_linear_backward", "multi_lora")}
+SIXTEEN_BITS = {(op, "cuda") for op in ("lora_linear", "lora_linear_backward", "multi_lora", "multi_lora_backward")}
 """What runs on tensor cores alone: bfloat16 and float16."""
 
 

@@ -421,6 +421,15 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
     }
   });
 }
+inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
+  return emulated::collective<unsigned>(mask, value, [](const unsigned* const* in, unsigned* const* out, unsigned lanes) {
+    unsigned least = ~0u;
+    for (unsigned lane = 0; lane < 32; ++lane) least = lanes >> lane & 1 ? std::min(least, *in[lane]) : least;
+    for (unsigned lane = 0; lane < 32; ++lane) {
+      if (lanes >> lane & 1) *out[lane] = least;
+    }
+  });
+}
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
 inline int __syncthreads_or(int predicate) {

@@ -21,6 +21,8 @@ inline uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xFFFF) | b << 
 inline uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xFFFF0000); }
 
 inline void forget(uint32_t&) {}
+template <int SIZE>
+void forget(float (&)[SIZE]) {}
 
 struct Copy {
   void* to;
@@ -30,7 +32,7 @@ struct Copy {
 
 /// A thread's asynchronous instructions: those of the group that is not ended, and the groups that are not waited for.
 template <class Instruction>
-struct Groups {
+struct Pending {
   std::vector<Instruction> open;
   std::deque<std::vector<Instruction>> ended;
 
@@ -91,8 +93,8 @@ struct OperandProduct {
   }
 };
 struct ThreadState {
-  Groups<Copy> copies;
-  Groups<OperandProduct> products;
+  Pending<Copy> copies;
+  Pending<OperandProduct> products;
   bool products_begun = false;
 };
 inline ThreadState& thread_state() { return state_of<ThreadState>(emulated::current->instructions); }

@@ -102,7 +102,24 @@ def test_two_runs_and_a_graph_are_equal() -> None:
             assert torch.equal(first, second)
 
 
-@pytest.mark.parametrize("case", test_cuda_multi_lora.CASES.values(), ids=test_cuda_multi_lora.CASES)
+LONG = test_cuda_multi_lora.sequences((3, 700), (0, 1500), (-1, 300), (1, 1000), (7, 96), (2, 500))
+LARGE_MULTI_LORA = {
+    "4096": {"index": LONG, "ranks": (16, 16, 16, 16), "K": 4096, "N": 4096, "dropout": True},
+    "4096, mixed": {
+        "index": test_cuda_multi_lora.mixed(4096),
+        "ranks": (4, 64, 16, 100),
+        "K": 4096,
+        "N": 4096,
+        "adapter_dtype": F32,
+    },
+}
+
+
+MULTI_LORA_CASES = {**test_cuda_multi_lora.CASES, **test_cuda_multi_lora.MANY, **LARGE_MULTI_LORA}
+MULTI_LORA_GRADIENTS = {**test_cuda_multi_lora.GRADIENTS, **LARGE_MULTI_LORA}
+
+
+@pytest.mark.parametrize("case", MULTI_LORA_CASES.values(), ids=MULTI_LORA_CASES)
 def test_multi_lora(case: dict[str, Any]) -> None:
     given = test_cuda_multi_lora.Arguments(*map(to_card, test_cuda_multi_lora.make(**case)))
     y, xa, _ = torch.ops.fastlora.multi_lora_cuda(*given)
@@ -112,6 +129,23 @@ def test_multi_lora(case: dict[str, Any]) -> None:
     assert y[~valid].isnan().all()
     assert_within_bound("y", y[valid], eager_y[valid], exact_y[valid])
     assert_within_bound("xa", xa, eager_xa, exact_xa)
+
+
+def on_card_backward(case: dict[str, Any]) -> test_cuda_multi_lora.Backward:
+    made = test_cuda_multi_lora.make_backward(test_cuda_multi_lora.make(**case))
+    return test_cuda_multi_lora.Backward(*map(to_card, made))
+
+
+@pytest.mark.parametrize("case", MULTI_LORA_GRADIENTS.values(), ids=MULTI_LORA_GRADIENTS)
+def test_multi_lora_backward(case: dict[str, Any]) -> None:
+    test_cuda_multi_lora.check_backward(on_card_backward(case), run=torch.ops.fastlora.multi_lora_backward_cuda)
+
+
+def test_two_runs_of_multi_lora_backward_are_equal() -> None:
+    given = on_card_backward(LARGE_MULTI_LORA["4096"])
+    once, again = (torch.ops.fastlora.multi_lora_backward_cuda(*given) for _ in range(2))
+    for first, second in zip(once, again, strict=True):
+        assert torch.equal(first.nan_to_num(), second.nan_to_num())
 
 
 def test_gradients_by_autograd(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
-"""csrc/cuda/multi_lora.cu on an emulated card (emulated.py): forward against the float64 reference, group by group.
+"""csrc/cuda/multi_lora.cu on an emulated card (emulated.py): forward and backward against the float64 reference, group by group.
 
-Every test runs with the threads and blocks in ascending and in descending order. The emulated card has 16 multiprocessors: small N splits K.
+Every test runs with the threads and blocks in ascending and in descending order. The emulated card has 16 multiprocessors for few rows, where small
+N splits K, and 2 for many.
 """
 
 import ctypes
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import emulated
 import pytest
 import torch
-from bounds import assert_within_bound, double, gapped, make_layer, next_seed, transposed
+from bounds import assert_within_bound, double, flip_unread, gapped, make_layer, next_seed, transposed
 from torch import Tensor
 
 from fastlora import reference
@@ -35,8 +36,15 @@ def order(request: pytest.FixtureRequest, card: ctypes.CDLL) -> Iterator[None]:
     card.emulated_descending(0)
 
 
+@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
+def capability(request: pytest.FixtureRequest, card: ctypes.CDLL) -> Iterator[None]:
+    card.emulated_capability(request.param)
+    yield
+    card.emulated_capability(80)
+
+
 class Arguments(NamedTuple):
-    """What the operator takes, in its order."""
+    """What the forward takes, in its order."""
 
     x: Tensor
     weight: Tensor
@@ -86,6 +94,67 @@ def exact(given: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     return reference.multi_lora(x, weight, bias, *lists, *given[5:])
 
 
+class Backward(NamedTuple):
+    """What the backward takes, in its order."""
+
+    dy: Tensor
+    x: Tensor
+    weight: Tensor
+    lora_a: list[Tensor]
+    lora_b: list[Tensor]
+    xa: Tensor
+    keep: Tensor
+    scale: list[float]
+    dropout_p: list[float]
+    order: Tensor
+    offsets: Tensor
+    need_dx: bool = True
+    need_da: bool = True
+    need_db: bool = True
+
+
+def make_backward(given: Arguments) -> Backward:
+    """With what the reference's forward leaves, and bits of dropout that nobody reads flipped."""
+    x, weight, _, lora_a, lora_b, scale, dropout_p, _, order, offsets = given
+    y, xa, keep = reference.multi_lora(*given)
+    if keep.numel():
+        keep = flip_unread(keep, rows_that_drop(given)[:, None].expand(x.shape))
+    return Backward(torch.randn_like(y), x, weight, lora_a, lora_b, xa, keep, scale, dropout_p, order, offsets)
+
+
+def run_backward(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return emulated.operators()["multi_lora_backward", "cuda"](*given)
+
+
+def check_backward(given: Backward, expected: Backward | None = None, run: Callable[..., Any] = run_backward) -> None:
+    """`expected`: the same numbers in another layout, for the reference."""
+    expected = expected or given
+    eager = reference.multi_lora_backward(*expected)
+    lists = {name: [double(tensor) for tensor in getattr(expected, name)] for name in ("lora_a", "lora_b")}
+    tensors = {name: double(getattr(expected, name)) for name in ("dy", "x", "weight", "xa")}
+    right = reference.multi_lora_backward(*expected._replace(**lists, **tensors))
+    dx, da, db = run(*given)
+    valid = ~right[0].isnan().all(1)
+    assert dx[~valid].isnan().all()
+    assert_within_bound("dx", dx[valid], eager[0][valid], right[0][valid])
+    for name, grad, near, far, likes in (
+        ("da", da, eager[1], right[1], given.lora_a),
+        ("db", db, eager[2], right[2], given.lora_b),
+    ):
+        sizes = [like.numel() for like in likes]
+        each = zip(grad.split(sizes), near.split(sizes), far.split(sizes), strict=True)
+        for i, parts in enumerate(each):
+            assert_within_bound(f"{name}[{i}]", *parts)
+
+
+def rows_that_drop(given: Arguments) -> Tensor:
+    rows = torch.zeros(len(given.x), dtype=torch.bool)
+    for i, p in enumerate(given.dropout_p):
+        if p:
+            rows[given.order[given.offsets[i + 1] : given.offsets[i + 2]]] = True
+    return rows
+
+
 def check(given: Arguments, expected: Arguments | None = None) -> None:
     """`expected`: the same numbers in another layout, for the reference."""
     expected = expected or given
@@ -98,11 +167,7 @@ def check(given: Arguments, expected: Arguments | None = None) -> None:
     assert_within_bound("xa", xa, eager_xa, exact_xa)
     assert keep.dtype == torch.uint8 and keep.shape == eager_keep.shape
     if keep.numel():
-        K = given.x.shape[1]
-        read = torch.zeros(len(y), dtype=torch.bool)
-        for i, p in enumerate(given.dropout_p):
-            if p:
-                read[given.order[given.offsets[i + 1] : given.offsets[i + 2]]] = True
+        K, read = given.x.shape[1], rows_that_drop(given)
         assert torch.equal(reference.read_keep(keep, K)[read], reference.read_keep(eager_keep, K)[read])
 
 
@@ -124,8 +189,13 @@ CASES: dict[str, dict[str, Any]] = {
     "37 rows, K split": {"index": mixed(37), "K": 2128, "N": 130},
     "64 rows": {"index": mixed(64), "K": 264, "N": 100},
     "64 rows, an adapter each": {"index": list(range(64)), "ranks": tuple(1 + i % 9 for i in range(64)), "K": 64},
-    "100 rows": {"index": mixed(100), "K": 72, "dropout": True},
     "5 rows, one column out of an odd width": {"index": mixed(5), "K": 33, "N": 1},
+    "70 rows, a rank that tiles for many rows do not take": {
+        "index": mixed(70),
+        "ranks": (1, 513, 2, 9),
+        "K": 40,
+        "N": 24,
+    },
     "no width": {"index": mixed(5), "K": 0},
     "nothing out": {"index": mixed(5), "N": 0},
 }
@@ -134,6 +204,89 @@ CASES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_bound(case: dict[str, Any]) -> None:
     check(make(**case))
+
+
+def sequences(*lengths: tuple[int, int]) -> list[int]:
+    """The numbers of rows that follow one another: (adapter, rows), ..."""
+    return [adapter for adapter, rows in lengths for _ in range(rows)]
+
+
+# Rows of one adapter fill a tile, or share it; adapter 2 has no row, -1 is the base alone, 5 and more do not exist.
+LONG = sequences((3, 130), (0, 20), (-1, 30), (4, 60), (7, 5), (1, 40))
+MANY: dict[str, dict[str, Any]] = {
+    "65 rows of one": {"index": [1] * 65},
+    "100 rows": {"index": mixed(100), "K": 72, "dropout": True},
+    "sequences": {"index": LONG, "ranks": (1, 8, 16, 40, 100), "K": 136, "N": 264},
+    "sequences, dropout": {"index": LONG, "ranks": (1, 8, 16, 40, 100), "K": 264, "N": 136, "dropout": True},
+    "ranks up to 16": {"index": LONG, "ranks": (1, 8, 16, 5, 16), "dropout": True, "dtype": F16},
+    "mixed": {"index": mixed(150), "K": 136, "N": 264, "dropout": True},
+    "mixed, float32 adapters": {"index": mixed(150), "adapter_dtype": F32, "dtype": F16, "bias": False},
+    "odd sizes": {"index": LONG, "ranks": (1, 8, 16, 40, 100), "K": 33, "N": 45, "dropout": True},
+    "the base alone": {"index": [-1] * 70, "dropout": True},
+    "no such adapters": {"index": [9] * 70},
+    "more adapters than go with a launch": {
+        "index": [i * 7 % 41 - 1 for i in range(140)],
+        "ranks": tuple(1 + i % 19 for i in range(40)),
+        "dropout": True,
+    },
+    "two parts": {"index": sequences((1, 1030), (0, 1100)), "ranks": (3, 4), "K": 72, "N": 40, "dropout": True},
+}
+
+
+@pytest.mark.parametrize("case", MANY.values(), ids=MANY)
+def test_many_rows(capability: None, case: dict[str, Any]) -> None:
+    check(make(**case))
+
+
+FORWARD_ONLY = ("70 rows, a rank that tiles for many rows do not take", "no width", "nothing out")
+GRADIENTS = MANY | {name: case for name, case in CASES.items() if name not in FORWARD_ONLY}
+
+
+@pytest.mark.parametrize("case", GRADIENTS.values(), ids=GRADIENTS)
+def test_gradients(capability: None, case: dict[str, Any]) -> None:
+    check_backward(make_backward(make(**case)))
+
+
+@pytest.mark.parametrize("layout", [gapped, transposed], ids=["gaps", "transposed"])
+def test_layouts_of_many_rows(capability: None, layout: Callable[[Tensor], Tensor]) -> None:
+    given = make(mixed(70), K=33, N=30, dropout=True)
+    lists = {name: [layout(tensor) for tensor in getattr(given, name)] for name in ("lora_a", "lora_b")}
+    laid = {name: layout(getattr(given, name)) for name in ("x", "weight")}
+    check(given._replace(**laid, **lists, bias=given.bias.repeat_interleave(2)[::2]), given)
+    backward = make_backward(given)
+    saved = {name: layout(getattr(backward, name)) for name in ("dy", "xa")}
+    apart = torch.full((70, 32), 0xAA, dtype=torch.uint8)[:, 3 : 3 + backward.keep.shape[1]].copy_(backward.keep)
+    check_backward(backward._replace(**laid, **lists, **saved, keep=apart), backward)
+
+
+NEEDS = [(1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)]
+
+
+ANY_ORDER: dict[str, dict[str, Any]] = {
+    "several tiles": {"index": LONG, "ranks": (1, 8, 16, 20, 9), "K": 136, "N": 530},
+    # Three tiles are shrunk: of two blocks one is at the last of them while the other begins with what needs it.
+    "few tiles": {"index": [0] * 40, "ranks": (20, 7), "K": 136, "N": 704},
+}
+
+
+@pytest.mark.parametrize("case", ANY_ORDER.values(), ids=ANY_ORDER)
+def test_many_rows_in_any_order(card: ctypes.CDLL, capability: None, case: dict[str, Any]) -> None:
+    """Bitwise: a wait that is missing would show, as would a sum whose order depends on who comes first."""
+    given = make(**case, adapter_dtype=F32, dropout=True)
+    backward = make_backward(given)
+    forwards, backwards = run(given)[:2], run_backward(*backward)
+    for descending, together in ((False, 2), (True, 1)):
+        card.emulated_descending(descending)
+        card.emulated_together(together)
+        try:
+            for first, second in zip(forwards, run(given)[:2], strict=True):
+                assert torch.equal(first.nan_to_num(), second.nan_to_num())
+            for needs in NEEDS:
+                got = run_backward(*backward[:-3], *map(bool, needs))
+                for first, second, need in zip(backwards, got, needs, strict=True):
+                    assert torch.equal(first.nan_to_num(), second.nan_to_num()) if need else second.numel() == 0
+        finally:
+            card.emulated_together(1)
 
 
 @pytest.mark.parametrize("K", [33, 64], ids=str)
@@ -170,6 +323,42 @@ def test_an_adapter_of_nan_keeps_to_its_rows() -> None:
         tensor.fill_(torch.inf)
     y, _, _ = run(given)
     assert not y[[0, 2]].isfinite().any() and y[[1, 3, 4]].isfinite().all()
+
+
+def test_an_adapter_of_infinities_keeps_to_its_rows(capability: None) -> None:
+    """Among the rows of a tile, forward and backward; and to its own gradients."""
+    index = [0, 1, 0, 1, -1] * 20 + [1] * 60
+    given = make(index, (4, 3), K=40, N=72, dropout=True)
+    for tensor in (given.lora_a[0], given.lora_b[0]):
+        tensor.fill_(torch.inf)
+    infinite = torch.tensor(index) == 0
+    y, xa, _ = run(given)
+    assert not y[infinite].isfinite().any() and y[~infinite].isfinite().all() and xa[~infinite].isfinite().all()
+    backward = make_backward(given)
+    dx, da, db = run_backward(*backward)
+    assert not dx[infinite].isfinite().any() and dx[~infinite].isfinite().all()
+    assert da[4 * 40 :].isfinite().all() and db[4 * 72 :].isfinite().all()
+
+
+def test_many_rows_by_numbers_that_cannot_be(capability: None) -> None:
+    """Nothing that is not there is touched, and nothing is waited for that never comes: places of no row, rows of no place, and of several."""
+    given = make(sequences((0, 40), (1, 50)))
+    places = torch.arange(90)
+    backward = make_backward(given)
+    for order in (places, places.flip(0), places // 2, places - 45, places * 2**40, torch.zeros_like(places)):
+        for offsets in (
+            given.offsets,
+            torch.tensor([0, -5, 2**40, 3, 1, -1, 9]),
+            torch.tensor([90, 60, 50, 40, 30, 20, 10]),
+        ):
+            assert run(given._replace(order=order, offsets=offsets))[0].shape == (90, 72)
+            assert run_backward(*backward._replace(order=order, offsets=offsets))[0].shape == (90, 200)
+
+
+def test_gradients_of_no_rows(capability: None) -> None:
+    given = make([], (2, 3), K=24, N=40)
+    dx, da, db = run_backward(*make_backward(given))
+    assert dx.shape == (0, 24) and torch.equal(da, da.new_zeros(5 * 24)) and torch.equal(db, db.new_zeros(5 * 40))
 
 
 def test_numbers_that_cannot_be() -> None:
@@ -212,3 +401,34 @@ def test_wrong_arguments(name: str, changes: dict[str, Any]) -> None:
     given = make([0, 1, -1, 1, 0, 0], (4, 2), K=16, N=12)
     with pytest.raises(RuntimeError, match=rf"(^|\s){re.escape(name)}: got .*expected"):
         run(given._replace(**changes))
+
+
+WRONG_BACKWARD: dict[str, tuple[str, dict[str, Any]]] = {
+    **{case: wrong for case, wrong in WRONG.items() if not wrong[1].keys() & {"bias", "seed"}},
+    "dy: another N": ("dy", {"dy": torch.ones(6, 11, dtype=BF16)}),
+    "dy: dtype": ("dy", {"dy": torch.ones(6, 12)}),
+    "xa: another rank": ("xa", {"xa": torch.ones(6, 2)}),
+    "xa: dtype": ("xa", {"xa": torch.ones(6, 4).double()}),
+    "keep: dtype": ("keep", {"keep": torch.ones(6, 8)}),
+    "keep: fewer rows": ("keep", {"keep": torch.ones(5, 8, dtype=torch.uint8)}),
+    "weight: no columns": (
+        "weight",
+        {name: torch.ones(rows, 0, dtype=BF16) for name, rows in (("x", 6), ("weight", 12))}
+        | {"lora_a": [torch.ones(4, 0).bfloat16(), torch.ones(2, 0).bfloat16()]},
+    ),
+    "lora_a: rank 513": (
+        "lora_a",
+        {
+            "lora_a": [torch.ones(513, 16).bfloat16(), torch.ones(2, 16).bfloat16()],
+            "lora_b": [torch.ones(12, 513).bfloat16(), torch.ones(12, 2).bfloat16()],
+            "xa": torch.ones(6, 513),
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "changes"), WRONG_BACKWARD.values(), ids=WRONG_BACKWARD)
+def test_wrong_arguments_of_the_backward(name: str, changes: dict[str, Any]) -> None:
+    given = make_backward(make([0, 1, -1, 1, 0, 0], (4, 2), K=16, N=12))
+    with pytest.raises(RuntimeError, match=rf"(^|\s){re.escape(name)}: got .*expected"):
+        run_backward(*given._replace(**changes))

@@ -14,28 +14,10 @@
 // Products accumulate in float32; A, B, s xa, xa and dxa are rounded once to x's numbers. The factor 1 / (1 - p) is applied to sums.
 #include "lora_linear.h"
 
-#include <algorithm>
-#include <utility>
-
-#include "product_sm80.cuh"
-#include "product_sm90.cuh"
+#include "product_launch.cuh"
 
 namespace fastlora {
 namespace {
-
-constexpr int BLOCK = 256;  // threads of the kernels that only move numbers
-constexpr int SPAN = 1024;  // rows a part of dA and dB, unless there would be more than PARTS
-constexpr int PARTS = 64;
-
-/// A matrix rounded, and padded with zeros to [to_rows, to_columns].
-template <class T>
-struct Rounding {
-  const void* from;
-  bool wide;  // from float32
-  int64_t rows, columns, row_stride, column_stride;
-  T* to;
-  int64_t to_rows, to_columns;
-};
 
 template <class T>
 struct Roundings {
@@ -51,14 +33,7 @@ __global__ void __launch_bounds__(BLOCK) round_kernel(const __grid_constant__ Ro
   if (blockIdx.x == 0 && blockIdx.y == 0) {
     for (int64_t i = threadIdx.x; i < task.progress_count; i += BLOCK) task.progress[i] = 0;
   }
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(BLOCK) + threadIdx.x; i < matrix.to_rows * matrix.to_columns; i += gridDim.x * BLOCK) {
-    const int64_t row = i / matrix.to_columns, column = i % matrix.to_columns, at = row * matrix.row_stride + column * matrix.column_stride;
-    float value = 0;
-    if (row < matrix.rows && column < matrix.columns) {
-      value = matrix.wide ? static_cast<const float*>(matrix.from)[at] : static_cast<float>(static_cast<const T*>(matrix.from)[at]);
-    }
-    reinterpret_cast<uint16_t*>(matrix.to)[i] = static_cast<uint16_t>(pack<T>(value, 0));
-  }
+  round(matrix);
 }
 
 /// factor * the sum of the parts [parts, padded R, padded columns], written as [R, columns] with any strides.
@@ -93,45 +68,6 @@ __global__ void __launch_bounds__(BLOCK) sum_kernel(const __grid_constant__ Sums
   }
 }
 
-template <class T, int RANK>
-__global__ void __launch_bounds__(GROUP, 4) side_kernel(const __grid_constant__ Sides<T> sides) {
-  side_tile<T, RANK, SHRINKS | GRADS | DROPS>(sides, blockIdx.x, shared_memory(), 1);
-}
-
-// The host launches the one or the other. A body compiled for another card than its own stops the card: nothing returns unwritten results.
-template <class T, bool BACK>
-__global__ void __launch_bounds__(sm80::THREADS, 2) product_sm80_kernel(const __grid_constant__ Product<T> task) {
-#if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  sm80::run<T, BACK>(task);
-#else
-  __trap();
-#endif
-}
-
-template <class T, bool BACK, int RANK>
-__global__ void __launch_bounds__(sm90::THREADS, 1) product_sm90_kernel(const __grid_constant__ sm90::Fused<T> task) {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(FASTLORA_EMULATED)
-  sm90::run<T, BACK, RANK>(task);
-#else
-  __trap();
-#endif
-}
-
-/// Pieces of the workspace, one after the other. Without a base it only counts.
-struct Workspace {
-  unsigned char* base;
-  int64_t used = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    T* const piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += round_up(count * static_cast<int64_t>(sizeof(T)), 256);
-    return piece;
-  }
-};
-
-int span_of(int M) { return std::max(SPAN, round_up(divide_up(M, PARTS), sm90::HEIGHT)); }
-
 /// One call: the layer's sizes, and how its kernels are launched.
 template <class T>
 struct Call {
@@ -144,65 +80,20 @@ struct Call {
         padded(padded_rank(R)), stream(stream) {}
 
   Rounding<T> rounding(const Matrix& from, int64_t rows, int64_t columns, T* to, int64_t to_rows, int64_t to_columns) const {
-    return {from.data, layer.adapter_dtype == Dtype::FLOAT32, rows, columns, from.strides[0], from.strides[1], to, to_rows, to_columns};
+    return {from.data, layer.adapter_dtype == Dtype::FLOAT32, rows, columns, from.strides[0], from.strides[1], to, to_rows, to_columns, to_columns};
   }
 
   void round(const Roundings<T>& task) const {
     int64_t most = 1;
     for (int i = 0; i < task.count; ++i) most = std::max(most, task.matrix[i].to_rows * task.matrix[i].to_columns);
-    const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(divide_up(most, BLOCK), 1024));
-    launch(round_kernel<T>, dim3(blocks, task.count), dim3(BLOCK), 0, stream, task);
+    launch(round_kernel<T>, dim3(blocks_for(most / 8), task.count), dim3(BLOCK), 0, stream, task);
   }
 
-  /// No tiles yet.
-  Sides<T> sides(int columns) const {
-    return {{}, {}, false, false, M, span_of(M), divide_up(columns, GRAD_COLUMNS), padded == 16 ? 1 : padded / RANKS};
-  }
-
-  void run(const Sides<T>& sides) const {
-    if (sides.tiles() == 0) return;
-    const auto kernel = padded == 16 ? side_kernel<T, 16> : side_kernel<T, RANKS>;
-    launch(kernel, dim3(sides.tiles()), dim3(GROUP), QUEUE, stream, sides);
-  }
-
-  /// The product, `first` that shrinks for it, and `last`, which reads what `first` has shrunk. progress: zeros.
-  template <bool BACK>
-  std::string multiply(const Product<T>& product, const Sides<T>& first, const Sides<T>& last, uint32_t* progress) const {
-    int device = 0, major = 0, minor = 0, multiprocessors = 0;
-    cudaGetDevice(&device);
-    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
-    cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (major < 8) return "this card has compute capability " + std::to_string(major) + "." + std::to_string(minor) + ", expected 8.0 or newer";
-    if (major == 9 && minor == 0) return multiply_sm90<BACK>(product, first, last, progress, multiprocessors);
-    run(first);
-    const int tiles = divide_up(product.M, sm80::SIDE) * divide_up(product.N, sm80::SIDE);
-    launch(product_sm80_kernel<T, BACK>, dim3(tiles), dim3(sm80::THREADS), sm80::SHARED, stream, product);
-    run(last);
-    return "";
-  }
-
-  template <bool BACK>
-  std::string multiply_sm90(
-      const Product<T>& product, const Sides<T>& first, const Sides<T>& last, uint32_t* progress, int multiprocessors) const {
-    const int tiles = divide_up(product.M, sm90::HEIGHT) * divide_up(product.N, sm90::WIDTH), side_tiles = first.tiles() + last.tiles();
-    sm90::Fused<T> task{{}, {}, {}, {}, product, first, last, progress, tiles, first.tiles(), side_tiles};
-    const auto map = [&](TensorMap& to, const T* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
-      return describe(to, layer.dtype == Dtype::BFLOAT16, matrix, rows, columns, rows > 1 ? stride : round_up(columns, 8), box_rows, 64);
-    };
-    const int M = product.M, depth = product.depth;
-    const bool mapped = map(task.x, product.x, M, depth, product.x_stride, sm90::HEIGHT) &&
-                        map(task.p, product.p, M, padded, padded, sm90::HEIGHT) &&
-                        map(task.w, product.w, BACK ? depth : product.N, BACK ? product.N : depth, product.w_stride, BACK ? 64 : sm90::WIDTH) &&
-                        map(task.q, product.q, BACK ? padded : product.N, BACK ? product.N : padded, product.q_stride, BACK ? 64 : sm90::WIDTH);
-    if (!mapped) return "the driver has no tensor map (cuTensorMapEncodeTiled) for x, weight, lora_a or lora_b";
-    const auto kernel = padded == 16 ? product_sm90_kernel<T, BACK, 16> : product_sm90_kernel<T, BACK, RANKS>;
-    launch(kernel, dim3(std::min(multiprocessors, std::max(tiles, side_tiles))), dim3(sm90::THREADS), sm90::SHARED, stream, task);
-    return "";
+  OneAdapter adapter(bool drops) const {
+    const double p = layer.dropout_p;
+    return {{0, 0, R, drops ? threshold_of(p) : 0, factor_of(p), static_cast<float>(layer.scale)}, M};
   }
 };
-
-int progress_count(int M) { return 1 + divide_up(M, sm90::HEIGHT); }
 
 template <class T>
 struct ForwardWorkspace {
@@ -216,7 +107,7 @@ struct ForwardWorkspace {
     a = space.take<T>(int64_t{1} * call.padded * a_stride);  // [padded R, padded K]
     b = space.take<T>(call.layer.N * call.padded);           // [N, padded R]
     xa = space.take<T>(call.layer.M * call.padded);          // [M, padded R]: s xa
-    progress = space.take<uint32_t>(progress_count(call.M));
+    progress = space.take<uint32_t>(sm90::Progress::count(call.M));
     bytes = space.used;
   }
 };
@@ -229,19 +120,19 @@ std::string forward(const LoraLinearForward& given, cudaStream_t stream) {
   const ForwardWorkspace<T> space(call, given.workspace);
   const Rounding<T> a = call.rounding(layer.lora_a, call.R, call.K, space.a, call.padded, space.a_stride);
   const Rounding<T> b = call.rounding(layer.lora_b, call.N, call.R, space.b, call.N, call.padded);
-  call.round({{a, b}, 2, space.progress, progress_count(call.M)});
+  call.round({{a, b}, 2, space.progress, sm90::Progress::count(call.M)});
 
   const T* const x = static_cast<const T*>(layer.x.data);
-  const uint32_t threshold = given.seed ? threshold_of(layer.dropout_p) : 0;
-  Sides<T> sides = call.sides(0);
-  sides.shrinks = true;
-  sides.shrink = {
-      x, layer.x.strides[0], space.a, space.a_stride, given.xa, space.xa, nullptr, threshold ? given.keep : nullptr, given.seed, threshold,
-      threshold ? factor_of(layer.dropout_p) : 1.f, static_cast<float>(layer.scale), call.M, call.K, call.R};
-  const Product<T> product{
+  const OneAdapter adapter = call.adapter(given.seed);
+  const Shrink<T, OneAdapter> shrink{
+      x, layer.x.strides[0], space.a, space.a_stride, given.xa, space.xa, nullptr, adapter.adapter.threshold ? given.keep : nullptr, given.seed,
+      call.M, call.K, call.R, round_up(call.M, SHRINK_ROWS), adapter};
+  Sides<T, OneAdapter> sides(call.R);
+  sides.take(shrink, divide_up(call.M, SHRINK_ROWS), span_of(call.M) / SHRINK_ROWS);
+  const Product<T, OneAdapter> product{
       x, layer.x.strides[0], static_cast<const T*>(layer.weight.data), layer.weight.strides[0], space.xa, space.b, call.padded,
-      static_cast<const T*>(layer.bias), layer.bias_stride, nullptr, 1.f, static_cast<T*>(given.y), call.M, call.N, call.K, call.R};
-  return call.template multiply<false>(product, sides, call.sides(0), space.progress);
+      static_cast<const T*>(layer.bias), layer.bias_stride, nullptr, static_cast<T*>(given.y), call.M, call.N, call.K, call.R, call.padded, adapter};
+  return launch_products<T, OneAdapter, false>(product, sides, Sides<T, OneAdapter>(call.R), space.progress, stream);
 }
 
 template <class T>
@@ -263,7 +154,7 @@ struct BackwardWorkspace {
     dxa_transposed = space.take<T>(int64_t{1} * call.padded * rows);                            // [padded R, padded M]
     da = space.take<float>(int64_t{1} * parts * call.padded * round_up(call.K, GRAD_COLUMNS));  // [parts, padded R, padded K]
     db = space.take<float>(int64_t{1} * parts * call.padded * round_up(call.N, GRAD_COLUMNS));  // [parts, padded R, padded N], transposed
-    progress = space.take<uint32_t>(progress_count(call.M));
+    progress = space.take<uint32_t>(sm90::Progress::count(call.M));
     bytes = space.used;
   }
 };
@@ -275,8 +166,7 @@ void add_parts(const Call<T>& call, const LoraLinearBackward& given, const Backw
   if (given.db) sums.sum[sums.count++] = {space.db, space.parts, call.R, call.N, given.db, 1, call.R, static_cast<float>(call.layer.scale)};
   if (sums.count == 0) return;
   const int64_t most = static_cast<int64_t>(call.R) * std::max(call.K, call.N);
-  const unsigned blocks = static_cast<unsigned>(std::min<int64_t>(divide_up(most, BLOCK), 1024));
-  launch(sum_kernel<T>, dim3(blocks, sums.count), dim3(BLOCK), 0, call.stream, sums);
+  launch(sum_kernel<T>, dim3(blocks_for(most), sums.count), dim3(BLOCK), 0, call.stream, sums);
 }
 
 template <class T>
@@ -284,8 +174,9 @@ std::string backward(const LoraLinearBackward& given, cudaStream_t stream) {
   const LoraLinear& layer = given.layer;
   const Call<T> call(layer, stream);
   const BackwardWorkspace<T> space(call, given.workspace);
-  const uint8_t* const keep = threshold_of(layer.dropout_p) ? given.keep : nullptr;
-  const float factor = keep ? factor_of(layer.dropout_p) : 1.f;
+  const OneAdapter adapter = call.adapter(given.keep);
+  const uint8_t* const keep = adapter.adapter.threshold ? given.keep : nullptr;
+  const float factor = keep ? adapter.adapter.factor : 1.f;
   if (call.M == 0) {
     add_parts(call, given, space, factor);
     return "";
@@ -295,29 +186,31 @@ std::string backward(const LoraLinearBackward& given, cudaStream_t stream) {
   const Rounding<T> b = call.rounding(b_transposed, call.R, call.N, space.b, call.padded, space.b_stride);
   Rounding<T> xa = call.rounding({given.xa, {1, call.R}}, call.R, call.M, space.xa, call.padded, space.rows);
   xa.wide = true;
-  call.round({{a, b, xa}, 3, space.progress, progress_count(call.M)});
+  call.round({{a, b, xa}, 3, space.progress, sm90::Progress::count(call.M)});
 
   const T* const dy = static_cast<const T*>(given.dy.data);
   const int64_t dy_stride = given.dy.strides[0];
-  Sides<T> first = call.sides(call.N), last = call.sides(call.K);
-  first.shrinks = given.dx || given.da;
-  first.grads = given.db;
-  first.shrink = {
-      dy, dy_stride, space.b, space.b_stride, nullptr, space.dxa, space.dxa_transposed, nullptr, nullptr, 0,
-      static_cast<float>(layer.scale), 1.f, call.M, call.N, call.R};
-  first.gradient = {dy, dy_stride, nullptr, space.xa, space.db, call.M, first.span, call.N, call.R};
-  last.grads = given.da;
-  last.gradient = {
-      static_cast<const T*>(layer.x.data), layer.x.strides[0], keep, space.dxa_transposed, space.da, call.M, last.span, call.K, call.R};
+  const int span = span_of(call.M);
+  const Shrink<T, OneAdapter> dxa{
+      dy, dy_stride, space.b, space.b_stride, nullptr, space.dxa, space.dxa_transposed, nullptr, nullptr, call.M, call.N, call.R, space.rows,
+      adapter};
+  const Gradient<T, OneAdapter> db{dy, dy_stride, nullptr, space.xa, space.db, call.M, span, call.N, call.R, space.rows, call.padded, adapter};
+  const Gradient<T, OneAdapter> da{
+      static_cast<const T*>(layer.x.data), layer.x.strides[0], keep, space.dxa_transposed, space.da, call.M, span, call.K, call.R, space.rows,
+      call.padded, adapter};
+  Sides<T, OneAdapter> first(call.R), last(call.R);
+  if (given.dx || given.da) first.take(dxa, divide_up(call.M, SHRINK_ROWS), span / SHRINK_ROWS);
+  if (given.db) first.take(db, space.parts, 1);
+  if (given.da) last.take(da, space.parts, 1);
   if (given.dx) {
-    const Product<T> product{
-        dy, dy_stride, static_cast<const T*>(layer.weight.data), layer.weight.strides[0], space.dxa, space.a, space.a_stride, nullptr, 0, keep,
-        factor, static_cast<T*>(given.dx), call.M, call.K, call.N, call.R};
-    const std::string error = call.template multiply<true>(product, first, last, space.progress);
+    const Product<T, OneAdapter> product{
+        dy, dy_stride, static_cast<const T*>(layer.weight.data), layer.weight.strides[0], space.dxa, space.a, space.a_stride, nullptr, 0,
+        keep, static_cast<T*>(given.dx), call.M, call.K, call.N, call.R, call.padded, adapter};
+    const std::string error = launch_products<T, OneAdapter, true>(product, first, last, space.progress, stream);
     if (!error.empty()) return error;
   } else {
-    call.run(first);
-    call.run(last);
+    launch_sides(first, stream);
+    launch_sides(last, stream);
   }
   add_parts(call, given, space, factor);
   return "";
@@ -331,13 +224,6 @@ std::string unaligned(const char* name, const Matrix& matrix, int64_t rows, int6
   return std::string(name) + ": got [" + std::to_string(rows) + ", " + std::to_string(columns) + "] with strides [" +
          std::to_string(matrix.strides[0]) + ", " + std::to_string(matrix.strides[1]) + "] at address " +
          std::to_string(reinterpret_cast<uintptr_t>(matrix.data)) + ", expected columns side by side and rows apart, at multiples of 16 bytes";
-}
-
-/// What went wrong: what was found, and what CUDA says of the launches.
-std::string all_of(const std::string& found) {
-  const cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess) return found;
-  return (found.empty() ? "" : found + "; ") + "CUDA says: " + cudaGetErrorString(error);
 }
 
 }  // namespace

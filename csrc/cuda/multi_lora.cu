@@ -1,595 +1,335 @@
-// Row by row, y = x Wᵀ + b + s_i xa B_iᵀ with xa = d_i(x) A_iᵀ, where i is the row's adapter, in bfloat16 and float16.
-// The equation is fastlora/reference.py::multi_lora. Groups are numbered 0 (rows of the base alone), 1 to S (adapter i is group i + 1) and S + 1
-// (rows whose adapter does not exist); group g has the sorted places offsets[g] : offsets[g + 1], order[place] is the row. All is found on the card.
+// Row by row, y = x Wᵀ + b + s_i xa B_iᵀ with xa = d_i(x) A_iᵀ, where i is the row's adapter;  dxa = s_i dy B_i;  dx = dy W + d_i'(dxa A_i);
+// dA_i = dxaᵀ d_i(x) and dB_i = s_i dyᵀ xa over the adapter's rows, in bfloat16 and float16.
+// The equations are fastlora/reference.py::multi_lora and multi_lora_backward.
 //
-//     multi_shrink_kernel   xa in parts of K, each block 16 places of one group; the mask drawn on the way and kept as bits
-//     multi_linear_kernel   W from memory once: a block has some columns of y for up to 64 sorted places, the rank steps last
+//     forward     up to 64 rows                                     multi_lora.cuh
+//                 A_i and B_i rounded, padded, side by side         multi_round_kernel
+//                 xa, the mask drawn on the way and kept as bits    side_kernel: one read of x, an adapter's rows at a time
+//                 y, the rank steps last                            product_sm80_kernel
+//     backward    A_i, B_i and xa rounded, padded, transposed       multi_round_kernel
+//                 dxa and parts of dB_i                             side_kernel
+//                 dx, the rank steps last and masked                product_sm80_kernel
+//                 parts of dA_i                                     side_kernel
+//                 dA_i and dB_i, parts added in order               multi_sum_kernel
 //
-// The bound of decode is memory. 4096 x 4096, 32 rows, 8 adapters of rank 16: W 33.6 MB, the A and B that rows use 2.1 MB, x and y 0.5 MB, together
-// 36.2 MB: 10.8 us at 3.35 TB/s, W alone 10.0 us. What follows from it:
-//
-//   - x is 0.26 MB, too much for one multiprocessor's memory beside what must be on its way, so every block brings it from the second-level cache.
-//     With 64 columns a block that is 17 MB (34 MB for 64 rows), half of W's; with 32 it would be as much as W's. Up to 16 rows 32 columns do, and
-//     4096 of them are a block for each of 128 multiprocessors. Fewer blocks than multiprocessors split K; the last to arrive adds up, in order.
-//   - Each block keeps 32 to 56 KB of W on its way (128 of them 4 MB or more; 3.35 TB/s for a microsecond are 3.4 MB). Copies go to the lane that
-//     multiplies them, 16 bytes at a time: the lanes' own columns are called the depths that the tensor core expects, and no barrier stands between.
-//   - A is read once for every 16 rows of an adapter, B once a block, brought into the second-level cache while W streams.
-//   - Two launches, not one whose blocks wait for flags: the second begins while the first runs (sm_90 and later) and waits for it where it needs xa,
-//     10 us later; the 40 blocks of the first are done in the time of a few loads. Flags would have to be cleared by a launch before, or be memory
-//     that outlives the call, which two graphs replayed at once would share; here the first launch clears the counters of the second. On sm_80
-//     the two follow one another: some 3 us beside 20 us of W at 1.6 TB/s.
-//
-// None of these times is measured. More than 64 rows are tiles of 64: right, but for prefill slower than a product with tiles of 128.
-#include "multi_lora.h"
-
-#include <algorithm>
-#include <type_traits>
-
-#include "skinny.cuh"
+// As in lora_linear.cu, whose products these are, and on Hopper, too, one launch: product_sm90_kernel. The thin products go through the rows by
+// their places, an adapter after the other, so that each tile is of one adapter. The product goes through them as they lie, which the copy engine
+// needs: for each block of 128 rows it adds the rank steps of the adapters that are among them, in prefill mostly one; where they are several, a
+// row takes its own adapter's. An adapter that no row uses is not read.
+#include "multi_lora.cuh"
+#include "product_launch.cuh"
 
 namespace fastlora {
 namespace {
 
-constexpr int THREADS = 128, WARPS = THREADS / 32;
-constexpr int STEP = 128, CHUNK = 32;  // columns of K that a warp takes in turn, and at once
-constexpr int TILE = 16;               // places, or ranks
-constexpr int FEW = 32;                // adapters that go with a launch; more are written to the workspace first
-
-/// An adapter as the kernels know it.
-struct Adapter {
-  const void *a, *b;
-  int64_t a_strides[2], b_strides[2];
-  int R;
-  uint32_t threshold;
-  float factor, scale;
-  bool wide;                // float32
-  bool a_packed, b_packed;  // can be read 16 bytes at a time, or 8
-};
-
-struct Adapters {
-  Adapter few[FEW];
-  const Adapter* many;  // all, where they are not few
-  int count;
-
-  __device__ const Adapter& of(int group) const { return many ? many[group - 1] : few[group - 1]; }
-};
-
-/// The rows of each group. Numbers that cannot be are moved to the nearest that can, or the row is left alone.
-struct Groups {
-  const int64_t *order, *offsets;
-  int64_t M;
-  int count;  // adapters
-
-  __device__ int64_t begin(int group) const { return max(int64_t{0}, min(offsets[group], M)); }
-  __device__ int64_t row(int64_t place) const {
-    const int64_t row = order[place];
-    return row < M ? max(row, int64_t{-1}) : -1;
-  }
-  __device__ bool adapts(int group) const { return group >= 1 && group <= count; }
-  /// The first group that ends after the place.
-  __device__ int of(int64_t place) const {
-    int low = 0, high = count + 1;
-    while (low < high) {
-      const int middle = (low + high) / 2;
-      if (begin(middle + 1) > place) {
-        high = middle;
-      } else {
-        low = middle + 1;
-      }
-    }
-    return low;
-  }
-};
-
-struct Table {
-  Adapter part[FEW];
-  Adapter* to;
-  int count;
-};
-
-__global__ void __launch_bounds__(FEW) multi_table_kernel(const __grid_constant__ Table table) {
-  const int i = threadIdx.x;
-  if (i < table.count) table.to[i] = table.part[i];
-}
-
-/// Eight numbers of a row from `column` on, zeros from `columns` on. The row lies side by side, at a multiple of 16 bytes.
+/// Up to FEW adapters to be rounded, and written to a table for the kernels that follow.
 template <class T>
-__device__ Eight read_packed(const T* row, int column, int columns) {
-  if (column + 8 <= columns) return *reinterpret_cast<const Eight*>(row + column);
-  Eight numbers{};
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (column + i < columns) numbers.pair[i / 2] |= static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(row)[column + i]) << 16 * (i % 2);
-  }
-  return numbers;
-}
-
-/// COUNT numbers with `stride` between them, rounded to T, of which only the first `left` are there.
-template <class T, int COUNT>
-__device__ void read_any(uint32_t (&pair)[COUNT / 2], const void* matrix, bool wide, int64_t at, int64_t stride, int left) {
-  float value[COUNT] = {};
-#pragma unroll
-  for (int i = 0; i < COUNT; ++i) {
-    if (i >= left) continue;
-    const int64_t from = at + i * stride;
-    value[i] = wide ? static_cast<const float*>(matrix)[from] : static_cast<float>(static_cast<const T*>(matrix)[from]);
-  }
-#pragma unroll
-  for (int i = 0; i < COUNT / 2; ++i) pair[i] = pack<T>(value[2 * i], value[2 * i + 1]);
-}
-
-// ---- xa
-
-template <class T>
-struct MultiShrink {
-  const T* x;
-  int64_t x_stride;
-  float* sums;          // [parts, M, padded]: by place
-  uint8_t* keep;        // or null
-  const int64_t* seed;  // read where keep is given
-  int K, span, padded;  // span: columns a part, a multiple of STEP
-  unsigned* arrived;    // set to 0 for the kernel that follows
-  int counters;
-  Groups groups;
-  Adapters adapters;
+struct MultiRound {
+  StoredAdapter part[FEW];
+  int begin, count;  // the number of the first; how many
+  bool back;         // B is transposed
+  Adapter* table;    // [S]
+  T *a, *b;          // [ranks, padded K]; [N, ranks], or [ranks, padded N]
+  int64_t a_stride, b_stride;
+  int K, N, R;
+  ManyAdapters groups;
+  // What the first launch makes ready for those that follow.
+  uint32_t* progress;
+  int progress_count;
+  const float* xa;   // [M, R], to be rounded and transposed, or null
+  T* xa_transposed;  // [padded R, places]
+  int places;
 };
 
-struct Places {
-  int group;  // 0: there is no such tile
-  int64_t first, end;
-};
-
-/// Tile `tile` of all adapters' tiles of 16 places, each of one group. The whole warp asks.
-__device__ Places places_of(const Groups& groups, int64_t tile) {
-  const int lane = threadIdx.x % 32;
-  int64_t before = 0;
-  for (int base = 1; base <= groups.count; base += 32) {
-    const bool is = base + lane <= groups.count;
-    const int64_t first = is ? groups.begin(base + lane) : 0, end = is ? groups.begin(base + lane + 1) : 0;
-    const int64_t tiles = max(int64_t{0}, divide_up(end - first, TILE));
-    int64_t last = tiles;
-    for (int step = 1; step < 32; step *= 2) {
-      const int64_t other = __shfl_up_sync(~0u, last, step);
-      if (lane >= step) last += other;
+/// By the blocks of gridDim.x: no row has an adapter until it is noted, nothing is done, and the forward's xa by place.
+template <class T>
+__device__ void make_ready(const MultiRound<T>& task) {
+  const int M = static_cast<int>(task.groups.M);
+  const int64_t first = blockIdx.x * static_cast<int64_t>(BLOCK) + threadIdx.x, step = gridDim.x * BLOCK;
+  for (int64_t i = first; i < task.progress_count; i += step) task.progress[i] = 0;
+  for (int64_t row = first; row < round_up(M, ROW_BLOCK); row += step) task.groups.group_of_row[row] = row < M ? 0 : ManyAdapters::NO_ROW;
+  if (!task.xa) return;
+  for (int64_t place = first; place < task.places; place += step) {
+    const Piece piece = task.groups.piece(static_cast<int>(place / SHRINK_ROWS), SHRINK_ROWS);
+    const int row = task.groups.row(piece, piece.begin + static_cast<int>(place % SHRINK_ROWS));
+    for (int r = 0; r < padded_rank(task.R); ++r) {
+      const float value = row < M && r < task.R ? task.xa[static_cast<int64_t>(row) * task.R + r] : 0.f;
+      reinterpret_cast<uint16_t*>(task.xa_transposed)[static_cast<int64_t>(r) * task.places + place] = static_cast<uint16_t>(pack<T>(value, 0));
     }
-    last += before;
-    const unsigned found = __ballot_sync(~0u, last > tile);
-    if (found) {
-      const int at = __ffs(static_cast<int>(found)) - 1;
-      return {base + at, __shfl_sync(~0u, first + (tile - last + tiles) * TILE, at), __shfl_sync(~0u, end, at)};
-    }
-    before = __shfl_sync(~0u, last, 31);
   }
-  return {};
 }
 
-/// Block (tile, part, ranks): 16 places, the columns of one part, 16 ranks. The warps share the columns.
+/// Block (x, y): A of adapter y, B of adapter y - count, or what is no adapter's.
 template <class T>
-__global__ void __launch_bounds__(THREADS, 4) multi_shrink_kernel(const __grid_constant__ MultiShrink<T> task) {
-  let_next_launch_begin();
-  const int thread = threadIdx.x, warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
-  const int64_t number = blockIdx.x + static_cast<int64_t>(gridDim.x) * (blockIdx.y + static_cast<int64_t>(gridDim.y) * blockIdx.z);
-  for (int64_t i = number * THREADS + thread; i < task.counters; i += static_cast<int64_t>(gridDim.x) * gridDim.y * gridDim.z * THREADS) {
-    task.arrived[i] = 0;
-  }
-  const Places places = places_of(task.groups, blockIdx.x);
-  if (places.group == 0) return;
-  const Adapter& adapter = task.adapters.of(places.group);
-  const int first_rank = blockIdx.z * TILE;
-  if (first_rank >= adapter.R) return;
-
-  int64_t row[2];
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int64_t place = places.first + g + half * 8;
-    row[half] = place < places.end ? task.groups.row(place) : -1;
-  }
-  const int begin = blockIdx.y * task.span, end = min(begin + task.span, task.K);
-  const bool draws = task.keep && adapter.threshold, writes = draws && first_rank == 0;
-  const uint64_t seed = draws ? static_cast<uint64_t>(*task.seed) : 0;
-  const int64_t calls = divide_up(task.K, 8), keep_stride = divide_up(task.K, 64) * 8;
-  float sum[2][4] = {};
-  const auto sweep = [&]<int UNROLL>(std::integral_constant<int, UNROLL>, auto read_a) {
-    for (int step = begin + warp * STEP; step < end; step += WARPS * STEP) {
-      Eight left[2][4], right[2][UNROLL];
-      uint32_t kept[2] = {};
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          left[half][c] = row[half] >= 0 ? read_packed(task.x + row[half] * task.x_stride, step + c * CHUNK + t * 8, task.K) : Eight{};
-          if constexpr (UNROLL == 4) right[half][c] = read_a(first_rank + g + half * 8, step + c * CHUNK + t * 8);
-        }
-      }
-#pragma unroll
-      for (int c = 0; c < 4; ++c) {
-        if (draws) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const uint32_t bits = draw(seed, row[half] * calls + (step + c * CHUNK) / 8 + t, adapter.threshold);
-            drop(left[half][c], bits);
-            uint32_t word = bits << 8 * t;
-            word |= __shfl_xor_sync(~0u, word, 1);
-            word |= __shfl_xor_sync(~0u, word, 2);
-            if (t == c) kept[half] = word;
-          }
-        }
-        if constexpr (UNROLL == 1) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) right[half][0] = read_a(first_rank + g + half * 8, step + c * CHUNK + t * 8);
-        }
-        const Eight u = left[0][c], v = left[1][c];
-        const uint32_t low[4] = {u.pair[0], v.pair[0], u.pair[1], v.pair[1]}, high[4] = {u.pair[2], v.pair[2], u.pair[3], v.pair[3]};
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const Eight& a = right[half][c % UNROLL];
-          multiply<T>(sum[half], low, a.pair[0], a.pair[1]);
-          multiply<T>(sum[half], high, a.pair[2], a.pair[3]);
-        }
-      }
-      const int64_t byte = step / 8 + t * 4;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (writes && row[half] >= 0 && byte < keep_stride) *reinterpret_cast<uint32_t*>(task.keep + row[half] * keep_stride + byte) = kept[half];
-      }
-    }
-  };
-  if (adapter.a_packed) {
-    sweep(std::integral_constant<int, 4>{}, [&](int r, int column) {
-      return r < adapter.R ? read_packed(static_cast<const T*>(adapter.a) + r * adapter.a_strides[0], column, task.K) : Eight{};
-    });
+__global__ void __launch_bounds__(BLOCK) multi_round_kernel(const __grid_constant__ MultiRound<T> task) {
+  const int y = blockIdx.y;
+  if (y == 2 * task.count) return make_ready(task);
+  const StoredAdapter& adapter = task.part[y % task.count];
+  const int number = task.begin + y % task.count, group = number + 1;
+  if (y < task.count && blockIdx.x == 0 && threadIdx.x == 0) task.table[number] = adapter;
+  if (task.groups.begin(group) >= task.groups.begin(group + 1)) return;
+  const int R = adapter.R, padded = round_up(R, ranks_a_pass(task.R));
+  if (y < task.count) {
+    T* const to = task.a + adapter.first * task.a_stride;
+    round<T>({adapter.a, adapter.wide, R, task.K, adapter.a_strides[0], adapter.a_strides[1], to, padded, task.a_stride, task.a_stride});
+  } else if (task.back) {
+    T* const to = task.b + adapter.first * task.b_stride;
+    round<T>({adapter.b, adapter.wide, R, task.N, adapter.b_strides[1], adapter.b_strides[0], to, padded, task.b_stride, task.b_stride});
   } else {
-    sweep(std::integral_constant<int, 1>{}, [&](int r, int column) {
-      Eight numbers{};
-      if (r < adapter.R) {
-        read_any<T, 8>(
-            numbers.pair, adapter.a, adapter.wide, r * adapter.a_strides[0] + column * adapter.a_strides[1], adapter.a_strides[1], task.K - column);
-      }
-      return numbers;
-    });
-  }
-
-  float* const meeting = reinterpret_cast<float*>(shared_memory());  // [warps, 16 places, 16 ranks]
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) meeting[(warp * TILE + g + i / 2 * 8) * TILE + half * 8 + t * 2 + i % 2] = sum[half][i];
-  }
-  __syncthreads();
-  for (int i = thread; i < TILE * TILE; i += THREADS) {
-    const int64_t place = places.first + i / TILE;
-    if (place >= places.end) continue;
-    float total = 0;
-    for (int from = 0; from < WARPS; ++from) total += meeting[from * TILE * TILE + i];
-    const float factor = draws ? adapter.factor : 1.f;
-    task.sums[(blockIdx.y * task.groups.M + place) * task.padded + first_rank + i % TILE] = factor * total;
+    T* const to = task.b + adapter.first;
+    round<T>({adapter.b, adapter.wide, task.N, R, adapter.b_strides[0], adapter.b_strides[1], to, task.N, padded, task.b_stride});
   }
 }
 
-// ---- y
-
-template <class T>
-struct MultiLinear {
-  const T* x;
-  int64_t x_stride;
-  const T* weight;
-  int64_t weight_stride;
-  const T* bias;  // or null
-  int64_t bias_stride;
-  const float* xa_sums;  // [parts, M, padded]: by place
-  int parts, padded;
-  T* y;
-  float* xa;  // [M, R]
-  int N, K, R;
-  int splits, span;   // of K; span: a multiple of STEP
-  float* sums;        // [tiles, splits, ROWS, COLUMNS], where there are splits
-  unsigned* arrived;  // [tiles]
-  Groups groups;
-  Adapters adapters;
+/// dA_i, or dB_i: of each adapter the sum of its parts, as Gradient leaves them.
+struct MultiSum {
+  const float* parts;  // or null: not needed
+  int columns;
+  void* to;
+  bool transposed;  // to [columns, R_i]
 };
 
-/// A tile of y, and the queue of copies for it: 96 KB at most, which every card as of sm_80 has.
-template <int ROWS_, int COLUMNS_>
-struct Shape {
-  static constexpr int ROWS = ROWS_, COLUMNS = COLUMNS_, APART = COLUMNS + 4;  // APART: floats from row to row where the warps' sums meet
-  static constexpr int PIECES = (ROWS + COLUMNS) / 8;                          // of 16 bytes, a thread and chunk
-  static constexpr int STAGE = PIECES * THREADS * 16;
-  static constexpr int STAGES = (96 << 10) / STAGE < 8 ? (96 << 10) / STAGE : 8;
-  static constexpr int QUEUE = STAGES * STAGE;
-  static constexpr int SHARED = QUEUE + ROWS * static_cast<int>(sizeof(int));
-  static_assert(WARPS * ROWS * APART * 4 <= QUEUE);
+struct MultiSums {
+  MultiSum sum[2];  // of dA, of dB
+  int span, ranks, R;
+  bool wide;  // to float32
+  ManyAdapters groups;
 };
 
-/// Four ranks from r on of row n of B; zeros beyond.
 template <class T>
-__device__ uint2 read_ranks(const Adapter& adapter, int64_t n, int r, int N) {
-  if (n >= N || r >= adapter.R) return make_uint2(0, 0);
-  const int64_t at = n * adapter.b_strides[0] + r * adapter.b_strides[1];
-  if (adapter.b_packed) return *reinterpret_cast<const uint2*>(static_cast<const T*>(adapter.b) + at);
-  uint32_t pair[2];
-  read_any<T, 4>(pair, adapter.b, adapter.wide, at, adapter.b_strides[1], adapter.R - r);
-  return make_uint2(pair[0], pair[1]);
-}
-
-/// xa of a place from rank r on, the parts in order.
-__device__ inline float4 add_parts(const float* sums, int parts, int64_t apart) {
-  float4 total = make_float4(0, 0, 0, 0);
-  for (int part = 0; part < parts; ++part) {
-    const float4 one = __ldcg(reinterpret_cast<const float4*>(sums + part * apart));
-    total.x += one.x, total.y += one.y, total.z += one.z, total.w += one.w;
-  }
-  return total;
-}
-
-template <class T, class S>
-__global__ void __launch_bounds__(THREADS, 2) multi_linear_kernel(const __grid_constant__ MultiLinear<T> task) {
-  constexpr int ROWS = S::ROWS, COLUMNS = S::COLUMNS, STAGES = S::STAGES;
-  unsigned char* const queue = shared_memory();
-  int* const group_of = reinterpret_cast<int*>(queue + S::QUEUE);  // of each place
-  const Groups& groups = task.groups;
-  const int thread = threadIdx.x, warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
-  const int64_t row_tiles = divide_up(groups.M, ROWS), column_tiles = max(divide_up(task.N, COLUMNS), 1), tiles = row_tiles * column_tiles;
-  const int64_t tile = blockIdx.x % tiles, first = tile % row_tiles * ROWS;
-  const int split = static_cast<int>(blockIdx.x / tiles), column = static_cast<int>(tile / row_tiles) * COLUMNS;
-  const int count = static_cast<int>(min(groups.M - first, static_cast<int64_t>(ROWS)));
-  const int begin = split * task.span, end = min(begin + task.span, task.K);
-
-  // The sums of a warp: all columns and places of the tile over every fourth step of K. Row n of W is row n % 16 of a fragment, a place a column.
-  int rows[ROWS / 8];  // of x, -1: none
-#pragma unroll
-  for (int j = 0; j < ROWS / 8; ++j) rows[j] = j * 8 + g < count ? static_cast<int>(groups.row(first + j * 8 + g)) : -1;
-  const T* const weight = task.weight + (column + g) * task.weight_stride;
-  const int steps = max(0, static_cast<int>(divide_up(end - begin, STEP))), turns = (steps - warp + WARPS - 1) / WARPS * (STEP / CHUNK);
-  const auto slot = [&](int turn, int piece) { return queue + (turn % STAGES * S::PIECES + piece) * THREADS * 16 + thread * 16; };
-  const auto fetch = [&](int turn) {
-    if (turn < turns) {
-      const int k = begin + (turn / (STEP / CHUNK) * WARPS + warp) * STEP + turn % (STEP / CHUNK) * CHUNK + t * 8, bytes = bytes_inside(end - k);
-#pragma unroll
-      for (int i = 0; i < COLUMNS / 8; ++i) {
-        copy_async<16>(slot(turn, i), weight + i * 8 * task.weight_stride + k, column + i * 8 + g < task.N ? bytes : 0);
-      }
-#pragma unroll
-      for (int j = 0; j < ROWS / 8; ++j) {
-        copy_async<16>(slot(turn, COLUMNS / 8 + j), task.x + max(rows[j], 0) * task.x_stride + k, rows[j] >= 0 ? bytes : 0);
-      }
-    }
-    commit_copies();
-  };
-  for (int turn = 0; turn < STAGES - 1; ++turn) fetch(turn);
-
-  if (thread < count) group_of[thread] = groups.of(first + thread);
-  __syncthreads();
-  const bool adapts = split == task.splits - 1;  // this block adds the rank steps
-  /// Every adapter of the tile's places, and which places: use(adapter, from, to).
-  const auto for_each_adapter = [&](auto use) {
-    for (int from = 0, to; from < count; from = to) {
-      const int group = group_of[from];
-      to = from + 1;
-      while (to < count && group_of[to] == group) ++to;
-      if (groups.adapts(group)) use(task.adapters.of(group), from, to);
-    }
-  };
-  if (adapts) {
-    for_each_adapter([&](const Adapter& adapter, int, int) {
-      const int64_t n = column + thread;
-      if (adapter.b_packed && thread < COLUMNS && n < task.N) {
-        for (int r = 0; r < adapter.R; r += 64) prefetch(static_cast<const T*>(adapter.b) + n * adapter.b_strides[0] + r);
-      }
-    });
-  }
-
-  float sum[COLUMNS / 16][ROWS / 8][4] = {};
-#pragma unroll 1
-  for (int turn = 0; turn < turns; ++turn) {
-    wait_copies<STAGES - 2>();
-    fetch(turn + STAGES - 1);
-    constexpr int TOGETHER = ROWS < 32 ? ROWS / 8 : 4;  // of x in registers at once
-#pragma unroll
-    for (int j = 0; j < ROWS / 8; j += TOGETHER) {
-      Eight right[TOGETHER];
-#pragma unroll
-      for (int k = 0; k < TOGETHER; ++k) right[k] = *reinterpret_cast<const Eight*>(slot(turn, COLUMNS / 8 + j + k));
-#pragma unroll
-      for (int i = 0; i < COLUMNS / 16; ++i) {
-        const Eight u = *reinterpret_cast<const Eight*>(slot(turn, 2 * i)), v = *reinterpret_cast<const Eight*>(slot(turn, 2 * i + 1));
-        const uint32_t low[4] = {u.pair[0], v.pair[0], u.pair[1], v.pair[1]}, high[4] = {u.pair[2], v.pair[2], u.pair[3], v.pair[3]};
-#pragma unroll
-        for (int k = 0; k < TOGETHER; ++k) {
-          multiply<T>(sum[i][j + k], low, right[k].pair[0], right[k].pair[1]);
-          multiply<T>(sum[i][j + k], high, right[k].pair[2], right[k].pair[3]);
-        }
-      }
-    }
-  }
-  wait_copies<0>();
-
-  wait_for_launch_before();
-  if (adapts) {
-    const int64_t apart = groups.M * task.padded;
-    int item = 0;  // 16 ranks of one adapter: a warp's
-    for_each_adapter([&](const Adapter& adapter, int from, int to) {
-      for (int r = 0; r < adapter.R; r += TILE) {
-        if (item++ % WARPS != warp) continue;
-#pragma unroll
-        for (int j = 0; j < ROWS / 8; ++j) {
-          if (j * 8 >= to || j * 8 + 8 <= from) continue;
-          const int place = j * 8 + g;
-          float4 xa = make_float4(0, 0, 0, 0);
-          if (place >= from && place < to) xa = add_parts(task.xa_sums + (first + place) * task.padded + r + t * 4, task.parts, apart);
-          const uint32_t b0 = pack<T>(adapter.scale * xa.x, adapter.scale * xa.y), b1 = pack<T>(adapter.scale * xa.z, adapter.scale * xa.w);
-#pragma unroll
-          for (int i = 0; i < COLUMNS / 16; ++i) {
-            const uint2 u = read_ranks<T>(adapter, column + i * 16 + g, r + t * 4, task.N);
-            const uint2 v = read_ranks<T>(adapter, column + i * 16 + g + 8, r + t * 4, task.N);
-            const uint32_t a[4] = {u.x, v.x, u.y, v.y};
-            float part[4] = {};
-            multiply<T>(part, a, b0, b1);
-#pragma unroll
-            for (int k = 0; k < 4; ++k) {  // of this adapter's places only: infinity times another's zero is no zero
-              const int at = j * 8 + t * 2 + k % 2;
-              sum[i][j][k] += at >= from && at < to ? part[k] : 0.f;
-            }
-          }
-        }
-      }
-    });
-    for (int64_t i = tile / row_tiles * THREADS + thread; i < static_cast<int64_t>(count) * task.R; i += column_tiles * THREADS) {
-      const int place = static_cast<int>(i / task.R), r = static_cast<int>(i % task.R), group = group_of[place];
-      const int64_t row = groups.row(first + place);
-      const int parts = groups.adapts(group) && r < task.adapters.of(group).R ? task.parts : 0;
+__global__ void __launch_bounds__(BLOCK) multi_sum_kernel(const __grid_constant__ MultiSums task) {
+  const MultiSum& sum = task.sum[blockIdx.z];
+  if (!sum.parts) return;
+  const int64_t stride = round_up(sum.columns, GRAD_COLUMNS);
+  for (int group = 1 + blockIdx.y; group <= task.groups.count; group += gridDim.y) {
+    const Adapter& adapter = task.groups.of(group);
+    const int begin = task.groups.begin(group), parts = max(0, divide_up(task.groups.begin(group + 1) - begin, task.span));
+    const float factor = sum.transposed ? adapter.scale : adapter.threshold ? adapter.factor : 1.f;
+    const int64_t numbers = static_cast<int64_t>(adapter.R) * sum.columns, before = static_cast<int64_t>(adapter.before) * sum.columns;
+    for (int64_t i = blockIdx.x * static_cast<int64_t>(BLOCK) + threadIdx.x; i < numbers; i += gridDim.x * BLOCK) {
+      const int64_t row = i / sum.columns, column = i % sum.columns;
       float total = 0;
-      for (int part = 0; part < parts; ++part) total += __ldcg(task.xa_sums + part * apart + (first + place) * task.padded + r);
-      if (row >= 0) task.xa[row * task.R + r] = total;
+      for (int part = 0; part < parts; ++part) {
+        total += sum.parts[(sums_row(adapter, part, begin / task.span + part - 1, task.ranks, task.R) + row) * stride + column];
+      }
+      total *= factor;
+      const int64_t at = before + (sum.transposed ? column * adapter.R + row : i);
+      if (task.wide) {
+        static_cast<float*>(sum.to)[at] = total;
+      } else {
+        static_cast<uint16_t*>(sum.to)[at] = static_cast<uint16_t>(pack<T>(total, 0));
+      }
     }
-  }
-
-  __syncthreads();  // the queue becomes the place where the warps' sums meet
-  float* const meeting = reinterpret_cast<float*>(queue);  // [warps, ROWS, APART]
-#pragma unroll
-  for (int i = 0; i < COLUMNS / 16; ++i) {
-#pragma unroll
-    for (int j = 0; j < ROWS / 8; ++j) {
-#pragma unroll
-      for (int k = 0; k < 4; ++k) meeting[(warp * ROWS + j * 8 + t * 2 + k % 2) * S::APART + i * 16 + g + k / 2 * 8] = sum[i][j][k];
-    }
-  }
-  __syncthreads();
-  const auto met = [&](int i) {
-    float total = 0;
-    for (int from = 0; from < WARPS; ++from) total += meeting[(from * ROWS + i / COLUMNS) * S::APART + i % COLUMNS];
-    return total;
-  };
-  float* const sums = task.sums + tile * task.splits * ROWS * COLUMNS;
-  if (task.splits > 1) {
-    for (int i = thread; i < ROWS * COLUMNS; i += THREADS) sums[split * ROWS * COLUMNS + i] = met(i);
-    __threadfence();
-    __syncthreads();
-    const bool last = thread == 0 && atomicAdd(task.arrived + tile, 1u) == task.splits - 1u;
-    if (!__syncthreads_or(last)) return;
-    __threadfence();
-  }
-  const int64_t valid = groups.begin(groups.count + 1) - first;
-  for (int i = thread; i < count * COLUMNS; i += THREADS) {
-    const int place = i / COLUMNS, n = column + i % COLUMNS;
-    const int64_t row = groups.row(first + place);
-    if (row < 0 || n >= task.N) continue;
-    float total = 0;
-    if (task.splits > 1) {
-      for (int from = 0; from < task.splits; ++from) total += __ldcg(sums + from * ROWS * COLUMNS + i);
-    } else {
-      total = met(i);
-    }
-    if (task.bias) total += static_cast<float>(task.bias[n * task.bias_stride]);
-    if (place >= valid) total = __uint_as_float(0x7FC00000);  // NaN: there is no such adapter
-    reinterpret_cast<uint16_t*>(task.y)[row * task.N + n] = static_cast<uint16_t>(pack<T>(total, 0));
   }
 }
 
-// ---- the call
+/// One call with many rows: the layer's sizes, and how its kernels are launched.
+template <class T>
+struct Call {
+  const MultiLora& layer;
+  int M, K, N, S, R, padded;
+  int ranks = 0;      // of all adapters, padded
+  int tiles, places;  // of SHRINK_ROWS places; places, padded
+  cudaStream_t stream;
 
-/// How a call is cut up, and where its pieces lie in the workspace.
-struct Plan {
-  int rows, columns;    // of a tile of y
-  int64_t tiles;        // of y
-  int splits, span;     // of K for y
-  int parts, part;      // of K for xa: how many, and columns of each
-  int padded;           // ranks
-  int64_t sums, arrived, table, bytes;  // where they begin; xa's parts at 0
+  Call(const MultiLora& layer, cudaStream_t stream)
+      : layer(layer), M(static_cast<int>(layer.M)), K(static_cast<int>(layer.K)), N(static_cast<int>(layer.N)), S(static_cast<int>(layer.S)),
+        R(static_cast<int>(layer.R)), padded(padded_rank(R)), tiles(ManyAdapters::pieces(M, S, SHRINK_ROWS)), places(tiles * SHRINK_ROWS),
+        stream(stream) {
+    for (int i = 0; i < S; ++i) ranks += padded_beside(layer.adapters[i]);
+  }
 
-  explicit Plan(const MultiLora& given)
-      : rows(given.M <= 8 ? 8 : given.M <= 16 ? 16 : given.M <= 32 ? 32 : 64), columns(rows <= 16 ? 32 : 64),
-        tiles(std::max<int64_t>(divide_up(given.M, rows) * divide_up(given.N, columns), 1)), padded(static_cast<int>(round_up(given.R, TILE))) {
-    const auto cut = [&](int64_t most) {  // the columns of one of `most` pieces
-      return static_cast<int>(std::max<int64_t>(round_up(divide_up(given.K, std::max<int64_t>(most, 1)), STEP), STEP));
-    };
-    span = cut(std::min({processors() / tiles, divide_up(given.K, WARPS * STEP), int64_t{8}}));
-    splits = static_cast<int>(std::max<int64_t>(divide_up(given.K, span), 1));
-    part = cut(std::min<int64_t>(divide_up(given.K, 1024), 8));
-    parts = static_cast<int>(std::max<int64_t>(divide_up(given.K, part), 1));
-    sums = round_up(int64_t{4} * parts * given.M * padded, 256);
-    arrived = sums + (splits > 1 ? int64_t{4} * tiles * splits * rows * columns : 0);
-    table = round_up(arrived + (splits > 1 ? 4 * tiles : 0), 256);
-    bytes = table + (given.S > FEW ? given.S * sizeof(Adapter) : 0);
+  int padded_beside(const LoraAdapter& adapter) const { return round_up(static_cast<int>(adapter.R), ranks_a_pass(R)); }
+
+  ManyAdapters groups(const Adapter* table, int* group_of_row) const {
+    return {{layer.order, layer.offsets, layer.M, S}, table, group_of_row};
+  }
+
+  /// Launches `task`, which is whole but for its adapters, for FEW of them at a time.
+  void round(MultiRound<T> task, bool drops) const {
+    int first = 0, before = 0;
+    for (task.begin = 0; task.begin < S; task.begin += FEW) {
+      task.count = std::min(S - task.begin, FEW);
+      for (int i = 0; i < task.count; ++i) {
+        const LoraAdapter& from = layer.adapters[task.begin + i];
+        StoredAdapter& to = task.part[i] = adapter_of(from, layer.adapter_dtype == Dtype::FLOAT32);
+        to.first = first, to.before = before;
+        if (!drops) to.threshold = 0;
+        first += padded_beside(from), before += to.R;
+      }
+      const unsigned blocks = blocks_for(int64_t{1} * padded * std::max(task.K, task.N) / 8);
+      launch(multi_round_kernel<T>, dim3(blocks, 2 * task.count + (task.begin == 0)), dim3(BLOCK), 0, stream, task);
+    }
   }
 };
 
-bool at_multiples(const void* matrix, const int64_t (&strides)[2], int numbers) {
-  return strides[1] == 1 && strides[0] % numbers == 0 && reinterpret_cast<uintptr_t>(matrix) % (numbers * 2) == 0;
-}
+template <class T>
+struct ForwardWorkspace {
+  T *a, *b, *xa;
+  Adapter* table;
+  int* group_of_row;
+  uint32_t* progress;
+  int a_stride;
+  int64_t bytes;
 
-Adapter adapter_of(const LoraAdapter& from, bool wide) {
-  return {
-      from.a, from.b, {from.a_strides[0], from.a_strides[1]}, {from.b_strides[0], from.b_strides[1]}, static_cast<int>(from.R),
-      threshold_of(from.dropout_p), factor_of(from.dropout_p), static_cast<float>(from.scale), wide,
-      !wide && at_multiples(from.a, from.a_strides, 8), !wide && from.R % 4 == 0 && at_multiples(from.b, from.b_strides, 4)};
-}
-
-Adapters adapters_of(const MultiLora& given, Adapter* table, cudaStream_t stream) {
-  const bool wide = given.adapter_dtype == Dtype::FLOAT32;
-  Adapters adapters{{}, given.S > FEW ? table : nullptr, static_cast<int>(given.S)};
-  for (int64_t begin = 0; begin < given.S; begin += FEW) {
-    const int count = static_cast<int>(std::min<int64_t>(given.S - begin, FEW));
-    Adapter* const to = adapters.few;
-    for (int i = 0; i < count; ++i) to[i] = adapter_of(given.adapters[begin + i], wide);
-    if (!adapters.many) break;
-    Table part{{}, table + begin, count};
-    std::copy(to, to + count, part.part);
-    launch(multi_table_kernel, dim3(1), dim3(FEW), 0, stream, part);
+  ForwardWorkspace(const Call<T>& call, void* base) : a_stride(round_up(call.K, SHRINK_STEP)) {
+    Workspace space{static_cast<unsigned char*>(base)};
+    a = space.take<T>(int64_t{1} * call.ranks * a_stride);  // [ranks, padded K]
+    b = space.take<T>(call.layer.N * call.ranks);           // [N, ranks]
+    xa = space.take<T>(call.layer.M * call.padded);         // [M, padded R]: s_i xa
+    table = space.take<Adapter>(call.S);
+    group_of_row = space.take<int>(round_up(call.M, ROW_BLOCK));
+    progress = space.take<uint32_t>(sm90::Progress::count(call.M));
+    bytes = space.used;
   }
-  return adapters;
-}
+};
 
-template <class T, int ROWS, int COLUMNS>
-void linear(const MultiLinear<T>& task, const Plan& plan, cudaStream_t stream) {
-  using S = Shape<ROWS, COLUMNS>;
-  launch_early(multi_linear_kernel<T, S>, dim3(static_cast<unsigned>(plan.tiles * plan.splits)), dim3(THREADS), S::SHARED, stream, task);
+template <class T>
+std::string many_rows(const MultiLoraForward& given, cudaStream_t stream) {
+  const MultiLora& layer = given.layer;
+  const Call<T> call(layer, stream);
+  const ForwardWorkspace<T> space(call, given.workspace);
+  const ManyAdapters groups = call.groups(space.table, space.group_of_row);
+  call.round(
+      {{}, 0, 0, false, space.table, space.a, space.b, space.a_stride, call.ranks, call.K, call.N, call.R, groups, space.progress,
+       sm90::Progress::count(call.M), nullptr, nullptr, 0},
+      given.seed);
+
+  const T* const x = static_cast<const T*>(layer.x);
+  const Shrink<T, ManyAdapters> shrink{
+      x, layer.x_stride, space.a, space.a_stride, given.xa, space.xa, nullptr, given.keep, given.seed, call.M, call.K, call.R, call.places,
+      groups};
+  Sides<T, ManyAdapters> sides(call.R);
+  sides.take(shrink, call.tiles, call.tiles);
+  const Product<T, ManyAdapters> product{
+      x, layer.x_stride, static_cast<const T*>(layer.weight), layer.weight_stride, space.xa, space.b, call.ranks,
+      static_cast<const T*>(given.bias), given.bias_stride, nullptr, static_cast<T*>(given.y), call.M, call.N, call.K, call.R, call.ranks, groups};
+  return launch_products<T, ManyAdapters, false>(product, sides, Sides<T, ManyAdapters>(call.R), space.progress, stream);
 }
 
 template <class T>
-void forward(const MultiLora& given, cudaStream_t stream) {
-  const Plan plan(given);
-  unsigned char* const base = static_cast<unsigned char*>(given.workspace);
-  float *const xa_sums = reinterpret_cast<float*>(base), *const sums = reinterpret_cast<float*>(base + plan.sums);
-  unsigned* const arrived = reinterpret_cast<unsigned*>(base + plan.arrived);
-  const Groups groups{given.order, given.offsets, given.M, static_cast<int>(given.S)};
-  const Adapters adapters = adapters_of(given, reinterpret_cast<Adapter*>(base + plan.table), stream);
-  const T* const x = static_cast<const T*>(given.x);
-  const int N = static_cast<int>(given.N), K = static_cast<int>(given.K), R = static_cast<int>(given.R);
+struct BackwardWorkspace {
+  T *a, *b, *xa, *dxa, *dxa_transposed;
+  float *da, *db;
+  Adapter* table;
+  int* group_of_row;
+  uint32_t* progress;
+  int a_stride, b_stride, span;
+  int64_t bytes;
 
-  const unsigned tiles = static_cast<unsigned>(std::min(given.M, given.M / TILE + given.S));
-  const MultiShrink<T> shrink{
-      x, given.x_stride, xa_sums, given.keep, given.seed, K, plan.part, plan.padded, arrived,
-      plan.splits > 1 ? static_cast<int>(plan.tiles) : 0, groups, adapters};
-  const dim3 grid(tiles, plan.parts, plan.padded / TILE);
-  launch(multi_shrink_kernel<T>, grid, dim3(THREADS), WARPS * TILE * TILE * sizeof(float), stream, shrink);
-
-  const MultiLinear<T> task{
-      x, given.x_stride, static_cast<const T*>(given.weight), given.weight_stride, static_cast<const T*>(given.bias), given.bias_stride,
-      xa_sums, plan.parts, plan.padded, static_cast<T*>(given.y), given.xa, N, K, R, plan.splits, plan.span, sums, arrived, groups, adapters};
-  switch (plan.rows) {
-    case 8: return linear<T, 8, 32>(task, plan, stream);
-    case 16: return linear<T, 16, 32>(task, plan, stream);
-    case 32: return linear<T, 32, 64>(task, plan, stream);
-    default: return linear<T, 64, 64>(task, plan, stream);
+  BackwardWorkspace(const Call<T>& call, void* base)
+      : a_stride(round_up(call.K, SHRINK_STEP)), b_stride(round_up(call.N, SHRINK_STEP)), span(span_of(call.M)) {
+    Workspace space{static_cast<unsigned char*>(base)};
+    const int64_t parts = call.ranks + int64_t{1} * (call.M / span) * call.padded;  // their ranks
+    a = space.take<T>(int64_t{1} * call.ranks * a_stride);                   // [ranks, padded K]
+    b = space.take<T>(int64_t{1} * call.ranks * b_stride);                   // [ranks, padded N]
+    xa = space.take<T>(int64_t{1} * call.padded * call.places);              // [padded R, places]
+    dxa = space.take<T>(call.layer.M * call.padded);                         // [M, padded R]
+    dxa_transposed = space.take<T>(int64_t{1} * call.padded * call.places);  // [padded R, places]
+    da = space.take<float>(parts * round_up(call.K, GRAD_COLUMNS));          // [parts' ranks, padded K]
+    db = space.take<float>(parts * round_up(call.N, GRAD_COLUMNS));          // [parts' ranks, padded N]
+    table = space.take<Adapter>(call.S);
+    group_of_row = space.take<int>(round_up(call.M, ROW_BLOCK));
+    progress = space.take<uint32_t>(sm90::Progress::count(call.M));
+    bytes = space.used;
   }
+};
+
+template <class T>
+std::string backward(const MultiLoraBackward& given, cudaStream_t stream) {
+  const MultiLora& layer = given.layer;
+  const Call<T> call(layer, stream);
+  const BackwardWorkspace<T> space(call, given.workspace);
+  const ManyAdapters groups = call.groups(space.table, space.group_of_row);
+  call.round(
+      {{}, 0, 0, true, space.table, space.a, space.b, space.a_stride, space.b_stride, call.K, call.N, call.R, groups, space.progress,
+       sm90::Progress::count(call.M), given.db ? given.xa : nullptr, space.xa, call.places},
+      given.keep);
+
+  const T* const dy = static_cast<const T*>(given.dy);
+  const Shrink<T, ManyAdapters> dxa{
+      dy, given.dy_stride, space.b, space.b_stride, nullptr, space.dxa, space.dxa_transposed, nullptr, nullptr, call.M, call.N, call.R, call.places,
+      groups};
+  const Gradient<T, ManyAdapters> db{
+      dy, given.dy_stride, nullptr, space.xa, space.db, call.M, space.span, call.N, call.R, call.places, call.ranks, groups};
+  const Gradient<T, ManyAdapters> da{
+      static_cast<const T*>(layer.x), layer.x_stride, given.keep, space.dxa_transposed, space.da, call.M, space.span, call.K, call.R, call.places,
+      call.ranks, groups};
+  const int parts = ManyAdapters::pieces(call.M, call.S, space.span);
+  Sides<T, ManyAdapters> first(call.R), last(call.R);
+  if (given.dx || given.da) first.take(dxa, call.tiles, call.tiles);
+  if (given.db) first.take(db, parts, parts);
+  if (given.da) last.take(da, parts, parts);
+  if (given.dx && call.M) {
+    const Product<T, ManyAdapters> product{
+        dy, given.dy_stride, static_cast<const T*>(layer.weight), layer.weight_stride, space.dxa, space.a, space.a_stride, nullptr, 0,
+        given.keep, static_cast<T*>(given.dx), call.M, call.K, call.N, call.R, call.ranks, groups};
+    const std::string error = launch_products<T, ManyAdapters, true>(product, first, last, space.progress, stream);
+    if (!error.empty()) return error;
+  } else if (call.M) {
+    launch_sides(first, stream);
+    launch_sides(last, stream);
+  }
+  if (given.da || given.db) {
+    const MultiSums sums{
+        {{given.da ? space.da : nullptr, call.K, given.da, false}, {given.db ? space.db : nullptr, call.N, given.db, true}}, space.span,
+        call.ranks, call.R, layer.adapter_dtype == Dtype::FLOAT32, groups};
+    const unsigned blocks = blocks_for(static_cast<int64_t>(call.R) * std::max(call.K, call.N));
+    launch(multi_sum_kernel<T>, dim3(blocks, std::min(call.S, 65535), 2), dim3(BLOCK), 0, stream, sums);
+  }
+  return "";
 }
+
+/// What the kernels for many rows cannot take, naming the argument and what they expect of it; empty where they can.
+std::string unsupported(const MultiLora& layer) {
+  if (layer.dtype == Dtype::FLOAT32) return "x: got float32, expected bfloat16 or float16";
+  if (layer.R > 512) return "lora_a: got rank " + std::to_string(layer.R) + ", expected at most 512";
+  constexpr int64_t FAR = 1 << 24;  // offsets within the rows of a tile are 32 bits
+  if (layer.M > 64 * FAR) return "x: got " + std::to_string(layer.M) + " rows, expected at most 2^30";
+  if (std::min(layer.K, layer.N) < 1 || std::max(layer.K, layer.N) > FAR) {
+    return "weight: got [" + std::to_string(layer.N) + ", " + std::to_string(layer.K) + "], expected sides of 1 to 2^24";
+  }
+  const int64_t parts = ManyAdapters::pieces(layer.M, layer.S, span_of(static_cast<int>(layer.M)));
+  const int64_t tiles = parts * divide_up(std::max(layer.K, layer.N), GRAD_COLUMNS) * padded_rank(static_cast<int>(layer.R)) / 16;
+  if (layer.S > 1 << 20 || tiles > 1 << 30) {
+    return "lora_a: got " + std::to_string(layer.S) + " adapters, expected at most 2^20, and fewer beside a weight that is large";
+  }
+  return "";
+}
+
+/// Whether a forward runs as multi_lora.cuh has it.
+bool runs_as_few(const MultiLora& layer) { return layer.M <= 64 || !unsupported(layer).empty(); }
 
 }  // namespace
 
-int64_t multi_lora_workspace(const MultiLora& given) { return Plan(given).bytes; }
+int64_t multi_lora_workspace(const MultiLora& layer) {
+  return runs_as_few(layer) ? Plan(layer).bytes : ForwardWorkspace<__half>(Call<__half>(layer, nullptr), nullptr).bytes;
+}
 
-std::string multi_lora(const MultiLora& given, cudaStream_t stream) {
-  if (given.dtype == Dtype::FLOAT32) return "x: got float32, expected bfloat16 or float16";
+int64_t multi_lora_backward_workspace(const MultiLora& layer) {
+  return unsupported(layer).empty() ? BackwardWorkspace<__half>(Call<__half>(layer, nullptr), nullptr).bytes : 0;
+}
+
+std::string multi_lora(const MultiLoraForward& given, cudaStream_t stream) {
+  const MultiLora& layer = given.layer;
+  if (layer.dtype == Dtype::FLOAT32) return "x: got float32, expected bfloat16 or float16";
   constexpr int64_t FAR = int64_t{1} << 30;  // rows and columns are 32 bits where they are many
-  if (given.M > FAR) return "x: got " + std::to_string(given.M) + " rows, expected at most 2^30";
-  if (given.N > FAR || given.K > FAR) {
-    return "weight: got [" + std::to_string(given.N) + ", " + std::to_string(given.K) + "], expected sides up to 2^30";
+  if (layer.M > FAR) return "x: got " + std::to_string(layer.M) + " rows, expected at most 2^30";
+  if (layer.N > FAR || layer.K > FAR) {
+    return "weight: got [" + std::to_string(layer.N) + ", " + std::to_string(layer.K) + "], expected sides up to 2^30";
   }
-  if (given.R > 65535 * TILE) return "lora_a: got rank " + std::to_string(given.R) + ", expected at most " + std::to_string(65535 * TILE);
-  if (given.M == 0) return "";
-  (given.dtype == Dtype::BFLOAT16 ? forward<__nv_bfloat16> : forward<__half>)(given, stream);
-  const cudaError_t error = cudaGetLastError();
-  return error == cudaSuccess ? "" : cudaGetErrorString(error);
+  if (layer.R > 65535 * TILE) return "lora_a: got rank " + std::to_string(layer.R) + ", expected at most " + std::to_string(65535 * TILE);
+  if (layer.M == 0) return "";
+  const bool bfloat16 = layer.dtype == Dtype::BFLOAT16;
+  if (!runs_as_few(layer)) return all_of((bfloat16 ? many_rows<__nv_bfloat16> : many_rows<__half>)(given, stream));
+  (bfloat16 ? few_rows<__nv_bfloat16> : few_rows<__half>)(given, stream);
+  return all_of("");
+}
+
+std::string multi_lora_backward(const MultiLoraBackward& given, cudaStream_t stream) {
+  const std::string found = unsupported(given.layer);
+  if (!found.empty()) return found;
+  return all_of((given.layer.dtype == Dtype::BFLOAT16 ? backward<__nv_bfloat16> : backward<__half>)(given, stream));
 }
 
 }  // namespace fastlora

@@ -5,9 +5,10 @@
 
 namespace fastlora {
 
-/// y [M, N] = x [M, depth] w + p [M, R] q + bias, the rank step p q last. How w and q lie: forward (y = x Wᵀ), w is [N, depth] and q [N, R];
-/// BACK (dx = dy W), w is [depth, N] and q [R, N]. Where keep is given, p q counts `factor` times where its bit is set, and not at all elsewhere.
-template <class T>
+/// y [M, N] = x [M, depth] w + p [M, R] q + bias, the rank steps p q last: of each row with its own adapter's part of q. How w and q lie: forward
+/// (y = x Wᵀ), w is [N, depth] and q [N, ranks]; BACK (dx = dy W), w is [depth, N] and q [ranks, N]. In BACK, an adapter that drops something counts
+/// its factor times where the bit of keep is set, and not at all elsewhere.
+template <class T, class G>
 struct Product {
   const T* x;
   int64_t x_stride;
@@ -18,10 +19,47 @@ struct Product {
   int64_t q_stride;
   const T* bias;  // or null
   int64_t bias_stride;
-  const uint8_t* keep;  // [M, 8 ceil(N / 64)], or null
+  const uint8_t* keep;  // [M, 8 ceil(N / 64)], where an adapter drops something
+  T* y;                 // rows of N
+  int M, N, depth;
+  int R, ranks;  // the largest rank; of all adapters, padded
+  G groups;
+};
+
+constexpr int ROW_BLOCK = 128;  // rows of a tile on any card
+
+/// A part of the product's rank steps: what some of an adapter's ranks add to the rows of a tile that have it.
+struct RankStep {
+  int group, p, q, depths;  // p, q: where these ranks begin in them; depths: how many they are, 0: no row of the tile has an adapter
   float factor;
-  T* y;  // rows of N
-  int M, N, depth, R;
+  bool drops;  // by the bits of keep
+  bool alone;  // all rows of the tile have it, and nothing is dropped
+};
+
+/// The rank steps of the tile that begins with `row`, up to DEPTH ranks at a time, one adapter after the other. The whole warp walks.
+template <class G, bool BACK, int DEPTH>
+class RankSteps {
+  const G& groups;
+  int row, group, rank = 0;
+
+ public:
+  __device__ RankSteps(const G& groups, int row) : groups(groups), row(row), group(groups.after(row, 0)) {}
+
+  __device__ bool left() const { return group != 0; }
+  __device__ RankStep step() const {
+    if (!left()) return {0, 0, 0, 0, 1.f, false, true};
+    // Where there is no such adapter a row is NaN: NaN times any rank of any adapter.
+    if (!groups.exists(group)) return {group, 0, 0, 1, __uint_as_float(0x7FC00000), false, false};
+    const Adapter& adapter = groups.of(group);
+    const bool drops = BACK && adapter.threshold, alone = !drops && groups.alone(row, group);
+    return {group, rank, adapter.first + rank, min(adapter.R - rank, DEPTH), drops ? adapter.factor : 1.f, drops, alone};
+  }
+  __device__ void next() {
+    rank += DEPTH;
+    if (groups.exists(group) && rank < groups.of(group).R) return;
+    rank = 0;
+    group = groups.after(row, group);
+  }
 };
 
 constexpr int TILES_TOGETHER = 8;  // row-blocks whose tiles follow one another, so that they read a block of w while it is in the cache
@@ -35,18 +73,27 @@ __device__ inline Tile tile_of(int number, int M, int N, int height, int width) 
   return {(first + within % together) * height, within / together * width};
 }
 
-/// The bits of `keep` from `column` on, to the end of a group of 64, for rows some steps below `row`. None outside.
-template <class T>
+/// Which columns of a row a rank step counts for, as bits from `column` on, to the end of a group of 64, for rows some steps below `row`.
+template <class T, class G, bool BACK>
 struct KeptRows {
+  const Product<T, G>& task;
+  const RankStep& step;
   const uint8_t* at;
-  int stride, rows, shift;
+  int row, stride, rows, shift;
 
-  __device__ KeptRows(const Product<T>& task, int row, int column)
-      : stride(divide_up(task.N, 64) * 8), rows(column / 64 * 64 < task.N ? task.M - row : 0), shift(column % 64) {
+  __device__ KeptRows(const Product<T, G>& task, const RankStep& step, int row, int column)
+      : task(task), step(step), row(row), stride(divide_up(task.N, 64) * 8), rows(column / 64 * 64 < task.N ? task.M - row : 0),
+        shift(column % 64) {
     at = task.keep + static_cast<int64_t>(row) * stride + column / 64 * 8;
   }
 
-  __device__ uint64_t bits(int below) const { return below < rows ? *reinterpret_cast<const uint64_t*>(at + below * stride) >> shift : 0; }
+  __device__ uint64_t bits(int below) const {
+    if constexpr (G::MANY) {
+      if (!task.groups.has(row + below, step.group)) return 0;
+      if (!BACK || !step.drops) return ~uint64_t{0};
+    }
+    return below < rows ? *reinterpret_cast<const uint64_t*>(at + below * stride) >> shift : 0;
+  }
 };
 
 /// Two columns of a sum, those with bits `at` and `at + 1`, plus the rank step where the bits keep it.
@@ -62,7 +109,8 @@ struct Bias {
   int column;
   float value[4][2] = {};
 
-  __device__ Bias(const Product<T>& task, int column) : column(column) {
+  template <class G>
+  __device__ Bias(const Product<T, G>& task, int column) : column(column) {
     if constexpr (IS) {
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
@@ -75,8 +123,8 @@ struct Bias {
 
 /// Writes one row's sums of four fragments, with the bias. Lane t of four holds columns 2 t and 2 t + 1 of each and trades them for one whole
 /// fragment: eight columns, 16 bytes.
-template <class T, bool IS>
-__device__ inline void write_32(const Product<T>& task, int row, const Bias<T, IS>& bias, const float (&sum)[4][2]) {
+template <class T, class G, bool IS>
+__device__ inline void write_32(const Product<T, G>& task, int row, const Bias<T, IS>& bias, const float (&sum)[4][2]) {
   const int t = threadIdx.x % 4;
   uint32_t pair[4];
 #pragma unroll

@@ -59,34 +59,38 @@ __device__ Source<T> wide_source(const T* matrix, int64_t stride, int column, in
   return {matrix + threadIdx.x / 16 * stride + first, stride, 0, bytes_inside(columns - first)};
 }
 
-template <class T, bool BACK>
-__device__ void run(const Product<T>& task) {
+template <class T, class G, bool BACK>
+__device__ void run(const Product<T, G>& task) {
   unsigned char* const stages = shared_memory();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int warp_row = warp / 2 * 64, warp_column = warp % 2 * 64;
   const Tile tile = tile_of(blockIdx.x, task.M, task.N, SIDE, SIDE);
-  const int frozen = divide_up(task.depth, DEPTH), steps = frozen + divide_up(task.R, DEPTH);
-  const auto right_source = [&](const T* matrix, int64_t stride) {
-    if constexpr (BACK) return wide_source(matrix, stride, tile.column, task.N);
-    return narrow_source(matrix, stride, tile.column, task.N);
+  const auto right_source = [&](const T* matrix, int64_t stride, int depth) {
+    if constexpr (BACK) return wide_source(matrix + depth * stride, stride, tile.column, task.N);
+    return narrow_source(matrix + depth, stride, tile.column, task.N);
   };
-  Source<T> left = narrow_source(task.x, task.x_stride, tile.row, task.M), right = right_source(task.w, task.w_stride);
-  int depth = task.depth;  // left
-  const auto load = [&](int step) {
-    if (step == frozen) {
-      left = narrow_source(task.p, padded_rank(task.R), tile.row, task.M);
-      right = right_source(task.q, task.q_stride);
-      depth = round_up(task.R, 16);
+  Source<T> left = narrow_source(task.x, task.x_stride, tile.row, task.M), right = right_source(task.w, task.w_stride, 0);
+  int depth = task.depth;  // of the frozen weight, left to load
+  RankSteps<G, BACK, DEPTH> ahead(task.groups, tile.row);
+  const auto bring = [&](unsigned char* stage, int depths) {
+    left.load_narrow(stage, depths);
+    if constexpr (BACK) {
+      right.load_wide(stage + OPERAND, depths);
+    } else {
+      right.load_narrow(stage + OPERAND, depths);
     }
-    if (step < steps) {
-      unsigned char* const stage = stages + step % STAGES * 2 * OPERAND;
-      left.load_narrow(stage, depth);
-      if constexpr (BACK) {
-        right.load_wide(stage + OPERAND, depth);
-      } else {
-        right.load_narrow(stage + OPERAND, depth);
-      }
+  };
+  const auto load = [&](int step) {
+    unsigned char* const stage = stages + step % STAGES * 2 * OPERAND;
+    if (depth > 0) {
+      bring(stage, depth);
       depth -= DEPTH;
+    } else if (ahead.left()) {
+      const RankStep rank = ahead.step();
+      left = narrow_source(task.p + rank.p, padded_rank(task.R), tile.row, task.M);
+      right = right_source(task.q, task.q_stride, rank.q);
+      bring(stage, round_up(rank.depths, 16));
+      ahead.next();
     }
     commit_copies();
   };
@@ -113,35 +117,38 @@ __device__ void run(const Product<T>& task) {
     }
   };
   float sum[4][8][4] = {};
+  const auto add = [&](const uint32_t (&a)[4][4], const uint32_t (&b)[4][4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+#pragma unroll
+      for (int j = 0; j < 8; ++j) multiply<T>(sum[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+    }
+  };
 
   for (int step = 0; step < STAGES - 1; ++step) load(step);
-  const int unmasked = BACK && task.keep ? frozen : steps;
-  for (int step = 0; step < unmasked; ++step) {
-    for_each_fragment(step, std::integral_constant<int, 2>{}, [&](const uint32_t (&a)[4][4], const uint32_t (&b)[4][4]) {
+  const int frozen = divide_up(task.depth, DEPTH);
+  int step = 0;
+  for (; step < frozen; ++step) for_each_fragment(step, std::integral_constant<int, 2>{}, add);
+  for (RankSteps<G, BACK, DEPTH> steps(task.groups, tile.row); steps.left(); steps.next(), ++step) {
+    const RankStep rank = steps.step();
+    if ((!BACK && !G::MANY) || rank.alone) {
+      for_each_fragment(step, std::integral_constant<int, 2>{}, add);
+      continue;
+    }
+    for_each_fragment(step, std::integral_constant<int, 1>{}, [&](const uint32_t (&a)[4][4], const uint32_t (&b)[4][4]) {
+      const KeptRows<T, G, BACK> kept(task, rank, tile.row + warp_row + g, tile.column + warp_column + t * 2);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
+        const uint64_t upper = kept.bits(i * 16), lower = kept.bits(i * 16 + 8);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) multiply<T>(sum[i][j], a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+        for (int j = 0; j < 8; ++j) {
+          float part[4] = {};
+          multiply<T>(part, a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
+          add_kept(sum[i][j][0], sum[i][j][1], part[0], part[1], upper, j * 8, rank.factor);
+          add_kept(sum[i][j][2], sum[i][j][3], part[2], part[3], lower, j * 8, rank.factor);
+        }
       }
     });
-  }
-  if constexpr (BACK) {
-    const KeptRows<T> kept(task, tile.row + warp_row + g, tile.column + warp_column + t * 2);
-    for (int step = unmasked; step < steps; ++step) {
-      for_each_fragment(step, std::integral_constant<int, 1>{}, [&](const uint32_t (&a)[4][4], const uint32_t (&b)[4][4]) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const uint64_t upper = kept.bits(i * 16), lower = kept.bits(i * 16 + 8);
-#pragma unroll
-          for (int j = 0; j < 8; ++j) {
-            float part[4] = {};
-            multiply<T>(part, a[i], b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]);
-            add_kept(sum[i][j][0], sum[i][j][1], part[0], part[1], upper, j * 8, task.factor);
-            add_kept(sum[i][j][2], sum[i][j][3], part[2], part[3], lower, j * 8, task.factor);
-          }
-        }
-      });
-    }
   }
   wait_copies<0>();
 

@@ -2,10 +2,10 @@
 // brings into a queue of stages. The grid is persistent, a block a multiprocessor, and a block is three groups of four warps:
 //
 //     sides       three warps take the thin products' tiles in their order, from all blocks together, while the tensor cores are busy elsewhere
-//     producer    one thread of the fourth warp asks for tiles; before those of a rank step it waits until its rows are shrunk
+//     producer    the fourth warp asks for tiles; before those of a rank step it waits until its rows are shrunk
 //     consumers   two groups, each 64 rows of the tile of 128 x 256
 //
-// A shrinking tile waits for nothing and all of them are handed out before any tile that waits for rows, so whoever waits, waits for warps that
+// A shrinking tile waits for nothing and all of them are handed out before any tile that waits for them, so whoever waits, waits for warps that
 // are at work: nothing depends on which blocks run at the same time.
 #pragma once
 
@@ -21,28 +21,42 @@ constexpr int WARPGROUP = 128;
 constexpr int THREADS = 3 * WARPGROUP;
 constexpr int CONSUMER_WARPS = 8;
 constexpr int LEFT = HEIGHT * DEPTH * 2, RIGHT = WIDTH * DEPTH * 2;  // bytes of a stage's operands
-constexpr int SHARED = STAGES * (LEFT + RIGHT) + QUEUE + 128;
+constexpr int TOLD = 256;  // bytes of barriers, a number, and what is told of stages
+constexpr int SHARED = STAGES * (LEFT + RIGHT) + QUEUE + TOLD;
 constexpr int SIDE_BARRIER = 1;
 // Registers a thread. At the start all have 168; wgmma with 256 columns does not compile with fewer than 154, so four groups would be too many.
-template <int RANK>
-constexpr int OTHER_REGISTERS = RANK == 16 ? 104 : 120;
-template <int RANK>
-constexpr int CONSUMER_REGISTERS = RANK == 16 ? 200 : 192;
-static_assert(GROUP + 32 == WARPGROUP && OTHER_REGISTERS<16> + 2 * CONSUMER_REGISTERS<16> <= 3 * 168);
-static_assert(OTHER_REGISTERS<RANKS> + 2 * CONSUMER_REGISTERS<RANKS> <= 3 * 168);
+constexpr int OTHER_REGISTERS = 120, CONSUMER_REGISTERS = 192;
+static_assert(GROUP + 32 == WARPGROUP && OTHER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * 168);
 
-/// One launch: the product, `first` that shrinks what its rank step adds, and `last`, which reads what `first` has shrunk.
-template <class T>
+/// How far the thin products are: zeros at first.
+struct Progress {
+  uint32_t* words;  // [2 + ceil(M / HEIGHT)]
+
+  static __host__ __device__ int count(int M) { return 2 + divide_up(M, HEIGHT); }
+  __device__ uint32_t* taken() const { return words; }                             // side tiles handed out
+  __device__ uint32_t* shrunk() const { return words + 1; }                        // shrinking tiles done
+  __device__ uint32_t* of_row(int row) const { return words + 2 + row / HEIGHT; }  // rows shrunk in its block of HEIGHT, counted in every pass
+};
+
+/// One launch: the product, `first` that shrinks what its rank steps add, and `last`, which reads what `first` has shrunk.
+template <class T, class G>
 struct Fused {
   TensorMap x, w, p, q;  // in boxes of HEIGHT rows; of WIDTH rows, or of DEPTH rows where BACK; as x; as w
-  Product<T> product;
-  Sides<T> first, last;
-  uint32_t* progress;  // [1 + ceil(M / HEIGHT)], zeros: side tiles handed out; shrinking tiles done in each block of HEIGHT rows
+  Product<T, G> product;
+  Sides<T, G> first, last;
+  Progress progress;
   int tiles, first_tiles, side_tiles;  // of the product, of first, of first and last
 };
 
 __device__ inline unsigned char* queue() { return shared_memory() + STAGES * (LEFT + RIGHT); }
 __device__ inline uint64_t* barriers() { return reinterpret_cast<uint64_t*>(queue() + QUEUE); }
+
+/// What the producer tells the consumers of a stage of the rank steps.
+struct alignas(16) RankStage {
+  RankStep step;
+  bool more;  // stages of this tile follow
+};
+static_assert((2 * STAGES + 2) * sizeof(uint64_t) + STAGES * sizeof(RankStage) <= TOLD);
 
 /// Where a producer or a consumer is in the queue of stages.
 struct Stage {
@@ -53,76 +67,100 @@ struct Stage {
   __device__ unsigned char* right() const { return left() + LEFT; }
   __device__ uint64_t* full() const { return barriers() + at; }
   __device__ uint64_t* empty() const { return barriers() + STAGES + at; }
+  __device__ RankStage& rank() const { return reinterpret_cast<RankStage*>(barriers() + 2 * STAGES + 2)[at]; }  // after the barriers and a number
   __device__ void next() {
     at = (at + 1) % STAGES;
     parity ^= at == 0;
   }
 };
 
-/// Until the rows from `row` on, HEIGHT of them, are shrunk.
-template <class T>
-__device__ void wait_for_rows(const Fused<T>& task, int row) {
-  const int tiles = divide_up(min(HEIGHT, task.product.M - row), SHRINK_ROWS) * task.first.passes;
-  while (static_cast<int>(acquire(task.progress + 1 + row / HEIGHT)) < tiles) __nanosleep(100);
+template <class T, class G>
+__device__ bool all_shrunk(const Fused<T, G>& task) {
+  return static_cast<int>(acquire(task.progress.shrunk())) >= task.first.shrink_tiles();
 }
 
-template <class T, bool BACK>
-__device__ void produce(const Fused<T>& task) {
+/// Until the rows from `row` on, HEIGHT of them, are shrunk. Where not every row has a place, the end of all shrinking is waited for.
+template <class T, class G>
+__device__ void wait_for_rows(const Fused<T, G>& task, int row) {
+  const int rows = min(HEIGHT, task.product.M - row) * task.first.passes;
+  while (static_cast<int>(acquire(task.progress.of_row(row))) < rows && !all_shrunk(task)) __nanosleep(100);
+}
+
+/// The whole warp walks through the stages, its first thread asks for what is in them.
+template <class T, class G, bool BACK>
+__device__ void produce(const Fused<T, G>& task) {
+  const bool asks = threadIdx.x % 32 == 0;
   Stage stage;
-  const int frozen = divide_up(task.product.depth, DEPTH), steps = frozen + divide_up(task.product.R, DEPTH);
+  const auto bring = [&](const TensorMap* left, int row, int left_depth, const TensorMap* right, int column, int right_depth) {
+    arrive_expecting(stage.full(), LEFT + RIGHT);
+    copy_box(stage.left(), left, stage.full(), row, left_depth);
+    if constexpr (BACK) {
+#pragma unroll
+      for (int i = 0; i < WIDTH / 64; ++i) copy_box(stage.right() + i * DEPTH * 128, right, stage.full(), right_depth, column + i * 64);
+    } else {
+      copy_box(stage.right(), right, stage.full(), column, right_depth);
+    }
+  };
   for (int number = blockIdx.x; number < task.tiles; number += gridDim.x) {
     const Tile tile = tile_of(number, task.product.M, task.product.N, HEIGHT, WIDTH);
-    for (int step = 0; step < steps; ++step, stage.next()) {
-      const bool rank = step >= frozen;
-      if (step == frozen) {
-        wait_for_rows(task, tile.row);
-        fence_copy_engine();
-      }
-      const TensorMap *const left = rank ? &task.p : &task.x, *const right = rank ? &task.q : &task.w;
-      const int depth = (rank ? step - frozen : step) * DEPTH;
+    for (int depth = 0; depth < task.product.depth; depth += DEPTH, stage.next()) {
+      if (!asks) continue;
       wait_barrier(stage.empty(), stage.parity ^ 1);
-      arrive_expecting(stage.full(), LEFT + RIGHT);
-      copy_box(stage.left(), left, stage.full(), tile.row, depth);
-      if constexpr (BACK) {
-#pragma unroll
-        for (int i = 0; i < WIDTH / 64; ++i) copy_box(stage.right() + i * DEPTH * 128, right, stage.full(), depth, tile.column + i * 64);
-      } else {
-        copy_box(stage.right(), right, stage.full(), tile.column, depth);
-      }
+      bring(&task.x, tile.row, depth, &task.w, tile.column, depth);
     }
+    wait_for_rows(task, tile.row);
+    fence_copy_engine();
+    __syncwarp();
+    RankSteps<G, BACK, DEPTH> steps(task.product.groups, tile.row);
+    do {  // one stage at least, which tells that no other follows
+      const RankStep step = steps.step();
+      if (steps.left()) steps.next();
+      if (asks) {
+        wait_barrier(stage.empty(), stage.parity ^ 1);
+        stage.rank() = {step, steps.left()};
+        if (step.depths) {
+          bring(&task.p, tile.row, step.p, &task.q, tile.column, step.q);
+        } else {
+          arrive(stage.full());
+        }
+      }
+      stage.next();
+    } while (steps.left());
   }
 }
 
-/// sum += the rank step where its bits are set, 64 columns at a time, or it would need as many registers as the sum.
-template <class T>
-__device__ __forceinline__ void add_masked(
-    const Product<T>& product, int row, int column, int depths, uint64_t left, const unsigned char* right, float (&sum)[128]) {
+/// sum += the rank step for the rows that have its adapter and where its bits are set, 64 columns at a time, or it would need as many registers
+/// as the sum.
+template <class T, class G, bool BACK>
+__device__ __forceinline__ void add_selected(
+    const Product<T, G>& product, const RankStep& step, int row, int column, uint64_t left, const unsigned char* right, float (&sum)[128]) {
 #pragma unroll
   for (int block = 0; block < WIDTH / 64; ++block) {
     float part[32];
 #pragma unroll 1
-    for (int k = 0; k * 16 < depths; ++k) {
+    for (int k = 0; k * 16 < step.depths; ++k) {
+      const unsigned char* const columns = right + block * DEPTH * 128;
       begin_products();
-      multiply_operands<T, true>(part, left + k * (32 >> 4), operand(right + block * DEPTH * 128 + k * 16 * 128, DEPTH * 128), k);
+      multiply_operands<T, BACK>(part, left + k * (32 >> 4), BACK ? operand(columns + k * 16 * 128, DEPTH * 128) : operand(columns + k * 32, 0), k);
       commit_products();
     }
-    const KeptRows<T> kept(product, row, column + block * 64 + threadIdx.x % 4 * 2);
+    const KeptRows<T, G, BACK> kept(product, step, row, column + block * 64 + threadIdx.x % 4 * 2);
     const uint64_t upper = kept.bits(0), lower = kept.bits(8);
     wait_products<0>();
+    forget(part);  // or what they are multiplied with may come before the wait
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       float* const to = sum + block * 32 + j * 4;
-      add_kept(to[0], to[1], part[j * 4], part[j * 4 + 1], upper, j * 8, product.factor);
-      add_kept(to[2], to[3], part[j * 4 + 2], part[j * 4 + 3], lower, j * 8, product.factor);
+      add_kept(to[0], to[1], part[j * 4], part[j * 4 + 1], upper, j * 8, step.factor);
+      add_kept(to[2], to[3], part[j * 4 + 2], part[j * 4 + 3], lower, j * 8, step.factor);
     }
   }
 }
 
-template <class T, bool BACK>
-__device__ void consume(const Fused<T>& task, int consumer) {
-  const Product<T>& product = task.product;
+template <class T, class G, bool BACK>
+__device__ void consume(const Fused<T, G>& task, int consumer) {
+  const Product<T, G>& product = task.product;
   const int lane = threadIdx.x % 32, frozen = divide_up(product.depth, DEPTH);
-  const bool masked = BACK && product.keep;
   Stage stage;
   const auto left = [&](int k) { return operand(stage.left() + consumer * 64 * 128 + k * 32, 0); };
   const auto right = [&](int k) { return BACK ? operand(stage.right() + k * 16 * 128, DEPTH * 128) : operand(stage.right() + k * 32, 0); };
@@ -148,20 +186,22 @@ __device__ void consume(const Fused<T>& task, int consumer) {
     uint32_t thread = threadIdx.x;
     forget(thread);  // or the row keeps a register all along
     const int row = tile.row + consumer * 64 + static_cast<int>(thread % WARPGROUP / 32 * 16 + thread % 32 / 4);
-    for (int rank = 0; rank < product.R; rank += DEPTH, stage.next()) {
-      const int depths = min(product.R - rank, DEPTH);
+    for (bool more = true; more; stage.next()) {
       wait_barrier(stage.full(), stage.parity);
-      if (masked) {
-        add_masked(product, row, tile.column, depths, left(0), stage.right(), sum);
+      const RankStep step = stage.rank().step;
+      more = stage.rank().more;
+      if ((BACK || G::MANY) && !step.alone) {
+        add_selected<T, G, BACK>(product, step, row, tile.column, left(0), stage.right(), sum);
       } else {
 #pragma unroll 1
-        for (int k = 0; k * 16 < depths; ++k) {
+        for (int k = 0; k * 16 < step.depths; ++k) {
           begin_products();
           multiply_operands<T, BACK>(sum, left(k), right(k), 1);
           commit_products();
         }
         wait_products<0>();
       }
+      __syncwarp();  // all have read what the producer told
       release(stage);
     }
 #pragma unroll
@@ -178,33 +218,36 @@ __device__ void consume(const Fused<T>& task, int consumer) {
   }
 }
 
-template <class T, bool BACK, int RANK>
-__device__ void take_sides(const Fused<T>& task) {
+template <class T, class G, bool BACK, int RANK>
+__device__ void take_sides(const Fused<T, G>& task) {
   int* const number = reinterpret_cast<int*>(barriers() + 2 * STAGES);
   const int thread = threadIdx.x;
   for (;;) {
-    if (thread == 0) *number = static_cast<int>(atomicAdd(task.progress, 1u));
+    if (thread == 0) *number = static_cast<int>(atomicAdd(task.progress.taken(), 1u));
     group_sync(SIDE_BARRIER, GROUP);
     const int mine = *number;  // the next is written after the barriers of this one
     if (mine >= task.side_tiles) return;
     if (mine < task.first_tiles) {
-      const int shrunk = side_tile<T, RANK, BACK ? SHRINKS | GRADS : SHRINKS | DROPS>(task.first, mine, queue(), SIDE_BARRIER);
-      if (shrunk < 0) continue;
+      const bool shrinks = side_tile<T, RANK, BACK ? SHRINKS | GRADS : SHRINKS | DROPS>(task.first, mine, queue(), SIDE_BARRIER);
+      if (!shrinks) continue;
       fence_copy_engine();
       __threadfence();
       group_sync(SIDE_BARRIER, GROUP);
-      if (thread == 0) release_add(task.progress + 1 + shrunk * SHRINK_ROWS / HEIGHT, 1);
+      const int row = thread < SHRINK_ROWS ? shrunk_rows(queue())[thread] : task.product.M;
+      if (row < task.product.M) release_add(task.progress.of_row(row), 1);
+      if (thread == 0) release_add(task.progress.shrunk(), 1);
     } else if constexpr (BACK) {
-      const Rows rows = side_rows(task.last, mine - task.first_tiles);
-      for (int row = rows.begin + thread * HEIGHT; row < rows.end; row += GROUP * HEIGHT) wait_for_rows(task, row);
+      if (thread == 0) {
+        while (!all_shrunk(task)) __nanosleep(100);
+      }
       group_sync(SIDE_BARRIER, GROUP);
       side_tile<T, RANK, GRADS | DROPS>(task.last, mine - task.first_tiles, queue(), SIDE_BARRIER);
     }
   }
 }
 
-template <class T, bool BACK, int RANK>
-__device__ void run(const Fused<T>& task) {
+template <class T, class G, bool BACK, int RANK>
+__device__ void run(const Fused<T, G>& task) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       init_barrier(barriers() + i, 1);
@@ -215,15 +258,15 @@ __device__ void run(const Fused<T>& task) {
   __syncthreads();
   const int warpgroup = threadIdx.x / WARPGROUP;
   if (warpgroup == 0) {
-    give_registers<OTHER_REGISTERS<RANK>>();
+    give_registers<OTHER_REGISTERS>();
     if (threadIdx.x < GROUP) {
-      take_sides<T, BACK, RANK>(task);
-    } else if (threadIdx.x == GROUP) {
-      produce<T, BACK>(task);
+      take_sides<T, G, BACK, RANK>(task);
+    } else {
+      produce<T, G, BACK>(task);
     }
   } else {
-    take_registers<CONSUMER_REGISTERS<RANK>>();
-    consume<T, BACK>(task, warpgroup - 1);
+    take_registers<CONSUMER_REGISTERS>();
+    consume<T, G, BACK>(task, warpgroup - 1);
   }
 }
 

@@ -43,6 +43,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) { return
 
 /// What was computed from the value before cannot be kept for after.
 __device__ __forceinline__ void forget(uint32_t& value) { asm volatile("" : "+r"(value)); }
+template <int SIZE>
+__device__ __forceinline__ void forget(float (&values)[SIZE]) {
+#pragma unroll
+  for (int i = 0; i < SIZE; ++i) asm volatile("" : "+f"(values[i]));
+}
 
 /// Copies SIZE bytes to shared memory: the first `bytes` of them from global memory, zeros after; nothing is read where `bytes` is 0.
 template <int SIZE>

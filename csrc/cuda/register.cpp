@@ -279,6 +279,21 @@ void check_seed(const std::optional<Tensor>& seed, const Tensor& like) {
   STD_TORCH_CHECK(seed->numel() == 1, "seed: got ", describe(*seed), ", expected one element");
 }
 
+/// Raises unless a backward's dy, and the xa and keep that its forward left, fit x, weight and the largest rank. Whether keep has elements.
+bool check_saved(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& xa, const Tensor& keep, int64_t R) {
+  check_device(dy, "dy", x);
+  check_shape(dy, "dy", {x.size(0), weight.size(0)});
+  check_dtype(dy, "dy", {x.scalar_type()});
+  check_device(xa, "xa", x);
+  check_shape(xa, "xa", {x.size(0), R});
+  check_dtype(xa, "xa", {ScalarType::Float});
+  check_device(keep, "keep", x);
+  check_dtype(keep, "keep", {ScalarType::Byte});
+  if (keep.numel() == 0) return false;
+  check_shape(keep, "keep", {x.size(0), (x.size(1) + 63) / 64 * 8});
+  return true;
+}
+
 /// Whether anything is dropped: fastlora/reference.py::drop_threshold.
 bool drops(double dropout_p) { return 65536 * dropout_p + 0.5 >= 1; }
 
@@ -344,17 +359,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_cuda(
     double scale, double dropout_p, bool need_dx, bool need_da, bool need_db) {
   check_base(x, weight, std::nullopt);
   check_adapter(x, weight, lora_a, lora_b, dropout_p, lora_a.scalar_type(), "");
-  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
-  check_device(dy, "dy", x);
-  check_shape(dy, "dy", {M, N});
-  check_dtype(dy, "dy", {x.scalar_type()});
-  check_device(xa, "xa", x);
-  check_shape(xa, "xa", {M, lora_a.size(0)});
-  check_dtype(xa, "xa", {ScalarType::Float});
-  check_device(keep, "keep", x);
-  check_dtype(keep, "keep", {ScalarType::Byte});
-  const bool dropped = keep.numel() != 0;
-  if (dropped) check_shape(keep, "keep", {M, (K + 63) / 64 * 8});
+  const int64_t M = x.size(0), K = x.size(1);
+  const bool dropped = check_saved(dy, x, weight, xa, keep, lora_a.size(0));
   const OnDevice device(x);
   const Tensor x_rows = rows_of_16_bytes(x), weight_rows = rows_of_16_bytes(weight), dy_rows = rows_of_16_bytes(dy);
   const Tensor dense_xa = contiguous(xa), dense_keep = dropped ? rows_of_16_bytes(contiguous(keep)) : keep;  // read 8 bytes at a time
@@ -399,6 +405,25 @@ std::vector<LoraAdapter> check_adapters(
   return adapters;
 }
 
+bool drops_any(const std::vector<LoraAdapter>& adapters) {
+  return std::any_of(adapters.begin(), adapters.end(), [](const LoraAdapter& adapter) { return drops(adapter.dropout_p); });
+}
+
+/// x and weight in rows of 16 bytes; order and offsets dense.
+MultiLora layer_of(
+    const Tensor& x, const Tensor& weight, const std::vector<LoraAdapter>& adapters, Dtype adapter_dtype, const Tensor& order,
+    const Tensor& offsets) {
+  MultiLora layer{};
+  layer.M = x.size(0), layer.K = x.size(1), layer.N = weight.size(0), layer.S = static_cast<int64_t>(adapters.size());
+  for (const LoraAdapter& adapter : adapters) layer.R = std::max(layer.R, adapter.R);
+  layer.dtype = dtype_of(x), layer.adapter_dtype = adapter_dtype;
+  layer.x = x.const_data_ptr(), layer.x_stride = x.stride(0);
+  layer.weight = weight.const_data_ptr(), layer.weight_stride = weight.stride(0);
+  layer.adapters = adapters.data();
+  layer.order = order.const_data_ptr<int64_t>(), layer.offsets = offsets.const_data_ptr<int64_t>();
+  return layer;
+}
+
 std::tuple<Tensor, Tensor, Tensor> multi_lora_cuda(
     const Tensor& x,                                                         // [M, K]
     const Tensor& weight,                                                    // [N, K]
@@ -410,7 +435,7 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_cuda(
     const Tensor& order,      // [M]
     const Tensor& offsets) {  // [S + 3]
   check_base(x, weight, bias);
-  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), S = static_cast<int64_t>(lora_a.size());
+  const int64_t M = x.size(0), N = weight.size(0), S = static_cast<int64_t>(lora_a.size());
   const std::vector<LoraAdapter> adapters = check_adapters(x, weight, lora_a, lora_b, scale, dropout_p);
   check_seed(seed, x);
   check_integers(order, "order", {M}, x);
@@ -419,34 +444,59 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_cuda(
   const OnDevice device(x);
   const Tensor x_rows = rows_of_16_bytes(x), weight_rows = rows_of_16_bytes(weight);
   const Tensor dense_order = contiguous(order), dense_offsets = contiguous(offsets);
-  MultiLora given{};
-  given.M = M, given.K = K, given.N = N, given.S = S;
-  bool dropped = false;
-  for (const LoraAdapter& adapter : adapters) {
-    given.R = std::max(given.R, adapter.R);
-    dropped = dropped || (seed && drops(adapter.dropout_p));
-  }
-  Tensor y = new_empty(x, std::array<int64_t, 2>{M, N}), xa = new_empty(x, std::array<int64_t, 2>{M, given.R}, ScalarType::Float);
+  MultiLoraForward given{};
+  given.layer = layer_of(x_rows, weight_rows, adapters, dtype_of(lora_a[0]), dense_order, dense_offsets);
+  const bool dropped = seed && drops_any(adapters);
+  Tensor y = new_empty(x, std::array<int64_t, 2>{M, N}), xa = new_empty(x, std::array<int64_t, 2>{M, given.layer.R}, ScalarType::Float);
   Tensor keep = new_keep(x, dropped);
-  given.dtype = dtype_of(x);
-  given.adapter_dtype = dtype_of(lora_a[0]);
-  given.x = x_rows.const_data_ptr();
-  given.x_stride = x_rows.stride(0);
-  given.weight = weight_rows.const_data_ptr();
-  given.weight_stride = weight_rows.stride(0);
   if (bias) given.bias = bias->const_data_ptr(), given.bias_stride = bias->stride(0);
-  given.adapters = adapters.data();
   given.seed = dropped ? seed->const_data_ptr<int64_t>() : nullptr;
-  given.order = dense_order.const_data_ptr<int64_t>();
-  given.offsets = dense_offsets.const_data_ptr<int64_t>();
   given.y = y.mutable_data_ptr();
   given.xa = xa.mutable_data_ptr<float>();
   given.keep = dropped ? keep.mutable_data_ptr<uint8_t>() : nullptr;
-  Tensor workspace = new_workspace(x, multi_lora_workspace(given));
+  Tensor workspace = new_workspace(x, multi_lora_workspace(given.layer));
   given.workspace = workspace.mutable_data_ptr();
   const std::string error = multi_lora(given, device.stream());
   STD_TORCH_CHECK(error.empty(), "multi_lora: ", error);
   return {y, xa, keep};
+}
+
+std::tuple<Tensor, Tensor, Tensor> multi_lora_backward_cuda(
+    const Tensor& dy,  // [M, N]
+    const Tensor& x, const Tensor& weight, const std::vector<Tensor>& lora_a, const std::vector<Tensor>& lora_b,
+    const Tensor& xa,    // [M, max R_i] float32
+    const Tensor& keep,  // [M, 8 ceil(K / 64)] uint8, or no elements
+    const std::vector<double>& scale, const std::vector<double>& dropout_p, const Tensor& order, const Tensor& offsets, bool need_dx,
+    bool need_da, bool need_db) {
+  check_base(x, weight, std::nullopt);
+  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), S = static_cast<int64_t>(lora_a.size());
+  const std::vector<LoraAdapter> adapters = check_adapters(x, weight, lora_a, lora_b, scale, dropout_p);
+  check_integers(order, "order", {M}, x);
+  check_integers(offsets, "offsets", {S + 3}, x);
+  const OnDevice device(x);
+  const Tensor x_rows = rows_of_16_bytes(x), weight_rows = rows_of_16_bytes(weight);
+  const Tensor dense_order = contiguous(order), dense_offsets = contiguous(offsets);
+  MultiLoraBackward given{};
+  given.layer = layer_of(x_rows, weight_rows, adapters, dtype_of(lora_a[0]), dense_order, dense_offsets);
+  const bool dropped = check_saved(dy, x, weight, xa, keep, given.layer.R) && drops_any(adapters);
+  const Tensor dy_rows = rows_of_16_bytes(dy), dense_xa = contiguous(xa), dense_keep = dropped ? rows_of_16_bytes(contiguous(keep)) : keep;
+  int64_t ranks = 0;
+  for (const LoraAdapter& adapter : adapters) ranks += adapter.R;
+  Tensor dx = need_dx ? new_empty(x, std::array<int64_t, 2>{M, K}) : without_elements(x);
+  Tensor da = new_empty(lora_a[0], std::array<int64_t, 1>{need_da ? ranks * K : 0});
+  Tensor db = new_empty(lora_b[0], std::array<int64_t, 1>{need_db ? ranks * N : 0});
+  Tensor workspace = new_workspace(x, multi_lora_backward_workspace(given.layer));
+  given.dy = dy_rows.const_data_ptr();
+  given.dy_stride = dy_rows.stride(0);
+  given.xa = dense_xa.const_data_ptr<float>();
+  given.keep = dropped ? dense_keep.const_data_ptr<uint8_t>() : nullptr;
+  given.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
+  given.da = need_da ? da.mutable_data_ptr() : nullptr;
+  given.db = need_db ? db.mutable_data_ptr() : nullptr;
+  given.workspace = workspace.mutable_data_ptr();
+  const std::string error = multi_lora_backward(given, device.stream());
+  STD_TORCH_CHECK(error.empty(), "multi_lora_backward: ", error);
+  return {dx, da, db};
 }
 
 }  // namespace
@@ -457,6 +507,7 @@ STABLE_TORCH_LIBRARY_IMPL(fastlora, FASTLORA_CARD, m) {
   m.impl("lora_linear_cuda", TORCH_BOX(&lora_linear_cuda));
   m.impl("lora_linear_backward_cuda", TORCH_BOX(&lora_linear_backward_cuda));
   m.impl("multi_lora_cuda", TORCH_BOX(&multi_lora_cuda));
+  m.impl("multi_lora_backward_cuda", TORCH_BOX(&multi_lora_backward_cuda));
 }
 
 }  // namespace fastlora

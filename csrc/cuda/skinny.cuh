@@ -24,8 +24,9 @@ template <class I>
 constexpr __host__ __device__ I divide_up(I a, std::type_identity_t<I> b) { return (a + b - 1) / b; }
 template <class I>
 constexpr __host__ __device__ I round_up(I a, std::type_identity_t<I> b) { return divide_up(a, b) * b; }
-/// Ranks, padded with zeros: 16, or a multiple of RANKS.
-constexpr __host__ __device__ int padded_rank(int R) { return R <= 16 ? 16 : round_up(R, RANKS); }
+/// The ranks of a tile where R is the largest rank, which those of each adapter are padded with zeros to a multiple of.
+constexpr __host__ __device__ int ranks_a_pass(int R) { return R <= 16 ? 16 : RANKS; }
+constexpr __host__ __device__ int padded_rank(int R) { return round_up(R, ranks_a_pass(R)); }
 
 /// The 16-bit number below which a half-word drops its element, and what a kept one is multiplied by; as in fastlora/reference.py.
 inline uint32_t threshold_of(double p) { return static_cast<uint32_t>(65536 * p + 0.5); }
@@ -71,31 +72,86 @@ __device__ inline void drop(Eight& numbers, uint32_t bits) {
   for (int i = 0; i < 4; ++i) numbers.pair[i] &= (bits >> 2 * i & 1) * 0xFFFFu | (bits >> (2 * i + 1) & 1) * 0xFFFF0000u;
 }
 
-/// out = factor * d(x) aᵀ, a tile of 16 rows.
-template <class T>
+/// What the kernels must know of an adapter.
+struct Adapter {
+  int first, before;   // where its ranks begin among those of all adapters, each padded, and as they are
+  int R;
+  uint32_t threshold;  // of dropout; 0: nothing is dropped
+  float factor, scale;
+};
+
+/// Some of an adapter's rows by their places, which are consecutive; the rows need not be.
+struct Piece {
+  int group, begin, end;  // places
+  int padded;             // `begin` where each adapter's places begin at a multiple of SHRINK_ROWS
+  int number;             // of this piece among those of its adapter
+  int slot;               // of this piece among all that are not the first of their adapter
+};
+
+/// Whose the rows are: all one adapter's, group 1, each at its own place, as in lora_linear. What takes a G takes this or ManyAdapters (groups.cuh).
+struct OneAdapter {
+  static constexpr bool MANY = false;
+  Adapter adapter;
+  int M;
+
+  /// Piece `number` of all adapters' pieces of `size` places.
+  __device__ Piece piece(int number, int size) const { return {1, number * size, min(number * size + size, M), number * size, number, number - 1}; }
+  /// The group's adapter.
+  __device__ const Adapter& of(int) const { return adapter; }
+  /// Whether it drops something, where keep is given at all.
+  __device__ bool drops(const Adapter&) const { return true; }
+  /// The row at a place of the piece; M or more: none.
+  __device__ int row(const Piece&, int place) const { return place; }
+  /// Keeps in mind, for the product, that the row is the group's.
+  __device__ void note(int, int) const {}
+
+  // Of the rows of a tile of the product, which begins with `row`; the whole warp asks.
+  /// The next group after `group` that a row has, but for the base's own rows; 0: none.
+  __device__ int after(int, int group) const { return group == 0; }
+  /// Whether all rows are the group's.
+  __device__ bool alone(int, int) const { return true; }
+  /// Whether the group has an adapter: else its rows are NaN.
+  __device__ bool exists(int) const { return true; }
+
+  /// The rows at four places of a piece, looked up before they are asked for.
+  struct FourRows {
+    __device__ void look(const OneAdapter&, const Piece&, int) {}
+    __device__ int row(int first, int i) const { return first + i; }
+  };
+};
+
+/// out = factor * d(x) aᵀ, a tile of 16 places.
+template <class T, class G>
 struct Shrink {
   const T* x;  // [M, K]
   int64_t x_stride;
-  const T* a;  // [padded R, K], rows padded with zeros to a multiple of SHRINK_STEP
+  const T* a;  // [padded ranks of all adapters, K], rows padded with zeros to a multiple of SHRINK_STEP
   int a_stride;
-  float* out;           // [M, R] in float32, or null
+  float* out;           // [M, R] in float32, 0 beyond a row's own ranks; or null
   T* rounded;           // [M, padded R]: scale * out, for the product that adds it
-  T* transposed;        // [padded R, M padded to 16]: the same, for the gradient; or null
+  T* transposed;        // [padded R, places]: the same, for the gradient; or null
   uint8_t* keep;        // [M, 8 ceil(K / 64)]: the mask drawn, or null: nothing is dropped
   const int64_t* seed;  // read where keep is given
-  uint32_t threshold;
-  float factor, scale;
-  int M, K, R;
+  int M, K, R;          // R: the largest rank
+  int places;           // a multiple of SHRINK_ROWS
+  G groups;
 };
 
+/// Where shrink_tile leaves the rows of its tile's places, M or more where there is none, until the queue is filled again.
+__device__ inline int* shrunk_rows(unsigned char* queue) { return reinterpret_cast<int*>(queue + QUEUE) - SHRINK_ROWS; }
+
 /// DRAWS: whether `keep` may be given.
-template <class T, int WIDTH, bool DRAWS>
-__device__ void shrink_tile(const Shrink<T>& task, int tile, int first_rank, unsigned char* queue, int barrier) {
+template <class T, int WIDTH, bool DRAWS, class G>
+__device__ void shrink_tile(const Shrink<T, G>& task, int tile, int first_rank, unsigned char* queue, int barrier) {
   constexpr int EARLY = WIDTH == 16 ? 2 : 3;  // loads of `a` before the bits are drawn, which hides them
   const int thread = threadIdx.x % GROUP, warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
-  const int row = tile * SHRINK_ROWS + g, steps = divide_up(task.K, SHRINK_STEP);  // row: and row + 8
-  const T* const rows[2] = {task.x + row * task.x_stride, task.x + (row + 8) * task.x_stride};
-  const int columns[2] = {row < task.M ? task.K : 0, row + 8 < task.M ? task.K : 0};
+  const Piece piece = task.groups.piece(tile, SHRINK_ROWS);
+  const Adapter& adapter = task.groups.of(piece.group);
+  const int steps = first_rank < adapter.R && piece.begin < piece.end ? divide_up(task.K, SHRINK_STEP) : 0;
+  const int row[2] = {task.groups.row(piece, piece.begin + g), task.groups.row(piece, piece.begin + g + 8)};
+  const T* const rows[2] = {task.x + row[0] * task.x_stride, task.x + row[1] * task.x_stride};
+  const int columns[2] = {row[0] < task.M ? task.K : 0, row[1] < task.M ? task.K : 0};
+  const bool draws = DRAWS && task.keep && task.groups.drops(adapter);
   const auto place = [&](int step, int i) { return queue + ((step / WARPS % 2 * 8 + i) * GROUP + thread) * 16; };
   const auto fetch = [&](int step) {
 #pragma unroll
@@ -105,10 +161,10 @@ __device__ void shrink_tile(const Shrink<T>& task, int tile, int first_rank, uns
     }
     commit_copies();
   };
-  const uint64_t seed = DRAWS && task.keep ? static_cast<uint64_t>(*task.seed) : 0;
+  const uint64_t seed = draws ? static_cast<uint64_t>(*task.seed) : 0;
   const int64_t calls = divide_up(task.K, 8);
   const int keep_stride = divide_up(task.K, 64) * 8;
-  const T* const a = task.a + static_cast<int64_t>(first_rank + g) * task.a_stride + t * 8;
+  const T* const a = task.a + static_cast<int64_t>(adapter.first + first_rank + g) * task.a_stride + t * 8;
   float sum[WIDTH / 8][4] = {};
 
   fetch(warp);
@@ -127,8 +183,8 @@ __device__ void shrink_tile(const Shrink<T>& task, int tile, int first_rank, uns
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         left[half] = *reinterpret_cast<const Eight*>(place(step, 2 * c + half));
-        if (!DRAWS || !task.keep) continue;
-        const uint32_t bits = draw(seed, (row + half * 8) * calls + column / 8 + t, task.threshold);
+        if (!draws) continue;
+        const uint32_t bits = draw(seed, row[half] * calls + column / 8 + t, adapter.threshold);
         drop(left[half], bits);
         uint32_t word = bits << 8 * t;
         word |= __shfl_xor_sync(~0u, word, 1);
@@ -149,14 +205,16 @@ __device__ void shrink_tile(const Shrink<T>& task, int tile, int first_rank, uns
     const int byte = step * (SHRINK_STEP / 8) + t * 4;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      if (!DRAWS || !task.keep || first_rank || row + half * 8 >= task.M || byte >= keep_stride) continue;
-      *reinterpret_cast<uint32_t*>(task.keep + static_cast<int64_t>(row + half * 8) * keep_stride + byte) = kept[half];
+      if (!draws || first_rank || row[half] >= task.M || byte >= keep_stride) continue;
+      *reinterpret_cast<uint32_t*>(task.keep + static_cast<int64_t>(row[half]) * keep_stride + byte) = kept[half];
     }
   }
   wait_copies<0>();
   group_sync(barrier, GROUP);  // the queue becomes the place where the warps' sums meet
 
-  float* const meeting = reinterpret_cast<float*>(queue);  // [WARPS, 16 rows, WIDTH]
+  float* const meeting = reinterpret_cast<float*>(queue);  // [WARPS, 16 places, WIDTH]
+  int* const met_rows = shrunk_rows(queue);
+  if (warp == 0 && t == 0) met_rows[g] = row[0], met_rows[g + 8] = row[1];
 #pragma unroll
   for (int j = 0; j < WIDTH / 8; ++j) {
 #pragma unroll
@@ -166,69 +224,88 @@ __device__ void shrink_tile(const Shrink<T>& task, int tile, int first_rank, uns
     }
   }
   group_sync(barrier, GROUP);
+  if (thread < SHRINK_ROWS && met_rows[thread] < task.M) task.groups.note(met_rows[thread], piece.group);
+  const Adapter& again = task.groups.of(piece.group);  // or it keeps registers all along
+  const float factor = draws ? again.factor : 1.f;
   for (int i = thread; i < SHRINK_ROWS * WIDTH / 2; i += GROUP) {
-    const int m = tile * SHRINK_ROWS + i * 2 / WIDTH, r = first_rank + i * 2 % WIDTH;
+    const int m = met_rows[i * 2 / WIDTH], r = first_rank + i * 2 % WIDTH;
     float total[2] = {};
     for (int from = 0; from < WARPS; ++from) {
       total[0] += meeting[from * SHRINK_ROWS * WIDTH + i * 2];
       total[1] += meeting[from * SHRINK_ROWS * WIDTH + i * 2 + 1];
     }
-    const uint32_t pair = pack<T>(task.scale * (task.factor * total[0]), task.scale * (task.factor * total[1]));
+    const uint32_t pair = m < task.M ? pack<T>(again.scale * (factor * total[0]), again.scale * (factor * total[1])) : 0;
     if (task.transposed) {
-      const int stride = round_up(task.M, SHRINK_ROWS);
-      uint16_t* const to = reinterpret_cast<uint16_t*>(task.transposed) + static_cast<int64_t>(r) * stride + m;
+      const int64_t place = tile * SHRINK_ROWS + i * 2 / WIDTH;
+      uint16_t* const to = reinterpret_cast<uint16_t*>(task.transposed) + static_cast<int64_t>(r) * task.places + place;
       to[0] = static_cast<uint16_t>(pair);
-      to[stride] = static_cast<uint16_t>(pair >> 16);
+      to[task.places] = static_cast<uint16_t>(pair >> 16);
     }
     if (m >= task.M) continue;
     *reinterpret_cast<uint32_t*>(task.rounded + static_cast<int64_t>(m) * padded_rank(task.R) + r) = pair;
     if (!task.out) continue;
     float* const out = task.out + static_cast<int64_t>(m) * task.R + r;
-    if (r < task.R) out[0] = task.factor * total[0];
-    if (r + 1 < task.R) out[1] = task.factor * total[1];
+    if (r < task.R) out[0] = r < again.R ? factor * total[0] : 0.f;
+    if (r + 1 < task.R) out[1] = r + 1 < again.R ? factor * total[1] : 0.f;
   }
   group_sync(barrier, GROUP);  // before the queue is filled again
 }
 
-/// sums[part] = pᵀ d(x) over a part of the rows, a tile of 64 columns; without the factor of d.
-template <class T>
+/// sums[part] = pᵀ d(x) over a part of an adapter's places, a tile of 64 columns; without the factor of d.
+template <class T, class G>
 struct Gradient {
   const T* x;  // [M, columns]
   int64_t x_stride;
   const uint8_t* keep;  // [M, 8 ceil(columns / 64)], or null: nothing is dropped
-  const T* p;           // [padded R, M padded to 16], transposed
-  float* sums;          // [parts, padded R, columns padded to GRAD_COLUMNS]
-  int M, span;          // span: rows a part, a multiple of 16
-  int columns, R;
+  const T* p;           // [padded R, places], transposed
+  float* sums;          // [padded ranks of all adapters + slots * padded R, columns padded to GRAD_COLUMNS]: first parts, all other parts
+  int M, span;          // span: places a part, a multiple of 16
+  int columns, R;       // R: the largest rank
+  int places, ranks;    // places: a multiple of SHRINK_ROWS; ranks: of all adapters, padded
+  G groups;
 };
+
+/// Where the ranks of a part of an adapter begin in `sums`, by the part's Piece::number and slot.
+__device__ inline int sums_row(const Adapter& adapter, int number, int slot, int ranks, int R) {
+  return number == 0 ? adapter.first : ranks + slot * padded_rank(R);
+}
 
 /// Sixteen ranks a warp. With a WIDTH of 16 the warps divide the rows of x; with RANKS each has its own ranks, and all read what is in the queue.
 /// MASKS: whether `keep` may be given.
-template <class T, int WIDTH, bool MASKS>
-__device__ void gradient_tile(const Gradient<T>& task, int part, int block, int first_rank, unsigned char* queue, int barrier) {
+template <class T, int WIDTH, bool MASKS, class G>
+__device__ void gradient_tile(const Gradient<T, G>& task, int number, int block, int first_rank, unsigned char* queue, int barrier) {
   constexpr int STAGES = 3;
   constexpr bool ALONE = WIDTH == 16;  // each warp reads only what it has fetched itself
   const int thread = threadIdx.x % GROUP, warp = thread / 32, g = thread % 32 / 4, t = thread % 4, lane = thread % 32;
   const int column = block * GRAD_COLUMNS + g * 8, bytes = bytes_inside(task.columns - column);
-  const int begin = part * task.span, end = min(begin + task.span, task.M), steps = divide_up(end - begin, GRAD_STEP);
-  const int p_stride = round_up(task.M, SHRINK_ROWS), keep_stride = divide_up(task.columns, 64) * 8;
+  const Piece part = task.groups.piece(number, task.span);
+  const Adapter& adapter = task.groups.of(part.group);
+  if (first_rank >= adapter.R || part.begin >= part.end) return group_sync(barrier, GROUP);
+  const int begin = part.begin, end = part.end, steps = divide_up(end - begin, GRAD_STEP), keep_stride = divide_up(task.columns, 64) * 8;
+  uint32_t sums_begin = static_cast<uint32_t>(sums_row(adapter, part.number, part.slot, task.ranks, task.R));
+  forget(sums_begin);  // or what it is made of keeps more registers all along
+  const bool masks = MASKS && task.keep && task.groups.drops(adapter);
   const auto place = [&](int step, int i, int of_warp) { return queue + ((step % STAGES * 5 + i) * GROUP + of_warp * 32 + lane) * 16; };
+  typename G::FourRows rows;  // of the step that is fetched next: their numbers may have to come from memory first
   const auto fetch = [&](int step) {
-    const int row = begin + step * GRAD_STEP + warp * 16 + t * 4;
+    const int first = begin + step * GRAD_STEP + warp * 16 + t * 4;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (step >= steps) break;
-      const bool inside = row + i < end;
-      copy_async<16>(place(step, i, warp), task.x + (row + i) * task.x_stride + column, inside ? bytes : 0);
-      if (!MASKS || !task.keep) continue;
-      const uint8_t* const four = task.keep + static_cast<int64_t>(row + i) * keep_stride + block * 8 + g / 4 * 4;  // the lane's byte among them
+      const int row = rows.row(first, i);
+      const bool inside = first + i < end && row < task.M;
+      copy_async<16>(place(step, i, warp), task.x + row * task.x_stride + column, inside ? bytes : 0);
+      if (!masks) continue;
+      const uint8_t* const four = task.keep + static_cast<int64_t>(row) * keep_stride + block * 8 + g / 4 * 4;  // the lane's byte among them
       copy_async<4>(place(step, 4, warp) + i * 4, four, inside ? 4 : 0);
     }
     commit_copies();
+    rows.look(task.groups, part, first + GRAD_STEP);
   };
-  const T* const p = task.p + static_cast<int64_t>(first_rank + (ALONE ? 0 : warp * 16) + g) * p_stride + t * 4;
+  const T* const p = task.p + static_cast<int64_t>(first_rank + (ALONE ? 0 : warp * 16) + g) * task.places + (part.padded - begin) + t * 4;
   float sum[8][4] = {};
 
+  rows.look(task.groups, part, begin + warp * 16 + t * 4);
 #pragma unroll
   for (int step = 0; step < STAGES - 1; ++step) fetch(step);
   for (int step = 0; step < steps; ++step) {
@@ -240,13 +317,13 @@ __device__ void gradient_tile(const Gradient<T>& task, int part, int block, int 
       const int of_warp = ALONE ? warp : share;
       const int row = begin + step * GRAD_STEP + of_warp * 16;
       if (row >= end) break;
-      const uint2 low = *reinterpret_cast<const uint2*>(p + row), high = *reinterpret_cast<const uint2*>(p + row + int64_t{8} * p_stride);
+      const uint2 low = *reinterpret_cast<const uint2*>(p + row), high = *reinterpret_cast<const uint2*>(p + row + int64_t{8} * task.places);
       const uint32_t left[4] = {low.x, high.x, low.y, high.y};
       Eight right[4];  // rows 4 t to 4 t + 3, columns 8 g to 8 g + 7
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         right[i] = *reinterpret_cast<const Eight*>(place(step, i, of_warp));
-        if (MASKS && task.keep) drop(right[i], *(place(step, 4, of_warp) + i * 4 + g % 4));
+        if (masks) drop(right[i], *(place(step, 4, of_warp) + i * 4 + g % 4));
       }
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -261,7 +338,7 @@ __device__ void gradient_tile(const Gradient<T>& task, int part, int block, int 
 
   // sum[j] holds ranks g and g + 8, columns 16 t + j and 16 t + 8 + j of the block.
   const int stride = round_up(task.columns, GRAD_COLUMNS);
-  float* const sums = task.sums + (static_cast<int64_t>(part) * padded_rank(task.R) + first_rank) * stride + block * GRAD_COLUMNS;
+  float* const sums = task.sums + (static_cast<int64_t>(sums_begin) + first_rank) * stride + block * GRAD_COLUMNS;
   float* const meeting = reinterpret_cast<float*>(queue);  // [WARPS, 16 ranks, 64 columns]
 #pragma unroll
   for (int i = 0; i < 4; ++i) {  // rank g or g + 8, the first or the last 8 columns
@@ -282,51 +359,48 @@ __device__ void gradient_tile(const Gradient<T>& task, int part, int block, int 
   group_sync(barrier, GROUP);  // before the queue is filled again
 }
 
-/// Tiles of both products in the order in which they are to be taken: where both read the same x, a part of its rows at a time, so that what one
-/// has read is in the second-level cache for the other.
-template <class T>
+/// Tiles of both products in the order in which they are to be taken, by turns `shrinks_a_turn` of the one and `grads_a_turn` of the other: where
+/// both read the same x, what one has read is in the second-level cache for the other.
+template <class T, class G>
 struct Sides {
-  Shrink<T> shrink;
-  Gradient<T> gradient;
-  bool shrinks, grads;
-  int M, span;
-  int blocks, passes;  // of columns, of ranks
+  Shrink<T, G> shrink{};
+  Gradient<T, G> gradient{};
+  int shrinks = 0, shrinks_a_turn = 0, grads = 0, grads_a_turn = 0;  // tiles
+  int blocks = 1;                                                   // of columns, a tile each, which follow one another
+  int R, passes;                                                    // the largest rank; of ranks
 
-  __host__ __device__ int tiles() const {
-    return ((shrinks ? divide_up(M, SHRINK_ROWS) : 0) + (grads ? divide_up(M, span) * blocks : 0)) * passes;
+  explicit Sides(int R) : R(R), passes(padded_rank(R) / ranks_a_pass(R)) {}
+  void take(const Shrink<T, G>& task, int tiles, int a_turn) { shrink = task, shrinks = tiles, shrinks_a_turn = a_turn; }
+  void take(const Gradient<T, G>& task, int parts, int parts_a_turn) {
+    gradient = task, blocks = divide_up(task.columns, GRAD_COLUMNS), grads = parts * blocks, grads_a_turn = parts_a_turn * blocks;
   }
+
+  __host__ __device__ int shrink_tiles() const { return shrinks * passes; }
+  __host__ __device__ int tiles() const { return (shrinks + grads) * passes; }
 };
-
-struct Rows { int begin, end; };
-
-/// The rows of the part that tile `number` belongs to.
-template <class T>
-__device__ Rows side_rows(const Sides<T>& sides, int number) {
-  const int a_part = (sides.shrinks ? sides.span / SHRINK_ROWS : 0) + (sides.grads ? sides.blocks : 0);
-  const int begin = number / sides.passes / a_part * sides.span;
-  return {begin, min(begin + sides.span, sides.M)};
-}
 
 /// What a launch may be asked for: the less, the fewer registers.
 enum Kinds { SHRINKS = 1, GRADS = 2, DROPS = 4 };
 
-/// Computes tile `number`. The number of the block of SHRINK_ROWS rows that it has shrunk, or -1: it was a gradient's.
-template <class T, int WIDTH, int KINDS>
-__device__ int side_tile(const Sides<T>& sides, int number, unsigned char* queue, int barrier) {
-  const int first_rank = number % sides.passes * WIDTH, turn = number / sides.passes;
-  const int shrinks_a_part = KINDS & SHRINKS && sides.shrinks ? sides.span / SHRINK_ROWS : 0;
-  const int a_part = shrinks_a_part + (KINDS & GRADS && sides.grads ? sides.blocks : 0), part = turn / a_part, within = turn % a_part;
-  const Rows rows = side_rows(sides, number);
-  const int shrinks = shrinks_a_part ? divide_up(rows.end - rows.begin, SHRINK_ROWS) : 0;
+/// Computes tile `number`. Whether it has shrunk rows.
+template <class T, int WIDTH, int KINDS, class G>
+__device__ bool side_tile(const Sides<T, G>& sides, int number, unsigned char* queue, int barrier) {
+  const int first_rank = number % sides.passes * WIDTH, all = number / sides.passes;
+  const int shrinks_a_turn = KINDS & SHRINKS ? sides.shrinks_a_turn : 0, grads_a_turn = KINDS & GRADS ? sides.grads_a_turn : 0;
+  const int turn = all / (shrinks_a_turn + grads_a_turn), within = all % (shrinks_a_turn + grads_a_turn);
+  const int shrinks = shrinks_a_turn ? min(shrinks_a_turn, sides.shrinks - turn * shrinks_a_turn) : 0;
   if constexpr (KINDS & GRADS) {
     if (within >= shrinks) {
-      gradient_tile<T, WIDTH, (KINDS & DROPS) != 0>(sides.gradient, part, within - shrinks, first_rank, queue, barrier);
-      return -1;
+      const int gradient = turn * grads_a_turn + within - shrinks;
+      gradient_tile<T, WIDTH, (KINDS & DROPS) != 0>(
+          sides.gradient, gradient / sides.blocks, gradient % sides.blocks, first_rank, queue, barrier);
+      return false;
     }
   }
-  const int shrunk = rows.begin / SHRINK_ROWS + within;
-  if constexpr (KINDS & SHRINKS) shrink_tile<T, WIDTH, (KINDS & DROPS) != 0>(sides.shrink, shrunk, first_rank, queue, barrier);
-  return shrunk;
+  if constexpr (KINDS & SHRINKS) {
+    shrink_tile<T, WIDTH, (KINDS & DROPS) != 0>(sides.shrink, turn * shrinks_a_turn + within, first_rank, queue, barrier);
+  }
+  return true;
 }
 
 }  // namespace fastlora
