@@ -182,7 +182,9 @@ OLDEST_CARD = (8, 0)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the compiled implementations compute in; float64 is the reference's."""
 
-SIXTEEN_BITS = {(op, "cuda") for op in ("lora_linear", "lora_linear_backward", "multi_lora", "multi_lora_backward")}
+SIXTEEN_BITS = {
+    (op, "cuda") for stem in ("lora_linear", "lora_linear_shared", "multi_lora") for op in (stem, f"{stem}_backward")
+}
 """What runs on tensor cores alone: bfloat16 and float16."""
 
 

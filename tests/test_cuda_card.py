@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_cuda_emulated
 import test_cuda_lora_linear
 import test_cuda_multi_lora
 import torch
@@ -100,6 +101,17 @@ def test_two_runs_and_a_graph_are_equal() -> None:
         graph.replay()
         for first, second in zip(once, captured, strict=True):
             assert torch.equal(first, second)
+
+
+QUERY_KEY_VALUE = test_cuda_emulated.Shared(
+    1024, 4096, ((4096, 16), (1024, 16), (1024, 16)), BF16, F32, dropout_p=(0.1, 0.0, 0.1)
+)
+SHARED = {**test_cuda_emulated.SHARED, "query, key, value": QUERY_KEY_VALUE}
+
+
+@pytest.mark.parametrize("case", SHARED.values(), ids=SHARED)
+def test_layers_that_share_x(case: test_cuda_emulated.Shared) -> None:
+    test_cuda_emulated.check_shared(case, to_card)
 
 
 LONG = test_cuda_multi_lora.sequences((3, 700), (0, 1500), (-1, 300), (1, 1000), (7, 96), (2, 500))

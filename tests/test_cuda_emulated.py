@@ -7,7 +7,7 @@ Every test runs with the threads of a block, and the blocks, in ascending and in
 import ctypes
 import re
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import emulated
 import pytest
@@ -297,3 +297,125 @@ def test_wrong_arguments_to_lora_linear(capsys: pytest.CaptureFixture[str]) -> N
         "keep of fewer rows": ("keep", {"keep": keep[:2]}),
     })  # fmt: skip
     assert capsys.readouterr().out == ""
+
+
+class Shared(NamedTuple):
+    """Layers of `lora_linear` that share x; each one's N and R."""
+
+    M: int
+    K: int
+    layers: tuple[tuple[int, int], ...]
+    dtype: torch.dtype = torch.bfloat16
+    adapter_dtype: torch.dtype | None = None
+    dropout_p: tuple[float, ...] = ()  # a layer's; none: no dropout
+
+
+SHARED = {
+    "three layers": Shared(70, 96, ((40, 8), (24, 8), (24, 8))),
+    "other ranks, one drops nothing": Shared(37, 65, ((40, 3), (17, 20), (24, 1)), torch.float16, torch.float32, (0.3, 0.0, 0.5)),
+    "several tiles": Shared(150, 280, ((48, 16), (136, 5)), dropout_p=(0.1, 0.4)),
+    "one layer": Shared(5, 33, ((9, 2),), dropout_p=(0.2,)),
+    "no rows": Shared(0, 16, ((8, 2), (8, 2)), dropout_p=(0.1, 0.1)),
+}  # fmt: skip
+
+
+def make_shared(case: Shared) -> tuple[list[Any], list[Any], list[torch.Tensor]]:
+    """x, weights, biases, A and B, in layouts that cannot all be read 16 bytes at a time; scales, probabilities and seeds; every dy."""
+    made = [make_layer(case.M, case.K, N, R, case.dtype, case.adapter_dtype) for N, R in case.layers]
+    weight, bias, a, b, dy = ([one[i].detach() for one in made] for i in range(1, 6))
+    weight[-1], a[-1], bias[0] = transposed(weight[-1]), gapped(a[-1]), bias[0].new_empty(0)
+    G = len(made)
+    seed = torch.randint(2**62, (G,)) if case.dropout_p else None
+    numbers = [[1.7 / (1 + i) for i in range(G)], list(case.dropout_p or (0.0,) * G), seed]
+    return [made[0].x.detach(), weight, bias, a, b], numbers, dy
+
+
+def run_shared(
+    tensors: list[Any], numbers: list[Any], dy: list[torch.Tensor], of: Callable[[str], Any], widened: Callable[[Any], Any]
+) -> dict[str, Any]:  # fmt: skip
+    """By name, each y, xa, keep, dx, da, db of what `of` gives for an operator's name."""
+    x, weight, bias, a, b = (
+        widened(one) if isinstance(one, torch.Tensor) else list(map(widened, one)) for one in tensors
+    )
+    scale, p, seed = numbers
+    ys, xa, keep = of("lora_linear_shared")(x, weight, bias, a, b, scale, p, seed)
+    grads = of("lora_linear_shared_backward")(
+        list(map(widened, dy)), x, weight, a, b, xa, keep, scale, p, True, True, True
+    )
+    named = dict(zip(("xa", "keep", "dx", "da", "db"), (xa, keep, *grads), strict=True))
+    return {**{f"y[{i}]": y for i, y in enumerate(ys)}, **named}
+
+
+def check_shared(case: Shared, move: Callable[[Any], Any] = lambda value: value) -> None:
+    tensors, numbers, dy = (move(part) for part in make_shared(case))
+
+    def by_cuda(op: str) -> Any:
+        return getattr(torch.ops.fastlora, f"{op}_cuda")
+
+    def by_reference(op: str) -> Any:
+        return getattr(reference, op)
+
+    found, again = (run_shared(tensors, numbers, dy, by_cuda, lambda one: one) for _ in range(2))
+    eager = run_shared(tensors, numbers, dy, by_reference, lambda one: one)
+    exact = run_shared(tensors, numbers, dy, by_reference, double)
+    for name, value in found.items():
+        assert torch.equal(value, again[name]) or name == "keep", name
+        if name != "keep":
+            assert_within_bound(name, value, eager[name], exact[name])
+            continue
+        assert value.shape == eager["keep"].shape
+        for i, p in enumerate(case.dropout_p):
+            if p:
+                assert torch.equal(reference.read_keep(value[i], case.K), reference.read_keep(eager["keep"][i], case.K))
+
+
+@pytest.mark.parametrize("capability", [80, 90], ids=["sm_80", "sm_90"])
+@pytest.mark.parametrize("case", SHARED.values(), ids=SHARED)
+def test_layers_that_share_x(card: ctypes.CDLL, case: Shared, capability: int) -> None:
+    """dx is summed where it is written: each layer adds to what those before have left."""
+    card.emulated_capability(capability)
+    try:
+        check_shared(case)
+    finally:
+        card.emulated_capability(80)
+
+
+def test_wrong_arguments_to_layers_that_share_x(capsys: pytest.CaptureFixture[str]) -> None:
+    (x, weight, bias, a, b), (scale, p, seed), dy = make_shared(Shared(4, 16, ((8, 2), (6, 3)), dropout_p=(0.5, 0.1)))
+    right = {
+        "x": x, "weight": weight, "bias": bias, "lora_a": a, "lora_b": b, "scale": scale, "dropout_p": p, "seed": seed,
+    }  # fmt: skip
+    print_accepted("lora_linear_shared_cuda", right, {
+        "no layer": ("weight", {name: [] for name in ("weight", "bias", "lora_a", "lora_b", "scale", "dropout_p")}),
+        "a bias too few": ("bias", {"bias": bias[:1]}),
+        "weight of another K": ("weight", {"weight": [weight[0], weight[1][:, :8]]}),
+        "A of another K": ("lora_a", {"lora_a": [a[0], a[1][:, :8]]}),
+        "B of another rank": ("lora_b", {"lora_b": [b[0], b[1][:, :1]]}),
+        "adapters of two dtypes": ("lora_a", {"lora_a": [a[0], a[1].float()], "lora_b": [b[0], b[1].float()]}),
+        "one seed": ("seed", {"seed": seed[:1]}),
+        "a scale too few": ("scale", {"scale": scale[:1]}),
+        "a probability above 1": ("dropout_p", {"dropout_p": [0.5, 1.5]}),
+    })  # fmt: skip
+    _, xa, keep = torch.ops.fastlora.lora_linear_shared_cuda(*right.values())
+    backward = {
+        "dy": dy, "x": x, "weight": weight, "lora_a": a, "lora_b": b, "xa": xa, "keep": keep, "scale": scale, "dropout_p": p,
+        "need_dx": True, "need_da": True, "need_db": True,
+    }  # fmt: skip
+    print_accepted("lora_linear_shared_backward_cuda", backward, {
+        "a dy too few": ("dy", {"dy": dy[:1]}),
+        "dy of another N": ("dy", {"dy": [dy[0], dy[1][:, :3]]}),
+        "xa of one layer": ("xa", {"xa": xa[:, :2]}),
+        "keep of one layer": ("keep", {"keep": keep[0]}),
+        "keep of fewer rows": ("keep", {"keep": keep[:, :2]}),
+    })  # fmt: skip
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("needs", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+def test_layers_that_share_x_give_what_is_needed(needs: tuple[bool, bool, bool]) -> None:
+    (x, weight, bias, a, b), (scale, p, seed), dy = make_shared(SHARED["three layers"])
+    _, xa, keep = torch.ops.fastlora.lora_linear_shared_cuda(x, weight, bias, a, b, scale, p, seed)
+    backward = torch.ops.fastlora.lora_linear_shared_backward_cuda
+    everything, some = (backward(dy, x, weight, a, b, xa, keep, scale, p, *wanted) for wanted in ((True,) * 3, needs))
+    for whole, part, need in zip(everything, some, needs, strict=True):
+        assert torch.equal(part, whole) if need else part.numel() == 0

@@ -42,7 +42,9 @@ class LoraLinear(ctypes.Structure):
 class Forward(ctypes.Structure):
     _fields_ = (
         ("layer", LoraLinear),
-        *((name, ctypes.c_void_p) for name in ("seed", "y", "xa", "keep", "workspace")),
+        *((name, ctypes.c_void_p) for name in ("seed", "y", "xa")),
+        ("xa_stride", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("keep", "workspace")),
     )
 
 
@@ -50,7 +52,11 @@ class Backward(ctypes.Structure):
     _fields_ = (
         ("layer", LoraLinear),
         ("dy", Matrix),
-        *((name, ctypes.c_void_p) for name in ("xa", "keep", "dx", "da", "db", "workspace")),
+        ("xa", ctypes.c_void_p),
+        ("xa_stride", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("keep", "dx")),
+        ("adds", ctypes.c_bool),
+        *((name, ctypes.c_void_p) for name in ("da", "db", "workspace")),
     )
 
 
@@ -126,13 +132,14 @@ def run(
     y, xa = poisoned(M, N, dtype=x.dtype), poisoned(M, R, dtype=torch.float32)
     keep = poisoned(M, 8 * -(-K // 64), dtype=torch.uint8) if seed is not None else None
     space = workspace(card.workspace(ctypes.byref(given)))
-    call(card.forward, Forward(given, *map(pointer, (seed, y, xa, keep, space))))
+    call(card.forward, Forward(given, *map(pointer, (seed, y, xa)), R, *map(pointer, (keep, space))))
     shapes = ((M, K, x.dtype), (R, K, lora_a.dtype), (N, R, lora_a.dtype))
     grads = [
         poisoned(*sizes, dtype=dtype) if need else None for need, (*sizes, dtype) in zip(needs, shapes, strict=True)
     ]
     space = workspace(card.backward_workspace(ctypes.byref(given)))
-    call(card.backward, Backward(given, matrix(dy), *map(pointer, (xa, keep, *grads, space))))
+    dx, *others = map(pointer, (*grads, space))
+    call(card.backward, Backward(given, matrix(dy), pointer(xa), R, pointer(keep), dx, False, *others))
     return Results(*(tensor if tensor is None else whole(tensor) for tensor in (y, xa, keep, *grads)))
 
 

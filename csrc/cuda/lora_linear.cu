@@ -125,7 +125,7 @@ std::string forward(const LoraLinearForward& given, cudaStream_t stream) {
   const T* const x = static_cast<const T*>(layer.x.data);
   const OneAdapter adapter = call.adapter(given.seed);
   const Shrink<T, OneAdapter> shrink{
-      x, layer.x.strides[0], space.a, space.a_stride, given.xa, space.xa, nullptr, adapter.adapter.threshold ? given.keep : nullptr, given.seed,
+      x, layer.x.strides[0], space.a, space.a_stride, given.xa, given.xa_stride, space.xa, nullptr, adapter.adapter.threshold ? given.keep : nullptr, given.seed,
       call.M, call.K, call.R, round_up(call.M, SHRINK_ROWS), adapter};
   Sides<T, OneAdapter> sides(call.R);
   sides.take(shrink, divide_up(call.M, SHRINK_ROWS), span_of(call.M) / SHRINK_ROWS);
@@ -184,7 +184,7 @@ std::string backward(const LoraLinearBackward& given, cudaStream_t stream) {
   const Matrix b_transposed{layer.lora_b.data, {layer.lora_b.strides[1], layer.lora_b.strides[0]}};
   const Rounding<T> a = call.rounding(layer.lora_a, call.R, call.K, space.a, call.padded, space.a_stride);
   const Rounding<T> b = call.rounding(b_transposed, call.R, call.N, space.b, call.padded, space.b_stride);
-  Rounding<T> xa = call.rounding({given.xa, {1, call.R}}, call.R, call.M, space.xa, call.padded, space.rows);
+  Rounding<T> xa = call.rounding({given.xa, {1, given.xa_stride}}, call.R, call.M, space.xa, call.padded, space.rows);
   xa.wide = true;
   call.round({{a, b, xa}, 3, space.progress, sm90::Progress::count(call.M)});
 
@@ -192,7 +192,7 @@ std::string backward(const LoraLinearBackward& given, cudaStream_t stream) {
   const int64_t dy_stride = given.dy.strides[0];
   const int span = span_of(call.M);
   const Shrink<T, OneAdapter> dxa{
-      dy, dy_stride, space.b, space.b_stride, nullptr, space.dxa, space.dxa_transposed, nullptr, nullptr, call.M, call.N, call.R, space.rows,
+      dy, dy_stride, space.b, space.b_stride, nullptr, 0, space.dxa, space.dxa_transposed, nullptr, nullptr, call.M, call.N, call.R, space.rows,
       adapter};
   const Gradient<T, OneAdapter> db{dy, dy_stride, nullptr, space.xa, space.db, call.M, span, call.N, call.R, space.rows, call.padded, adapter};
   const Gradient<T, OneAdapter> da{
@@ -205,7 +205,7 @@ std::string backward(const LoraLinearBackward& given, cudaStream_t stream) {
   if (given.dx) {
     const Product<T, OneAdapter> product{
         dy, dy_stride, static_cast<const T*>(layer.weight.data), layer.weight.strides[0], space.dxa, space.a, space.a_stride, nullptr, 0,
-        keep, static_cast<T*>(given.dx), call.M, call.K, call.N, call.R, call.padded, adapter};
+        keep, static_cast<T*>(given.dx), call.M, call.K, call.N, call.R, call.padded, adapter, given.adds};
     const std::string error = launch_products<T, OneAdapter, true>(product, first, last, space.progress, stream);
     if (!error.empty()) return error;
   } else {

@@ -30,7 +30,8 @@ struct LoraLinearForward {
   LoraLinear layer;
   const int64_t* seed;  // one number, or null: nothing is dropped
   void* y;              // [M, N]
-  float* xa;            // [M, R]
+  float* xa;            // [M, R], rows of xa_stride
+  int64_t xa_stride;
   uint8_t* keep;        // [M, 8 ceil(K / 64)], or null where nothing is dropped
   void* workspace;      // lora_linear_workspace(layer) bytes, at a multiple of 256
 };
@@ -38,9 +39,11 @@ struct LoraLinearForward {
 struct LoraLinearBackward {
   LoraLinear layer;
   Matrix dy;            // [M, N]
-  const float* xa;      // [M, R], the forward's, dense
+  const float* xa;      // [M, R], the forward's, rows of xa_stride
+  int64_t xa_stride;
   const uint8_t* keep;  // the forward's
   void* dx;             // [M, K], or null: not needed
+  bool adds;            // to what dx holds: the gradient of other layers with the same x
   void* da;             // [R, K] or null
   void* db;             // [N, R] or null
   void* workspace;      // lora_linear_backward_workspace(layer) bytes, at a multiple of 256

@@ -197,7 +197,7 @@ std::string many_rows(const MultiLoraForward& given, cudaStream_t stream) {
 
   const T* const x = static_cast<const T*>(layer.x);
   const Shrink<T, ManyAdapters> shrink{
-      x, layer.x_stride, space.a, space.a_stride, given.xa, space.xa, nullptr, given.keep, given.seed, call.M, call.K, call.R, call.places,
+      x, layer.x_stride, space.a, space.a_stride, given.xa, layer.R, space.xa, nullptr, given.keep, given.seed, call.M, call.K, call.R, call.places,
       groups};
   Sides<T, ManyAdapters> sides(call.R);
   sides.take(shrink, call.tiles, call.tiles);
@@ -248,7 +248,7 @@ std::string backward(const MultiLoraBackward& given, cudaStream_t stream) {
 
   const T* const dy = static_cast<const T*>(given.dy);
   const Shrink<T, ManyAdapters> dxa{
-      dy, given.dy_stride, space.b, space.b_stride, nullptr, space.dxa, space.dxa_transposed, nullptr, nullptr, call.M, call.N, call.R, call.places,
+      dy, given.dy_stride, space.b, space.b_stride, nullptr, 0, space.dxa, space.dxa_transposed, nullptr, nullptr, call.M, call.N, call.R, call.places,
       groups};
   const Gradient<T, ManyAdapters> db{
       dy, given.dy_stride, nullptr, space.xa, space.db, call.M, space.span, call.N, call.R, call.places, call.ranks, groups};

@@ -24,6 +24,7 @@ struct Product {
   int M, N, depth;
   int R, ranks;  // the largest rank; of all adapters, padded
   G groups;
+  bool adds = false;  // in BACK, to what y holds
 };
 
 constexpr int ROW_BLOCK = 128;  // rows of a tile on any card
@@ -71,6 +72,20 @@ __device__ inline Tile tile_of(int number, int M, int N, int height, int width) 
   const int rows = divide_up(M, height), columns = divide_up(N, width), first = number / (TILES_TOGETHER * columns) * TILES_TOGETHER;
   const int together = min(rows - first, TILES_TOGETHER), within = number - first * columns;
   return {(first + within % together) * height, within / together * width};
+}
+
+/// Columns `column` and the next of a row of y as they are, where they are inside; else 0. `column` is even.
+template <class T, class G>
+__device__ inline float2 read_two(const Product<T, G>& task, int row, int column) {
+  if (row >= task.M || column >= task.N) return make_float2(0, 0);
+  const T* const from = task.y + static_cast<int64_t>(row) * task.N + column;
+  T two[2];
+  if (task.N % 2 == 0) {
+    *reinterpret_cast<uint32_t*>(two) = *reinterpret_cast<const uint32_t*>(from);
+  } else {
+    two[0] = from[0], two[1] = column + 1 < task.N ? from[1] : T(0.f);
+  }
+  return make_float2(static_cast<float>(two[0]), static_cast<float>(two[1]));
 }
 
 /// Which columns of a row a rank step counts for, as bits from `column` on, to the end of a group of 64, for rows some steps below `row`.

@@ -117,6 +117,14 @@ __device__ void run(const Product<T, G>& task) {
     }
   };
   float sum[4][8][4] = {};
+  if (BACK && !G::MANY && task.adds) {
+#pragma unroll
+    for (int i = 0; i < 64; ++i) {
+      const int row = tile.row + warp_row + g + i / 16 * 16 + i % 2 * 8, column = tile.column + warp_column + t * 2 + i / 2 % 8 * 8;
+      const float2 two = read_two(task, row, column);
+      sum[i / 16][i / 2 % 8][i % 2 * 2] = two.x, sum[i / 16][i / 2 % 8][i % 2 * 2 + 1] = two.y;
+    }
+  }
   const auto add = [&](const uint32_t (&a)[4][4], const uint32_t (&b)[4][4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {

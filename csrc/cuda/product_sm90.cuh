@@ -157,8 +157,18 @@ __device__ __forceinline__ void add_selected(
   }
 }
 
+/// Asks for 64 rows of a tile of y, which will be added to, to be in the cache by then.
+template <class T, class G>
+__device__ void prefetch_tile(const Product<T, G>& product, int row, int column) {
+  for (int i = threadIdx.x % WARPGROUP; i < 64 * WIDTH / 64; i += WARPGROUP) {  // a cache line holds 64
+    const int m = row + i / (WIDTH / 64), n = column + i % (WIDTH / 64) * 64;
+    if (m < product.M && n < product.N) prefetch(product.y + static_cast<int64_t>(m) * product.N + n);
+  }
+}
+
 template <class T, class G, bool BACK>
 __device__ void consume(const Fused<T, G>& task, int consumer) {
+  constexpr bool ADDS = BACK && !G::MANY;  // whether it may
   const Product<T, G>& product = task.product;
   const int lane = threadIdx.x % 32, frozen = divide_up(product.depth, DEPTH);
   Stage stage;
@@ -170,6 +180,7 @@ __device__ void consume(const Fused<T, G>& task, int consumer) {
   for (int number = blockIdx.x; number < task.tiles; number += gridDim.x) {
     const Tile tile = tile_of(number, product.M, product.N, HEIGHT, WIDTH);
     float sum[128];
+    if (ADDS && product.adds) prefetch_tile(product, tile.row + consumer * 64, tile.column);
     Stage before;  // whose products are not waited for
     for (int step = 0; step < frozen; ++step, stage.next()) {
       wait_barrier(stage.full(), stage.parity);
@@ -186,6 +197,13 @@ __device__ void consume(const Fused<T, G>& task, int consumer) {
     uint32_t thread = threadIdx.x;
     forget(thread);  // or the row keeps a register all along
     const int row = tile.row + consumer * 64 + static_cast<int>(thread % WARPGROUP / 32 * 16 + thread % 32 / 4);
+    if (ADDS && product.adds) {
+#pragma unroll
+      for (int i = 0; i < 64; ++i) {
+        const float2 two = read_two(product, row + i % 2 * 8, tile.column + static_cast<int>(thread % 4 * 2) + i / 2 * 8);
+        sum[2 * i] += two.x, sum[2 * i + 1] += two.y;
+      }
+    }
     for (bool more = true; more; stage.next()) {
       wait_barrier(stage.full(), stage.parity);
       const RankStep step = stage.rank().step;

@@ -272,15 +272,16 @@ void check_adapter(
   STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p", which, ": got ", dropout_p, ", expected a probability between 0 and 1");
 }
 
-void check_seed(const std::optional<Tensor>& seed, const Tensor& like) {
+void check_seed(const std::optional<Tensor>& seed, const Tensor& like, int64_t layers = 1) {
   if (!seed) return;
   check_device(*seed, "seed", like);
   check_dtype(*seed, "seed", {ScalarType::Long});
-  STD_TORCH_CHECK(seed->numel() == 1, "seed: got ", describe(*seed), ", expected one element");
+  STD_TORCH_CHECK(seed->numel() == layers, "seed: got ", describe(*seed), ", expected ", layers, layers == 1 ? " element" : " elements");
 }
 
-/// Raises unless a backward's dy, and the xa and keep that its forward left, fit x, weight and the largest rank. Whether keep has elements.
-bool check_saved(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& xa, const Tensor& keep, int64_t R) {
+/// Raises unless a backward's dy, and the xa and keep that its forward left, fit x, weight and xa's ranks, and keep so many layers if not 0.
+/// Whether keep has elements.
+bool check_saved(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& xa, const Tensor& keep, int64_t R, int64_t layers = 0) {
   check_device(dy, "dy", x);
   check_shape(dy, "dy", {x.size(0), weight.size(0)});
   check_dtype(dy, "dy", {x.scalar_type()});
@@ -290,17 +291,20 @@ bool check_saved(const Tensor& dy, const Tensor& x, const Tensor& weight, const 
   check_device(keep, "keep", x);
   check_dtype(keep, "keep", {ScalarType::Byte});
   if (keep.numel() == 0) return false;
-  check_shape(keep, "keep", {x.size(0), (x.size(1) + 63) / 64 * 8});
+  const int64_t rows = x.size(0), bytes = (x.size(1) + 63) / 64 * 8;
+  layers ? check_shape(keep, "keep", {layers, rows, bytes}) : check_shape(keep, "keep", {rows, bytes});
   return true;
 }
 
 /// Whether anything is dropped: fastlora/reference.py::drop_threshold.
 bool drops(double dropout_p) { return 65536 * dropout_p + 0.5 >= 1; }
 
-/// Room for dropout's bits of x [M, K]; without elements where nothing is dropped.
-Tensor new_keep(const Tensor& x, bool dropped) {
+/// Room for dropout's bits of x [M, K], those of so many layers if not 0; without elements where nothing is dropped.
+Tensor new_keep(const Tensor& x, bool dropped, int64_t layers = 0) {
+  const int64_t rows = x.size(0), bytes = (x.size(1) + 63) / 64 * 8;
   if (!dropped) return new_empty(x, std::array<int64_t, 1>{0}, ScalarType::Byte);
-  return new_empty(x, std::array<int64_t, 2>{x.size(0), (x.size(1) + 63) / 64 * 8}, ScalarType::Byte);
+  if (layers) return new_empty(x, std::array<int64_t, 3>{layers, rows, bytes}, ScalarType::Byte);
+  return new_empty(x, std::array<int64_t, 2>{rows, bytes}, ScalarType::Byte);
 }
 
 Tensor new_workspace(const Tensor& like, int64_t bytes) { return new_empty(like, std::array<int64_t, 1>{bytes}, ScalarType::Byte); }
@@ -323,6 +327,114 @@ LoraLinear layer_of(
   return layer;
 }
 
+/// A layer, or several that share x [M, K].
+struct Layers {
+  bool share;
+  Tensor x;
+  std::vector<Tensor> weight;
+  std::vector<std::optional<Tensor>> bias;
+  std::vector<Tensor> lora_a, lora_b;
+  std::vector<double> scale, dropout_p;
+
+  size_t count() const { return weight.size(); }
+  int64_t ranks() const {
+    int64_t ranks = 0;
+    for (const Tensor& a : lora_a) ranks += a.size(0);
+    return ranks;
+  }
+
+  void check() const {
+    STD_TORCH_CHECK(count() >= 1, "weight: got no layer, expected at least one");
+    const std::pair<const char*, size_t> counts[] = {
+        {"bias", bias.size()}, {"lora_a", lora_a.size()}, {"lora_b", lora_b.size()}, {"scale", scale.size()}, {"dropout_p", dropout_p.size()}};
+    for (const auto& [name, found] : counts) STD_TORCH_CHECK(found == count(), name, ": got ", found, " layers, expected ", count());
+    for (size_t i = 0; i < count(); ++i) {
+      check_base(x, weight[i], bias[i]);
+      const std::string which = share ? "[" + std::to_string(i) + "]" : "";
+      check_adapter(x, weight[i], lora_a[i], lora_b[i], dropout_p[i], lora_a[0].scalar_type(), which);
+    }
+  }
+};
+
+/// y of each layer, xa [M, sum R_i] and keep [G, M, 8 ceil(K / 64)], which has no G where one layer stands alone.
+std::tuple<std::vector<Tensor>, Tensor, Tensor> forward_layers(const Layers& layers, const std::optional<Tensor>& seed) {
+  layers.check();
+  const Tensor& x = layers.x;
+  const int64_t M = x.size(0), ranks = layers.ranks(), keep_bytes = (x.size(1) + 63) / 64 * 8, G = static_cast<int64_t>(layers.count());
+  check_seed(seed, x, G);
+  const OnDevice device(x);
+  const Tensor x_rows = rows_of_16_bytes(x);
+  const bool dropped = seed && std::any_of(layers.dropout_p.begin(), layers.dropout_p.end(), drops);
+  const Tensor seeds = dropped ? contiguous(*seed) : without_elements(x);
+  Tensor xa = new_empty(x, std::array<int64_t, 2>{M, ranks}, ScalarType::Float);
+  Tensor keep = new_keep(x, dropped, layers.share ? G : 0);
+  std::vector<Tensor> ys;
+  int64_t before = 0;
+  for (size_t i = 0; i < layers.count(); ++i) {
+    const Tensor weight_rows = rows_of_16_bytes(layers.weight[i]);
+    LoraLinearForward given{};
+    given.layer = layer_of(
+        x_rows, weight_rows, layers.bias[i], layers.lora_a[i], layers.lora_b[i], layers.scale[i], dropped ? layers.dropout_p[i] : 0);
+    ys.push_back(new_empty(x, std::array<int64_t, 2>{M, layers.weight[i].size(0)}));
+    Tensor workspace = new_workspace(x, lora_linear_workspace(given.layer));
+    given.seed = dropped ? seeds.const_data_ptr<int64_t>() + i : nullptr;
+    given.y = ys[i].mutable_data_ptr();
+    given.xa = xa.mutable_data_ptr<float>() + before;
+    given.xa_stride = ranks;
+    given.keep = dropped ? keep.mutable_data_ptr<uint8_t>() + static_cast<int64_t>(i) * M * keep_bytes : nullptr;
+    given.workspace = workspace.mutable_data_ptr();
+    const std::string error = lora_linear(given, device.stream());
+    STD_TORCH_CHECK(error.empty(), "lora_linear: ", error);
+    before += given.layer.R;
+  }
+  return {ys, xa, keep};
+}
+
+/// dx [M, K] of all layers, which each adds to, and every dA_i and every dB_i, one after the other; xa and keep as `forward_layers` leaves them.
+std::tuple<Tensor, Tensor, Tensor> backward_layers(
+    const std::vector<Tensor>& dy, const Layers& layers, const Tensor& xa, const Tensor& keep, bool need_dx, bool need_da, bool need_db) {
+  layers.check();
+  const Tensor& x = layers.x;
+  const int64_t M = x.size(0), K = x.size(1), ranks = layers.ranks(), keep_bytes = (K + 63) / 64 * 8;
+  STD_TORCH_CHECK(dy.size() == layers.count(), "dy: got ", dy.size(), " layers, expected ", layers.count());
+  bool dropped = false;
+  int64_t db_numbers = 0;
+  for (size_t i = 0; i < layers.count(); ++i) {
+    dropped = check_saved(dy[i], x, layers.weight[i], xa, keep, ranks, layers.share ? static_cast<int64_t>(layers.count()) : 0);
+    db_numbers += layers.lora_b[i].numel();
+  }
+  const OnDevice device(x);
+  const Tensor x_rows = rows_of_16_bytes(x), dense_xa = contiguous(xa);
+  const Tensor dense_keep = dropped ? rows_of_16_bytes(torch::stable::flatten(contiguous(keep), 0, -2)) : keep;  // read 8 bytes at a time
+  Tensor dx = need_dx ? new_empty(x, std::array<int64_t, 2>{M, K}) : without_elements(x);
+  Tensor da = new_empty(layers.lora_a[0], std::array<int64_t, 1>{need_da ? ranks * K : 0});
+  Tensor db = new_empty(layers.lora_b[0], std::array<int64_t, 1>{need_db ? db_numbers : 0});
+  char *next_da = static_cast<char*>(da.mutable_data_ptr()), *next_db = static_cast<char*>(db.mutable_data_ptr());
+  int64_t before = 0;
+  for (size_t i = 0; i < layers.count(); ++i) {
+    const Tensor weight_rows = rows_of_16_bytes(layers.weight[i]), dy_rows = rows_of_16_bytes(dy[i]);
+    LoraLinearBackward given{};
+    given.layer = layer_of(
+        x_rows, weight_rows, std::nullopt, layers.lora_a[i], layers.lora_b[i], layers.scale[i], dropped ? layers.dropout_p[i] : 0);
+    Tensor workspace = new_workspace(x, lora_linear_backward_workspace(given.layer));
+    given.dy = matrix_of(dy_rows);
+    given.xa = dense_xa.const_data_ptr<float>() + before;
+    given.xa_stride = ranks;
+    given.keep = dropped ? dense_keep.const_data_ptr<uint8_t>() + static_cast<int64_t>(i) * M * dense_keep.stride(0) : nullptr;
+    given.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
+    given.adds = i > 0;
+    given.da = need_da ? next_da : nullptr;
+    given.db = need_db ? next_db : nullptr;
+    given.workspace = workspace.mutable_data_ptr();
+    const std::string error = lora_linear_backward(given, device.stream());
+    STD_TORCH_CHECK(error.empty(), "lora_linear_backward: ", error);
+    before += given.layer.R;
+    next_da += need_da ? layers.lora_a[i].numel() * da.element_size() : 0;
+    next_db += need_db ? layers.lora_b[i].numel() * db.element_size() : 0;
+  }
+  return {dx, da, db};
+}
+
 std::tuple<Tensor, Tensor, Tensor> lora_linear_cuda(
     const Tensor& x,                    // [M, K]
     const Tensor& weight,               // [N, K]
@@ -330,25 +442,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_cuda(
     const Tensor& lora_a,               // [R, K]
     const Tensor& lora_b,               // [N, R]
     double scale, double dropout_p, const std::optional<Tensor>& seed) {
-  check_base(x, weight, bias);
-  check_adapter(x, weight, lora_a, lora_b, dropout_p, lora_a.scalar_type(), "");
-  check_seed(seed, x);
-  const OnDevice device(x);
-  const Tensor x_rows = rows_of_16_bytes(x), weight_rows = rows_of_16_bytes(weight);
-  const bool dropped = seed && drops(dropout_p);
-  LoraLinearForward given{};
-  given.layer = layer_of(x_rows, weight_rows, bias, lora_a, lora_b, scale, dropout_p);
-  Tensor y = new_empty(x, std::array<int64_t, 2>{x.size(0), weight.size(0)});
-  Tensor xa = new_empty(x, std::array<int64_t, 2>{x.size(0), lora_a.size(0)}, ScalarType::Float);
-  Tensor keep = new_keep(x, dropped), workspace = new_workspace(x, lora_linear_workspace(given.layer));
-  given.seed = dropped ? seed->const_data_ptr<int64_t>() : nullptr;
-  given.y = y.mutable_data_ptr();
-  given.xa = xa.mutable_data_ptr<float>();
-  given.keep = dropped ? keep.mutable_data_ptr<uint8_t>() : nullptr;
-  given.workspace = workspace.mutable_data_ptr();
-  const std::string error = lora_linear(given, device.stream());
-  STD_TORCH_CHECK(error.empty(), "lora_linear: ", error);
-  return {y, xa, keep};
+  auto [y, xa, keep] = forward_layers({false, x, {weight}, {bias}, {lora_a}, {lora_b}, {scale}, {dropout_p}}, seed);
+  return {y[0], xa, keep};
 }
 
 std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_cuda(
@@ -357,29 +452,32 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_cuda(
     const Tensor& xa,    // [M, R] float32
     const Tensor& keep,  // [M, 8 ceil(K / 64)] uint8, or no elements
     double scale, double dropout_p, bool need_dx, bool need_da, bool need_db) {
-  check_base(x, weight, std::nullopt);
-  check_adapter(x, weight, lora_a, lora_b, dropout_p, lora_a.scalar_type(), "");
-  const int64_t M = x.size(0), K = x.size(1);
-  const bool dropped = check_saved(dy, x, weight, xa, keep, lora_a.size(0));
-  const OnDevice device(x);
-  const Tensor x_rows = rows_of_16_bytes(x), weight_rows = rows_of_16_bytes(weight), dy_rows = rows_of_16_bytes(dy);
-  const Tensor dense_xa = contiguous(xa), dense_keep = dropped ? rows_of_16_bytes(contiguous(keep)) : keep;  // read 8 bytes at a time
-  LoraLinearBackward given{};
-  given.layer = layer_of(x_rows, weight_rows, std::nullopt, lora_a, lora_b, scale, dropped ? dropout_p : 0);
-  Tensor dx = need_dx ? new_empty(x, std::array<int64_t, 2>{M, K}) : without_elements(x);
-  Tensor da = need_da ? new_empty(lora_a, lora_a.sizes()) : without_elements(lora_a);
-  Tensor db = need_db ? new_empty(lora_b, lora_b.sizes()) : without_elements(lora_b);
-  Tensor workspace = new_workspace(x, lora_linear_backward_workspace(given.layer));
-  given.dy = matrix_of(dy_rows);
-  given.xa = dense_xa.const_data_ptr<float>();
-  given.keep = dropped ? dense_keep.const_data_ptr<uint8_t>() : nullptr;
-  given.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
-  given.da = need_da ? da.mutable_data_ptr() : nullptr;
-  given.db = need_db ? db.mutable_data_ptr() : nullptr;
-  given.workspace = workspace.mutable_data_ptr();
-  const std::string error = lora_linear_backward(given, device.stream());
-  STD_TORCH_CHECK(error.empty(), "lora_linear_backward: ", error);
+  const Layers layer{false, x, {weight}, {std::nullopt}, {lora_a}, {lora_b}, {scale}, {dropout_p}};
+  auto [dx, da, db] = backward_layers({dy}, layer, xa, keep, need_dx, need_da, need_db);
+  if (need_da) da = torch::stable::view(da, lora_a.sizes());
+  if (need_db) db = torch::stable::view(db, lora_b.sizes());
   return {dx, da, db};
+}
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor> lora_linear_shared_cuda(
+    const Tensor& x,                                                         // [M, K]
+    const std::vector<Tensor>& weight, const std::vector<Tensor>& bias,      // G of [N_i, K], [N_i] or no elements
+    const std::vector<Tensor>& lora_a, const std::vector<Tensor>& lora_b,    // G of [R_i, K], [N_i, R_i]
+    const std::vector<double>& scale, const std::vector<double>& dropout_p,  // G
+    const std::optional<Tensor>& seed) {                                     // [G]
+  std::vector<std::optional<Tensor>> biases;
+  for (const Tensor& one : bias) biases.push_back(one.numel() ? std::optional<Tensor>(one) : std::nullopt);
+  return forward_layers({true, x, weight, biases, lora_a, lora_b, scale, dropout_p}, seed);
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_linear_shared_backward_cuda(
+    const std::vector<Tensor>& dy,  // G of [M, N_i]
+    const Tensor& x, const std::vector<Tensor>& weight, const std::vector<Tensor>& lora_a, const std::vector<Tensor>& lora_b,
+    const Tensor& xa,    // [M, sum R_i] float32
+    const Tensor& keep,  // [G, M, 8 ceil(K / 64)] uint8, or no elements
+    const std::vector<double>& scale, const std::vector<double>& dropout_p, bool need_dx, bool need_da, bool need_db) {
+  const std::vector<std::optional<Tensor>> biases(weight.size());
+  return backward_layers(dy, {true, x, weight, biases, lora_a, lora_b, scale, dropout_p}, xa, keep, need_dx, need_da, need_db);
 }
 
 // ---- multi_lora
@@ -506,6 +604,8 @@ STABLE_TORCH_LIBRARY_IMPL(fastlora, FASTLORA_CARD, m) {
   m.impl("prefix_concat_backward_cuda", TORCH_BOX(&prefix_concat_backward_cuda));
   m.impl("lora_linear_cuda", TORCH_BOX(&lora_linear_cuda));
   m.impl("lora_linear_backward_cuda", TORCH_BOX(&lora_linear_backward_cuda));
+  m.impl("lora_linear_shared_cuda", TORCH_BOX(&lora_linear_shared_cuda));
+  m.impl("lora_linear_shared_backward_cuda", TORCH_BOX(&lora_linear_shared_backward_cuda));
   m.impl("multi_lora_cuda", TORCH_BOX(&multi_lora_cuda));
   m.impl("multi_lora_backward_cuda", TORCH_BOX(&multi_lora_backward_cuda));
 }

@@ -127,7 +127,8 @@ struct Shrink {
   int64_t x_stride;
   const T* a;  // [padded ranks of all adapters, K], rows padded with zeros to a multiple of SHRINK_STEP
   int a_stride;
-  float* out;           // [M, R] in float32, 0 beyond a row's own ranks; or null
+  float* out;           // [M, R] in float32, rows of out_stride, 0 beyond a row's own ranks; or null
+  int64_t out_stride;
   T* rounded;           // [M, padded R]: scale * out, for the product that adds it
   T* transposed;        // [padded R, places]: the same, for the gradient; or null
   uint8_t* keep;        // [M, 8 ceil(K / 64)]: the mask drawn, or null: nothing is dropped
@@ -244,7 +245,7 @@ __device__ void shrink_tile(const Shrink<T, G>& task, int tile, int first_rank, 
     if (m >= task.M) continue;
     *reinterpret_cast<uint32_t*>(task.rounded + static_cast<int64_t>(m) * padded_rank(task.R) + r) = pair;
     if (!task.out) continue;
-    float* const out = task.out + static_cast<int64_t>(m) * task.R + r;
+    float* const out = task.out + m * task.out_stride + r;
     if (r < task.R) out[0] = r < again.R ? factor * total[0] : 0.f;
     if (r + 1 < task.R) out[1] = r + 1 < again.R ? factor * total[1] : 0.f;
   }
