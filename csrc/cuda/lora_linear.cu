@@ -11,6 +11,7 @@
 //                 dA and dB, parts added in order                  sum_kernel
 //
 // On Hopper what stands between the first and the last is one launch, product_sm90_kernel: the thin products run beside the tensor cores' work.
+// Layers that share x are such calls one after the other, each of which adds its dx to what those before have left.
 // Products accumulate in float32; A, B, s xa, xa and dxa are rounded once to x's numbers. The factor 1 / (1 - p) is applied to sums.
 #include "lora_linear.h"
 
