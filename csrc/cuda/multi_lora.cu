@@ -16,6 +16,9 @@
 // their places, an adapter after the other, so that each tile is of one adapter. The product goes through them as they lie, which the copy engine
 // needs: for each block of 128 rows it adds the rank steps of the adapters that are among them, in prefill mostly one; where they are several, a
 // row takes its own adapter's. An adapter that no row uses is not read.
+//
+// None of this is measured. Where an adapter's place in the order is not that of its rows in x, the first tiles of the product may have to wait for the
+// last thin ones: with many thousands of rows longer than their own work takes.
 #include "multi_lora.cuh"
 #include "product_launch.cuh"
 

@@ -108,9 +108,9 @@ __device__ void produce(const Fused<T, G>& task) {
       wait_barrier(stage.empty(), stage.parity ^ 1);
       bring(&task.x, tile.row, depth, &task.w, tile.column, depth);
     }
+    __syncwarp();  // who does not ask waits here, and does not look at flags while the first thread is busy
     wait_for_rows(task, tile.row);
     fence_copy_engine();
-    __syncwarp();
     RankSteps<G, BACK, DEPTH> steps(task.product.groups, tile.row);
     do {  // one stage at least, which tells that no other follows
       const RankStep step = steps.step();
