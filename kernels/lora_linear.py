@@ -373,7 +373,7 @@ def _backward(
                 torch.mm(dy[0], weight[0], out=dx)
                 for d, w in zip(dy[1:], weight[1:], strict=True):
                     dx.addmm_(d, w)
-            tile = (tuning.adding if by_library else tuning.linear)(x, M, K, max(ranks))
+            tile = tuning.adding(x, M, K, max(ranks)) if by_library else tuning.linear(x, M, K, max(ranks), layers)
             products = (None, None) if by_library else (tuple(dy), tuple(weight))
             _linear_back_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(K, tile.columns),)](
                 *products, tuple(a), dxa, dx, bits, M, K, tuple(w.shape[0] for w in weight), ranks, thresholds, factors,

@@ -411,7 +411,7 @@ def _forward(
                 x, base, b, lora_b[0], own, xa[layer] if in_parts else None, y, *groups.of_layer(layer).tables,
                 M, N, K, R, len(own), len(weight), count, *x.stride(), *w.stride(), 0 if b is None else b.stride(0),
                 BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner, BLOCK_R=tile.rank, BLOCK_S=triton.next_power_of_2(count),
-                GROUP_M=tuning.GROUP_M, **tile.launch,
+                GROUP_M=tuning.GROUP_M, **tile.launch, **tuning.all_registers(tile),
             )  # fmt: skip
             ys.append(y)
     return ys, xa, keep
@@ -456,7 +456,7 @@ def _backward(
                 torch.mm(dy[0], weight[0], out=dx)
                 for d, w in zip(dy[1:], weight[1:], strict=True):
                     dx.addmm_(d, w)
-            tile = (tuning.adding if by_library else tuning.linear)(x, M, K, R)
+            tile = tuning.adding(x, M, K, R) if by_library else tuning.linear(x, M, K, R, layers)
             products = (None, None) if by_library else (tuple(dy), tuple(weight))
             _linear_back_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(K, tile.columns),)](
                 *products, lora_a[0], dxa, dx, bits, *groups.tables, M, tuple(w.shape[0] for w in weight), K, R, count,

@@ -54,13 +54,13 @@ def _up_to(size: int, most: int) -> int:
     return min(max(triton.next_power_of_2(size), 16), most)
 
 
-def linear(x: Tensor, rows: int, columns: int, rank: int) -> Config:
-    """For result [rows, columns] = x times a frozen matrix, and a rank step."""
+def linear(x: Tensor, rows: int, columns: int, rank: int, layers: int = 1) -> Config:
+    """For result [rows, columns] = x times a frozen matrix, and a rank step; or the sum of that many layers'."""
     if x.dtype == torch.float32:
         return Config(_up_to(rows, 64), _up_to(columns, 32), 32, 16, 4, 2)
     if rows <= 32:
         # Bound by reading the matrix once: 4096 columns make 128 programs, about one for each processor of a large card.
-        return Config(_up_to(rows, 32), _up_to(columns, 32), 128, _up_to(rank, 32), 2, 4)
+        return Config(_up_to(rows, 32), _up_to(columns, 32), 128 if layers == 1 else 64, _up_to(rank, 32), 2, 4)
     if rows <= 64 or columns <= 64:
         return Config(64, _up_to(columns, 64), 64, _up_to(rank, 32), 8, 3)
     return Config(128, 128, 64, _up_to(rank, 32), 8, 3)
@@ -78,6 +78,11 @@ def shrink(x: Tensor, a: Tensor, rows: int, rank: int) -> Config:
 def chunk(layers: int) -> int:
     """Columns of a dx of that many layers that have a second accumulator at a time: what takes the fewest registers, and spills none."""
     return 32 if layers == 1 and torch.version.hip is None else 64
+
+
+def all_registers(tile: Config) -> dict[str, int]:
+    """Launch options that let a thread of a 128-row tile have all 255: for sm_100 Triton 3.7.1 has ptxas keep to 128, and some would be spilled."""
+    return {"maxnreg": 255} if tile.rows == 128 and torch.version.hip is None else {}
 
 
 def adding(x: Tensor, rows: int, columns: int, rank: int) -> Config:
