@@ -372,6 +372,15 @@ def _keep(x: Tensor, dropout_p: list[float], seed: Tensor | None, *layers: int) 
     return x.new_empty(shape if reference.drops(dropout_p, seed) else 0, dtype=torch.uint8)
 
 
+def _gradients(
+    x: Tensor, lora_a: list[Tensor], lora_b: list[Tensor], need_dx: bool, need_da: bool, need_db: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx, and every dA and every dB one after the other; without elements where not needed."""
+    dx = x.new_empty(x.shape if need_dx else 0)
+    da = lora_a[0].new_empty(sum(a.numel() for a in lora_a) if need_da else 0)
+    return dx, da, lora_b[0].new_empty(sum(b.numel() for b in lora_b) if need_db else 0)
+
+
 @_fake("fastlora::lora_linear")
 def _(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
     xa = x.new_empty(x.shape[0], lora_a.shape[0], dtype=_xa_dtype(x))
@@ -393,9 +402,7 @@ def _(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed):
 
 @_fake("fastlora::lora_linear_shared_backward")
 def _(dy, x, weight, lora_a, lora_b, xa, keep, scale, dropout_p, need_dx, need_da, need_db):
-    dx = x.new_empty(x.shape if need_dx else 0)
-    da = lora_a[0].new_empty(sum(a.numel() for a in lora_a) if need_da else 0)
-    return dx, da, lora_b[0].new_empty(sum(b.numel() for b in lora_b) if need_db else 0)
+    return _gradients(x, lora_a, lora_b, need_dx, need_da, need_db)
 
 
 @_fake("fastlora::frozen_linear")
@@ -416,9 +423,7 @@ def _(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, order, offsets):
 
 @_fake("fastlora::multi_lora_backward")
 def _(dy, x, weight, lora_a, lora_b, xa, keep, scale, dropout_p, order, offsets, need_dx, need_da, need_db):
-    dx = x.new_empty(x.shape if need_dx else 0)
-    da = lora_a[0].new_empty(sum(a.numel() for a in lora_a) if need_da else 0)
-    return dx, da, lora_b[0].new_empty(sum(b.numel() for b in lora_b) if need_db else 0)
+    return _gradients(x, lora_a, lora_b, need_dx, need_da, need_db)
 
 
 @_fake("fastlora::multi_lora_shared")
@@ -429,9 +434,7 @@ def _(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, order, offsets):
 
 @_fake("fastlora::multi_lora_shared_backward")
 def _(dy, x, weight, lora_a, lora_b, xa, keep, scale, dropout_p, order, offsets, need_dx, need_da, need_db):
-    dx = x.new_empty(x.shape if need_dx else 0)
-    da = lora_a[0].new_empty(sum(a.numel() for a in lora_a) if need_da else 0)
-    return dx, da, lora_b[0].new_empty(sum(b.numel() for b in lora_b) if need_db else 0)
+    return _gradients(x, lora_a, lora_b, need_dx, need_da, need_db)
 
 
 @_fake("fastlora::prefix_concat")

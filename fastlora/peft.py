@@ -178,6 +178,7 @@ class FusedLinear(lora.Linear):
             self._check_forward_args(x, adapter_names=adapter_names)
         if not torch.compiler.is_compiling():
             dropout = any(each.dropout_p for each in adapters)
+            # Asked first, since most devices have none, and a group costs a layer of few rows a tenth of its time.
             shares = len(used) == 1 if names is None else bool(ops.candidates("multi_lora_shared", x.device, x.dtype))
             group = self.__dict__.get("_fastlora_group") if shares else None
             y = None if group is None else group.result_of(self, x, names)

@@ -142,8 +142,10 @@ def alone(device_type: str) -> Iterator[None]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
-    except (OSError, NotImplementedError):  # the latter: a file system without locks
-        pass  # where nothing can be kept either, `keep` warns
+    except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
+        warnings.warn(
+            f"fastlora: other processes may measure at the same time: no lock on {path}: {error}", stacklevel=2
+        )
     try:
         kept = _read_cache(device_type)
         _tables[device_type] = _table(device_type) | kept

@@ -668,7 +668,8 @@ def test_a_file_system_without_locks_stops_no_trial(
         raise NotImplementedError("no flock")
 
     monkeypatch.setattr(FileLock, "acquire", acquire)
-    tune.try_out(small_weights())
+    with pytest.warns(UserWarning, match="other processes may measure at the same time: .*no flock"):
+        tune.try_out(small_weights())
     assert len(timed) == 8 and machine.exists()
 
 

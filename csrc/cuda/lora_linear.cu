@@ -126,8 +126,8 @@ std::string forward(const LoraLinearForward& given, cudaStream_t stream) {
   const T* const x = static_cast<const T*>(layer.x.data);
   const OneAdapter adapter = call.adapter(given.seed);
   const Shrink<T, OneAdapter> shrink{
-      x, layer.x.strides[0], space.a, space.a_stride, given.xa, given.xa_stride, space.xa, nullptr, adapter.adapter.threshold ? given.keep : nullptr, given.seed,
-      call.M, call.K, call.R, round_up(call.M, SHRINK_ROWS), adapter};
+      x, layer.x.strides[0], space.a, space.a_stride, given.xa, given.xa_stride, space.xa, nullptr,
+      adapter.adapter.threshold ? given.keep : nullptr, given.seed, call.M, call.K, call.R, round_up(call.M, SHRINK_ROWS), adapter};
   Sides<T, OneAdapter> sides(call.R);
   sides.take(shrink, divide_up(call.M, SHRINK_ROWS), span_of(call.M) / SHRINK_ROWS);
   const Product<T, OneAdapter> product{

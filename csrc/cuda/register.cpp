@@ -279,6 +279,9 @@ void check_seed(const std::optional<Tensor>& seed, const Tensor& like, int64_t l
   STD_TORCH_CHECK(seed->numel() == layers, "seed: got ", describe(*seed), ", expected ", layers, layers == 1 ? " element" : " elements");
 }
 
+/// Of a row of keep: fastlora/reference.py::keep_bytes.
+int64_t keep_bytes(const Tensor& x) { return (x.size(1) + 63) / 64 * 8; }
+
 /// Raises unless a backward's dy, and the xa and keep that its forward left, fit x, weight and xa's ranks, and keep so many layers if not 0.
 /// Whether keep has elements.
 bool check_saved(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& xa, const Tensor& keep, int64_t R, int64_t layers = 0) {
@@ -291,7 +294,7 @@ bool check_saved(const Tensor& dy, const Tensor& x, const Tensor& weight, const 
   check_device(keep, "keep", x);
   check_dtype(keep, "keep", {ScalarType::Byte});
   if (keep.numel() == 0) return false;
-  const int64_t rows = x.size(0), bytes = (x.size(1) + 63) / 64 * 8;
+  const int64_t rows = x.size(0), bytes = keep_bytes(x);
   layers ? check_shape(keep, "keep", {layers, rows, bytes}) : check_shape(keep, "keep", {rows, bytes});
   return true;
 }
@@ -301,7 +304,7 @@ bool drops(double dropout_p) { return 65536 * dropout_p + 0.5 >= 1; }
 
 /// Room for dropout's bits of x [M, K], those of so many layers if not 0; without elements where nothing is dropped.
 Tensor new_keep(const Tensor& x, bool dropped, int64_t layers = 0) {
-  const int64_t rows = x.size(0), bytes = (x.size(1) + 63) / 64 * 8;
+  const int64_t rows = x.size(0), bytes = keep_bytes(x);
   if (!dropped) return new_empty(x, std::array<int64_t, 1>{0}, ScalarType::Byte);
   if (layers) return new_empty(x, std::array<int64_t, 3>{layers, rows, bytes}, ScalarType::Byte);
   return new_empty(x, std::array<int64_t, 2>{rows, bytes}, ScalarType::Byte);
@@ -360,7 +363,7 @@ struct Layers {
 std::tuple<std::vector<Tensor>, Tensor, Tensor> forward_layers(const Layers& layers, const std::optional<Tensor>& seed) {
   layers.check();
   const Tensor& x = layers.x;
-  const int64_t M = x.size(0), ranks = layers.ranks(), keep_bytes = (x.size(1) + 63) / 64 * 8, G = static_cast<int64_t>(layers.count());
+  const int64_t M = x.size(0), ranks = layers.ranks(), G = static_cast<int64_t>(layers.count());
   check_seed(seed, x, G);
   const OnDevice device(x);
   const Tensor x_rows = rows_of_16_bytes(x);
@@ -381,7 +384,7 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> forward_layers(const Layers& lay
     given.y = ys[i].mutable_data_ptr();
     given.xa = xa.mutable_data_ptr<float>() + before;
     given.xa_stride = ranks;
-    given.keep = dropped ? keep.mutable_data_ptr<uint8_t>() + static_cast<int64_t>(i) * M * keep_bytes : nullptr;
+    given.keep = dropped ? keep.mutable_data_ptr<uint8_t>() + static_cast<int64_t>(i) * M * keep_bytes(x) : nullptr;
     given.workspace = workspace.mutable_data_ptr();
     const std::string error = lora_linear(given, device.stream());
     STD_TORCH_CHECK(error.empty(), "lora_linear: ", error);
@@ -395,7 +398,7 @@ std::tuple<Tensor, Tensor, Tensor> backward_layers(
     const std::vector<Tensor>& dy, const Layers& layers, const Tensor& xa, const Tensor& keep, bool need_dx, bool need_da, bool need_db) {
   layers.check();
   const Tensor& x = layers.x;
-  const int64_t M = x.size(0), K = x.size(1), ranks = layers.ranks(), keep_bytes = (K + 63) / 64 * 8;
+  const int64_t M = x.size(0), K = x.size(1), ranks = layers.ranks();
   STD_TORCH_CHECK(dy.size() == layers.count(), "dy: got ", dy.size(), " layers, expected ", layers.count());
   bool dropped = false;
   int64_t db_numbers = 0;
@@ -503,24 +506,36 @@ std::vector<LoraAdapter> check_adapters(
   return adapters;
 }
 
-bool drops_any(const std::vector<LoraAdapter>& adapters) {
-  return std::any_of(adapters.begin(), adapters.end(), [](const LoraAdapter& adapter) { return drops(adapter.dropout_p); });
-}
-
-/// x and weight in rows of 16 bytes; order and offsets dense.
-MultiLora layer_of(
-    const Tensor& x, const Tensor& weight, const std::vector<LoraAdapter>& adapters, Dtype adapter_dtype, const Tensor& order,
-    const Tensor& offsets) {
+/// What forward and backward are given, checked, and as the kernels take it: x and weight in rows of 16 bytes, order and offsets dense.
+struct MixedLayer {
+  std::vector<LoraAdapter> adapters;
+  Tensor x, weight, order, offsets;
   MultiLora layer{};
-  layer.M = x.size(0), layer.K = x.size(1), layer.N = weight.size(0), layer.S = static_cast<int64_t>(adapters.size());
-  for (const LoraAdapter& adapter : adapters) layer.R = std::max(layer.R, adapter.R);
-  layer.dtype = dtype_of(x), layer.adapter_dtype = adapter_dtype;
-  layer.x = x.const_data_ptr(), layer.x_stride = x.stride(0);
-  layer.weight = weight.const_data_ptr(), layer.weight_stride = weight.stride(0);
-  layer.adapters = adapters.data();
-  layer.order = order.const_data_ptr<int64_t>(), layer.offsets = offsets.const_data_ptr<int64_t>();
-  return layer;
-}
+  int64_t ranks = 0;  // of all adapters
+  bool drops = false;
+
+  MixedLayer(
+      const Tensor& given_x, const Tensor& given_weight, const std::optional<Tensor>& bias, const std::vector<Tensor>& lora_a,
+      const std::vector<Tensor>& lora_b, const std::vector<double>& scale, const std::vector<double>& dropout_p, const Tensor& given_order,
+      const Tensor& given_offsets) {
+    check_base(given_x, given_weight, bias);
+    adapters = check_adapters(given_x, given_weight, lora_a, lora_b, scale, dropout_p);
+    layer.M = given_x.size(0), layer.K = given_x.size(1), layer.N = given_weight.size(0), layer.S = static_cast<int64_t>(adapters.size());
+    check_integers(given_order, "order", {layer.M}, given_x);
+    check_integers(given_offsets, "offsets", {layer.S + 3}, given_x);
+    for (const LoraAdapter& adapter : adapters) {
+      layer.R = std::max(layer.R, adapter.R);
+      ranks += adapter.R;
+      drops = drops || fastlora::drops(adapter.dropout_p);
+    }
+    x = rows_of_16_bytes(given_x), weight = rows_of_16_bytes(given_weight), order = contiguous(given_order), offsets = contiguous(given_offsets);
+    layer.dtype = dtype_of(x), layer.adapter_dtype = dtype_of(lora_a[0]);
+    layer.x = x.const_data_ptr(), layer.x_stride = x.stride(0);
+    layer.weight = weight.const_data_ptr(), layer.weight_stride = weight.stride(0);
+    layer.adapters = adapters.data();
+    layer.order = order.const_data_ptr<int64_t>(), layer.offsets = offsets.const_data_ptr<int64_t>();
+  }
+};
 
 std::tuple<Tensor, Tensor, Tensor> multi_lora_cuda(
     const Tensor& x,                                                         // [M, K]
@@ -532,19 +547,13 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_cuda(
     const std::optional<Tensor>& seed,
     const Tensor& order,      // [M]
     const Tensor& offsets) {  // [S + 3]
-  check_base(x, weight, bias);
-  const int64_t M = x.size(0), N = weight.size(0), S = static_cast<int64_t>(lora_a.size());
-  const std::vector<LoraAdapter> adapters = check_adapters(x, weight, lora_a, lora_b, scale, dropout_p);
+  const MixedLayer mixed(x, weight, bias, lora_a, lora_b, scale, dropout_p, order, offsets);
   check_seed(seed, x);
-  check_integers(order, "order", {M}, x);
-  check_integers(offsets, "offsets", {S + 3}, x);
-
   const OnDevice device(x);
-  const Tensor x_rows = rows_of_16_bytes(x), weight_rows = rows_of_16_bytes(weight);
-  const Tensor dense_order = contiguous(order), dense_offsets = contiguous(offsets);
   MultiLoraForward given{};
-  given.layer = layer_of(x_rows, weight_rows, adapters, dtype_of(lora_a[0]), dense_order, dense_offsets);
-  const bool dropped = seed && drops_any(adapters);
+  given.layer = mixed.layer;
+  const int64_t M = mixed.layer.M, N = mixed.layer.N;
+  const bool dropped = seed && mixed.drops;
   Tensor y = new_empty(x, std::array<int64_t, 2>{M, N}), xa = new_empty(x, std::array<int64_t, 2>{M, given.layer.R}, ScalarType::Float);
   Tensor keep = new_keep(x, dropped);
   if (bias) given.bias = bias->const_data_ptr(), given.bias_stride = bias->stride(0);
@@ -566,23 +575,16 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_backward_cuda(
     const Tensor& keep,  // [M, 8 ceil(K / 64)] uint8, or no elements
     const std::vector<double>& scale, const std::vector<double>& dropout_p, const Tensor& order, const Tensor& offsets, bool need_dx,
     bool need_da, bool need_db) {
-  check_base(x, weight, std::nullopt);
-  const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), S = static_cast<int64_t>(lora_a.size());
-  const std::vector<LoraAdapter> adapters = check_adapters(x, weight, lora_a, lora_b, scale, dropout_p);
-  check_integers(order, "order", {M}, x);
-  check_integers(offsets, "offsets", {S + 3}, x);
+  const MixedLayer mixed(x, weight, std::nullopt, lora_a, lora_b, scale, dropout_p, order, offsets);
+  const bool dropped = check_saved(dy, x, weight, xa, keep, mixed.layer.R) && mixed.drops;
   const OnDevice device(x);
-  const Tensor x_rows = rows_of_16_bytes(x), weight_rows = rows_of_16_bytes(weight);
-  const Tensor dense_order = contiguous(order), dense_offsets = contiguous(offsets);
-  MultiLoraBackward given{};
-  given.layer = layer_of(x_rows, weight_rows, adapters, dtype_of(lora_a[0]), dense_order, dense_offsets);
-  const bool dropped = check_saved(dy, x, weight, xa, keep, given.layer.R) && drops_any(adapters);
   const Tensor dy_rows = rows_of_16_bytes(dy), dense_xa = contiguous(xa), dense_keep = dropped ? rows_of_16_bytes(contiguous(keep)) : keep;
-  int64_t ranks = 0;
-  for (const LoraAdapter& adapter : adapters) ranks += adapter.R;
+  const int64_t M = mixed.layer.M, K = mixed.layer.K, N = mixed.layer.N;
+  MultiLoraBackward given{};
+  given.layer = mixed.layer;
   Tensor dx = need_dx ? new_empty(x, std::array<int64_t, 2>{M, K}) : without_elements(x);
-  Tensor da = new_empty(lora_a[0], std::array<int64_t, 1>{need_da ? ranks * K : 0});
-  Tensor db = new_empty(lora_b[0], std::array<int64_t, 1>{need_db ? ranks * N : 0});
+  Tensor da = new_empty(lora_a[0], std::array<int64_t, 1>{need_da ? mixed.ranks * K : 0});
+  Tensor db = new_empty(lora_b[0], std::array<int64_t, 1>{need_db ? mixed.ranks * N : 0});
   Tensor workspace = new_workspace(x, multi_lora_backward_workspace(given.layer));
   given.dy = dy_rows.const_data_ptr();
   given.dy_stride = dy_rows.stride(0);
