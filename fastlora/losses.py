@@ -30,22 +30,23 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels):  # [n, D], [V, D], [V], [n] -> sum of losses, scalar
         dhidden = _accumulator(hidden, hidden.shape).zero_() if ctx.needs_input_grad[0] else None  # [n, D]
-        lse, picked = (_accumulator(hidden, (hidden.shape[0], 1)) for _ in range(2))  # [n, 1]
+        highest, total, picked = (_accumulator(hidden, (hidden.shape[0], 1)) for _ in range(3))  # [n, 1]
         for rows in _slices(hidden.shape[0], ROWS_AT_ONCE):
             gradient = None if dhidden is None else dhidden[rows]
-            _pass_over_vocabulary(hidden[rows], weight, bias, labels[rows], lse[rows], picked[rows], gradient)
-        ctx.save_for_backward(hidden, weight, bias, labels, lse, dhidden)
-        return (lse - picked).sum()
+            found = highest[rows], total[rows], picked[rows]
+            _pass_over_vocabulary(hidden[rows], weight, bias, labels[rows], *found, gradient)
+        ctx.save_for_backward(hidden, weight, bias, labels, highest, total, dhidden)
+        return (highest - picked + total.log()).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dloss):
-        hidden, weight, bias, labels, lse, dhidden = ctx.saved_tensors
+        hidden, weight, bias, labels, highest, total, dhidden = ctx.saved_tensors
         dx = None if dhidden is None else (dhidden * dloss).to(hidden.dtype)
         if not any(ctx.needs_input_grad[1:3]):
             return dx, None, None, None
         with functional._without_autocast(hidden.device):
-            dweight, dbias = _weight_gradients(hidden, weight, bias, labels, lse, dloss)
+            dweight, dbias = _weight_gradients(hidden, weight, bias, labels, highest, total, dloss)
         return dx, dweight, dbias, None
 
 
@@ -146,32 +147,35 @@ def _pass_over_vocabulary(
     weight: Tensor,
     bias: Tensor | None,
     labels: Tensor,  # [n]
-    lse: Tensor,  # [n, 1], out: log of the sum of the logits' exponentials
+    highest: Tensor,  # [n, 1], out: the largest logit
+    total: Tensor,  # [n, 1], out: the sum of exp(logit - highest)
     picked: Tensor,  # [n, 1], out: the labels' logits
     dx: Tensor | None,  # [n, D], zeros; out: the gradient
 ) -> None:
     scratch = _scratch(x, weight)
-    highest = torch.full_like(lse, torch.finfo(lse.dtype).min)
-    total = torch.zeros_like(lse)  # of exp(logit - highest)
+    highest.fill_(torch.finfo(highest.dtype).min)
+    total.zero_()
     for columns in _vocabulary_blocks(x.shape[0], weight):
         block = _block(x, weight, bias, labels, columns, scratch)
         picked.copy_(torch.where(block.here, block.logits.gather(1, block.label), picked))
         higher = torch.maximum(highest, block.logits.amax(1, keepdim=True))
         weights = block.logits.sub_(higher).exp_()
-        shrink = highest.sub_(higher).exp_()
+        shrink = (highest - higher).exp_()
         total.mul_(shrink).add_(weights.sum(1, keepdim=True))
         if dx is not None:
             dx.mul_(shrink).add_(torch.ops.fastlora.frozen_linear_backward(weights.to(x.dtype), block.weight))
-        highest = higher
-    torch.add(highest, total.log(), out=lse)
+        highest.copy_(higher)
     if dx is not None:
         dx.div_(total).sub_(weight[labels])
 
 
 def _weight_gradients(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, lse: Tensor, dloss: Tensor
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, highest: Tensor, total: Tensor, dloss: Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """(dW [V, D], db [V]): the logits once more, and softmax - one-hot summed over the rows in float32."""
+    """(dW [V, D], db [V]): the logits once more, and softmax - one-hot summed over the rows in float32.
+
+    The largest logit goes first, then the division: one rounded logarithm of the sum would stand in every softmax, with an error of its own size.
+    """
     dweight, dbias = torch.empty_like(weight), None if bias is None else torch.empty_like(bias)
     rows_at_once = min(hidden.shape[0], ROWS_AT_ONCE)
     scratch = _scratch(hidden[:rows_at_once], weight)
@@ -181,8 +185,8 @@ def _weight_gradients(
         for rows in _slices(hidden.shape[0], ROWS_AT_ONCE):
             x = hidden[rows]
             block = _block(x, weight, bias, labels[rows], columns, scratch)
-            dlogits = block.logits.sub_(lse[rows]).exp_()
-            dlogits.scatter_add_(1, block.label, -block.here.to(dlogits.dtype)).mul_(dloss)
+            dlogits = block.logits.sub_(highest[rows]).exp_().mul_(dloss / total[rows])
+            dlogits.scatter_add_(1, block.label, -block.here.to(dlogits.dtype) * dloss)
             dw.add_(dlogits.to(x.dtype).t() @ x)
             db.add_(dlogits.sum(0))
         dweight[columns] = dw

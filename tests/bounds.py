@@ -1,34 +1,37 @@
-"""The bound of every numeric test, and the tensors that the tests are made of.
+"""The bound of every numeric test (fastlora/bounds.py has it), and the tensors that the tests are made of.
 
-    error of an implementation  <=  2 * error of eager PyTorch + tiny
-
-Both errors are the largest absolute difference from the float64 result for the same, already rounded, inputs. tiny is one unit in the last
-place of the largest value: eager can be exact by luck, and nobody can do better than round.
+Eager PyTorch, and the float64 reference, compute on `dense` copies: what lies in the gaps of a view is no business of theirs, but there are
+machines on which torch's own product reads it (amx_fault.py).
 """
 
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from math import isnan
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-
-def largest_error(value: Tensor, exact: Tensor) -> float:
-    """The largest absolute difference, NaN if there is one anywhere, 0 for no elements."""
-    assert value.shape == exact.shape, f"got shape {list(value.shape)}, expected {list(exact.shape)}"
-    return (value.double() - exact).abs().max().item() if exact.numel() else 0.0
+from fastlora.bounds import compare, over_inputs
 
 
 def assert_within_bound(name: str, value: Tensor, eager: Tensor, exact: Tensor) -> None:
     """`value` is as near to `exact` (float64) as twice the distance of `eager`; NaN fails."""
-    assert value.dtype == eager.dtype, f"{name}: got {value.dtype}, expected {eager.dtype}"
-    tiny = torch.finfo(value.dtype).eps * (exact.abs().max().item() if exact.numel() else 0.0)
-    error, bound = largest_error(value, exact), 2 * largest_error(eager, exact) + tiny
-    assert error <= bound, f"{name}: error {error:.3g}, bound {bound:.3g}"
+    assert_within_bound_over_inputs(name, [(value, eager, exact)])
+
+
+def assert_within_bound_over_inputs(name: str, runs: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """The same for one result of several inputs: for few elements, which eager may compute exactly, by luck, for one input."""
+    found = []
+    for value, eager, exact in runs:
+        assert value.dtype == eager.dtype, f"{name}: got {value.dtype}, expected {eager.dtype}"
+        found.append(compare(value, eager, exact))
+        assert not isnan(found[-1].eager), f"{name}: eager PyTorch's own result is NaN, where the exact one is not"
+    errors = over_inputs(found)
+    assert errors.within, f"{name}: error {errors.error:.3g}, bound {errors.bound:.3g}"
 
 
 def next_seed(device: str, seed: int) -> Tensor:
@@ -51,6 +54,11 @@ def gapped(tensor: Tensor) -> Tensor:
     around = tensor.new_full([size + 3 for size in tensor.shape], torch.nan)
     inside = around[tuple(slice(1, size + 1) for size in tensor.shape)]
     return inside.copy_(tensor.detach()).requires_grad_(tensor.requires_grad)
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    """A copy without gaps; a tensor that has none keeps its strides."""
+    return None if tensor is None else tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
 
 def transposed(tensor: Tensor) -> Tensor:
@@ -107,7 +115,8 @@ def run_apart(module: str, function: Callable[[], None], emulator: Sequence[str]
     emulator: the command that runs Python's; none: this machine itself.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [*emulator, sys.executable, "-c", f"import {module}; {module}.{function.__name__}()"]
+    code = f"import amx_fault; amx_fault.install_if_asked(); import {module}; {module}.{function.__name__}()"
+    command = [*emulator, sys.executable, "-c", code]
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, (
         f"{function.__name__} ended with {done.returncode}:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"

@@ -1,5 +1,7 @@
 """What every test runs under: fixed seeds, uninitialised memory full of NaN, and one run an implementation and device.
 
+SEED in the environment is another seed than 0: every test passes with any.
+
 A test that takes `device` runs on the CPU, and on the GPU where there is one. A test that also takes `implementation` runs once for each
 implementation of its module's OPERATOR that can run there, or for the module's RUNS, forced for everything in fastlora.functional. Without a
 GPU the Triton kernels run in Triton's interpreter. Where nothing is forced, choices do not depend on what was measured on this machine.
@@ -14,6 +16,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # Also in the processes that tests start: nothing is known of any machine, and the user's cache stays as it is.
 os.environ["FASTLORA_TABLE"] = os.path.join(os.path.dirname(__file__), "nothing_measured.json")
 
+import amx_fault
 import pytest
 import torch
 
@@ -26,6 +29,7 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
 
 from fastlora import ops, tuned
 
+amx_fault.install_if_asked()
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
@@ -66,7 +70,7 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    torch.manual_seed(0)
+    torch.manual_seed(int(os.environ.get("SEED", "0")))
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import emulated
 import pytest
 import torch
-from bounds import assert_within_bound, double, gapped, make_layer, next_seed, print_accepted, transposed
+from bounds import assert_within_bound, dense, double, gapped, make_layer, next_seed, print_accepted, transposed
 from test_prefix_concat import (  # noqa: F401  (run here, too, with RUNS)
     raw_arguments,
     test_by_hand,
@@ -254,7 +254,7 @@ def test_lora_linear_with_any_strides(dropout_p: float) -> None:
 
     fastlora_ops = torch.ops.fastlora
     found = run(fastlora_ops.lora_linear_cuda, fastlora_ops.lora_linear_backward_cuda, lambda tensor: tensor)
-    eager = run(reference.lora_linear, reference.lora_linear_backward, lambda tensor: tensor)
+    eager = run(reference.lora_linear, reference.lora_linear_backward, dense)
     exact = run(reference.lora_linear, reference.lora_linear_backward, double)
     for name, value, near, right in zip(("y", "xa", "dx", "da", "db"), found, eager, exact, strict=True):
         assert_within_bound(name, value, near, right)
@@ -356,7 +356,7 @@ def check_shared(case: Shared, move: Callable[[Any], Any] = lambda value: value)
         return getattr(reference, op)
 
     found, again = (run_shared(tensors, numbers, dy, by_cuda, lambda one: one) for _ in range(2))
-    eager = run_shared(tensors, numbers, dy, by_reference, lambda one: one)
+    eager = run_shared(tensors, numbers, dy, by_reference, dense)
     exact = run_shared(tensors, numbers, dy, by_reference, double)
     for name, value in found.items():
         assert torch.equal(value, again[name]) or name == "keep", name

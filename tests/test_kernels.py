@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 import torch
-from bounds import assert_within_bound, double, gapped, make_layer, transposed
+from bounds import assert_within_bound, dense, double, gapped, make_layer, transposed
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed: there are no kernels")
@@ -38,7 +38,8 @@ def assert_right(layer, scale: float, dropout_p: float, seed: Tensor | None) -> 
     """Triton's results, within their bounds."""
     # float32 adapters of a 16-bit x are rounded to it first, as the equations say.
     rounded = layer._replace(lora_a=layer.lora_a.to(layer.x.dtype), lora_b=layer.lora_b.to(layer.x.dtype))
-    values, eager = (run_lora(name, layer, scale, dropout_p, seed) for name in ("triton", "reference"))
+    values = run_lora("triton", layer, scale, dropout_p, seed)
+    eager = run_lora("reference", type(layer)(*map(dense, layer)), scale, dropout_p, seed)
     exact = run_lora("reference", type(layer)(*map(double, rounded)), scale, dropout_p, seed)
     for name, *results in zip(OUTPUTS, values, eager, exact, strict=True):
         assert_within_bound(name, *results)
@@ -94,8 +95,11 @@ def test_layers_that_share_x_in_many_tiles(monkeypatch, way, dtype):
     layers = [type(layer)(*(None if one is None else one.detach() for one in layer)) for layer in layers]
     layers[1] = layers[1]._replace(weight=transposed(layers[1].weight), lora_a=gapped(layers[1].lora_a))
     arguments = [0.3, 0.0, 0.5], torch.tensor([5, 2**40, 2**62 + 1], device=DEVICE)
-    values, eager = (run_shared(name, layers, *arguments) for name in ("triton", "reference"))
-    exact = run_shared("reference", [type(layer)(*map(double, layer)) for layer in layers], *arguments)
+    values = run_shared("triton", layers, *arguments)
+    eager, exact = (
+        run_shared("reference", [type(layer)(*map(copied, layer)) for layer in layers], *arguments)
+        for copied in (dense, double)
+    )
     for name, *results in zip(("xa", "dx", "da", "db", "y", "y", "y"), values, eager, exact, strict=True):
         assert_within_bound(name, *results)
 
@@ -246,8 +250,11 @@ def test_multi_lora_in_many_tiles(monkeypatch, dtype, rank, parts, few_rows, way
     layers = [make_layer(len(index), 37, 41, R, dtype, device=DEVICE) for R in ranks]
     layers = [type(layer)(*(value.detach() for value in layer)) for layer in layers]
     dropout_p, seed = [0.1, 0.0, 0.5, 0.3, 1.0], torch.tensor(2**60 + 1, device=DEVICE)
-    values, eager = (run_multi(name, layers, dropout_p, seed, groups) for name in ("triton", "reference"))
-    exact = run_multi("reference", [type(layer)(*map(double, layer)) for layer in layers], dropout_p, seed, groups)
+    values = run_multi("triton", layers, dropout_p, seed, groups)
+    eager, exact = (
+        run_multi("reference", [type(layer)(*map(copied, layer)) for layer in layers], dropout_p, seed, groups)
+        for copied in (dense, double)
+    )
     wrong = (index < -1) | (index >= len(ranks))
     for name, value, near, truth in zip(OUTPUTS, values, eager, exact, strict=True):
         if name in ("y", "dx"):
@@ -290,9 +297,13 @@ def test_multi_lora_of_layers_that_share_x_in_many_tiles(monkeypatch, way, few_r
     layers[1] = layers[1]._replace(weight=transposed(layers[1].weight), dy=gapped(layers[1].dy))
     adapters[4] = adapters[4]._replace(lora_a=gapped(adapters[4].lora_a))
     rest = [0.3, 0.0, 0.5, 0.0, 0.0, 0.0], torch.tensor([5, 2**62 + 1], device=DEVICE), groups
-    values, eager = (run_multi_shared(name, layers, adapters, *rest) for name in ("triton", "reference"))
-    wide = ([type(one)(*map(double, one)) for one in ones] for ones in (layers, adapters))
-    exact = run_multi_shared("reference", *wide, *rest)
+    values = run_multi_shared("triton", layers, adapters, *rest)
+    eager, exact = (
+        run_multi_shared(
+            "reference", *([type(one)(*map(copied, one)) for one in ones] for ones in (layers, adapters)), *rest
+        )
+        for copied in (dense, double)
+    )
     for name, *results in zip(("xa", "dx", "da", "db", "y", "y"), values, eager, exact, strict=True):
         assert_within_bound(name, *results)
 

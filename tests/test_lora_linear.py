@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from bounds import (
     Layer,
     assert_within_bound,
+    dense,
     double,
     flip_unread,
     gapped,
@@ -44,7 +45,7 @@ def exactly(layer: Layer, scale: float, dropout_p: float, seed: Tensor | None) -
 
 def eagerly(layer: Layer, scale: float, dropout_p: float, seed: Tensor | None) -> list[Tensor]:
     """y, dx, da, db the way PEFT computes them, A and B cast to x's dtype, with the mask that the seed gives."""
-    x, weight, bias, lora_a, lora_b, dy = layer
+    x, weight, bias, lora_a, lora_b, dy = map(dense, layer)
     dropped = x
     if seed is not None:
         kept = reference.keep_mask(seed, torch.arange(len(x), device=x.device), x.shape[1], dropout_p)

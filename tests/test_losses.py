@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from bounds import assert_within_bound, double, gapped, gradients
+from bounds import assert_within_bound_over_inputs, dense, double, gapped, gradients
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,6 +34,7 @@ from fastlora import losses
 from fastlora.losses import LanguageModelLoss, cross_entropy, linear_cross_entropy
 
 VOCABULARY = 83
+INPUTS = 8  # over which errors are taken: eager computes a loss exactly now and then
 
 
 @pytest.fixture(params=[False, True], ids=["whole", "blocks"])
@@ -56,25 +57,37 @@ def head(n: int, D: int, V: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Te
 
 @pytest.mark.usefixtures("in_blocks")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("n", "D", "V"), [(7, 33, 101), (1, 16, 5), (0, 8, 11)])
+@pytest.mark.parametrize(("n", "D", "V"), [(7, 33, 101), (19, 33, 101), (1, 16, 5), (0, 8, 11)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_the_fused_loss_is_as_near_as_eager(n, D, V, dtype, with_bias):
-    hidden, weight, bias, labels = head(n, D, V, dtype)
-    inputs = (gapped(hidden), gapped(weight), gapped(bias) if with_bias else None)
-    exact = [value if value is None else double(value).requires_grad_() for value in inputs]
-    trained = [[value for value in values if value is not None] for values in (inputs, exact)]
-    ours, theirs, truth = linear_cross_entropy(*inputs, labels), eager(*inputs, labels), eager(*exact, labels)
-    assert ours.shape == () and ours.dtype == theirs.dtype
-    if n:
-        assert_within_bound("loss", ours, theirs, truth)
-    else:
-        assert ours == 0
-    dloss = torch.tensor(0.37)
-    found = [
-        gradients(loss, values, dloss.to(loss.dtype)) for loss, values in ((ours, trained[0]), (theirs, trained[0]))
-    ]
-    for name, mine, other, true in zip("hwb", *found, gradients(truth, trained[1], dloss.double()), strict=False):
-        assert_within_bound(f"d{name}", mine, other, true)
+    inputs = [head(n, D, V, dtype) for _ in range(INPUTS)]
+    assert_as_near_as_eager(
+        [(gapped(h), gapped(w), gapped(b) if with_bias else None, labels) for h, w, b, labels in inputs]
+    )
+
+
+def loss_and_gradients(
+    function: Callable[..., Tensor], given: tuple[Tensor | None, ...], labels: Tensor
+) -> dict[str, Tensor]:
+    """The loss and what it gives to hidden, weight and bias, by name."""
+    loss = function(*given, labels)
+    assert loss.shape == ()
+    trained = {f"d{name}": value for name, value in zip("hwb", given, strict=True) if value is not None}
+    found = gradients(loss, list(trained.values()), torch.tensor(0.37).to(loss.dtype))
+    return {"loss": loss.detach(), **dict(zip(trained, found, strict=True))}
+
+
+def assert_as_near_as_eager(inputs: list[tuple[Tensor | None, ...]], autocast: bool = False) -> None:
+    """Over all the inputs: hidden, weight, bias or None, labels."""
+    runs = []
+    for *given, labels in inputs:
+        copies, wide = ([copied(value) for value in given] for copied in (dense, double))
+        wide = [None if value is None else value.requires_grad_() for value in wide]
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            near = [loss_and_gradients(linear_cross_entropy, given, labels), loss_and_gradients(eager, copies, labels)]
+        runs.append([*near, loss_and_gradients(eager, wide, labels)])
+    for name in runs[0][0]:
+        assert_within_bound_over_inputs(name, [[results[name] for results in run] for run in runs])
 
 
 @pytest.mark.usefixtures("in_blocks")
@@ -117,15 +130,7 @@ def test_no_tensor_has_a_row_for_each_token_and_a_column_for_each_word(monkeypat
 
 @pytest.mark.usefixtures("in_blocks")
 def test_autocast_casts_as_the_head_would():
-    hidden, weight, bias, labels = head(9, 16, 31, torch.float32)
-    exact = [double(value).requires_grad_() for value in (hidden, weight, bias)]
-    truth = eager(*exact, labels)
-    with torch.autocast("cpu", torch.bfloat16):
-        ours, theirs = linear_cross_entropy(hidden, weight, bias, labels), eager(hidden, weight, bias, labels)
-    assert_within_bound("loss", ours, theirs, truth)
-    found = (gradients(loss, [hidden, weight, bias], torch.tensor(1.0)) for loss in (ours, theirs))
-    for mine, other, true in zip(*found, gradients(truth, exact, torch.tensor(1.0).double()), strict=True):
-        assert_within_bound("gradient", mine, other, true)
+    assert_as_near_as_eager([head(9, 16, 31, torch.float32) for _ in range(INPUTS)], autocast=True)
 
 
 @pytest.mark.usefixtures("in_blocks")

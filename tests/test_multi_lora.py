@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from bounds import (
     assert_within_bound,
+    dense,
     double,
     flip_unread,
     gapped,
@@ -77,7 +78,9 @@ def fused(mixed: Mixed) -> list[Tensor]:
 
 def eagerly(mixed: Mixed, seed: Tensor | None) -> list[Tensor]:
     """The same the way PEFT does it: the base for all rows, then adapter by adapter on its rows."""
-    x, weight, bias, lora_a, lora_b, scale, index, dropout_p, dy = mixed
+    x, weight, bias, dy = map(dense, (mixed.x, mixed.weight, mixed.bias, mixed.dy))
+    lora_a, lora_b = (list(map(dense, tensors)) for tensors in (mixed.lora_a, mixed.lora_b))
+    scale, index, dropout_p = mixed.scale, mixed.index, mixed.dropout_p
     y = F.linear(x, weight, bias)
     for i, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
         (rows,) = torch.nonzero(index == i, as_tuple=True)

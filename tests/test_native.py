@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from bounds import assert_within_bound, double, gapped, make_layer, run_apart, transposed
+from bounds import assert_within_bound, dense, double, gapped, make_layer, run_apart, transposed
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -41,7 +41,7 @@ def run(
 def assert_near_reference(layer: tuple, p: float, got: list[Tensor], seed: Tensor) -> None:
     dtype = layer[0].dtype
     exact = run("lora_linear", tuple(double(t) for t in layer), 1.5, p, seed, "reference")
-    narrow = tuple(None if t is None else t.to(dtype) for t in layer)
+    narrow = tuple(None if t is None else dense(t).to(dtype) for t in layer)
     eager = run("lora_linear", narrow, 1.5, p, seed, "reference", xa=exact[1].to(dtype))
     for name, value, from_eager, right in zip(("y", "xa", "dx", "da", "db"), got, eager, exact, strict=True):
         assert_within_bound(name, value, from_eager.to(value.dtype), right)

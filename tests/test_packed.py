@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from bounds import assert_within_bound, double, gapped, gradients, transposed
+from bounds import assert_within_bound, dense, double, gapped, gradients, transposed
 from conftest import implementations
 from peft import LoraConfig
 from test_peft import assert_as_near_as, llama, logits, peft_model, run
@@ -56,10 +56,11 @@ def check(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
     """Both products are within the bound, with whatever copies there are."""
     x = x.detach().requires_grad_()
     dy = torch.randn(x.shape[0], weight.shape[0]).to(x.dtype)
-    y, eager = frozen_linear(x, weight, bias), F.linear(x, weight, bias)
+    alone = dense(x)
+    y, eager = frozen_linear(x, weight, bias), F.linear(alone, dense(weight), dense(bias))
     exact = reference.frozen_linear(double(x), double(weight), double(bias))
     assert_within_bound("y", y.detach(), eager.detach(), exact)
-    (dx,), (eager_dx,) = gradients(y, [x], dy), gradients(eager, [x], dy)
+    (dx,), (eager_dx,) = gradients(y, [x], dy), gradients(eager, [alone], dy)
     assert_within_bound("dx", dx, eager_dx, reference.frozen_linear_backward(double(dy), double(weight)))
 
 
@@ -127,7 +128,7 @@ def test_dy_of_any_layout() -> None:
     for dy in (torch.ones(()).expand(7, 24), transposed(torch.randn(7, 24)), gapped(torch.randn(7, 24))):
         x = torch.randn(7, 33, requires_grad=True)
         (dx,) = gradients(frozen_linear(x, weight, None), [x], dy)
-        assert_within_bound("dx", dx, dy @ weight, double(dy) @ double(weight))
+        assert_within_bound("dx", dx, dense(dy) @ weight, double(dy) @ double(weight))
 
 
 def test_the_ways_differ(monkeypatch: pytest.MonkeyPatch) -> None:
