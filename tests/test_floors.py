@@ -47,15 +47,23 @@ def part_of(path: Path) -> str:
     return "fastlora" if rest == ["__init__.py"] else rest[0].removesuffix(".py")
 
 
-def imports_of(path: Path) -> list[tuple[int, str]]:
-    """(line, name in FLOORS) for everything of fastlora that a file imports, also inside functions."""
+def package_of(path: Path) -> list[str]:
+    """The package that a file's relative imports start from, from the top down."""
+    folder, *rest = path.relative_to(ROOT).parent.parts
+    return ["fastlora", *([] if folder == "fastlora" else [folder]), *rest]
+
+
+def imports_of(path: Path, text: str | None = None) -> list[tuple[int, str]]:
+    """(line, name in FLOORS) for everything of fastlora that a file imports, also inside functions. text: what the file says, if not what it does."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text() if text is None else text)):
         names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            package = package_of(path)[: -node.level + 1 or None] if node.level else []
+            module = [*package, *([node.module] if node.module else [])]
+            names = [".".join([*module, alias.name]) for alias in node.names]
         for name in names:
             package, *rest = name.split(".")
             if package == "fastlora":
@@ -78,6 +86,26 @@ def test_the_walk_sees_imports() -> None:
     assert {name for _, name in imports_of(ROOT / "fastlora" / "ops.py")} == {"reference", "tuned"}
     assert {"functional", "ops"} <= {name for _, name in imports_of(ROOT / "fastlora" / "peft.py")}
     assert len(sources()) > 10
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "name"),
+    [
+        ("fastlora/ops.py", "from . import functional", "functional"),
+        ("fastlora/ops.py", "from .peft import accelerate", "peft"),
+        ("fastlora/ops.py", "from . import anything", "fastlora"),
+        ("fastlora/data/examples.py", "from .. import train", "train"),
+        ("fastlora/data/examples.py", "from . import dialogues", "data"),
+        ("fastlora/__init__.py", "from .cli import main", "cli"),
+        ("benchmarks/gate.py", "from .cases import CHECKS", "benchmarks"),
+        ("benchmarks/gate.py", "from ..cli import main", "cli"),
+        ("kernels/tiles.py", "from ..functional import lora_linear", "functional"),
+        ("fastlora/ops.py", "def late():\n    import fastlora.losses", "losses"),
+        ("fastlora/ops.py", "from benchmarks import cases", "benchmarks"),
+    ],
+)
+def test_the_walk_sees_every_spelling(file: str, line: str, name: str) -> None:
+    assert [found for _, found in imports_of(ROOT / file, line)] == [name]
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

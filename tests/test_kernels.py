@@ -5,6 +5,7 @@ import itertools
 
 import pytest
 import torch
+import torch.nn.functional as F
 from bounds import assert_within_bound, dense, double, gapped, make_layer, transposed
 from torch import Tensor
 
@@ -24,6 +25,15 @@ interpreted = pytest.mark.skipif(
     DEVICE == "cuda", reason="with a GPU the kernels are compiled, and the interpreter is not used"
 )
 OUTPUTS = ("y", "xa", "dx", "da", "db")
+
+
+def go(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
+    """Run the operators that way. Where it takes a library's product, cuBLAS stands there on a card, which reads no gap: torch's on a CPU may."""
+    monkeypatch.setattr(tuned, "forced_way", way)
+    linear, mm, addmm_ = F.linear, torch.mm, Tensor.addmm_
+    monkeypatch.setattr(F, "linear", lambda x, *rest: linear(dense(x), *rest))
+    monkeypatch.setattr(torch, "mm", lambda x, *rest, **options: mm(dense(x), *rest, **options))
+    monkeypatch.setattr(Tensor, "addmm_", lambda to, x, *rest, **options: addmm_(to, dense(x), *rest, **options))
 
 
 def run_lora(implementation: str, layer, scale: float, dropout_p: float, seed: Tensor | None) -> list[Tensor]:
@@ -59,7 +69,7 @@ def use_small_tiles(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_lora_linear_in_many_tiles(monkeypatch, dtype, rank, parts, dropout_p, few_rows, way):
     use_small_tiles(monkeypatch, rank)
-    monkeypatch.setattr(tuned, "forced_way", way)
+    go(monkeypatch, way)
     monkeypatch.setattr(tuning, "FEW_ROWS", few_rows)
     monkeypatch.setattr(tuning, "parts", lambda x, programs, steps: parts)
     monkeypatch.setattr(tuning, "GROUP_M", 2)
@@ -89,7 +99,7 @@ def run_shared(implementation: str, layers, dropout_p: list[float], seed: Tensor
 def test_layers_that_share_x_in_many_tiles(monkeypatch, way, dtype):
     """Ranks that span tiles, other widths, a layer without a bias, and one that drops nothing beside two that drop."""
     use_small_tiles(monkeypatch, 16)
-    monkeypatch.setattr(tuned, "forced_way", way)
+    go(monkeypatch, way)
     monkeypatch.setattr(tuning, "parts", lambda x, programs, steps: 2)
     layers = [make_layer(20, 35, N, R, dtype, bias=N != 9, device=DEVICE) for N, R in ((24, 18), (9, 1), (20, 5))]
     layers = [type(layer)(*(None if one is None else one.detach() for one in layer)) for layer in layers]
@@ -239,7 +249,7 @@ def run_multi(
 def test_multi_lora_in_many_tiles(monkeypatch, dtype, rank, parts, few_rows, way):
     """Groups that end inside tiles, span tiles, or are empty; ranks that span tiles; rows of the base; numbers that do not exist."""
     use_small_tiles(monkeypatch, rank)
-    monkeypatch.setattr(tuned, "forced_way", way)
+    go(monkeypatch, way)
     monkeypatch.setattr(tuning, "FEW_ROWS", few_rows)
     monkeypatch.setattr(tuning, "parts", lambda x, programs, steps: parts)
     ranks = [3, 17, 1, 20, 16]
@@ -284,7 +294,7 @@ def run_multi_shared(
 def test_multi_lora_of_layers_that_share_x_in_many_tiles(monkeypatch, way, few_rows, dtype):
     """Other widths and ranks in each layer, one of which drops nothing; a weight and an adapter that lie otherwise."""
     use_small_tiles(monkeypatch, 16)
-    monkeypatch.setattr(tuned, "forced_way", way)
+    go(monkeypatch, way)
     monkeypatch.setattr(tuning, "FEW_ROWS", few_rows)
     monkeypatch.setattr(tuning, "parts", lambda x, programs, steps: 2)
     index = torch.tensor([0, 1, 1, -1, 1] + [2] * 17 + [-1, 0, 2], device=DEVICE)
