@@ -57,8 +57,11 @@ def gapped(tensor: Tensor) -> Tensor:
 
 
 def dense(tensor: Tensor | None) -> Tensor | None:
-    """A copy without gaps; a tensor that has none keeps its strides."""
-    return None if tensor is None else tensor.detach().clone().requires_grad_(tensor.requires_grad)
+    """A copy without gaps; a tensor that has none keeps its strides, also where it repeats itself."""
+    if tensor is None:
+        return None
+    once = tensor.detach()[tuple(slice(None) if stride else slice(1) for stride in tensor.stride())]
+    return once.clone().expand(tensor.shape).requires_grad_(tensor.requires_grad)
 
 
 def transposed(tensor: Tensor) -> Tensor:
