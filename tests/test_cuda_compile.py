@@ -1,11 +1,13 @@
 """The CUDA C++ kernels, compiled alone and without torch for the cards that setup.py names: they spill nothing and keep to their registers.
 
+What an nvcc has made of the same files before is kept in build/machine_code. PTX for cards to come, which only their drivers compile, is left out.
 What ptxas reports is compared with cuda_resources.json: [registers a thread, bytes of static shared memory a block] by file, kernel and target,
 as the nvcc that it names compiles them. A kernel that is not in the table fails, and so does one with more than its entry;
 `python tests/test_cuda_compile.py` writes the table anew.
 """
 
 import functools
+import hashlib
 import importlib.util
 import json
 import os
@@ -47,16 +49,42 @@ def release() -> str:
     return re.search(r"release ([\d.]+)", said)[1]  # type: ignore[index]
 
 
+def compiling() -> list[str]:
+    """The command that compiles a file for every target that has machine code."""
+    setup = read_setup()
+    machines = {code: arch for code, arch in setup["CUDA_TARGETS"].items() if code.startswith("sm_")}
+    targets = [f"-gencode=arch={arch},code={code}" for code, arch in machines.items()]
+    return [nvcc(), *setup["CUDA_FLAGS"], "-Icsrc", *targets, "-fatbin", "-Xptxas=-v", f"--threads={len(targets)}"]
+
+
 def compile_alone(name: str, output: str | Path = os.devnull) -> str:
     """What ptxas says of every kernel of csrc/cuda/<name>, demangled; its machine code is left in `output`."""
-    setup = read_setup()
-    targets = [f"-gencode=arch={arch},code={code}" for code, arch in setup["CUDA_TARGETS"].items()]
-    command = [nvcc(), *setup["CUDA_FLAGS"], "-Icsrc", *targets, "-fatbin", "-Xptxas=-v"]
+    command = compiling()
     done = subprocess.run(
         [*command, f"csrc/cuda/{name}", "-o", str(output)], check=False, cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return subprocess.run(["c++filt"], input=done.stderr, check=True, capture_output=True, text=True).stdout
+
+
+def place_of_code() -> Path:
+    """The folder of what this nvcc makes of these files."""
+    files = sorted(path for path in (ROOT / "csrc").rglob("*.*") if path.suffix in (".cu", ".cuh", ".h"))
+    contents = b"".join(path.read_bytes() for path in files)
+    key = hashlib.sha256(" ".join([*compiling(), release(), *map(str, files)]).encode() + contents).hexdigest()[:16]
+    place = ROOT / "build/machine_code" / key
+    place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def compile_once(name: str, place: Path) -> str:
+    """`compile_alone`, or what it said before; the machine code is place/<name>."""
+    report = place / f"{name}.txt"
+    if not report.exists():
+        new = place / f"{name}.{os.getpid()}"
+        new.write_text(compile_alone(name, place / name))
+        new.rename(report)
+    return report.read_text()
 
 
 def with_headers(name: str) -> str:
@@ -84,16 +112,16 @@ def read_usage(report: str) -> tuple[Usage, list[str]]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("machine code")
+def folder() -> Path:
+    if isinstance(why := read_setup()["find_cuda"](), str):
+        pytest.skip(f"nvcc is not installed, or not wanted: {why}")
+    return place_of_code()
 
 
 @pytest.fixture(scope="module")
 def reports(folder: Path) -> dict[str, str]:
-    if isinstance(why := read_setup()["find_cuda"](), str):
-        pytest.skip(f"nvcc is not installed, or not wanted: {why}")
     with ThreadPoolExecutor(2) as pool:
-        return dict(zip(FILES, pool.map(lambda name: compile_alone(name, folder / name), FILES), strict=True))
+        return dict(zip(FILES, pool.map(lambda name: compile_once(name, folder), FILES), strict=True))
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -126,6 +154,13 @@ def cuobjdump() -> str | None:
     )
 
 
+@functools.cache
+def functions(program: str, target: str, code: Path) -> list[str]:
+    """The instructions of every kernel for one target, each behind its name."""
+    command = [program, "-sass", "-arch", target, str(code)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split("Function : ")[1:]
+
+
 # Of kernels that are written for a card's own instructions: asynchronous copies, the copy engine, tensor cores of either kind, and what lets a
 # launch begin early (PREEXIT) and wait for the one before (ACQBULK).
 INSTRUCTIONS = {
@@ -146,9 +181,7 @@ def test_machine_code_has_what_the_kernel_is_for(
 ) -> None:
     if (program := cuobjdump()) is None:
         pytest.skip("no cuobjdump: neither Triton nor CUDA's own is installed")
-    command = [program, "-sass", "-arch", target, str(folder / name)]
-    code = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    bodies = [body for body in code.split("Function : ")[1:] if kernel in body.partition("\n")[0]]
+    bodies = [body for body in functions(program, target, folder / name) if kernel in body.partition("\n")[0]]
     usage = read_usage(reports[name])[0]
     assert len(bodies) == sum(one.startswith(f"{kernel}<") and target in usage[one] for one in usage) > 0
     for body in bodies:
