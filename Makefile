@@ -1,5 +1,6 @@
 # make demo    set up .venv, then adapt the shipped base model to summarisation and report (about 5 minutes on 2 cores)
 # make test    set up .venv, then run every test that needs no GPU (about 7 minutes on 2 cores, after the set-up)
+# make imitate     the bounds on the machines that this one can pass for: no AVX2, AVX2, AVX-512, AMX with its fault (about a minute on 2 cores)
 # make gpu     on a machine with a CUDA card, offline, in ten minutes: build, device tests, sanitizer, tuning, benchmarks, plots
 # make sanitize    the native extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer (about 15 minutes)
 # make emulate     the same on emulated CPUs without AVX-512 and without AVX2, where there is a qemu-x86_64 (about 2 minutes)
@@ -13,7 +14,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csr
 QEMU ?= $(shell command -v qemu-x86_64 || command -v qemu-x86_64-static)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test sanitize emulate gpu lint bench base clean
+.PHONY: demo test sanitize emulate imitate gpu lint bench base clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m fastlora demo --output demo
@@ -36,6 +37,31 @@ sanitize: $(VENV)/test-ready
 emulate: $(VENV)/test-ready
 	@test -n "$(QEMU)" || { echo "make emulate needs qemu-x86_64, as in Debian's qemu-user: none was found (set QEMU=...)"; exit 1; }
 	QEMU=$(QEMU) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_native.py -k emulated
+
+# What torch, oneDNN, MKL and fastlora take the machine for: each can be told of less than there is.
+IMITATED := imitate-portable imitate-avx2 imitate-avx512 imitate-amx
+imitate-portable: export ATEN_CPU_CAPABILITY = default
+imitate-portable: export ONEDNN_MAX_CPU_ISA = SSE41
+imitate-portable: export MKL_CBWR = COMPATIBLE
+imitate-portable: export FASTLORA_ISA = portable
+imitate-avx2: export ATEN_CPU_CAPABILITY = avx2
+imitate-avx2: export ONEDNN_MAX_CPU_ISA = AVX2
+imitate-avx2: export MKL_CBWR = AVX2
+imitate-avx2: export FASTLORA_ISA = avx2
+imitate-avx512: export ONEDNN_MAX_CPU_ISA = AVX512_CORE
+imitate-avx512: export MKL_ENABLE_INSTRUCTIONS = AVX512
+imitate-amx: export AMX_FAULT = 1
+imitate-amx: MORE := kernels cuda_lora_linear cuda_emulated
+
+.PHONY: $(IMITATED)
+imitate: $(VENV)/test-ready
+	$(MAKE) --jobs=2 --output-sync=target $(IMITATED)
+
+$(IMITATED): $(VENV)/test-ready
+	@echo "$@"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider \
+		-k 'not triton and not opcheck and (bound or layout or gaps or strides or tiles or share or near or autocast or instruction_set)' \
+		$(addprefix tests/test_,$(addsuffix .py,lora_linear multi_lora native product packed losses $(MORE)))
 
 gpu:
 	PYTHON=$(or $(PYTHON),python3) bash benchmarks/gpu.sh

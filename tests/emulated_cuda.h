@@ -73,11 +73,23 @@ struct Seat {
   void* out = nullptr;
 };
 
-struct Warp { Seat seats[32]; };
+struct Warp {
+  Seat seats[32];
+  unsigned there = 0;    // the lanes whose seats have a fiber
+  unsigned waiting = 0;  // and those whose seats have a mask
+};
 
 struct Barrier {
   std::vector<Fiber*> arrived;  // null: one that does not wait
   unsigned expected = 0;  // threads, 0: all that have not ended
+};
+
+/// What a thread runs on. When one ends, the next may go on from there, which costs no system call.
+struct Stack {
+  char* memory = nullptr;
+  bool entered = false;  // `place` is where to go on
+  jmp_buf place;
+  void* fake_stack = nullptr;  // AddressSanitizer's
 };
 
 struct Fiber {
@@ -86,11 +98,7 @@ struct Fiber {
   uint3 thread{};
   unsigned lane = 0;
   Warp* warp = nullptr;
-  char* stack = nullptr;
-  bool started = false;
-  ucontext_t first;
-  jmp_buf place;
-  void* fake_stack = nullptr;  // AddressSanitizer's
+  Stack* stack = nullptr;
   std::shared_ptr<void> instructions;  // emulated_ptx.h's: what it has under way for this thread
 };
 
@@ -127,11 +135,11 @@ inline void after_switch([[maybe_unused]] void* fake, [[maybe_unused]] const voi
 
 /// From a fiber to the scheduler, until it is resumed.
 inline void leave(Fiber::State state) {
-  Fiber* const self = current;
-  self->state = state;
-  before_switch(state == Fiber::ENDED ? nullptr : &self->fake_stack, scheduler_stack, scheduler_stack_size);
-  if (_setjmp(self->place) == 0) _longjmp(scheduler, 1);
-  after_switch(self->fake_stack, &scheduler_stack, &scheduler_stack_size);
+  Stack* const stack = current->stack;  // a fiber that has ended is gone when its stack is resumed
+  current->state = state;
+  before_switch(&stack->fake_stack, scheduler_stack, scheduler_stack_size);
+  if (_setjmp(stack->place) == 0) _longjmp(scheduler, 1);
+  after_switch(stack->fake_stack, &scheduler_stack, &scheduler_stack_size);
 }
 
 /// Ends the launch with an exception.
@@ -165,28 +173,18 @@ inline void meet(int id, unsigned threads = 0, bool wait = true) {
   if (wait && current->state == Fiber::WAITING) leave(Fiber::WAITING);
 }
 
-/// The lanes of `mask` that there are.
-inline unsigned present(const Warp& warp, unsigned mask) {
-  for (unsigned lane = 0; lane < 32; ++lane) {
-    if (!warp.seats[lane].fiber) mask &= ~(1u << lane);
-  }
-  return mask;
-}
-
 inline void try_collective(Warp& warp, unsigned mask) {
-  const unsigned lanes = present(warp, mask);
-  void (*finish)(Seat*, unsigned) = nullptr;
-  for (unsigned lane = 0; lane < 32; ++lane) {
-    if (!(lanes >> lane & 1)) continue;
-    if (warp.seats[lane].mask != mask) return;
-    finish = warp.seats[lane].finish;
+  const unsigned lanes = mask & warp.there;
+  if (!lanes || (lanes & ~warp.waiting)) return;
+  for (unsigned left = lanes; left; left &= left - 1) {
+    if (warp.seats[std::countr_zero(left)].mask != mask) return;
   }
-  if (!finish) return;
-  finish(warp.seats, lanes);
-  for (unsigned lane = 0; lane < 32; ++lane) {
-    if (!(lanes >> lane & 1)) continue;
-    warp.seats[lane].mask = 0;
-    release(warp.seats[lane].fiber);
+  warp.seats[std::countr_zero(lanes)].finish(warp.seats, lanes);
+  warp.waiting &= ~lanes;
+  for (unsigned left = lanes; left; left &= left - 1) {
+    Seat& seat = warp.seats[std::countr_zero(left)];
+    seat.mask = 0;
+    release(seat.fiber);
   }
 }
 
@@ -209,9 +207,10 @@ Out collective(unsigned mask, const In& in, Compute compute) {
   if (!(mask >> current->lane & 1)) fail("a lane takes part in an exchange whose mask leaves it out");
   Out out{};
   warp.seats[current->lane] = {current, mask, finish, &in, &out};
-  for (unsigned lane = 0; lane < 32; ++lane) {
-    const Seat& seat = warp.seats[lane];
-    if ((mask >> lane & 1) && seat.mask && (seat.mask != mask || seat.finish != static_cast<void (*)(Seat*, unsigned)>(finish))) {
+  warp.waiting |= 1u << current->lane;
+  for (unsigned left = mask & warp.waiting; left; left &= left - 1) {
+    const Seat& seat = warp.seats[std::countr_zero(left)];
+    if (seat.mask != mask || seat.finish != static_cast<void (*)(Seat*, unsigned)>(finish)) {
       fail("lanes of one warp meet at different instructions, or with different masks");
     }
   }
@@ -231,6 +230,7 @@ inline void end_thread() {
     if (!barrier.expected) try_barrier(block, barrier);
   }
   self->warp->seats[self->lane].fiber = nullptr;
+  self->warp->there &= ~(1u << self->lane);
   for (const Seat& seat : self->warp->seats) {
     if (seat.fiber && seat.mask) try_collective(*self->warp, seat.mask);
   }
@@ -239,8 +239,10 @@ inline void end_thread() {
 
 inline void enter() {
   after_switch(nullptr, &scheduler_stack, &scheduler_stack_size);
-  (*kernel)();
-  end_thread();
+  for (;;) {
+    (*kernel)();
+    end_thread();
+  }
 }
 
 /// From the scheduler to a fiber, until it waits.
@@ -248,31 +250,32 @@ inline void resume(Fiber& fiber) {
   current = &fiber;
   threadIdx = fiber.thread;
   blockIdx = fiber.block->index;
-  before_switch(&scheduler_fake_stack, fiber.stack, STACK);
+  Stack& stack = *fiber.stack;
+  before_switch(&scheduler_fake_stack, stack.memory, STACK);
   if (_setjmp(scheduler) == 0) {
-    if (fiber.started) _longjmp(fiber.place, 1);
-    fiber.started = true;
-    getcontext(&fiber.first);
-    fiber.first.uc_stack.ss_sp = fiber.stack;
-    fiber.first.uc_stack.ss_size = STACK;
-    fiber.first.uc_link = nullptr;
-    makecontext(&fiber.first, enter, 0);
-    setcontext(&fiber.first);
+    if (stack.entered) _longjmp(stack.place, 1);
+    stack.entered = true;
+    ucontext_t first;
+    getcontext(&first);
+    first.uc_stack.ss_sp = stack.memory;
+    first.uc_stack.ss_size = STACK;
+    first.uc_link = nullptr;
+    makecontext(&first, enter, 0);
+    setcontext(&first);
   }
   after_switch(scheduler_fake_stack, nullptr, nullptr);
 }
 
-inline std::vector<char*> spare_stacks;
+inline std::vector<Stack*> spare_stacks;
 
-inline char* new_stack() {
+inline Stack* new_stack() {
   if (spare_stacks.empty()) {
     void* const memory = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED) throw std::runtime_error("the emulated card has no memory for the stack of a thread");
-    return static_cast<char*>(memory);
+    return new Stack{static_cast<char*>(memory)};
   }
-  char* const stack = spare_stacks.back();
+  Stack* const stack = spare_stacks.back();
   spare_stacks.pop_back();
-  ASAN_UNPOISON_MEMORY_REGION(stack, STACK);  // its last thread never returned
   return stack;
 }
 
@@ -295,13 +298,19 @@ inline std::unique_ptr<Block> begin_block(size_t number, size_t shared) {
     fiber.lane = i % 32;
     fiber.warp = &block->warps[i / 32];
     fiber.warp->seats[fiber.lane].fiber = &fiber;
+    fiber.warp->there |= 1u << fiber.lane;
     fiber.stack = new_stack();
   }
   return block;
 }
 
 inline void end_block(Block& block) {
-  for (Fiber& fiber : block.fibers) spare_stacks.push_back(fiber.stack);
+  for (Fiber& fiber : block.fibers) {
+    spare_stacks.push_back(fiber.stack);
+    if (fiber.state == Fiber::ENDED) continue;
+    fiber.stack->entered = false;  // its thread never returns: the next one begins anew
+    ASAN_UNPOISON_MEMORY_REGION(fiber.stack->memory, STACK);
+  }
 }
 
 /// Resumes every thread that is ready. Whether one did more than wait for memory.
