@@ -17,6 +17,8 @@ from torch import Tensor
 
 from fastlora.bounds import compare, over_inputs
 
+INPUTS = 8  # over which the errors of results of few elements are taken
+
 
 def assert_within_bound(name: str, value: Tensor, eager: Tensor, exact: Tensor) -> None:
     """`value` is as near to `exact` (float64) as twice the distance of `eager`; NaN fails."""

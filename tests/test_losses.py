@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from bounds import assert_within_bound_over_inputs, dense, double, gapped, gradients
+from bounds import INPUTS, assert_within_bound_over_inputs, dense, double, gapped, gradients
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.nn import functional as F
@@ -34,7 +34,6 @@ from fastlora import losses
 from fastlora.losses import LanguageModelLoss, cross_entropy, linear_cross_entropy
 
 VOCABULARY = 83
-INPUTS = 8  # over which errors are taken: eager computes a loss exactly now and then
 
 
 @pytest.fixture(params=[False, True], ids=["whole", "blocks"])

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from bounds import assert_within_bound, dense, double, gapped, make_layer, run_apart, transposed
+from bounds import INPUTS, assert_within_bound_over_inputs, dense, double, gapped, make_layer, run_apart, transposed
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -39,12 +39,21 @@ def run(
 
 
 def assert_near_reference(layer: tuple, p: float, got: list[Tensor], seed: Tensor) -> None:
+    assert_near_reference_over_inputs([beside_reference(layer, p, got, seed)])
+
+
+def assert_near_reference_over_inputs(runs: list[list[tuple[Tensor, Tensor, Tensor]]]) -> None:
+    for name, *results in zip(("y", "xa", "dx", "da", "db"), *runs, strict=True):
+        assert_within_bound_over_inputs(name, results)
+
+
+def beside_reference(layer: tuple, p: float, got: list[Tensor], seed: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What `run` got, each result with eager's and the exact one."""
     dtype = layer[0].dtype
     exact = run("lora_linear", tuple(double(t) for t in layer), 1.5, p, seed, "reference")
     narrow = tuple(None if t is None else dense(t).to(dtype) for t in layer)
     eager = run("lora_linear", narrow, 1.5, p, seed, "reference", xa=exact[1].to(dtype))
-    for name, value, from_eager, right in zip(("y", "xa", "dx", "da", "db"), got, eager, exact, strict=True):
-        assert_within_bound(name, value, from_eager.to(value.dtype), right)
+    return [(value, near.to(value.dtype), right) for value, near, right in zip(got, eager, exact, strict=True)]
 
 
 def check_masks() -> None:
@@ -102,9 +111,11 @@ def check_layers() -> None:
     seed = torch.tensor(20_000_000_000)
     for M, K, N, R in SHAPES:
         for dtype, adapter in ((torch.float32, None), (torch.bfloat16, torch.float32), (torch.float16, None)):
-            layer = make_layer(M, K, N, R, dtype, adapter)
+            layers = [make_layer(M, K, N, R, dtype, adapter) for _ in range(INPUTS)]
             for p in (0.0, 0.1):
-                assert_near_reference(layer, p, run("lora_linear", layer, 1.5, p, seed), seed)
+                assert_near_reference_over_inputs(
+                    [beside_reference(one, p, run("lora_linear", one, 1.5, p, seed), seed) for one in layers]
+                )
 
 
 def check_far_rows() -> None:

@@ -5,13 +5,22 @@ import gc
 import math
 import multiprocessing
 import pickle
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 import torch.nn.functional as F
-from bounds import assert_within_bound, dense, double, gapped, gradients, transposed
+from bounds import (
+    INPUTS,
+    assert_within_bound,
+    assert_within_bound_over_inputs,
+    dense,
+    double,
+    gapped,
+    gradients,
+    transposed,
+)
 from conftest import implementations
 from peft import LoraConfig
 from test_peft import assert_as_near_as, llama, logits, peft_model, run
@@ -52,16 +61,23 @@ def frozen(N: int, K: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
     return nn.Parameter((torch.randn(N, K) / K**0.5).to(dtype), requires_grad=False)
 
 
-def check(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    """Both products are within the bound, with whatever copies there are."""
+def check(x: Tensor, weight: Tensor, bias: Tensor | None = None, more: Sequence[Tensor] = ()) -> None:
+    """Both products are within the bound, with whatever copies there are. more: further x, over which errors are taken, too."""
+    forward, backward = zip(*(beside_eager(one, weight, bias) for one in (x, *more)), strict=True)
+    assert_within_bound_over_inputs("y", forward)
+    assert_within_bound_over_inputs("dx", backward)
+
+
+def beside_eager(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """y, and dx: each with eager's and the exact one."""
     x = x.detach().requires_grad_()
     dy = torch.randn(x.shape[0], weight.shape[0]).to(x.dtype)
     alone = dense(x)
     y, eager = frozen_linear(x, weight, bias), F.linear(alone, dense(weight), dense(bias))
     exact = reference.frozen_linear(double(x), double(weight), double(bias))
-    assert_within_bound("y", y.detach(), eager.detach(), exact)
     (dx,), (eager_dx,) = gradients(y, [x], dy), gradients(eager, [alone], dy)
-    assert_within_bound("dx", dx, eager_dx, reference.frozen_linear_backward(double(dy), double(weight)))
+    exact_dx = reference.frozen_linear_backward(double(dy), double(weight))
+    return [(y.detach(), eager.detach(), exact), (dx, eager_dx, exact_dx)]
 
 
 def check_now(weight: Tensor) -> None:
@@ -97,7 +113,8 @@ def test_bound(way: Callable[[pytest.MonkeyPatch], None], dtype: torch.dtype, mo
     for number, (M, K, N) in enumerate(shapes):
         weight = nn.Parameter((torch.randn(N, K) / max(K, 1) ** 0.5).to(dtype), requires_grad=False)
         packed.register(weight, Budget())
-        check(torch.randn(M, K).to(dtype), weight, None if number % 2 else torch.randn(N).to(dtype))
+        x, *more = (torch.randn(M, K).to(dtype) for _ in range(INPUTS))
+        check(x, weight, None if number % 2 else torch.randn(N).to(dtype), more)
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from bounds import assert_within_bound, double, gapped, print_accepted, run_apart, transposed
+from bounds import INPUTS, assert_within_bound_over_inputs, dense, double, gapped, print_accepted, run_apart, transposed
 from test_native import ISAS
 from torch import Tensor
 
@@ -35,21 +35,25 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.fastlora.product_cpu(x, weight, bias)
 
 
-def check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    exact = F.linear(double(x), double(weight), double(bias))
-    y = product(x, weight, bias)
-    assert_within_bound("y", y, F.linear(x, weight, bias), exact)
-    assert y.is_contiguous()
+def check(*inputs: tuple[Tensor, Tensor, Tensor | None]) -> None:
+    """x, weight and bias of one layout: the errors over all these."""
+    runs = []
+    for given in inputs:
+        y = product(*given)
+        assert y.is_contiguous()
+        runs.append((y, F.linear(*map(dense, given)), F.linear(*map(double, given))))
+    assert_within_bound_over_inputs("y", runs)
 
 
 def check_instruction_set() -> None:
     for M, K, N in SHAPES:
         torch.manual_seed(M + K + N)
-        x, weight, bias = torch.randn(M, K), torch.randn(N, K), torch.randn(N)
-        check(x, weight, bias)
-        check(x, transposed(weight), None)
-        check(gapped(x), gapped(weight), gapped(bias))
-        check(transposed(x), gapped(weight.T).T, bias)
+        inputs = [(torch.randn(M, K), torch.randn(N, K), torch.randn(N)) for _ in range(INPUTS)]
+        check(*inputs)
+        check(*((x, transposed(weight), None) for x, weight, _ in inputs))
+        check(*((gapped(x), gapped(weight), gapped(bias)) for x, weight, bias in inputs))
+        check(*((transposed(x), gapped(weight.T).T, bias) for x, weight, bias in inputs))
+        x, weight, bias = inputs[0]
         torch.testing.assert_close(product(x, transposed(weight), bias), product(x, weight, bias), rtol=0, atol=0)
 
 
@@ -70,8 +74,8 @@ def test_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_long_sums_are_as_near_as_torch(K: int) -> None:
     """A single chain of additions over all of K would not be."""
     x, weight = torch.randn(256, K), torch.randn(192, K) / K**0.5
-    check(x, weight, None)
-    check(x, transposed(weight), None)
+    check((x, weight, None))
+    check((x, transposed(weight), None))
 
 
 def test_threads_change_nothing() -> None:
