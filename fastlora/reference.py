@@ -130,7 +130,7 @@ def lora_linear_backward(
     if need_da:
         da = (dxa.T @ dropout(x, dropout_p, keep)).to(lora_a.dtype)
     if need_db:
-        db = (dy.T @ xa.to(x.dtype) * scale).to(lora_b.dtype)
+        db = (dy.T @ (xa * scale).to(x.dtype)).to(lora_b.dtype)
     return dx, da, db
 
 
@@ -275,7 +275,7 @@ def multi_lora_backward(
         if need_da:
             das.append((dxa.T @ dropout(x[rows], dropout_p[i], keep_i)).to(a.dtype).flatten())
         if need_db:
-            dbs.append((dy[rows].T @ xa[rows, : a.shape[0]].to(x.dtype) * scale[i]).to(b.dtype).flatten())
+            dbs.append((dy[rows].T @ (xa[rows, : a.shape[0]] * scale[i]).to(x.dtype)).to(b.dtype).flatten())
     if need_dx:
         dx[invalid] = torch.nan
     return dx, torch.cat(das) if das else lora_a[0].new_empty(0), torch.cat(dbs) if dbs else lora_b[0].new_empty(0)
