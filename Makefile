@@ -44,13 +44,17 @@ imitate-portable: export ATEN_CPU_CAPABILITY = default
 imitate-portable: export ONEDNN_MAX_CPU_ISA = SSE41
 imitate-portable: export MKL_CBWR = COMPATIBLE
 imitate-portable: export FASTLORA_ISA = portable
+imitate-portable: ISA := portable
 imitate-avx2: export ATEN_CPU_CAPABILITY = avx2
 imitate-avx2: export ONEDNN_MAX_CPU_ISA = AVX2
 imitate-avx2: export MKL_CBWR = AVX2
 imitate-avx2: export FASTLORA_ISA = avx2
+imitate-avx2: ISA := avx2
 imitate-avx512: export ONEDNN_MAX_CPU_ISA = AVX512_CORE
 imitate-avx512: export MKL_ENABLE_INSTRUCTIONS = AVX512
+imitate-avx512: ISA := avx512
 imitate-amx: export AMX_FAULT = 1
+imitate-amx: ISA := avx512bf16
 imitate-amx: MORE := kernels cuda_lora_linear cuda_emulated
 
 .PHONY: $(IMITATED)
@@ -60,7 +64,7 @@ imitate: $(VENV)/test-ready
 $(IMITATED): $(VENV)/test-ready
 	@echo "$@"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider \
-		-k 'not triton and not opcheck and (bound or layout or gaps or strides or tiles or share or near or autocast or instruction_set)' \
+		-k 'not triton and not opcheck and (bound or layout or gaps or strides or tiles or share_x or near or instruction_set and $(ISA))' \
 		$(addprefix tests/test_,$(addsuffix .py,lora_linear multi_lora native product packed losses $(MORE)))
 
 gpu:

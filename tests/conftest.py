@@ -1,6 +1,6 @@
 """What every test runs under: fixed seeds, uninitialised memory full of NaN, and one run an implementation and device.
 
-SEED in the environment is another seed than 0: every test passes with any.
+SEED in the environment is another seed than 0: what then fails rests on luck.
 
 A test that takes `device` runs on the CPU, and on the GPU where there is one. A test that also takes `implementation` runs once for each
 implementation of its module's OPERATOR that can run there, or for the module's RUNS, forced for everything in fastlora.functional. Without a
