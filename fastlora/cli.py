@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -47,6 +48,10 @@ OptionalModelOption = Annotated[
 DataOption = Annotated[Path, typer.Option(help="JSONL: prompt and completion, or messages.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU that computes in it, else float32.")]
 MaxLengthOption = Annotated[int, typer.Option(help="Tokens a row may have; the rest is cut off.")]
+MergeDtypeOption = Annotated[Dtype, typer.Option(help="auto: as the base is stored.")]
+AllowMissingOption = Annotated[
+    bool, typer.Option("--allow-missing", help="Take an adapter that lacks tensors: those are as PEFT begins.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
 NewTokensOption = Annotated[int, typer.Option(min=1, help="Length of an answer, at most.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Rows a batch.")]
@@ -83,8 +88,14 @@ def _message(error: Exception) -> str:
     """The error's own words; hub and file errors spread theirs over many lines, only data errors with reason."""
     from fastlora.data.examples import DataError
 
-    text = str(error) or type(error).__name__
+    text = _as_options(str(error) or type(error).__name__)
     return text if isinstance(error, DataError) else " ".join(text.split())
+
+
+def _as_options(text: str) -> str:
+    """A message of the library, which names its arguments, in the words of the command line: name=True is --name, adapter=X --adapter X."""
+    text = re.sub(r"(?<![\w/.-])([a-z_]+)=True\b", lambda found: "--" + found[1].replace("_", "-"), text)
+    return re.sub(r"(?<=\bas )(adapter|model)=(?=\S)", r"--\1 ", text)
 
 
 def _quiet() -> None:
@@ -205,6 +216,7 @@ def eval_(
     generations: Annotated[bool, typer.Option(help="Also let the model answer: exact match and ROUGE.")] = True,
     limit: Annotated[int | None, typer.Option(min=1, help="Take only the first so many rows.")] = None,
     dtype: DtypeOption = Dtype.auto,
+    allow_missing: AllowMissingOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of the table.")] = False,
 ) -> None:
     """Held-out loss, perplexity, exact match and ROUGE."""
@@ -213,7 +225,9 @@ def eval_(
     from fastlora.inference import evaluate, load_model
 
     examples = read_examples(data)  # bad lines are reported before anything is loaded
-    loaded, tokenizer = load_model(model, {"default": adapter} if adapter else {}, dtype=dtype.value)
+    loaded, tokenizer = load_model(
+        model, {"default": adapter} if adapter else {}, dtype=dtype.value, allow_missing=allow_missing
+    )
     result = evaluate(
         loaded,
         tokenizer,
@@ -246,6 +260,7 @@ def generate(
     max_new_tokens: NewTokensOption = 64,
     batch_size: BatchOption = 8,
     dtype: DtypeOption = Dtype.auto,
+    allow_missing: AllowMissingOption = False,
 ) -> None:
     """Greedy answers; with several adapters, each one's, swapped on one base."""
     _quiet()
@@ -259,7 +274,7 @@ def generate(
     if chat:
         prompts = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
     adapters = _named_adapters(adapter or [])
-    loaded, tokenizer = load_model(model, adapters, dtype=dtype.value)
+    loaded, tokenizer = load_model(model, adapters, dtype=dtype.value, allow_missing=allow_missing)
     names: list[str | None] = [*adapters] or [None]
     answers = [
         answer(loaded, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, adapter_name=name)
@@ -290,16 +305,16 @@ def merge(
     adapter: Annotated[Path, typer.Option(help="Adapter folder.")],
     output: Annotated[Path, typer.Option(help="Folder for the merged model.")],
     model: OptionalModelOption = None,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: MergeDtypeOption = Dtype.auto,
     overwrite: OverwriteOption = False,
+    allow_missing: AllowMissingOption = False,
 ) -> None:
     """Fold an adapter into its base's weights, and report what rounding cost."""
     _quiet()
     from fastlora.merge import merge as merge_adapter
 
-    _print_table(
-        "fastlora merge", asdict(merge_adapter(model, adapter, output, dtype=dtype.value, overwrite=overwrite))
-    )
+    report = merge_adapter(model, adapter, output, dtype=dtype.value, overwrite=overwrite, allow_missing=allow_missing)
+    _print_table("fastlora merge", asdict(report))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)

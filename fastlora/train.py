@@ -30,7 +30,7 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from fastlora import checkpoint, metrics, tuned
+from fastlora import adapters, checkpoint, metrics, tuned
 from fastlora.data.examples import IGNORE, Encoded, Row, batches, collate, encode, pad_token_id, read_examples
 from fastlora.inference import (
     EvalResult,
@@ -451,10 +451,10 @@ class _Run:
 
 
 def _add_adapter(model: Any, config: TrainConfig, resume_from: Path | None) -> Any:
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     if resume_from:
-        model = PeftModel.from_pretrained(model, str(resume_from), is_trainable=True)
+        model = adapters.load(model, {"default": adapters.read(resume_from)}, is_trainable=True)
     else:
         names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
         model = get_peft_model(

@@ -20,7 +20,7 @@ FLOORS = (
     {"layers", "groups"},
     {"peft"},
     {"fastlora"},  # the package itself
-    {"data", "metrics", "checkpoint", "environment"},
+    {"data", "metrics", "checkpoint", "environment", "adapters"},
     {"losses"},
     {"inference"},
     {"merge"},
