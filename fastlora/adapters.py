@@ -32,6 +32,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LARGEST_CONFIG, LARGEST_HEADER = 1 << 24, 100_000_000  # bytes; the second is safetensors' own limit
 LARGEST_RANK, MOST_LAYERS = 1 << 16, 1 << 12  # what a config may ask to be allocated
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes an element
+DEEPEST = 32  # lists and objects within one another
 LISTED = 10  # keys that a message shows
 
 
@@ -111,9 +112,22 @@ def _read_json(file: Path, text: bytes) -> dict[str, Any]:
         value = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_json)
     except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
         raise AdapterError(file, None, f"cannot be read as JSON: {error}") from error
+    if not _is_flat(value):
+        raise AdapterError(file, None, f"cannot be read as JSON: nested deeper than {DEEPEST}")
     if not isinstance(value, dict):
         raise AdapterError(file, None, f"expected a JSON object, got {_shown(value)}")
     return value
+
+
+def _is_flat(value: Any) -> bool:
+    """Whether a value is nested so little that whoever walks it by recursion, repr and deepcopy among them, comes to an end."""
+    level = [value]
+    for _ in range(DEEPEST):
+        parts = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+        level = list(chain.from_iterable(parts))
+        if not level:
+            return True
+    return False
 
 
 def _shown(value: Any) -> str:
@@ -130,13 +144,19 @@ def _read_config(file: Path) -> Any:
     if values.get("peft_type") != "LORA":
         raise AdapterError(file, "peft_type", f"expected 'LORA', got {_shown(values.get('peft_type'))}")
     types_of, make = _lora_config()
+    unknown = sorted(values.keys() - types_of.keys())
+    if unknown:  # written by another PEFT
+        logger.warning(
+            "adapter=%s: %s: this PEFT does not know and ignores %s", file.parent, file.name, _listed(unknown)
+        )
+        values = {name: value for name, value in values.items() if name in types_of}
     for name, value in values.items():
         problem = _problem(name, value, types_of)
         if problem:
             raise AdapterError(file, name, f"{problem}, got {_shown(value)}")
     try:
         return make(values)
-    except (ValueError, TypeError, ImportError) as error:
+    except Exception as error:  # PEFT checks little: AttributeError, KeyError, ...
         raise AdapterError(file, None, f"PEFT does not take it: {error}") from error
 
 
@@ -148,12 +168,12 @@ def _lora_config() -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
     types_of = typing.get_type_hints(LoraConfig)
     # PEFT's own annotations are too narrow for what it writes: alphas with a fraction, "pissa_niter_16".
     types_of.update({"lora_alpha": float, "init_lora_weights": bool | str})
-    return types_of, lambda values: LoraConfig.from_peft_type(**values)
+    return types_of, lambda values: LoraConfig(**values)
 
 
 def _problem(name: str, value: Any, types_of: Mapping[str, Any]) -> str | None:
-    """What is wrong with a config's value. A field that this PEFT does not know is left to PEFT, which warns of it and ignores it."""
-    if name in types_of and not _has_type(value, types_of[name]):
+    """What is wrong with a config's value."""
+    if not _has_type(value, types_of[name]):
         return f"expected {_type_name(types_of[name])}"
     if name == "r" and not _is_rank(value):
         return f"expected a rank from 1 to {LARGEST_RANK:,}"
@@ -213,7 +233,7 @@ def _type_name(wanted: Any) -> str:
     names = {type(None): "null", bool: "true or false", int: "an integer", float: "a number", str: "a string"}
     arguments = typing.get_args(wanted)
     if typing.get_origin(wanted) in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_type_name(one) for one in arguments))
+        return " or ".join(sorted({_type_name(one) for one in arguments}))
     if typing.get_origin(wanted) is typing.Literal:
         return " or ".join(repr(one) for one in arguments)
     if typing.get_origin(wanted) in (list, tuple):
@@ -234,10 +254,10 @@ def _check_header(file: Path) -> None:
     header.pop("__metadata__", None)
     end = 0
     for key, entry in sorted(header.items(), key=_begin):
-        begin, end_ = _offsets(file, key, entry)
+        begin, end_ = _offsets(file, size, key, entry)
         if begin != end:
             raise AdapterError(
-                file, key, f"its bytes begin at {begin:,}, expected {end:,}, where the tensor before ends"
+                file, key, f"its bytes begin at {_shown(begin)}, expected {end:,}, where the tensor before ends"
             )
         end = end_
     if end != size - 8 - length:
@@ -251,7 +271,7 @@ def _begin(item: tuple[str, Any]) -> int:
     return offsets[0] if isinstance(offsets, list) and offsets and type(offsets[0]) is int else -1
 
 
-def _offsets(file: Path, key: str, entry: Any) -> tuple[int, int]:
+def _offsets(file: Path, size: int, key: str, entry: Any) -> tuple[int, int]:
     """Where a tensor's bytes begin and end, once its entry is known to make sense."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise AdapterError(file, key, f"expected dtype, shape and data_offsets, got {_shown(entry)}")
@@ -261,10 +281,14 @@ def _offsets(file: Path, key: str, entry: Any) -> tuple[int, int]:
         if not isinstance(entry[name], list) or not all(type(number) is int and number >= 0 for number in entry[name]):
             raise AdapterError(file, key, f"{name}: expected numbers from 0, got {_shown(entry[name])}")
     numbers, shape = entry["data_offsets"], entry["shape"]
-    bytes_ = math.prod(shape) * DTYPES[entry["dtype"]]
+    bytes_ = DTYPES[entry["dtype"]]
+    for number in shape:
+        if bytes_ > size:
+            break  # before the product has more digits than Python prints
+        bytes_ *= number
     if len(numbers) != 2 or numbers[1] - numbers[0] != bytes_:
         raise AdapterError(
-            file, key, f"shape {_shown(shape)} takes {_shown(bytes_)} bytes, data_offsets say {_shown(numbers)}"
+            file, key, f"shape {_shown(shape)} of {entry['dtype']} does not fill data_offsets {_shown(numbers)}"
         )
     if not bytes_:
         raise AdapterError(file, key, f"shape {_shown(shape)} has no elements")
