@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,9 +86,8 @@ def merge(
         MergeError: the written model is not the merged one.
     """
     output = Path(output)
-    _check_output(output, adapter, "adapter", overwrite)
     base = model or base_of([read_adapter(adapter)])
-    _check_output(output, base, "model", overwrite)
+    _check_output(output, {"adapter": adapter, "model": base}, overwrite)
     chosen = "stored" if dtype == "auto" else dtype
     peft_model, tokenizer = load_model(
         base, {"default": adapter}, dtype=chosen, accelerate=False, allow_missing=allow_missing
@@ -132,13 +131,14 @@ def _relative(got: Tensor, expected: Tensor) -> float:
     return ((got - expected).norm() / expected.norm()).item()
 
 
-def _check_output(output: Path, source: str | Path, name: str, overwrite: bool) -> None:
+def _check_output(output: Path, sources: Mapping[str, str | Path], overwrite: bool) -> None:
     """Refuse a folder whose files are read, or hold something that would be lost or would mix with the merged model."""
     if output.exists() and not output.is_dir():
         raise FileExistsError(f"output={output}: is a file, expected a folder or a name for one")
-    both_there = output.exists() and Path(source).exists()
-    if os.path.samefile(output, source) if both_there else os.path.realpath(output) == os.path.realpath(source):
-        raise FileExistsError(f"output={output}: is the folder of {name}={source}, expected another one")
+    for name, source in sources.items():
+        both_there = output.exists() and Path(source).exists()
+        if os.path.samefile(output, source) if both_there else os.path.realpath(output) == os.path.realpath(source):
+            raise FileExistsError(f"output={output}: is the folder of {name}={source}, expected another one")
     held = _matching(output, WEIGHTS)
     if held and not overwrite:
         raise FileExistsError(
