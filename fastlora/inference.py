@@ -177,6 +177,10 @@ def load_model(
     for name in adapters or {}:
         if not name or "." in name or name == BASE:
             raise ValueError(f"adapter name {name!r}: expected a name without dots other than {BASE}")
+        if hasattr(torch.nn.ModuleDict, name) or hasattr(torch.nn.ParameterDict, name):  # PEFT keeps adapters there
+            raise ValueError(
+                f"adapter name {name!r}: torch's modules have something of that name, expected another one"
+            )
     device = default_device()
     chosen = resolve_dtype(dtype, device)
     read = {name: read_adapter(folder) for name, folder in (adapters or {}).items()}
