@@ -25,17 +25,20 @@ logger = logging.getLogger("fastlora")
 
 PROBES, PROBE_TOKENS = 4, 64
 LARGEST_LOSS = 0.05  # of the update, before a warning
-BLOCK = 1 << 24  # elements of a weight that are measured at once: a copy in float64 is large
-# What makes a folder a model or an adapter, and what else belongs to one.
-WEIGHTS = ("config.json", "adapter_config.json", "*.safetensors", "*.bin", "*.index.json")
-BESIDE = (
-    "generation_config.json",
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "chat_template*",
+BLOCK = 1 << 22  # elements of a weight that are measured at once: a copy in float64 is large
+# Of a folder that a model or an adapter may be in: what it is known by, and what loading one reads.
+HELD = ("config.json", "adapter_config.json", "*.safetensors", "*.bin")
+READ = (
+    *("config.json", "adapter_config.json", "generation_config.json"),
+    *(
+        "model*.safetensors",
+        "adapter_model.safetensors",
+        "pytorch_model*.bin",
+        "adapter_model.bin",
+        "*model*.index.json",
+    ),
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.*"),
 )
 
 
@@ -89,9 +92,11 @@ def merge(
     base = model or base_of([read_adapter(adapter)])
     _check_output(output, {"adapter": adapter, "model": base}, overwrite)
     chosen = "stored" if dtype == "auto" else dtype
-    peft_model, tokenizer = load_model(
-        base, {"default": adapter}, dtype=chosen, accelerate=False, allow_missing=allow_missing
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # merging is right here
+        peft_model, tokenizer = load_model(
+            base, {"default": adapter}, dtype=chosen, accelerate=False, allow_missing=allow_missing
+        )
     probes = _probes(peft_model)
     before = _logits(peft_model, probes)
     merged, errors = fold(peft_model)
@@ -139,7 +144,7 @@ def _check_output(output: Path, sources: Mapping[str, str | Path], overwrite: bo
         both_there = output.exists() and Path(source).exists()
         if os.path.samefile(output, source) if both_there else os.path.realpath(output) == os.path.realpath(source):
             raise FileExistsError(f"output={output}: is the folder of {name}={source}, expected another one")
-    held = _matching(output, WEIGHTS)
+    held = _matching(output, HELD)
     if held and not overwrite:
         raise FileExistsError(
             f"output={output} holds a model or an adapter already ({held[0].name}): overwrite=True replaces it"
@@ -160,8 +165,8 @@ def _scratch(target: Path) -> Iterator[Path]:
     except (OSError, SafetensorError) as error:
         # safetensors tells what the system said in words alone.
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
-            free = shutil.disk_usage(target.parent).free
-            text = f"output={target}: the disk is full ({free / 1e9:.1f} GB were left with what is taken back); nothing was written"
+            free = shutil.disk_usage(target.parent).free / 1e9
+            text = f"output={target}: the disk is full ({free:.1f} GB were left); what was written is removed again"
             raise OSError(text) from error
         raise
     finally:
@@ -179,7 +184,7 @@ def _publish(scratch: Path, target: Path) -> None:
     if not target.is_dir() or not any(target.iterdir()):
         os.replace(scratch, target)
     else:
-        for path in _matching(target, (*WEIGHTS, *BESIDE)):
+        for path in _matching(target, READ):
             path.unlink()
         for path in sorted(scratch.iterdir(), key=lambda path: path.name == "config.json"):
             os.replace(path, target / path.name)
