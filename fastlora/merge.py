@@ -226,6 +226,8 @@ def fold(peft_model: Any) -> tuple[Any, Errors]:
     tied weights have come out different, they are untied: `tie_word_embeddings` is False in the model's config and in that of its text part, and
     each has memory of its own.
 
+    The PeftModel is used up, also where a weight turns out to be infinite.
+
     Raises:
         ValueError: some weight would become infinite or NaN.
         TypeError: a layer's update is no sum (DoRA and other variants), or its weight is quantised.
@@ -257,10 +259,8 @@ def _merge_tokens(peft_model: Any) -> None:
 
 
 def _merge_layers(peft_model: Any) -> Errors:
-    lora, wrapper = (
-        importlib.import_module("peft.tuners.lora"),
-        importlib.import_module("peft.utils.other").AuxiliaryTrainingWrapper,
-    )
+    lora = importlib.import_module("peft.tuners.lora")
+    wrapper = importlib.import_module("peft.utils.other").AuxiliaryTrainingWrapper
     layers = {name: module for name, module in peft_model.named_modules() if isinstance(module, lora.LoraLayer)}
     variants = [name for name, layer in layers.items() if getattr(layer, "lora_variant", {})]
     if variants:
@@ -310,7 +310,7 @@ def _added(name: str, weight: Tensor, update: Tensor, errors: Errors) -> nn.Para
     return nn.Parameter(merged, requires_grad=False)
 
 
-def _untie(model: Any, tied: dict[str, str]) -> tuple[str, ...]:
+def _untie(model: Any, tied: Mapping[str, str]) -> tuple[str, ...]:
     """Tie again what is still equal, and give what is not its own memory, in the saved files, too. Returns the names of the latter.
 
     Args:
@@ -318,33 +318,42 @@ def _untie(model: Any, tied: dict[str, str]) -> tuple[str, ...]:
     """
     weights = dict(model.named_parameters(remove_duplicate=False))
     apart = tuple(name for name, source in tied.items() if not torch.equal(weights[name], weights[source]))
-    # Where the config cannot say that nothing is tied, transformers ties what the files do not hold twice with different values.
-    alone = apart
-    if apart and _can_untie(model.config):
-        _set_tied(model.config)
-        alone = tuple(tied)
-    for name, source in tied.items():
-        weight = nn.Parameter(weights[name].clone(), requires_grad=False) if name in alone else weights[source]
-        parent, _, own_name = name.rpartition(".")
-        setattr(model.get_submodule(parent), own_name, weight)
+    still = {name: source for name, source in tied.items() if name not in apart}
+    if apart and _can_say_untied(model.config):
+        _say_untied(model.config)
+        still = {}
+    # Where the config cannot say it, transformers ties what the files do not hold twice with different values.
+    for name, source in still.items():
+        _put(model, name, weights[source])
+    # The rest must share no memory: neither what has come apart, nor what transformers does not know of (layers that PEFT has replicated).
+    holders: dict[int, nn.Module] = {}
+    for name, weight in list(model.named_parameters(remove_duplicate=False)):
+        holder = model.get_submodule(name.rpartition(".")[0])
+        if name not in still and holders.setdefault(weight.data_ptr(), holder) is not holder:
+            _put(model, name, nn.Parameter(weight.clone(), requires_grad=False))
     if apart:
-        model.all_tied_weights_keys = {name: source for name, source in tied.items() if name not in alone}
+        model.all_tied_weights_keys = still
     return apart
 
 
-def _set_tied(config: Any) -> None:
+def _put(model: Any, name: str, weight: nn.Parameter) -> None:
+    holder, _, own_name = name.rpartition(".")
+    setattr(model.get_submodule(holder), own_name, weight)
+
+
+def _say_untied(config: Any) -> None:
     config.tie_word_embeddings = False
     config.get_text_config().tie_word_embeddings = False
 
 
-def _can_untie(config: Any) -> bool:
+def _can_say_untied(config: Any) -> bool:
     """Whether the config, saved with tie_word_embeddings=False, is read again as that and nothing else: T5's means another scale by it."""
     untied = copy.deepcopy(config)
-    _set_tied(untied)
+    _say_untied(untied)
     as_is, read_back = type(config).from_dict(config.to_dict()), type(config).from_dict(untied.to_dict())
     if read_back.tie_word_embeddings or read_back.get_text_config().tie_word_embeddings:
         return False
-    _set_tied(as_is)
+    _say_untied(as_is)
     return as_is.to_dict() == read_back.to_dict()
 
 

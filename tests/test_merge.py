@@ -179,6 +179,19 @@ def test_a_bias_of_the_update_is_merged():
     assert relative(logits(fold(peft_model)[0]), expected) <= 1e-6
 
 
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tie", [False, True])
+def test_layers_that_share_their_weights_are_told_apart(tie, tmp_path):
+    """PEFT's layer_replication takes one layer's weights twice, which transformers knows nothing of."""
+    make = lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tie))  # noqa: E731
+    peft_model = with_adapter(make, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]])
+    expected = logits(peft_model)
+    fold(peft_model)[0].save_pretrained(tmp_path)
+    read_back = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert read_back.config.num_hidden_layers == 3 and relative(logits(read_back), expected) <= 1e-6
+    assert (read_back.lm_head.weight is read_back.model.embed_tokens.weight) == tie
+
+
 def test_bfloat16_weights_are_rounded_once():
     peft_model = with_adapter(lambda: llama(torch.bfloat16), target_modules=["q_proj"])
     layer = peft_model.get_base_model().model.layers[0].self_attn.q_proj
