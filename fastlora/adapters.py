@@ -31,7 +31,13 @@ logger = logging.getLogger("fastlora")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LARGEST_CONFIG, LARGEST_HEADER = 1 << 24, 100_000_000  # bytes; the second is safetensors' own limit
 LARGEST_RANK, MOST_LAYERS = 1 << 16, 1 << 12  # what a config may ask to be allocated
-DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # bytes an element
+DTYPES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+}  # bytes an element; integers count batches, in a saved BatchNorm
 DEEPEST = 32  # lists and objects within one another
 LISTED = 10  # keys that a message shows
 
@@ -304,6 +310,8 @@ def _check_tensors(file: Path, config: Any, tensors: Mapping[str, Tensor]) -> No
         raise AdapterError(file, None, "holds no tensors")
     largest = {}
     for key, tensor in tensors.items():
+        if ".lora_" in key and not tensor.is_floating_point():
+            raise AdapterError(file, key, f"expected floating point, got {tensor.dtype}")
         low, high = torch.aminmax(tensor)
         largest[key] = max(abs(low.item()), abs(high.item()))
         if not (math.isfinite(low.item()) and math.isfinite(high.item())):
@@ -350,8 +358,10 @@ def check(adapter: Adapter, model: nn.Module, *, allow_missing: bool = False) ->
         AdapterError: the config does not fit the model, or a key is missing, unknown, or of another shape.
     """
     file = adapter.folder / WEIGHTS
-    expected, embeddings = _expected(adapter, model)
+    expected, embeddings, empty_model = _expected(adapter, model)
     given = dict(adapter.tensors)
+    if given.keys() - expected.keys() - embeddings:
+        given = _renamed(given, empty_model)
     for key in [key for key in given if key not in expected and key in embeddings]:
         if not _is_own(given.pop(key), _base_tensor(model, key)):
             raise AdapterError(
@@ -365,6 +375,8 @@ def check(adapter: Adapter, model: nn.Module, *, allow_missing: bool = False) ->
             file, None, f"{len(unknown)} keys that are none of this adapter's on this model: {_listed(unknown)}{hint}"
         )
     for key, tensor in given.items():
+        if tensor.is_floating_point() != expected[key].is_floating_point():
+            raise AdapterError(file, key, f"got {tensor.dtype}, the model has room for {expected[key].dtype}")
         if tensor.shape != expected[key].shape:
             problem = f"got shape {list(tensor.shape)}, the model has room for {list(expected[key].shape)}"
             raise AdapterError(file, key, f"{problem}: was it trained on another base ({adapter.base})?")
@@ -376,8 +388,8 @@ def check(adapter: Adapter, model: nn.Module, *, allow_missing: bool = False) ->
     return given
 
 
-def _expected(adapter: Adapter, model: nn.Module) -> tuple[dict[str, Tensor], set[str]]:
-    """What PEFT would save of the adapter on this model, on the meta device; and the keys of embeddings that it may write beside it."""
+def _expected(adapter: Adapter, model: nn.Module) -> tuple[dict[str, Tensor], set[str], Any]:
+    """What PEFT would save of the adapter on this model, on the meta device; the keys of embeddings that it may write beside it; and that model."""
     from peft import get_peft_model_state_dict
 
     memo: dict[int, Any] = {}
@@ -399,7 +411,17 @@ def _expected(adapter: Adapter, model: nn.Module) -> tuple[dict[str, Tensor], se
             problem = f"PEFT cannot put it on {type(model).__name__}: {type(error).__name__}: {error}"
             raise AdapterError(adapter.folder / CONFIG, None, problem) from error
     _check_tokens(adapter, empty_model)
-    return expected, embeddings
+    return expected, embeddings, empty_model
+
+
+def _renamed(tensors: dict[str, Tensor], empty_model: Any) -> dict[str, Tensor]:
+    """Tensors that were saved under an older transformers, by the keys of today: it has moved the weights of some models, experts above all."""
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers as convert
+
+    try:
+        return convert(empty_model, empty_model.peft_config["default"], tensors)
+    except Exception:  # its patterns meet keys that are nobody's: those are told as such
+        return tensors
 
 
 def _check_tokens(adapter: Adapter, empty_model: Any) -> None:

@@ -136,6 +136,24 @@ def test_what_peft_saves_loads_as_with_peft(kind, tmp_path):
     assert again and all(torch.equal(tensor, saved[key]) for key, tensor in again.items())
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_an_adapter_from_before_transformers_moved_the_experts_loads_as_with_peft(tmp_path):
+    """Mixtral's experts were linear layers each, and are one parameter now."""
+    save(tmp_path, mixtral, **Q)
+    change(tmp_path, target_modules=["q_proj", "w1", "w2", "w3"])
+    sizes = {"w1": (32, 64), "w2": (64, 32), "w3": (32, 64)}
+    for layer in range(2):
+        for name, (in_features, out_features) in sizes.items():
+            for expert in range(4):
+                key = f"base_model.model.model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}"
+                add_tensor(tmp_path, f"{key}.lora_A.weight", torch.randn(4, in_features))
+                add_tensor(tmp_path, f"{key}.lora_B.weight", torch.randn(out_features, 4))
+    theirs = PeftModel.from_pretrained(mixtral(), tmp_path).state_dict()
+    ours = adapters.load(mixtral(), {"default": adapters.read(tmp_path)}).state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert any("experts.lora_A" in name for name in ours)
+
+
 def test_several_adapters_each_under_its_name(tmp_path):
     one, two = (
         save(tmp_path / "one", target_modules=["q_proj"]),
@@ -313,7 +331,11 @@ DAMAGED_TENSORS = {
         "expected dtype, shape and data_offsets",
     ),
     "an unknown dtype": (entries(lambda found: found[A].update(dtype="F99")), A, "expected one of the dtypes"),
-    "integers": (tensors(lambda found: found.update({A: found[A].long()})), A, "expected one of the dtypes"),
+    "integers": (
+        tensors(lambda found: found.update({A: found[A].long()})),
+        A,
+        "expected floating point, got torch.int64",
+    ),
     "8 bits": (
         tensors(lambda found: found.update({A: found[A].to(torch.float8_e4m3fn)})),
         A,
@@ -372,14 +394,20 @@ MISFITS = {
         f"lora_C.weight; missing are {B}",
     ),
     "another width": (lambda found: found.update({A: torch.zeros(4, 48)}), rf"{A}: got shape \[4, 48\], .* \[4, 32\]"),
+    "integers beside": (
+        lambda found: found.update({NORM: torch.ones(32).long()}),
+        f"{NORM}: got torch.int64, the model has room for torch.float32",
+        {"modules_to_save": ["model.norm"]},
+    ),
     "transposed": (lambda found: found.update({B: torch.zeros(4, 4)}), rf"{B}: got shape \[4, 4\], .* \[32, 4\]"),
 }
 
 
 @pytest.mark.parametrize("name", MISFITS)
 def test_only_an_adapters_own_keys_reach_a_model(name, folder):
-    edit, message = MISFITS[name]
+    edit, message, *values = MISFITS[name]
     tensors(edit)(folder)
+    change(folder, **(values[0] if values else {}))
     model = llama()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with pytest.raises(AdapterError, match=message):
