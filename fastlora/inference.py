@@ -16,6 +16,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from fastlora.data.examples import (
+    BadLine,
     Example,
     Prompt,
     Row,
@@ -199,14 +200,14 @@ def _require_counts(**counts: int | None) -> None:
 
 
 def _prompt_tokens(tokenizer: Any, prompt: Prompt, name: str) -> list[int]:
-    if not isinstance(prompt, str) and not (isinstance(prompt, list) and all(isinstance(one, dict) for one in prompt)):
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt):
         raise ValueError(f"{name}: expected a text or a list of messages, got {type(prompt).__name__}")
     try:
-        ids = encode_prompt(tokenizer, prompt) if prompt else []
-    except (TemplateError, UnicodeEncodeError) as error:
+        ids = encode_prompt(tokenizer, prompt)
+    except (TemplateError, BadLine, UnicodeEncodeError) as error:
         raise ValueError(f"{name}: {error}") from error
     if not ids:
-        raise ValueError(f"{name} has no tokens: expected a text that is not empty")
+        raise ValueError(f"{name} has no tokens: expected a text that is not empty, the tokenizer opens none by itself")
     return ids
 
 

@@ -233,7 +233,7 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int, truncat
             whole, ended = _encode(example, tokenizer, opening)
         except TemplateSyntaxError as error:
             raise ValueError(f"the tokenizer's chat template is no Jinja template: {error}") from error
-        except (TemplateError, BadLine) as error:
+        except (TemplateError, BadLine, UnicodeEncodeError) as error:
             problems.append(f"{example.source}: {error}")
             continue
         if not ended:
@@ -488,7 +488,11 @@ def _opening(tokenizer: Any) -> list[int]:
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except TypeError:
+        text.encode("utf-8")  # names half of a surrogate pair, which is no character
+        raise
 
 
 def _decode(tokenizer: Any, ids: list[int]) -> str:
@@ -497,6 +501,10 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
 
 def _render(tokenizer: Any, messages: list[Message], add_generation_prompt: bool = False) -> str:
     _template(tokenizer)
+    for position, message in enumerate(messages):
+        # A template renders what is not there as nothing.
+        if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
+            raise BadLine(f"messages[{position}]: expected an object whose role and content are strings")
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
 
