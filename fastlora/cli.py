@@ -242,7 +242,7 @@ def eval_(
     if as_json:
         print(json.dumps(asdict(result)))
     else:
-        _print_table(f"fastlora eval: every figure is over the same {result.rows:,} rows", asdict(result))
+        _print_table("fastlora eval", {**asdict(result), "rows": f"{result.rows:,}, the same for every figure"})
 
 
 @command
