@@ -231,10 +231,53 @@ def test_a_block_that_stops_short_of_the_end_token_is_extended_to_it(chatting, n
     assert not caplog.records
 
 
-@pytest.mark.parametrize("closing", ["{{ '</s>' }}{% endgeneration %}", "{{ '</s>\n' }}{% endgeneration %}"])
-def test_a_block_with_the_end_token_is_left_as_it_is(chatting, closing, caplog):
-    chatting.chat_template = chat_template("ChatML", "{% generation %}", closing)
+@pytest.mark.parametrize("marked", [False, True], ids=["last turn", "marked turns"])
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_random_dialogues(chatting, name, marked):
+    blocks = ("{% generation %}", "{% endgeneration %}") if marked else ("", "")
+    chatting.chat_template = chat_template(name, *blocks)
+    draw = random.Random(0)
+    for _ in range(20):
+        texts = [*random_pair(draw), *random_pair(draw)]
+        messages = [
+            {"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, texts, strict=True)
+        ]
+        row, begin = row_of(chatting, messages[:-1], texts[-1]), encode_prompt(chatting, messages[:-1])
+        whole = chatting.apply_chat_template(messages)["input_ids"]
+        end = "<|assistant|>" if name == "Gemma" and marked else "</s>"
+        assert row.input_ids[: row.prompt_length] == begin
+        assert whole[: len(begin)] != begin or row.input_ids in (whole, [*whole, chatting.eos_token_id])
+        # The spaces aside, which decoders add and drop behind special tokens.
+        said = [
+            text.strip() if name in ("Llama 3", "Gemma") else text for text in (texts[1::2] if marked else texts[-1:])
+        ]
+        said = [decode(chatting, chatting(text, add_special_tokens=False)["input_ids"]) for text in said]
+        behind = "<|assistant|></s>" if name == "Gemma" and not marked else end
+        assert ["".join(run.split()) for run in labelled(chatting, row)] == [
+            "".join(run.split()) + behind for run in said
+        ]
+
+
+def test_a_block_that_begins_before_the_generation_prompt_does_not_count_it(chatting):
+    template = chat_template("ChatML", "{% generation %}", "{% endgeneration %}")
+    template = template.replace("{{ '<|user|>' + m.role + '\n' }}", "").replace(
+        "{% generation %}", "{% generation %}{{ '<|user|>' + m.role + '\n' }}"
+    )
+    chatting.chat_template = template
     row = row_of(chatting, DIALOGUE, "4")
+    assert row.input_ids[: row.prompt_length] == encode_prompt(chatting, DIALOGUE)
+    first, last = (text.replace(" ", "") for text in labelled(chatting, row))
+    assert first == "<|user|>assistant\nruns</s>x</s>" and last == "4</s>"
+
+
+@pytest.mark.parametrize("end", ["</s>", "</s>\n"])
+def test_a_block_with_the_end_token_is_left_as_it_is(chatting, end, caplog):
+    template = chat_template("ChatML", "{% generation %}", f"{{{{ {end!r} }}}}{{% endgeneration %}}")
+    chatting.chat_template = template.replace(
+        "{% else %}{{ m.content }}", "{% else %}{{ m.content + '</s>\n' }}"
+    ).replace("{% endif %}{{ '</s>\n' }}", "{% endif %}")
+    row = row_of(chatting, DIALOGUE, "4")
+    assert decode(chatting, row.input_ids).count("</s>") == 5  # one of them in what the assistant said
     assert [text.replace(" ", "") for text in labelled(chatting, row)] == ["runs</s>x</s>", "4</s>"]
     assert not caplog.records
 

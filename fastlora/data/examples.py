@@ -226,11 +226,11 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int, truncat
         raise ValueError(f"truncation={truncation!r}: expected one of {', '.join(TRUNCATIONS)}")
     if not examples:
         raise ValueError("data: expected at least one row")
-    opening = _opening(tokenizer)
+    opening, special = _opening(tokenizer), _special_ids(tokenizer)
     encoded, problems, unended = Encoded([], [], [], [], []), [], []
     for example in examples:
         try:
-            whole, ended = _encode(example, tokenizer, opening)
+            whole, ended = _encode(example, tokenizer, opening, special)
         except TemplateSyntaxError as error:
             raise ValueError(f"the tokenizer's chat template is no Jinja template: {error}") from error
         except (TemplateError, BadLine, UnicodeEncodeError) as error:
@@ -285,7 +285,7 @@ def require_count(name: str, value: Any, least: int = 1, reason: str = "") -> No
         raise ValueError(f"{name}={value!r}: expected an integer, at least {least}" + (f", {reason}" if reason else ""))
 
 
-def _encode(example: Example, tokenizer: Any, opening: list[int]) -> tuple[Row, bool]:
+def _encode(example: Example, tokenizer: Any, opening: list[int], special: set[int]) -> tuple[Row, bool]:
     """The whole row, and whether its last label is an end token, as far as it has one."""
     if isinstance(example.prompt, str):
         before, whole = example.prompt, example.prompt + example.completion
@@ -296,7 +296,7 @@ def _encode(example: Example, tokenizer: Any, opening: list[int]) -> tuple[Row, 
     before, whole = _render(tokenizer, example.prompt, add_generation_prompt=True), _render(tokenizer, messages)
     prompt = _tokens(tokenizer, before)
     if re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", _template(tokenizer)):
-        return _encode_marked(messages, before, prompt, whole, tokenizer)
+        return _encode_marked(messages, before, prompt, whole, tokenizer, special)
     if not whole.startswith(before):
         raise ValueError(
             f"{example.source}: the chat template renders the prompt otherwise without the answer:"
@@ -352,11 +352,10 @@ def _last_end(ids: list[int], ends: set[int], tokenizer: Any) -> int:
 
 
 def _encode_marked(
-    messages: list[Message], before: str, prompt: list[int], whole: str, tokenizer: Any
+    messages: list[Message], before: str, prompt: list[int], whole: str, tokenizer: Any, special: set[int]
 ) -> tuple[Row, bool]:
     """What the template marks counts, and the end of each turn with it."""
-    out = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
-    ids, counted = out["input_ids"], [bool(mark) for mark in out["assistant_masks"]]
+    ids, counted = _tokens(tokenizer, whole), _marks(messages, whole, tokenizer)
     if ids[: len(prompt)] != prompt and whole.startswith(before):
         # A merge across the border of the last turn.
         completion = _continue(tokenizer, before, prompt, whole)
@@ -367,17 +366,18 @@ def _encode_marked(
         )
         counted = counted[:same] + [False] * (len(prompt) - same) + [True] * (len(completion) - rest) + [False] * rest
         ids = prompt + completion
+    if ids[: len(prompt)] == prompt:
+        # What generation is given does not count: a block may begin before it, or white space belong to its last token.
+        given = next((n for n, mark in enumerate(reversed(counted[: len(prompt)])) if not mark), len(prompt))
+        counted[len(prompt) - given : len(prompt)] = [False] * given
     turns = _runs(counted)
     if not turns:
         raise BadLine("the chat template marks nothing of it by {% generation %}")
-    ended, ends = True, _special_ids(tokenizer)
+    ended, ends = True, special
     for start, stop in reversed(turns):
-        end = _last_end(ids[start:stop], ends, tokenizer)
-        if end >= 0:
-            end += start
-        elif stop < len(ids) and ids[stop] in ends:
-            end = stop
-        else:
+        # What the template writes behind the words goes before a token that the words end with themselves.
+        end = stop if stop < len(ids) and ids[stop] in ends else start + _last_end(ids[start:stop], ends, tokenizer)
+        if end < start:
             ended = tokenizer.eos_token_id is None and ended
             continue
         counted[start : end + 1] = [True] * (end + 1 - start)
@@ -385,6 +385,26 @@ def _encode_marked(
         ends = {tokenizer.eos_token_id, ids[end]}  # what ends the last turn ends those before it
     labels = [token if count else IGNORE for token, count in zip(ids, counted, strict=True)]
     return Row(ids, labels, len(prompt) if ids[: len(prompt)] == prompt else turns[-1][0]), ended
+
+
+def _marks(messages: list[Message], whole: str, tokenizer: Any) -> list[bool]:
+    """Which tokens of the rendered messages are marked: transformers' own mask ends in a character of several tokens."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"a chat template with {{% generation %}} needs a fast tokenizer, got {type(tokenizer).__name__}"
+        )
+    rendered: Any = render_jinja_template(
+        conversations=[messages],
+        chat_template=_template(tokenizer),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    places = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    (spans,) = rendered[1]
+    # A token without a character is a space, whose place some tokenizers set behind it.
+    return [any(start < b and a < stop if a < b else start < a <= stop for start, stop in spans) for a, b in places]
 
 
 def _runs(counted: Sequence[bool]) -> list[tuple[int, int]]:
@@ -471,11 +491,11 @@ def cut_prompt(tokenizer: Any, ids: list[int], length: int) -> list[int]:
 def turn_end(tokenizer: Any, messages: list[Message]) -> int | None:
     """The token that the chat template ends the assistant's turn with; None where it is none of the special ones."""
     try:
-        row, _ = _encode(Example(messages, "a"), tokenizer, [])
+        row, _ = _encode(Example(messages, "a"), tokenizer, [], special := _special_ids(tokenizer))
     except (TemplateError, ValueError):
         return None
     last = row.labels[_labels_end(row) - 1]
-    return last if last in _special_ids(tokenizer) else None
+    return last if last in special else None
 
 
 def _opening(tokenizer: Any) -> list[int]:
