@@ -158,8 +158,8 @@ class TrainConfig:
 @dataclass(frozen=True)
 class TrainResult:
     steps: int
-    first_loss: float  # mean over the first steps, ten at most
-    loss: float  # mean over the last steps, ten at most
+    first_loss: float  # mean over the first ten steps, of fewer than twenty over the first half
+    loss: float  # mean over the last ten steps, or the other half
     seconds: float  # spent in steps, all runs together
     tokens: int  # trained on, prompts included, padding not
     tokens_per_second: float
@@ -439,13 +439,14 @@ class _Run:
 
     def _result(self, records: Sequence[Mapping[str, float]]) -> TrainResult:
         losses = [record["loss"] for record in records]
+        ends = max(1, min(10, len(losses) // 2))  # steps
         seconds = sum(record["seconds"] for record in records)
         tokens = sum(_tokens(self.plan.step_rows(step)) for step in range(self.step))
         weights = "model.safetensors" if self.config.method == "full" else "adapter_model.safetensors"
         return TrainResult(
             steps=self.step,
-            first_loss=sum(losses[:10]) / len(losses[:10]),
-            loss=sum(losses[-10:]) / len(losses[-10:]),
+            first_loss=sum(losses[:ends]) / ends,
+            loss=sum(losses[-ends:]) / ends,
             seconds=seconds,
             tokens=tokens,
             tokens_per_second=tokens / seconds,

@@ -82,6 +82,9 @@ def test_training_lowers_the_held_out_loss_and_leaves_its_files(config, base, tm
     assert after.loss < before.loss / 2
     assert after.exact_match is not None and after.rougeL is not None and 0 < after.exact_match <= after.rougeL <= 1
     assert result.steps == 48 and result.loss < result.first_loss
+    short = train(replace(config, output=tmp_path / "short", max_steps=3), progress=False)
+    losses = [record["loss"] for record in records(tmp_path / "short")]
+    assert (short.first_loss, short.loss) == (losses[0], losses[-1])  # over no step twice
     assert [record["step"] for record in records(config.output)] == list(range(1, 49))
     assert all(record.keys() == METRICS and record["seconds"] > 0 for record in records(config.output))
     assert (config.output / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -16,8 +16,8 @@ assistant's.
 A row of more than `max_length` tokens is cut as `truncation` says:
 - prompt: the prompt loses its oldest tokens. What the tokenizer opens every text with stays, and so do the completion and
   its end token. A completion that leaves no room for the prompt loses its end, and the prompt keeps half of max_length.
-- completion: the row loses its end. It trains all the same, if a part of its completion is left (TRL's keep_start).
-- drop: the row is left out (Axolotl's default).
+- completion: the row loses its end. It trains all the same, if a part of its completion is left: TRL's keep_start.
+- drop: the row is left out.
 """
 
 import json
