@@ -29,7 +29,19 @@ NASTY: list[Any] = [
     *([], {}, [[]], [None], {"": None}, [1, "a"], {"a": {"b": {}}}),
 ]
 RAW = (
-    *(b"", b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"{", b"}", b"[" * 2000, b'{"a":' * 2000, b"NaN", b"Infinity", b"-Infinity"),
+    *(
+        b"",
+        b"\0",
+        b"\xff\xfe",
+        b"\xef\xbb\xbf",
+        b"{",
+        b"}",
+        b"[" * 2000,
+        b'{"a":' * 2000,
+        b"NaN",
+        b"Infinity",
+        b"-Infinity",
+    ),
     *(b"1" * 5000, b'"', b"\\u0000", b"\\ud800", b"\r\n", b"\n\n", b"null", b"1e999", b"\x80", b"{}", b"[]"),
 )
 
@@ -164,7 +176,14 @@ def write(folder: Path, files: Files) -> None:
 
 
 def table_files() -> Files:
-    entry = {"op": "lora_linear", "dtype": "bfloat16", "rows": 64, "size": "small", "dropout": False, "implementation": "cpu"}
+    entry = {
+        "op": "lora_linear",
+        "dtype": "bfloat16",
+        "rows": 64,
+        "size": "small",
+        "dropout": False,
+        "implementation": "cpu",
+    }
     entries = [{**entry, "checked": True, "ratio": 0.5}, {**entry, "rows": 512, "checked": False, "ratio": None}]
     entries.append({**entry, "op": "frozen_linear", "checked": True, "ratio": 1, "way": "packed"})
     return {"table.json": json.dumps({"schema": 1, "kind": "z80", "date": "1976-07-01", "entries": entries}).encode()}
@@ -183,8 +202,55 @@ def read_table(folder: Path, files: Files) -> None:
         assert one.rows in tuned.ROWS and (one.ratio is None or 0 < one.ratio < float("inf")), one
 
 
+# Lines of prompts and completions
+
+
+def examples_files() -> Files:
+    turns = [
+        ("system", "Be brief."),
+        ("user", "2 + 2?"),
+        ("assistant", "4"),
+        ("user", "And 3?"),
+        ("assistant", "7, I think."),
+    ]
+    lines: list[Any] = [
+        {"prompt": "Summarise: A: hello. B: bonjour, ça va?", "completion": "They greet."},
+        {"messages": [{"role": role, "content": content} for role, content in turns], "source": 7},
+        {"prompt": "🙂", "completion": " \n中", "weight": 1.5e3, "tags": [None, True, {"deep": [1]}]},
+    ]
+    return {"data.jsonl": b"\n".join(json.dumps(line).encode() for line in lines) + b"\n"}
+
+
+def change_lines(random: Random, files: Files) -> Files:
+    ((name, data),) = files.items()
+    if random.random() < 0.3:
+        return {name: change_bytes(random, data)}
+    lines = data.split(b"\n")
+    at = random.randrange(len(lines) - 1)
+    lines[at] = change_json(random, lines[at])
+    return {name: b"\n".join(lines)}
+
+
+def read_lines(folder: Path, files: Files) -> None:
+    from fastlora.data import examples
+
+    try:
+        found = examples.read_examples(folder / "data.jsonl")
+    except examples.DataError as error:
+        assert all("data.jsonl:" in problem for problem in error.problems), error.problems
+        return
+    except ValueError as error:
+        assert "data.jsonl" in str(error), error
+        return
+    for one in found:
+        texts = [one.prompt] if isinstance(one.prompt, str) else [turn["content"] for turn in one.prompt]
+        for text in (*texts, one.completion):
+            assert text.strip() and text.encode("utf-8"), one
+
+
 TARGETS: dict[str, Target] = {
     "table": Target(table_files, change_files, read_table),
+    "examples": Target(examples_files, change_lines, read_lines),
 }
 
 
