@@ -31,7 +31,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastlora import adapters, checkpoint, metrics, tuned
-from fastlora.data.examples import IGNORE, Encoded, Row, batches, collate, encode, pad_token_id, read_examples
+from fastlora.data.examples import (
+    IGNORE,
+    TRUNCATIONS,
+    Encoded,
+    Row,
+    batches,
+    collate,
+    encode,
+    pad_token_id,
+    read_examples,
+)
 from fastlora.inference import (
     EvalResult,
     evaluate,
@@ -39,6 +49,7 @@ from fastlora.inference import (
     load_base,
     load_model,
     load_tokenizer,
+    require_positions,
     resolve_dtype,
 )
 from fastlora.losses import LanguageModelLoss
@@ -61,7 +72,8 @@ __all__ = [
 logger = logging.getLogger("fastlora")
 
 DEFAULT_LR = {"lora": 2e-4, "full": 2e-5}
-MAY_DIFFER_ON_RESUME = {"data", "output", "save_steps", "resume", "overwrite"}  # data is compared by its tokens
+# Data and how it is cut are compared by the rows' tokens.
+MAY_DIFFER_ON_RESUME = {"data", "truncation", "output", "save_steps", "resume", "overwrite"}
 
 
 class TrainingError(RuntimeError):
@@ -94,7 +106,10 @@ class TrainConfig:
     max_steps: int | None = None  # optimiser steps, in place of epochs
     batch_size: int = 8  # rows a process takes at once
     gradient_accumulation_steps: int = 1
-    max_length: int = 512  # tokens a row may have; the rest is cut off
+    max_length: int = 512  # tokens a row may have
+    truncation: str = (
+        "prompt"  # what a longer row loses: prompt (its oldest tokens) | completion (its end) | drop (all)
+    )
     lr: float | None = None  # None: 2e-4 for lora, 2e-5 for full
     lr_scheduler_type: str = "linear"
     warmup_ratio: float = 0.03
@@ -122,6 +137,8 @@ class TrainConfig:
             raise ValueError(
                 f"max_length={self.max_length}: expected at least 2, a token of the prompt and one of the completion"
             )
+        if self.truncation not in TRUNCATIONS:
+            raise ValueError(f"truncation={self.truncation!r}: expected one of {', '.join(TRUNCATIONS)}")
         for name in ("lora_dropout", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a number from 0 to below 1")
@@ -141,14 +158,15 @@ class TrainConfig:
 @dataclass(frozen=True)
 class TrainResult:
     steps: int
-    first_loss: float  # mean over the first steps, ten at most
-    loss: float  # mean over the last steps, ten at most
+    first_loss: float  # mean over the first ten steps, of fewer than twenty over the first half
+    loss: float  # mean over the last ten steps, or the other half
     seconds: float  # spent in steps, all runs together
     tokens: int  # trained on, prompts included, padding not
     tokens_per_second: float
     rows: int
-    dropped_rows: int  # max_length left nothing of the completion
-    cut_rows: int  # max_length left a part of it
+    dropped_rows: int  # too long for max_length
+    prompt_cut_rows: int  # those of `rows` whose prompt lost its oldest tokens
+    completion_cut_rows: int  # those whose completion lost its end
     trainable_parameters: int
     parameters: int
     adapter_bytes: int  # of the weights' file
@@ -166,7 +184,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         progress: show a bar with loss, tokens a second and the time left.
 
     Raises:
-        DataError: bad lines in the data; raised before any model is loaded.
+        DataError: bad lines in the data; raised before any model is loaded, like max_length leaving no row (ValueError).
         FileExistsError: the output folder has checkpoints, and neither resume nor overwrite was asked for.
         ValueError: resume was asked for with other options or data than the checkpoint's; compile, and there is no C++ compiler.
         TrainingError: the loss or the gradient is not finite, or no gradient reaches any trained weight.
@@ -182,15 +200,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     if config.compile:
         _require_compiler()
     tokenizer = load_tokenizer(config.model)
-    data = encode(read_examples(config.data), tokenizer, config.max_length)
-    if data.dropped:
-        logger.warning(
-            "dropped %d rows, kept %d: max_length=%d leaves nothing of their completion (the first: %s)",
-            len(data.dropped),
-            len(data.rows),
-            config.max_length,
-            data.dropped[0].source,
-        )
+    data = encode(read_examples(config.data), tokenizer, config.max_length, config.truncation)
     run = _Run(config, data, tokenizer, checkpoint.folder(output, saved[-1]) if saved and config.resume else None)
     run.claim_output()
     with _stop_signals() as stop:
@@ -244,6 +254,7 @@ class _Run:
             tuned.load_state(saved["tuned"])
         set_seed(config.seed)
         self.model = self._build_model(resume_from)
+        require_positions(self.model, data.rows)
         self.model.train()
         # The adapter's first values are the same on all processes; dropout is each one's own.
         set_seed(config.seed + self.accelerator.process_index)
@@ -428,19 +439,21 @@ class _Run:
 
     def _result(self, records: Sequence[Mapping[str, float]]) -> TrainResult:
         losses = [record["loss"] for record in records]
+        ends = max(1, min(10, len(losses) // 2))  # steps
         seconds = sum(record["seconds"] for record in records)
         tokens = sum(_tokens(self.plan.step_rows(step)) for step in range(self.step))
         weights = "model.safetensors" if self.config.method == "full" else "adapter_model.safetensors"
         return TrainResult(
             steps=self.step,
-            first_loss=sum(losses[:10]) / len(losses[:10]),
-            loss=sum(losses[-10:]) / len(losses[-10:]),
+            first_loss=sum(losses[:ends]) / ends,
+            loss=sum(losses[-ends:]) / ends,
             seconds=seconds,
             tokens=tokens,
             tokens_per_second=tokens / seconds,
             rows=len(self.data.rows),
             dropped_rows=len(self.data.dropped),
-            cut_rows=self.data.cut,
+            prompt_cut_rows=len(self.data.prompt_cut),
+            completion_cut_rows=len(self.data.completion_cut),
             trainable_parameters=sum(p.numel() for p in self.trained.values()),
             parameters=sum(p.numel() for p in self.model.parameters()),
             adapter_bytes=(self.output / weights).stat().st_size if (self.output / weights).is_file() else 0,
