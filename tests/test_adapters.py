@@ -499,7 +499,7 @@ def test_whatever_the_bytes_reading_gives_an_adapter_or_an_error_that_names_the_
     draw, other = random.Random(0), tmp_path / "other"
     shutil.copytree(folder, other)
     outcomes = {"read": 0, "refused": 0}
-    for case in range(1000):
+    for case in range(300):
         name = ("adapter_config.json", "adapter_model.safetensors")[case % 2]
         data = bytearray((folder / name).read_bytes())
         for _ in range(draw.randint(1, 4)):
@@ -517,4 +517,4 @@ def test_whatever_the_bytes_reading_gives_an_adapter_or_an_error_that_names_the_
             outcomes["read"] += 1
             assert all(tensor.isfinite().all() for tensor in adapter.tensors.values())
         (other / name).write_bytes((folder / name).read_bytes())
-    assert min(outcomes.values()) > 100, outcomes
+    assert min(outcomes.values()) > 30, outcomes
