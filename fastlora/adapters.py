@@ -31,13 +31,7 @@ logger = logging.getLogger("fastlora")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LARGEST_CONFIG, LARGEST_HEADER = 1 << 24, 100_000_000  # bytes; the second is safetensors' own limit
 LARGEST_RANK, MOST_LAYERS = 1 << 16, 1 << 12  # what a config may ask to be allocated
-DTYPES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-}  # bytes an element; integers count batches, in a saved BatchNorm
+DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8}  # bytes an element; I64 is a saved BatchNorm's count
 DEEPEST = 32  # lists and objects within one another
 LISTED = 10  # keys that a message shows
 
@@ -71,7 +65,7 @@ def read(folder: str | Path) -> Adapter:
     Raises:
         FileNotFoundError: the folder, or one of the two files, is not there.
         AdapterError: a file cannot be what PEFT writes: no JSON object, a value of the wrong type or out of range, no LoRA, a broken header, a
-            tensor that is not floating point, empty, not finite, or of a rank that the config does not have.
+            tensor of another dtype, empty, not finite, or of a rank that the config does not have.
     """
     folder = Path(folder)
     _require_files(folder)
@@ -405,9 +399,7 @@ def _expected(adapter: Adapter, model: nn.Module) -> tuple[dict[str, Tensor], se
             empty_model = _with_adapter(copy.deepcopy(model, memo), "default", config, low_cpu_mem_usage=True)
             expected = get_peft_model_state_dict(empty_model, save_embedding_layers=False)
             embeddings = get_peft_model_state_dict(empty_model, save_embedding_layers=True).keys() - expected.keys()
-        except (
-            Exception
-        ) as error:  # what PEFT raises for a config that fits no model is of any kind: re.error, KeyError, ...
+        except Exception as error:  # PEFT's, of any kind: re.error, KeyError, ...
             problem = f"PEFT cannot put it on {type(model).__name__}: {type(error).__name__}: {error}"
             raise AdapterError(adapter.folder / CONFIG, None, problem) from error
     _check_tokens(adapter, empty_model)
@@ -457,10 +449,13 @@ def load(
         allow_missing: tensors that are not in the file are as PEFT begins.
 
     Raises:
-        AdapterError: as `check`.
+        AdapterError: as `check`; or one of several adapters is one that changes the base under the others.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
+    if len(adapters) > 1:
+        for adapter in adapters.values():
+            _require_an_untouched_base(adapter)
     checked = {name: check(adapter, model, allow_missing=allow_missing) for name, adapter in adapters.items()}
     for name, tensors in checked.items():
         config = copy.deepcopy(adapters[name].config)
@@ -470,6 +465,24 @@ def load(
             tensors = {**get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False), **tensors}
         set_peft_model_state_dict(model, tensors, adapter_name=name)
     return model
+
+
+def _require_an_untouched_base(adapter: Adapter) -> None:
+    """Refuse, beside others, an adapter that PEFT makes by writing into the base: theirs would no longer be the one they were trained on."""
+    config = adapter.config
+    begun = config.init_lora_weights if isinstance(config.init_lora_weights, str) else ""
+    found = {
+        "bias": config.bias != "none",
+        "init_lora_weights": begun.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")),
+        "kasa_config": getattr(config, "kasa_config", None) is not None,
+        "layer_replication": config.layer_replication is not None,
+    }
+    for key, writes in found.items():
+        if writes:
+            problem = (
+                f"{_shown(getattr(config, key))} changes the base itself: expected no other adapter on the same model"
+            )
+            raise AdapterError(adapter.folder / CONFIG, key, problem)
 
 
 def _with_adapter(model: Any, name: str, config: Any, **options: Any) -> Any:

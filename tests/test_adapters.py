@@ -426,6 +426,29 @@ def test_the_second_of_two_adapters_is_checked_before_the_first_is_loaded(folder
     assert not any("lora" in name for name, _ in model.named_modules())
 
 
+@pytest.mark.parametrize("position", [0, 1])
+@pytest.mark.parametrize(
+    ("make", "options", "key"),
+    [
+        (gpt2, {"target_modules": ["c_attn"], "bias": "all", "fan_in_fan_out": True}, "bias"),
+        (llama, {**Q, "init_lora_weights": "pissa"}, "init_lora_weights"),
+        (llama, {**Q, "init_lora_weights": "olora"}, "init_lora_weights"),
+        (untied_llama, {**Q, "layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_what_changes_the_base_is_alone_on_it(make, options, key, position, tmp_path):
+    """PEFT loads it, and every adapter beside it then answers on the changed base."""
+    model = make()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    alone = adapters.read(save(tmp_path / "alone", make, **options))
+    plain = adapters.read(save(tmp_path / "plain", make, target_modules=options["target_modules"]))
+    pair = {"one": plain, "two": alone} if position else {"one": alone, "two": plain}
+    with pytest.raises(AdapterError, match=f"alone: adapter_config.json: {key}: .* changes the base itself"):
+        adapters.load(model, pair)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 UNFIT_CONFIGS = {
     "modules that are not there": ({"target_modules": ["nope"]}, "nope"),
     "no pattern": ({"target_modules": "(q_proj"}, "PEFT cannot put it on LlamaForCausalLM"),
