@@ -73,7 +73,7 @@ def merge(
     """Write the base with W + s B A in every layer of the adapter: an ordinary transformers model, with its tokenizer.
 
     The sums are computed in float32 and rounded once. The weights' error is measured layer by layer against the same sum in float64, the logits'
-    on four sequences of 64 random tokens with the model as it reads back. It is written beside the output and renamed: what stands there is whole.
+    on four sequences of 64 random tokens with the model as it reads back. It is written elsewhere and renamed: what stands there is whole.
 
     Args:
         model: the base: a folder or a hub id; None: the one that the adapter names.
@@ -138,8 +138,11 @@ def _relative(got: Tensor, expected: Tensor) -> float:
 
 def _check_output(output: Path, sources: Mapping[str, str | Path], overwrite: bool) -> None:
     """Refuse a folder whose files are read, or hold something that would be lost or would mix with the merged model."""
-    if output.exists() and not output.is_dir():
-        raise FileExistsError(f"output={output}: is a file, expected a folder or a name for one")
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise FileExistsError(f"output={output}: {there} is a file, expected a folder or a name for one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"output={output}: {there} may not be written to")
     for name, source in sources.items():
         both_there = output.exists() and Path(source).exists()
         if os.path.samefile(output, source) if both_there else os.path.realpath(output) == os.path.realpath(source):
@@ -157,15 +160,19 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
 
 @contextmanager
 def _scratch(target: Path) -> Iterator[Path]:
-    """A new folder beside the target, that is gone afterwards whatever happens; a full disk is told as such."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".unfinished-{target.name}-", dir=target.parent))
+    """A new folder that is gone afterwards whatever happens; a full disk is told as such.
+
+    It lies beside the target, or in one that is there: that may be another file system, into which nothing can be renamed from outside.
+    """
+    parent = target if target.is_dir() else target.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".unfinished-{target.name}-", dir=parent))
     try:
         yield scratch
     except (OSError, SafetensorError) as error:
         # safetensors tells what the system said in words alone.
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
-            free = shutil.disk_usage(target.parent).free / 1e9
+            free = shutil.disk_usage(parent).free / 1e9
             text = f"output={target}: the disk is full ({free:.1f} GB were left); what was written is removed again"
             raise OSError(text) from error
         raise
@@ -174,14 +181,14 @@ def _scratch(target: Path) -> Iterator[Path]:
 
 
 def _publish(scratch: Path, target: Path) -> None:
-    """Put the scratch folder in the target's place, or its files among those that the target holds beside a model.
+    """Put the scratch folder in the target's place, or its files among those that a target which is there holds beside a model.
 
     A folder without config.json is no model to anybody: it goes first and comes last.
     """
     scratch.chmod(0o777 & ~_umask())  # mkdtemp lets only the owner in
     for path in (*scratch.iterdir(), scratch):
         _force(path)
-    if not target.is_dir() or not any(target.iterdir()):
+    if scratch.parent != target:
         os.replace(scratch, target)
     else:
         for path in _matching(target, READ):

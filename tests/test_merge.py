@@ -306,10 +306,22 @@ def test_a_folder_that_holds_something_is_replaced_only_on_demand(folders, monke
     assert load_model(str(output))[0].config.tie_word_embeddings is False
 
 
-def test_an_output_that_is_a_file(folders):
-    (folders / "out").write_text("mine")
-    with pytest.raises(FileExistsError, match="is a file"):
-        merge(None, folders / "adapter", folders / "out", overwrite=True)
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(folders, monkeypatch):
+    (folders / "file").write_text("mine")
+    monkeypatch.setattr(fastlora.merge, "load_model", refuse_to_load)
+    for output in (folders / "file", folders / "file" / "out"):
+        with pytest.raises(FileExistsError, match="file is a file"):
+            merge(None, folders / "adapter", output, overwrite=True)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folders)  # root may write anywhere
+    with pytest.raises(PermissionError, match="may not be written to"):
+        merge(None, folders / "adapter", folders / "new" / "out")
+
+
+def test_an_empty_output_folder_is_filled(folders):
+    (folders / "out").mkdir()
+    merge(None, folders / "adapter", folders / "out")
+    assert load_model(str(folders / "out"))[0].config.vocab_size == len(tiny.tokenizer())
+    assert not list((folders / "out").glob(".*"))
 
 
 FULL = {
