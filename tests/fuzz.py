@@ -9,6 +9,7 @@ that names the file; anything else (another exception, a hang, the death of the 
 
 import argparse
 import json
+import logging
 import os
 import random
 import struct
@@ -163,6 +164,16 @@ def scratch() -> Iterator[Path]:
         yield Path(folder)
 
 
+@contextmanager
+def silent() -> Iterator[None]:
+    """Without the library's warnings, of which a million cases have many."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def write(folder: Path, files: Files) -> None:
     """Let the folder hold these files and no others."""
     for old in folder.iterdir():
@@ -248,9 +259,50 @@ def read_lines(folder: Path, files: Files) -> None:
             assert text.strip() and text.encode("utf-8"), one
 
 
+# An adapter's folder
+
+
+def adapter_files() -> Files:
+    import torch
+    from peft import LoraConfig
+    from safetensors.torch import save
+
+    from fastlora.adapters import CONFIG, WEIGHTS
+
+    config = LoraConfig(
+        r=2, lora_alpha=4, target_modules=["q_proj", "lm_head"], modules_to_save=["score"], task_type="CAUSAL_LM"
+    )
+    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    layers = {"self_attn.q_proj": (6, 4), "lm_head": (9, 4)}
+    tensors = {"base_model.model.score.weight": torch.ones(2, 4)}
+    for name, (N, K) in layers.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.ones(2, K)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.zeros(N, 2)
+    return {CONFIG: json.dumps(plain).encode(), WEIGHTS: save(tensors, {"format": "pt"})}
+
+
+def read_adapter(folder: Path, files: Files) -> None:
+    from fastlora import adapters
+
+    try:
+        adapter = adapters.read(folder)
+    except adapters.AdapterError as error:
+        assert error.file.parent == folder and error.file.name in str(error), error
+        return
+    except FileNotFoundError as error:
+        assert adapters.CONFIG not in files or adapters.WEIGHTS not in files, error
+        return
+    largest = max(adapter.config.r, *(adapter.config.rank_pattern or {"": 1}).values())
+    assert largest <= adapters.LARGEST_RANK, adapter.config
+    for key, tensor in adapter.tensors.items():
+        assert tensor.numel() and tensor.is_floating_point() and bool(tensor.isfinite().all()), key
+        assert tensor.nbytes <= len(files[adapters.WEIGHTS]), key
+
+
 TARGETS: dict[str, Target] = {
     "table": Target(table_files, change_files, read_table),
     "examples": Target(examples_files, change_lines, read_lines),
+    "adapter": Target(adapter_files, change_files, read_adapter),
 }
 
 
@@ -262,7 +314,7 @@ def run(name: str, cases: range) -> None:
     """
     target = TARGETS[name]
     good = target.files()
-    with scratch() as folder:
+    with scratch() as folder, silent():
         write(folder, good)
         target.read(folder, good)
         for case in cases:
