@@ -329,6 +329,7 @@ class LoRALinearSharedFunction(torch.autograd.Function):
         ys, xa, keep = torch.ops.fastlora.lora_linear_shared(rows, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
         ctx.save_for_backward(x, xa, keep, *weight, *adapters)
         ctx.scale, ctx.dropout_p = scale, dropout_p
+        ctx.set_materialize_grads(False)
         return tuple(_shaped(y, x) for y in ys)
 
     @staticmethod
@@ -337,7 +338,8 @@ class LoRALinearSharedFunction(torch.autograd.Function):
         x, xa, keep, *tensors = saved
         G = len(dy)
         weight, lora_a, lora_b = tensors[:G], tensors[G : 2 * G], tensors[2 * G :]
-        wanted = ctx.needs_input_grad[6:]
+        wanted = [wants and dy[i % G] is not None for i, wants in enumerate(ctx.needs_input_grad[6:])]
+        dy = _with_zeros(dy, x, weight)
         need = ctx.needs_input_grad[0], any(wanted[:G]), any(wanted[G:])
         with _without_autocast(x.device):
             dx, da, db = torch.ops.fastlora.lora_linear_shared_backward(
@@ -345,6 +347,14 @@ class LoRALinearSharedFunction(torch.autograd.Function):
             )
         grads = [*_split(da, lora_a, wanted[:G]), *_split(db, lora_b, wanted[G:])]
         return _shaped(dx, x) if need[0] else None, None, None, None, None, None, *grads
+
+
+def _with_zeros(dy: Sequence[Tensor | None], x: Tensor, weight: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of layers that share x, zeros for a layer whose result had no part in the loss: its A and B get no gradient, as if alone."""
+    return [
+        x.new_zeros(*x.shape[:-1], w.shape[0]) if gradient is None else gradient
+        for gradient, w in zip(dy, weight, strict=True)
+    ]
 
 
 def _split(flat: Tensor, like: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -624,6 +634,7 @@ class MultiLoRASharedFunction(torch.autograd.Function):
         )
         ctx.save_for_backward(x, xa, keep, order, offsets, *weight, *adapters)
         ctx.scale, ctx.dropout_p = scale, dropout_p
+        ctx.set_materialize_grads(False)
         return tuple(_shaped(y, x) for y in ys)
 
     @staticmethod
@@ -633,7 +644,9 @@ class MultiLoRASharedFunction(torch.autograd.Function):
         weight, adapters = tensors[: len(dy)], tensors[len(dy) :]
         half = len(adapters) // 2
         lora_a, lora_b = adapters[:half], adapters[half:]
-        wanted = ctx.needs_input_grad[8:]
+        each = half // len(dy)  # adapters of a layer
+        wanted = [wants and dy[i % half // each] is not None for i, wants in enumerate(ctx.needs_input_grad[8:])]
+        dy = _with_zeros(dy, x, weight)
         need = ctx.needs_input_grad[0], any(wanted[:half]), any(wanted[half:])
         with _without_autocast(x.device):
             dx, da, db = torch.ops.fastlora.multi_lora_shared_backward(

@@ -487,14 +487,17 @@ def _frozen_base(module: Any) -> Any:
     """The layer whose weight a swapped layer multiplies by, or None for other modules."""
     if type(module) is FusedLinear:
         return module.base_layer
-    return module if type(module) is FrozenLinear else None
+    return module if isinstance(module, FrozenLinear) else None
 
 
 def _restore_layer(module: Any) -> None:
     base = _frozen_base(module)
     if base is not None:
         packed.release(base.weight)
-        module.__class__ = lora.Linear if type(module) is FusedLinear else nn.Linear
+        if type(module) in (FusedLinear, FrozenLinear):
+            module.__class__ = lora.Linear if type(module) is FusedLinear else nn.Linear
+        else:  # torch.nn.utils.parametrize has derived a class for this module since
+            type(module).__bases__ = (nn.Linear,)
         for name in ("_fastlora_seen", "_fastlora_own_forward"):
             module.__dict__.pop(name, None)
 
