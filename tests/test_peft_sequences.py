@@ -31,7 +31,7 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x * 1
         q = self.q_proj(x)
-        if self.way == "x written to":
+        if self.way == "x written to" and not torch.is_grad_enabled():
             x.mul_(0.5)
         elif self.way == "x copied":
             x = x.clone()
