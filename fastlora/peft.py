@@ -452,17 +452,15 @@ def accelerate(model: nn.Module, *, frozen: bool = False, pack_budget: int | Non
     for linear in plain:
         linear.__class__ = FrozenLinear
     for module in model.modules():
+        _leave_group(module)
         base = _frozen_base(module)
         if base is not None:
             packed.register(base.weight, budget, transposed=isinstance(base, Conv1D))
-    for _, layer in layers:
-        _leave_group(layer)
-    for group in groups.find_groups(model, lambda module: type(module) is FusedLinear, _compute_all):
-        group.attach()
-    for module in model.modules():
         if isinstance(module, BaseTuner):
             for name in UNLOADING:
                 module.__dict__[name] = functools.partial(_unload_restored, module, name)
+    for group in groups.find_groups(model, lambda module: type(module) is FusedLinear, _compute_all):
+        group.attach()
     if layers and not any(type(layer) is FusedLinear for _, layer in layers):
         warnings.warn(
             f"fastlora.accelerate fused none of {len(layers)} LoRA layers: {_swap_obstacle(layers[0][1])}", stacklevel=2

@@ -133,7 +133,8 @@ def step(pair: Pair) -> None:
         loss.backward()
         results = [y.detach(), x.grad, *(parameter.grad for parameter in trained.values())]
         results = [None if one is None else one.clone() for one in results]
-        torch.optim.SGD(trained.values(), lr=0.05, fused=fused).step()
+        nn.utils.clip_grad_norm_(trained.values(), 0.2)  # what diverges makes the smallest difference large
+        torch.optim.SGD(trained.values(), lr=1.0, fused=fused).step()
         return results
 
     if any(parameter.requires_grad for parameter in pair.plain.parameters()):
@@ -181,7 +182,7 @@ def unhook(pair: Pair) -> None:
 def replace_weight(pair: Pair) -> None:
     def run(model: Any, block: Any, generator: torch.Generator) -> None:
         base = pair.layer_of(block).base_layer
-        value = torch.randn(base.weight.shape, generator=generator, dtype=torch.float64).to(base.weight.dtype)
+        value = torch.randn(base.weight.shape, generator=generator, dtype=torch.float64).to(base.weight.dtype) / 2
         base.weight = nn.Parameter(value, requires_grad=base.weight.requires_grad)
 
     pair.both(run)
