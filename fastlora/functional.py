@@ -187,8 +187,6 @@ PLAIN = "fastlora.restore(model), or plain PyTorch's operations, can do it"
 
 def transform_obstacle() -> str | None:
     """Why an operator might leave out what torch wants beside the values, or None: all that it has is a backward."""
-    if torch.compiler.is_compiling():
-        return None  # the compiler says what it cannot do
     if torch._C._are_functorch_transforms_active():
         return "a transform of torch.func is at work (vmap, jvp, grad, ...)"
     return "forward-mode differentiation is on" if forward_ad._current_level >= 0 else None
