@@ -390,6 +390,8 @@ def _swap_obstacle(layer: LoraLayer) -> str | None:
     """Why the layer's class is not swapped, or None: nothing that it holds now could be fused."""
     if type(layer) is not lora.Linear:
         return f"{type(layer).__module__}.{type(layer).__name__} is not fused"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the object"  # which would go on calling the one it found
     obstacle = _base_obstacle(layer)
     if obstacle is not None:
         return obstacle
@@ -491,7 +493,8 @@ def _frozen_base(module: Any) -> Any:
 def _restore_layer(module: Any) -> None:
     base = _frozen_base(module)
     if base is not None:
-        packed.release(base.weight)
+        for parameter in base.parameters():  # the weight, be it parametrised since or not
+            packed.release(parameter)
         if type(module) in (FusedLinear, FrozenLinear):
             module.__class__ = lora.Linear if type(module) is FusedLinear else nn.Linear
         else:  # torch.nn.utils.parametrize has derived a class for this module since
@@ -610,7 +613,10 @@ def _describe(layer: Any, base: Any, seen: _Seen, compiled: bool = False) -> tup
         choose = ops.choose_multi_lora if seen.mixed else ops.choose_lora_linear
         return choose(like_x, weight, seen.dropout, backward), False
 
-    (implementation, reason, _), together = chosen(backward=False)
+    try:
+        (implementation, reason, _), together = chosen(backward=False)
+    except ops.ImplementationError as error:
+        return str(ops.forced), f"cannot run: {error}"
     reason = f"{rows} row{'s' * (rows != 1)}: {reason}"
     if implementation == "cpu":
         reason += f"; x Wᵀ by {packed.describe(weight, seen.dtype, rows)}"

@@ -613,6 +613,28 @@ def test_report_tells_whether_dropout_was_on_and_what_did_not_run(monkeypatch):
     )
 
 
+@pytest.mark.skipif(("lora_linear", "cpu") not in ops._table, reason="the native extension is not built")
+def test_report_tells_a_forced_implementation_that_cannot_run(monkeypatch):
+    model, _ = peft_model(dtype=torch.float64)
+    fastlora.accelerate(model)
+    monkeypatch.setattr(ops, "forced", "cpu")
+    with pytest.raises(ops.ImplementationError, match="float64"):
+        logits(model)
+    reason = "not called yet, unless compiled; cannot run: FASTLORA_IMPL=cpu: lora_linear cannot run: cpu does not compute in float64"
+    assert reason_of(model, "layers.0.self_attn.o_proj") == ("cpu", reason)
+
+
+def test_a_forward_that_was_replaced_on_the_object_is_told():
+    """As accelerate's hooks do it (`_old_forward`): the swapped class would never be asked, and its report never true."""
+    model, _ = peft_model()
+    layer = q_proj(model)
+    layer.forward = layer.forward
+    fastlora.accelerate(model)
+    logits(model)
+    assert reason_of(model) == ("peft", "its forward was replaced on the object")
+    assert reason_of(model, "layers.0.self_attn.k_proj")[0] != "peft"
+
+
 def test_report_tells_a_forced_implementation_without_a_backward(pair, monkeypatch):
     model, _ = pair
     native = {("multi_lora", "cpu"): reference.multi_lora, ("lora_linear", "cpu"): reference.lora_linear}
