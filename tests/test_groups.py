@@ -46,8 +46,10 @@ class Attention(nn.Module):
             q = q + self.q_proj(x)
         elif self.way == "other rows":
             options["adapter_names"] = options["adapter_names"][::-1]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self.way != "without gradients"):
+        gradients = torch.is_grad_enabled() and self.way != "without gradients"
+        with torch.set_grad_enabled(gradients), torch.autocast("cpu", enabled=self.way == "under autocast"):
             k = self.k_proj(x, **options)
+        self.dtypes = q.dtype, k.dtype
         return torch.cat((q, k, self.v_proj(x, **options)), -1)
 
 
@@ -144,6 +146,16 @@ def test_a_miss_dissolves_the_group(way: str, why: str, monkeypatch: pytest.Monk
     assert calls == [3]
     assert all(f"was dissolved: {why}" in reason for reason in reasons(model))
     assert not attention_of(model)._forward_hooks
+
+
+def test_autocast_for_one_of_them() -> None:
+    """What was computed without it does not pass for what is asked for with it."""
+    model = fastlora.accelerate(make_model())
+    attention_of(model).way = "under autocast"
+    for _ in range(2):
+        model(torch.randn(7, WIDTH))
+        assert attention_of(model).dtypes == (torch.float32, torch.bfloat16)
+    assert all("was dissolved: k_proj was called in another mode" in reason for reason in reasons(model))
 
 
 def test_what_nobody_takes_is_not_kept() -> None:

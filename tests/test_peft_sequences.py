@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import fastlora
 
-WIDTH, SEQUENCES, LENGTH = 8, 150, 8
+WIDTH, SEQUENCES, LENGTH = 8, 100, 8
 CLOSE, CLOSE_16 = 1e-4, 0.06  # of the largest number; the second where bfloat16 has a part in it
 
 
