@@ -175,3 +175,22 @@ def test_jacobians_by_many_backwards_at_once_are_right() -> None:
     x = torch.randn(2, K)
     jacobian = torch.autograd.functional.jacobian
     torch.testing.assert_close(jacobian(layer, x, vectorize=True), jacobian(layer, x))
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_layer_whose_result_is_not_used_gets_no_gradient(mixed: bool) -> None:
+    """None and not zeros, which an optimizer with weight decay or momentum would act on; as if the layers had run alone."""
+    (x, *_), (_, a, b), (_, unused_a, unused_b) = leaves(), leaves(), leaves()
+    index = torch.arange(M) % 2
+    if mixed:
+        adapters = [[unused_a, unused_a], [a, a]], [[unused_b, unused_b], [b, b]], [[0.5, 1.0]] * 2
+        _, y = functional.multi_lora_shared(x, [weight] * 2, [None] * 2, *adapters, index)
+        alone = functional.multi_lora(x, weight, None, [a, a], [b, b], [0.5, 1.0], index)
+    else:
+        _, y = functional.lora_linear_shared(x, [weight] * 2, [None] * 2, [unused_a, a], [unused_b, b], [0.5, 1.0])
+        alone = functional.lora_linear(x, weight, None, a, b, 1.0)
+    inputs = [x, a, b, unused_a, unused_b]
+    *found, no_a, no_b = torch.autograd.grad(y.square().sum(), inputs, allow_unused=True)
+    assert no_a is None and no_b is None
+    for one, other in zip(found, torch.autograd.grad(alone.square().sum(), inputs[:3]), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
