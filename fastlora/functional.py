@@ -6,6 +6,9 @@
     prefix_concat   rows [P ; x] with mask, positions and labels
 
 Arguments are checked here, before any memory is touched; every error names the argument, what it is, and what was expected.
+
+A backward is all that an operator has. NotImplementedError is raised inside torch.func's transforms, for tensors with a forward-mode tangent, and
+where a backward is differentiated again.
 """
 
 import functools
