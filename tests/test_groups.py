@@ -320,9 +320,10 @@ def test_shallow_copies_of_the_parent_share_its_group() -> None:
     assert all("x read once with" in reason for reason in reasons(model))
 
 
-def test_replicas_run_alone() -> None:
-    """As DataParallel makes them: the same `__dict__`, new modules, parameters that are plain tensors."""
-    model = fastlora.accelerate(make_model())
+@pytest.mark.parametrize("parameter_of", [Tensor.clone, nn.Parameter], ids=["tensors", "parameters"])
+def test_replicas_run_alone(parameter_of: Callable[[Tensor], Tensor]) -> None:
+    """As DataParallel makes them: the same `__dict__`, new modules, parameters that are plain tensors; or as others might, with parameters."""
+    model = fastlora.accelerate(make_model()).requires_grad_(False)
     x = torch.randn(7, WIDTH)
     expected = model(x)
     modules = list(model.modules())
@@ -331,7 +332,8 @@ def test_replicas_run_alone() -> None:
         for name, child in module._modules.items():
             replica._modules[name] = None if child is None else replicas[child]
         for name, parameter in module._parameters.items():
-            setattr(replica, name, None if parameter is None else parameter.detach().clone())
+            setattr(replica, name, None if parameter is None else parameter_of(parameter.detach()))
+        replica.requires_grad_(False)
     torch.testing.assert_close(replicas[model](x), expected)
     torch.testing.assert_close(model(x), expected)
     assert all("x read once with" in reason for reason in reasons(model))
