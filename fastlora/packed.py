@@ -304,9 +304,10 @@ def attach(layer: nn.Module, budget: Budget) -> None:
 
 def detach(layer: nn.Module) -> Budget | None:
     """Undo `attach`; the budget, if there was one."""
-    weight: Any = layer.weight
-    waiting = _waiting.pop(layer, None)
-    return release(weight) or waiting
+    budget = _waiting.pop(layer, None)
+    for parameter in layer.parameters():  # the weight among them, be it parametrised since or not
+        budget = release(parameter) or budget
+    return budget
 
 
 @contextmanager
