@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
+from fastlora import packed, tuned
 
 WIDTH, SEQUENCES, LENGTH = 8, 100, 8
 CLOSE, CLOSE_16 = 1e-4, 0.06  # of the largest number; the second where bfloat16 has a part in it
@@ -189,14 +190,18 @@ def replace_weight(pair: Pair) -> None:
 
 
 def write_weight(pair: Pair) -> None:
-    how, where = pair.draw.choice(["data", "in place"]), pair.draw.choice(["base", "lora_B", "head"])
+    how = pair.draw.choice(["data", "in place", "numpy"])
+    where = pair.draw.choice(["base", "lora_B", "head"])
 
     def run(_: Any, block: Any, __: Any) -> None:
         layer = pair.layer_of(block)
         parts = {"base": layer.base_layer, "lora_B": layer.lora_B["default"], "head": block.head}
         weight = parts[where].weight
+        if how == "numpy" and weight.dtype != torch.bfloat16:
+            weight.detach().numpy()[:] *= 0.7
+            return
         with torch.no_grad():
-            (weight.data if how == "data" else weight).mul_(0.7)
+            (weight if how == "in place" else weight.data).mul_(0.7)
 
     pair.both(run)
 
@@ -273,9 +278,39 @@ OPERATIONS = [
 ]
 
 
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every frozen product is oneDNN's on a packed copy, where it can be; returns the bytes of the copies at each product."""
+    if packed._fingerprint is None or not torch.backends.mkldnn.is_available():
+        pytest.skip("weights have copies only where torch has oneDNN and the extension is built")
+    held: list[int] = []
+    onednn = packed._linear_pointwise
+
+    def multiply(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        held.append(packed.held_bytes() * weight.is_mkldnn)
+        return onednn(x, weight, *rest)
+
+    monkeypatch.setattr(packed, "packs", lambda dtype: dtype is torch.float32)
+    monkeypatch.setattr(packed, "_few_rows", None)
+    monkeypatch.setattr(packed, "_product", None)
+    monkeypatch.setattr(packed, "_linear_pointwise", multiply)
+    monkeypatch.setattr(tuned, "forced_way", "packed")
+    return held
+
+
 @pytest.mark.filterwarnings("ignore")  # PEFT's, of merged adapters and the like
 def test_random_sequences() -> None:
-    for seed in range(SEQUENCES):
+    run_sequences(range(SEQUENCES))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_random_sequences_with_packed_copies(copies: list[int]) -> None:
+    run_sequences(range(SEQUENCES, 2 * SEQUENCES))
+    assert sum(map(bool, copies)) > 10 * SEQUENCES
+
+
+def run_sequences(seeds: range) -> None:
+    for seed in seeds:
         draw = random.Random(seed)
         pair = Pair(draw)
         done = []
