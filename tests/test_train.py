@@ -22,7 +22,7 @@ import fastlora
 from fastlora.data.examples import DataError, Row
 from fastlora.train import TrainConfig, TrainingError, TrainingInterrupted, _Plan, evaluate, load_model, train
 
-METRICS = {"step", "loss", "learning_rate", "tokens_per_second", "seconds"}
+METRICS = {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_per_second", "seconds"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -185,7 +185,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(config, tmp_path, method):
     config = replace(config, method=method, lr=1e-3, epochs=6)
     stopped = replace(config, output=tmp_path / "stopped")
     thread = interrupt_at(stopped.output / "metrics.jsonl", 9)
-    with pytest.raises(TrainingInterrupted, match=r"--resume goes on from .*step-\d+"):
+    with pytest.raises(TrainingInterrupted, match=r"resume=True goes on from .*step-\d+"):
         train(stopped, progress=False)
     thread.join()
     done = len(records(stopped.output))
@@ -213,7 +213,7 @@ def test_a_bfloat16_base_keeps_a_float32_adapter(config):
 def test_an_output_with_checkpoints_is_not_overwritten_unasked(config):
     train(config, progress=False)
     first = adapter(config.output)
-    with pytest.raises(FileExistsError, match=r"--resume .*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"resume=True .*overwrite=True"):
         train(config, progress=False)
     with pytest.raises(ValueError, match=r"lr=0.02: expected 0.01"):
         train(replace(config, resume=True, lr=0.02), progress=False)
