@@ -114,9 +114,9 @@ def _message(error: Exception) -> str:
 
 
 def _as_options(text: str) -> str:
-    """What the library says to a caller in Python, as this command line has it: resume=True is --resume."""
-    text = re.sub(r"\bresume_from=(\d+)", r"--resume-from \1", text)
-    return re.sub(r"\b([a-z_]+)=True\b", lambda match: "--" + match[1].replace("_", "-"), text)
+    """A message of the library, which names its arguments, in the words of the command line: name=True is --name."""
+    text = re.sub(r"(?<![\w/.-])resume_from=(?=\d)", "--resume-from ", text)
+    return re.sub(r"(?<![\w/.-])([a-z_]+)=True\b", lambda found: "--" + found[1].replace("_", "-"), text)
 
 
 def _quiet() -> None:
@@ -374,6 +374,8 @@ def tune(
     """Check every implementation on this machine and time it: what is slower than plain PyTorch is not used."""
     from fastlora.tune import tune as tune_machine
 
+    if not seconds >= 0:
+        raise ValueError(f"seconds={seconds}: expected 0 or more")
     path, found = tune_machine(device, output, seconds=seconds)
     table = Table(
         "operator", "dtype", "weight", "rows", "dropout", "implementation", "of plain PyTorch's time", box=None

@@ -19,7 +19,8 @@ class Log:
 
     def __init__(self, output: Path) -> None:
         # Unbuffered: what a full disk did not take is not tried again, at the end, in place of the error that is on its way.
-        self._file = (output / NAME).open("ab", buffering=0)
+        self._path = output / NAME
+        self._file = self._path.open("ab", buffering=0)
 
     def __enter__(self) -> "Log":
         return self
@@ -29,12 +30,14 @@ class Log:
 
     def add(self, record: Mapping[str, float]) -> None:
         line = (json.dumps(record) + "\n").encode()
-        while line:
-            line = line[self._file.write(line) or 0 :]
+        with writing.plain_errors(self._path):
+            while line:
+                line = line[self._file.write(line) or 0 :]
 
     def force(self) -> None:
         """Have all lines on the disk."""
-        fsync(self._file.fileno())
+        with writing.plain_errors(self._path):
+            fsync(self._file.fileno())
 
 
 def read(output: Path, step: int | None = None) -> list[dict[str, float]]:

@@ -136,9 +136,9 @@ def _train(config: TrainConfig, progress: bool) -> TrainResult:
             data.dropped[0].source,
         )
     run = _Run(config, data, tokenizer, saved)
-    run.claim_output()
     if progress:
         run.announce()
+    run.claim_output()
     with _stop_signals() as stop:
         run.loop(stop, progress)
     return run.finish()
@@ -148,6 +148,8 @@ def _require_free(config: TrainConfig) -> None:
     """Nothing in the output folder is replaced that this run does not go on from, unless that was asked for."""
     output = Path(config.output)
     held, steps = writing.results(output), checkpoint.steps(output)
+    if metrics.NAME in held and not (output / metrics.NAME).stat().st_size:  # of a run that ended in its first step
+        held.remove(metrics.NAME)
     data = Path(config.data)
     if data.parent.resolve() == output.resolve() and data.name in held:
         raise ValueError(
@@ -305,7 +307,8 @@ class _Run:
         """Clear away what an earlier run left in the output folder and this one does not go on from."""
         if self.accelerator.is_main_process:
             checkpoint.clear(self.output, after=self.step)
-            metrics.write(self.output, self.records)
+            with self._writing(metrics.NAME):
+                metrics.write(self.output, self.records)
         self.accelerator.wait_for_everyone()
 
     def announce(self) -> None:

@@ -182,16 +182,14 @@ def force(path: Path) -> None:
 
 @contextmanager
 def plain_errors(path: Path) -> Iterator[None]:
-    """What torch and safetensors make of a write that failed, as the OSError that it was."""
+    """What Python, torch and safetensors make of a write that the disk refused, as one OSError that names the file or its folder."""
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:
         number = _errno(error)
         if number is None:
             raise
-        raise OSError(number, os.strerror(number), str(path)) from error
+        raise OSError(number, os.strerror(number), getattr(error, "filename", None) or str(path)) from error
 
 
 def _errno(error: BaseException | None) -> int | None:
