@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
@@ -116,14 +116,15 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     if config.compile:
         trainable.require_compiler()
     writing.require_apart(output, str(config.model))
-    if not PartialState().is_main_process:
-        return _train(config, progress)
+    accelerator = Accelerator(mixed_precision="no")
+    if not accelerator.is_main_process:
+        return _train(config, progress, accelerator)
     with writing.locked(output):  # by one process for all
         _require_free(config)
-        return _train(config, progress)
+        return _train(config, progress, accelerator)
 
 
-def _train(config: TrainConfig, progress: bool) -> TrainResult:
+def _train(config: TrainConfig, progress: bool, accelerator: Accelerator) -> TrainResult:
     saved = _newest(config) if config.resume else None
     tokenizer = load_tokenizer(str(config.model))
     data = encode(read_examples(config.data), tokenizer, config.max_length)
@@ -135,7 +136,7 @@ def _train(config: TrainConfig, progress: bool) -> TrainResult:
             config.max_length,
             data.dropped[0].source,
         )
-    run = _Run(config, data, tokenizer, saved)
+    run = _Run(config, data, tokenizer, accelerator, saved)
     if progress:
         run.announce()
     run.claim_output()
@@ -243,10 +244,12 @@ def _without_labels(row: Row) -> Row:
 class _Run:
     """One run: the model, and all else that a checkpoint holds."""
 
-    def __init__(self, config: TrainConfig, data: Encoded, tokenizer: Any, saved: Checkpoint | None) -> None:
+    def __init__(
+        self, config: TrainConfig, data: Encoded, tokenizer: Any, accelerator: Accelerator, saved: Checkpoint | None
+    ) -> None:
         self.config, self.data, self.tokenizer = config, data, tokenizer
         self.output = Path(config.output)
-        self.accelerator = Accelerator(mixed_precision="no")
+        self.accelerator = accelerator
         self.plan = _Plan(config, data.rows, self.accelerator.num_processes)
         self.dtype = resolve_dtype(config.dtype, self.accelerator.device)
         self.stored_dtype = trainable.stored_dtype(str(config.model))

@@ -580,6 +580,27 @@ def test_all_linear_and_the_head_are_trained_together(config):
     assert len(adapter(config.output)) == 2 * 15 and sum(result.implementations.values()) == 15
 
 
+def test_two_processes_of_one_run_share_a_folder_and_train_as_one(again):
+    """torchrun's, of which one holds the folder's lock for both."""
+    options = {"model": again.model, "data": again.data, "output": again.output.parent / "two", "r": 2, "lr": 1e-2}
+    options |= {"max-steps": 2, "lora-dropout": 0, "batch-size": 4}
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, "--", "fastlora", "train", *arguments], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 of 8 rows" in done.stderr and "2 processes" in done.stderr
+    alone = replace(
+        again, output=again.output.parent / "one", resume=False, max_steps=2, lora_dropout=0.0, batch_size=8
+    )
+    train(alone, progress=False)
+    for two, one in zip(numbers(options["output"]), numbers(alone.output), strict=True):
+        assert abs(two[1] - one[1]) <= 1e-4 * one[1]
+    assert len(checkpoint.read(options["output"] / "checkpoints" / "step-2").state["rng"]) == 2
+
+
 def test_a_banner_says_what_runs_before_the_bar(config, capsys):
     train(replace(config, max_steps=2))
     lines = capsys.readouterr().err.splitlines()
