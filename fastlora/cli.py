@@ -172,7 +172,12 @@ def train(
     warmup_ratio: Annotated[float, typer.Option(help="Part of the steps in which the learning rate rises.")] = 0.03,
     weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
     max_grad_norm: Annotated[float, typer.Option(help="Longer gradients are cut to this norm. 0: never.")] = 1.0,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(
+            help="auto: computes in bfloat16 on a GPU that has it, else in float32, and saves a whole model as its base is stored."
+        ),
+    ] = Dtype.auto,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute activations twice to save memory.")
     ] = False,

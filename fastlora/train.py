@@ -329,8 +329,8 @@ class _Run:
             "device": f"{self.accelerator.device}, {tuned.name_of(self.dtype)}, {self.setup['threads']} thread{'s' * (self.setup['threads'] > 1)}"
             + (f", {self.setup['processes']} processes" if self.setup["processes"] > 1 else ""),
         }
-        runs = trainable.implementations(self.model, config) or {"plain PyTorch": 1}
-        lines["runs"] = ", ".join(f"{count} {name}" for name, count in runs.items())
+        runs = trainable.implementations(self.model, config)
+        lines["runs"] = ", ".join(f"{count} {name}" for name, count in runs.items()) or "plain PyTorch"
         width = max(map(len, lines))
         print(*(f"{name:{width}}  {value}" for name, value in lines.items()), sep="\n", file=sys.stderr)
 
