@@ -64,6 +64,10 @@ class TrainConfig:
                 raise ValueError(f"{name}={getattr(self, name)!r} is empty")
         if self.method not in DEFAULT_LR:
             raise ValueError(f"method={shown(self.method)}: expected lora or full")
+        if self.method == "full" and self.target_modules != "all-linear":
+            raise ValueError(
+                f"target_modules={shown(self.target_modules)}: method=full trains the whole model, expected none"
+            )
         if self.lr is None:
             self.lr = DEFAULT_LR[self.method]
         self._check_numbers()

@@ -147,21 +147,18 @@ def _train(config: TrainConfig, progress: bool, accelerator: Accelerator) -> Tra
 
 def _require_free(config: TrainConfig) -> None:
     """Nothing in the output folder is replaced that this run does not go on from, unless that was asked for."""
-    output = Path(config.output)
+    output, data = Path(config.output), Path(config.data)
     held, steps = writing.results(output), checkpoint.steps(output)
-    if metrics.NAME in held and not (output / metrics.NAME).stat().st_size:  # of a run that ended in its first step
-        held.remove(metrics.NAME)
-    data = Path(config.data)
-    if data.parent.resolve() == output.resolve() and data.name in held:
+    if any(path.parent.resolve() == output.resolve() and path.name in held for path in (data, data.resolve())):
         raise ValueError(
             f"data={data}: expected another place or name, training replaces this file in its output folder"
         )
     if config.overwrite or (config.resume and steps):
         return
+    # All that is left by a run that ended before its first checkpoint; an empty one by a run that ended in its first step.
+    if metrics.NAME in held and (config.resume or not (output / metrics.NAME).stat().st_size):
+        held.remove(metrics.NAME)
     if config.resume:
-        held = [
-            name for name in held if name != metrics.NAME
-        ]  # all that a run leaves that was killed before its first checkpoint
         if held:
             raise FileExistsError(
                 f"output={output} has no checkpoint to resume from, and holds {listed(held)}: overwrite=True replaces them"

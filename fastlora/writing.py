@@ -62,8 +62,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        if made and [path.name for path in folder.iterdir()] == [LOCK]:
-            (folder / LOCK).unlink()
+        (folder / LOCK).unlink(missing_ok=True)  # while it is held: nobody else waits for it
         lock.release()
         for path in made:
             try:

@@ -95,6 +95,11 @@ def test_resume_from_implies_resume_and_excludes_overwrite():
         make(resume_from=3, overwrite=True)
 
 
+def test_full_training_takes_no_target_modules():
+    with pytest.raises(ValueError, match=r"^target_modules=\['q_proj'\]: method=full trains the whole model"):
+        make(method="full", target_modules=["q_proj"])
+
+
 def test_a_path_is_a_model_too(tmp_path):
     (tmp_path / "there").mkdir()
     assert make(model=tmp_path / "there" / "..").model == str(tmp_path)

@@ -272,7 +272,7 @@ def test_what_others_have_made_is_not_replaced_unasked(config, held):
     if held != "metrics.jsonl":  # all that a run leaves that is killed before its first checkpoint
         with pytest.raises(FileExistsError, match=rf"no checkpoint to resume from, and holds {held}: overwrite=True"):
             train(replace(config, resume=True), progress=False)
-    assert {name: content for name, content in contents(config.output).items() if name != ".lock"} == before
+    assert contents(config.output) == before
     train(replace(config, overwrite=True, max_steps=1), progress=False)
     assert (config.output / "notes.txt").read_text() == "not yours"
     assert "config.json" not in contents(config.output) and "model.safetensors" not in contents(config.output)
@@ -295,6 +295,13 @@ def test_data_that_training_would_replace_is_refused(config):
     with pytest.raises(ValueError, match="^data=.*: expected another place or name"):
         train(replace(config, data=data, overwrite=True), progress=False)
     assert data.read_bytes() == before
+
+
+def test_what_a_run_leaves_that_went_wrong_at_once_is_in_nobodys_way(config):
+    with pytest.raises(TrainingError):
+        train(replace(config, lora_alpha=0), progress=False)
+    assert contents(config.output) == {"metrics.jsonl": b""}
+    assert train(replace(config, max_steps=1), progress=False).steps == 1
 
 
 def test_a_second_training_into_one_folder_is_refused_at_the_start(config):
