@@ -120,7 +120,7 @@ def _as_options(text: str) -> str:
 
 
 def _quiet() -> None:
-    """Silence what other packages say while they are imported, and the bars and hints of transformers; warnings underway stay."""
+    """Silence what other packages say while they are imported, and transformers' bars. Warnings stay: that a weight is missing, say."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     logging.disable(logging.WARNING)
     try:
@@ -130,7 +130,6 @@ def _quiet() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
 
 
 @app.callback()

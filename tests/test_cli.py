@@ -274,6 +274,7 @@ def test_other_packages_are_silent_while_they_are_imported_and_heard_afterwards(
     monkeypatch.setattr(sys, "meta_path", [Noisy(), *sys.meta_path])
     _quiet()
     assert isinstance(sys.modules["transformers.modeling_utils"].__loader__, Noisy)
+    assert transformers.utils.logging.get_verbosity() <= logging.WARNING  # that a base lacks weights is heard
     logging.getLogger("torchao").warning("heard")
     logging.getLogger("fastlora").warning("ours")
     assert [record.message for record in caplog.records] == ["heard", "ours"]
