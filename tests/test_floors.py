@@ -20,9 +20,9 @@ FLOORS = (
     {"layers", "groups"},
     {"peft"},
     {"fastlora"},  # the package itself
-    {"writing", "config"},
+    {"writing"},
     {"data", "metrics", "checkpoint", "environment"},
-    {"losses"},
+    {"losses", "config"},
     {"inference"},
     {"merge", "trainable"},
     {"train"},
