@@ -44,6 +44,12 @@ class Method(StrEnum):
     full = "full"
 
 
+class Truncation(StrEnum):
+    prompt = "prompt"
+    completion = "completion"
+    drop = "drop"
+
+
 class Dtype(StrEnum):
     auto = "auto"
     float32 = "float32"
@@ -56,7 +62,10 @@ OptionalModelOption = Annotated[
 ]
 DataOption = Annotated[Path, typer.Option(help="JSONL: prompt and completion, or messages.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU that computes in it, else float32.")]
-MaxLengthOption = Annotated[int, typer.Option(help="Tokens a row may have; the rest is cut off.")]
+MaxLengthOption = Annotated[int, typer.Option(help="Tokens a row may have.")]
+TruncationOption = Annotated[
+    Truncation, typer.Option(help="What a longer row loses: its prompt's oldest tokens, its completion's end, or all.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
 NewTokensOption = Annotated[int, typer.Option(min=1, help="Length of an answer, at most.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Rows a batch.")]
@@ -162,6 +171,7 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Rows a process takes at once.")] = 8,
     gradient_accumulation_steps: Annotated[int, typer.Option(help="Batches an optimiser step.")] = 1,
     max_length: MaxLengthOption = 512,
+    truncation: TruncationOption = Truncation.prompt,
     lr: Annotated[
         float | None, typer.Option(help="Highest learning rate. [default: 2e-4 for lora, 2e-5 for full]")
     ] = None,
@@ -219,6 +229,7 @@ def train(
         batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
         max_length=max_length,
+        truncation=truncation.value,
         lr=lr,
         lr_scheduler_type=lr_scheduler_type,
         warmup_ratio=warmup_ratio,
@@ -258,6 +269,7 @@ def eval_(
     ] = None,
     batch_size: BatchOption = 8,
     max_length: MaxLengthOption = 512,
+    truncation: TruncationOption = Truncation.prompt,
     max_new_tokens: NewTokensOption = 64,
     generations: Annotated[bool, typer.Option(help="Also let the model answer: exact match and ROUGE.")] = True,
     limit: Annotated[int | None, typer.Option(min=1, help="Take only the first so many rows.")] = None,
@@ -277,6 +289,7 @@ def eval_(
         examples,
         batch_size=batch_size,
         max_length=max_length,
+        truncation=truncation.value,
         max_new_tokens=max_new_tokens,
         generations=generations,
         limit=limit,
@@ -286,7 +299,7 @@ def eval_(
     if as_json:
         print(json.dumps(asdict(result)))
     else:
-        _print_table("fastlora eval", asdict(result))
+        _print_table("fastlora eval", {**asdict(result), "rows": f"{result.rows:,}, the same for every figure"})
 
 
 @command
@@ -301,6 +314,12 @@ def generate(
         bool, typer.Option("--chat", help="Send each prompt through the chat template, as the user's message.")
     ] = False,
     max_new_tokens: NewTokensOption = 64,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a prompt and its answer; the prompt's oldest go. [default: the model's positions]"
+        ),
+    ] = None,
     batch_size: BatchOption = 8,
     dtype: DtypeOption = Dtype.auto,
 ) -> None:
@@ -319,7 +338,15 @@ def generate(
     loaded, tokenizer = load_model(model, adapters, dtype=dtype.value)
     names: list[str | None] = [*adapters] or [None]
     answers = [
-        answer(loaded, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, adapter_name=name)
+        answer(
+            loaded,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            max_length=max_length,
+            adapter_name=name,
+        )
         for name in names
     ]
     for position, text in enumerate(prompts):

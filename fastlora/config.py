@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastlora.data.examples import TRUNCATIONS
 from fastlora.typed import check_fields, is_finite, shown
 
 DEFAULT_LR = {"lora": 2e-4, "full": 2e-5}
@@ -39,7 +40,10 @@ class TrainConfig:
     max_steps: int | None = None  # optimiser steps, in place of epochs
     batch_size: int = 8  # rows a process takes at once
     gradient_accumulation_steps: int = 1
-    max_length: int = 512  # tokens a row may have; the rest is cut off
+    max_length: int = 512  # tokens a row may have
+    truncation: str = (
+        "prompt"  # what a longer row loses: prompt (its oldest tokens) | completion (its end) | drop (all)
+    )
     lr: float | None = None  # None: 2e-4 for lora, 2e-5 for full
     lr_scheduler_type: str = "linear"  # one of SCHEDULES
     warmup_ratio: float = 0.03  # of the steps, rounded up, but for the last
@@ -71,6 +75,8 @@ class TrainConfig:
         if self.lr is None:
             self.lr = DEFAULT_LR[self.method]
         self._check_numbers()
+        if self.truncation not in TRUNCATIONS:
+            raise ValueError(f"truncation={shown(self.truncation)}: expected one of {', '.join(TRUNCATIONS)}")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype={shown(self.dtype)}: expected auto, float32 or bfloat16")
         if self.lr_scheduler_type not in SCHEDULES:

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,19 +12,27 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from jinja2 import TemplateError
 from torch import Tensor
 
 from fastlora.data.examples import (
+    BadLine,
     Example,
     Prompt,
+    Row,
     batches,
     collate,
+    cut_prompt,
     encode,
     encode_prompt,
     pad_token_id,
     read_examples,
+    require_count,
+    turn_end,
 )
 from fastlora.losses import LanguageModelLoss
+
+logger = logging.getLogger("fastlora")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BASE = "__base__"  # PEFT's name for "no adapter"
@@ -153,7 +162,6 @@ def _add_adapters(model: Any, adapters: Mapping[str, str | Path]) -> Any:
     return model.requires_grad_(False)
 
 
-@torch.no_grad()
 def generate(
     model: Any,
     tokenizer: Any,
@@ -161,21 +169,62 @@ def generate(
     *,
     max_new_tokens: int = 64,
     batch_size: int = 8,
+    max_length: int | None = None,
     adapter_name: str | None = None,
 ) -> list[str]:
     """Greedy answers, one a prompt, in the prompts' order.
 
+    A prompt that leaves no room for the answer loses its oldest tokens, as in training, with a warning.
+
     Args:
         prompts: texts, or lists of messages for the chat template.
+        max_length: tokens that a prompt and its answer may have together; None: as many as the model has positions for.
         adapter_name: who answers: a loaded adapter, "__base__" for none of them, None for the one that is active.
 
     Raises:
-        ValueError: no adapter has that name.
+        ValueError: a bad option, or one that leaves nothing to the prompt; a prompt that has no tokens, or that the chat
+            template refuses; no adapter has that name.
     """
-    ids = [encode_prompt(tokenizer, prompt) for prompt in prompts]
+    if isinstance(prompts, str):
+        raise ValueError("prompts is a string: expected a list of prompts")
+    _require_counts(max_new_tokens=max_new_tokens, batch_size=batch_size, max_length=max_length)
+    ids = [_prompt_tokens(tokenizer, prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+    ids = _leave_room(model, tokenizer, ids, max_new_tokens, max_length)
+    return _answer(model, tokenizer, prompts, ids, max_new_tokens, batch_size, adapter_name)
+
+
+def _require_counts(**counts: int | None) -> None:
+    for name, value in counts.items():
+        if value is not None or name not in ("max_length", "limit"):
+            require_count(name, value)
+
+
+def _prompt_tokens(tokenizer: Any, prompt: Prompt, name: str) -> list[int]:
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt):
+        raise ValueError(f"{name}: expected a text or a list of messages, got {type(prompt).__name__}")
+    try:
+        ids = encode_prompt(tokenizer, prompt)
+    except (TemplateError, BadLine, UnicodeEncodeError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    if not ids:
+        raise ValueError(f"{name} has no tokens: expected a text that is not empty, the tokenizer opens none by itself")
+    return ids
+
+
+@torch.no_grad()
+def _answer(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    ids: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    adapter_name: str | None = None,
+) -> list[str]:
+    """Answers to `prompts`, whose tokens are `ids`."""
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # rows of like length share a batch: less padding
     answers = [""] * len(ids)
-    options = _greedy(model, tokenizer, max_new_tokens)
+    options = _greedy(model, tokenizer, max_new_tokens, prompts)
     with _evaluating(model), _answering_as(model, adapter_name):
         for batch in batches(by_length, batch_size):
             inputs = _pad_left([ids[i] for i in batch], pad_token_id(tokenizer), model.device)
@@ -185,9 +234,45 @@ def generate(
     return answers
 
 
-def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> dict[str, Any]:
+def _leave_room(
+    model: Any, tokenizer: Any, ids: list[list[int]], max_new_tokens: int, max_length: int | None = None
+) -> list[list[int]]:
+    """The prompts' tokens without the oldest of those that leave no room for an answer."""
+    limits = {"max_length": max_length, "the number of the model's positions": _positions(model)}
+    name, limit = min(limits.items(), key=lambda item: item[1] or math.inf)
+    if limit is None:
+        return ids
+    room = limit - max_new_tokens
+    if room < 2:
+        raise ValueError(f"max_new_tokens={max_new_tokens} leaves nothing to the prompt: {name} is {limit}")
+    cut = [i for i, row in enumerate(ids) if len(row) > room]
+    if cut:
+        text = "cut the oldest tokens of %d of %d prompts (the first: prompts[%d]): %s is %d, max_new_tokens %d"
+        logger.warning(text, len(cut), len(ids), cut[0], name, limit, max_new_tokens)
+    return [cut_prompt(tokenizer, row, room) for row in ids]
+
+
+def _positions(model: Any) -> int | None:
+    """How many tokens a row of the model may have; None where its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def require_positions(model: Any, rows: Sequence[Row]) -> None:
+    """Raise ValueError if a row has more tokens than the model has positions for."""
+    longest, positions = max(len(row.input_ids) for row in rows), _positions(model)
+    if positions is not None and longest > positions:
+        raise ValueError(
+            f"max_length: the longest row has {longest} tokens and the model positions for {positions};"
+            f" expected max_length={positions} or less"
+        )
+
+
+def _greedy(model: Any, tokenizer: Any, max_new_tokens: int, prompts: Sequence[Prompt]) -> dict[str, Any]:
     ends = model.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+    chat = next((prompt for prompt in prompts if not isinstance(prompt, str)), None)
+    if chat:
+        ends.add(turn_end(tokenizer, chat))  # training may have taught no other end
     return {
         "max_new_tokens": max_new_tokens,
         "do_sample": False,
@@ -196,7 +281,7 @@ def _greedy(model: Any, tokenizer: Any, max_new_tokens: int) -> dict[str, Any]:
         "top_p": None,
         "top_k": None,
         "pad_token_id": pad_token_id(tokenizer),
-        "eos_token_id": sorted(ends) or None,
+        "eos_token_id": sorted(ends - {None}) or None,
     }
 
 
@@ -245,8 +330,10 @@ def _answering_as(model: Any, adapter_name: str | None) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class EvalResult:
-    rows: int
-    dropped_rows: int  # max_length left nothing of the completion
+    rows: int  # every figure below is over these and no others
+    dropped_rows: int  # too long for max_length
+    prompt_cut_rows: int  # those of `rows` whose prompt lost its oldest tokens
+    completion_cut_rows: int  # those whose completion lost its end, in the loss
     tokens: int  # that the loss is the mean of
     loss: float  # nats a token
     perplexity: float
@@ -263,21 +350,32 @@ def evaluate(
     *,
     batch_size: int = 8,
     max_length: int = 512,
+    truncation: str = "prompt",
     max_new_tokens: int = 64,
     generations: bool = True,
     limit: int | None = None,
 ) -> EvalResult:
     """Held-out loss and perplexity; with `generations` also exact match and ROUGE of greedy answers.
 
+    Each answer is given to the very prompt tokens that its row of the loss has.
+
     Args:
         data: a JSONL file, or examples.
+        max_length: tokens a row may have; never more than the model has positions for.
+        truncation: what a longer row loses, as in training: prompt, completion, or drop for the whole row.
         limit: take only the first so many rows.
 
     Raises:
         DataError: bad lines.
+        ValueError: a bad option, or one that leaves no row.
     """
+    require_count("max_length", max_length)
+    _require_counts(batch_size=batch_size, max_new_tokens=max_new_tokens, limit=limit)
     examples = (read_examples(data) if isinstance(data, str | Path) else list(data))[:limit]
-    encoded = encode(examples, tokenizer, max_length)
+    encoded = encode(examples, tokenizer, min(max_length, _positions(model) or max_length), truncation)
+    # Before anything is computed: there may be no room for an answer.
+    ids = [row.input_ids[: row.prompt_length] for row in encoded.rows]
+    ids = _leave_room(model, tokenizer, ids, max_new_tokens) if generations else ids
     total, loss = torch.zeros((), dtype=torch.float64), LanguageModelLoss(model)
     with torch.no_grad(), _evaluating(model):
         for rows in batches(sorted(encoded.rows, key=lambda row: len(row.input_ids)), batch_size):
@@ -288,11 +386,9 @@ def evaluate(
     perplexity = math.exp(mean) if mean < 700 else math.inf  # exp(710) overflows
     matches, rouge = None, {}
     if generations:
-        prompts, references = (
-            [example.prompt for example in examples],
-            [example.completion.strip() for example in examples],
-        )
-        answers = generate(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        references = [example.completion.strip() for example in encoded.examples]
+        prompts = [example.prompt for example in encoded.examples]
+        answers = _answer(model, tokenizer, prompts, ids, max_new_tokens, batch_size)
         matches = sum(answer.strip() == reference for answer, reference in zip(answers, references, strict=True)) / len(
             answers
         )
@@ -300,6 +396,8 @@ def evaluate(
     return EvalResult(
         rows=len(encoded.rows),
         dropped_rows=len(encoded.dropped),
+        prompt_cut_rows=len(encoded.prompt_cut),
+        completion_cut_rows=len(encoded.completion_cut),
         tokens=tokens,
         loss=mean,
         perplexity=perplexity,

@@ -40,6 +40,7 @@ from fastlora.inference import (
     generate,
     load_model,
     load_tokenizer,
+    require_positions,
     resolve_dtype,
 )
 from fastlora.losses import LanguageModelLoss
@@ -63,7 +64,8 @@ __all__ = [
 
 logger = logging.getLogger("fastlora")
 
-MAY_DIFFER_ON_RESUME = {"data", "output", "save_steps", "resume", "resume_from", "overwrite"}  # data: by its tokens
+# Data and how it is cut are compared by the rows' tokens.
+MAY_DIFFER_ON_RESUME = {"data", "truncation", "output", "save_steps", "resume", "resume_from", "overwrite"}
 
 
 class TrainingError(RuntimeError):
@@ -77,14 +79,15 @@ class TrainingInterrupted(KeyboardInterrupt):
 @dataclass(frozen=True)
 class TrainResult:
     steps: int
-    first_loss: float  # mean over the first steps, ten at most
-    loss: float  # mean over the last steps, ten at most
+    first_loss: float  # mean over the first ten steps, of fewer than twenty over the first half
+    loss: float  # mean over the last ten steps, or the other half
     seconds: float  # spent in steps, all runs together
     tokens: int  # trained on, prompts included, padding not
     tokens_per_second: float
     rows: int
-    dropped_rows: int  # max_length left nothing of the completion
-    cut_rows: int  # max_length left a part of it
+    dropped_rows: int  # too long for max_length
+    prompt_cut_rows: int  # those of `rows` whose prompt lost its oldest tokens
+    completion_cut_rows: int  # those whose completion lost its end
     trainable_parameters: int
     parameters: int
     adapter_bytes: int  # of the weights' file
@@ -103,7 +106,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         progress: show a bar with loss, tokens a second and the time left.
 
     Raises:
-        DataError: bad lines in the data; raised before any model is loaded.
+        DataError: bad lines in the data; raised before any model is loaded, like max_length leaving no row (ValueError).
         BlockingIOError: another training writes into the output folder.
         FileExistsError: the output folder holds an adapter, a model or a training, and neither resume nor overwrite was asked for.
         CheckpointError: the checkpoint to go on from is damaged; the message says which older one is not.
@@ -127,15 +130,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
 def _train(config: TrainConfig, progress: bool, accelerator: Accelerator) -> TrainResult:
     saved = _newest(config) if config.resume else None
     tokenizer = load_tokenizer(str(config.model))
-    data = encode(read_examples(config.data), tokenizer, config.max_length)
-    if data.dropped:
-        logger.warning(
-            "dropped %d rows, kept %d: max_length=%d leaves nothing of their completion (the first: %s)",
-            len(data.dropped),
-            len(data.rows),
-            config.max_length,
-            data.dropped[0].source,
-        )
+    data = encode(read_examples(config.data), tokenizer, config.max_length, config.truncation)
     run = _Run(config, data, tokenizer, accelerator, saved)
     if progress:
         run.announce()
@@ -259,6 +254,7 @@ class _Run:
             tuned.load_state(saved.state["tuned"])
         set_seed(config.seed)
         self.model = trainable.build(config, self.dtype, self.accelerator.device, saved.folder if saved else None)
+        require_positions(self.model, data.rows)
         self.model.train()
         # The adapter's first values are the same on all processes; dropout is each one's own.
         set_seed((config.seed + self.accelerator.process_index) % SEEDS)
@@ -511,19 +507,21 @@ class _Run:
 
     def _result(self, records: Sequence[Mapping[str, float]], dtype: torch.dtype) -> TrainResult:
         losses = [record["loss"] for record in records]
+        ends = max(1, min(10, len(losses) // 2))  # steps
         seconds = sum(record["seconds"] for record in records)
         tokens = sum(_tokens(self.plan.step_rows(step)) for step in range(self.step))
         weights = "model.safetensors" if self.config.method == "full" else "adapter_model.safetensors"
         return TrainResult(
             steps=self.step,
-            first_loss=sum(losses[:10]) / len(losses[:10]),
-            loss=sum(losses[-10:]) / len(losses[-10:]),
+            first_loss=sum(losses[:ends]) / ends,
+            loss=sum(losses[-ends:]) / ends,
             seconds=seconds,
             tokens=tokens,
             tokens_per_second=tokens / seconds,
             rows=len(self.data.rows),
             dropped_rows=len(self.data.dropped),
-            cut_rows=self.data.cut,
+            prompt_cut_rows=len(self.data.prompt_cut),
+            completion_cut_rows=len(self.data.completion_cut),
             trainable_parameters=_count(self.trained.values()),
             parameters=_count(self.model.parameters()),
             adapter_bytes=(self.output / weights).stat().st_size if (self.output / weights).is_file() else 0,

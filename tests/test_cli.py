@@ -101,6 +101,7 @@ def test_eval_measures_base_and_adapter(folder):
         "eval", "--adapter", folder / "truth", "--data", folder / "truth.jsonl", "--no-generations", "--limit", 3
     )
     assert "perplexity" in table and "rouge1" not in table
+    assert "3, the same for every figure" in table
 
 
 def test_generate_swaps_between_adapters_on_one_base(folder):
@@ -176,6 +177,16 @@ ERRORS = {
         "generate --adapter {adapter} --adapter {adapter} --prompt a",
         "two adapters are called 'truth'",
     ),
+    "an empty prompt": (
+        "generate --model {model} --prompt= --max-length 1",
+        "leaves nothing to the prompt: max_length is 1",
+    ),
+    "a folder as data": ("eval --model {model} --data {model}", "is a folder, expected a JSONL file"),
+    "no row is short enough": (
+        "eval --model {model} --data {data} --max-length 8 --truncation drop",
+        "max_length=8 with truncation='drop' drops every one of the 64 rows",
+    ),
+    "too short for any row": ("train --model {model} --data {data} --output {none} --max-length 1", "max_length=1"),
     "nothing to load": ("generate --prompt a", "no base model was named"),
     "no such schedule": (
         "train --model {model} --data {data} --output {none} --lr-scheduler-type reduce_lr_on_plateau",

@@ -61,6 +61,7 @@ def test_a_wrong_type_says_what_was_expected(option, value, message):
         ("max_steps", -1),
         ("batch_size", 10**5000),
         ("max_length", 1),
+        ("truncation", "end"),
         ("lora_dropout", 1.0),
         ("lora_dropout", math.nan),
         ("warmup_ratio", 1),

@@ -85,6 +85,9 @@ def test_training_lowers_the_held_out_loss_and_leaves_its_files(config, base, tm
     assert after.loss < before.loss / 2
     assert after.exact_match is not None and after.rougeL is not None and 0 < after.exact_match <= after.rougeL <= 1
     assert result.steps == 48 and result.loss < result.first_loss
+    short = train(replace(config, output=tmp_path / "short", max_steps=3), progress=False)
+    losses = [record["loss"] for record in records(tmp_path / "short")]
+    assert (short.first_loss, short.loss) == (losses[0], losses[-1])  # over no step twice
     assert [record["step"] for record in records(config.output)] == list(range(1, 49))
     assert all(record.keys() == METRICS and record["seconds"] > 0 for record in records(config.output))
     assert (config.output / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -638,13 +641,30 @@ def test_bad_lines_are_reported_before_the_output_is_touched(config, tmp_path):
     assert (config.output / "checkpoints").is_dir()
 
 
-def test_rows_without_completion_are_counted_with_a_warning(config, tmp_path, caplog):
-    rows = [*tiny.rows(16), {"prompt": "The cat runs. " * 40, "completion": " It runs."}]
+@pytest.mark.parametrize(
+    ("truncation", "counts"), [("prompt", (18, 0, 1, 1)), ("completion", (17, 1, 0, 1)), ("drop", (16, 2, 0, 0))]
+)
+def test_rows_that_are_too_long_are_counted_with_a_warning(config, tmp_path, caplog, truncation, counts):
+    long = (
+        {"prompt": "The cat runs. " * 40, "completion": " It runs."},
+        {"prompt": "What?", "completion": " It runs." * 40},
+    )
+    rows = [*tiny.rows(16), *long]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = train(replace(config, data=data, max_length=64), progress=False)
-    assert (result.rows, result.dropped_rows) == (16, 1)
-    assert "dropped 1 rows, kept 16" in caplog.text and "data.jsonl:17" in caplog.text
+    result = train(replace(config, data=data, max_length=64, truncation=truncation, max_steps=1), progress=False)
+    assert (result.rows, result.dropped_rows, result.prompt_cut_rows, result.completion_cut_rows) == counts
+    saved = json.loads((config.output / "summary.json").read_text())
+    assert (saved["rows"], saved["dropped_rows"], saved["prompt_cut_rows"], saved["completion_cut_rows"]) == counts
+    warned = [record.getMessage() for record in caplog.records if "max_length=64: " in record.getMessage()]
+    assert len(warned) == sum(count > 0 for count in counts[1:]) and all(f"{data}:1" in text for text in warned)
+
+
+def test_rows_that_are_longer_than_the_model_are_an_error(config, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "The cat runs. " * 400, "completion": " It runs."}) + "\n")
+    with pytest.raises(ValueError, match="the longest row has 512 tokens and the model positions for 256"):
+        train(replace(config, data=data), progress=False)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_by_name(config):
