@@ -62,6 +62,10 @@ OptionalModelOption = Annotated[
 ]
 DataOption = Annotated[Path, typer.Option(help="JSONL: prompt and completion, or messages.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU that computes in it, else float32.")]
+MergeDtypeOption = Annotated[Dtype, typer.Option(help="auto: as the base is stored.")]
+AllowMissingOption = Annotated[
+    bool, typer.Option("--allow-missing", help="Take an adapter that lacks tensors: those are as PEFT begins.")
+]
 MaxLengthOption = Annotated[int, typer.Option(help="Tokens a row may have.")]
 TruncationOption = Annotated[
     Truncation, typer.Option(help="What a longer row loses: its prompt's oldest tokens, its completion's end, or all.")
@@ -123,9 +127,10 @@ def _message(error: Exception) -> str:
 
 
 def _as_options(text: str) -> str:
-    """A message of the library, which names its arguments, in the words of the command line: name=True is --name."""
+    """A message of the library, which names its arguments, in the words of the command line: name=True is --name, adapter=X --adapter X."""
     text = re.sub(r"(?<![\w/.-])resume_from=(?=\d)", "--resume-from ", text)
-    return re.sub(r"(?<![\w/.-])([a-z_]+)=True\b", lambda found: "--" + found[1].replace("_", "-"), text)
+    text = re.sub(r"(?<![\w/.-])([a-z_]+)=True\b", lambda found: "--" + found[1].replace("_", "-"), text)
+    return re.sub(r"(?<=\bas )(adapter|model)=(?=\S)", r"--\1 ", text)
 
 
 def _quiet() -> None:
@@ -274,6 +279,7 @@ def eval_(
     generations: Annotated[bool, typer.Option(help="Also let the model answer: exact match and ROUGE.")] = True,
     limit: Annotated[int | None, typer.Option(min=1, help="Take only the first so many rows.")] = None,
     dtype: DtypeOption = Dtype.auto,
+    allow_missing: AllowMissingOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of the table.")] = False,
 ) -> None:
     """Held-out loss, perplexity, exact match and ROUGE."""
@@ -282,7 +288,9 @@ def eval_(
     from fastlora.inference import evaluate, load_model
 
     examples = read_examples(data)  # bad lines are reported before anything is loaded
-    loaded, tokenizer = load_model(model, {"default": adapter} if adapter else {}, dtype=dtype.value)
+    loaded, tokenizer = load_model(
+        model, {"default": adapter} if adapter else {}, dtype=dtype.value, allow_missing=allow_missing
+    )
     result = evaluate(
         loaded,
         tokenizer,
@@ -322,6 +330,7 @@ def generate(
     ] = None,
     batch_size: BatchOption = 8,
     dtype: DtypeOption = Dtype.auto,
+    allow_missing: AllowMissingOption = False,
 ) -> None:
     """Greedy answers; with several adapters, each one's, swapped on one base."""
     _quiet()
@@ -335,7 +344,7 @@ def generate(
     if chat:
         prompts = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
     adapters = _named_adapters(adapter or [])
-    loaded, tokenizer = load_model(model, adapters, dtype=dtype.value)
+    loaded, tokenizer = load_model(model, adapters, dtype=dtype.value, allow_missing=allow_missing)
     names: list[str | None] = [*adapters] or [None]
     answers = [
         answer(
@@ -374,16 +383,16 @@ def merge(
     adapter: Annotated[Path, typer.Option(help="Adapter folder.")],
     output: Annotated[Path, typer.Option(help="Folder for the merged model.")],
     model: OptionalModelOption = None,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: MergeDtypeOption = Dtype.auto,
     overwrite: OverwriteOption = False,
+    allow_missing: AllowMissingOption = False,
 ) -> None:
     """Fold an adapter into its base's weights, and report what rounding cost."""
     _quiet()
     from fastlora.merge import merge as merge_adapter
 
-    _print_table(
-        "fastlora merge", asdict(merge_adapter(model, adapter, output, dtype=dtype.value, overwrite=overwrite))
-    )
+    report = merge_adapter(model, adapter, output, dtype=dtype.value, overwrite=overwrite, allow_missing=allow_missing)
+    _print_table("fastlora merge", asdict(report))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)

@@ -1,10 +1,9 @@
 """A model with its adapters from disk: load it, let it answer, and measure it."""
 
 import importlib
-import json
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,9 @@ from accelerate import PartialState
 from jinja2 import TemplateError
 from torch import Tensor
 
+from fastlora.adapters import Adapter, is_adapter
+from fastlora.adapters import load as load_adapters
+from fastlora.adapters import read as read_adapter
 from fastlora.data.examples import (
     BadLine,
     Example,
@@ -43,8 +45,8 @@ def default_device() -> torch.device:
     return PartialState().device
 
 
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype called `name`; "auto" is bfloat16 on a card that computes in it, and float32 everywhere else.
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """The dtype called `name`; "auto" is bfloat16 on a card that computes in it, and float32 everywhere else; "stored" is None, the checkpoint's.
 
     Raises:
         ValueError: another name.
@@ -52,114 +54,173 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if has_bfloat16 else torch.float32
+    if name == "stored":
+        return None
     if name not in DTYPES:
-        raise ValueError(f"dtype={name!r}: expected one of auto, {', '.join(DTYPES)}")
+        raise ValueError(f"dtype={name!r}: expected one of auto, stored, {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
-def load_base(path: str, dtype: torch.dtype, device: torch.device) -> Any:
+def load_base(path: str, dtype: torch.dtype | None, device: torch.device) -> Any:
     """The causal language model saved in a folder, or known to the hub by that id.
 
+    Args:
+        dtype: None: the one that its config names, or else the one that its first weights are stored in.
+
     Raises:
-        ValueError: the folder holds an adapter, or the model is no decoder.
+        ValueError: the folder holds an adapter, the model is no decoder, or its files are damaged.
         OSError: there is no such model.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    if (Path(path) / "adapter_config.json").is_file():
-        raise ValueError(
-            f"model={path}: the folder holds an adapter; expected a base model (an adapter goes to --adapter)"
-        )
-    with _named(path):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    config = _base_config(path)
     if config.is_encoder_decoder:
         raise ValueError(
             f"model={path}: expected a decoder, got an encoder-decoder model"
             " (transformers' trainers take it, with fastlora.accelerate)"
         )
-    model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+    with _named(path, "the model"):
+        stored_or = "auto" if dtype is None else dtype
+        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=stored_or, trust_remote_code=False)
     return model.to(device)
 
 
 def load_tokenizer(path: str) -> Any:
+    """The tokenizer saved beside a model, or known to the hub by the model's id.
+
+    Raises:
+        ValueError: the folder holds an adapter, no tokenizer, or one with tokens that the model's embedding has no rows for.
+        OSError: there is no such model.
+    """
     from transformers import AutoTokenizer
 
-    with _named(path):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    config = _base_config(path)
+    with _named(path, "its tokenizer"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    _check_vocabulary(path, tokenizer, getattr(config.get_text_config(), "vocab_size", None))
+    return tokenizer
+
+
+def _check_vocabulary(path: str, tokenizer: Any, rows: int | None) -> None:
+    """Refuse tokens that a text may hold and the embedding does not; a special one that nothing here writes (an image's) does no harm."""
+    if rows is None or len(tokenizer) <= rows:
+        return
+    written = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    template, special = str(tokenizer.chat_template or ""), tokenizer.added_tokens_decoder
+    beyond = [
+        token
+        for token, number in tokenizer.get_vocab().items()
+        if number >= rows
+        and (number not in special or not special[number].special or token in written or token in template)
+    ]
+    if beyond:
+        raise ValueError(
+            f"model={path}: the tokenizer has {len(tokenizer):,} tokens and the embedding {rows:,} rows: none for"
+            f" {beyond[0]!r}; expected a tokenizer of this model, or a model saved after resize_token_embeddings"
+        )
+
+
+def _base_config(path: str) -> Any:
+    """The config of a base model, once the path is known not to be anything else."""
+    from transformers import AutoConfig
+
+    folder = Path(path)
+    if is_adapter(folder):
+        raise ValueError(
+            f"model={path}: the folder holds an adapter, expected a base model; it is used as adapter={path}"
+        )
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"model={path}: expected a folder with a model, there is no config.json")
+    if folder.is_file():
+        raise NotADirectoryError(f"model={path}: expected a folder with a model, got a file")
+    if _is_path(path) and not folder.is_dir():
+        raise FileNotFoundError(f"model: there is no folder {path}")
+    with _named(path, "config.json"):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a model's name can be no hub id, OWNER/MODEL: it is not looked for there."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
 
 
 @contextmanager
-def _named(path: str) -> Iterator[None]:
-    """Errors of a model that is not there say which one it is; a path that is no hub id is not looked for there."""
-    if path.startswith((".", "/", "~")) and not Path(path).is_dir():
-        raise FileNotFoundError(f"model: there is no folder {path}")
+def _named(path: str, what: str) -> Iterator[None]:
+    """Whatever transformers raises for a model that is not there, or that is damaged, says which one it is."""
     try:
         yield
     except OSError as error:
+        if Path(path).is_dir():
+            raise OSError(f"model={path}: {what} cannot be loaded: {error}") from error
         raise OSError(f"model={path}: neither a model's folder nor to be had from the hub: {error}") from error
-
-
-def adapter_config(folder: str | Path) -> dict[str, Any]:
-    """The adapter_config.json of an adapter folder.
-
-    Raises:
-        FileNotFoundError: the folder holds no adapter in safetensors form.
-    """
-    folder = Path(folder)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(
-                f"adapter={folder}: expected an adapter folder in PEFT's format, there is no {name}"
-            )
-    return json.loads((folder / "adapter_config.json").read_text())
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # of any kind: KeyError, RuntimeError, SafetensorError, tokenizers' own
+        raise ValueError(f"model={path}: {what} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def load_model(
-    path: str | None, adapters: Mapping[str, str | Path] | None = None, *, dtype: str = "auto", accelerate: bool = True
+    path: str | None,
+    adapters: Mapping[str, str | Path] | None = None,
+    *,
+    dtype: str = "auto",
+    accelerate: bool = True,
+    allow_missing: bool = False,
 ) -> tuple[Any, Any]:
     """Load a base model and any number of LoRA adapters onto it, ready to answer.
 
     Args:
         path: the base: a folder or a hub id. None: the one that the first adapter was trained on.
         adapters: folders by adapter name; the first is the active one.
-        dtype: the base's: auto, float32 or bfloat16.
+        dtype: the base's: auto, float32, bfloat16, or stored, which is the checkpoint's own.
         accelerate: run the adapters' layers fused.
+        allow_missing: tensors that an adapter's file lacks are as PEFT begins, with a warning, in place of an error.
 
     Returns:
         The model, in eval mode, on the GPU if there is one; and its tokenizer.
 
     Raises:
-        ValueError: a bad dtype or adapter name, or no path and nothing that names one.
+        ValueError: a bad dtype or adapter name, no path and nothing that names one, or a damaged file; AdapterError: an adapter's.
         FileNotFoundError, OSError: an adapter or the model is not there.
     """
-    adapters = dict(adapters or {})
-    configs = {name: adapter_config(folder) for name, folder in adapters.items()}
-    for name in adapters:
+    for name in adapters or {}:
         if not name or "." in name or name == BASE:
             raise ValueError(f"adapter name {name!r}: expected a name without dots other than {BASE}")
-    if path is None:
-        path = next((config.get("base_model_name_or_path") for config in configs.values()), None)
-        if not path:
-            raise ValueError("model: no base model was named, and no adapter names one")
+        if hasattr(torch.nn.ModuleDict, name) or hasattr(torch.nn.ParameterDict, name):  # PEFT keeps adapters there
+            raise ValueError(
+                f"adapter name {name!r}: torch's modules have something of that name, expected another one"
+            )
     device = default_device()
-    model = load_base(path, resolve_dtype(dtype, device), device)
-    if adapters:
-        model = _add_adapters(model, adapters)
+    chosen = resolve_dtype(dtype, device)
+    read = {name: read_adapter(folder) for name, folder in (adapters or {}).items()}
+    base = path or base_of(read.values())
+    tokenizer = load_tokenizer(base)
+    model = load_base(base, chosen, device)
+    if read:
+        model = load_adapters(model, read, allow_missing=allow_missing).requires_grad_(False)
         if accelerate:
             from fastlora.peft import accelerate as accelerate_model
 
             accelerate_model(model)
-    return model.eval(), load_tokenizer(path)
+    return model.eval(), tokenizer
 
 
-def _add_adapters(model: Any, adapters: Mapping[str, str | Path]) -> Any:
-    from peft import PeftModel
+def base_of(adapters: Iterable[Adapter]) -> str:
+    """The base model that the first of the adapters was trained on.
 
-    (first, folder), *others = adapters.items()
-    model = PeftModel.from_pretrained(model, str(folder), adapter_name=first)
-    for name, folder in others:
-        model.load_adapter(str(folder), adapter_name=name)
-    return model.requires_grad_(False)
+    Raises:
+        ValueError: none names one.
+        FileNotFoundError: it was a folder, and is not there any more.
+    """
+    adapter = next((adapter for adapter in adapters if adapter.base), None)
+    if adapter is None:
+        raise ValueError("model: no base model was named, and no adapter names one")
+    base = str(adapter.base)
+    if _is_path(base) and not Path(base).is_dir():
+        raise FileNotFoundError(
+            f"adapter={adapter.folder}: it was trained on {base}, and there is no such folder any more: name the base as model=FOLDER"
+        )
+    return base
 
 
 def generate(

@@ -57,6 +57,8 @@ for _name, _signature in SCHEMAS.items():
 library.define("few_rows_cpu(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 # The same for many rows, in float32.
 library.define("product_cpu(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+# A number that changes with the elements of a weight: by it packed.py sees that one was written to.
+library.define("fingerprint_cpu(Tensor weight) -> int")
 
 
 class ImplementationError(RuntimeError):

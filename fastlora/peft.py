@@ -214,19 +214,19 @@ class FusedLinear(lora.Linear):
     # PEFT writes into the base weight through `.data`.
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
-        with packed.rewriting(self.base_layer.weight):
+        with packed.rewriting(self.base_layer):
             super().merge(*args, **kwargs)
 
     def unmerge(self) -> None:
-        with packed.rewriting(self.base_layer.weight):
+        with packed.rewriting(self.base_layer):
             super().unmerge()
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
-        with packed.rewriting(self.base_layer.weight):  # OLoRA begins by changing it
+        with packed.rewriting(self.base_layer):  # OLoRA begins by changing it
             super().update_layer(*args, **kwargs)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        with packed.rewriting(self.base_layer.weight):  # moved: the copies are of no use, wherever it goes
+        with packed.rewriting(self.base_layer):  # moved: the copies are of no use, wherever it goes
             return super()._apply(*args, **kwargs)
 
     def _used_adapters(self, adapter_names: Sequence[str] | None) -> list[str]:
@@ -304,7 +304,7 @@ class FrozenLinear(nn.Linear):
         return functional.frozen_linear(x, _tensor(self, "weight"), _tensor(self, "bias"))
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
-        with packed.rewriting(self.weight):
+        with packed.rewriting(self):
             return super()._apply(*args, **kwargs)
 
     @property
@@ -366,8 +366,8 @@ def accelerate(model: nn.Module, *, frozen: bool = False, pack_budget: int | Non
 
     frozen: also swap every plain frozen nn.Linear without an adapter, such as lm_head; the model then needs no LoRA layers.
     pack_budget: bytes that packed copies of frozen weights may take on a CPU, 0 for none; None: a sixteenth of the machine's memory. A
-    copy is made by the first product that is faster with it; `report` names those that did not fit. A write into a frozen weight through
-    `.data` by other hands than PEFT's leaves no trace: call `accelerate` again after it.
+    copy is made by the first product for which it was measured to pay on this kind of machine; `report` names those that did not fit. A write to
+    a frozen weight is seen, by whatever hand (packed.py).
 
     On a kind of CPU or GPU that nobody has measured, it first measures, once: for a few seconds on a CPU, for a minute or two on a GPU, whose
     kernels are compiled meanwhile (`fastlora.tune.try_out`; FASTLORA_TRIAL=0: never). A model that is on a CPU may yet be moved: where
@@ -397,7 +397,7 @@ def accelerate(model: nn.Module, *, frozen: bool = False, pack_budget: int | Non
     for module in model.modules():
         base = _frozen_base(module)
         if base is not None:
-            packed.register(base.weight, budget, transposed=isinstance(base, Conv1D))
+            packed.attach(base, budget)
     _dissolve_groups(model)
     for group in groups.find_groups(model, lambda module: type(module) is FusedLinear, _compute_all):
         for member in group.layers:
@@ -414,7 +414,9 @@ def _weights_by_operator(model: nn.Module) -> dict[str, list[Tensor]]:
     """For each operator, the frozen weights that the swapped layers call it with."""
     fused = [module for module in model.modules() if type(module) is FusedLinear]
     grouped = [layer for layer in fused if "_fastlora_group" in layer.__dict__]
+    swapped = [base for base in map(_frozen_base, model.modules()) if base is not None]
     return {
+        "frozen_linear": [base.weight for base in swapped],
         "lora_linear": [layer.base_layer.weight for layer in fused],
         "lora_linear_shared": [layer.base_layer.weight for layer in grouped],
         "multi_lora": [layer.base_layer.weight for layer in fused if len(layer.lora_A) > 1],
@@ -432,7 +434,7 @@ def _frozen_base(module: Any) -> Any:
 def _restore_layer(module: Any) -> None:
     base = _frozen_base(module)
     if base is not None:
-        packed.release(base.weight)
+        packed.detach(base)
         module.__class__ = lora.Linear if type(module) is FusedLinear else nn.Linear
         module.__dict__.pop("_fastlora_seen", None)
 

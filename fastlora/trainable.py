@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from fastlora import adapters
 from fastlora.config import TrainConfig
 from fastlora.inference import load_base
 from fastlora.typed import listed
@@ -87,10 +88,10 @@ def _examples(model: Any) -> str:
 
 
 def _add_adapter(model: Any, config: TrainConfig, resume_from: Path | None) -> Any:
-    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     if resume_from:
-        model = PeftModel.from_pretrained(model, str(resume_from), is_trainable=True)
+        model = adapters.load(model, {"default": adapters.read(resume_from)}, is_trainable=True)
     else:
         names = ("r", "lora_alpha", "lora_dropout", "use_rslora")
         options = {name: getattr(config, name) for name in names}

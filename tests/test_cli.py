@@ -4,6 +4,7 @@ import importlib.machinery
 import json
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -16,6 +17,7 @@ import tiny
 import torch
 import transformers
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -170,13 +172,49 @@ ERRORS = {
     "bad option": ("train --model {model} --data {data} --output {none} --r 0", "r=0: expected at least 1"),
     "unknown modules": ("train --model {model} --data {data} --output {none} --target-modules nope", "nope"),
     "no such model": ("eval --model {none} --data {data}", "model: there is no folder"),
-    "an adapter as the base": ("eval --model {adapter} --data {data}", "expected a base model"),
-    "no adapter": ("merge --adapter {model} --output {none}", "there is no adapter_config.json"),
+    "an adapter as the base": ("eval --model {adapter} --data {data}", "base model; it is used as --adapter {adapter}"),
+    "training on an adapter": ("train --model {adapter} --data {data} --output {none}", "it is used as --adapter"),
+    "generating with an adapter": ("generate --model {adapter} --prompt a", "it is used as --adapter {adapter}"),
+    "a base as the adapter": (
+        "merge --adapter {model} --output {none}",
+        "it holds a model, and is used as --model {model}",
+    ),
+    "no adapter": ("merge --adapter {none} --output {none}", "there is no such folder"),
+    "another width": (
+        "generate --adapter {adapter} --model {wide} --prompt a",
+        "layers.0.mlp.down_proj.lora_B.weight: got shape [32, 8], the model has room for [48, 8]",
+    ),
+    "a foreign key": (
+        "eval --adapter {foreign} --data {data}",
+        "none of this adapter's on this model: base_model.model.model.norm",
+    ),
+    "a foreign key, merging": ("merge --adapter {foreign} --output {none}", "none of this adapter's on this model"),
+    "half an adapter": (
+        "generate --adapter a={half} --prompt a",
+        "are missing: base_model.model.model.layers.0.mlp.down_proj",
+    ),
+    "what to do about half an adapter": ("generate --adapter a={half} --prompt a", "(--allow-missing leaves them"),
+    "no config": ("generate --model {bare} --prompt a", "there is no config.json"),
+    "more tokens than rows": ("generate --model {talkative} --prompt a", "tokens and the embedding"),
+    "a base that is gone": (
+        "generate --adapter {orphan} --prompt a",
+        "no such folder any more: name the base as --model FOLDER",
+    ),
+    "merging into the adapter": (
+        "merge --adapter {adapter} --output {adapter} --overwrite",
+        "is the folder of adapter=",
+    ),
+    "merging into the base": ("merge --adapter {adapter} --output {model} --overwrite", "is the folder of model="),
+    "merging into another adapter": (
+        "merge --adapter {adapter} --output {half}",
+        "already (adapter_config.json): --overwrite",
+    ),
     "no prompt": ("generate --model {model}", "expected either --prompt or --data"),
     "one name twice": (
         "generate --adapter {adapter} --adapter {adapter} --prompt a",
         "two adapters are called 'truth'",
     ),
+    "a name that torch has": ("generate --adapter {half} --prompt a", "adapter name 'half': torch's modules have"),
     "an empty prompt": (
         "generate --model {model} --prompt= --max-length 1",
         "leaves nothing to the prompt: max_length is 1",
@@ -218,20 +256,50 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize("case", ERRORS)
-def test_an_error_is_one_line_and_exit_code_2(folder, case):
-    words, message = ERRORS[case]
-    names = {
+@pytest.fixture(scope="module")
+def names(folder, tmp_path_factory) -> dict[str, Path]:
+    """Folders by what is wrong with them."""
+    wrong = tmp_path_factory.mktemp("wrong")
+    tiny.save_model(wrong / "wide", hidden_size=48)
+    shutil.copytree(folder / "model", wrong / "bare").joinpath("config.json").unlink()
+    shutil.copytree(folder / "model", wrong / "talkative")
+    words = tiny.tokenizer()
+    words.add_tokens(["<more>"])
+    words.save_pretrained(wrong / "talkative")
+    for name in ("foreign", "half", "orphan"):
+        shutil.copytree(folder / "truth", wrong / name, ignore=shutil.ignore_patterns("checkpoints"))
+    tensors = load_file(folder / "truth" / "adapter_model.safetensors")
+    norm = {"base_model.model.model.norm.weight": torch.zeros(32)}
+    save_file({**tensors, **norm}, wrong / "foreign" / "adapter_model.safetensors")
+    half = {key: tensor for key, tensor in tensors.items() if "lora_A" in key}
+    save_file(half, wrong / "half" / "adapter_model.safetensors")
+    (wrong / "others" / "lora").mkdir(parents=True)
+    (wrong / "others" / "lora" / "README.md").write_text("not yours")
+    config = wrong / "orphan" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(folder / "model"), str(folder / "gone")))
+    return {
+        **{path.name: path for path in wrong.iterdir()},
         "model": folder / "model",
         "data": folder / "truth.jsonl",
         "adapter": folder / "truth",
         "none": folder / "none",
-        "others": folder / "others",
     }
-    (folder / "others" / "lora").mkdir(parents=True, exist_ok=True)
-    (folder / "others" / "lora" / "README.md").write_text("not yours")
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_an_error_is_one_line_and_exit_code_2(names, case):
+    words, message = ERRORS[case]
     lines = run(*(word.format(**names) for word in words.split()), code=2).splitlines()
-    assert lines[-1].startswith(f"fastlora {words.split()[0]}: ") and message in lines[-1]
+    assert lines[-1].startswith(f"fastlora {words.split()[0]}: ") and message.format(**names) in lines[-1]
+
+
+def test_half_an_adapter_where_that_is_allowed(names):
+    options = ("--prompt", PROMPT, "--max-new-tokens", 2, "--allow-missing")
+    answers = [
+        run("generate", *which, *options).splitlines()[-1]
+        for which in (("--adapter", f"a={names['half']}"), ("--model", names["model"]))
+    ]
+    assert answers[0].removeprefix("a: ") == answers[1], "A without B changes nothing"
 
 
 def test_the_version_is_told(folder):

@@ -21,7 +21,7 @@ FLOORS = (
     {"peft"},
     {"fastlora"},  # the package itself
     {"writing"},
-    {"data", "metrics", "checkpoint", "environment"},
+    {"data", "metrics", "checkpoint", "environment", "adapters"},
     {"losses", "config"},
     {"inference"},
     {"merge", "trainable"},
