@@ -243,8 +243,8 @@ class _Run:
         self.output = Path(config.output)
         self.accelerator = accelerator
         self.plan = _Plan(config, data.rows, self.accelerator.num_processes)
-        self.dtype = resolve_dtype(config.dtype, self.accelerator.device)
         self.stored_dtype = trainable.stored_dtype(str(config.model))
+        self.dtype = resolve_dtype(config.dtype, self.accelerator.device) or self.stored_dtype
         self.step = 0
         self.setup = self._setup()
         self.records: list[dict[str, float]] = []  # of the steps that were done before this run
