@@ -7,6 +7,7 @@ plain message; FASTLORA_TRACEBACK=1 shows where it came from.
 
 import functools
 import json
+import logging
 import math
 import os
 import re
@@ -28,6 +29,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from fastlora import __version__
+
+        print(f"fastlora {__version__}")
+        raise typer.Exit()
 
 
 class Method(StrEnum):
@@ -75,17 +84,31 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*args, **kwargs)
         except KeyboardInterrupt as interrupt:
-            _fail(name, str(interrupt) or "interrupted", 130)
-        except (ValueError, TypeError, OSError, ImportError) as error:
-            if os.environ.get("FASTLORA_TRACEBACK"):
+            _fail(name, _as_options(str(interrupt)) or "interrupted", 130)
+        except Exception as error:
+            code = _exit_code(error)
+            if code is None or os.environ.get("FASTLORA_TRACEBACK"):
                 raise
-            _fail(name, _message(error), 2)
-        except RuntimeError as error:
-            if type(error).__module__.partition(".")[0] != "fastlora":
-                raise
-            _fail(name, _message(error), 1)
+            _fail(name, _message(error), code)
 
     return app.command(function.__name__.removesuffix("_"))(run)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """2 for wrong options, data or files, 1 for what went wrong underway; None for what nobody expects, which keeps its traceback."""
+    from safetensors import SafetensorError
+
+    from fastlora.ops import ImplementationError
+
+    if isinstance(error, (ValueError, TypeError, OSError, ImportError, ImplementationError, SafetensorError)):
+        return 2
+    ours = type(error).__module__.partition(".")[0] == "fastlora"
+    return 1 if ours or _is_out_of_memory(error) else None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On a CPU torch raises a plain RuntimeError.
+    return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error)
 
 
 def _fail(name: str, message: str, code: int) -> None:
@@ -97,23 +120,39 @@ def _message(error: Exception) -> str:
     """The error's own words; hub and file errors spread theirs over many lines, only data errors with reason."""
     from fastlora.data.examples import DataError
 
-    text = _as_options(str(error) or type(error).__name__)
-    return text if isinstance(error, DataError) else " ".join(text.split())
+    text = str(error) or type(error).__name__
+    if _is_out_of_memory(error):
+        text = f"out of memory: fewer rows a batch, shorter rows or a smaller r need less ({text})"
+    return _as_options(text if isinstance(error, DataError) else " ".join(text.split()))
 
 
 def _as_options(text: str) -> str:
     """A message of the library, which names its arguments, in the words of the command line: name=True is --name, adapter=X --adapter X."""
+    text = re.sub(r"(?<![\w/.-])resume_from=(?=\d)", "--resume-from ", text)
     text = re.sub(r"(?<![\w/.-])([a-z_]+)=True\b", lambda found: "--" + found[1].replace("_", "-"), text)
     return re.sub(r"(?<=\bas )(adapter|model)=(?=\S)", r"--\1 ", text)
 
 
 def _quiet() -> None:
-    """Silence the bars and hints that transformers shows while it loads; our warnings stay."""
+    """Silence what other packages say while they are imported, and transformers' bars. Warnings stay: that a weight is missing, say."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    logging.disable(logging.WARNING)
+    try:
+        import transformers.modeling_utils  # noqa: F401  (brings in what there is of torchao, kernels, bitsandbytes)
+    finally:
+        logging.disable(logging.NOTSET)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+
+
+@app.callback()
+def fastlora(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Fused kernels for parameter-efficient fine-tuning: train an adapter, measure it, use it."""
 
 
 @command
@@ -129,7 +168,7 @@ def train(
     lora_dropout: Annotated[float, typer.Option(help="Dropout on the adapter's input.")] = 0.05,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by lora_alpha / sqrt(r).")] = False,
     target_modules: Annotated[
-        str, typer.Option(help="all-linear, or names with commas: q_proj,v_proj.")
+        str, typer.Option(help="all-linear, names with commas (q_proj,v_proj), or a regular expression.")
     ] = "all-linear",
     seed: Annotated[int, typer.Option(help="For the adapter's first values, the order of the rows, and dropout.")] = 0,
     epochs: Annotated[int, typer.Option(help="Times through the data.")] = 3,
@@ -147,7 +186,12 @@ def train(
     warmup_ratio: Annotated[float, typer.Option(help="Part of the steps in which the learning rate rises.")] = 0.03,
     weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
     max_grad_norm: Annotated[float, typer.Option(help="Longer gradients are cut to this norm. 0: never.")] = 1.0,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(
+            help="auto: computes in bfloat16 on a GPU that has it, else in float32, and saves a whole model as its base is stored."
+        ),
+    ] = Dtype.auto,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute activations twice to save memory.")
     ] = False,
@@ -155,6 +199,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint; without one, start afresh.")
     ] = False,
+    resume_from: Annotated[
+        int | None, typer.Option(help="Go on from the checkpoint of this step; later ones are removed.")
+    ] = None,
     overwrite: OverwriteOption = False,
     accelerate: Annotated[
         bool, typer.Option(help="Run LoRA and frozen layers by fastlora, or leave them to PEFT and torch.")
@@ -197,6 +244,7 @@ def train(
         gradient_checkpointing=gradient_checkpointing,
         save_steps=save_steps,
         resume=resume,
+        resume_from=resume_from,
         overwrite=overwrite,
         accelerate=accelerate,
         pack_budget=pack_budget,
@@ -208,9 +256,12 @@ def train(
 
 
 def _module_names(text: str) -> str | list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise ValueError("target_modules is empty: expected all-linear or module names with commas")
+    """As PEFT takes them: all-linear or a regular expression is a str, names are a list."""
+    if re.search(r"[][*+?(){}|^$\\]", text):  # no module's name has one of these
+        return text
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise ValueError(f"target_modules={text!r} has an empty name: expected all-linear or module names with commas")
     return "all-linear" if names == ["all-linear"] else names
 
 
@@ -363,6 +414,8 @@ def tune(
     """Check every implementation on this machine and time it: what is slower than plain PyTorch is not used."""
     from fastlora.tune import tune as tune_machine
 
+    if not seconds >= 0:
+        raise ValueError(f"seconds={seconds}: expected 0 or more")
     path, found = tune_machine(device, output, seconds=seconds)
     table = Table(
         "operator", "dtype", "weight", "rows", "dropout", "implementation", "of plain PyTorch's time", box=None

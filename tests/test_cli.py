@@ -1,9 +1,12 @@
 """The command line: each command does what its function does, and an error is one line and an exit code."""
 
+import importlib.machinery
 import json
+import logging
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -12,12 +15,19 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from fastlora.cli import app
+import fastlora
+from fastlora import environment
+from fastlora.checkpoint import CheckpointError
+from fastlora.cli import _module_names, _quiet, app
 from fastlora.inference import generate, load_model
+from fastlora.ops import ImplementationError
+from fastlora.train import TrainingError
 
 PROMPT = "The fox sings. What does the fox do?"
 
@@ -216,6 +226,32 @@ ERRORS = {
     ),
     "too short for any row": ("train --model {model} --data {data} --output {none} --max-length 1", "max_length=1"),
     "nothing to load": ("generate --prompt a", "no base model was named"),
+    "no such schedule": (
+        "train --model {model} --data {data} --output {none} --lr-scheduler-type reduce_lr_on_plateau",
+        "expected one of linear, cosine, ",
+    ),
+    "one name of two": (
+        "train --model {model} --data {data} --output {none} --target-modules q_proj,foo_proj",
+        "no module is called 'foo_proj'; there are q_proj, ",
+    ),
+    "an empty name": (
+        "train --model {model} --data {data} --output {none} --target-modules q_proj,,v_proj",
+        "has an empty name",
+    ),
+    "a bad expression": (
+        "train --model {model} --data {data} --output {none} --target-modules (q_proj",
+        "target_modules='(q_proj': no regular expression",
+    ),
+    "the base as output": ("train --model {model} --data {data} --output {model} --overwrite", "apart from the base"),
+    "a file as output": ("train --model {model} --data {data} --output {data}", "expected a folder, "),
+    "no such step": (
+        "train --model {model} --data {data} --output {adapter} --resume-from 7",
+        "--resume-from 7: expected the step of a checkpoint",
+    ),
+    "no such device": ("tune --device tpu", "device='tpu': expected cpu or cuda"),
+    "no time": ("tune --seconds nan", "seconds=nan: expected 0 or more"),
+    "a demo over others' files": ("demo --output {others}", "holds lora, no demo's: expected a folder of its own"),
+    "a demo into a file": ("demo --output {data}", "expected a folder, "),
     "output in use": ("train --model {model} --data {data} --output {adapter}", "--resume goes on"),
 }
 
@@ -237,6 +273,8 @@ def names(folder, tmp_path_factory) -> dict[str, Path]:
     save_file({**tensors, **norm}, wrong / "foreign" / "adapter_model.safetensors")
     half = {key: tensor for key, tensor in tensors.items() if "lora_A" in key}
     save_file(half, wrong / "half" / "adapter_model.safetensors")
+    (wrong / "others" / "lora").mkdir(parents=True)
+    (wrong / "others" / "lora" / "README.md").write_text("not yours")
     config = wrong / "orphan" / "adapter_config.json"
     config.write_text(config.read_text().replace(str(folder / "model"), str(folder / "gone")))
     return {
@@ -262,6 +300,69 @@ def test_half_an_adapter_where_that_is_allowed(names):
         for which in (("--adapter", f"a={names['half']}"), ("--model", names["model"]))
     ]
     assert answers[0].removeprefix("a: ") == answers[1], "A without B changes nothing"
+
+
+def test_the_version_is_told(folder):
+    assert run("--version") == f"fastlora {fastlora.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ImplementationError("FASTLORA_IMPL='x': expected one of reference"), 2),
+        (SafetensorError("Error while deserializing header"), 2),
+        (torch.OutOfMemoryError("CUDA out of memory."), 1),
+        (MemoryError("no more"), 1),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), 1),
+        (TrainingError("step 1: the loss is nan"), 1),
+        (CheckpointError("step-3/state.pt is damaged; resume_from=2 goes on, overwrite=True starts again"), 2),
+    ],
+)
+def test_every_expected_error_is_one_line(monkeypatch, error, code):
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(environment, "describe", fail)
+    output = run("env", code=code)
+    assert output.startswith("fastlora env: ") and output.count("\n") == 1
+    assert "=True" not in output and "resume_from" not in output
+    assert not isinstance(error, CheckpointError) or "--resume-from 2 goes on, --overwrite starts" in output
+
+
+def test_an_error_that_nobody_expects_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(environment, "describe", lambda: 1 / 0)
+    assert isinstance(CliRunner().invoke(app, ["env"]).exception, ZeroDivisionError)
+
+
+class Noisy:
+    """Stands in for transformers' models, which bring in torchao where there is one, which says what it could not load."""
+
+    def find_spec(self, name: str, *_: object) -> object:
+        return importlib.machinery.ModuleSpec(name, self) if name == "transformers.modeling_utils" else None
+
+    def create_module(self, spec: object) -> None:
+        pass
+
+    def exec_module(self, module: object) -> None:
+        logging.getLogger("torchao").warning("noise")
+
+
+def test_other_packages_are_silent_while_they_are_imported_and_heard_afterwards(monkeypatch, caplog):
+    monkeypatch.setattr(transformers, "modeling_utils", transformers.modeling_utils)  # set anew by the import below
+    monkeypatch.delitem(sys.modules, "transformers.modeling_utils")
+    monkeypatch.setattr(sys, "meta_path", [Noisy(), *sys.meta_path])
+    _quiet()
+    assert isinstance(sys.modules["transformers.modeling_utils"].__loader__, Noisy)
+    assert transformers.utils.logging.get_verbosity() <= logging.WARNING  # that a base lacks weights is heard
+    logging.getLogger("torchao").warning("heard")
+    logging.getLogger("fastlora").warning("ours")
+    assert [record.message for record in caplog.records] == ["heard", "ours"]
+
+
+def test_target_modules_are_names_with_commas_or_a_regular_expression():
+    assert _module_names("all-linear") == "all-linear" and _module_names("q_proj") == ["q_proj"]
+    assert _module_names(" q_proj, all-linear ") == ["q_proj", "all-linear"]
+    assert _module_names(r".*\.(q|v)_proj") == r".*\.(q|v)_proj"
 
 
 def test_bad_lines_are_listed(folder):
