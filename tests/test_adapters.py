@@ -169,7 +169,8 @@ def test_several_adapters_each_under_its_name(tmp_path):
 
 
 def test_an_adapter_to_train_goes_on(folder):
-    from fastlora.train import TrainConfig, _add_adapter
+    from fastlora.config import TrainConfig
+    from fastlora.trainable import _add_adapter
 
     config = TrainConfig(model="m", data="d", output="o", accelerate=False)
     model = _add_adapter(llama(), config, folder)
