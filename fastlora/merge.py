@@ -1,23 +1,18 @@
 """Fold an adapter into its base's weights, and say what rounding to the weights' dtype cost."""
 
 import copy
-import errno
 import importlib
 import logging
-import os
-import shutil
-import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from fastlora import writing
 from fastlora.adapters import read as read_adapter
 from fastlora.inference import base_of, load_base, load_model
 
@@ -26,20 +21,6 @@ logger = logging.getLogger("fastlora")
 PROBES, PROBE_TOKENS = 4, 64
 LARGEST_LOSS = 0.05  # of the update, before a warning
 BLOCK = 1 << 22  # elements of a weight that are measured at once: a copy in float64 is large
-# Of a folder that a model or an adapter may be in: what it is known by, and what loading one reads.
-HELD = ("config.json", "adapter_config.json", "*.safetensors", "*.bin")
-READ = (
-    *("config.json", "adapter_config.json", "generation_config.json"),
-    *(
-        "model*.safetensors",
-        "adapter_model.safetensors",
-        "pytorch_model*.bin",
-        "adapter_model.bin",
-        "*model*.index.json",
-    ),
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
-    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.*"),
-)
 
 
 class MergeError(RuntimeError):
@@ -82,15 +63,24 @@ def merge(
         allow_missing: as `load_model`'s.
 
     Raises:
-        FileExistsError: the output folder is the adapter's or the base's own, or holds a model or an adapter, and overwrite was not asked for.
-        ValueError: the adapter makes some weight infinite or NaN; AdapterError: its files are not what they should be.
+        FileExistsError: the output folder holds a model or an adapter, and overwrite was not asked for.
+        ValueError: the output folder is the adapter's or the base's, or in it or around it; the adapter makes some weight infinite or NaN.
+        AdapterError: the adapter's files are not what they should be.
         TypeError: the adapter has layers whose update is no sum (DoRA and other variants).
         OSError: something is not there, or the disk is full.
         MergeError: the written model is not the merged one.
     """
     output = Path(output)
     base = model or base_of([read_adapter(adapter)])
-    _check_output(output, {"adapter": adapter, "model": base}, overwrite)
+    writing.require_folder(output)
+    writing.require_apart(output, adapter=adapter, model=base)
+    held = [
+        name for name in writing.results(output) if name in writing.HEADS or name.endswith((".safetensors", ".bin"))
+    ]
+    if held and not overwrite:
+        raise FileExistsError(
+            f"output={output} holds a model or an adapter already ({held[0]}): overwrite=True replaces it"
+        )
     chosen = "stored" if dtype == "auto" else dtype
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # merging is right here
@@ -102,16 +92,26 @@ def merge(
     merged, errors = fold(peft_model)
     del peft_model
     written_dtype, after = merged.dtype, _logits(merged, probes)
-    target = Path(os.path.realpath(output))
-    with _scratch(target) as scratch:
-        merged.save_pretrained(scratch)
-        tokenizer.save_pretrained(scratch)
+    read_back = after
+
+    def fill(folder: Path) -> None:
+        nonlocal merged, read_back
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
         device = merged.device
-        del merged
-        read_back = _logits(load_base(str(scratch), None, device), probes)
+        del merged  # before its like is loaded
+        read_back = _logits(load_base(str(folder), None, device), probes)
         if not _relative(read_back, after) <= 0.01:  # NaN fails, too
             raise MergeError(f"output={output}: reads back as another model than the merged one; nothing was written")
-        _publish(scratch, target)
+
+    try:
+        writing.publish(output, fill)
+    except OSError as error:
+        if error.errno not in writing.DISK:
+            raise
+        raise OSError(
+            f"output={output}: {error.strerror or error} ({writing.free(output)}); what was written is removed again"
+        ) from error
     report = MergeReport(
         dtype=str(written_dtype).removeprefix("torch."),
         layers=errors.layers,
@@ -134,83 +134,6 @@ def merge(
 
 def _relative(got: Tensor, expected: Tensor) -> float:
     return ((got - expected).norm() / expected.norm()).item()
-
-
-def _check_output(output: Path, sources: Mapping[str, str | Path], overwrite: bool) -> None:
-    """Refuse a folder whose files are read, or hold something that would be lost or would mix with the merged model."""
-    there = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise FileExistsError(f"output={output}: {there} is a file, expected a folder or a name for one")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"output={output}: {there} may not be written to")
-    for name, source in sources.items():
-        both_there = output.exists() and Path(source).exists()
-        if os.path.samefile(output, source) if both_there else os.path.realpath(output) == os.path.realpath(source):
-            raise FileExistsError(f"output={output}: is the folder of {name}={source}, expected another one")
-    held = _matching(output, HELD)
-    if held and not overwrite:
-        raise FileExistsError(
-            f"output={output} holds a model or an adapter already ({held[0].name}): overwrite=True replaces it"
-        )
-
-
-def _matching(folder: Path, patterns: tuple[str, ...]) -> list[Path]:
-    return [path for pattern in patterns for path in sorted(folder.glob(pattern)) if not path.is_dir()]
-
-
-@contextmanager
-def _scratch(target: Path) -> Iterator[Path]:
-    """A new folder that is gone afterwards whatever happens; a full disk is told as such.
-
-    It lies beside the target, or in one that is there: that may be another file system, into which nothing can be renamed from outside.
-    """
-    parent = target if target.is_dir() else target.parent
-    parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".unfinished-{target.name}-", dir=parent))
-    try:
-        yield scratch
-    except (OSError, SafetensorError) as error:
-        # safetensors tells what the system said in words alone.
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error):
-            free = shutil.disk_usage(parent).free / 1e9
-            text = f"output={target}: the disk is full ({free:.1f} GB were left); what was written is removed again"
-            raise OSError(text) from error
-        raise
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _publish(scratch: Path, target: Path) -> None:
-    """Put the scratch folder in the target's place, or its files among those that a target which is there holds beside a model.
-
-    A folder without config.json is no model to anybody: it goes first and comes last.
-    """
-    scratch.chmod(0o777 & ~_umask())  # mkdtemp lets only the owner in
-    for path in (*scratch.iterdir(), scratch):
-        _force(path)
-    if scratch.parent != target:
-        os.replace(scratch, target)
-    else:
-        for path in _matching(target, READ):
-            path.unlink()
-        for path in sorted(scratch.iterdir(), key=lambda path: path.name == "config.json"):
-            os.replace(path, target / path.name)
-        _force(target)
-    _force(target.parent)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _force(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @dataclass

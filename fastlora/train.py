@@ -11,7 +11,6 @@ import json
 import logging
 import math
 import random
-import shutil
 import signal
 import sys
 import threading
@@ -118,7 +117,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     output = Path(config.output)
     if config.compile:
         trainable.require_compiler()
-    writing.require_apart(output, str(config.model))
+    writing.require_apart(output, model=str(config.model))
     accelerator = Accelerator(mixed_precision="no")
     if not accelerator.is_main_process:
         return _train(config, progress, accelerator)
@@ -442,7 +441,7 @@ class _Run:
             )
             raise TrainingError(
                 f"step {self.step}: {what} cannot be written: {error.strerror or error}: {error.filename or self.output}"
-                f" ({_free(self.output)}); mend that, then {way_out}"
+                f" ({writing.free(self.output)}); mend that, then {way_out}"
             ) from error
 
     def _write_checkpoint(self, folder: Path, rng: list[dict[str, Any]]) -> None:
@@ -551,13 +550,6 @@ def _tokens(rows: Sequence[Row]) -> int:
 
 def _count(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-def _free(path: Path) -> str:
-    try:
-        return f"{shutil.disk_usage(path).free:,} bytes free"
-    except OSError:
-        return "its disk is gone"
 
 
 def _version(package: str) -> str:

@@ -21,15 +21,12 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 LOCK = ".lock"
 HEADS = ("adapter_config.json", "config.json")
 """What makes a folder an adapter or a model for those who load it: the first to go, and the last to come."""
-WEIGHTS = (
-    *("adapter_model.safetensors", "adapter_model.bin", "model.safetensors", "model.safetensors.index.json"),
-    *("model-*-of-*.safetensors", "generation_config.json"),
+MODEL = (
+    *("model*.safetensors", "pytorch_model*.bin", "*model*.index.json", "adapter_model.*", "generation_config.json"),
+    *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
 )
 """What belongs to a head: a new adapter or model leaves nothing of the old one, which would be loaded along with it."""
-RESULTS = (
-    *(*HEADS, *WEIGHTS, "*.safetensors", "README.md", "tokenizer*", "vocab.*", "merges.txt", "*.model"),
-    *("special_tokens_map.json", "added_tokens.json", "chat_template*", "summary.json", "metrics.jsonl", "loss.png"),
-)
+RESULTS = (*HEADS, *MODEL, "*.safetensors", "*.model", "README.md", "summary.json", "metrics.jsonl", "loss.png")
 """What a training may write into its output folder, checkpoints aside."""
 
 
@@ -43,9 +40,7 @@ def locked(folder: Path) -> Iterator[None]:
         BlockingIOError: another process holds it.
         OSError: it cannot be made, or not be written into.
     """
-    blocking = next((path for path in (folder, *folder.parents) if path.exists()), folder)
-    if not blocking.is_dir():
-        raise NotADirectoryError(f"output={folder}: expected a folder, {blocking} is a file")
+    require_folder(folder)
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = FileLock(folder / LOCK)
     try:
@@ -79,20 +74,36 @@ def make(folder: Path) -> None:
         force(folder.parent)
 
 
-def require_apart(output: Path, model: str) -> None:
+def require_apart(output: Path, **sources: str | Path) -> None:
+    """
+    sources: what is read, by the names of the arguments that say so: model, adapter.
+
+    Raises:
+        ValueError: OUTPUT is the folder of a source, by whatever name, or lies in it or around it.
+    """
+    for name, source in sources.items():
+        folder = Path(source)
+        if not folder.is_dir():  # a hub id: a folder of that name would be taken for it
+            clash = folder.resolve() in (output.resolve(), *output.resolve().parents)
+        else:
+            clash = _is_one_of(folder, output) or _is_one_of(output, folder)
+        if clash:
+            raise ValueError(
+                f"output={output}: expected a folder apart from {name}={source}, which nothing may overwrite"
+            )
+
+
+def require_folder(output: Path) -> None:
     """
     Raises:
-        ValueError: OUTPUT is the base model's folder, by whatever name, or lies in it or around it.
+        NotADirectoryError: OUTPUT, or what it is to be made in, is a file.
+        PermissionError: it may not be written to.
     """
-    base = Path(model)
-    if not base.is_dir():  # a hub id: a folder of that name would be taken for it
-        clash = base.resolve() in (output.resolve(), *output.resolve().parents)
-    else:
-        clash = _is_one_of(base, output) or _is_one_of(output, base)
-    if clash:
-        raise ValueError(
-            f"output={output}: expected a folder apart from the base model's, {model}, which nothing may overwrite"
-        )
+    there = next(path for path in (output, *output.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise NotADirectoryError(f"output={output}: expected a folder, {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"output={output}: {there} may not be written to")
 
 
 def _is_one_of(folder: Path, path: Path) -> bool:
@@ -139,15 +150,22 @@ def filled(parent: Path, fill: Callable[[Path], None]) -> Path:
 def publish(folder: Path, fill: Callable[[Path], None]) -> None:
     """Put the adapter or model that `fill` writes into a folder, in place of the one that is there.
 
-    A kill in between leaves a folder that nothing takes for an adapter or a model, never one of old and new files.
+    A kill in between leaves a folder that nothing takes for an adapter or a model, never one of old and new files. Where `fill` fails, all is
+    as it was.
     """
-    scratch = filled(folder, fill)
+    is_new = not folder.exists()
+    try:
+        scratch = filled(folder, fill)
+    except BaseException:
+        if is_new and folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        raise
     new = {path.name for path in scratch.iterdir()}
     for name in HEADS:
         (folder / name).unlink(missing_ok=True)
     force(folder)
-    for old in {path for pattern in WEIGHTS for path in folder.glob(pattern) if path.name not in new}:
-        old.unlink()
+    for old in {path for pattern in MODEL for path in folder.glob(pattern) if path.name not in new}:
+        remove(old)
     for name in sorted(new, key=lambda name: (name in HEADS, name)):
         os.replace(scratch / name, folder / name)
     scratch.rmdir()
@@ -168,6 +186,15 @@ def remove_unfinished(folder: Path) -> None:
     """Remove what a killed process left half-written."""
     for path in folder.glob(f"{UNFINISHED}*"):
         remove(path)
+
+
+def free(path: Path) -> str:
+    """For people: how much room there is on the disk that a path lies on."""
+    try:
+        there = next(one for one in (path, *path.absolute().parents) if one.exists())
+        return f"{shutil.disk_usage(there).free:,} bytes free"
+    except OSError:
+        return "its disk is gone"
 
 
 def force(path: Path) -> None:

@@ -202,9 +202,9 @@ ERRORS = {
     ),
     "merging into the adapter": (
         "merge --adapter {adapter} --output {adapter} --overwrite",
-        "is the folder of adapter=",
+        "apart from adapter=",
     ),
-    "merging into the base": ("merge --adapter {adapter} --output {model} --overwrite", "is the folder of model="),
+    "merging into the base": ("merge --adapter {adapter} --output {model} --overwrite", "apart from model="),
     "merging into another adapter": (
         "merge --adapter {adapter} --output {half}",
         "already (adapter_config.json): --overwrite",
@@ -242,7 +242,7 @@ ERRORS = {
         "train --model {model} --data {data} --output {none} --target-modules (q_proj",
         "target_modules='(q_proj': no regular expression",
     ),
-    "the base as output": ("train --model {model} --data {data} --output {model} --overwrite", "apart from the base"),
+    "the base as output": ("train --model {model} --data {data} --output {model} --overwrite", "apart from model="),
     "a file as output": ("train --model {model} --data {data} --output {data}", "expected a folder, "),
     "no such step": (
         "train --model {model} --data {data} --output {adapter} --resume-from 7",

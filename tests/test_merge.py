@@ -281,7 +281,7 @@ def test_the_folders_that_are_read_are_never_written_to(folders, monkeypatch, na
     (folders / "link").symlink_to(name)
     spelt = {"itself": folders / name, "relative": name, "link": "link", "dots": f"adapter/../{name}/."}[spelling]
     before = files(folders)
-    with pytest.raises(FileExistsError, match=f"is the folder of {'adapter' if name == 'adapter' else 'model'}="):
+    with pytest.raises(ValueError, match=f"apart from {'adapter' if name == 'adapter' else 'model'}="):
         merge(None, folders / "adapter", spelt, overwrite=overwrite)
     assert files(folders) == before
 
@@ -310,7 +310,7 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(f
     (folders / "file").write_text("mine")
     monkeypatch.setattr(fastlora.merge, "load_model", refuse_to_load)
     for output in (folders / "file", folders / "file" / "out"):
-        with pytest.raises(FileExistsError, match="file is a file"):
+        with pytest.raises(NotADirectoryError, match="file is a file"):
             merge(None, folders / "adapter", output, overwrite=True)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folders)  # root may write anywhere
     with pytest.raises(PermissionError, match="may not be written to"):
@@ -342,7 +342,7 @@ def test_a_full_disk_is_told_and_leaves_nothing(folders, monkeypatch, said, ther
         merge(None, folders / "adapter", folders / "out")
     before = files(folders)
     monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", fill)  # the weights are written before
-    with pytest.raises(OSError, match="output=.*out: the disk is full"):
+    with pytest.raises(OSError, match="output=.*out: No space left on device .*bytes free.*removed again"):
         merge(None, folders / "adapter", folders / "out", overwrite=there)
     assert files(folders) == before and (folders / "out").exists() == there
 

@@ -151,20 +151,20 @@ def test_the_base_models_folder_is_never_an_output(tmp_path, monkeypatch):
     outputs += [tmp_path / "link", tmp_path / "link" / "out", tmp_path / "around", tmp_path / "around" / "base"]
     for output in (*outputs, Path("."), Path("out"), Path(".."), Path("../base")):
         for model in (base, tmp_path / "link", tmp_path / "around" / "base", Path(".")):
-            with pytest.raises(ValueError, match=r"^output=.*: expected a folder apart from the base model's"):
-                writing.require_apart(output, str(model))
+            with pytest.raises(ValueError, match=r"^output=.*: expected a folder apart from model="):
+                writing.require_apart(output, model=model)
     for output in (tmp_path / "models" / "base2", tmp_path / "out", Path("../out")):
-        writing.require_apart(output, str(base))
+        writing.require_apart(output, model=base)
 
 
 def test_an_output_does_not_take_a_hub_models_name(tmp_path, monkeypatch):
     """transformers would take the folder for the model, the next time."""
     monkeypatch.chdir(tmp_path)
     for output in ("gpt2", "gpt2/out"):
-        with pytest.raises(ValueError, match="apart from the base model's, gpt2"):
-            writing.require_apart(Path(output), "gpt2")
+        with pytest.raises(ValueError, match="apart from model=gpt2, "):
+            writing.require_apart(Path(output), model="gpt2")
     for output in (".", "out", "gpt2-out"):
-        writing.require_apart(Path(output), "gpt2")
+        writing.require_apart(Path(output), model="gpt2")
 
 
 def test_what_a_training_replaces_is_known_by_name(tmp_path):
