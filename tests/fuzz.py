@@ -18,10 +18,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 Files = dict[str, bytes]
+STEP = 7
 Random = random.Random
 
 NASTY: list[Any] = [
@@ -158,10 +160,12 @@ class Target(NamedTuple):
 
 @contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder in memory, where there is one: a million cases write a million files."""
+    """A folder in memory, where there is one: a million cases write a million files. It has a checkpoint's name, which belongs to its content."""
     memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
-        yield Path(folder)
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as outer:
+        folder = Path(outer, f"step-{STEP}")
+        folder.mkdir()
+        yield folder
 
 
 @contextmanager
@@ -299,10 +303,69 @@ def read_adapter(folder: Path, files: Files) -> None:
         assert tensor.nbytes <= len(files[adapters.WEIGHTS]), key
 
 
+# A checkpoint's folder
+
+
+def checkpoint_files() -> Files:
+    import torch
+
+    from fastlora import checkpoint, tuned
+
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = torch.optim.AdamW([weight])
+    weight.square().sum().backward()
+    optimizer.step()
+    state = {"optimizer": optimizer.state_dict(), "scheduler": {"last_epoch": STEP, "_last_lr": [1e-3]}}
+    state |= {"rng": [checkpoint.rng_state()], "tuned": tuned.state()}
+    training = {
+        "step": STEP,
+        "config": {"r": 16, "data": "x"},
+        "data": "0" * 64,
+        "processes": 1,
+        "threads": 2,
+        "device": "cpu",
+    }
+
+    def fill(folder: Path) -> None:
+        torch.save(state, folder / "state.pt")
+        (folder / "training.json").write_text(json.dumps(training))
+        (folder / "adapter_config.json").write_text("{}")
+
+    with tempfile.TemporaryDirectory() as output:
+        checkpoint.save(Path(output), STEP, fill)
+        return {path.name: path.read_bytes() for path in checkpoint.folder(Path(output), STEP).iterdir()}
+
+
+def change_checkpoint(random: Random, files: Files) -> Files:
+    """Mostly bytes that the manifest must betray; at times what a manifest vouches for is nonsense."""
+    from fastlora import checkpoint
+
+    if random.random() < 0.8:
+        return change_files(random, files)
+    name = random.choice(["training.json", "state.pt"])
+    files = {**files, name: CHANGES.get(Path(name).suffix, change_bytes)(random, files[name])}
+    digests = {name: sha256(data).hexdigest() for name, data in files.items() if name != checkpoint.MANIFEST}
+    return {**files, checkpoint.MANIFEST: checkpoint._manifest(STEP, digests)}
+
+
+def read_checkpoint(folder: Path, files: Files) -> None:
+    from fastlora import checkpoint
+
+    try:
+        found = checkpoint.read(folder)
+    except checkpoint.CheckpointError as error:
+        assert str(folder) in str(error), error
+        return
+    digests = {name: sha256(data).hexdigest() for name, data in files.items() if name != checkpoint.MANIFEST}
+    assert files[checkpoint.MANIFEST] == checkpoint._manifest(STEP, digests), "a change that no one vouches for"
+    assert found.training.step == STEP and set(found.state) == checkpoint.STATE
+
+
 TARGETS: dict[str, Target] = {
     "table": Target(table_files, change_files, read_table),
     "examples": Target(examples_files, change_lines, read_lines),
     "adapter": Target(adapter_files, change_files, read_adapter),
+    "checkpoint": Target(checkpoint_files, change_checkpoint, read_checkpoint),
 }
 
 
