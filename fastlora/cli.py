@@ -136,6 +136,8 @@ def _as_options(text: str) -> str:
 def _quiet() -> None:
     """Silence what other packages say while they are imported, and transformers' bars. Warnings stay: that a weight is missing, say."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # PEFT fears for the merging of tied weights, which `fastlora merge` unties.
+    warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
     logging.disable(logging.WARNING)
     try:
         import transformers.modeling_utils  # noqa: F401  (brings in what there is of torchao, kernels, bitsandbytes)
