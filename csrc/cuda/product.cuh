@@ -5,9 +5,10 @@
 
 namespace fastlora {
 
-/// y [M, N] = x [M, depth] w + p [M, R] q + bias, the rank steps p q last: of each row with its own adapter's part of q. How w and q lie: forward
-/// (y = x Wᵀ), w is [N, depth] and q [N, ranks]; BACK (dx = dy W), w is [depth, N] and q [ranks, N]. In BACK, an adapter that drops something counts
-/// its factor times where the bit of keep is set, and not at all elsewhere.
+/// y [M, N] = x [M, depth] w + p [M, R] q + bias, the rank steps p q last: of each row with its own adapter's part of q. How q lies: [N, ranks] in the
+/// forward (y = x Wᵀ), [ranks, N] in BACK (dx = dy W). How w lies is apart from that: [N, depth], or [depth, N] where it is ACROSS, as that of nn.Linear
+/// is in BACK and that of Conv1D in the forward. In BACK, an adapter that drops something counts its factor times where the bit of keep is set, and
+/// not at all elsewhere.
 template <class T, class G>
 struct Product {
   const T* x;
