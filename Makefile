@@ -1,6 +1,6 @@
 # make demo    set up .venv, then adapt the shipped base model to summarisation and report (about 5 minutes on 2 cores)
 # make test    set up .venv, then run every test that needs no GPU (about 7 minutes on 2 cores, after the set-up)
-# make gpu     on a machine with a CUDA card, offline, in ten minutes: build, device tests, sanitizer, tuning, benchmarks, plots
+# make gpu     on a machine with a CUDA card, offline, in twelve minutes: build, device tests, first figures; tuning, benchmarks, sanitizer
 # make sanitize    the native extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer (about 15 minutes)
 # make emulate     the same on emulated CPUs without AVX-512 and without AVX2, where there is a qemu-x86_64 (about 2 minutes)
 # make lint    ruff and mypy      make bench    the benchmarks on this CPU      make base    train the shipped base model again

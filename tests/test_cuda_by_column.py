@@ -159,3 +159,20 @@ def test_conv1d_is_read_in_place(card: ctypes.CDLL, monkeypatch: pytest.MonkeyPa
     assert weights and x.grad is not None
     moved = [event.input_shapes for event in found.events() if event.name in ("aten::copy_", "aten::clone")]
     assert not [shapes for shapes in moved if [48, 64] in shapes or [64, 48] in shapes]
+
+
+def test_a_weight_that_would_be_copied_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No figure is of it: whoever forces CUDA C++ has it, and the copy."""
+    monkeypatch.setattr(ops, "forced", None)
+    monkeypatch.setattr(ops, "_decide", lambda *_: ops.Choice("cuda", "measured", 0.5))
+    x = torch.zeros(8, 64, dtype=BF16)
+    chosen = {
+        (rows, transposed): ops.choose_lora_linear(x, weight.T if transposed else weight)
+        for rows in (45, 48)
+        for transposed, weight in ((False, x.new_zeros(rows, 64)), (True, x.new_zeros(64, rows)))
+    }
+    assert {key for key, choice in chosen.items() if choice.implementation != "cuda"} == {(45, True)}
+    assert chosen[45, True].reason.startswith("CUDA C++ would copy the weight [45, 64] in every call: ")
+    for choose in (ops.choose_multi_lora, lambda *given: ops.choose_lora_linear_shared(*given)[0]):
+        assert choose(x, x.new_zeros(64, 45).T).implementation == "reference"
+        assert choose(x, x.new_zeros(1, 1).expand(45, 64)).implementation == "cuda"  # a size without a layout

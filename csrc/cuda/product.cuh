@@ -128,10 +128,11 @@ struct Bias {
   template <class G>
   __device__ Bias(const Product<T, G>& task, int column) : column(column) {
     if constexpr (IS) {
+      if (!task.bias) return;  // asked once: else each number costs its instructions, whether there is a bias or not
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int n = column + i / 2 * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
-        if (task.bias && n < task.N) value[i / 2][i % 2] = static_cast<float>(task.bias[n * task.bias_stride]);
+        if (n < task.N) value[i / 2][i % 2] = static_cast<float>(task.bias[n * task.bias_stride]);
       }
     }
   }
