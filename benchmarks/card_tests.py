@@ -29,6 +29,7 @@ BROKEN = re.compile(
 BROKEN_CODE = 86  # of a process that leaves the rest to another one
 NO_TESTS = 5  # pytest's
 START_SECONDS = 60.0  # to import what the tests need
+STUCK = "Timeout ("  # what faulthandler begins with
 TOLD = 2000  # characters of what was said of one, the last ones
 
 
@@ -90,7 +91,10 @@ class Process:
         self.process.wait()
 
     def said(self) -> str:
-        return self.output.read_text(errors="replace")[-TOLD:]
+        """The end of its output; where a test took long, from where faulthandler says what it was doing, the innermost call first."""
+        text = self.output.read_text(errors="replace")
+        stuck = text.rfind(STUCK)
+        return text[-TOLD:] if stuck < 0 else text[stuck : stuck + TOLD]
 
 
 class Runner:
@@ -180,10 +184,11 @@ class Runner:
     def run(self) -> int:
         try:
             self.list_tests()
+            stuck = "-o", f"faulthandler_timeout={self.arguments.test_seconds / 2}"  # then it says where it is
             while (self.pieces or self.running) and self.left() > 0:
                 while self.pieces and len(self.running) < self.arguments.processes:
                     tests = self.pieces.popleft()
-                    self.start(tests, *(self.arguments_of[test] for test in tests))
+                    self.start(tests, *stuck, *(self.arguments_of[test] for test in tests))
                 for process in list(self.running):
                     self.look_at(process)
                 self.save()
@@ -233,7 +238,7 @@ def work(events: str, pytest_arguments: list[str]) -> int:
     sys.path[0] = os.getcwd()  # as `python -m pytest` has it: not this file's folder, which would hide others' modules
     import pytest
 
-    quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-o", "faulthandler_timeout=15"]
+    quiet = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     return int(pytest.main([*quiet, *pytest_arguments], plugins=[Events(events)]))
 
 

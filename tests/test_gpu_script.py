@@ -107,6 +107,7 @@ def test_no_test_takes_others_with_it(tmp_path: Path) -> None:
     said = {test.partition("::")[2]: one["said"] for test, one in content["tests"].items()}
     assert "beyond its bound" in said["test_wrong"] and "illegal memory access" in said["test_faults"]
     assert "waited in vain for the boxes of a stage, stage 2, tile 7" in said["test_faults"]
+    assert "in test_hangs" in said["test_hangs"]
     assert "HUNG, ENDED AFTER 3 S: test_faulty.py::test_hangs" in said_at_once
     suite = ElementTree.parse(tmp_path / "tests.xml").getroot()
     assert len(suite) == 13 and len(suite.findall(".//failure")) == 5 and len(suite.findall(".//skipped")) == 1
