@@ -19,6 +19,7 @@
 #
 # FOLDER is $OUT, else benchmarks/results. gpu.json there says what became of each part, and which one runs; gpu.log holds all that was printed. A part
 # that takes longer than its limit is stopped; what it had found is in its files, which are written as it goes. LIMIT_BENCH=500 changes one.
+# FASTLORA_COMMIT is the commit that results name where the checkout was copied without its .git.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import card_goals, cases, launch, model, plot, rivals, sanitize, table
+from benchmarks import card_goals, cases, launch, machine, model, plot, rivals, sanitize, table
 from benchmarks.card_goals import EAGER, GRAPH, Record, Session
 from benchmarks.cases import BOTH, StepCase
 from benchmarks.goals import Goal
@@ -138,6 +138,11 @@ def test_a_bare_session_times_the_frozen_layer_and_kernels_alone(lines) -> None:
 
 def test_the_first_lines_are_lines_of_the_table() -> None:
     assert set(card_goals.BARE_LINES) < card_goals.card_lines().keys()
+
+
+def test_a_copy_without_git_is_told_its_commit(monkeypatch) -> None:
+    monkeypatch.setenv("FASTLORA_COMMIT", "c0ffee1234")
+    assert machine.describe(CPU).commit == "c0ffee1234"
 
 
 def test_a_line_that_never_ends_ends_its_process_and_is_not_begun_again(monkeypatch) -> None:
