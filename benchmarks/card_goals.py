@@ -17,7 +17,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -217,8 +217,9 @@ def percent_over(ratio: float) -> float:
 
 
 def may_be_tried(session: Session, operator: str) -> list[str]:
-    """Plain PyTorch, but not in a bare session, and the kernels of this device that broke no process yet."""
-    names = [*([] if session.bare else ["reference"]), *kernels_of(operator, session.device)]
+    """Plain PyTorch and the kernels of this device that broke no process yet; in a bare session kernels alone, CUDA C++ first."""
+    kernels = kernels_of(operator, session.device)
+    names = kernels[::-1] if session.bare else ["reference", *kernels]
     return [name for name in names if session.may_run(name, EAGER)]
 
 
@@ -238,35 +239,46 @@ def check(what: str, case: Case | BlockCase, training: bool, implementation: str
 
 
 def sound_implementations(session: Session, operator: str, case: Case | BlockCase, training: bool) -> list[str]:
-    """Those that are within their bounds on this very case.
+    """Those that are within their bounds on this very case; in a bare session the first one: Triton's compiler takes longer than all the rest.
 
     Raises:
-        CaseError: the one that runs by default is not; or none is, where no default is timed.
+        CaseError: the one that runs by default is not; in a bare session, none is.
     """
     sound = []
     for name in may_be_tried(session, operator):
         what = f"{operator} {name}, {case.name}, {case.shape(training)}"
         if session.attempt(what, name, check, what, case, training, name, session.device):
             sound.append(name)
-    if not sound if session.bare else default_of(case, training, session.device) not in sound:
+            if session.bare:
+                return sound
+    if default_of(case, training, session.device) not in sound:
         raise CaseError(f"{operator}, {case.name}, {case.shape(training)}: what runs by default is wrong: not timed")
     return sound
 
 
-def all_runs(
-    problem: Problem, training: bool, implementations: Sequence[str], rivals: Collection[str] | None = None
-) -> dict[str, Run]:
-    """Every rival, or those named, and fastlora once more for each implementation forced."""
-    runs = {name: problem.run(name, training) for name in problem.rivals if rivals is None or name in rivals}
+def all_runs(problem: Problem, training: bool, implementations: Sequence[str]) -> dict[str, Run]:
+    """Every rival, and fastlora once more for each implementation forced."""
+    runs = {name: problem.run(name, training) for name in problem.rivals}
     return runs | {name: problem.run(FASTLORA, training, name) for name in implementations}
+
+
+def runs_of(session: Session, problem: Problem, training: bool, implementations: Sequence[str]) -> dict[str, Run]:
+    """The same; in a bare session the frozen layer and the first implementation alone."""
+    if session.bare:
+        ours = problem.run(FASTLORA, training, implementations[0])
+        return {"frozen": problem.run("frozen", training), FASTLORA: ours}
+    return all_runs(problem, training, implementations)
+
+
+def runs_by_default(session: Session, case: Case | BlockCase, training: bool, implementations: Sequence[str]) -> str:
+    """What fastlora's figures are of."""
+    return implementations[0] if session.bare else default_of(case, training, session.device)
 
 
 def times_by_mode(
     session: Session, what: str, operator: str, runs: Mapping[str, Run], copies: int
 ) -> Iterator[tuple[str, dict[str, Timing]]]:
     """(mode, seconds and ratios of what can run in it), the first run the baseline; a timed call meets every copy once.
-
-    In a bare session fastlora is the fastest of its implementations.
 
     Raises:
         CaseError: the baseline or fastlora cannot run.
@@ -285,19 +297,11 @@ def times_by_mode(
                 ready[name] = prepared
             else:
                 pool = graph_pool(session.device)  # the one of a failed capture takes no other
-        for name in (next(iter(runs)), *([] if session.bare else [FASTLORA])):
+        for name in (next(iter(runs)), FASTLORA):
             if name not in ready:
                 raise CaseError(f"{what}, {mode}: {name} does not run: not timed")
         times = time_in_turn(ready, clock, SECONDS)
-        if session.bare:
-            times[FASTLORA] = times[fastest_of(times)]
         yield mode, {name: one._replace(seconds=one.seconds / copies) for name, one in times.items()}
-
-
-def fastest_of(times: Mapping[str, Timing]) -> str:
-    """Of fastlora's implementations in a bare session; the baseline where none could run."""
-    baseline, *implementations = (name for name in times if name != FASTLORA)
-    return min(implementations, key=lambda name: times[name].seconds, default=baseline)
 
 
 def _ready(run: Run, copies: int, mode: str, device: torch.device, pool: Any) -> Run:
@@ -332,9 +336,9 @@ def _over_frozen(
     session: Session, what: str, operator: str, case: Case | BlockCase, training: bool, problem: Problem,
     implementations: Sequence[str], targets: tuple[float, float],
 ) -> Iterator[Goal]:  # fmt: skip
-    runs = all_runs(problem, training, implementations, ["frozen"] if session.bare else None)
+    runs = runs_of(session, problem, training, implementations)
+    default = runs_by_default(session, case, training, implementations)
     for mode, times in times_by_mode(session, what, operator, runs, problem.copies):
-        default = fastest_of(times) if session.bare else default_of(case, training, session.device)
         yield _goal(
             f"{what} over frozen, {mode}", case.shape(training), case.number_format(), "%", targets,
             {name: percent_over(one.ratio) for name, one in times.items()},
@@ -373,7 +377,8 @@ def decode_line(session: Session, case: MultiLoRACase) -> Iterator[Goal]:
     """A mixed batch of a token each: the bytes that a call must move at least, over this card's bandwidth, in percent of its time."""
     names = sound_implementations(session, "multi_lora", case, False)
     problem = build(case, False, session.device)
-    runs = all_runs(problem, False, names, ["frozen"] if session.bare else None)
+    runs = runs_of(session, problem, False, names)
+    default = runs_by_default(session, case, False, names)
     bandwidths = measure_bandwidths(session.device)
     least = case.work(False).bytes / max(bandwidths.values())
     rates = ", ".join(f"{name} {rate / 1e9:.0f} GB/s" for name, rate in bandwidths.items())
@@ -382,7 +387,6 @@ def decode_line(session: Session, case: MultiLoRACase) -> Iterator[Goal]:
     )
     what = f"decode, batch {case.B}, {len(case.ranks)} adapters mixed"
     for mode, times in times_by_mode(session, what, "multi_lora", runs, problem.copies):
-        default = fastest_of(times) if session.bare else default_of(case, False, session.device)
         yield _goal(
             f"{what}, of the bandwidth bound, {mode}", case.shape(False), case.number_format(), "%", DECODE_GOAL,
             {name: 100 * least / one.seconds for name, one in times.items()},
@@ -394,7 +398,11 @@ def kernel_line(session: Session, case: LoRALinearCase) -> Iterator[Goal]:
     """The longest kernel of fastlora's forward over the longest of the frozen layer's: what the rank step costs the product."""
     names = sound_implementations(session, "lora_linear", case, False)
     problem = build(case, False, session.device)
-    runs = all_runs(problem, False, names, ["frozen"] if session.bare else ["frozen", FASTLORA])
+    runs = {
+        name: run
+        for name, run in runs_of(session, problem, False, names).items()
+        if name in ("frozen", FASTLORA, *names)
+    }
     found: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(KERNEL_ROUNDS):
         for name, run in runs.items():
@@ -402,10 +410,7 @@ def kernel_line(session: Session, case: LoRALinearCase) -> Iterator[Goal]:
             found[name].append(kernel.seconds)
             if number == 0:
                 session.notes.append(f"main kernel of {name}: {kernel.name[:100]}")
-    default = default_of(case, False, session.device)
-    if session.bare:
-        default = min(names, key=lambda name: statistics.median(found[name]))
-        found[FASTLORA] = found[default]
+    default = runs_by_default(session, case, False, names)
     ratios = {name: statistics.median(map(float.__truediv__, times, found["frozen"])) for name, times in found.items()}
     yield _goal(
         "the forward's main kernel over cuBLAS's product", case.shape(False), case.number_format(), "%", KERNEL_GOAL,

@@ -131,8 +131,8 @@ def test_a_bare_session_times_the_frozen_layer_and_kernels_alone(lines) -> None:
     assert card_goals.measure_card(bare, CPU, record, lambda: None, lambda _: None, float("inf"), bare=True)
     assert record.failed == [] and len(record.rows) == 3
     for row in record.rows:
-        assert row.implementation == "cpu" and set(row.rivals) == {"cpu"} and row.ours == row.rivals["cpu"]
-        assert row.peft is None and set(row.seconds) == {"frozen", "cpu", "fastlora"}
+        assert row.implementation == "cpu" and row.rivals == {} and row.peft is None
+        assert set(row.seconds) == {"frozen", "fastlora"}
         assert "eager" not in row.what
 
 
