@@ -3,6 +3,7 @@
 # make gpu     on a machine with a CUDA card, offline, in twelve minutes: build, device tests, first figures; tuning, benchmarks, sanitizer
 # make sanitize    the native extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer (about 15 minutes)
 # make emulate     the same on emulated CPUs without AVX-512 and without AVX2, where there is a qemu-x86_64 (about 2 minutes)
+# make fuzz    a million hostile files for each reader: adapters, checkpoints, data, tables (about half an hour)
 # make lint    ruff and mypy      make bench    the benchmarks on this CPU      make base    train the shipped base model again
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -13,13 +14,16 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csr
 QEMU ?= $(shell command -v qemu-x86_64 || command -v qemu-x86_64-static)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test sanitize emulate gpu lint bench base clean
+.PHONY: demo test fuzz sanitize emulate gpu lint bench base clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m fastlora demo --output demo
 
 test: $(VENV)/test-ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile tests
+
+fuzz: $(VENV)/test-ready
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py
 
 # Beside the checkout's own package, never in its place. The sanitizers' library must be loaded before Python, and libstdc++ with it, which it
 # looks into as it starts. Python itself leaks by design.
