@@ -1,6 +1,6 @@
 # make demo    set up .venv, then adapt the shipped base model to summarisation and report (about 5 minutes on 2 cores)
 # make test    set up .venv, then run every test that needs no GPU (about 7 minutes on 2 cores, after the set-up)
-# make gpu     on a machine with a CUDA card, offline, in ten minutes: build, device tests, sanitizer, tuning, benchmarks, plots
+# make gpu     on a machine with a CUDA card, offline, in twelve minutes: build, device tests, first figures; tuning, benchmarks, sanitizer
 # make sanitize    the native extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer (about 15 minutes)
 # make emulate     the same on emulated CPUs without AVX-512 and without AVX2, where there is a qemu-x86_64 (about 2 minutes)
 # make fuzz    a million hostile files for each reader: adapters, checkpoints, data, tables (about half an hour)
@@ -35,7 +35,7 @@ sanitize: $(VENV)/test-ready
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" && \
 		$(abspath $(BIN)/python) -c 'import fastlora._C' && \
 		$(abspath $(BIN)/python) -m pytest -q -x --capture=sys -k 'not cpu-reference and not cpu-triton' \
-			$(addprefix ../../tests/test_,$(addsuffix .py,lora_linear multi_lora prefix_concat native product cuda_emulated cuda_lora_linear cuda_multi_lora))
+			$(addprefix ../../tests/test_,$(addsuffix .py,lora_linear multi_lora prefix_concat native product cuda_emulated cuda_lora_linear cuda_multi_lora cuda_by_column))
 
 emulate: $(VENV)/test-ready
 	@test -n "$(QEMU)" || { echo "make emulate needs qemu-x86_64, as in Debian's qemu-user: none was found (set QEMU=...)"; exit 1; }

@@ -241,8 +241,11 @@ def candidates(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
     return [name for name in names if _obstacle(op, name, device, dtype) is None]
 
 
-def _choose(op: str, like: Tensor, rows: int, elements: int, dropout: bool) -> Choice:
-    """What runs `op` on that many rows, with a weight (or a result) of that many elements, in `like`'s dtype and on its device."""
+def _choose(op: str, like: Tensor, rows: int, elements: int, dropout: bool, weight: Tensor | None = None) -> Choice:
+    """What runs `op` on that many rows, with a weight (or a result) of that many elements, in `like`'s dtype and on its device.
+
+    Measured are weights that lie by row, as nn.Linear's. The figures stand for those that lie by column, too, but not for any that would be copied.
+    """
     if forced is not None:
         _check_forced()
         obstacle = _obstacle(op, forced, like.device, like.dtype)
@@ -253,7 +256,17 @@ def _choose(op: str, like: Tensor, rows: int, elements: int, dropout: bool) -> C
     choice = tuned.choices.get(key)
     if choice is None:
         choice = tuned.choices[key] = _decide(op, like.device, like.dtype, rows, elements, dropout)
+    if choice.implementation == "cuda" and weight is not None and _is_copied(weight):
+        return Choice(
+            "reference",
+            f"CUDA C++ would copy the weight {list(weight.shape)} in every call: neither its rows nor its columns lie at multiples of 16 bytes",
+        )
     return choice
+
+
+def _is_copied(weight: Tensor) -> bool:
+    """Whether CUDA C++ cannot read the weight where it is: neither its rows nor its columns lie at multiples of 16 bytes."""
+    return not any(weight.stride(along) <= 1 and weight.stride(across) % 8 == 0 for across, along in ((0, 1), (1, 0)))
 
 
 def _decide(op: str, device: torch.device, dtype: torch.dtype, rows: int, elements: int, dropout: bool) -> Choice:
@@ -287,7 +300,7 @@ def _decide(op: str, device: torch.device, dtype: torch.dtype, rows: int, elemen
 def choose_lora_linear(x: Tensor, weight: Tensor, dropout: bool = False, backward: bool = False) -> Choice:
     """Which implementation runs `lora_linear`, or its backward, on inputs like x [M, K] and weight [N, K], with dropout or without."""
     op = "lora_linear_backward" if backward else "lora_linear"
-    return _choose(op, x, x.shape[0], weight.numel(), dropout)
+    return _choose(op, x, x.shape[0], weight.numel(), dropout, weight)
 
 
 def choose_lora_linear_shared(
@@ -311,7 +324,7 @@ def choose_multi_lora_shared(
 
 def _choose_shared(op: str, alone: Choice, x: Tensor, weight: Tensor, dropout: bool) -> tuple[Choice, bool]:
     if forced is None or (op, forced) in _table:
-        together = _choose(op, x, x.shape[0], weight.numel(), dropout)
+        together = _choose(op, x, x.shape[0], weight.numel(), dropout, weight)
         if together.implementation == alone.implementation or together.ratio < alone.ratio:
             return together, together.implementation != "reference"
     return alone, False
@@ -341,7 +354,8 @@ def choose_frozen_linear(x: Tensor, weight: Tensor, backward: bool = False) -> C
 
 def choose_multi_lora(x: Tensor, weight: Tensor, dropout: bool = False, backward: bool = False) -> Choice:
     """Which implementation runs `multi_lora`, or its backward, on inputs like x [M, K] and weight [N, K], with dropout or without."""
-    return _choose("multi_lora_backward" if backward else "multi_lora", x, x.shape[0], weight.numel(), dropout)
+    op = "multi_lora_backward" if backward else "multi_lora"
+    return _choose(op, x, x.shape[0], weight.numel(), dropout, weight)
 
 
 def choose_prefix_concat(embeds: Tensor, rows: int, backward: bool = False) -> Choice:
