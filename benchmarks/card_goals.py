@@ -209,7 +209,7 @@ def card_lines() -> dict[str, Line]:
     return lines
 
 
-BARE_LINES = ("kernel", "layer 4096 r 16", "decode")  # what is measured first on a card that is lent for minutes
+BARE_LINES = ("kernel", "layer 4096 r 16", "decode")  # what is measured first where a card is there for minutes
 
 
 def percent_over(ratio: float) -> float:

@@ -3,7 +3,7 @@
 #
 #   benchmarks/gpu.sh [--out FOLDER] [first | rest | build | test | bare | counters | tune | bench | sanitize | plot] ...
 #
-# What a card must say first stands alone, for one that is lent for minutes, and so does the rest; both by default.
+# What a card must say first stands alone, for one that is there for minutes, and so does the rest; both by default.
 #
 #   first        build test bare counters: 200 seconds
 #   rest         build tune bench sanitize plot: 490 seconds
