@@ -1,9 +1,10 @@
 # make demo    set up .venv, then adapt the shipped base model to summarisation and report (about 5 minutes on 2 cores)
 # make test    set up .venv, then run every test that needs no GPU (about 7 minutes on 2 cores, after the set-up)
 # make imitate     the bounds on the machines that this one can pass for: no AVX2, AVX2, AVX-512, AMX with its fault (about a minute on 2 cores)
-# make gpu     on a machine with a CUDA card, offline, in ten minutes: build, device tests, sanitizer, tuning, benchmarks, plots
+# make gpu     on a machine with a CUDA card, offline, in twelve minutes: build, device tests, first figures; tuning, benchmarks, sanitizer
 # make sanitize    the native extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer (about 15 minutes)
 # make emulate     the same on emulated CPUs without AVX-512 and without AVX2, where there is a qemu-x86_64 (about 2 minutes)
+# make fuzz    a million hostile files for each reader: adapters, checkpoints, data, tables (about half an hour)
 # make lint    ruff and mypy      make bench    the benchmarks on this CPU      make base    train the shipped base model again
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -14,13 +15,16 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csr
 QEMU ?= $(shell command -v qemu-x86_64 || command -v qemu-x86_64-static)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test sanitize emulate imitate gpu lint bench base clean
+.PHONY: demo test fuzz sanitize emulate imitate gpu lint bench base clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m fastlora demo --output demo
 
 test: $(VENV)/test-ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile tests
+
+fuzz: $(VENV)/test-ready
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py
 
 # Beside the checkout's own package, never in its place. The sanitizers' library must be loaded before Python, and libstdc++ with it, which it
 # looks into as it starts. Python itself leaks by design.
@@ -32,7 +36,7 @@ sanitize: $(VENV)/test-ready
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" && \
 		$(abspath $(BIN)/python) -c 'import fastlora._C' && \
 		$(abspath $(BIN)/python) -m pytest -q -x --capture=sys -k 'not cpu-reference and not cpu-triton' \
-			$(addprefix ../../tests/test_,$(addsuffix .py,lora_linear multi_lora prefix_concat native product cuda_emulated cuda_lora_linear cuda_multi_lora))
+			$(addprefix ../../tests/test_,$(addsuffix .py,lora_linear multi_lora prefix_concat native product cuda_emulated cuda_lora_linear cuda_multi_lora cuda_by_column))
 
 emulate: $(VENV)/test-ready
 	@test -n "$(QEMU)" || { echo "make emulate needs qemu-x86_64, as in Debian's qemu-user: none was found (set QEMU=...)"; exit 1; }

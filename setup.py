@@ -8,6 +8,7 @@ csrc/cuda is compiled in; where there is none, or it fails, the extension is bui
     FASTLORA_CUDA=0              leave csrc/cuda out
     FASTLORA_REQUIRE_NATIVE=1    fail where the extension cannot be built, or csrc/cuda not compiled by the nvcc that is there
     FASTLORA_SANITIZE=1          compile it for AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`
+    FASTLORA_CUDA_CHECKS=1       kernels that wait in vain stop the card and say for what: for tests, not in place
     CXX=clang++                  the compiler, g++ unless told
 """
 
@@ -31,6 +32,7 @@ from setuptools.errors import CompileError, OptionError
 ROOT = Path(__file__).resolve().parent
 REQUIRED = os.environ.get("FASTLORA_REQUIRE_NATIVE") == "1"
 SANITIZED = os.environ.get("FASTLORA_SANITIZE") == "1"
+CHECKED = os.environ.get("FASTLORA_CUDA_CHECKS") == "1"
 OLDEST_TORCH = (2, 11)
 FLAGS = (
     "-O3 -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=fast -DTORCH_TARGET_VERSION=0x020b000000000000ULL".split()
@@ -167,6 +169,8 @@ class BuildNative(build_ext):
     def run(self) -> None:
         if SANITIZED and self.inplace:
             raise OptionError("FASTLORA_SANITIZE=1 with --inplace: every import would need the sanitizers' library")
+        if CHECKED and self.inplace:
+            raise OptionError("FASTLORA_CUDA_CHECKS=1 with --inplace: what is measured later would be slower")
         self.into_source = self.inplace  # setuptools clears it while it builds, and copies afterwards
         super().run()
 
@@ -204,7 +208,8 @@ class BuildNative(build_ext):
             targets = [f"-gencode=arch={arch},code={code}" for code, arch in CUDA_TARGETS.items()]
             # A file's targets at once, or it takes as long as all of them together.
             nvcc = [str(cuda.home / "bin/nvcc"), f"-ccbin={compiler[0]}", f"--threads={len(targets)}"]
-            rules["compile_cuda"] = [*nvcc, *CUDA_FLAGS, *targets]
+            checks = ["-DFASTLORA_CUDA_CHECKS"] if CHECKED else []
+            rules["compile_cuda"] = [*nvcc, *CUDA_FLAGS, *checks, *targets]
             # libtorch loads libtorch_cuda where there is one: register.cpp finds the current stream there, and names nothing else in it.
             # The static runtime stays ours: torch has another.
             libraries += [
@@ -216,7 +221,7 @@ class BuildNative(build_ext):
                 "-lpthread",
             ]
             libraries += ["-Wl,--no-as-needed", "-ltorch"]
-        kind = "sanitized" if SANITIZED else "native"
+        kind = "sanitized" if SANITIZED else "checked" if CHECKED else "native"
         folder = ROOT / "build" / f"{kind}-{sysconfig.get_config_var('SOABI')}"
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from . import gate
-from .card_goals import OUT_OF_TIME, Record, Session, card_lines, measure_card
+from .card_goals import BARE_LINES, HUNG_CODE, OUT_OF_TIME, Record, Session, card_lines, measure_card
 from .cases import OPERATORS, cases_of, dtype_name, steps_of
 from .goals import Goal, measure_goals, step_goals
 from .launch import launch_rows
@@ -50,6 +50,14 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument(
         "--seconds", type=float, default=math.inf, help="goals on a card: begin nothing after that long"
+    )
+    parser.add_argument(
+        "--bare",
+        action="store_true",
+        help="goals on a card: three of them, of fastlora alone, as CUDA graphs: half a minute",
+    )
+    parser.add_argument(
+        "--line-seconds", type=float, default=math.inf, help="goals on a card: end the process where one takes longer"
     )
     parser.add_argument("--resume", action="store_true", help="goals on a card: go on from today's result file")
     arguments = parser.parse_args(argv)
@@ -149,7 +157,8 @@ def _write(machine: Machine, operator: str, argv: Sequence[str], folder: Path, r
     folder.mkdir(parents=True, exist_ok=True)
     path = _path(machine, operator, folder)
     content = {"operator": operator, "command": " ".join(["python -m benchmarks", *argv]), "machine": machine, **result}
-    path.write_text(json.dumps(_jsonable(content), indent=1) + "\n")
+    path.with_suffix(".new").write_text(json.dumps(_jsonable(content), indent=1) + "\n")
+    path.with_suffix(".new").replace(path)  # whole at every moment
     return path
 
 
@@ -169,7 +178,8 @@ def _measure_card(
 ) -> int:
     """The goals on a card, saved after every figure; returns the exit code."""
     record = Record()
-    path = _path(machine, "goals", arguments.out)
+    name = "first" if arguments.bare else "goals"
+    path = _path(machine, name, arguments.out)
     if arguments.resume and path.is_file():
         content = json.loads(path.read_text())
         kept = {name: content[name] for name in ("notes", "begun", "failed", "refused")}
@@ -178,14 +188,14 @@ def _measure_card(
 
     def save() -> None:
         if arguments.json:
-            _write(machine, "goals", argv, arguments.out, vars(record))
+            _write(machine, name, argv, arguments.out, vars(record))
 
-    lines = card_lines()
+    lines = {name: card_lines()[name] for name in BARE_LINES} if arguments.bare else card_lines()
     lines = dict(list(lines.items())[:QUICK_LINES]) if arguments.quick else lines
-    whole = measure_card(lines, device, record, save, _say, deadline)
+    whole = measure_card(lines, device, record, save, _say, deadline, arguments.bare, arguments.line_seconds)
     print(f"\n{goals_table(record.rows, record.notes)}" if record.rows else "\n".join(record.notes), flush=True)
     if not whole:
-        return 3
+        return HUNG_CODE
     return int(len(record.begun) < len(lines) or bool(record.failed))
 
 

@@ -12,7 +12,10 @@ A line of the table is measured at a time, so that one that fails, or breaks the
 """
 
 import gc
+import math
+import os
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -62,6 +65,7 @@ BLOCK_GOAL, KERNEL_GOAL, PREFILL_GOAL = (4.0, 8.0), (1.0, 5.0), (3.0, 8.0)
 DECODE_GOAL = (80.0, 60.0)  # percent of the bound
 MODEL_GOAL = (15_000.0, 12_500.0)  # tokens a second
 KERNEL_ROUNDS, KERNEL_CALLS = 7, 5
+HUNG_CODE = 3  # of a process that is at its end: another one can go on from the record
 OUT_OF_TIME = "not timed: out of time"
 # PEFT's mixed batches index by Python lists, which are copied to the card in each call: no graph can hold that.
 UNCAPTURABLE = {("multi_lora", "peft")}
@@ -85,6 +89,7 @@ class Session:
     device: torch.device
     notes: list[str]
     refused: frozenset[str] = frozenset()  # rivals and implementations, or those in a mode, that broke a process before
+    bare: bool = False  # the frozen layer and fastlora's implementations alone, as CUDA graphs
 
     def may_run(self, name: str, mode: str) -> bool:
         return not self.refused & {name, f"{name}, {mode}"}
@@ -138,11 +143,12 @@ class Record:
 
 def measure_card(
     lines: Mapping[str, Line], device: torch.device, record: Record, save: Callable[[], object], say: Callable[[str], None],
-    deadline: float,
+    deadline: float, bare: bool = False, line_seconds: float = math.inf,
 ) -> bool:  # fmt: skip
     """Measure what the record lacks, and save after every figure; False where this process can do no more and another one should go on.
 
     deadline: in seconds of time.perf_counter; no line is begun after it.
+    line_seconds: a line that takes longer, as one whose kernel never ends, ends this process with HUNG_CODE, in which nothing else could.
     """
     for name in [name for name in lines if name not in record.begun]:
         if time.perf_counter() > deadline:
@@ -151,8 +157,9 @@ def measure_card(
         say(f"goals: {name}")
         record.begun.append(name)
         before = len(record.rows)
+        patience = _patience(name, record, save, line_seconds)
         try:
-            for goal in lines[name](Session(device, record.notes, frozenset(record.refused))):
+            for goal in lines[name](Session(device, record.notes, frozenset(record.refused), bare)):
                 record.rows.append(goal)
                 save()
         except BrokenProcessError as error:
@@ -163,6 +170,8 @@ def measure_card(
         except Exception as error:  # whatever it is, the other lines can do without this one
             record.notes.append(f"{name}: {first_line(error)}")
             record.failed.append(name)
+        finally:
+            patience.cancel()
         save()
         if not answers(device):
             return False
@@ -171,6 +180,21 @@ def measure_card(
             torch.cuda.empty_cache()
     save()
     return True
+
+
+def _patience(name: str, record: Record, save: Callable[[], object], seconds: float) -> threading.Timer:
+    """Ends the process after so many seconds, unless cancelled."""
+
+    def end() -> None:
+        record.notes.append(f"{name}: ended after {seconds:.0f} s, with its process")
+        record.failed.append(name)
+        save()
+        os._exit(HUNG_CODE)
+
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), end)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def card_lines() -> dict[str, Line]:
@@ -185,13 +209,18 @@ def card_lines() -> dict[str, Line]:
     return lines
 
 
+BARE_LINES = ("kernel", "layer 4096 r 16", "decode")  # what is measured first where a card is there for minutes
+
+
 def percent_over(ratio: float) -> float:
     return 100 * (ratio - 1)
 
 
 def may_be_tried(session: Session, operator: str) -> list[str]:
-    """Plain PyTorch and the kernels of this device that broke no process yet."""
-    return [name for name in ("reference", *kernels_of(operator, session.device)) if session.may_run(name, EAGER)]
+    """Plain PyTorch and the kernels of this device that broke no process yet; in a bare session kernels alone, CUDA C++ first."""
+    kernels = kernels_of(operator, session.device)
+    names = kernels[::-1] if session.bare else ["reference", *kernels]
+    return [name for name in names if session.may_run(name, EAGER)]
 
 
 def default_of(case: Case | BlockCase, training: bool, device: torch.device) -> str:
@@ -210,16 +239,18 @@ def check(what: str, case: Case | BlockCase, training: bool, implementation: str
 
 
 def sound_implementations(session: Session, operator: str, case: Case | BlockCase, training: bool) -> list[str]:
-    """Those that are within their bounds on this very case.
+    """Those that are within their bounds on this very case; in a bare session the first one: Triton's compiler takes longer than all the rest.
 
     Raises:
-        CaseError: the one that runs by default is not.
+        CaseError: the one that runs by default is not; in a bare session, none is.
     """
     sound = []
     for name in may_be_tried(session, operator):
         what = f"{operator} {name}, {case.name}, {case.shape(training)}"
         if session.attempt(what, name, check, what, case, training, name, session.device):
             sound.append(name)
+            if session.bare:
+                return sound
     if default_of(case, training, session.device) not in sound:
         raise CaseError(f"{operator}, {case.name}, {case.shape(training)}: what runs by default is wrong: not timed")
     return sound
@@ -229,6 +260,19 @@ def all_runs(problem: Problem, training: bool, implementations: Sequence[str]) -
     """Every rival, and fastlora once more for each implementation forced."""
     runs = {name: problem.run(name, training) for name in problem.rivals}
     return runs | {name: problem.run(FASTLORA, training, name) for name in implementations}
+
+
+def runs_of(session: Session, problem: Problem, training: bool, implementations: Sequence[str]) -> dict[str, Run]:
+    """The same; in a bare session the frozen layer and the first implementation alone."""
+    if session.bare:
+        ours = problem.run(FASTLORA, training, implementations[0])
+        return {"frozen": problem.run("frozen", training), FASTLORA: ours}
+    return all_runs(problem, training, implementations)
+
+
+def runs_by_default(session: Session, case: Case | BlockCase, training: bool, implementations: Sequence[str]) -> str:
+    """What fastlora's figures are of."""
+    return implementations[0] if session.bare else default_of(case, training, session.device)
 
 
 def times_by_mode(
@@ -241,7 +285,7 @@ def times_by_mode(
         BrokenProcessError: something ended the process's use of the device.
     """
     clock = clock_of(session.device)
-    for mode in (EAGER, GRAPH):
+    for mode in (GRAPH,) if session.bare else (EAGER, GRAPH):
         ready: dict[str, Run] = {}
         pool = graph_pool(session.device)
         for name, run in runs.items():
@@ -292,12 +336,13 @@ def _over_frozen(
     session: Session, what: str, operator: str, case: Case | BlockCase, training: bool, problem: Problem,
     implementations: Sequence[str], targets: tuple[float, float],
 ) -> Iterator[Goal]:  # fmt: skip
-    runs = all_runs(problem, training, implementations)
+    runs = runs_of(session, problem, training, implementations)
+    default = runs_by_default(session, case, training, implementations)
     for mode, times in times_by_mode(session, what, operator, runs, problem.copies):
         yield _goal(
             f"{what} over frozen, {mode}", case.shape(training), case.number_format(), "%", targets,
             {name: percent_over(one.ratio) for name, one in times.items()},
-            {name: one.seconds for name, one in times.items()}, default_of(case, training, session.device),
+            {name: one.seconds for name, one in times.items()}, default,
         )  # fmt: skip
 
 
@@ -306,8 +351,9 @@ def layer_line(session: Session, case: LoRALinearCase) -> Iterator[Goal]:
     what = f"a layer, forward and backward, {case.K} to {case.N}, r {case.R}"
     names = sound_implementations(session, "lora_linear", case, True)
     wide = replace(case, adapter_dtype=torch.float32)
-    check(f"{what}, float32 adapters", wide, True, default_of(wide, True, session.device), session.device)
-    problem = build_for_card(case, session.device)
+    if not session.bare:
+        check(f"{what}, float32 adapters", wide, True, default_of(wide, True, session.device), session.device)
+    problem = build(case, True, session.device) if session.bare else build_for_card(case, session.device)
     yield from _over_frozen(session, what, "lora_linear", case, True, problem, names, LAYER_GOALS[case.K, case.R])
 
 
@@ -331,7 +377,8 @@ def decode_line(session: Session, case: MultiLoRACase) -> Iterator[Goal]:
     """A mixed batch of a token each: the bytes that a call must move at least, over this card's bandwidth, in percent of its time."""
     names = sound_implementations(session, "multi_lora", case, False)
     problem = build(case, False, session.device)
-    runs = all_runs(problem, False, names)
+    runs = runs_of(session, problem, False, names)
+    default = runs_by_default(session, case, False, names)
     bandwidths = measure_bandwidths(session.device)
     least = case.work(False).bytes / max(bandwidths.values())
     rates = ", ".join(f"{name} {rate / 1e9:.0f} GB/s" for name, rate in bandwidths.items())
@@ -343,7 +390,7 @@ def decode_line(session: Session, case: MultiLoRACase) -> Iterator[Goal]:
         yield _goal(
             f"{what}, of the bandwidth bound, {mode}", case.shape(False), case.number_format(), "%", DECODE_GOAL,
             {name: 100 * least / one.seconds for name, one in times.items()},
-            {name: one.seconds for name, one in times.items()}, default_of(case, False, session.device), at_least=True,
+            {name: one.seconds for name, one in times.items()}, default, at_least=True,
         )  # fmt: skip
 
 
@@ -351,8 +398,11 @@ def kernel_line(session: Session, case: LoRALinearCase) -> Iterator[Goal]:
     """The longest kernel of fastlora's forward over the longest of the frozen layer's: what the rank step costs the product."""
     names = sound_implementations(session, "lora_linear", case, False)
     problem = build(case, False, session.device)
-    runs = {name: problem.run(name, False) for name in ("frozen", FASTLORA)}
-    runs |= {name: problem.run(FASTLORA, False, name) for name in names}
+    runs = {
+        name: run
+        for name, run in runs_of(session, problem, False, names).items()
+        if name in ("frozen", FASTLORA, *names)
+    }
     found: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(KERNEL_ROUNDS):
         for name, run in runs.items():
@@ -360,11 +410,12 @@ def kernel_line(session: Session, case: LoRALinearCase) -> Iterator[Goal]:
             found[name].append(kernel.seconds)
             if number == 0:
                 session.notes.append(f"main kernel of {name}: {kernel.name[:100]}")
+    default = runs_by_default(session, case, False, names)
     ratios = {name: statistics.median(map(float.__truediv__, times, found["frozen"])) for name, times in found.items()}
     yield _goal(
         "the forward's main kernel over cuBLAS's product", case.shape(False), case.number_format(), "%", KERNEL_GOAL,
         {name: percent_over(ratio) for name, ratio in ratios.items()},
-        {name: statistics.median(times) for name, times in found.items()}, default_of(case, False, session.device),
+        {name: statistics.median(times) for name, times in found.items()}, default,
     )  # fmt: skip
 
 

@@ -1,22 +1,67 @@
-"""Checkpoints that a kill cannot spoil.
+"""Checkpoints that a kill cannot spoil, and that no damage passes.
 
 A checkpoint is a folder OUTPUT/checkpoints/step-N. It is written under another name, forced to disk and then renamed,
-so that a folder called step-N is always whole; so are the final files. The newest two are kept.
+so that a folder called step-N is always whole. The newest two are kept. `manifest.json`, written last, has the SHA-256
+of every file and of itself: `read` takes nothing that it does not vouch for.
 """
 
+import json
 import os
 import random
-import shutil
-import tempfile
+import re
 from collections.abc import Callable
+from dataclasses import dataclass, fields
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from torch import Tensor
+
+from fastlora import tuned, writing
+from fastlora.typed import check_fields, fits, shown
 
 KEPT = 2
-UNFINISHED = ".unfinished-"
+MANIFEST = "manifest.json"
+MOST = 2**31 - 1  # steps, processes or threads
+LONGEST = 2**24  # bytes of a JSON file that is read at all
+STATE = {"optimizer", "scheduler", "rng", "tuned"}
+
+
+class CheckpointError(ValueError):
+    """A checkpoint is damaged, or is none: the message names the file and, where it has keys, the key."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """training.json: what a resumed run must have in common with the run before.
+
+    Raises:
+        TypeError, ValueError: a value of another type, or out of range; the message names it.
+    """
+
+    step: int
+    config: dict[str, Any]  # TrainConfig's
+    data: str  # SHA-256 of the token rows
+    processes: int
+    threads: int
+    device: str
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("step", "processes", "threads"):
+            if not 1 <= getattr(self, name) <= MOST:
+                raise ValueError(f"{name}={shown(getattr(self, name))}: expected 1 to {MOST}")
+        if not re.fullmatch("[0-9a-f]{64}", self.data):
+            raise ValueError(f"data={shown(self.data)}: expected 64 hexadecimal digits")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    folder: Path
+    training: Training
+    state: dict[str, Any]  # of STATE: the optimizer's, the schedule's, each process's generators', tuned's
 
 
 def folder(output: Path, step: int) -> Path:
@@ -25,72 +70,192 @@ def folder(output: Path, step: int) -> Path:
 
 def steps(output: Path) -> list[int]:
     """The steps of the checkpoints in OUTPUT, oldest first."""
-    names = (path.name.removeprefix("step-") for path in (output / "checkpoints").glob("step-*"))
-    return sorted(int(name) for name in names if name.isdecimal())
+    names = [re.fullmatch(r"step-([1-9][0-9]{0,9})", path.name) for path in (output / "checkpoints").glob("step-*")]
+    return sorted(int(name[1]) for name in names if name)
 
 
 def save(output: Path, step: int, fill: Callable[[Path], None]) -> None:
     """Write the checkpoint of `step`, whose files `fill` writes into the folder it is given; keep the newest two."""
+
+    def fill_and_vouch(scratch: Path) -> None:
+        fill(scratch)
+        for path in scratch.rglob("*"):
+            writing.force(path)  # before the manifest vouches for it
+        digests = {name: _digest(scratch / name) for name in _names(scratch)}
+        (scratch / MANIFEST).write_bytes(_manifest(step, digests))
+
     target = folder(output, step)
-    scratch = _fill(output / "checkpoints", fill)
-    _remove(target)
+    scratch = writing.filled(output / "checkpoints", fill_and_vouch)
+    writing.remove(target)
     os.replace(scratch, target)
-    _force(target.parent)
+    writing.force(target.parent)
     for old in steps(output)[:-KEPT]:
-        _remove(folder(output, old))
+        writing.remove(folder(output, old))
 
 
-def publish(output: Path, fill: Callable[[Path], None]) -> None:
-    """Put the files that `fill` writes into OUTPUT, each one whole or not at all."""
-    scratch = _fill(output, fill)
-    for path in sorted(scratch.iterdir()):
-        os.replace(path, output / path.name)
-    scratch.rmdir()
-    _force(output)
+def clear(output: Path, after: int = 0) -> None:
+    """Remove the checkpoints of later steps than `after`, and what a killed process left half-written."""
+    writing.remove_unfinished(output)
+    writing.remove_unfinished(output / "checkpoints")
+    for step in steps(output):
+        if step > after:
+            writing.remove(folder(output, step))
 
 
-def clear(output: Path) -> None:
-    """Remove all checkpoints, and what a killed process left half-written."""
-    for path in (*(output / "checkpoints").glob("step-*"), *_leftovers(output)):
-        _remove(path)
+def read(path: Path) -> Checkpoint:
+    """A checkpoint's content, once every file is what its manifest says and every value can be used. Changes nothing.
+
+    The model's own files are only held against the manifest: whoever loads them reads them.
+
+    Raises:
+        CheckpointError: a file is damaged, missing or too much, or holds something that no checkpoint does.
+    """
+    verify(path)
+    training = _read_training(path / "training.json")
+    if path.name != f"step-{training.step}":
+        raise CheckpointError(f"{path / 'training.json'}: step={training.step}: expected the folder's, {path.name}")
+    return Checkpoint(path, training, _read_state(path / "state.pt", training.processes))
 
 
-def clear_leftovers(output: Path) -> None:
-    """Remove what a killed process left half-written."""
-    for path in _leftovers(output):
-        _remove(path)
+def verify(path: Path) -> None:
+    """Hold every file of a checkpoint against its manifest.
+
+    Raises:
+        CheckpointError: the first that is damaged, missing or too much.
+    """
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: expected a checkpoint's folder")
+    if not (path / MANIFEST).is_file():
+        raise CheckpointError(
+            f"{path / MANIFEST} is missing: the checkpoint is damaged, or of an earlier version of fastlora, which wrote none"
+        )
+    digests = _read_manifest(path / MANIFEST)
+    found = _names(path)
+    for name in sorted(digests.keys() ^ found):
+        what = "is missing" if name in digests else "is none of the checkpoint's files"
+        raise CheckpointError(f"{path / name} {what}")
+    for name, digest in digests.items():
+        if _digest(path / name) != digest:
+            raise CheckpointError(f"{path / name} is damaged: its SHA-256 is not the one in {MANIFEST}")
 
 
-def _leftovers(output: Path) -> list[Path]:
-    return [*output.glob(f"{UNFINISHED}*"), *(output / "checkpoints").glob(f"{UNFINISHED}*")]
+def _names(path: Path) -> set[str]:
+    """Every file in a checkpoint, its manifest aside."""
+    files = [one for one in path.rglob("*") if not one.is_dir()]
+    return {one.relative_to(path).as_posix() for one in files} - {MANIFEST}
 
 
-def _fill(parent: Path, fill: Callable[[Path], None]) -> Path:
-    parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=parent))
-    scratch.chmod(0o755)  # mkdtemp lets only the owner in
-    fill(scratch)
-    for path in (*scratch.rglob("*"), scratch):
-        _force(path)
-    return scratch
-
-
-def _remove(path: Path) -> None:
-    """Remove a folder under another name, so that a kill never leaves half of it under its own."""
-    if path.is_dir() and not path.name.startswith(UNFINISHED):
-        path = path.rename(path.with_name(UNFINISHED + path.name))
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _force(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def _digest(path: Path) -> str:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: expected a plain file")
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        with path.open("rb") as file:
+            return file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def _manifest(step: int, digests: dict[str, str]) -> bytes:
+    content = {"step": step, "files": dict(sorted(digests.items()))}
+    own = sha256(json.dumps(content).encode()).hexdigest()
+    return (json.dumps({**content, "sha256": own}, indent=2) + "\n").encode()
+
+
+def _read_manifest(path: Path) -> dict[str, str]:
+    content = _read_json(path)
+    step: Any = content.get("step")
+    digests: Any = content.get("files")
+    whole = fits(step, int) and fits(digests, dict[str, str])
+    # Written anew it has the same bytes, or some have changed.
+    if not whole or _manifest(step, digests) != path.read_bytes():
+        raise CheckpointError(f"{path} is damaged: its own SHA-256 is not the one it has")
+    return digests
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > LONGEST:
+            raise CheckpointError(f"{path}: expected at most {LONGEST} bytes, it has {path.stat().st_size}")
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:  # also not UTF-8, and integers of thousands of digits
+        raise CheckpointError(f"{path} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _read_training(path: Path) -> Training:
+    content = _read_json(path)
+    names = {field.name for field in fields(Training)}
+    for name in sorted(content.keys() ^ names):
+        raise CheckpointError(f"{path}: {'no key' if name in names else 'unknown key'} {shown(name)}")
+    try:
+        return Training(**content)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _read_state(path: Path, processes: int) -> dict[str, Any]:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch, zipfile and pickle raise what they like
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    if not isinstance(state, dict) or set(state) != STATE:
+        raise CheckpointError(f"{path}: expected the keys {', '.join(sorted(STATE))}")
+    _check_optimizer(path, state["optimizer"])
+    if not fits(state["scheduler"], dict[str, Any]):
+        raise CheckpointError(f"{path}: scheduler: expected a state, got {shown(state['scheduler'])}")
+    if not isinstance(state["rng"], list) or len(state["rng"]) != processes:
+        raise CheckpointError(f"{path}: rng: expected a list of {processes}, one a process")
+    for number, one in enumerate(state["rng"]):
+        _check_rng(f"{path}: rng[{number}]", one)
+    _check_tuned(path, state["tuned"])
+    return state
+
+
+def _check_optimizer(path: Path, state: Any) -> None:
+    if not isinstance(state, dict) or set(state) != {"state", "param_groups"}:
+        raise CheckpointError(f"{path}: optimizer: expected the keys state, param_groups")
+    if not fits(state["state"], dict[int, dict[str, Tensor]]):
+        raise CheckpointError(f"{path}: optimizer.state: expected tensors by parameter and name")
+    if not fits(state["param_groups"], list[dict[str, Any]]):
+        raise CheckpointError(f"{path}: optimizer.param_groups: expected a list of groups")
+
+
+def _check_rng(where: str, state: Any) -> None:
+    """Try a process's generators on some that nobody uses."""
+    if not isinstance(state, dict) or set(state) != {"python", "numpy", "torch", "cuda"}:
+        raise CheckpointError(f"{where}: expected the keys python, numpy, torch, cuda")
+    tries: dict[str, Callable[[Any], Any]] = {
+        "python": random.Random().setstate,
+        "numpy": numpy.random.RandomState().set_state,
+        "torch": torch.Generator().set_state,
+    }
+    for name, attempt in tries.items():
+        try:
+            attempt(state[name])
+        except Exception as error:
+            raise CheckpointError(f"{where}.{name}: no state of a generator: {error}") from None
+    if not 0 <= state["numpy"]["state"]["pos"] <= 624:  # numpy takes any, and reads there
+        raise CheckpointError(f"{where}.numpy: no state of a generator: pos={shown(state['numpy']['state']['pos'])}")
+    cuda = state["cuda"]
+    if cuda is not None and not (isinstance(cuda, Tensor) and cuda.dtype is torch.uint8 and cuda.dim() == 1):
+        raise CheckpointError(f"{where}.cuda: no state of a generator")
+
+
+def _check_tuned(path: Path, state: Any) -> None:
+    if not fits(state, dict[str, list[list[Any]]]):
+        raise CheckpointError(f"{path}: tuned: expected measurements by device")
+    for entries in state.values():
+        for entry in entries:
+            try:
+                check_fields(tuned.Measurement(*entry))
+            except TypeError as error:
+                raise CheckpointError(f"{path}: tuned: {error}") from None
 
 
 def rng_state() -> dict[str, Any]:

@@ -7,8 +7,10 @@ plain message; FASTLORA_TRACEBACK=1 shows where it came from.
 
 import functools
 import json
+import logging
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -29,9 +31,23 @@ app = typer.Typer(
 )
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from fastlora import __version__
+
+        print(f"fastlora {__version__}")
+        raise typer.Exit()
+
+
 class Method(StrEnum):
     lora = "lora"
     full = "full"
+
+
+class Truncation(StrEnum):
+    prompt = "prompt"
+    completion = "completion"
+    drop = "drop"
 
 
 class Dtype(StrEnum):
@@ -46,7 +62,14 @@ OptionalModelOption = Annotated[
 ]
 DataOption = Annotated[Path, typer.Option(help="JSONL: prompt and completion, or messages.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU that computes in it, else float32.")]
-MaxLengthOption = Annotated[int, typer.Option(help="Tokens a row may have; the rest is cut off.")]
+MergeDtypeOption = Annotated[Dtype, typer.Option(help="auto: as the base is stored.")]
+AllowMissingOption = Annotated[
+    bool, typer.Option("--allow-missing", help="Take an adapter that lacks tensors: those are as PEFT begins.")
+]
+MaxLengthOption = Annotated[int, typer.Option(help="Tokens a row may have.")]
+TruncationOption = Annotated[
+    Truncation, typer.Option(help="What a longer row loses: its prompt's oldest tokens, its completion's end, or all.")
+]
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
 NewTokensOption = Annotated[int, typer.Option(min=1, help="Length of an answer, at most.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Rows a batch.")]
@@ -61,17 +84,31 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*args, **kwargs)
         except KeyboardInterrupt as interrupt:
-            _fail(name, str(interrupt) or "interrupted", 130)
-        except (ValueError, TypeError, OSError, ImportError) as error:
-            if os.environ.get("FASTLORA_TRACEBACK"):
+            _fail(name, _as_options(str(interrupt)) or "interrupted", 130)
+        except Exception as error:
+            code = _exit_code(error)
+            if code is None or os.environ.get("FASTLORA_TRACEBACK"):
                 raise
-            _fail(name, _message(error), 2)
-        except RuntimeError as error:
-            if type(error).__module__.partition(".")[0] != "fastlora":
-                raise
-            _fail(name, _message(error), 1)
+            _fail(name, _message(error), code)
 
     return app.command(function.__name__.removesuffix("_"))(run)
+
+
+def _exit_code(error: Exception) -> int | None:
+    """2 for wrong options, data or files, 1 for what went wrong underway; None for what nobody expects, which keeps its traceback."""
+    from safetensors import SafetensorError
+
+    from fastlora.ops import ImplementationError
+
+    if isinstance(error, (ValueError, TypeError, OSError, ImportError, ImplementationError, SafetensorError)):
+        return 2
+    ours = type(error).__module__.partition(".")[0] == "fastlora"
+    return 1 if ours or _is_out_of_memory(error) else None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On a CPU torch raises a plain RuntimeError.
+    return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error)
 
 
 def _fail(name: str, message: str, code: int) -> None:
@@ -84,16 +121,40 @@ def _message(error: Exception) -> str:
     from fastlora.data.examples import DataError
 
     text = str(error) or type(error).__name__
-    return text if isinstance(error, DataError) else " ".join(text.split())
+    if _is_out_of_memory(error):
+        text = f"out of memory: fewer rows a batch, shorter rows or a smaller r need less ({text})"
+    return _as_options(text if isinstance(error, DataError) else " ".join(text.split()))
+
+
+def _as_options(text: str) -> str:
+    """A message of the library, which names its arguments, in the words of the command line: name=True is --name, adapter=X --adapter X."""
+    text = re.sub(r"(?<![\w/.-])resume_from=(?=\d)", "--resume-from ", text)
+    text = re.sub(r"(?<![\w/.-])([a-z_]+)=True\b", lambda found: "--" + found[1].replace("_", "-"), text)
+    return re.sub(r"(?<=\bas )(adapter|model)=(?=\S)", r"--\1 ", text)
 
 
 def _quiet() -> None:
-    """Silence the bars and hints that transformers shows while it loads; our warnings stay."""
+    """Silence what other packages say while they are imported, and transformers' bars. Warnings stay: that a weight is missing, say."""
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    # PEFT fears for the merging of tied weights, which `fastlora merge` unties.
+    warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+    logging.disable(logging.WARNING)
+    try:
+        import transformers.modeling_utils  # noqa: F401  (brings in what there is of torchao, kernels, bitsandbytes)
+    finally:
+        logging.disable(logging.NOTSET)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+
+
+@app.callback()
+def fastlora(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
+    """Fused kernels for parameter-efficient fine-tuning: train an adapter, measure it, use it."""
 
 
 @command
@@ -109,7 +170,7 @@ def train(
     lora_dropout: Annotated[float, typer.Option(help="Dropout on the adapter's input.")] = 0.05,
     use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by lora_alpha / sqrt(r).")] = False,
     target_modules: Annotated[
-        str, typer.Option(help="all-linear, or names with commas: q_proj,v_proj.")
+        str, typer.Option(help="all-linear, names with commas (q_proj,v_proj), or a regular expression.")
     ] = "all-linear",
     seed: Annotated[int, typer.Option(help="For the adapter's first values, the order of the rows, and dropout.")] = 0,
     epochs: Annotated[int, typer.Option(help="Times through the data.")] = 3,
@@ -117,6 +178,7 @@ def train(
     batch_size: Annotated[int, typer.Option(help="Rows a process takes at once.")] = 8,
     gradient_accumulation_steps: Annotated[int, typer.Option(help="Batches an optimiser step.")] = 1,
     max_length: MaxLengthOption = 512,
+    truncation: TruncationOption = Truncation.prompt,
     lr: Annotated[
         float | None, typer.Option(help="Highest learning rate. [default: 2e-4 for lora, 2e-5 for full]")
     ] = None,
@@ -126,7 +188,12 @@ def train(
     warmup_ratio: Annotated[float, typer.Option(help="Part of the steps in which the learning rate rises.")] = 0.03,
     weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
     max_grad_norm: Annotated[float, typer.Option(help="Longer gradients are cut to this norm. 0: never.")] = 1.0,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(
+            help="auto: computes in bfloat16 on a GPU that has it, else in float32, and saves a whole model as its base is stored."
+        ),
+    ] = Dtype.auto,
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Compute activations twice to save memory.")
     ] = False,
@@ -134,6 +201,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint; without one, start afresh.")
     ] = False,
+    resume_from: Annotated[
+        int | None, typer.Option(help="Go on from the checkpoint of this step; later ones are removed.")
+    ] = None,
     overwrite: OverwriteOption = False,
     accelerate: Annotated[
         bool, typer.Option(help="Run LoRA and frozen layers by fastlora, or leave them to PEFT and torch.")
@@ -166,6 +236,7 @@ def train(
         batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
         max_length=max_length,
+        truncation=truncation.value,
         lr=lr,
         lr_scheduler_type=lr_scheduler_type,
         warmup_ratio=warmup_ratio,
@@ -175,6 +246,7 @@ def train(
         gradient_checkpointing=gradient_checkpointing,
         save_steps=save_steps,
         resume=resume,
+        resume_from=resume_from,
         overwrite=overwrite,
         accelerate=accelerate,
         pack_budget=pack_budget,
@@ -186,9 +258,12 @@ def train(
 
 
 def _module_names(text: str) -> str | list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise ValueError("target_modules is empty: expected all-linear or module names with commas")
+    """As PEFT takes them: all-linear or a regular expression is a str, names are a list."""
+    if re.search(r"[][*+?(){}|^$\\]", text):  # no module's name has one of these
+        return text
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise ValueError(f"target_modules={text!r} has an empty name: expected all-linear or module names with commas")
     return "all-linear" if names == ["all-linear"] else names
 
 
@@ -201,10 +276,12 @@ def eval_(
     ] = None,
     batch_size: BatchOption = 8,
     max_length: MaxLengthOption = 512,
+    truncation: TruncationOption = Truncation.prompt,
     max_new_tokens: NewTokensOption = 64,
     generations: Annotated[bool, typer.Option(help="Also let the model answer: exact match and ROUGE.")] = True,
     limit: Annotated[int | None, typer.Option(min=1, help="Take only the first so many rows.")] = None,
     dtype: DtypeOption = Dtype.auto,
+    allow_missing: AllowMissingOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of the table.")] = False,
 ) -> None:
     """Held-out loss, perplexity, exact match and ROUGE."""
@@ -213,13 +290,16 @@ def eval_(
     from fastlora.inference import evaluate, load_model
 
     examples = read_examples(data)  # bad lines are reported before anything is loaded
-    loaded, tokenizer = load_model(model, {"default": adapter} if adapter else {}, dtype=dtype.value)
+    loaded, tokenizer = load_model(
+        model, {"default": adapter} if adapter else {}, dtype=dtype.value, allow_missing=allow_missing
+    )
     result = evaluate(
         loaded,
         tokenizer,
         examples,
         batch_size=batch_size,
         max_length=max_length,
+        truncation=truncation.value,
         max_new_tokens=max_new_tokens,
         generations=generations,
         limit=limit,
@@ -229,7 +309,7 @@ def eval_(
     if as_json:
         print(json.dumps(asdict(result)))
     else:
-        _print_table("fastlora eval", asdict(result))
+        _print_table("fastlora eval", {**asdict(result), "rows": f"{result.rows:,}, the same for every figure"})
 
 
 @command
@@ -244,8 +324,15 @@ def generate(
         bool, typer.Option("--chat", help="Send each prompt through the chat template, as the user's message.")
     ] = False,
     max_new_tokens: NewTokensOption = 64,
+    max_length: Annotated[
+        int | None,
+        typer.Option(
+            help="Tokens of a prompt and its answer; the prompt's oldest go. [default: the model's positions]"
+        ),
+    ] = None,
     batch_size: BatchOption = 8,
     dtype: DtypeOption = Dtype.auto,
+    allow_missing: AllowMissingOption = False,
 ) -> None:
     """Greedy answers; with several adapters, each one's, swapped on one base."""
     _quiet()
@@ -259,10 +346,18 @@ def generate(
     if chat:
         prompts = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
     adapters = _named_adapters(adapter or [])
-    loaded, tokenizer = load_model(model, adapters, dtype=dtype.value)
+    loaded, tokenizer = load_model(model, adapters, dtype=dtype.value, allow_missing=allow_missing)
     names: list[str | None] = [*adapters] or [None]
     answers = [
-        answer(loaded, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, adapter_name=name)
+        answer(
+            loaded,
+            tokenizer,
+            prompts,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            max_length=max_length,
+            adapter_name=name,
+        )
         for name in names
     ]
     for position, text in enumerate(prompts):
@@ -290,16 +385,16 @@ def merge(
     adapter: Annotated[Path, typer.Option(help="Adapter folder.")],
     output: Annotated[Path, typer.Option(help="Folder for the merged model.")],
     model: OptionalModelOption = None,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: MergeDtypeOption = Dtype.auto,
     overwrite: OverwriteOption = False,
+    allow_missing: AllowMissingOption = False,
 ) -> None:
     """Fold an adapter into its base's weights, and report what rounding cost."""
     _quiet()
     from fastlora.merge import merge as merge_adapter
 
-    _print_table(
-        "fastlora merge", asdict(merge_adapter(model, adapter, output, dtype=dtype.value, overwrite=overwrite))
-    )
+    report = merge_adapter(model, adapter, output, dtype=dtype.value, overwrite=overwrite, allow_missing=allow_missing)
+    _print_table("fastlora merge", asdict(report))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
@@ -321,6 +416,8 @@ def tune(
     """Check every implementation on this machine and time it: what is slower than plain PyTorch is not used."""
     from fastlora.tune import tune as tune_machine
 
+    if not seconds >= 0:
+        raise ValueError(f"seconds={seconds}: expected 0 or more")
     path, found = tune_machine(device, output, seconds=seconds)
     table = Table(
         "operator", "dtype", "weight", "rows", "dropout", "implementation", "of plain PyTorch's time", box=None

@@ -6,16 +6,20 @@
     prefix_concat   rows [P ; x] with mask, positions and labels
 
 Arguments are checked here, before any memory is touched; every error names the argument, what it is, and what was expected.
+
+A backward is all that an operator has. NotImplementedError is raised inside torch.func's transforms, for tensors with a forward-mode tangent, and
+where a backward is differentiated again.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -181,6 +185,68 @@ def _draw_seed(dropout_p: float, training: bool, x: Tensor, *shape: int) -> Tens
     return torch.randint(0, 2**63 - 1, shape, dtype=torch.int64, device=x.device)
 
 
+PLAIN = "fastlora.restore(model), or plain PyTorch's operations, can do it"
+
+
+def transform_obstacle() -> str | None:
+    """Why an operator might leave out what torch wants beside the values, or None: all that it has is a backward."""
+    if torch._C._are_functorch_transforms_active():
+        return "a transform of torch.func is at work (vmap, jvp, grad, ...)"
+    return "forward-mode differentiation is on" if forward_ad._current_level >= 0 else None
+
+
+def check_transforms(*tensors: Tensor | None) -> None:
+    """Raise NotImplementedError where torch wants more of an operator on these tensors than it has."""
+    obstacle = transform_obstacle()
+    if obstacle is None:
+        return
+    plain = [tensor for tensor in tensors if tensor is not None]
+    if torch._C._are_functorch_transforms_active() or any(
+        forward_ad.unpack_dual(one).tangent is not None for one in plain
+    ):
+        raise NotImplementedError(f"fastlora: {obstacle}, for which the operators have no rule; {PLAIN}")
+
+
+class _DifferentiatedTwice(torch.autograd.Function):
+    """Gradients, and what they depend on: whoever differentiates them by it is told that this cannot be done."""
+
+    @staticmethod
+    def forward(ctx, function, sources, *tensors):  # tensors: that many sources, then the gradients
+        ctx.function = function
+        return tuple(gradient.detach() for gradient in tensors[sources:])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            f"fastlora: {ctx.function} cannot be differentiated twice (create_graph=True); {PLAIN}"
+        )
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A Function's backward, given (ctx, saved tensors, *dy), without a graph of its own; differentiating its results raises.
+
+    Torch's once_differentiable raises only where dy requires a gradient, and is not reached on the way to x, A and B, on which dx depends as well:
+    a penalty on dx would train nothing, in silence.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx, *dy):
+        saved = ctx.saved_tensors  # asked for once: more is too often for checkpointing
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, saved, *dy)
+        with torch.no_grad():
+            grads = backward(ctx, saved, *dy)
+        grads = grads if isinstance(grads, tuple) else (grads,)
+        sources = [tensor for tensor in (*saved, *dy) if tensor is not None and tensor.requires_grad]
+        present = [gradient for gradient in grads if gradient is not None]
+        if not sources:
+            return grads
+        wrapped = iter(_DifferentiatedTwice.apply(ctx.name(), len(sources), *sources, *present))
+        return tuple(None if gradient is None else next(wrapped) for gradient in grads)
+
+    return run
+
+
 # The functions flatten x and dy themselves: as operations of their own, the views would cost autograd as much again as a small layer.
 
 
@@ -203,9 +269,9 @@ class LoRALinearFunction(torch.autograd.Function):
         return _shaped(y, x)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight, lora_a, lora_b, xa, keep = ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx, saved, dy):
+        x, weight, lora_a, lora_b, xa, keep = saved
         need = ctx.needs_input_grad[0], ctx.needs_input_grad[3], ctx.needs_input_grad[4]
         with _without_autocast(dy.device):
             dx, da, db = torch.ops.fastlora.lora_linear_backward(
@@ -242,6 +308,7 @@ def lora_linear(
     _check_base(x, weight, bias, autocast=cast is not None)
     _check_adapter(x, cast or x.dtype, weight.shape[0], lora_a, lora_b, scale)
     _check_probability(dropout_p, "dropout_p")
+    check_transforms(x, weight, bias, lora_a, lora_b)
     if cast is not None:
         x, weight, bias = x.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
     seed = _draw_seed(dropout_p, training, x)
@@ -263,15 +330,17 @@ class LoRALinearSharedFunction(torch.autograd.Function):
         ys, xa, keep = torch.ops.fastlora.lora_linear_shared(rows, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
         ctx.save_for_backward(x, xa, keep, *weight, *adapters)
         ctx.scale, ctx.dropout_p = scale, dropout_p
+        ctx.set_materialize_grads(False)
         return tuple(_shaped(y, x) for y in ys)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, *dy):
-        x, xa, keep, *tensors = ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx, saved, *dy):
+        x, xa, keep, *tensors = saved
         G = len(dy)
         weight, lora_a, lora_b = tensors[:G], tensors[G : 2 * G], tensors[2 * G :]
-        wanted = ctx.needs_input_grad[6:]
+        wanted = [wants and dy[i % G] is not None for i, wants in enumerate(ctx.needs_input_grad[6:])]
+        dy = _with_zeros(dy, x, weight)
         need = ctx.needs_input_grad[0], any(wanted[:G]), any(wanted[G:])
         with _without_autocast(x.device):
             dx, da, db = torch.ops.fastlora.lora_linear_shared_backward(
@@ -279,6 +348,14 @@ class LoRALinearSharedFunction(torch.autograd.Function):
             )
         grads = [*_split(da, lora_a, wanted[:G]), *_split(db, lora_b, wanted[G:])]
         return _shaped(dx, x) if need[0] else None, None, None, None, None, None, *grads
+
+
+def _with_zeros(dy: Sequence[Tensor | None], x: Tensor, weight: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of layers that share x, zeros for a layer whose result had no part in the loss: its A and B get no gradient, as if alone."""
+    return [
+        x.new_zeros(*x.shape[:-1], w.shape[0]) if gradient is None else gradient
+        for gradient, w in zip(dy, weight, strict=True)
+    ]
 
 
 def _split(flat: Tensor, like: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -335,6 +412,7 @@ def lora_linear_shared(
         _check_probability(probabilities[i], f"dropout_p[{i}]")
         if lora_a[i].dtype != lora_a[0].dtype:
             raise _wrong(f"lora_a[{i}]", lora_a[i], f"the dtype of lora_a[0], {lora_a[0].dtype}")
+    check_transforms(x, *weight, *bias, *lora_a, *lora_b)
     x, weights, biases = _cast_shared(x, weight, bias, cast)
     seed = _draw_seed(max(probabilities), training, x, G)
     scales, p = [float(s) for s in scale], [float(q) for q in probabilities]
@@ -354,9 +432,9 @@ class FrozenLinearFunction(torch.autograd.Function):
         return _shaped(torch.ops.fastlora.frozen_linear(_rows(x), weight, bias), x)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        (weight,) = ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx, saved, dy):
+        (weight,) = saved
         with _without_autocast(dy.device):
             return _shaped(torch.ops.fastlora.frozen_linear_backward(_rows(dy), weight), dy), None, None
 
@@ -378,6 +456,7 @@ def frozen_linear(
     _check_floats(x, "x")
     cast = _autocast_dtype(x)
     _check_base(x, weight, bias, autocast=cast is not None)
+    check_transforms(x, weight, bias)
     if cast is not None:
         x, weight, bias = x.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
     with _without_autocast(x.device):
@@ -399,7 +478,8 @@ class RowGroups:
 
     def for_rows(self, rows: int) -> tuple[Tensor, Tensor]:
         """(order [rows] int64, offsets [S + 3] int64) for an x of that many rows, a multiple of the index's elements."""
-        if rows not in self._by_rows:
+        found = self._by_rows.get(rows)  # kept here: another thread may clear them
+        if found is None:
             if len(self._by_rows) >= 4:  # groups that outlive a forward see many row counts
                 self._by_rows.clear()
             # Codes 0 (no adapter), 1 to S, and S + 1 for numbers that do not exist.
@@ -410,8 +490,8 @@ class RowGroups:
                 code = code.repeat_interleave(rows // code.numel(), output_size=rows)
             ordered, order = torch.sort(code, stable=True)
             offsets = torch.searchsorted(ordered, torch.arange(self.adapters + 3, device=code.device))
-            self._by_rows[rows] = order, offsets
-        return self._by_rows[rows]
+            found = self._by_rows[rows] = order, offsets
+        return found
 
 
 def group_rows(index: Tensor, adapters: int) -> RowGroups:
@@ -455,9 +535,9 @@ class MultiLoRAFunction(torch.autograd.Function):
         return _shaped(y, x)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dy):
-        x, weight, xa, keep, order, offsets, *adapters = ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx, saved, dy):
+        x, weight, xa, keep, order, offsets, *adapters = saved
         S = len(adapters) // 2
         lora_a, lora_b = adapters[:S], adapters[S:]
         wanted = ctx.needs_input_grad[8:]
@@ -496,6 +576,7 @@ def multi_lora(
     cast = _autocast_dtype(x)
     _check_base(x, weight, bias, autocast=cast is not None)
     scales, probabilities = _check_adapters(x, cast or x.dtype, weight.shape[0], lora_a, lora_b, scale, dropout_p)
+    check_transforms(x, weight, bias, *lora_a, *lora_b)
     groups = _groups_of(x, index, len(lora_a))
     if cast is not None:
         x, weight, bias = x.to(cast), weight.to(cast), None if bias is None else bias.to(cast)
@@ -554,16 +635,19 @@ class MultiLoRASharedFunction(torch.autograd.Function):
         )
         ctx.save_for_backward(x, xa, keep, order, offsets, *weight, *adapters)
         ctx.scale, ctx.dropout_p = scale, dropout_p
+        ctx.set_materialize_grads(False)
         return tuple(_shaped(y, x) for y in ys)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, *dy):
-        x, xa, keep, order, offsets, *tensors = ctx.saved_tensors
+    @differentiable_once
+    def backward(ctx, saved, *dy):
+        x, xa, keep, order, offsets, *tensors = saved
         weight, adapters = tensors[: len(dy)], tensors[len(dy) :]
         half = len(adapters) // 2
         lora_a, lora_b = adapters[:half], adapters[half:]
-        wanted = ctx.needs_input_grad[8:]
+        each = half // len(dy)  # adapters of a layer
+        wanted = [wants and dy[i % half // each] is not None for i, wants in enumerate(ctx.needs_input_grad[8:])]
+        dy = _with_zeros(dy, x, weight)
         need = ctx.needs_input_grad[0], any(wanted[:half]), any(wanted[half:])
         with _without_autocast(x.device):
             dx, da, db = torch.ops.fastlora.multi_lora_shared_backward(
@@ -607,11 +691,12 @@ def multi_lora_shared(
             raise _wrong(f"lora_a[{g}]", f"{len(lora_a[g])} adapters", f"{len(lora_a[0])}, as lora_a[0] has")
         if lora_a[g][0].dtype != lora_a[0][0].dtype:
             raise _wrong(f"lora_a[{g}][0]", lora_a[g][0], f"the dtype of lora_a[0][0], {lora_a[0][0].dtype}")
+    every_a, every_b = ([one for own in column for one in own] for column in (lora_a, lora_b))
+    check_transforms(x, *weight, *bias, *every_a, *every_b)
     groups = _groups_of(x, index, len(lora_a[0]))
     x, weights, biases = _cast_shared(x, weight, bias, cast)
     order, offsets = groups.for_rows(math.prod(x.shape[:-1]))
     scales, p = ([number for own in column for number in own] for column in zip(*checked, strict=True))
-    every_a, every_b = ([one for own in column for one in own] for column in (lora_a, lora_b))
     seed = _draw_seed(max(p), training, x, G)
     with _without_autocast(x.device):
         if torch.is_grad_enabled():
@@ -695,12 +780,12 @@ class PrefixConcatFunction(torch.autograd.Function):
         return out, mask, positions, new_labels
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dout, *_):
+    @differentiable_once
+    def backward(ctx, saved, dout, *_):
         grads: list[Tensor | None] = [None] * 10
         if dout is None:
             return tuple(grads)
-        (source,) = ctx.saved_tensors
+        (source,) = saved
         need = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         dprompts, dembeds = torch.ops.fastlora.prefix_concat_backward(dout, source, ctx.prompt_rows, ctx.tokens, *need)
         if need[0]:
@@ -733,6 +818,7 @@ def prefix_concat(
         IndexError: a prompt or token number is out of range (on a CUDA device raised by a later call; those rows become NaN).
     """
     prompts, starts, lengths = _line_up(prompts)
+    check_transforms(prompts, embeds, embedding)
     S, D, device = len(lengths), prompts.shape[-1], prompts.device
     if not isinstance(attention_mask, Tensor):
         raise _wrong_type("attention_mask", attention_mask, "a torch.Tensor")

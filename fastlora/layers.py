@@ -69,15 +69,16 @@ def _around(cls: type[Layer], linear: nn.Linear) -> Layer:
 class _Mergeable(nn.Module):
     """One adapter beside a frozen `weight`, and the exact way into the weight and back.
 
-    While merged, the weight's memory holds W + s B A and the original is kept aside: `unmerge` puts the very same tensor back, and
-    `state_dict` holds the original, so that a saved state means the same merged or not.
+    While merged, `weight` is a Parameter of the layer's own that holds W + s B A, and the original is kept aside, untouched: others may share
+    it (an embedding tied to this layer). `unmerge` puts the very same Parameter back, and `state_dict` holds the original, so that a saved
+    state means the same merged or not.
     """
 
     weight: Any  # nn.Parameter [N, K], or [K, N] in a Conv1D
     bias: Any  # nn.Parameter [N] or None
     lora_A: nn.Parameter  # [R, K]
     lora_B: nn.Parameter  # [N, R]
-    _original: Tensor | None
+    _aside: tuple[nn.ParameterList, ...]  # of the original weight; a tuple keeps it out of the layer's own parameters
 
     def _add_adapter(
         self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, in_features: int, out_features: int
@@ -89,7 +90,7 @@ class _Mergeable(nn.Module):
         self.use_rslora = use_rslora
         self.scaling = lora_scaling(r, lora_alpha, use_rslora)
         self.lora_A, self.lora_B = _new_adapter(r, in_features, out_features, self.weight)
-        self._original = None
+        self._aside = ()
 
     def _weight_as_linear(self) -> Tensor:
         """The weight as [N, K]."""
@@ -97,7 +98,7 @@ class _Mergeable(nn.Module):
 
     @property
     def merged(self) -> bool:
-        return self._original is not None
+        return bool(self._aside)
 
     def merge(self) -> None:
         """Put W + s B A, computed in float32 or wider and rounded once, in the weight's place. A second call changes nothing."""
@@ -105,26 +106,27 @@ class _Mergeable(nn.Module):
             return
         wide = torch.promote_types(self.weight.dtype, torch.float32)
         update = self.scaling * (self.lora_B.detach().to(wide) @ self.lora_A.detach().to(wide))  # [N, K]
-        self._original = self.weight.data
         merged = (self._weight_as_linear().detach().to(wide) + update).to(self.weight.dtype)
-        self.weight.data = merged if self._weight_as_linear() is self.weight else merged.t().contiguous()
+        transposed = self._weight_as_linear() is not self.weight
+        self._aside = (nn.ParameterList([self.weight]),)
+        self.weight = nn.Parameter(merged.t().contiguous() if transposed else merged, requires_grad=False)
 
     def unmerge(self) -> None:
-        """Put the original weight back, bit for bit. A second call changes nothing."""
-        if self._original is not None:
-            self.weight.data = self._original
-            self._original = None
+        """Put the original Parameter back, bit for bit. A second call changes nothing."""
+        if self._aside:
+            self.weight = self._aside[0][0]
+            self._aside = ()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        if self._original is not None:
-            self._original = fn(self._original)
+        for aside in self._aside:
+            aside._apply(fn, recurse)
         return self
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self._original is not None:
-            destination[prefix + "weight"] = self._original
+        for aside in self._aside:
+            destination[prefix + "weight"] = aside[0] if keep_vars else aside[0].detach()
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         self.unmerge()

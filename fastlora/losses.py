@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -39,9 +38,9 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         return (highest - picked + total.log()).sum()
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, dloss):
-        hidden, weight, bias, labels, highest, total, dhidden = ctx.saved_tensors
+    @functional.differentiable_once
+    def backward(ctx, saved, dloss):
+        hidden, weight, bias, labels, highest, total, dhidden = saved
         dx = None if dhidden is None else (dhidden * dloss).to(hidden.dtype)
         if not any(ctx.needs_input_grad[1:3]):
             return dx, None, None, None
@@ -74,6 +73,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, la
     """
     dtype = functional._autocast_dtype(hidden)
     _check(hidden, weight, bias, labels, autocast=dtype is not None)
+    functional.check_transforms(hidden, weight, bias)
     hidden = hidden.to(dtype or hidden.dtype)
     with functional._without_autocast(hidden.device):
         return LinearCrossEntropyFunction.apply(hidden, weight, bias, labels)

@@ -23,6 +23,7 @@ Call = tuple[Any, ...]  # the arguments of an operator
 
 SHAPES = {"small": (1024, 1024), "large": (2048, 2048)}  # K, N
 LINEAR_ROWS = {"cpu": (1, 8, 64, 512), "cuda": tuned.ROWS}
+WORTH_A_COPY = 0.95  # of the time without a packed copy: what saves less is not worth the memory
 DROPOUT_P, FEWEST_ROWS_DROPPED = 0.1, 64  # who drops anything trains, on more than a few rows
 DROPPING = ("lora_linear", "lora_linear_shared", "multi_lora", "multi_lora_shared")  # the last that they return is keep
 BATCHES = ((512, "small", False), (4096, "large", False))  # prefix_concat: tokens, and the size of what they move
@@ -61,7 +62,11 @@ def problems(
         # torch's float16 product with a transposed weight takes seconds on a CPU: the nearest class stands for the largest.
         rows_here = LINEAR_ROWS[device_type][: -1 if (device_type, dtype) == ("cpu", torch.float16) else None]
         linear = product(rows_here, sizes, (False, True))
-        classes = BATCHES if op == "prefix_concat" else linear
+        # Of the frozen product it is measured whether a packed copy pays; a few rows are csrc's, without one.
+        frozen = product([rows for rows in rows_here if rows >= packed.FEW_ROWS], sizes, (False,))
+        if op == "frozen_linear" and not (device_type == "cpu" and packed.packs(dtype)):
+            continue
+        classes = {"prefix_concat": BATCHES, "frozen_linear": frozen}.get(op, linear)
         found += [
             Problem(op, dtype, rows, size, dropout)
             for rows, size, dropout in classes
@@ -107,9 +112,14 @@ def measure(
             times = ratios(functions, calls, device, seconds)
             trying(name, [])
             for one in names:
-                best = min((run for run in sound if runs[run][0] == one), key=times.__getitem__, default="")
+                best = min((run for run in sound if runs[run][0] == one), key=lambda run: _cost(run, times), default="")
                 found.append(tuned.measurement(name, *problem[1:], one, times.get(best), runs[best][1] if best else ""))
     return found
+
+
+def _cost(run: str, times: dict[str, float]) -> float:
+    """The time of an implementation in one of its ways, and what else it costs, in the same unit."""
+    return times[run] / WORTH_A_COPY if run.endswith(" packed") else times[run]
 
 
 def is_refused(one: Measurement, refused: Collection[Refusal]) -> bool:
@@ -134,7 +144,8 @@ def is_out_of_memory(fault: Exception) -> bool:
 
 def ways(op: str, implementation: str) -> tuple[str, ...]:
     """The implementation's ways to run the operator; one without a name where it has no choice."""
-    return tuned.WAYS.get(implementation, ("",)) if op.startswith(("lora_linear", "multi_lora")) else ("",)
+    stem = op.removesuffix("_backward").removesuffix("_shared")
+    return tuned.WAYS.get((implementation, stem), ("",))
 
 
 def _in_way(op: str, implementation: str, way: str) -> Callable[..., Any]:
@@ -307,6 +318,21 @@ def _linear_calls(
     }
 
 
+def _frozen_linear(
+    M: int, K: int, N: int, dtype: torch.dtype, device: torch.device, dropout: bool
+) -> dict[str, list[Call]]:
+    draw = _Draw(dtype, device)
+    x, weight, dy = draw.linear(
+        max(M, 2 * packed.FEW_ROWS), K, N
+    )  # the class of 8 rows: those that are no few rows any more
+    bias = draw.normal(N) if dropout else None
+    weights = _in_turn(weight, x.shape[0])
+    return {
+        "frozen_linear": [(x, one, bias) for one in weights],
+        "frozen_linear_backward": [(dy, one) for one in weights],
+    }
+
+
 def _lora_linear(
     M: int, K: int, N: int, dtype: torch.dtype, device: torch.device, dropout: bool
 ) -> dict[str, list[Call]]:
@@ -400,6 +426,7 @@ def _prefix_concat(
 
 
 PROBLEMS: dict[str, Callable[..., dict[str, list[Call]]]] = {
+    "frozen_linear": _frozen_linear,  # first: the others multiply by frozen weights in the way that was faster
     "lora_linear": _lora_linear,
     "lora_linear_shared": _lora_linear_shared,
     "multi_lora": _multi_lora,

@@ -1,17 +1,30 @@
-"""Fold an adapter into its base's weights, and say what rounding to the working dtype cost."""
+"""Fold an adapter into its base's weights, and say what rounding to the weights' dtype cost."""
 
+import copy
 import importlib
+import logging
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastlora.inference import load_model
+from fastlora import writing
+from fastlora.adapters import read as read_adapter
+from fastlora.inference import base_of, load_base, load_model
+
+logger = logging.getLogger("fastlora")
 
 PROBES, PROBE_TOKENS = 4, 64
+LARGEST_LOSS = 0.05  # of the update, before a warning
+BLOCK = 1 << 22  # elements of a weight that are measured at once: a copy in float64 is large
+
+
+class MergeError(RuntimeError):
+    """What was written does not read back as what was merged; nothing is left of it."""
 
 
 @dataclass(frozen=True)
@@ -23,85 +36,255 @@ class MergeReport:
     update_relative_error: (
         float  # norm of that difference over the norm of s B A: the part of the adapter that rounding lost
     )
-    logits_max_error: float  # |merged model's logits - those with the adapter beside the base|
+    logits_max_error: float  # |logits of the model that was written - those with the adapter beside the base|
     logits_relative_error: float  # norm of that difference over the norm of the logits
+    untied: str | None  # weights that were one with another and have become their own
     output: str
 
 
 def merge(
-    model: str | None, adapter: str | Path, output: str | Path, *, dtype: str = "auto", overwrite: bool = False
+    model: str | None,
+    adapter: str | Path,
+    output: str | Path,
+    *,
+    dtype: str = "auto",
+    overwrite: bool = False,
+    allow_missing: bool = False,
 ) -> MergeReport:
     """Write the base with W + s B A in every layer of the adapter: an ordinary transformers model, with its tokenizer.
 
-    The weights' error is measured layer by layer against the same sum in float64, the logits' on four sequences of 64
-    random tokens.
+    The sums are computed in float32 and rounded once. The weights' error is measured layer by layer against the same sum in float64, the logits'
+    on four sequences of 64 random tokens with the model as it reads back. It is written elsewhere and renamed: what stands there is whole.
 
     Args:
         model: the base: a folder or a hub id; None: the one that the adapter names.
-        dtype: the merged weights' and the one the logits are compared in: auto, float32 or bfloat16.
+        dtype: the merged weights' and the one the logits are compared in: auto (as the base is stored), float32 or bfloat16.
+        overwrite: replace the model or adapter in the output folder; never the base's or the adapter's own folder.
+        allow_missing: as `load_model`'s.
 
     Raises:
-        FileExistsError: the output folder holds a model already, and overwrite was not asked for.
-        ValueError: the adapter makes some weight infinite or NaN.
+        FileExistsError: the output folder holds a model or an adapter, and overwrite was not asked for.
+        ValueError: the output folder is the adapter's or the base's, or in it or around it; the adapter makes some weight infinite or NaN.
+        AdapterError: the adapter's files are not what they should be.
         TypeError: the adapter has layers whose update is no sum (DoRA and other variants).
+        OSError: something is not there, or the disk is full.
+        MergeError: the written model is not the merged one.
     """
     output = Path(output)
-    if (output / "config.json").exists() and not overwrite:
-        raise FileExistsError(f"output={output} holds a model already: --overwrite replaces it")
-    peft_model, tokenizer = load_model(model, {"default": adapter}, dtype=dtype, accelerate=False)
+    base = model or base_of([read_adapter(adapter)])
+    writing.require_folder(output)
+    writing.require_apart(output, adapter=adapter, model=base)
+    held = [
+        name for name in writing.results(output) if name in writing.HEADS or name.endswith((".safetensors", ".bin"))
+    ]
+    if held and not overwrite:
+        raise FileExistsError(
+            f"output={output} holds a model or an adapter already ({held[0]}): overwrite=True replaces it"
+        )
+    chosen = "stored" if dtype == "auto" else dtype
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # merging is right here
+        peft_model, tokenizer = load_model(
+            base, {"default": adapter}, dtype=chosen, accelerate=False, allow_missing=allow_missing
+        )
     probes = _probes(peft_model)
     before = _logits(peft_model, probes)
-    errors = _merge_layers(peft_model)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="All adapters are already merged")
-        merged = peft_model.merge_and_unload()
-    after = _logits(merged, probes)
-    merged.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    return MergeReport(
-        dtype=str(merged.dtype).removeprefix("torch."),
+    merged, errors = fold(peft_model)
+    del peft_model
+    written_dtype, after = merged.dtype, _logits(merged, probes)
+    read_back = after
+
+    def fill(folder: Path) -> None:
+        nonlocal merged, read_back
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        device = merged.device
+        del merged  # before its like is loaded
+        read_back = _logits(load_base(str(folder), None, device), probes)
+        if not _relative(read_back, after) <= 0.01:  # NaN fails, too
+            raise MergeError(f"output={output}: reads back as another model than the merged one; nothing was written")
+
+    try:
+        writing.publish(output, fill)
+    except OSError as error:
+        if error.errno not in writing.DISK:
+            raise
+        raise OSError(
+            f"output={output}: {error.strerror or error} ({writing.free(output)}); what was written is removed again"
+        ) from error
+    report = MergeReport(
+        dtype=str(written_dtype).removeprefix("torch."),
         layers=errors.layers,
         weight_max_error=errors.largest,
-        weight_relative_error=errors.difference**0.5 / errors.weight**0.5,
+        weight_relative_error=(errors.difference / errors.weight) ** 0.5 if errors.weight else 0.0,
         update_relative_error=(errors.difference / errors.update) ** 0.5 if errors.update else 0.0,
-        logits_max_error=(after - before).abs().max().item(),
-        logits_relative_error=((after - before).norm() / before.norm()).item(),
+        logits_max_error=(read_back - before).abs().max().item(),
+        logits_relative_error=_relative(read_back, before),
+        untied=", ".join(errors.untied) or None,
         output=str(output),
     )
+    if report.update_relative_error > LARGEST_LOSS:
+        logger.warning(
+            "merging in %s lost %.0f %% of the adapter's update to rounding: merge with dtype=float32, or keep the adapter beside the base",
+            report.dtype,
+            100 * report.update_relative_error,
+        )
+    return report
+
+
+def _relative(got: Tensor, expected: Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()
 
 
 @dataclass
-class _Errors:
+class Errors:
+    """What rounding cost, over all layers; sums of squares but for the largest. And which weights are tied no longer."""
+
     layers: int = 0
     largest: float = 0.0
-    difference: float = 0.0  # sums of squares
+    difference: float = 0.0
     weight: float = 0.0
     update: float = 0.0
+    untied: tuple[str, ...] = ()
 
 
 @torch.no_grad()
-def _merge_layers(peft_model: Any) -> _Errors:
-    lora_layer = importlib.import_module("peft.tuners.lora").LoraLayer
-    errors = _Errors()
-    layers = [module for module in peft_model.modules() if isinstance(module, lora_layer)]
-    variants = [layer for layer in layers if getattr(layer, "lora_variant", {})]
+def fold(peft_model: Any) -> tuple[Any, Errors]:
+    """The base model of a PeftModel with the active adapters' updates in its weights, and no adapter left.
+
+    No weight is written to: each that changes becomes a new Parameter, so that whoever shared the old one (tied embeddings) keeps it. Where two
+    tied weights have come out different, they are untied: `tie_word_embeddings` is False in the model's config and in that of its text part, and
+    each has memory of its own.
+
+    The PeftModel is used up, also where a weight turns out to be infinite.
+
+    Raises:
+        ValueError: some weight would become infinite or NaN.
+        TypeError: a layer's update is no sum (DoRA and other variants), or its weight is quantised.
+    """
+    base = peft_model.get_base_model()
+    configs = {id(config): config for config in (base.config, base.config.get_text_config())}.values()
+    flags = [(config, config.tie_word_embeddings) for config in configs if hasattr(config, "tie_word_embeddings")]
+    tied = dict(getattr(base, "all_tied_weights_keys", {}))
+    _merge_tokens(peft_model)
+    errors = _merge_layers(peft_model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that all is merged already, and what it thinks of tied weights
+        merged = peft_model.merge_and_unload()
+    for config, flag in flags:
+        config.tie_word_embeddings = flag  # PEFT sets it from the first config alone
+    errors.untied = _untie(merged, tied)
+    return merged, errors
+
+
+def _merge_tokens(peft_model: Any) -> None:
+    """Rows that PEFT's trainable_token_indices replace."""
+    tokens = importlib.import_module("peft.tuners.trainable_tokens").TrainableTokensLayer
+    for layer in [module for module in peft_model.modules() if isinstance(module, tokens)]:
+        names = [name for name in layer.active_adapters if name in layer.token_indices]
+        if names:
+            layer._check_overlapping_tokens(names)
+            layer.get_base_layer().weight = nn.Parameter(layer.get_merged_weights(names), requires_grad=False)
+            layer.merged_adapters.extend(names)
+
+
+def _merge_layers(peft_model: Any) -> Errors:
+    lora = importlib.import_module("peft.tuners.lora")
+    wrapper = importlib.import_module("peft.utils.other").AuxiliaryTrainingWrapper
+    layers = {name: module for name, module in peft_model.named_modules() if isinstance(module, lora.LoraLayer)}
+    variants = [name for name, layer in layers.items() if getattr(layer, "lora_variant", {})]
     if variants:
         raise TypeError(
-            f"adapter: expected plain LoRA layers, {len(variants)} of {len(layers)} are variants such as DoRA;"
-            " PEFT's merge_and_unload merges them"
+            f"adapter: expected plain LoRA layers, {len(variants)} of {len(layers)} are variants such as DoRA (the first:"
+            f" {variants[0]}); PEFT's merge_and_unload merges them"
         )
-    for layer in layers:
-        # One layer at a time, so that a second copy of one weight is all that measuring costs.
-        update = layer.get_delta_weight("default").double()
-        exact = layer.get_base_layer().weight.double() + update
-        layer.merge(safe_merge=True)
-        difference = layer.get_base_layer().weight.double() - exact
-        errors.layers += 1
+    errors = Errors()
+    for name, layer in layers.items():
+        if isinstance(layer.base_layer, wrapper):  # LoRA over a head that follows an embedding's trainable tokens
+            layer.base_layer = layer.base_layer.unload_and_optionally_merge_module(True, False, None)
+        base, weight_name = layer.get_base_layer(), getattr(layer, "parameter_name", "weight")
+        weight = getattr(base, weight_name, None)
+        if not isinstance(weight, Tensor) or not weight.dtype.is_floating_point or weight.dtype.itemsize < 2:
+            raise TypeError(
+                f"adapter: {name} stands over a {type(base).__name__}; expected one weight of 16 bits or more"
+            )
+        for adapter in [one for one in layer.active_adapters if one in layer.scaling]:
+            # One layer at a time, so that a second copy of one weight is all that merging costs.
+            update = layer.get_delta_weight(adapter)
+            weight = _added(f"{name}.{weight_name}", getattr(base, weight_name), update, errors)
+            setattr(base, weight_name, weight)
+            if layer.lora_bias.get(adapter):
+                step = layer.lora_B[adapter].bias * layer.scaling[adapter]
+                if base.bias is None:
+                    raise TypeError(f"adapter: {name} has a bias in its update (lora_bias) and none in its base")
+                base.bias = _added(f"{name}.bias", base.bias, step, errors)
+            layer.merged_adapters.append(adapter)
+            errors.layers += 1
+    return errors
+
+
+def _added(name: str, weight: Tensor, update: Tensor, errors: Errors) -> nn.Parameter:
+    """weight + update, computed in float32 and rounded once, as a Parameter of its own."""
+    merged = (weight.float() if weight.dtype != torch.float64 else weight) + update
+    merged = merged.to(weight.dtype)
+    if not merged.isfinite().all():
+        raise ValueError(f"adapter: {name} would become infinite or NaN in {weight.dtype}")
+    rows = max(1, BLOCK // max(1, weight[0].numel()))
+    for part, added, old in zip(merged.split(rows), update.split(rows), weight.split(rows), strict=True):
+        exact = old.double() + added.double()
+        difference = part.double() - exact
         errors.largest = max(errors.largest, difference.abs().max().item())
         errors.difference += _square(difference)
         errors.weight += _square(exact)
-        errors.update += _square(update)
-    return errors
+        errors.update += _square(added.double())
+    return nn.Parameter(merged, requires_grad=False)
+
+
+def _untie(model: Any, tied: Mapping[str, str]) -> tuple[str, ...]:
+    """Tie again what is still equal, and give what is not its own memory, in the saved files, too. Returns the names of the latter.
+
+    Args:
+        tied: the name of each weight that was one with another, and that other's.
+    """
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    apart = tuple(name for name, source in tied.items() if not torch.equal(weights[name], weights[source]))
+    still = {name: source for name, source in tied.items() if name not in apart}
+    if apart and _can_say_untied(model.config):
+        _say_untied(model.config)
+        still = {}
+    # Where the config cannot say it, transformers ties what the files do not hold twice with different values.
+    for name, source in still.items():
+        _put(model, name, weights[source])
+    # The rest must share no memory: neither what has come apart, nor what transformers does not know of (layers that PEFT has replicated).
+    holders: dict[int, nn.Module] = {}
+    for name, weight in list(model.named_parameters(remove_duplicate=False)):
+        holder = model.get_submodule(name.rpartition(".")[0])
+        if name not in still and holders.setdefault(weight.data_ptr(), holder) is not holder:
+            _put(model, name, nn.Parameter(weight.clone(), requires_grad=False))
+    if apart:
+        model.all_tied_weights_keys = still
+    return apart
+
+
+def _put(model: Any, name: str, weight: nn.Parameter) -> None:
+    holder, _, own_name = name.rpartition(".")
+    setattr(model.get_submodule(holder), own_name, weight)
+
+
+def _say_untied(config: Any) -> None:
+    config.tie_word_embeddings = False
+    config.get_text_config().tie_word_embeddings = False
+
+
+def _can_say_untied(config: Any) -> bool:
+    """Whether the config, saved with tie_word_embeddings=False, is read again as that and nothing else: T5's means another scale by it."""
+    untied = copy.deepcopy(config)
+    _say_untied(untied)
+    as_is, read_back = type(config).from_dict(config.to_dict()), type(config).from_dict(untied.to_dict())
+    if read_back.tie_word_embeddings or read_back.get_text_config().tie_word_embeddings:
+        return False
+    _say_untied(as_is)
+    return as_is.to_dict() == read_back.to_dict()
 
 
 def _square(tensor: Tensor) -> float:
@@ -110,10 +293,11 @@ def _square(tensor: Tensor) -> float:
 
 def _probes(model: Any) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    length = min(PROBE_TOKENS, getattr(model.config, "max_position_embeddings", PROBE_TOKENS))
-    return torch.randint(model.config.vocab_size, (PROBES, length), generator=generator).to(model.device)
+    config = model.config.get_text_config()
+    length = min(PROBE_TOKENS, getattr(config, "max_position_embeddings", PROBE_TOKENS))
+    return torch.randint(config.vocab_size, (PROBES, length), generator=generator).to(model.device)
 
 
 @torch.no_grad()
 def _logits(model: Any, input_ids: Tensor) -> Tensor:
-    return model(input_ids=input_ids, use_cache=False).logits.float()
+    return model.eval()(input_ids=input_ids, use_cache=False).logits.float()

@@ -1,31 +1,79 @@
 """metrics.jsonl, one object an optimiser step, and its plot."""
 
+import io
 import json
-import os
 from collections.abc import Mapping, Sequence
+from os import fsync
 from pathlib import Path
+from typing import Any
+
+from fastlora import writing
+from fastlora.typed import fits, is_finite, shown
 
 NAME = "metrics.jsonl"
+NUMBERS = ("loss", "grad_norm", "learning_rate", "epoch", "tokens_per_second", "seconds")  # and the step
 
 
-def read(output: Path) -> list[dict[str, float]]:
-    """The objects of OUTPUT/metrics.jsonl; none where there is no file, and a line that a kill cut short ends them."""
+class Log:
+    """metrics.jsonl, open for more. A line is in the file as soon as `add` returns."""
+
+    def __init__(self, output: Path) -> None:
+        # Unbuffered: what a full disk did not take is not tried again, at the end, in place of the error that is on its way.
+        self._path = output / NAME
+        self._file = self._path.open("ab", buffering=0)
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, record: Mapping[str, float]) -> None:
+        line = (json.dumps(record) + "\n").encode()
+        with writing.plain_errors(self._path):
+            while line:
+                line = line[self._file.write(line) or 0 :]
+
+    def force(self) -> None:
+        """Have all lines on the disk."""
+        with writing.plain_errors(self._path):
+            fsync(self._file.fileno())
+
+
+def read(output: Path, step: int | None = None) -> list[dict[str, float]]:
+    """The objects of OUTPUT/metrics.jsonl, of steps 1, 2, ...
+
+    step: read that many and leave the rest, which a checkpoint does not know. None: all of them, but for a last line
+    that a kill cut short.
+
+    Raises:
+        ValueError: a line is no such object, or there are too few; the message has FILE:LINE.
+    """
     path = output / NAME
-    records: list[dict[str, float]] = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
+    lines = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    lines = lines[:-1][:step]  # what is behind the last line break is nothing, or cut short
+    if step is not None and len(lines) < step:
+        raise ValueError(f"{path}: ends at step {len(lines)}, expected the {step} steps that were done")
+    return [_record(line, f"{path}:{number}", number) for number, line in enumerate(lines, 1)]
 
 
-def cut(output: Path, step: int) -> None:
-    """Leave the objects up to `step` only."""
-    kept = [record for record in read(output) if record["step"] <= step]
-    scratch = output / f".unfinished-{NAME}"
-    scratch.write_text("".join(json.dumps(record) + "\n" for record in kept))
-    os.replace(scratch, output / NAME)
+def _record(line: bytes, where: str, step: int) -> dict[str, float]:
+    try:
+        record: Any = json.loads(line)
+    except (ValueError, RecursionError) as error:  # also not UTF-8, and integers of thousands of digits
+        raise ValueError(f"{where}: not JSON: {error}") from None
+    if not isinstance(record, dict) or not fits(record.get("step"), int) or record["step"] != step:
+        raise ValueError(f"{where}: expected the object of step {step}, got {shown(record)}")
+    for name in NUMBERS:
+        value: Any = record.get(name)
+        if not fits(value, float) or not is_finite(value):
+            raise ValueError(f"{where}: {name}={shown(value)}: expected a finite number")
+    return record
+
+
+def write(output: Path, records: Sequence[Mapping[str, float]]) -> None:
+    """Leave these objects only."""
+    writing.whole(output / NAME, "".join(json.dumps(record) + "\n" for record in records).encode())
 
 
 def plot(records: Sequence[Mapping[str, float]], path: Path) -> None:
@@ -48,4 +96,6 @@ def plot(records: Sequence[Mapping[str, float]], path: Path) -> None:
     axes.set(xlabel="optimiser step", ylabel="loss, nats a token")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120, format="png")
+    writing.whole(path, image.getvalue())

@@ -57,6 +57,8 @@ for _name, _signature in SCHEMAS.items():
 library.define("few_rows_cpu(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
 # The same for many rows, in float32.
 library.define("product_cpu(Tensor x, Tensor weight, Tensor? bias) -> Tensor")
+# A number that changes with the elements of a weight: by it packed.py sees that one was written to.
+library.define("fingerprint_cpu(Tensor weight) -> int")
 
 
 class ImplementationError(RuntimeError):
@@ -114,7 +116,7 @@ def _load(implementation: str) -> None:
             load()
         except ImportError as error:
             mark_missing(implementation, f"cannot be imported: {error}")
-        del _loaders[implementation]
+        _loaders.pop(implementation, None)  # another thread may have come as early
 
 
 def implementation(op: str, name: str) -> Callable[..., Any]:
@@ -162,15 +164,34 @@ def availability() -> list[Availability]:
     return found
 
 
-def _forced_by_environment() -> str | None:
-    name = os.environ.get("FASTLORA_IMPL")
-    if name and name not in IMPLEMENTATIONS:
-        raise ImplementationError(f"FASTLORA_IMPL={name!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
-    return name or None
+_environment: str | None = os.environ.get("FASTLORA_IMPL") or None  # as it was last read
+forced: str | None = _environment
+"""The implementation that every operator must use: FASTLORA_IMPL, as fastlora was imported or at the last `read_environment`."""
 
 
-forced: str | None = _forced_by_environment()
-"""FASTLORA_IMPL, read once: the implementation that every operator must use."""
+def read_environment() -> None:
+    """Follow FASTLORA_IMPL if it was changed, and make sure that it can be followed at all. `accelerate` does this; a choice has no time to.
+
+    Raises:
+        ImplementationError: it names no implementation, or one that this machine cannot run, whatever it is given.
+    """
+    global _environment, forced
+    now = os.environ.get("FASTLORA_IMPL") or None
+    if now != _environment:
+        _environment = forced = now
+    if forced is not None:
+        _check_forced()
+        obstacle = None if torch.cuda.is_available() else _device_obstacle(forced, torch.device("cpu"))
+        if obstacle is None:
+            _load(forced)
+            obstacle = None if _implemented(forced) else _absence("anything", forced)
+        if obstacle is not None:
+            raise ImplementationError(f"FASTLORA_IMPL={forced}: {obstacle}")
+
+
+def _check_forced() -> None:
+    if forced not in IMPLEMENTATIONS:
+        raise ImplementationError(f"FASTLORA_IMPL={forced!r}: expected one of {', '.join(IMPLEMENTATIONS)}")
 
 
 EMULATORS = {"triton": "TRITON_INTERPRET", "cuda": "FASTLORA_EMULATED"}
@@ -188,20 +209,29 @@ SIXTEEN_BITS = {
 """What runs on tensor cores alone: bfloat16 and float16."""
 
 
+def _device_obstacle(name: str, device: torch.device) -> str | None:
+    """Why the implementation cannot run on this device, be it built or not, or None."""
+    emulated = name in EMULATORS and os.environ.get(EMULATORS[name]) == "1"
+    if name == "reference" or emulated or device.type == ("cpu" if name == "cpu" else "cuda"):
+        return None
+    no_card = ": torch sees no CUDA card here" if name != "cpu" and not torch.cuda.is_available() else ""
+    return f"{name} does not run on {device.type} devices{no_card}"
+
+
 def _obstacle(op: str, name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the implementation cannot run `op` on this device in this dtype, or None."""
+    """Why the implementation cannot run `op` on this device in this dtype, or None: what nothing mends comes first."""
+    obstacle = _device_obstacle(name, device)
+    if obstacle is not None:
+        return obstacle
     _load(name)
     if (op, name) not in _table:
         return _absence(op, name)
     if name == "reference":
         return None
-    if dtype not in KERNEL_DTYPES or (dtype is torch.float32 and (op, name) in SIXTEEN_BITS):
-        return f"{name} does not compute in {str(dtype).removeprefix('torch.')}"
-    emulated = name in EMULATORS and os.environ.get(EMULATORS[name]) == "1"
-    if device.type != ("cpu" if name == "cpu" else "cuda") and not emulated:
-        return f"{name} does not run on {device.type} devices"
     if name == "cuda" and device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_CARD:
         return f"{name} is compiled for compute capability {'.'.join(map(str, OLDEST_CARD))} and later"
+    if dtype not in KERNEL_DTYPES or (dtype is torch.float32 and (op, name) in SIXTEEN_BITS):
+        return f"{name} does not compute in {str(dtype).removeprefix('torch.')}"
     return None
 
 
@@ -211,9 +241,13 @@ def candidates(op: str, device: torch.device, dtype: torch.dtype) -> list[str]:
     return [name for name in names if _obstacle(op, name, device, dtype) is None]
 
 
-def _choose(op: str, like: Tensor, rows: int, elements: int, dropout: bool) -> Choice:
-    """What runs `op` on that many rows, with a weight (or a result) of that many elements, in `like`'s dtype and on its device."""
+def _choose(op: str, like: Tensor, rows: int, elements: int, dropout: bool, weight: Tensor | None = None) -> Choice:
+    """What runs `op` on that many rows, with a weight (or a result) of that many elements, in `like`'s dtype and on its device.
+
+    Measured are weights that lie by row, as nn.Linear's. The figures stand for those that lie by column, too, but not for any that would be copied.
+    """
     if forced is not None:
+        _check_forced()
         obstacle = _obstacle(op, forced, like.device, like.dtype)
         if obstacle is not None:
             raise ImplementationError(f"FASTLORA_IMPL={forced}: {op} cannot run: {obstacle}")
@@ -222,34 +256,51 @@ def _choose(op: str, like: Tensor, rows: int, elements: int, dropout: bool) -> C
     choice = tuned.choices.get(key)
     if choice is None:
         choice = tuned.choices[key] = _decide(op, like.device, like.dtype, rows, elements, dropout)
+    if choice.implementation == "cuda" and weight is not None and _is_copied(weight):
+        return Choice(
+            "reference",
+            f"CUDA C++ would copy the weight {list(weight.shape)} in every call: neither its rows nor its columns lie at multiples of 16 bytes",
+        )
     return choice
+
+
+def _is_copied(weight: Tensor) -> bool:
+    """Whether CUDA C++ cannot read the weight where it is: neither its rows nor its columns lie at multiples of 16 bytes."""
+    return not any(weight.stride(along) <= 1 and weight.stride(across) % 8 == 0 for across, along in ((0, 1), (1, 0)))
 
 
 def _decide(op: str, device: torch.device, dtype: torch.dtype, rows: int, elements: int, dropout: bool) -> Choice:
     """The fastest of plain PyTorch and the candidates that were measured; where none was, the native extension on a CPU."""
     if device.type not in ("cpu", "cuda"):
-        return Choice("reference", f"no kernels for {device.type} devices")
+        return Choice("reference", f"plain PyTorch, since there are no kernels for {device.type} devices")
     obstacle = _obstacle(op, "cpu", device, dtype) if device.type == "cpu" else None
     if obstacle is not None:
-        return Choice("reference", obstacle)
+        return Choice("reference", f"plain PyTorch, since {obstacle}")
     known = tuned.measured(device.type, op, dtype, rows, elements, dropout)
     found = [known[name] for name in candidates(op, device, dtype) if name in known] if known else []
     if not found:
         if device.type == "cpu":
             return Choice("cpu", "native C++, not measured on this kind of CPU")
-        return Choice("reference", "not measured on this kind of GPU: `fastlora tune --device cuda` does it")
+        return Choice(
+            "reference", "plain PyTorch, not measured on this kind of GPU: `fastlora tune --device cuda` does it"
+        )
     best = min(found, key=lambda one: math.inf if one.ratio is None else one.ratio)
     title = TITLES[best.implementation]
     if best.ratio is None:
-        return Choice("reference", f"{title} failed its check ({best.origin})")
-    reason = f"{title}, {best.ratio:.2f}x of plain PyTorch's time ({best.origin})"
-    return Choice(best.implementation, reason, best.ratio) if best.ratio <= WORTH_IT else Choice("reference", reason)
+        return Choice("reference", f"plain PyTorch, since {title} failed its check ({best.origin})")
+    if best.ratio > WORTH_IT:
+        return Choice(
+            "reference", f"plain PyTorch, since {title} would take {best.ratio:.2f}x of its time ({best.origin})"
+        )
+    return Choice(
+        best.implementation, f"{title}, {best.ratio:.2f}x of plain PyTorch's time ({best.origin})", best.ratio
+    )
 
 
 def choose_lora_linear(x: Tensor, weight: Tensor, dropout: bool = False, backward: bool = False) -> Choice:
     """Which implementation runs `lora_linear`, or its backward, on inputs like x [M, K] and weight [N, K], with dropout or without."""
     op = "lora_linear_backward" if backward else "lora_linear"
-    return _choose(op, x, x.shape[0], weight.numel(), dropout)
+    return _choose(op, x, x.shape[0], weight.numel(), dropout, weight)
 
 
 def choose_lora_linear_shared(
@@ -273,7 +324,7 @@ def choose_multi_lora_shared(
 
 def _choose_shared(op: str, alone: Choice, x: Tensor, weight: Tensor, dropout: bool) -> tuple[Choice, bool]:
     if forced is None or (op, forced) in _table:
-        together = _choose(op, x, x.shape[0], weight.numel(), dropout)
+        together = _choose(op, x, x.shape[0], weight.numel(), dropout, weight)
         if together.implementation == alone.implementation or together.ratio < alone.ratio:
             return together, together.implementation != "reference"
     return alone, False
@@ -285,6 +336,8 @@ def choose_frozen_linear(x: Tensor, weight: Tensor, backward: bool = False) -> C
     "cpu" is packed.py, which has its own rule of when oneDNN beats torch. On other devices nothing beats torch's product: "triton" and "cuda"
     have none of their own and, forced, leave it to torch.
     """
+    if forced is not None:
+        _check_forced()
     if forced in ("triton", "cuda"):
         return Choice("reference", "FASTLORA_IMPL")
     obstacle = _obstacle("frozen_linear", forced or "cpu", x.device, x.dtype)
@@ -292,12 +345,17 @@ def choose_frozen_linear(x: Tensor, weight: Tensor, backward: bool = False) -> C
         raise ImplementationError(f"FASTLORA_IMPL={forced}: frozen_linear cannot run: {obstacle}")
     if forced is not None:
         return Choice(forced, "FASTLORA_IMPL")
-    return Choice("reference", obstacle) if obstacle else Choice("cpu", "the frozen product alone")
+    return (
+        Choice("reference", f"plain PyTorch, since {obstacle}")
+        if obstacle
+        else Choice("cpu", "the frozen product alone")
+    )
 
 
 def choose_multi_lora(x: Tensor, weight: Tensor, dropout: bool = False, backward: bool = False) -> Choice:
     """Which implementation runs `multi_lora`, or its backward, on inputs like x [M, K] and weight [N, K], with dropout or without."""
-    return _choose("multi_lora_backward" if backward else "multi_lora", x, x.shape[0], weight.numel(), dropout)
+    op = "multi_lora_backward" if backward else "multi_lora"
+    return _choose(op, x, x.shape[0], weight.numel(), dropout, weight)
 
 
 def choose_prefix_concat(embeds: Tensor, rows: int, backward: bool = False) -> Choice:

@@ -3,27 +3,31 @@
     y = x Wᵀ + b   dx = dy W
 
 In float32 csrc multiplies, without a copy: oneDNN adds a long float32 product up in one chain of roundings and leaves our bound. For the other
-dtypes a frozen weight, which never changes, may be laid out once the way oneDNN likes it. The copies are found by the weight's place in memory
-and stand outside every module: no state dict, pickle or deepcopy sees them. `accelerate` registers the weights of a model under one `Budget`; a
-copy is made when a product first wants it, and the forward's and the backward's are two. Before each use the registered tensor is looked at:
-one that died, moved or was written to has its copies dropped. Writes through `.data` leave no trace: stand inside `rewriting` for those.
+dtypes a frozen weight, which never changes, may be laid out once the way oneDNN likes it, where that was measured to pay on this kind of
+machine. The copies are found by the weight's place in its storage and stand outside every module: no state dict, pickle or deepcopy sees
+them. `accelerate` registers the weights of a model under one `Budget`; a copy is made when a product first wants it, and the forward's and the
+backward's are two. They are freed with the weight's memory.
+
+A copy is never stale. Before each use the weight is looked at: its address, the versions that torch counts, and a fingerprint of 512
+elements spread over all of it (csrc/cpu/fingerprint.cpp: 2 to 8 microseconds), since many a writer is not counted: fused optimisers, `.data`,
+numpy, another process. A weight that requires a gradient, or was in an optimiser's step, has its copies dropped. What passes is a write to a
+part of a weight that torch does not count and that meets none of the 512: stand inside `rewriting` for those.
 """
 
 import functools
-import math
 import os
 import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fastlora import ops
+from fastlora import ops, reference, tuned
 
 FEW_ROWS = 8  # what fastlora::few_rows_cpu takes
 MEMORY_SHARE = 16  # the default budget is the machine's memory over this
@@ -38,37 +42,30 @@ def _native(name: str) -> Any:
     return getattr(torch.ops.fastlora, name).default if has_kernel else None
 
 
-_few_rows, _product = _native("few_rows_cpu"), _native("product_cpu")
+_few_rows, _product, _fingerprint = (_native(f"{name}_cpu") for name in ("few_rows", "product", "fingerprint"))
 LEAST_PRODUCT = 2**21  # multiplications, M K N, from which on product_cpu is faster than torch
 LEAST_PRODUCT_COLUMNS = 32  # of y: it computes 64 at a time
 _has_avx = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # elsewhere torch's product is faster
 
-
-class Least(NamedTuple):
-    """From how many rows and multiplications on a product is faster by oneDNN than by torch."""
-
-    rows: int
-    packed: float  # multiplications, M K N, where a packed copy is at hand
-    plain: float  # the same on the weight as it lies
-
-
-# One core of an AMD Zen 4, torch 2.13: torch's bfloat16 product is oneDNN's on the plain weight already; its float16 is slow.
-LEAST = {
-    torch.bfloat16: Least(1, 2**16, math.inf),
-    torch.float16: Least(2, 2**19, 2**19),  # by way of float32
-}
+# One core of an AMD Zen 4, torch 2.13: from here on oneDNN multiplies float16 by way of float32 faster than torch does.
+LEAST_FLOAT16_ROWS = 2
+LEAST_FLOAT16 = 2**19  # multiplications, M K N
 
 
 @functools.cache
-def _least(dtype: torch.dtype) -> Least | None:
-    """The rule: when oneDNN multiplies operands of this dtype here; None: never."""
+def suits_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies operands of this dtype here, and better than csrc does, or torch by itself."""
     if not torch.backends.mkldnn.is_available():
-        return None
-    if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return None
-    if dtype is torch.float16 and torch.ops.mkldnn._is_mkldnn_fp16_supported():
-        return None  # torch's own product is fast there
-    return LEAST.get(dtype)
+        return False
+    if dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    # By way of float32; where oneDNN computes float16 itself, torch's own product is fast.
+    return dtype is torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def packs(dtype: torch.dtype) -> bool:
+    """Whether weights of this dtype may have copies here: the native extension must be there, which reads their fingerprints."""
+    return _fingerprint is not None and suits_onednn(dtype)
 
 
 def _takes_few_rows(rows: int, weight: Tensor) -> bool:
@@ -85,18 +82,33 @@ def _takes_product(work: int, weight: Tensor) -> bool:
     return work >= LEAST_PRODUCT and weight.shape[0] >= LEAST_PRODUCT_COLUMNS
 
 
+def _takes_packed(dtype: torch.dtype, rows: int, elements: int, backward: bool) -> bool:
+    """Whether a copy was measured to pay: the whole product, fingerprint included, took at most `measure.WORTH_A_COPY` of the time without."""
+    if not packs(dtype) or not torch.backends.mkldnn.enabled:
+        return False
+    op = "frozen_linear_backward" if backward else "frozen_linear"
+    return tuned.way("cpu", op, "cpu", dtype, rows, elements, False) == "packed"
+
+
+def _takes_plain(dtype: torch.dtype, rows: int, work: int) -> bool:
+    """The rule: when oneDNN multiplies by the weight as it lies. torch's bfloat16 product is that already."""
+    if dtype is not torch.float16 or not suits_onednn(dtype) or not torch.backends.mkldnn.enabled:
+        return False
+    return rows >= LEAST_FLOAT16_ROWS and work >= LEAST_FLOAT16
+
+
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [M, K], [N, K], [N] -> [M, N]
     """y = x Wᵀ + b (reference.py::frozen_linear), in the way that is fastest here."""
     _check("x", x, weight, 1)
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
         raise ValueError(f"bias: got {bias.dtype} {list(bias.shape)}, expected {x.dtype} [{weight.shape[0]}]")
-    return _multiply(x, weight, bias, weight, backward=False)
+    return _multiply(x, weight, bias, backward=False)
 
 
 def frozen_linear_backward(dy: Tensor, weight: Tensor) -> Tensor:  # [M, N], [N, K] -> [M, K]
     """dx = dy W (reference.py::frozen_linear_backward), in the way that is fastest here."""
     _check("dy", dy, weight, 0)
-    return _multiply(dy, weight.t(), None, weight, backward=True)
+    return _multiply(dy, weight.t(), None, backward=True)
 
 
 def _check(name: str, x: Tensor, weight: Tensor, dimension: int) -> None:
@@ -108,11 +120,10 @@ def _check(name: str, x: Tensor, weight: Tensor, dimension: int) -> None:
         raise ValueError(f"weight: got {weight.dtype} on {weight.device}, expected {x.dtype} on {x.device}")
 
 
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, frozen: Tensor, backward: bool) -> Tensor:
-    """x [M, K] times the transpose of weight [N, K], which is `frozen`, or its transpose in the backward."""
+def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, backward: bool) -> Tensor:
+    """x [M, K] times the transpose of weight [N, K], which in the backward is the transpose of a layer's."""
     M, K = x.shape
     work = M * K * weight.shape[0]
-    least = _least(x.dtype)
     if work:
         if x.stride(1) != 1:
             x = x.contiguous()
@@ -122,10 +133,10 @@ def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, frozen: Tensor, ba
             return _few_rows(x, weight, bias)
         if _takes_product(work, weight) and (weight.stride(1) == 1 or weight.stride(0) == 1):
             return _product(x, weight, bias)
-        if least is not None and M >= least.rows and torch.backends.mkldnn.enabled:
-            copy = _find_copy(frozen, backward) if work >= least.packed else None
-            if copy is not None or work >= least.plain:
-                return _multiply_by_onednn(x, weight if copy is None else copy, bias)
+        x = reference.readable_rows(x)
+        copy = _find_copy(weight) if _takes_packed(x.dtype, M, weight.numel(), backward) else None
+        if copy is not None or _takes_plain(x.dtype, M, work):
+            return _multiply_by_onednn(x, weight if copy is None else copy, bias)
     if torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
             return F.linear(x, weight, bias)
@@ -163,76 +174,77 @@ def _machine_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-Place = tuple[int, torch.Size, tuple[int, ...], torch.dtype]
+Key = tuple[int, Any, int, int, int, int, torch.dtype]
 
 
-def _place_of(weight: Tensor) -> Place:
-    return weight.data_ptr(), weight.shape, weight.stride(), weight.dtype
+def _key_of(weight: Tensor) -> Key:
+    """Where a matrix lies: its storage, as long as that lives, and its place there. Whatever tensor looks at it has the same, its transpose too."""
+    (n, k), (down, right) = weight.shape, weight.stride()
+    if down < right:
+        n, k, down, right = k, n, right, down
+    return weight.untyped_storage()._cdata, weight.storage_offset(), n, k, down, right, weight.dtype
+
+
+def _is_plain(tensor: Any) -> bool:
+    """Whether it is a matrix in memory, and no quantised, sharded or other special tensor."""
+    return type(tensor) in (nn.Parameter, Tensor) and tensor.layout == torch.strided and tensor.dim() == 2
+
+
+def _version_of(owner: Tensor) -> Tensor:
+    """A tensor whose `_version` is the owner's, whatever becomes of that: it has no memory, and keeps none alive."""
+    watch = owner.detach()
+    watch.data = owner.detach().new_empty(0)
+    return watch
 
 
 class _Registered:
     """A frozen weight and its copies. All that writes to one holds `_lock`."""
 
-    def __init__(self, owner: Tensor, budget: Budget, transposed: bool) -> None:
-        number = id(owner)
-        self.owner = weakref.ref(owner, lambda _: _forget(number))
+    def __init__(self, weight: Tensor, budget: Budget) -> None:
+        key = self.key = _key_of(weight)
         self.budget = budget
-        self.transposed = transposed  # the owner is [K, N], as in a Conv1D
-        self.copies: list[Tensor | None] = [None, None]  # the forward's, the backward's
+        # Of the storage, since torch.utils.swap_tensors refuses tensors with weak references. While it lives no other has its number.
+        self.storage = weakref.ref(weight.untyped_storage(), lambda _: _forget(key))
+        self.owners: dict[
+            int, Tensor
+        ] = {}  # by id, a `_version_of` each: parameters over one memory count their writes apart
+        self.copies: dict[
+            tuple[int, ...], Tensor
+        ] = {}  # by the strides of what is multiplied by: the weight, its transpose
         self.bytes = 0
-        self.follow(owner)
-
-    def follow(self, owner: Tensor) -> None:
-        """Drop the copies, and take the owner as it is now."""
-        self.drop()
-        self.is_shared = False
-        self.version = owner._version
-        self.pointer = owner.data_ptr()
-        # Held weakly: while it is, no later storage can pass for this one, though its memory may come to the same place.
-        self.storage = StorageWeakRef(owner.untyped_storage())
-        self.place = _place_of(owner.t() if self.transposed else owner)
-        other = _by_place.setdefault(self.place, self)
-        if other is not self:
-            # Two parameters over one memory: a write through one does not show in the other's version.
-            other.is_shared = self.is_shared = True
-            other.drop()
+        self.state: tuple[int, ...] = ()
 
     def drop(self) -> None:
-        self.copies = [None, None]
+        self.copies = {}
         self.budget.held -= self.bytes
         self.bytes = 0
 
-    def leave(self) -> None:
-        """Drop the copies, and be found no more."""
-        self.drop()
-        if _by_place.get(self.place) is self:
-            del _by_place[self.place]
+    def look(self, weight: Tensor) -> None:
+        """Drop copies that are not of the weight as it is now."""
+        state = weight.data_ptr(), *(owner._version for owner in self.owners.values()), _fingerprint(weight)
+        if state != self.state:
+            with _lock:
+                self.drop()
+                self.state = state
 
-    def is_current(self, owner: Tensor) -> bool:
-        return (
-            owner._version == self.version
-            and owner.data_ptr() == self.pointer
-            and owner.untyped_storage()._cdata == self.storage.cdata
-        )
-
-    def pack(self, weight: Tensor, backward: bool) -> Tensor | None:
-        """Make a copy of weight [N, K] for one of the products, or None where it does not fit."""
+    def pack(self, weight: Tensor) -> Tensor | None:
+        """Make a copy of the weight, or of its transpose, for a product, or None where it does not fit."""
         with _lock:
-            if self.copies[backward] is None and self.has_room(weight) and _by_place.get(self.place) is self:
-                matrix = weight.detach().t() if backward else weight.detach()
+            way = weight.stride()
+            if way not in self.copies and self.has_room(weight) and _by_key.get(self.key) is self:
+                matrix = weight.detach()
                 wide = matrix.float() if weight.dtype is torch.float16 else matrix
-                self.copies[backward] = torch.ops.mkldnn._reorder_linear_weight(wide)
+                self.copies[way] = torch.ops.mkldnn._reorder_linear_weight(wide)
                 self.bytes += copy_bytes(weight)
                 self.budget.held += copy_bytes(weight)
-            return self.copies[backward]
+            return self.copies.get(way)
 
     def has_room(self, weight: Tensor) -> bool:
-        return not self.is_shared and self.budget.held + copy_bytes(weight) <= self.budget.limit
+        return self.budget.held + copy_bytes(weight) <= self.budget.limit
 
 
 _lock = threading.RLock()  # a weight may die, and be forgotten, inside
-_by_owner: dict[int, _Registered] = {}  # by the id of the registered tensor
-_by_place: dict[Place, _Registered] = {}
+_by_key: dict[Key, _Registered] = {}
 
 if hasattr(os, "register_at_fork"):  # no process begins in the middle of a change
     os.register_at_fork(
@@ -240,57 +252,114 @@ if hasattr(os, "register_at_fork"):  # no process begins in the middle of a chan
     )
 
 
-def register(owner: Tensor, budget: Budget, transposed: bool = False) -> None:
-    """Let products with this weight [N, K] (transposed: [K, N]) have copies; a weight that cannot have any is left out.
+def register(owner: Tensor, budget: Budget) -> bool:
+    """Let products with this weight, [N, K] or [K, N], have copies; whether it can have any.
 
     Left out are trained, quantised, meta, sharded and other special tensors, and all where the budget is 0. A weight that is registered
     already changes its budget.
     """
     release(owner)
-    if budget.limit == 0:
-        return
-    plain = type(owner) in (nn.Parameter, Tensor) and owner.layout == torch.strided and not owner.is_inference()
-    if not plain or owner.is_meta or owner.requires_grad or owner.dim() != 2 or owner.dtype not in ops.KERNEL_DTYPES:
-        return
+    plain = _is_plain(owner) and owner.device.type == "cpu" and not owner.is_inference()
+    if budget.limit == 0 or not plain or owner.requires_grad or not packs(owner.dtype):
+        return False
     with _lock:
-        _by_owner[id(owner)] = _Registered(owner, budget, transposed)
+        registered = _by_key.setdefault(_key_of(owner), _Registered(owner, budget))
+        registered.drop()
+        registered.budget = budget
+        registered.owners[id(owner)] = _version_of(owner)
+    return True
 
 
-def release(owner: Tensor) -> None:
-    """Undo `register`; the copies are freed."""
-    _forget(id(owner))
-
-
-def _forget(number: int) -> None:
+def release(owner: Tensor) -> Budget | None:
+    """Undo `register`, and free the copies; the budget that they counted in, None for a weight that is not registered."""
+    registered = _by_key.get(_key_of(owner)) if _by_key and _is_plain(owner) else None
+    if registered is None or id(owner) not in registered.owners:
+        return None
     with _lock:
-        registered = _by_owner.pop(number, None)
+        registered.drop()
+        registered.owners.pop(id(owner), None)
+        if not registered.owners:
+            _forget(registered.key)
+    return registered.budget
+
+
+def _forget(key: Key) -> None:
+    with _lock:
+        registered = _by_key.pop(key, None)
         if registered is not None:
-            registered.leave()
+            registered.drop()
+
+
+_waiting: weakref.WeakKeyDictionary[nn.Module, Budget] = weakref.WeakKeyDictionary()
+"""Layers whose weights are where, or what, no copy is made of: on a card, in float64. They may come back."""
+
+
+def attach(layer: nn.Module, budget: Budget) -> None:
+    """`register` the layer's weight, now or when `rewriting` has made something of it that can have copies."""
+    detach(layer)
+    weight: Any = layer.weight
+    if not register(weight, budget):
+        _waiting[layer] = budget
+
+
+def detach(layer: nn.Module) -> Budget | None:
+    """Undo `attach`; the budget, if there was one."""
+    budget = _waiting.pop(layer, None)
+    for parameter in layer.parameters():  # the weight among them, be it parametrised since or not
+        budget = release(parameter) or budget
+    return budget
 
 
 @contextmanager
-def rewriting(owner: Tensor) -> Iterator[None]:
-    """Around a write to a weight that its version does not show, as through `.data`: its copies are dropped, and made anew when wanted."""
+def rewriting(layer: nn.Module) -> Iterator[None]:
+    """Around what writes to a layer's weight, moves or replaces it: its copies are freed at once, and made anew when wanted."""
+    budget = detach(layer)
     try:
         yield
     finally:
-        drop(owner)
+        if budget is not None:
+            attach(layer, budget)
 
 
-def drop(owner: Tensor) -> None:
+def drop(weight: Tensor) -> None:
     """Free the copies of a weight, if it has any; they are made anew when wanted."""
-    registered = _by_owner.get(id(owner))
+    registered = _by_key.get(_key_of(weight)) if _by_key and _is_plain(weight) else None
     if registered is not None:
         with _lock:
             registered.drop()
 
 
+def _drop_what_was_trained(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """After every step of every optimiser: fused ones write what no version counts, and perhaps little of a weight."""
+    if torch.compiler.is_compiling() or not _by_key:
+        return
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    trained = {parameter.untyped_storage()._cdata for parameter in parameters if _is_plain(parameter)}
+    with _lock:
+        for registered in _by_key.values():
+            if registered.key[0] in trained:
+                registered.drop()
+
+
+register_optimizer_step_post_hook(_drop_what_was_trained)
+
+
 def held_bytes() -> int:
     """The bytes in copies now, of weights that still are what they were."""
     with _lock:
-        for registered in list(_by_owner.values()):
-            _keep_current(registered)
-        return sum(registered.bytes for registered in _by_owner.values())
+        for registered in list(_by_key.values()):
+            storage, (_, offset, *matrix, dtype) = registered.storage(), registered.key
+            if storage is not None and _holds(storage, registered.key):
+                registered.look(torch.empty(0, dtype=dtype).set_(storage, offset, matrix[:2], matrix[2:]))
+            else:
+                registered.drop()
+        return sum(registered.bytes for registered in _by_key.values())
+
+
+def _holds(storage: torch.UntypedStorage, key: Key) -> bool:
+    """Whether the matrix lies within the storage, which may have been resized."""
+    _, offset, n, k, down, right, dtype = key
+    return storage.nbytes() >= (offset + (n - 1) * down + (k - 1) * right + 1) * dtype.itemsize
 
 
 def copy_bytes(weight: Tensor) -> int:
@@ -298,60 +367,40 @@ def copy_bytes(weight: Tensor) -> int:
     return weight.numel() * (4 if weight.dtype is torch.float16 else weight.element_size())
 
 
-def _keep_current(registered: _Registered) -> Tensor | None:
-    """The owner, if it is alive; its copies are dropped if it moved or was written to."""
-    owner = registered.owner()
-    if owner is not None and not registered.is_current(owner):
-        with _lock:
-            registered.leave()
-            registered.follow(owner)
-    return owner
-
-
 def _find(weight: Tensor) -> _Registered | None:
-    """What is registered for a weight [N, K], or for another tensor object over the same memory."""
-    if not _by_owner:
+    """What is registered for a weight, or for another tensor over the same elements, without copies that are not of what is there now."""
+    registered = _by_key.get(_key_of(weight)) if _by_key else None
+    if registered is None:
         return None
-    place = _place_of(weight)
-    registered = _by_place.get(place)
-    if registered is None:  # it may have moved since: known by the object itself then, or by the one it is a view of
-        base = weight if weight._base is None else weight._base
-        registered = _by_owner.get(id(base))
-        if registered is None:
-            return None
-    owner = _keep_current(registered)
-    if owner is None or owner.requires_grad or registered.place != place:
+    if weight.requires_grad or weight.is_inference() or not _holds(weight.untyped_storage(), registered.key):
+        with _lock:
+            registered.drop()
         return None
-    if owner.is_inference():  # writes to it would leave no trace
-        return None
+    registered.look(weight)
     return registered
 
 
-def _find_copy(weight: Tensor, backward: bool) -> Tensor | None:
+def _find_copy(weight: Tensor) -> Tensor | None:
     registered = _find(weight)
     if registered is None:
         return None
-    copy = registered.copies[backward]
-    return registered.pack(weight, backward) if copy is None else copy
+    copy = registered.copies.get(weight.stride())
+    return registered.pack(weight) if copy is None else copy
 
 
 def describe(weight: Tensor, dtype: torch.dtype, rows: int) -> str:
     """For people: what multiplies that many rows of that dtype by a frozen weight [N, K]."""
-    work, least = rows * weight.numel(), _least(dtype)
+    work = rows * weight.numel()
     if _takes_few_rows(rows, weight):
         return "native C++, a few rows"
     if dtype == weight.dtype and _takes_product(work, weight):
         return "native C++"
-    if least is None or rows < least.rows or not torch.backends.mkldnn.enabled:
-        return "torch"
-    plain = "oneDNN" if work >= least.plain else "torch"
+    plain = "oneDNN" if _takes_plain(dtype, rows, work) else "torch"
     registered = _find(weight) if dtype == weight.dtype else None
-    if registered is None or work < least.packed:
+    if registered is None or not _takes_packed(dtype, rows, weight.numel(), backward=False):
         return plain
     if registered.bytes:
         return f"oneDNN, packed, {_mebibytes(registered.bytes)}"
-    if registered.is_shared:
-        return f"{plain}, its memory has two parameters"
     if not registered.has_room(weight):
         return f"{plain}, {_mebibytes(copy_bytes(weight))} does not fit the pack_budget"
     return "oneDNN, packed when first called"

@@ -21,6 +21,20 @@ from torch import Tensor
 
 WORD = 0xFFFFFFFF
 
+_has_amx = torch.cpu._is_amx_tile_supported()
+
+
+def readable_rows(x: Tensor) -> Tensor:  # [M, K]
+    """x, or a copy of the same values, as torch can multiply it from the left, transposed or not.
+
+    oneDNN's product on AMX tiles (3.12, torch 2.13) takes columns in pairs: of a 16-bit x whose rows do not lie together it reads one element
+    past an odd K, and multiplies it by 0, so that a NaN or an infinity beside the view gets into y. The copy has a zero there.
+    """
+    M, K = x.shape
+    if not _has_amx or x.device.type != "cpu" or x.element_size() != 2 or x.stride() == (K, 1) or not (M % 2 or K % 2):
+        return x
+    return x.new_zeros(M + M % 2, K + K % 2)[:M, :K].copy_(x)
+
 
 def drop_threshold(dropout_p: float) -> int:
     """The 16-bit number below which a half-word drops its element: p rounded to a multiple of 1/65536."""
@@ -103,6 +117,7 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor, Tensor]:  # y [M, N], xa [M, R], keep [M, 8 ceil(K / 64)] uint8
     """y = x Wᵀ + b + s xa Bᵀ with xa = d(x) Aᵀ (Hu et al. 2021, LoRA, section 4.1, equation 3)."""
     keep = draw_keep(x, dropout_p, seed)
+    x = readable_rows(x)
     xa = dropout(x, dropout_p, keep) @ lora_a.to(x.dtype).T
     y = F.linear(x, weight, bias).addmm_(xa, lora_b.to(x.dtype).T, alpha=scale)
     return y, xa.to(torch.promote_types(x.dtype, torch.float32)), keep
@@ -123,6 +138,7 @@ def lora_linear_backward(
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # dx [M, K], da [R, K], db [N, R]; one that is not needed has no elements
     """dxa = s dy B;  dx = dy W + d'(dxa A);  dA = dxaᵀ d(x);  dB = s dyᵀ xa, where d' applies the forward's mask and factor."""
+    dy, x = readable_rows(dy), readable_rows(x)
     dxa = (dy @ lora_b.to(x.dtype)) * scale
     dx, da, db = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
     if need_dx:
@@ -140,12 +156,12 @@ def frozen_linear(
     bias: Tensor | None,  # [N], frozen
 ) -> Tensor:  # y [M, N]
     """y = x Wᵀ + b."""
-    return F.linear(x, weight, bias)
+    return F.linear(readable_rows(x), weight, bias)
 
 
 def frozen_linear_backward(dy: Tensor, weight: Tensor) -> Tensor:  # dx [M, K]
     """dx = dy W; a frozen weight and bias have no gradient."""
-    return dy @ weight
+    return readable_rows(dy) @ weight
 
 
 def lora_linear_shared(
@@ -230,7 +246,7 @@ def multi_lora(
 
     A row whose adapter does not exist (possible on CUDA only, where its number is not read back) becomes NaN.
     """
-    y = F.linear(x, weight, bias)
+    y = F.linear(readable_rows(x), weight, bias)
     xa = x.new_zeros(x.shape[0], max(a.shape[0] for a in lora_a), dtype=torch.promote_types(x.dtype, torch.float32))
     keep = x.new_zeros((x.shape[0], keep_bytes(x.shape[1])) if drops(dropout_p, seed) else 0, dtype=torch.uint8)
     *groups, invalid = _rows_of(order, offsets)
@@ -264,7 +280,7 @@ def multi_lora_backward(
     Tensor, Tensor, Tensor
 ]:  # dx [M, K]; da, db 1-D: every dA_i [R_i, K], every dB_i [N, R_i], one after the other
     """`lora_linear_backward` for the rows of each adapter. An adapter without rows gets a gradient of zeros."""
-    dx = dy @ weight if need_dx else x.new_empty(0)
+    dx = readable_rows(dy) @ weight if need_dx else x.new_empty(0)
     das, dbs = [], []
     *groups, invalid = _rows_of(order, offsets)
     for i, (rows, a, b) in enumerate(zip(groups, lora_a, lora_b, strict=True)):

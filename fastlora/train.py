@@ -6,21 +6,20 @@ step's number alone, and every generator's state is in the checkpoint: a resumed
 was never stopped.
 """
 
+import datetime
 import json
 import logging
 import math
-import os
 import random
-import shutil
 import signal
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +29,25 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from fastlora import checkpoint, metrics, tuned
+from fastlora import checkpoint, metrics, trainable, tuned, writing
+from fastlora.checkpoint import Checkpoint, CheckpointError
+from fastlora.config import SEEDS, TrainConfig
 from fastlora.data.examples import IGNORE, Encoded, Row, batches, collate, encode, pad_token_id, read_examples
 from fastlora.inference import (
     EvalResult,
     evaluate,
     generate,
-    load_base,
     load_model,
     load_tokenizer,
+    require_positions,
     resolve_dtype,
 )
 from fastlora.losses import LanguageModelLoss
 from fastlora.merge import MergeReport, merge
+from fastlora.typed import listed
 
 __all__ = [
+    "CheckpointError",
     "EvalResult",
     "MergeReport",
     "TrainConfig",
@@ -60,8 +63,8 @@ __all__ = [
 
 logger = logging.getLogger("fastlora")
 
-DEFAULT_LR = {"lora": 2e-4, "full": 2e-5}
-MAY_DIFFER_ON_RESUME = {"data", "output", "save_steps", "resume", "overwrite"}  # data is compared by its tokens
+# Data and how it is cut are compared by the rows' tokens.
+MAY_DIFFER_ON_RESUME = {"data", "truncation", "output", "save_steps", "resume", "resume_from", "overwrite"}
 
 
 class TrainingError(RuntimeError):
@@ -72,86 +75,22 @@ class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM; a checkpoint was written first."""
 
 
-@dataclass
-class TrainConfig:
-    """What to train, on what, and how; the names are PEFT's and transformers'.
-
-    Raises:
-        ValueError: an option is out of range; the message names it.
-    """
-
-    model: str  # folder or hub id
-    data: str | Path  # JSONL
-    output: str | Path
-    method: str = "lora"  # lora | full
-    r: int = 16
-    lora_alpha: float = 32
-    lora_dropout: float = 0.05
-    use_rslora: bool = False
-    target_modules: str | list[str] = "all-linear"
-    seed: int = 0
-    epochs: int = 3
-    max_steps: int | None = None  # optimiser steps, in place of epochs
-    batch_size: int = 8  # rows a process takes at once
-    gradient_accumulation_steps: int = 1
-    max_length: int = 512  # tokens a row may have; the rest is cut off
-    lr: float | None = None  # None: 2e-4 for lora, 2e-5 for full
-    lr_scheduler_type: str = "linear"
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0  # 0: no clipping
-    dtype: str = "auto"  # auto | float32 | bfloat16; "full" keeps float32 weights and computes under autocast
-    gradient_checkpointing: bool = False
-    save_steps: int = 50
-    resume: bool = False
-    overwrite: bool = False
-    accelerate: bool = True  # run LoRA and frozen layers by fastlora; False leaves them to PEFT and torch
-    pack_budget: int | None = None  # bytes for packed copies of frozen weights on a CPU; None: 1/16 of its memory
-    compile: bool = False  # each of the model's layers through torch.compile
-
-    def __post_init__(self) -> None:
-        if self.method not in DEFAULT_LR:
-            raise ValueError(f"method={self.method!r}: expected lora or full")
-        if self.lr is None:
-            self.lr = DEFAULT_LR[self.method]
-        for name in ("r", "epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "save_steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value}: expected at least 1")
-        if self.max_length < 2:
-            raise ValueError(
-                f"max_length={self.max_length}: expected at least 2, a token of the prompt and one of the completion"
-            )
-        for name in ("lora_dropout", "warmup_ratio"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected a number from 0 to below 1")
-        for name in ("lr", "lora_alpha", "weight_decay", "max_grad_norm"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise ValueError(f"{name}={getattr(self, name)}: expected a finite number, 0 or more")
-        if self.pack_budget is not None and self.pack_budget < 0:
-            raise ValueError(f"pack_budget={self.pack_budget}: expected a number of bytes, 0 for no packed copies")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"dtype={self.dtype!r}: expected auto, float32 or bfloat16")
-        if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite exclude each other: expected one of them")
-        if Path(self.model).is_dir():
-            self.model = str(Path(self.model).resolve())  # the adapter's files name it
-
-
 @dataclass(frozen=True)
 class TrainResult:
     steps: int
-    first_loss: float  # mean over the first steps, ten at most
-    loss: float  # mean over the last steps, ten at most
+    first_loss: float  # mean over the first ten steps, of fewer than twenty over the first half
+    loss: float  # mean over the last ten steps, or the other half
     seconds: float  # spent in steps, all runs together
     tokens: int  # trained on, prompts included, padding not
     tokens_per_second: float
     rows: int
-    dropped_rows: int  # max_length left nothing of the completion
-    cut_rows: int  # max_length left a part of it
+    dropped_rows: int  # too long for max_length
+    prompt_cut_rows: int  # those of `rows` whose prompt lost its oldest tokens
+    completion_cut_rows: int  # those whose completion lost its end
     trainable_parameters: int
     parameters: int
     adapter_bytes: int  # of the weights' file
+    dtype: str  # of the saved weights: an adapter's are float32, a model's as its base's are stored unless told
     implementations: dict[str, int]  # LoRA layers, and frozen ones that fastlora runs, by what ran them
     loss_path: str | None  # LanguageModelLoss's; None where no step was left to do
     output: str
@@ -166,36 +105,101 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         progress: show a bar with loss, tokens a second and the time left.
 
     Raises:
-        DataError: bad lines in the data; raised before any model is loaded.
-        FileExistsError: the output folder has checkpoints, and neither resume nor overwrite was asked for.
-        ValueError: resume was asked for with other options or data than the checkpoint's; compile, and there is no C++ compiler.
-        TrainingError: the loss or the gradient is not finite, or no gradient reaches any trained weight.
+        DataError: bad lines in the data; raised before any model is loaded, like max_length leaving no row (ValueError).
+        BlockingIOError: another training writes into the output folder.
+        FileExistsError: the output folder holds an adapter, a model or a training, and neither resume nor overwrite was asked for.
+        CheckpointError: the checkpoint to go on from is damaged; the message says which older one is not.
+        ValueError: the output is the base model's folder; resume was asked for with other options or data than the
+            checkpoint's; a name in target_modules matches nothing; compile, and there is no C++ compiler.
+        TrainingError: the loss or the gradient is not finite, no gradient reaches any trained weight, or the disk is full.
         TrainingInterrupted: Ctrl-C or SIGTERM, after the checkpoint.
     """
     output = Path(config.output)
-    saved = checkpoint.steps(output)
-    if saved and not (config.resume or config.overwrite):
-        raise FileExistsError(
-            f"output={output} has checkpoints up to step {saved[-1]}:"
-            " --resume goes on from there, --overwrite removes them and starts again"
-        )
     if config.compile:
-        _require_compiler()
-    tokenizer = load_tokenizer(config.model)
-    data = encode(read_examples(config.data), tokenizer, config.max_length)
-    if data.dropped:
-        logger.warning(
-            "dropped %d rows, kept %d: max_length=%d leaves nothing of their completion (the first: %s)",
-            len(data.dropped),
-            len(data.rows),
-            config.max_length,
-            data.dropped[0].source,
-        )
-    run = _Run(config, data, tokenizer, checkpoint.folder(output, saved[-1]) if saved and config.resume else None)
+        trainable.require_compiler()
+    writing.require_apart(output, model=str(config.model))
+    accelerator = Accelerator(mixed_precision="no")
+    if not accelerator.is_main_process:
+        return _train(config, progress, accelerator)
+    with writing.locked(output):  # by one process for all
+        _require_free(config)
+        return _train(config, progress, accelerator)
+
+
+def _train(config: TrainConfig, progress: bool, accelerator: Accelerator) -> TrainResult:
+    saved = _newest(config) if config.resume else None
+    tokenizer = load_tokenizer(str(config.model))
+    data = encode(read_examples(config.data), tokenizer, config.max_length, config.truncation)
+    run = _Run(config, data, tokenizer, accelerator, saved)
+    if progress:
+        run.announce()
     run.claim_output()
     with _stop_signals() as stop:
         run.loop(stop, progress)
     return run.finish()
+
+
+def _require_free(config: TrainConfig) -> None:
+    """Nothing in the output folder is replaced that this run does not go on from, unless that was asked for."""
+    output, data = Path(config.output), Path(config.data)
+    held, steps = writing.results(output), checkpoint.steps(output)
+    if any(path.parent.resolve() == output.resolve() and path.name in held for path in (data, data.resolve())):
+        raise ValueError(
+            f"data={data}: expected another place or name, training replaces this file in its output folder"
+        )
+    if config.overwrite or (config.resume and steps):
+        return
+    # All that is left by a run that ended before its first checkpoint; an empty one by a run that ended in its first step.
+    if metrics.NAME in held and (config.resume or not (output / metrics.NAME).stat().st_size):
+        held.remove(metrics.NAME)
+    if config.resume:
+        if held:
+            raise FileExistsError(
+                f"output={output} has no checkpoint to resume from, and holds {listed(held)}: overwrite=True replaces them"
+            )
+    elif steps:
+        raise FileExistsError(
+            f"output={output} has checkpoints up to step {steps[-1]}:"
+            " resume=True goes on from there, overwrite=True removes them and starts again"
+        )
+    elif held:
+        raise FileExistsError(
+            f"output={output} holds {listed(held)}: expected a folder of its own, or overwrite=True to replace them"
+        )
+
+
+def _newest(config: TrainConfig) -> Checkpoint | None:
+    """The checkpoint to go on from; None where there is none yet."""
+    output = Path(config.output)
+    steps = checkpoint.steps(output)
+    if config.resume_from is not None:
+        if config.resume_from not in steps:
+            there = listed([str(step) for step in steps]) or "none"
+            raise ValueError(
+                f"resume_from={config.resume_from}: expected the step of a checkpoint in {output}: {there}"
+            )
+        return checkpoint.read(checkpoint.folder(output, config.resume_from))
+    if not steps:
+        return None
+    *older, newest = steps
+    try:
+        return checkpoint.read(checkpoint.folder(output, newest))
+    except CheckpointError as error:
+        whole = next((step for step in reversed(older) if _is_whole(checkpoint.folder(output, step))), None)
+        way_out = (
+            "no other checkpoint is whole: overwrite=True starts again"
+            if whole is None
+            else f"the one before it is whole: resume_from={whole} goes on from there"
+        )
+        raise CheckpointError(f"{error}; {way_out}") from error
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        checkpoint.verify(folder)
+    except CheckpointError:
+        return False
+    return True
 
 
 class _Plan:
@@ -231,22 +235,28 @@ def _without_labels(row: Row) -> Row:
 class _Run:
     """One run: the model, and all else that a checkpoint holds."""
 
-    def __init__(self, config: TrainConfig, data: Encoded, tokenizer: Any, resume_from: Path | None) -> None:
+    def __init__(
+        self, config: TrainConfig, data: Encoded, tokenizer: Any, accelerator: Accelerator, saved: Checkpoint | None
+    ) -> None:
         self.config, self.data, self.tokenizer = config, data, tokenizer
         self.output = Path(config.output)
-        self.accelerator = Accelerator(mixed_precision="no")
+        self.accelerator = accelerator
         self.plan = _Plan(config, data.rows, self.accelerator.num_processes)
-        self.dtype = resolve_dtype(config.dtype, self.accelerator.device)
+        self.stored_dtype = trainable.stored_dtype(str(config.model))
+        self.dtype = resolve_dtype(config.dtype, self.accelerator.device) or self.stored_dtype
         self.step = 0
         self.setup = self._setup()
-        saved = _read_saved(resume_from, self.setup) if resume_from else None
+        self.records: list[dict[str, float]] = []  # of the steps that were done before this run
         if saved:
-            tuned.load_state(saved["tuned"])
+            _require_same(saved, self.setup, self.plan.steps)
+            self.records = metrics.read(self.output, saved.training.step)
+            tuned.load_state(saved.state["tuned"])
         set_seed(config.seed)
-        self.model = self._build_model(resume_from)
+        self.model = trainable.build(config, self.dtype, self.accelerator.device, saved.folder if saved else None)
+        require_positions(self.model, data.rows)
         self.model.train()
         # The adapter's first values are the same on all processes; dropout is each one's own.
-        set_seed(config.seed + self.accelerator.process_index)
+        set_seed((config.seed + self.accelerator.process_index) % SEEDS)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         lr = config.lr or 0.0
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=lr, weight_decay=config.weight_decay)
@@ -254,10 +264,25 @@ class _Run:
         self.wrapped = self.accelerator.prepare_model(self.model)
         self.loss = LanguageModelLoss(self.wrapped)
         if saved:
-            self.step = saved["setup"]["step"]
-            self.optimizer.load_state_dict(saved["optimizer"])
-            self.scheduler.load_state_dict(saved["scheduler"])
-            checkpoint.set_rng_state(saved["rng"][self.accelerator.process_index])
+            self._load_state(saved)
+
+    def _load_state(self, saved: Checkpoint) -> None:
+        self.step = saved.training.step
+        path, optimizer, scheduler = saved.folder / "state.pt", saved.state["optimizer"], saved.state["scheduler"]
+        try:
+            self.optimizer.load_state_dict(optimizer)
+        except Exception as error:
+            raise CheckpointError(f"{path}: optimizer: {error}") from error
+        for name, parameter in self.trained.items():
+            for key, value in self.optimizer.state[parameter].items():
+                if value.dim() and value.shape != parameter.shape:
+                    raise CheckpointError(
+                        f"{path}: optimizer: {key} of {name} has shape {list(value.shape)}, expected {list(parameter.shape)}"
+                    )
+        if scheduler.keys() != self.scheduler.state_dict().keys() or scheduler["last_epoch"] != self.step:
+            raise CheckpointError(f"{path}: scheduler: expected the state of step {self.step}")
+        self.scheduler.load_state_dict(scheduler)
+        checkpoint.set_rng_state(saved.state["rng"][self.accelerator.process_index])
 
     def _setup(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run before."""
@@ -276,24 +301,30 @@ class _Run:
     def claim_output(self) -> None:
         """Clear away what an earlier run left in the output folder and this one does not go on from."""
         if self.accelerator.is_main_process:
-            self.output.mkdir(parents=True, exist_ok=True)
-            if self.step == 0:
-                checkpoint.clear(self.output)
-            checkpoint.clear_leftovers(self.output)
-            metrics.cut(self.output, self.step)
+            checkpoint.clear(self.output, after=self.step)
+            with self._writing(metrics.NAME):
+                metrics.write(self.output, self.records)
         self.accelerator.wait_for_everyone()
 
-    def _build_model(self, resume_from: Path | None) -> Any:
-        config, device = self.config, self.accelerator.device
-        if config.method == "full":
-            model = load_base(str(resume_from or config.model), torch.float32, device)
-        else:
-            model = _add_adapter(load_base(config.model, self.dtype, device), config, resume_from)
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if config.compile:
-            _compile_layers(model)
-        return model
+    def announce(self) -> None:
+        """Say on stderr what is about to run."""
+        if not self.accelerator.is_main_process:
+            return
+        config, rows, plan = self.config, self.data, self.plan
+        trained, parameters = _count(self.trained.values()), _count(self.model.parameters())
+        lines = {
+            f"fastlora {_version('fastlora')}": f"{config.method}, {config.model}, {parameters:,} parameters",
+            "rows": f"{len(rows.rows):,}" + (f", and {len(rows.dropped):,} dropped" if rows.dropped else ""),
+            "steps": f"{plan.steps:,} of {plan.rows_per_step} rows"
+            + (f", from step {self.step + 1:,} on" if self.step else ""),
+            "trained": f"{trained:,} parameters, {100 * trained / parameters:.3g} %",
+            "device": f"{self.accelerator.device}, {tuned.name_of(self.dtype)}, {self.setup['threads']} thread{'s' * (self.setup['threads'] > 1)}"
+            + (f", {self.setup['processes']} processes" if self.setup["processes"] > 1 else ""),
+        }
+        runs = trainable.implementations(self.model, config)
+        lines["runs"] = ", ".join(f"{count} {name}" for name, count in runs.items()) or "plain PyTorch"
+        width = max(map(len, lines))
+        print(*(f"{name:{width}}  {value}" for name, value in lines.items()), sep="\n", file=sys.stderr)
 
     def loop(self, stop: threading.Event, progress: bool) -> None:
         """Go on to the last step, with metrics and checkpoints; a stop that was asked for ends it after a step."""
@@ -305,24 +336,26 @@ class _Run:
             mininterval=0.1 if sys.stderr.isatty() else 2.0,  # seconds; a log keeps every line
             disable=not (progress and self.accelerator.is_main_process),
         )
-        log = (self.output / metrics.NAME).open("a") if self.accelerator.is_main_process else nullcontext()
+        opened = metrics.Log(self.output) if self.accelerator.is_main_process else nullcontext()
         first = self.step
-        with bar, log as file:
+        with bar, opened as log:
             while self.step < self.plan.steps:
                 record, stopped = self._train_step(stop, check_gradients=self.step == first)
-                if file:
-                    file.write(json.dumps(record) + "\n")
-                    file.flush()
-                shown = f"loss {record['loss']:.4f}, {record['tokens_per_second']:.0f} tokens/s"
-                bar.set_postfix_str(shown, refresh=False)
+                if log:
+                    with self._writing(metrics.NAME):
+                        log.add(record)
+                bar.set_postfix_str(
+                    f"loss {record['loss']:.4f}, {record['tokens_per_second']:.0f} tokens/s", refresh=False
+                )
                 bar.update()
                 if stopped or self.step % self.config.save_steps == 0 or self.step == self.plan.steps:
-                    if file:
-                        os.fsync(file.fileno())
+                    if log:
+                        with self._writing(metrics.NAME):
+                            log.force()
                     self._save_checkpoint()
                 if stopped and self.step < self.plan.steps:
                     raise TrainingInterrupted(
-                        f"stopped after step {self.step} of {self.plan.steps}; the same command with --resume goes on"
+                        f"stopped after step {self.step} of {self.plan.steps}; the same with resume=True goes on"
                         f" from {checkpoint.folder(self.output, self.step)}"
                     )
 
@@ -348,7 +381,9 @@ class _Run:
         seconds = time.perf_counter() - began
         record = {
             "step": self.step,
+            "epoch": self.step / self.plan.steps_per_epoch,
             "loss": value,
+            "grad_norm": norm,  # before it is cut
             "learning_rate": learning_rate,
             "tokens_per_second": _tokens(rows) / seconds,
             "seconds": seconds,
@@ -390,8 +425,24 @@ class _Run:
     def _save_checkpoint(self) -> None:
         rng = gather_object([checkpoint.rng_state()])
         if self.accelerator.is_main_process:
-            checkpoint.save(self.output, self.step, lambda folder: self._write_checkpoint(folder, rng))
+            with self._writing("the checkpoint"):
+                checkpoint.save(self.output, self.step, lambda folder: self._write_checkpoint(folder, rng))
         self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _writing(self, what: str) -> Iterator[None]:
+        """An error of the disk's says what is not written, and what there is to go on from."""
+        try:
+            yield
+        except OSError as error:
+            steps = checkpoint.steps(self.output)
+            way_out = (
+                f"resume=True goes on from {checkpoint.folder(self.output, steps[-1])}" if steps else "start again"
+            )
+            raise TrainingError(
+                f"step {self.step}: {what} cannot be written: {error.strerror or error}: {error.filename or self.output}"
+                f" ({writing.free(self.output)}); mend that, then {way_out}"
+            ) from error
 
     def _write_checkpoint(self, folder: Path, rng: list[dict[str, Any]]) -> None:
         self._write_model(folder)
@@ -401,7 +452,8 @@ class _Run:
             "rng": rng,
             "tuned": tuned.state(),  # a resumed run computes with the same implementations
         }
-        torch.save(state, folder / "state.pt")
+        with (folder / "state.pt").open("wb") as file:  # torch, given a path, forgets why it could not write
+            torch.save(state, file)
         (folder / "training.json").write_text(json.dumps({"step": self.step, **self.setup}, indent=2) + "\n")
 
     def _write_model(self, folder: Path) -> None:
@@ -413,127 +465,134 @@ class _Run:
 
     def finish(self) -> TrainResult:
         """Write the final files; the summary is returned, too."""
+        dtype = self._cast_to_stored() if self.config.method == "full" else torch.float32
         if self.accelerator.is_main_process:
-            checkpoint.publish(self.output, self._write_model)
+            with self._writing("the model" if self.config.method == "full" else "the adapter"):
+                writing.publish(self.output, self._write_model)
         self.accelerator.wait_for_everyone()
-        records = metrics.read(self.output)
-        result = self._result(records)
+        records = metrics.read(self.output, self.step)
+        result = self._result(records, dtype)
         if self.accelerator.is_main_process:
-            (self.output / "summary.json").write_text(json.dumps(asdict(result), indent=2) + "\n")
-            try:
-                metrics.plot(records, self.output / "loss.png")
-            except ModuleNotFoundError:
-                logger.warning("no loss.png: the package matplotlib is missing (pip install matplotlib)")
+            with self._writing("the summary"):
+                text = json.dumps({**asdict(result), **self._provenance()}, indent=2) + "\n"
+                writing.whole(self.output / "summary.json", text.encode())
+                try:
+                    metrics.plot(records, self.output / "loss.png")
+                except ModuleNotFoundError:
+                    logger.warning("no loss.png: the package matplotlib is missing (pip install matplotlib)")
         return result
 
-    def _result(self, records: Sequence[Mapping[str, float]]) -> TrainResult:
+    def _cast_to_stored(self) -> torch.dtype:
+        """Round the trained weights to the dtype that was asked for, or else to the one that the base is stored in."""
+        dtype = self.stored_dtype if self.config.dtype == "auto" else self.dtype
+        largest = max(p.detach().abs().max().item() for p in self.model.parameters() if p.numel())
+        if dtype == torch.float16 and largest > torch.finfo(dtype).max:
+            logger.warning(
+                "saved in float32, not in the base's float16, which ends below the largest weight, %g", largest
+            )
+            return torch.float32
+        self.model.to(dtype)
+        return dtype
+
+    def _provenance(self) -> dict[str, Any]:
+        """What the summary says of where its figures come from."""
+        packages = ("fastlora", "torch", "transformers", "peft", "accelerate")
+        return {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "base_dtype": tuned.name_of(self.stored_dtype),
+            "versions": {name: _version(name) for name in packages},
+            **{name: self.setup[name] for name in ("config", "processes", "threads", "device")},
+        }
+
+    def _result(self, records: Sequence[Mapping[str, float]], dtype: torch.dtype) -> TrainResult:
         losses = [record["loss"] for record in records]
+        ends = max(1, min(10, len(losses) // 2))  # steps
         seconds = sum(record["seconds"] for record in records)
         tokens = sum(_tokens(self.plan.step_rows(step)) for step in range(self.step))
         weights = "model.safetensors" if self.config.method == "full" else "adapter_model.safetensors"
         return TrainResult(
             steps=self.step,
-            first_loss=sum(losses[:10]) / len(losses[:10]),
-            loss=sum(losses[-10:]) / len(losses[-10:]),
+            first_loss=sum(losses[:ends]) / ends,
+            loss=sum(losses[-ends:]) / ends,
             seconds=seconds,
             tokens=tokens,
             tokens_per_second=tokens / seconds,
             rows=len(self.data.rows),
             dropped_rows=len(self.data.dropped),
-            cut_rows=self.data.cut,
-            trainable_parameters=sum(p.numel() for p in self.trained.values()),
-            parameters=sum(p.numel() for p in self.model.parameters()),
+            prompt_cut_rows=len(self.data.prompt_cut),
+            completion_cut_rows=len(self.data.completion_cut),
+            trainable_parameters=_count(self.trained.values()),
+            parameters=_count(self.model.parameters()),
             adapter_bytes=(self.output / weights).stat().st_size if (self.output / weights).is_file() else 0,
-            implementations=_implementations(self.model, self.config),
+            dtype=tuned.name_of(dtype),
+            implementations=trainable.implementations(self.model, self.config),
             loss_path=self.loss.path,
             output=str(self.output),
         )
 
 
-def _add_adapter(model: Any, config: TrainConfig, resume_from: Path | None) -> Any:
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    if resume_from:
-        model = PeftModel.from_pretrained(model, str(resume_from), is_trainable=True)
-    else:
-        names = ("r", "lora_alpha", "lora_dropout", "use_rslora", "target_modules")
-        model = get_peft_model(
-            model, LoraConfig(task_type="CAUSAL_LM", **{name: getattr(config, name) for name in names})
-        )
-    if config.accelerate:
-        from fastlora.peft import accelerate
-
-        accelerate(model, frozen=True, pack_budget=config.pack_budget)
-    return model
-
-
-def _require_compiler() -> None:
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise ValueError(
-            f"compile: torch.compile needs a C++ compiler, and {compiler} is not on the PATH:"
-            " install it, name another one in CXX, or train without --compile"
-        )
-
-
-def _compile_layers(model: Any) -> None:
-    """Have torch compile each of the blocks that the model is a stack of; what stands around them stays eager."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    names = base._no_split_modules or ()
-    layers = [module for module in base.modules() if type(module).__name__ in names]
-    if not layers:
-        raise ValueError(f"compile: transformers does not say what the layers of {type(base).__name__} are")
-    for layer in layers:
-        # Batches differ in width, and a resumed run meets them in another order: one code for all widths, from the first on.
-        layer.compile(dynamic=True)
-
-
-def _implementations(model: Any, config: TrainConfig) -> dict[str, int]:
-    if config.method == "full":
-        return {}
-    if not config.accelerate:
-        from peft.tuners.lora import LoraLayer
-
-        return {"peft": sum(isinstance(module, LoraLayer) for module in model.modules())}
-    from fastlora.peft import report
-
-    return dict(Counter(layer.implementation for layer in report(model)))
-
-
 def _scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    """transformers' schedule of that name, but for the warm-up: its first step, of w, has 1/w of the learning rate, not 0."""
+    from torch.optim.lr_scheduler import LambdaLR
     from transformers import get_scheduler
 
-    return get_scheduler(
-        config.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=math.ceil(config.warmup_ratio * steps),
-        num_training_steps=steps,
-    )
+    # The last step is behind the warm-up: some schedules divide by the number of those that are.
+    warmup = min(math.ceil(config.warmup_ratio * steps), steps - 1)
+    name = config.lr_scheduler_type
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
+    rising = 0 if name == "constant" else warmup
+    return LambdaLR(optimizer, lambda step: (step + 1) / rising if step < rising else theirs(step))
 
 
 def _tokens(rows: Sequence[Row]) -> int:
     return sum(len(row.input_ids) for row in rows)
 
 
-def _read_saved(folder: Path, now: dict[str, Any]) -> dict[str, Any]:
-    """A checkpoint's state, once it is sure that it belongs to a run like this one."""
-    then = json.loads((folder / "training.json").read_text())
-    for field in fields(TrainConfig):
-        before, value = then["config"].get(field.name), now["config"][field.name]
-        if field.name not in MAY_DIFFER_ON_RESUME and before != value:
+def _count(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "source"
+
+
+def _require_same(saved: Checkpoint, now: dict[str, Any], steps: int) -> None:
+    """
+    Raises:
+        ValueError: the checkpoint belongs to no run like this one, of that many steps.
+    """
+    then, path = saved.training, saved.folder / "training.json"
+    names = {field.name for field in fields(TrainConfig)}
+    for name in sorted(then.config.keys() ^ names):
+        what = "lacks" if name in names else "has the unknown option"
+        raise CheckpointError(f"{path}: config {what} {name}: it is of another version of fastlora")
+    try:
+        TrainConfig(**then.config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: config: {error}") from None
+    for name in sorted(names - MAY_DIFFER_ON_RESUME):
+        before, value = then.config[name], now["config"][name]
+        if before != value:
             raise ValueError(
-                f"{field.name}={value!r}: expected {before!r} as in {folder}, or --overwrite to start again"
+                f"{name}={value!r}: expected {before!r} as in {saved.folder}, or overwrite=True to start again"
             )
-    if then["data"] != now["data"]:
-        raise ValueError(f"data={now['config']['data']}: its token rows are not those that {folder} was trained on")
+    if then.data != now["data"]:
+        raise ValueError(
+            f"data={now['config']['data']}: its token rows are not those that {saved.folder} was trained on"
+        )
     for name in ("processes", "device"):
-        if then[name] != now[name]:
-            raise ValueError(f"{folder} was written with {name}={then[name]}, expected the same, got {now[name]}")
-    if then["threads"] != now["threads"]:
+        if getattr(then, name) != now[name]:
+            raise ValueError(
+                f"{saved.folder} was written with {name}={getattr(then, name)}, expected the same, got {now[name]}"
+            )
+    if then.step > steps:
+        raise CheckpointError(f"{path}: step={then.step}: expected at most {steps}, the steps of the whole run")
+    if then.threads != now["threads"]:
         text = "%s was written with %d threads, this run has %d: the last bits may differ from an uninterrupted run's"
-        logger.warning(text, folder, then["threads"], now["threads"])
-    state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-    return {"setup": then, **state}
+        logger.warning(text, saved.folder, then.threads, now["threads"])
 
 
 @contextmanager

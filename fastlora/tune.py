@@ -190,7 +190,10 @@ def _here(
     todo: list[Problem], device: torch.device, seconds: float, refused: set[Refusal]
 ) -> Iterator[list[Measurement]]:
     for problem in todo:
-        yield measure(problem, device, seconds, refused)
+        found = measure(problem, device, seconds, refused)
+        if problem.op == "frozen_linear":
+            tuned.learn(device.type, found)  # the other operators are measured with it
+        yield found
 
 
 def _apart(

@@ -10,6 +10,7 @@ rank 0's) stands in the place of both: a resumed run chooses as the run before d
 
 import datetime
 import json
+import math
 import os
 import platform
 import re
@@ -45,8 +46,13 @@ class Measurement(NamedTuple):
     way: str = ""  # the faster one, where the implementation has several: one of WAYS
 
 
-WAYS = {"triton": ("fused", "library")}
-"""How an implementation may compute the operators with a frozen weight: in kernels of its own, or with the product left to torch's library."""
+WAYS = {
+    ("triton", "lora_linear"): ("fused", "library"),
+    ("triton", "multi_lora"): ("fused", "library"),
+    ("cpu", "frozen_linear"): ("plain", "packed"),
+}
+"""How an implementation may compute an operator, its backward and the one for layers that share x: Triton in kernels of its own, or with the
+product left to torch's library; the CPU's frozen product on the weight as it lies, or on a packed copy."""
 
 forced_way = ""
 """The way that must be taken whatever was measured: for those who measure it."""
@@ -120,12 +126,17 @@ def measurement(
     return Measurement(*what, ratio is not None, ratio, _origin("this machine", _today()), way)
 
 
+def learn(device_type: str, found: Iterable[Measurement]) -> None:
+    """Use these measurements from now on, in this process."""
+    _tables[device_type] = _table(device_type) | _by_class(found)
+    choices.clear()
+
+
 def keep(device_type: str, found: Iterable[Measurement], command: str) -> Path | None:
     """Use these measurements from now on, and add them to this machine's cache; returns its path, None where it cannot be written."""
     path = cache_path(device_type)
-    _tables[device_type] = _table(device_type) | _by_class(found)
+    learn(device_type, found)
     _cached[device_type] = _cached.get(device_type, {}) | _by_class(found)
-    choices.clear()
     try:
         write(path, device_type, _cached[device_type].values(), command)
     except OSError as error:
@@ -187,7 +198,7 @@ def load_state(state: Mapping[str, Iterable[Iterable[Any]]] | None) -> None:
     _tables.clear()
     _cached.clear()
     for device_type, entries in (state or {}).items():
-        _tables[device_type] = _by_class(Measurement(*entry) for entry in entries)
+        _tables[device_type] = _by_class(_checked(Measurement(*entry)) for entry in entries)
     choices.clear()
 
 
@@ -244,19 +255,39 @@ def _read(path: Path, expected: Mapping[str, Any], whose: str | None = None) -> 
         ValueError: it is no table, or not the expected one; the message says which part.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a JSON object, got {type(content).__name__}")
         for name, value in expected.items():
             if content.get(name) != value:
                 raise ValueError(f"{name} is {content.get(name)!r}, expected {value!r}")
         origin = _origin(whose or content.get("kind"), content.get("date"))
-        found = [Measurement(**entry, origin=origin) for entry in content["entries"]]
-        for one in found:
-            timed = isinstance(one.ratio, (int, float)) and one.ratio > 0
-            if one.rows not in ROWS or timed is not one.checked:
-                raise ValueError(f"{one} has other rows than {ROWS}, or no ratio above 0 though it is checked")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return _by_class(_checked(Measurement(**entry, origin=origin)) for entry in content["entries"])
+    except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no table for this machine: {type(error).__name__}: {error}") from None
-    return _by_class(found)
+
+
+def _checked(one: Measurement) -> Measurement:
+    """The measurement, if it can be one.
+
+    Raises:
+        ValueError: a field has a wrong type or value.
+    """
+    words = (one.op, one.dtype, one.implementation, one.origin)
+    timed = isinstance(one.ratio, (int, float)) and not isinstance(one.ratio, bool) and 0 < one.ratio < math.inf
+    right = {
+        "op, dtype, implementation or origin": all(isinstance(word, str) for word in words),
+        "rows": type(one.rows) is int and one.rows in ROWS,
+        "size": one.size in ("small", "large"),
+        "dropout": isinstance(one.dropout, bool),
+        "checked": isinstance(one.checked, bool),
+        "ratio": timed if one.checked else one.ratio is None,
+        "way": one.way == "" or any(one.way in ways for ways in WAYS.values()),
+    }
+    for name, fits in right.items():
+        if not fits:
+            raise ValueError(f"{name}: of a wrong type or value in {one}")
+    return one
 
 
 def _origin(whose: Any, date: Any) -> str:

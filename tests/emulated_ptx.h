@@ -194,6 +194,18 @@ struct Box {
   }
 };
 
+/// As on a card, but that it counts how often a thread looks.
+class Patience {
+  static constexpr int MOST = emulated::IDLE_ROUNDS / 2;
+  mutable int looked = 0;
+
+ public:
+  void spend(const Awaited& awaited) const {
+    if (++looked > MOST) emulated::fail(in_words(awaited));
+  }
+};
+inline void hear_of_waits() {}
+
 struct CountingBarrier {
   int count, missing;
   int64_t bytes;  // announced and not there
@@ -217,8 +229,10 @@ inline void arrive_expecting(uint64_t* barrier, int bytes) {
   state.try_end();
 }
 inline void arrive(uint64_t* barrier) { arrive_expecting(barrier, 0); }
-inline void wait_barrier(uint64_t* barrier, uint32_t parity) {
+inline void wait_barrier(uint64_t* barrier, uint32_t parity, const Awaited& awaited) {
+  const Patience patience;
   for (CountingBarrier& state = counting_barriers().at(barrier); state.parity == parity; __nanosleep(0)) {
+    patience.spend(awaited);
     for (const Box& box : state.boxes) {
       box.bring();
       state.bytes -= box.bytes();
@@ -228,7 +242,10 @@ inline void wait_barrier(uint64_t* barrier, uint32_t parity) {
     if (state.parity != parity) return;
   }
 }
+inline int boxes_until_one_is_lost = -1;
+extern "C" __attribute__((weak, visibility("default"))) void emulated_lose_box(int after) { boxes_until_one_is_lost = after; }
 inline void copy_box(void* shared, const TensorMap* map, uint64_t* barrier, int row, int column) {
+  if (boxes_until_one_is_lost >= 0 && boxes_until_one_is_lost-- == 0) return;
   if (reinterpret_cast<uintptr_t>(shared) % 1024) emulated::fail("a box that is not aligned to the swizzle's 1024 bytes");
   counting_barriers().at(barrier).boxes.push_back({static_cast<unsigned char*>(shared), map, row, column});
 }

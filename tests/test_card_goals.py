@@ -1,9 +1,9 @@
-"""The goals on a card, rehearsed: every line of their table at tiny sizes on the CPU, where a CUDA graph is the run itself; and `make gpu`."""
+"""The goals on a card, rehearsed: every line of their table at tiny sizes on the CPU, where a CUDA graph is the run itself."""
 
 import json
-import os
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import card_goals, cases, launch, model, plot, rivals, sanitize, table
+from benchmarks import card_goals, cases, launch, machine, model, plot, rivals, sanitize, table
 from benchmarks.card_goals import EAGER, GRAPH, Record, Session
 from benchmarks.cases import BOTH, StepCase
 from benchmarks.goals import Goal
@@ -123,6 +123,50 @@ def test_every_line_has_its_goals_eager_and_by_graph(lines) -> None:
     assert "| ≥ 15,000 tokens/s |" in table.goals_markdown(record.rows)
 
 
+def test_a_bare_session_times_the_frozen_layer_and_kernels_alone(lines) -> None:
+    record, bare = (
+        Record(),
+        {"layer": lines["layer 16 r 4"], "kernel": lines["kernel"], "decode": lines["decode"]},
+    )
+    assert card_goals.measure_card(bare, CPU, record, lambda: None, lambda _: None, float("inf"), bare=True)
+    assert record.failed == [] and len(record.rows) == 3
+    for row in record.rows:
+        assert row.implementation == "cpu" and row.rivals == {} and row.peft is None
+        assert set(row.seconds) == {"frozen", "fastlora"}
+        assert "eager" not in row.what
+
+
+def test_the_first_lines_are_lines_of_the_table() -> None:
+    assert set(card_goals.BARE_LINES) < card_goals.card_lines().keys()
+
+
+def test_a_copy_without_git_is_told_its_commit(monkeypatch) -> None:
+    monkeypatch.setenv("FASTLORA_COMMIT", "c0ffee1234")
+    assert machine.describe(CPU).commit == "c0ffee1234"
+
+
+def test_a_line_that_never_ends_ends_its_process_and_is_not_begun_again(monkeypatch) -> None:
+    ended = threading.Event()
+    codes: list[int] = []
+
+    def hang(_: Session) -> Any:
+        assert ended.wait(60)
+        yield from ()
+
+    def exit_(code: int) -> None:
+        codes.append(code)
+        ended.set()
+
+    monkeypatch.setattr(card_goals.os, "_exit", exit_)
+    saved: list[list[str]] = []
+    record = Record()
+    card_goals.measure_card(
+        {"hung": hang}, CPU, record, lambda: saved.append(list(record.failed)), print, float("inf"), line_seconds=0.05
+    )
+    assert codes == [card_goals.HUNG_CODE] and saved[0] == ["hung"] == record.begun
+    assert record.notes == ["hung: ended after 0 s, with its process"]
+
+
 def test_a_line_that_fails_takes_no_other_with_it(lines, monkeypatch) -> None:
     def fail(_: Session) -> Any:
         raise MemoryError("no room\nat all")
@@ -223,53 +267,6 @@ def test_readme_says_what_no_card_has_run() -> None:
 
 def test_sanitized_implementations_are_right_here() -> None:
     assert sanitize.flaws(CPU) == []
-
-
-# torch says that there is a card, and every other command of `make gpu` is written down instead of run.
-STUB = """#!/usr/bin/env bash
-echo "$*" >>"$STUB_LOG"
-case "$*" in
-  *cuda.is_available*|*"import xdist"*) exit 0 ;;
-  *kind_of*) echo some-card-sm90 ;;
-  *describe*) echo '{"name": "Some Card"}' ;;
-  *resume*) exit 0 ;;
-  *"benchmarks goals"*) exit 3 ;;
-  *"fastlora tune"*) sleep 60 ;;
-esac
-"""
-
-
-def gpu(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        ["bash", "benchmarks/gpu.sh", *arguments],
-        cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
-
-
-def test_make_gpu_stops_a_slow_part_and_goes_on_after_a_broken_process(tmp_path) -> None:
-    stub, log, out = tmp_path / "python", tmp_path / "log", tmp_path / "out"
-    stub.write_text(STUB)
-    stub.chmod(0o755)
-    done = gpu("--out", str(out), "tune", "bench", "plot", PYTHON=str(stub), STUB_LOG=str(log), LIMIT_TUNE="1")
-    content = json.loads((out / "gpu.json").read_text())
-    assert [(part["part"], part["state"]) for part in content["parts"]] == [
-        ("tune", "out of time"),
-        ("bench", "done"),
-        ("plot", "done"),
-    ]
-    assert content["machine"] == {"name": "Some Card"}
-    calls = log.read_text().splitlines()
-    goals = [call for call in calls if call.startswith("-m benchmarks goals")]
-    assert len(goals) == 2 and "--resume" not in goals[0] and goals[1].endswith("--resume")
-    assert any(f"--output {out}/some-card-sm90.json" in call for call in calls)
-    assert done.returncode == 1 and "tune: out of time" in done.stdout
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-def test_make_gpu_says_that_there_is_no_card(tmp_path) -> None:
-    done = gpu("--out", str(tmp_path), PYTHON=sys.executable)
-    assert done.returncode == 1 and "torch sees no CUDA card" in done.stdout
-    assert gpu("every", PYTHON=sys.executable).returncode == 2
 
 
 def test_make_gpu_needs_no_package_that_only_training_uses() -> None:

@@ -1,8 +1,12 @@
 """The command line: each command does what its function does, and an error is one line and an exit code."""
 
+import importlib.machinery
 import json
+import logging
 import os
+import shutil
 import signal
+import sys
 import threading
 import time
 import warnings
@@ -11,11 +15,19 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from fastlora.cli import app
+import fastlora
+from fastlora import environment
+from fastlora.checkpoint import CheckpointError
+from fastlora.cli import _module_names, _quiet, app
 from fastlora.inference import generate, load_model
+from fastlora.ops import ImplementationError
+from fastlora.train import TrainingError
 
 PROMPT = "The fox sings. What does the fox do?"
 
@@ -91,6 +103,7 @@ def test_eval_measures_base_and_adapter(folder):
         "eval", "--adapter", folder / "truth", "--data", folder / "truth.jsonl", "--no-generations", "--limit", 3
     )
     assert "perplexity" in table and "rouge1" not in table
+    assert "3, the same for every figure" in table
 
 
 def test_generate_swaps_between_adapters_on_one_base(folder):
@@ -159,29 +172,197 @@ ERRORS = {
     "bad option": ("train --model {model} --data {data} --output {none} --r 0", "r=0: expected at least 1"),
     "unknown modules": ("train --model {model} --data {data} --output {none} --target-modules nope", "nope"),
     "no such model": ("eval --model {none} --data {data}", "model: there is no folder"),
-    "an adapter as the base": ("eval --model {adapter} --data {data}", "expected a base model"),
-    "no adapter": ("merge --adapter {model} --output {none}", "there is no adapter_config.json"),
+    "an adapter as the base": ("eval --model {adapter} --data {data}", "base model; it is used as --adapter {adapter}"),
+    "training on an adapter": ("train --model {adapter} --data {data} --output {none}", "it is used as --adapter"),
+    "generating with an adapter": ("generate --model {adapter} --prompt a", "it is used as --adapter {adapter}"),
+    "a base as the adapter": (
+        "merge --adapter {model} --output {none}",
+        "it holds a model, and is used as --model {model}",
+    ),
+    "no adapter": ("merge --adapter {none} --output {none}", "there is no such folder"),
+    "another width": (
+        "generate --adapter {adapter} --model {wide} --prompt a",
+        "layers.0.mlp.down_proj.lora_B.weight: got shape [32, 8], the model has room for [48, 8]",
+    ),
+    "a foreign key": (
+        "eval --adapter {foreign} --data {data}",
+        "none of this adapter's on this model: base_model.model.model.norm",
+    ),
+    "a foreign key, merging": ("merge --adapter {foreign} --output {none}", "none of this adapter's on this model"),
+    "half an adapter": (
+        "generate --adapter a={half} --prompt a",
+        "are missing: base_model.model.model.layers.0.mlp.down_proj",
+    ),
+    "what to do about half an adapter": ("generate --adapter a={half} --prompt a", "(--allow-missing leaves them"),
+    "no config": ("generate --model {bare} --prompt a", "there is no config.json"),
+    "more tokens than rows": ("generate --model {talkative} --prompt a", "tokens and the embedding"),
+    "a base that is gone": (
+        "generate --adapter {orphan} --prompt a",
+        "no such folder any more: name the base as --model FOLDER",
+    ),
+    "merging into the adapter": (
+        "merge --adapter {adapter} --output {adapter} --overwrite",
+        "apart from adapter=",
+    ),
+    "merging into the base": ("merge --adapter {adapter} --output {model} --overwrite", "apart from model="),
+    "merging into another adapter": (
+        "merge --adapter {adapter} --output {half}",
+        "already (adapter_config.json): --overwrite",
+    ),
     "no prompt": ("generate --model {model}", "expected either --prompt or --data"),
     "one name twice": (
         "generate --adapter {adapter} --adapter {adapter} --prompt a",
         "two adapters are called 'truth'",
     ),
+    "a name that torch has": ("generate --adapter {half} --prompt a", "adapter name 'half': torch's modules have"),
+    "an empty prompt": (
+        "generate --model {model} --prompt= --max-length 1",
+        "leaves nothing to the prompt: max_length is 1",
+    ),
+    "a folder as data": ("eval --model {model} --data {model}", "is a folder, expected a JSONL file"),
+    "no row is short enough": (
+        "eval --model {model} --data {data} --max-length 8 --truncation drop",
+        "max_length=8 with truncation='drop' drops every one of the 64 rows",
+    ),
+    "too short for any row": ("train --model {model} --data {data} --output {none} --max-length 1", "max_length=1"),
     "nothing to load": ("generate --prompt a", "no base model was named"),
+    "no such schedule": (
+        "train --model {model} --data {data} --output {none} --lr-scheduler-type reduce_lr_on_plateau",
+        "expected one of linear, cosine, ",
+    ),
+    "one name of two": (
+        "train --model {model} --data {data} --output {none} --target-modules q_proj,foo_proj",
+        "no module is called 'foo_proj'; there are q_proj, ",
+    ),
+    "an empty name": (
+        "train --model {model} --data {data} --output {none} --target-modules q_proj,,v_proj",
+        "has an empty name",
+    ),
+    "a bad expression": (
+        "train --model {model} --data {data} --output {none} --target-modules (q_proj",
+        "target_modules='(q_proj': no regular expression",
+    ),
+    "the base as output": ("train --model {model} --data {data} --output {model} --overwrite", "apart from model="),
+    "a file as output": ("train --model {model} --data {data} --output {data}", "expected a folder, "),
+    "no such step": (
+        "train --model {model} --data {data} --output {adapter} --resume-from 7",
+        "--resume-from 7: expected the step of a checkpoint",
+    ),
+    "no such device": ("tune --device tpu", "device='tpu': expected cpu or cuda"),
+    "no time": ("tune --seconds nan", "seconds=nan: expected 0 or more"),
+    "a demo over others' files": ("demo --output {others}", "holds lora, no demo's: expected a folder of its own"),
+    "a demo into a file": ("demo --output {data}", "expected a folder, "),
     "output in use": ("train --model {model} --data {data} --output {adapter}", "--resume goes on"),
 }
 
 
-@pytest.mark.parametrize("case", ERRORS)
-def test_an_error_is_one_line_and_exit_code_2(folder, case):
-    words, message = ERRORS[case]
-    names = {
+@pytest.fixture(scope="module")
+def names(folder, tmp_path_factory) -> dict[str, Path]:
+    """Folders by what is wrong with them."""
+    wrong = tmp_path_factory.mktemp("wrong")
+    tiny.save_model(wrong / "wide", hidden_size=48)
+    shutil.copytree(folder / "model", wrong / "bare").joinpath("config.json").unlink()
+    shutil.copytree(folder / "model", wrong / "talkative")
+    words = tiny.tokenizer()
+    words.add_tokens(["<more>"])
+    words.save_pretrained(wrong / "talkative")
+    for name in ("foreign", "half", "orphan"):
+        shutil.copytree(folder / "truth", wrong / name, ignore=shutil.ignore_patterns("checkpoints"))
+    tensors = load_file(folder / "truth" / "adapter_model.safetensors")
+    norm = {"base_model.model.model.norm.weight": torch.zeros(32)}
+    save_file({**tensors, **norm}, wrong / "foreign" / "adapter_model.safetensors")
+    half = {key: tensor for key, tensor in tensors.items() if "lora_A" in key}
+    save_file(half, wrong / "half" / "adapter_model.safetensors")
+    (wrong / "others" / "lora").mkdir(parents=True)
+    (wrong / "others" / "lora" / "README.md").write_text("not yours")
+    config = wrong / "orphan" / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(folder / "model"), str(folder / "gone")))
+    return {
+        **{path.name: path for path in wrong.iterdir()},
         "model": folder / "model",
         "data": folder / "truth.jsonl",
         "adapter": folder / "truth",
         "none": folder / "none",
     }
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_an_error_is_one_line_and_exit_code_2(names, case):
+    words, message = ERRORS[case]
     lines = run(*(word.format(**names) for word in words.split()), code=2).splitlines()
-    assert lines[-1].startswith(f"fastlora {words.split()[0]}: ") and message in lines[-1]
+    assert lines[-1].startswith(f"fastlora {words.split()[0]}: ") and message.format(**names) in lines[-1]
+
+
+def test_half_an_adapter_where_that_is_allowed(names):
+    options = ("--prompt", PROMPT, "--max-new-tokens", 2, "--allow-missing")
+    answers = [
+        run("generate", *which, *options).splitlines()[-1]
+        for which in (("--adapter", f"a={names['half']}"), ("--model", names["model"]))
+    ]
+    assert answers[0].removeprefix("a: ") == answers[1], "A without B changes nothing"
+
+
+def test_the_version_is_told(folder):
+    assert run("--version") == f"fastlora {fastlora.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ImplementationError("FASTLORA_IMPL='x': expected one of reference"), 2),
+        (SafetensorError("Error while deserializing header"), 2),
+        (torch.OutOfMemoryError("CUDA out of memory."), 1),
+        (MemoryError("no more"), 1),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), 1),
+        (TrainingError("step 1: the loss is nan"), 1),
+        (CheckpointError("step-3/state.pt is damaged; resume_from=2 goes on, overwrite=True starts again"), 2),
+    ],
+)
+def test_every_expected_error_is_one_line(monkeypatch, error, code):
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(environment, "describe", fail)
+    output = run("env", code=code)
+    assert output.startswith("fastlora env: ") and output.count("\n") == 1
+    assert "=True" not in output and "resume_from" not in output
+    assert not isinstance(error, CheckpointError) or "--resume-from 2 goes on, --overwrite starts" in output
+
+
+def test_an_error_that_nobody_expects_keeps_its_traceback(monkeypatch):
+    monkeypatch.setattr(environment, "describe", lambda: 1 / 0)
+    assert isinstance(CliRunner().invoke(app, ["env"]).exception, ZeroDivisionError)
+
+
+class Noisy:
+    """Stands in for transformers' models, which bring in torchao where there is one, which says what it could not load."""
+
+    def find_spec(self, name: str, *_: object) -> object:
+        return importlib.machinery.ModuleSpec(name, self) if name == "transformers.modeling_utils" else None
+
+    def create_module(self, spec: object) -> None:
+        pass
+
+    def exec_module(self, module: object) -> None:
+        logging.getLogger("torchao").warning("noise")
+
+
+def test_other_packages_are_silent_while_they_are_imported_and_heard_afterwards(monkeypatch, caplog):
+    monkeypatch.setattr(transformers, "modeling_utils", transformers.modeling_utils)  # set anew by the import below
+    monkeypatch.delitem(sys.modules, "transformers.modeling_utils")
+    monkeypatch.setattr(sys, "meta_path", [Noisy(), *sys.meta_path])
+    _quiet()
+    assert isinstance(sys.modules["transformers.modeling_utils"].__loader__, Noisy)
+    assert transformers.utils.logging.get_verbosity() <= logging.WARNING  # that a base lacks weights is heard
+    logging.getLogger("torchao").warning("heard")
+    logging.getLogger("fastlora").warning("ours")
+    assert [record.message for record in caplog.records] == ["heard", "ours"]
+
+
+def test_target_modules_are_names_with_commas_or_a_regular_expression():
+    assert _module_names("all-linear") == "all-linear" and _module_names("q_proj") == ["q_proj"]
+    assert _module_names(" q_proj, all-linear ") == ["q_proj", "all-linear"]
+    assert _module_names(r".*\.(q|v)_proj") == r".*\.(q|v)_proj"
 
 
 def test_bad_lines_are_listed(folder):

@@ -1,9 +1,11 @@
 """The CUDA C++ kernels of lora_linear and multi_lora on a real card, in 16 bits: the cases that the emulated card is tested with, and larger ones."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import test_cuda_by_column
 import test_cuda_emulated
 import test_cuda_lora_linear
 import test_cuda_multi_lora
@@ -62,10 +64,11 @@ def on_card(case: Case) -> tuple[Layer, float, Tensor | None]:
 CASES = {**test_cuda_lora_linear.CASES, **LARGE}
 
 
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_lora_linear(case: Case) -> None:
+def check_lora_linear(case: Case, lay: Callable[[Tensor], Tensor] = lambda weight: weight) -> None:
+    """`lay`: how the frozen weight lies, for the kernels."""
     layer, dropout_p, seed = on_card(case)
-    found, eager = by_cuda(layer, dropout_p, seed), by_reference(layer, dropout_p, seed)
+    laid = layer._replace(weight=to_card(lay(layer.weight.cpu())))
+    found, eager = by_cuda(laid, dropout_p, seed), by_reference(layer, dropout_p, seed)
     exact = by_reference(Layer(*map(double, layer)), dropout_p, seed)
     for name, value, near, right in zip(("y", "xa", "keep", "dx", "da", "db"), found, eager, exact, strict=True):
         if name == "keep":
@@ -75,6 +78,19 @@ def test_lora_linear(case: Case) -> None:
                 assert torch.equal(reference.read_keep(value, K), reference.read_keep(near, K))
         else:
             assert_within_bound(name, value, near, right)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_lora_linear(case: Case) -> None:
+    check_lora_linear(case)
+
+
+BY_COLUMN = {**test_cuda_by_column.CASES, "4096": LARGE["4096"], "wide": LARGE["wide"]}
+
+
+@pytest.mark.parametrize("case", BY_COLUMN.values(), ids=BY_COLUMN)
+def test_a_weight_that_lies_by_column(case: Case) -> None:
+    check_lora_linear(case, test_cuda_by_column.by_column)
 
 
 def test_odd_sizes_with_gaps() -> None:
@@ -131,16 +147,36 @@ MULTI_LORA_CASES = {**test_cuda_multi_lora.CASES, **test_cuda_multi_lora.MANY, *
 MULTI_LORA_GRADIENTS = {**test_cuda_multi_lora.GRADIENTS, **LARGE_MULTI_LORA}
 
 
-@pytest.mark.parametrize("case", MULTI_LORA_CASES.values(), ids=MULTI_LORA_CASES)
-def test_multi_lora(case: dict[str, Any]) -> None:
-    given = test_cuda_multi_lora.Arguments(*map(to_card, test_cuda_multi_lora.make(**case)))
-    y, xa, _ = torch.ops.fastlora.multi_lora_cuda(*given)
+def check_multi_lora(case: dict[str, Any], lay: Callable[[Tensor], Tensor] = lambda weight: weight) -> None:
+    made = test_cuda_multi_lora.make(**case)
+    given = test_cuda_multi_lora.Arguments(*map(to_card, made))
+    y, xa, _ = torch.ops.fastlora.multi_lora_cuda(*given._replace(weight=to_card(lay(made.weight))))
     eager_y, eager_xa, _ = reference.multi_lora(*given)
     exact_y, exact_xa, _ = test_cuda_multi_lora.exact(given)
     valid = ~exact_y.isnan().all(1)
     assert y[~valid].isnan().all()
     assert_within_bound("y", y[valid], eager_y[valid], exact_y[valid])
     assert_within_bound("xa", xa, eager_xa, exact_xa)
+
+
+@pytest.mark.parametrize("case", MULTI_LORA_CASES.values(), ids=MULTI_LORA_CASES)
+def test_multi_lora(case: dict[str, Any]) -> None:
+    check_multi_lora(case)
+
+
+MULTI_LORA_BY_COLUMN = {
+    **test_cuda_by_column.FEW,
+    "decode": {"index": test_cuda_multi_lora.mixed(32), "K": 4096, "N": 4096},
+    "100 rows": {"index": test_cuda_multi_lora.mixed(100), "K": 139, "N": 264, "dropout": True},
+}
+
+
+@pytest.mark.parametrize("case", MULTI_LORA_BY_COLUMN.values(), ids=MULTI_LORA_BY_COLUMN)
+def test_multi_lora_by_column(case: dict[str, Any]) -> None:
+    check_multi_lora(case, test_cuda_by_column.by_column)
+    given = on_card_backward(case)
+    laid = given._replace(weight=to_card(test_cuda_by_column.by_column(given.weight.cpu())))
+    test_cuda_multi_lora.check_backward(laid, given, run=torch.ops.fastlora.multi_lora_backward_cuda)
 
 
 def on_card_backward(case: dict[str, Any]) -> test_cuda_multi_lora.Backward:

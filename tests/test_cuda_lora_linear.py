@@ -254,7 +254,10 @@ WRONG: dict[str, tuple[str, Callable[[Layer], Layer]]] = {
     "x: transposed": ("x", lambda layer: layer._replace(x=transposed(layer.x))),
     "x: expanded": ("x", lambda layer: layer._replace(x=layer.x[:1].expand(6, 16))),
     "x: float32": ("x", lambda layer: Layer(*(tensor.detach().float() for tensor in layer))),
-    "weight: transposed": ("weight", lambda layer: layer._replace(weight=transposed(layer.weight))),
+    "weight: neither rows nor columns side by side": (
+        "weight",
+        lambda layer: layer._replace(weight=gapped(layer.weight)),
+    ),
     "weight: no columns": (
         "weight",
         lambda layer: layer._replace(x=layer.x[:, :0], weight=layer.weight[:, :0], lora_a=layer.lora_a[:, :0]),

@@ -1,6 +1,9 @@
 """Lines in, token rows out: which lines are refused, which tokens count."""
 
+import gzip
 import json
+import os
+import random
 from pathlib import Path
 
 import pytest
@@ -8,8 +11,22 @@ import tiny
 import torch
 from tokenizers import processors
 
-from fastlora.data.examples import IGNORE, DataError, Example, collate, encode, encode_prompt, read_examples
+from fastlora.data.examples import (
+    IGNORE,
+    TRUNCATIONS,
+    BadLine,
+    DataError,
+    Example,
+    Row,
+    collate,
+    cut_prompt,
+    encode,
+    encode_prompt,
+    parse_line,
+    read_examples,
+)
 
+GOOD = b'{"prompt": "a", "completion": "b"}\n'
 GENERATION_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] }}{{ eos_token }}{% endgeneration %}"
@@ -103,13 +120,19 @@ BAD_LINES = {
     '{"prompt": "", "completion": "b"}': "prompt is empty",
     '{"prompt": "\\ud800", "completion": "b"}': "surrogate",
     '{"prompt": "a", "messages": []}': "has both",
+    '{"prompt": "a", "completion": "b", "id": %s}' % ("1" * 5000): "not JSON .*5000 digits",
+    '{"prompt": "a", "completion": "b", "prompt": "c"}': "the field 'prompt' is there twice",
+    '{"prompt": NaN, "completion": "b"}': "prompt: expected a string, got float",
+    '{"prompt": "a\0", "completion": "b"}': "not JSON",
+    '\ufeff{"prompt": "a", "completion": "b"}': "not JSON .*BOM",
+    '{"prompt": "a", "completion": "b"} {"prompt": "a", "completion": "b"}': "not JSON .*Extra data",
     '{"messages": [{"role": "user", "content": "a"}]}': "at least two",
     '{"messages": [{"role": "user"}, {"role": "assistant", "content": "b"}]}': r"messages\[0\]: expected an object",
     '{"messages": [{"role": "assistant", "content": "a"}, {"role": "user", "content": "b"}]}': "by 'user'",
 }
 
 
-@pytest.mark.parametrize(("line", "message"), BAD_LINES.items(), ids=list(BAD_LINES.values()))
+@pytest.mark.parametrize(("line", "message"), BAD_LINES.items(), ids=range(len(BAD_LINES)))
 def test_a_bad_line_is_named_with_file_and_number(tmp_path, line, message):
     path = write(tmp_path / "data.jsonl", {"prompt": "a", "completion": "b"}, "", line)
     with pytest.raises(DataError, match=rf"data\.jsonl:3: .*{message}"):
@@ -131,27 +154,176 @@ def test_all_bad_lines_are_found_and_twenty_listed(tmp_path):
     assert str(caught.value).count("data.jsonl:") == 20 and str(caught.value).endswith("and 5 more")
 
 
-def test_a_file_without_rows_and_no_file_are_errors(tmp_path):
-    with pytest.raises(DataError, match="no rows"):
-        read_examples(write(tmp_path / "empty.jsonl", ""))
-    with pytest.raises(FileNotFoundError, match=r"missing\.jsonl"):
-        read_examples(tmp_path / "missing.jsonl")
+def test_files_that_cannot_be_read_are_named(tmp_path):
+    compressed = tmp_path / "data.jsonl.gz"
+    compressed.write_bytes(gzip.compress(GOOD))
+    wide = tmp_path / "wide.jsonl"
+    wide.write_bytes(GOOD.decode().encode("utf-16"))
+    for path, kind, message in (
+        (write(tmp_path / "empty.jsonl", ""), ValueError, r"empty\.jsonl has no rows"),
+        (tmp_path / "missing.jsonl", FileNotFoundError, r"there is no file .*missing\.jsonl"),
+        (tmp_path, IsADirectoryError, "is a folder, expected a JSONL file"),
+        (compressed, ValueError, r"data\.jsonl\.gz is gzip, expected JSON lines in UTF-8: unpack it first"),
+        (wide, ValueError, r"wide\.jsonl is UTF-16 text, expected JSON lines in UTF-8"),
+        (tmp_path / ("x" * 300), OSError, "xxx cannot be read: "),
+    ):
+        with pytest.raises(kind, match=f"^data: .*{message}") as caught:
+            read_examples(path)
+        assert not isinstance(caught.value, DataError)
 
 
-def test_rows_that_lose_their_completion_are_dropped_and_counted(words):
-    long, short = (
-        Example("The cat runs. " * 8, " It runs.", "data:1"),
-        Example("The", " cat runs and eats and sings.", "data:2"),
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\xef\xbb\xbf" + GOOD,  # a byte order mark
+        GOOD.replace(b"\n", b"\r\n"),
+        GOOD.rstrip(b"\n"),
+        b"\n \t\r\n" + GOOD + b"\n",
+        b'{"score": NaN, "worst": -Infinity, "big": 1e999, "prompt": "a", "completion": "b"}\n',
+        b'{"half": "\\ud800", "\\ud800": 1, "prompt": "a", "completion": "b"}',
+    ],
+)
+def test_lines_of_other_programs_are_read(tmp_path, content):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content)
+    (example,) = read_examples(path)
+    assert (example.prompt, example.completion) == ("a", "b")
+
+
+def test_a_pipe_is_read():
+    reader, writer = os.pipe()
+    os.write(writer, GOOD)
+    os.close(writer)
+    assert len(read_examples(f"/dev/fd/{reader}")) == 1
+    os.close(reader)
+
+
+def test_random_bytes_are_an_example_or_a_bad_line():
+    draw = random.Random(0)
+    seeds = [
+        GOOD,
+        json.dumps({"messages": DIALOGUE}).encode(),
+        *(line.encode() for line in BAD_LINES if len(line) < 200),
+    ]
+    pieces = [
+        b'"',
+        b"{",
+        b"}",
+        b"[",
+        b"]",
+        b":",
+        b",",
+        b"\\",
+        b"\0",
+        b"\xff",
+        b"\xed\xa0\x80",
+        b"1" * 5000,
+        b"NaN",
+        b"[" * 5000,
+    ]
+    read = 0
+    for _ in range(3000):
+        line = bytearray(draw.choice(seeds))
+        for _ in range(draw.randint(0, 3)):
+            start = draw.randint(0, len(line))
+            line[start : start + draw.randint(0, 4)] = draw.choice([*pieces, bytes([draw.randrange(256)])])
+        try:
+            example = parse_line(bytes(line), "source")
+        except BadLine as error:
+            assert str(error) and len(str(error)) < 300
+        else:
+            read += 1
+            texts = [example.prompt] if isinstance(example.prompt, str) else [one["content"] for one in example.prompt]
+            assert all(text.encode() for text in (*texts, example.completion)) and example.source == "source"
+    assert 50 < read < 2950
+
+
+def parts(words, row: Row) -> tuple[str, str]:
+    """A row's prompt and what counts of it, as text."""
+    return words.decode(row.input_ids[: row.prompt_length]), counted(words, row)
+
+
+LONG = Example("The owl hides. The cat runs. What does the cat do?", " It runs.", "data:1")
+
+
+def test_a_row_that_is_too_long_loses_its_prompts_oldest_tokens(words, caplog):
+    whole = encode([LONG], words, 64).rows[0]
+    (row,) = (encoded := encode([LONG], words, 12)).rows
+    assert len(row.input_ids) == 12 and row.input_ids[0] == words.bos_token_id
+    assert row.input_ids[1:] == whole.input_ids[-11:] and row.labels[1:] == whole.labels[-11:]
+    assert parts(words, row)[1] == " It runs.</s>" and parts(words, row)[0].endswith("does the cat do?")
+    assert row.input_ids[: row.prompt_length] == cut_prompt(words, encode_prompt(words, LONG.prompt), row.prompt_length)
+    assert encoded.prompt_cut == encoded.examples == [LONG] and not encoded.completion_cut + encoded.dropped
+    (record,) = caplog.records
+    assert (
+        record.getMessage() == "max_length=12: cut the oldest tokens of the prompt in 1 of 1 rows (the first: data:1)"
     )
-    encoded = encode([long, short], words, 8)
-    assert encoded.dropped == [long] and encoded.cut == 1
-    (row,) = encoded.rows
-    assert len(row.input_ids) == 8 and row.labelled > 0
 
 
-def test_it_is_an_error_if_every_row_is_dropped(words):
-    with pytest.raises(DataError, match="max_length=8 cuts off the whole completion of every one of the 1 rows"):
-        encode([Example("The cat runs. " * 8, " It runs.")], words, 8)
+def test_a_completion_that_leaves_no_room_for_its_prompt_loses_its_end(words, caplog):
+    example = Example("What does the cat do?", " It runs. It sleeps. It sings. It eats. It hides." * 2, "data:2")
+    (row,) = (encoded := encode([example], words, 12)).rows
+    prompt, completion = parts(words, row)
+    assert (len(row.input_ids), row.prompt_length) == (12, 6) and row.input_ids[0] == words.bos_token_id
+    assert example.prompt.endswith(prompt.removeprefix("<s>")) and example.completion.startswith(completion)
+    assert encoded.prompt_cut == encoded.completion_cut == [example]
+    assert [record.getMessage().split(": ")[1] for record in caplog.records] == [
+        "cut the oldest tokens of the prompt in 1 of 1 rows (the first",
+        "cut the end of the completion, and its end token, in 1 of 1 rows (the first",
+    ]
+
+
+def test_every_way_to_cut(words):
+    end = Example("The", " cat runs and eats and sings.", "data:2")
+    short = Example("The", " cat", "data:3")
+    found = {name: encode([LONG, end, short], words, 10, name) for name in TRUNCATIONS}
+    cut = {name: (one.examples, one.dropped, one.prompt_cut, one.completion_cut) for name, one in found.items()}
+    assert cut == {
+        "prompt": ([LONG, end, short], [], [LONG], [end]),
+        "completion": ([end, short], [LONG], [], [end]),
+        "drop": ([short], [LONG, end], [], []),
+    }
+    assert all(len(row.input_ids) <= 10 for one in found.values() for row in one.rows)
+    whole = encode([end], words, 64).rows[0]
+    assert found["completion"].rows[0].input_ids == whole.input_ids[:10]
+
+
+def test_messages_are_cut_alike_and_what_follows_the_end_token_goes_first(words):
+    words.chat_template = words.chat_template.replace("{{ eos_token }}", "{{ eos_token }}{{ '\n' }}")
+    whole = encode([Example(DIALOGUE[:-1], "sings")], words, 64).rows[0]
+    assert words.decode(whole.input_ids).endswith("</s>\n") and parts(words, whole)[1] == "sings</s>"
+    total = len(whole.input_ids)
+    last = len(words("\n", add_special_tokens=False)["input_ids"])
+    for name in TRUNCATIONS:
+        encoded = encode([Example(DIALOGUE[:-1], "sings")], words, total - last, name)
+        assert encoded.rows[0].input_ids == whole.input_ids[:-last]
+        assert not encoded.prompt_cut + encoded.completion_cut + encoded.dropped
+    (row,) = encode([Example(DIALOGUE[:-1], "sings")], words, 10).rows
+    assert row.input_ids == [words.bos_token_id, *whole.input_ids[total - last - 9 : total - last]]
+    assert row.input_ids[: row.prompt_length] == cut_prompt(
+        words, encode_prompt(words, DIALOGUE[:-1]), row.prompt_length
+    )
+
+
+def test_a_max_length_that_drops_every_row_is_no_bad_line(words):
+    for truncation in ("completion", "drop"):
+        with pytest.raises(ValueError, match=f"max_length=8 with truncation='{truncation}' drops every one") as caught:
+            encode([LONG], words, 8, truncation)
+        assert not isinstance(caught.value, DataError)
+    assert len(encode([LONG], words, 8).rows[0].input_ids) == 8
+
+
+def test_wrong_options_are_named(words):
+    for options, message in (
+        ((1,), "max_length=1: expected an integer, at least 2"),
+        ((64.0,), "max_length=64.0"),
+        ((True,), "max_length=True"),
+        ((64, "end"), "truncation='end': expected one of prompt, completion, drop"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            encode([LONG], words, *options)
+    with pytest.raises(ValueError, match="expected at least one row"):
+        encode([], words, 64)
 
 
 def test_collate_pads_on_the_right(words):

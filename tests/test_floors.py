@@ -12,7 +12,7 @@ OPERATORS = ("lora_linear", "multi_lora", "prefix_concat")
 # From the bottom up; a file imports only from floors below its own, or from its own package.
 FLOORS = (
     {"bounds"},
-    {"reference", "tuned"},
+    {"reference", "tuned", "typed"},
     {"ops"},
     {"packed"},
     {"kernels", "_C"},
@@ -21,10 +21,11 @@ FLOORS = (
     {"layers", "groups"},
     {"peft"},
     {"fastlora"},  # the package itself
-    {"data", "metrics", "checkpoint", "environment"},
-    {"losses"},
+    {"writing"},
+    {"data", "metrics", "checkpoint", "environment", "adapters"},
+    {"losses", "config"},
     {"inference"},
-    {"merge"},
+    {"merge", "trainable"},
     {"train"},
     {"demo", "benchmarks"},
     {"cli"},

@@ -3,7 +3,11 @@
 import copy
 import gc
 import pickle
+import sys
+import threading
 import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import peft
@@ -25,9 +29,11 @@ class Attention(nn.Module):
         super().__init__()
         self.q_proj, self.k_proj, self.v_proj = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 8), nn.Linear(WIDTH, 8)
         self.way = "shares x"
+        self.between: Callable[[], Any] = bool  # called behind the query's projection
 
-    def forward(self, x: Tensor) -> Tensor:
-        q = self.q_proj(x)
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        q = self.q_proj(x, **options)
+        self.between()
         if self.way == "raises":
             raise KeyError("on purpose")
         if self.way == "another object":
@@ -36,7 +42,15 @@ class Attention(nn.Module):
             x.mul_(2)
         elif self.way == "asks for one":
             return q
-        return torch.cat((q, self.k_proj(x), self.v_proj(x)), -1)
+        elif self.way == "twice":
+            q = q + self.q_proj(x)
+        elif self.way == "other rows":
+            options["adapter_names"] = options["adapter_names"][::-1]
+        gradients = torch.is_grad_enabled() and self.way != "without gradients"
+        with torch.set_grad_enabled(gradients), torch.autocast("cpu", enabled=self.way == "under autocast"):
+            k = self.k_proj(x, **options)
+        self.dtypes = q.dtype, k.dtype
+        return torch.cat((q, k, self.v_proj(x, **options)), -1)
 
 
 def make_model(dropout: float = 0.0) -> Any:
@@ -115,6 +129,8 @@ def test_masks_are_each_layers_own() -> None:
         ("another object", "k_proj was called with another x"),
         ("written to", "k_proj was called with another x"),
         ("asks for one", "nobody asked for k_proj, v_proj"),
+        ("twice", "q_proj was called twice"),
+        ("without gradients", "k_proj was called in another mode"),
     ],
 )
 def test_a_miss_dissolves_the_group(way: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +146,16 @@ def test_a_miss_dissolves_the_group(way: str, why: str, monkeypatch: pytest.Monk
     assert calls == [3]
     assert all(f"was dissolved: {why}" in reason for reason in reasons(model))
     assert not attention_of(model)._forward_hooks
+
+
+def test_autocast_for_one_of_them() -> None:
+    """What was computed without it does not pass for what is asked for with it."""
+    model = fastlora.accelerate(make_model())
+    attention_of(model).way = "under autocast"
+    for _ in range(2):
+        model(torch.randn(7, WIDTH))
+        assert attention_of(model).dtypes == (torch.float32, torch.bfloat16)
+    assert all("was dissolved: k_proj was called in another mode" in reason for reason in reasons(model))
 
 
 def test_what_nobody_takes_is_not_kept() -> None:
@@ -168,23 +194,22 @@ def test_merged_disabled_or_hooked_layers_run_alone(monkeypatch: pytest.MonkeyPa
     assert calls == [3]
 
 
-def make_mixed_model() -> tuple[Any, list[Any]]:
-    """A model with adapters "default" and "other", and "query" in one layer; and its layers."""
+def make_mixed_model() -> tuple[Any, Any]:
+    """A model with adapters "default" and "other", and "query" in one layer; and its attention, whose layers PEFT has not hooked."""
     model = make_model()
     for name, r, layers in (("other", 3, ["q_proj", "k_proj", "v_proj"]), ("query", 2, ["q_proj"])):
         model.add_adapter(name, peft.LoraConfig(r=r, target_modules=layers, init_lora_weights=False))
-    attention = attention_of(model.eval())
-    return model, [attention.q_proj, attention.k_proj, attention.v_proj]
+    return model, attention_of(model.eval())
 
 
 @pytest.mark.skipif("triton" not in implementations("multi_lora_shared", "cpu"), reason="needs Triton's interpreter")
 def test_a_mixed_batch_is_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
     """Examples with adapters of their own, and without; an adapter that one of the layers lacks keeps the group from running."""
     x = torch.randn(4, 5, WIDTH)
-    model, layers = make_mixed_model()
+    model, attention = make_mixed_model()
 
     def results(names: list[str]) -> list[Tensor]:
-        return [layer(x, adapter_names=names) for layer in layers]
+        return [attention(x, adapter_names=names)]
 
     both, all_three = ["other", "__base__", "default", "other"], ["query", "other", "default", "query"]
     expected = [results(both), results(all_three)]
@@ -199,21 +224,20 @@ def test_a_mixed_batch_is_computed_together(monkeypatch: pytest.MonkeyPatch) -> 
     with torch.no_grad():
         assert_near(results(both), expected[0])
     with pytest.raises(ValueError, match="adapter_names"):
-        layers[0](x, adapter_names=both[:3])
+        attention(x, adapter_names=both[:3])
     assert calls == [3, 3] and not any("dissolved" in reason for reason in reasons(model))
-    layers[0](x, adapter_names=both)
-    other_rows = layers[1](x, adapter_names=both[::-1])  # not what waits for it
-    assert layers[0].__dict__["_fastlora_group"].dissolved == "k_proj was called with another x"
+    attention.way = "other rows"  # not what waits for them
+    found = results(both)
+    assert attention.q_proj.__dict__["_fastlora_group"].dissolved == "k_proj was called in another mode"
     fastlora.restore(model)
-    torch.testing.assert_close(other_rows, layers[1](x, adapter_names=both[::-1]), rtol=1e-5, atol=1e-5)
+    assert_near(found, results(both))
 
 
 def test_a_mixed_batch_runs_alone_where_nothing_runs_it_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, layers = make_mixed_model()
+    model, attention = make_mixed_model()
     fastlora.accelerate(model)
     calls = count_shared(monkeypatch, "multi_lora_shared")
-    for layer in layers:
-        layer(torch.randn(2, WIDTH), adapter_names=["other", "default"])
+    attention(torch.randn(2, WIDTH), adapter_names=["other", "default"])
     assert calls == [] and not any("_proj" in reason for reason in reasons(model))
 
 
@@ -265,10 +289,160 @@ def test_copies_have_groups_of_their_own() -> None:
     assert all("x read once with" in reason for reason in reasons(model))
 
 
+def test_a_copy_of_one_layer_is_alone() -> None:
+    """It takes neither its parent nor the others along, and computes what it is asked for, within the parent and without."""
+    model = fastlora.accelerate(make_model())
+    attention = attention_of(model)
+    x = torch.randn(7, WIDTH)
+    expected = attention.k_proj(x)
+    for duplicate in (copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))):
+        other = duplicate(attention.k_proj)
+        torch.testing.assert_close(other(x), expected)
+        assert "_fastlora_group" not in other.__dict__
+    assert len(pickle.dumps(attention.k_proj)) < len(pickle.dumps(attention)) / 2
+    assert "x read once with" in reasons(fastlora.accelerate(model))[0]
+    whole = model(x)
+    assert all("x read once with" in reason for reason in reasons(model))
+    attention.k_proj = copy.copy(attention.k_proj)
+    torch.testing.assert_close(model(x), whole)
+    assert "was dissolved: a layer was wrapped or replaced" in reasons(model)[0]
+    fastlora.accelerate(model)
+    torch.testing.assert_close(model(x), whole)
+    assert all("x read once with" in reason for reason in reasons(model))
+
+
+def test_shallow_copies_of_the_parent_share_its_group() -> None:
+    model = fastlora.accelerate(make_model())
+    x = torch.randn(7, WIDTH)
+    expected = outcome(model, x)
+    for other in (copy.copy(model), copy.copy(attention_of(model))):
+        assert_near(outcome(other, x), expected)
+    assert all("x read once with" in reason for reason in reasons(model))
+
+
+@pytest.mark.parametrize("parameter_of", [Tensor.clone, nn.Parameter], ids=["tensors", "parameters"])
+def test_replicas_run_alone(parameter_of: Callable[[Tensor], Tensor]) -> None:
+    """As DataParallel makes them: the same `__dict__`, new modules, parameters that are plain tensors; or as others might, with parameters."""
+    model = fastlora.accelerate(make_model()).requires_grad_(False)
+    x = torch.randn(7, WIDTH)
+    expected = model(x)
+    modules = list(model.modules())
+    replicas = {module: module._replicate_for_data_parallel() for module in modules}
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            replica._modules[name] = None if child is None else replicas[child]
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, None if parameter is None else parameter_of(parameter.detach()))
+        replica.requires_grad_(False)
+    torch.testing.assert_close(replicas[model](x), expected)
+    torch.testing.assert_close(model(x), expected)
+    assert all("x read once with" in reason for reason in reasons(model))
+
+
+def test_layers_called_by_hand_see_what_was_changed_between(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody tells when the parent begins and ends, so that nothing may wait: a fused optimizer's step would leave no trace."""
+    model = fastlora.accelerate(make_model())
+    attention = attention_of(model)
+    calls = count_shared(monkeypatch)
+    x = torch.randn(7, WIDTH)
+    attention.q_proj(x)
+    attention.k_proj.lora_B["default"].weight.data.mul_(3)
+    found = attention.k_proj(x)
+    assert calls == []
+    fastlora.restore(model)
+    torch.testing.assert_close(found, attention.k_proj(x))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_threads_have_their_own_results(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each between query and key when the other computes its query: both are right, and the group lasts."""
+    model = make_model()
+    xs = [torch.randn(7, WIDTH) for _ in range(2)]
+    expected = [outcome(model, x) if training else [model(x).detach()] for x in xs]
+    fastlora.accelerate(model)
+    attention_of(model).between = threading.Barrier(2, timeout=30).wait
+    calls = count_shared(monkeypatch)
+
+    def work(x: Tensor) -> list[Tensor]:
+        with torch.set_grad_enabled(training):
+            return outcome(model, x) if training else [model(x)]
+
+    with ThreadPoolExecutor(2) as threads:
+        for _ in range(3):
+            for found, wanted in zip(threads.map(work, xs), expected, strict=True):
+                assert_near(found, wanted)
+    assert calls == [3] * 6
+    assert all("x read once with" in reason for reason in reasons(model))
+
+
+def test_many_threads_at_once() -> None:
+    """Switched as often as Python can: all are right, among them those whose parent raises, and the group lasts."""
+    model = fastlora.accelerate(make_model())
+    attention = attention_of(model)
+    xs = [torch.randn(3, WIDTH) for _ in range(6)]
+    with torch.no_grad():
+        expected = [model(x) for x in xs]
+    raising = threading.local()
+
+    def between() -> None:
+        if getattr(raising, "now", False):
+            raise KeyError("on purpose")
+
+    attention.between = between
+
+    def work(number: int) -> None:
+        for turn in range(40):
+            with torch.no_grad():
+                raising.now = turn % 5 == number % 5
+                if raising.now:
+                    with pytest.raises(KeyError):
+                        model(xs[number])
+                else:
+                    torch.testing.assert_close(model(xs[number]), expected[number])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(len(xs)) as threads:
+            list(threads.map(work, range(len(xs))))
+    finally:
+        sys.setswitchinterval(interval)
+    assert attention.q_proj.__dict__["_fastlora_group"].dissolved is None
+
+
+def test_a_thread_that_dissolves_leaves_nothing_behind_in_another() -> None:
+    model = fastlora.accelerate(make_model())
+    attention = attention_of(model)
+    group = attention.q_proj.__dict__["_fastlora_group"]
+    x = torch.randn(7, WIDTH)
+    expected = model(x)
+
+    def dissolved_by_another() -> None:
+        thread = threading.Thread(target=group.dissolve, args=("on purpose",))
+        thread.start()
+        thread.join()
+        assert group._here.pending is not None
+
+    attention.between = dissolved_by_another
+    torch.testing.assert_close(model(x), expected)
+    assert group._here.pending is None and not attention._forward_hooks
+
+
+def test_row_groups_that_another_thread_clears() -> None:
+    class Cleared(dict[int, Any]):
+        def __setitem__(self, key: int, value: Any) -> None:
+            self.clear()
+
+    index = functional.group_rows(torch.tensor([0, -1, 0]), 1)
+    expected = index.for_rows(6)
+    index._by_rows = Cleared()
+    assert all(torch.equal(one, other) for one, other in zip(index.for_rows(6), expected, strict=True))
+
+
 def test_restore_leaves_no_hooks() -> None:
     model = fastlora.accelerate(make_model())
     fastlora.restore(fastlora.accelerate(model))
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert not any("_fastlora_group" in module.__dict__ for module in model.modules())
 
 

@@ -121,10 +121,11 @@ def test_without_a_compiler(checkout: Path) -> None:
     assert "no-such-compiler was not found" in done.stderr
 
 
-def test_a_sanitized_build_never_takes_the_place_of_the_real_one(checkout: Path) -> None:
-    done = run_setup(checkout, "build_ext", "--inplace", FASTLORA_SANITIZE="1")
+@pytest.mark.parametrize("variable", ["FASTLORA_SANITIZE", "FASTLORA_CUDA_CHECKS"])
+def test_a_build_for_tests_never_takes_the_place_of_the_real_one(checkout: Path, variable: str) -> None:
+    done = run_setup(checkout, "build_ext", "--inplace", **{variable: "1"})
     assert done.returncode != 0
-    assert "FASTLORA_SANITIZE=1 with --inplace" in done.stderr
+    assert f"{variable}=1 with --inplace" in done.stderr
 
 
 def make_toolkit(home: Path) -> Path:

@@ -95,13 +95,48 @@ def test_merge_and_exact_unmerge(make, dtype):
     assert torch.equal(layer(x), y)
 
 
+def tied_linear():
+    """Something else that holds the layer's weight, as a tied embedding does; and the layer."""
+    embedding = nn.Embedding(7, 12)
+    head = nn.Linear(12, 7, bias=False)
+    head.weight = embedding.weight
+    return embedding, trained(fastlora.LoRALinear.from_linear(head, r=3))
+
+
+def tied_conv():
+    embedding, conv = nn.Embedding(12, 7), Conv1D(7, 12)
+    conv.weight = embedding.weight
+    return embedding, trained(fastlora.LoRAConv1D.from_conv1d(conv, r=3))
+
+
+@pytest.mark.parametrize("make", [tied_linear, tied_conv])
+def test_merging_leaves_whoever_shares_the_weight_alone(make):
+    embedding, layer = make()
+    original, values = embedding.weight, embedding.weight.detach().clone()
+    model, x = nn.ModuleList([embedding, layer]).eval(), torch.randn(5, 12)
+    y, version = layer(x), original._version
+    layer.merge()
+    assert torch.equal(embedding.weight, values) and embedding.weight is original and original._version == version
+    assert layer.weight.data_ptr() != original.data_ptr()
+    assert torch.allclose(layer(x), y, atol=1e-5)
+    model.double()
+    other = copy.deepcopy(model)
+    assert torch.equal(embedding.weight, values.double())
+    for one, its in ((embedding, layer), tuple(other)):
+        its.unmerge()
+        assert its.weight is one.weight and torch.equal(one.weight, values.double())
+    assert layer.weight is original
+
+
 @LAYERS
 def test_state_while_merged_is_the_unmerged_state(make):
     layer = make()
     before = {name: value.clone() for name, value in layer.state_dict().items()}
     layer.merge()
     for name, value in layer.state_dict().items():
-        assert torch.equal(value, before[name]), name
+        assert torch.equal(value, before[name]) and not value.requires_grad, name
+    assert layer.state_dict(keep_vars=True)["weight"] is not layer.weight
+    assert "weight" in dict(layer.named_parameters()) and len(list(layer.parameters())) == 4
     layer.load_state_dict(before)
     assert not layer.merged and torch.equal(layer.weight, before["weight"])
 

@@ -3,14 +3,17 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from bounds import make_layer
 from conftest import implementations
+from typer.testing import CliRunner
 
 from fastlora import ops, tuned
+from fastlora.cli import app
 from fastlora.functional import lora_linear
 
 CHOOSERS = {
@@ -171,6 +174,19 @@ def test_late_loading(monkeypatch: pytest.MonkeyPatch) -> None:
     assert calls == [1]
 
 
+def test_two_threads_that_load_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second to come finds the loader gone."""
+    empty_tables(monkeypatch)
+
+    def load() -> None:
+        ops.implement("lora_linear", "triton", max)
+        if ops._loaders:  # the other thread, while this one loads
+            ops._loaders.clear()
+
+    ops.implement_later("triton", load)
+    assert ops.implementation("lora_linear", "triton") is max
+
+
 def test_late_loading_of_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     empty_tables(monkeypatch)
 
@@ -218,10 +234,76 @@ def test_environment_without_a_name_forces_nothing(setting: dict[str, Any]) -> N
     ],
 )
 def test_environment_that_cannot_be_followed_raises(name: str, message: str) -> None:
-    done = python(CALL, FASTLORA_IMPL=name)
-    assert done.returncode != 0 and done.stdout == ""
+    done = python("import fastlora\nprint('imported')\n" + CALL, FASTLORA_IMPL=name)
+    assert done.returncode != 0 and done.stdout == "imported\n"
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("fastlora.ops.ImplementationError: ") and message in last
+
+
+def test_a_nonsense_variable_is_no_obstacle_to_what_needs_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "forced", "nonsense")
+    done = CliRunner().invoke(app, ["env"])
+    assert done.exit_code == 0 and "plain PyTorch" in done.output
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_a_card_that_is_missing_is_told_before_anything_else(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that the implementation is not built, nor that it does not compute in float32: neither would help."""
+    monkeypatch.delenv(ops.EMULATORS[name], raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(ops, "forced", name)
+    expected = f"FASTLORA_IMPL={name}: lora_linear cannot run: {name} does not run on cpu devices: torch sees no CUDA card here"
+    with pytest.raises(ops.ImplementationError, match=f"^{expected}$"):
+        lora_linear(*make_layer(3, 4, 5, 2)[:5], 1.0)
+    with pytest.raises(ops.ImplementationError, match=f"^FASTLORA_IMPL={name}: .*no CUDA card here$"):
+        ops.read_environment()
+
+
+def test_a_variable_that_changes_is_followed_when_it_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "_environment", None)
+    monkeypatch.setattr(ops, "forced", "reference")  # by a program, not by the environment
+    monkeypatch.delenv("FASTLORA_IMPL", raising=False)
+    ops.read_environment()
+    assert ops.forced == "reference"
+    monkeypatch.setenv("FASTLORA_IMPL", "nonsense")
+    with pytest.raises(ops.ImplementationError, match="FASTLORA_IMPL='nonsense': expected one of reference, cpu"):
+        ops.read_environment()
+    monkeypatch.setenv("FASTLORA_IMPL", "reference")
+    ops.read_environment()
+    assert CHOOSERS["frozen_linear"](torch.ones(2, 2))[:2] == ("reference", "FASTLORA_IMPL")
+    monkeypatch.setenv("FASTLORA_IMPL", "")
+    ops.read_environment()
+    assert ops.forced is None
+
+
+def test_a_forced_implementation_that_is_not_built_is_told_when_the_variable_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ops, "forced", "cpu")
+    monkeypatch.setattr(ops, "_missing", {"cpu": "not built (no compiler)"})
+    with pytest.raises(ops.ImplementationError, match="FASTLORA_IMPL=cpu: cpu is not built .no compiler"):
+        ops.read_environment()
+
+
+@pytest.mark.skipif("cpu" not in implementations("lora_linear", "cpu"), reason="the native extension is not built")
+def test_without_a_trial_measurements_decide_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """FASTLORA_TRIAL=0 keeps from measuring; a table or cache that is there holds, and native C++ runs what is in none."""
+    monkeypatch.setenv("FASTLORA_TRIAL", "0")
+    monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
+    monkeypatch.delenv("FASTLORA_TABLE")
+    monkeypatch.setattr(ops, "forced", None)
+    monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "none")
+    tuned.load_state(None)
+    x = torch.ones(64, 4)
+    assert ops.choose_lora_linear(x, x).implementation == "cpu"
+    tuned.keep("cpu", [tuned.measurement("lora_linear", x.dtype, 64, "small", False, "cpu", 2.0)], "a test")
+    tuned.load_state(None)  # as a process does that begins
+    choice = ops.choose_lora_linear(x, x)
+    assert choice.implementation == "reference"
+    assert choice.reason.startswith(
+        "plain PyTorch, since native C++ would take 2.00x of its time (measured on this machine"
+    )
+    assert ops.choose_lora_linear(x.bfloat16(), x.bfloat16()).implementation == "cpu"
 
 
 def test_environment_without_the_extension() -> None:

@@ -2,8 +2,11 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 from collections import deque
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -22,8 +25,8 @@ from transformers import (
 )
 
 import fastlora
-from fastlora import functional, ops, reference
-from fastlora.peft import FusedLinear
+from fastlora import functional, ops, packed, reference, tuned
+from fastlora.peft import FrozenLinear, FusedLinear
 
 IDS = torch.randint(5, 90, (3, 11), generator=torch.Generator().manual_seed(3))
 ATTENDED = torch.tensor([[1] * 11, [1] * 7 + [0] * 4, [1] * 9 + [0] * 2])
@@ -282,11 +285,157 @@ def test_merge_and_unload(pair):
     assert torch.allclose(logits(merged), expected, atol=1e-5)
 
 
+def add_modules_to_save(model, active):
+    """After `accelerate`: PEFT wraps a swapped layer, and copies it."""
+    model.add_adapter("head", LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    if active:
+        model.set_adapter("head")
+    return model
+
+
+LOAD_PLAIN = """
+import sys, torch
+sys.modules["fastlora"] = None
+model = torch.load(sys.argv[1], weights_only=False)
+torch.save(model(input_ids=torch.arange(5, 16)[None]).logits.detach(), sys.argv[2])
+"""
+
+
+UNLOADING = {
+    "unload": lambda model: model.unload(),
+    "merge": lambda model: model.merge_and_unload(),
+    "tuner": lambda model: model.base_model.merge_and_unload(safe_merge=True),
+    "copy": lambda model: copy.copy(model).unload(),
+    "no adapter": lambda model: model.delete_adapter("default") or model.unload(),
+    "modules_to_save": lambda model: add_modules_to_save(model, active=True).unload(),
+    "modules_to_save, inactive": lambda model: add_modules_to_save(model, active=False).merge_and_unload(),
+}
+IN_PART = ["unload", "merge", "tuner", "no adapter"]
+
+
+@pytest.mark.parametrize(("how", "whole"), [*((how, True) for how in UNLOADING), *((how, False) for how in IN_PART)])
+def test_an_unloaded_model_has_nothing_of_ours(how, whole):
+    """Nor of the packed copies; be it the PEFT model that was accelerated, or the one within, from which no tuner is seen."""
+    plain, model = (peft_model(target_modules=["q_proj", "k_proj"])[0] for _ in range(2))
+    fastlora.accelerate(model if whole else model.base_model.model, frozen=True)
+    logits(model)
+    unloaded = []
+    for each in (plain, model):
+        torch.manual_seed(1)
+        unloaded.append(UNLOADING[how](each))
+    expected, found = unloaded
+    assert torch.allclose(logits(found), logits(expected), atol=1e-5)
+    assert [type(module) for module in found.modules()] == [type(module) for module in expected.modules()]
+    assert b"fastlora" not in pickle.dumps(found) and b"fastlora" not in pickle.dumps(copy.deepcopy(found))
+    assert packed.held_bytes() == 0
+
+
+def test_an_unloaded_model_lives_without_fastlora(tmp_path):
+    model, _ = peft_model()
+    fastlora.accelerate(model, frozen=True)
+    merged = model.merge_and_unload().eval()
+    merged.save_pretrained(tmp_path / "saved")
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path / "saved")), logits(merged))
+    torch.save(merged, tmp_path / "model.pt")
+    script = tmp_path / "load.py"
+    script.write_text(LOAD_PLAIN)
+    command = [sys.executable, script, tmp_path / "model.pt", tmp_path / "logits.pt"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    expected = merged(input_ids=torch.arange(5, 16)[None]).logits
+    assert torch.allclose(torch.load(tmp_path / "logits.pt"), expected, atol=1e-5)
+
+
+def test_another_tuners_model_is_unloaded_without_anything_of_ours():
+    config = peft.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    model = fastlora.accelerate(get_peft_model(llama()[0], config), frozen=True)
+    assert any(type(module) is FrozenLinear for module in model.modules())
+    assert b"fastlora" not in pickle.dumps(model.merge_and_unload())
+
+
 def test_copy_and_pickle(pair):
     model, _ = pair
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(other), logits(model))
         assert fastlora.report(other) == fastlora.report(model)
+
+
+def q_proj(model):
+    return model.base_model.model.model.layers[0].self_attn.q_proj
+
+
+def test_shallow_copies(pair):
+    model, peer = pair
+    x = torch.randn(3, 32)
+    expected = logits(peer)
+    assert torch.allclose(copy.copy(q_proj(model))(x), q_proj(peer)(x), atol=1e-6)
+    assert torch.allclose(logits(copy.copy(model)), expected, atol=1e-5)
+    attention = model.base_model.model.model.layers[0].self_attn
+    attention.q_proj = copy.copy(attention.q_proj)
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+    fastlora.accelerate(model, frozen=True)
+    head = model.base_model.model
+    head.lm_head = copy.copy(head.lm_head)
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+
+
+def test_memory_shared_between_processes(pair):
+    model, peer = pair
+    assert torch.allclose(logits(model.share_memory()), logits(peer), atol=1e-5)
+    assert q_proj(model).base_layer.weight.is_shared()
+
+
+@pytest.mark.parametrize("pack_budget", [0, None], ids=["no copies", "copies"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_parameters_that_are_swapped_when_moved(frozen, pack_budget):
+    """As torch does it where told, and as torch.utils.swap_tensors does: nobody may hold a weak reference to one."""
+    model, labels = peft_model()
+    expected = run(model, labels)
+    fastlora.accelerate(model, frozen=frozen, pack_budget=pack_budget)
+    run(model, labels)
+    model.zero_grad()
+    weight = q_proj(model).base_layer.weight
+    torch.utils.swap_tensors(weight, nn.Parameter(weight.detach().clone(), requires_grad=False))
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.double()
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+    assert q_proj(model).base_layer.weight is weight and weight.dtype == torch.float64
+    for name, value in run(model, labels).items():
+        assert torch.allclose(value, expected[name].double(), atol=1e-5), name
+
+
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return weight * 2
+
+
+@pytest.mark.parametrize("part", ["base", "lora_A", "frozen"])
+@pytest.mark.parametrize("how", ["parametrize", "weight_norm", "old weight_norm"])
+def test_weights_that_are_computed(part, how):
+    """PEFT's results, and nothing of ours afterwards."""
+    model, labels = peft_model(target_modules=["q_proj"])
+    peer = copy.deepcopy(model)
+    fastlora.accelerate(model, frozen=True)
+    results = []
+    for each in (peer, model):
+        attention = each.base_model.model.model.layers[0].self_attn
+        parts = {"base": q_proj(each).base_layer, "lora_A": q_proj(each).lora_A["default"], "frozen": attention.k_proj}
+        if how == "parametrize":
+            nn.utils.parametrize.register_parametrization(parts[part], "weight", Doubled())
+        else:
+            (nn.utils.weight_norm if how == "old weight_norm" else nn.utils.parametrizations.weight_norm)(parts[part])
+        results.append(run(each, labels))
+        assert type(parts[part]).forward in (nn.Linear.forward, FrozenLinear.forward)
+    for name, value in results[0].items():
+        assert torch.allclose(results[1][name], value, atol=1e-5), name
+    assert len(fastlora.report(model)) >= 14
+    fastlora.restore(model)
+    assert not any(isinstance(module, (FusedLinear, FrozenLinear)) for module in model.modules())
+    if how != "old weight_norm":
+        nn.utils.parametrize.remove_parametrizations(parts[part], "weight")
+        assert type(parts[part]) is nn.Linear
 
 
 def test_saved_adapter_is_pefts(pair, tmp_path):
@@ -330,7 +479,9 @@ def test_hook_on_a_child_is_called_by_pefts_forward():
     expected, seen = logits(model), []
     layer.lora_A["default"].register_forward_hook(lambda *_: seen.append(1))
     assert torch.allclose(logits(model), expected, atol=1e-5) and seen == [1]
-    assert reason_of(model) == ("reference", "PEFT's own forward: adapter 'default' carries a hook")
+    implementation, reason = reason_of(model)
+    assert implementation == "reference"
+    assert reason.startswith("PEFT's own forward: adapter 'default' carries a hook; before, ")
 
 
 @pytest.mark.parametrize(
@@ -348,6 +499,142 @@ def test_report_tells_a_call_that_was_not_fused(change, reason):
     assert reason_of(model) == ("reference", reason)
 
 
+def test_report_says_what_is_a_guess():
+    model, _ = peft_model()
+    fastlora.accelerate(model, frozen=True)
+    for part in ("layers.0.self_attn.q_proj", "lm_head"):
+        assert reason_of(model, part)[1].startswith("not called yet, unless compiled; 512 rows: ")
+    logits(model)
+    for part in ("layers.0.self_attn.q_proj", "lm_head"):
+        assert reason_of(model, part)[1].startswith("33 rows: ")
+    model, _ = peft_model()
+    fastlora.accelerate(model).merge_adapter()
+    assert reason_of(model) == ("reference", "not called yet; PEFT's own forward: the adapter is merged")
+
+
+@pytest.mark.parametrize("how", ["wrapped", "a block"])
+def test_report_does_not_claim_to_have_seen_compiled_calls(how):
+    model, _ = peft_model()
+    fastlora.accelerate(model, frozen=True)
+    whole = torch.compile(model, backend="eager") if how == "wrapped" else model
+    if how == "a block":
+        model.base_model.model.model.layers[0].compile(backend="eager")
+    alone = "not grouped with k_proj, v_proj where compiled"
+
+    def reason(part="layers.0.self_attn.q_proj"):
+        return reason_of(whole, part)[1]
+
+    for _ in range(2):
+        assert reason().startswith("compiled: not observed; a guess, 512 rows: ") and alone in reason()
+        logits(whole)
+    if how == "wrapped":  # from within nobody sees that
+        assert reason_of(model)[1].startswith("not called yet, unless compiled; 512 rows: ")
+    with torch.compiler.set_stance("force_eager"):
+        logits(whole)
+    assert reason().startswith("compiled: not observed; its last eager call, 33 rows: ")
+    for module in model.modules():
+        if isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer):
+            module.enable_adapters(False)
+    with torch.compiler.set_stance("force_eager"):
+        logits(whole)
+    assert reason().startswith(
+        "compiled: not observed; in its last eager call PEFT's own forward: adapters are disabled"
+    )
+    assert reason_of(model, "layers.1.self_attn.q_proj")[1].startswith("PEFT's own forward: adapters are disabled")
+
+
+def test_report_tells_what_changed_since_and_what_was_before():
+    """A step of DPO ends with the reference's logits, adapters disabled; what trained was fused all the same."""
+    model, _ = peft_model()
+    fastlora.accelerate(model)
+    with model.disable_adapter():
+        logits(model)
+        assert reason_of(model) == ("reference", "PEFT's own forward: adapters are disabled")
+    assert reason_of(model) == ("reference", "PEFT's own forward: adapters are disabled, now no longer")
+    logits(model)
+    implementation, reason = reason_of(model)
+    assert implementation in ops.IMPLEMENTATIONS and reason.startswith("33 rows: ")
+    assert reason.endswith("; earlier also PEFT's own forward: adapters are disabled")
+    with model.disable_adapter():
+        logits(model)
+    implementation, reason = reason_of(model)
+    assert implementation == "reference"
+    assert (
+        reason.startswith("PEFT's own forward: adapters are disabled, now no longer; before, ")
+        and "33 rows: " in reason
+    )
+    logits(model)
+    model.merge_adapter()
+    assert reason_of(model)[1].endswith("; from now on PEFT's own forward: the adapter is merged")
+    q_proj(model).unmerge()
+    q_proj(model)(torch.randn(3, 32), alora_offsets=[None] * 3)
+    assert reason_of(model)[1].startswith("PEFT's own forward: the call has arguments besides x; before, ")
+
+
+def test_report_leaves_a_call_that_failed_out():
+    model, _ = peft_model()
+    layer = q_proj(fastlora.accelerate(model, frozen=True))
+    logits(model)
+    before = fastlora.report(model)
+    for wrong in (torch.randn(3, 31), torch.randn(3, 32, dtype=torch.float64)):
+        for module in (layer, model.base_model.model.lm_head):
+            with pytest.raises((ValueError, RuntimeError)):
+                module(wrong)
+    with model.disable_adapter(), pytest.raises(RuntimeError):
+        layer(torch.randn(3, 31))
+    assert fastlora.report(model) == before
+
+
+@pytest.mark.skipif(("lora_linear", "cpu") not in ops._table, reason="the native extension is not built")
+def test_report_tells_whether_dropout_was_on_and_what_did_not_run(monkeypatch):
+    """An implementation that is slower is told as not run, and looked up as with dropout where the call had some."""
+    monkeypatch.setattr(ops, "forced", None)
+    known = [
+        tuned.Measurement(
+            op, "float32", 64, "small", dropout, "cpu", True, 2.0 if dropout else 0.5, "measured by a test"
+        )
+        for op in ("lora_linear", "lora_linear_backward")
+        for dropout in (False, True)
+    ]
+    tuned.load_state({"cpu": known})
+    model, _ = peft_model(target_modules=["o_proj"], lora_dropout=0.25)
+    fastlora.accelerate(model).train()
+    o_proj, slower = (
+        "layers.0.self_attn.o_proj",
+        "plain PyTorch, since native C++ would take 2.00x of its time (measured by",
+    )
+    assert reason_of(model, o_proj)[0] == "reference"  # a guess
+    logits(model)
+    assert reason_of(model, o_proj) == ("reference", f"33 rows: {slower} a test)")
+    logits(model.eval())
+    assert reason_of(model, o_proj)[0] == "cpu"
+    assert reason_of(model, o_proj)[1].startswith(
+        "33 rows: native C++, 0.50x of plain PyTorch's time (measured by a test)"
+    )
+
+
+@pytest.mark.skipif(("lora_linear", "cpu") not in ops._table, reason="the native extension is not built")
+def test_report_tells_a_forced_implementation_that_cannot_run(monkeypatch):
+    model, _ = peft_model(dtype=torch.float64)
+    fastlora.accelerate(model)
+    monkeypatch.setattr(ops, "forced", "cpu")
+    with pytest.raises(ops.ImplementationError, match="float64"):
+        logits(model)
+    reason = "not called yet, unless compiled; cannot run: FASTLORA_IMPL=cpu: lora_linear cannot run: cpu does not compute in float64"
+    assert reason_of(model, "layers.0.self_attn.o_proj") == ("cpu", reason)
+
+
+def test_a_forward_that_was_replaced_on_the_object_is_told():
+    """As accelerate's hooks do it (`_old_forward`): the swapped class would never be asked, and its report never true."""
+    model, _ = peft_model()
+    layer = q_proj(model)
+    layer.forward = layer.forward
+    fastlora.accelerate(model)
+    logits(model)
+    assert reason_of(model) == ("peft", "its forward was replaced on the object")
+    assert reason_of(model, "layers.0.self_attn.k_proj")[0] != "peft"
+
+
 def test_report_tells_a_forced_implementation_without_a_backward(pair, monkeypatch):
     model, _ = pair
     native = {("multi_lora", "cpu"): reference.multi_lora, ("lora_linear", "cpu"): reference.lora_linear}
@@ -359,6 +646,100 @@ def test_report_tells_a_forced_implementation_without_a_backward(pair, monkeypat
     implementation, reason = reason_of(model)
     assert implementation == "cpu"
     assert "no backward: FASTLORA_IMPL=cpu: multi_lora_backward cannot run: cpu has no multi_lora_backward" in reason
+
+
+@pytest.mark.parametrize("when", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_global_hooks_see_the_modules_inside(when):
+    """A fused forward does not call them."""
+    model, labels = peft_model(target_modules=["q_proj", "k_proj"])
+    fastlora.accelerate(model)
+    run(model, labels)
+    seen = []
+    register = getattr(nn.modules.module, f"register_module_{when}_hook")
+    handle = register(lambda module, *_: seen.append(module))
+    try:
+        run(model, labels)
+    finally:
+        handle.remove()
+    layer = model.base_model.model.model.layers[1].self_attn.q_proj  # the first one's x needs no gradient
+    assert seen.count(layer.base_layer) == seen.count(layer.lora_A["default"]) == 1
+    assert reason_of(model)[1].startswith("PEFT's own forward: a global hook is set, now no longer; before, ")
+
+
+@pytest.mark.parametrize("scaling", [torch.tensor(2.0), np.float32(2.0)], ids=["tensor", "numpy"])
+def test_a_scaling_that_is_no_number_of_pythons(scaling):
+    """As PEFT makes it for compiled hotswapping, where it may change without a trace."""
+    model, _ = peft_model()
+    expected = logits(model)
+    q_proj(fastlora.accelerate(model)).scaling["default"] = scaling
+    assert torch.allclose(logits(model), expected, atol=1e-5)
+    name = type(scaling).__name__
+    assert reason_of(model)[1] == f"PEFT's own forward: the scaling of adapter 'default' is a {name}"
+
+
+class Marked(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("x", "what"),
+    [
+        (torch.randn(3, 32).as_subclass(Marked), "Marked"),
+        (torch.nested.nested_tensor([torch.randn(2, 32), torch.randn(3, 32)]), "not a tensor of rows"),
+        (torch.randn(3, 32).to_sparse(), "not a tensor of rows"),
+    ],
+    ids=["subclass", "nested", "sparse"],
+)
+def test_inputs_that_are_more_than_rows(x, what):
+    model, _ = peft_model(target_modules=["q_proj"])
+    layers = [q_proj(model), model.base_model.model.lm_head]
+    with torch.no_grad():
+        expected = [layer(x) for layer in layers]
+        fastlora.accelerate(model, frozen=True)
+        for layer, wanted in zip(layers, expected, strict=True):
+            found = layer(x)
+            assert type(found) is type(wanted)
+            parts = (found.unbind(), wanted.unbind()) if x.is_nested else ([found], [wanted])
+            assert all(torch.equal(one, other) for one, other in zip(*parts, strict=True))
+    for part in ("layers.0.self_attn.q_proj", "lm_head"):
+        assert what in reason_of(model, part)[1]
+
+
+def test_a_base_layer_with_a_forward_of_its_own_is_named():
+    """Falcon's linear layer is nn.Linear's arithmetic in other words, which nobody can know."""
+
+    class FalconLinear(nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    config = LoraConfig(target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(nn.Sequential(FalconLinear(8, 8), nn.Linear(8, 8)), config)
+    with pytest.warns(UserWarning, match="fused none of 1 LoRA layers: the base layer is a FalconLinear"):
+        fastlora.accelerate(model)
+    assert reason_of(model, "0") == ("peft", "the base layer is a FalconLinear")
+
+
+def test_a_weight_that_is_trained_loses_its_copies(monkeypatch):
+    """A fused optimizer's step leaves no trace: the forward that begins the training is the last chance."""
+    model, labels = peft_model(target_modules=["q_proj"])
+    fastlora.accelerate(model, frozen=True)
+    dropped = []
+    monkeypatch.setattr(packed, "drop", dropped.append)
+    weights = [q_proj(model).base_layer.weight, model.base_model.model.lm_head.weight]
+    run(model, labels)
+    assert not any(weight is one for weight in weights for one in dropped)
+    for weight in weights:
+        weight.requires_grad_()
+    run(model, labels)
+    assert all(any(weight is one for one in dropped) for weight in weights)
+
+
+def test_a_variable_that_cannot_be_followed_is_told_before_anything_changes(monkeypatch):
+    model, _ = peft_model()
+    monkeypatch.setattr(ops, "forced", "nonsense")
+    with pytest.raises(ops.ImplementationError, match="FASTLORA_IMPL='nonsense': expected one of reference, cpu"):
+        fastlora.accelerate(model, frozen=True)
+    assert not any(isinstance(module, (FusedLinear, FrozenLinear)) for module in model.modules())
 
 
 def test_unsupported_layers_keep_pefts_forward_and_say_so():

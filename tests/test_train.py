@@ -14,15 +14,18 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from full_disk import disk_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import fastlora
+from fastlora import checkpoint, trainable, writing
+from fastlora.checkpoint import CheckpointError
 from fastlora.data.examples import DataError, Row
 from fastlora.train import TrainConfig, TrainingError, TrainingInterrupted, _Plan, evaluate, load_model, train
 
-METRICS = {"step", "loss", "learning_rate", "tokens_per_second", "seconds"}
+METRICS = {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_per_second", "seconds"}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -82,6 +85,9 @@ def test_training_lowers_the_held_out_loss_and_leaves_its_files(config, base, tm
     assert after.loss < before.loss / 2
     assert after.exact_match is not None and after.rougeL is not None and 0 < after.exact_match <= after.rougeL <= 1
     assert result.steps == 48 and result.loss < result.first_loss
+    short = train(replace(config, output=tmp_path / "short", max_steps=3), progress=False)
+    losses = [record["loss"] for record in records(tmp_path / "short")]
+    assert (short.first_loss, short.loss) == (losses[0], losses[-1])  # over no step twice
     assert [record["step"] for record in records(config.output)] == list(range(1, 49))
     assert all(record.keys() == METRICS and record["seconds"] > 0 for record in records(config.output))
     assert (config.output / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -185,7 +191,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(config, tmp_path, method):
     config = replace(config, method=method, lr=1e-3, epochs=6)
     stopped = replace(config, output=tmp_path / "stopped")
     thread = interrupt_at(stopped.output / "metrics.jsonl", 9)
-    with pytest.raises(TrainingInterrupted, match=r"--resume goes on from .*step-\d+"):
+    with pytest.raises(TrainingInterrupted, match=r"resume=True goes on from .*step-\d+"):
         train(stopped, progress=False)
     thread.join()
     done = len(records(stopped.output))
@@ -213,7 +219,7 @@ def test_a_bfloat16_base_keeps_a_float32_adapter(config):
 def test_an_output_with_checkpoints_is_not_overwritten_unasked(config):
     train(config, progress=False)
     first = adapter(config.output)
-    with pytest.raises(FileExistsError, match=r"--resume .*--overwrite"):
+    with pytest.raises(FileExistsError, match=r"resume=True .*overwrite=True"):
         train(config, progress=False)
     with pytest.raises(ValueError, match=r"lr=0.02: expected 0.01"):
         train(replace(config, resume=True, lr=0.02), progress=False)
@@ -237,6 +243,395 @@ def test_resume_without_a_checkpoint_starts_afresh(config):
     assert not (config.output / "checkpoints" / ".unfinished-x").exists()
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("place", [".", "..", "inside"])
+def test_the_base_is_never_overwritten(config, tmp_path, place, overwrite):
+    base = tiny.save_model(tmp_path / "base" / "model")
+    before = contents(tmp_path / "base")
+    (tmp_path / "link").symlink_to(base)
+    for folder in (base, tmp_path / "link"):
+        with pytest.raises(ValueError, match=r"^output=.*: expected a folder apart from model="):
+            train(
+                replace(config, model=base, method="full", output=folder / place, overwrite=overwrite), progress=False
+            )
+    assert contents(tmp_path / "base") == before
+
+
+@pytest.mark.parametrize(
+    "held", ["README.md", "adapter_config.json", "config.json", "model.safetensors", "metrics.jsonl", "tokenizer.json"]
+)
+def test_what_others_have_made_is_not_replaced_unasked(config, held):
+    """With no checkpoint beside it nothing of it is this run's to go on from."""
+    config.output.mkdir()
+    (config.output / held).write_text("not yours")
+    (config.output / "notes.txt").write_text("not yours")
+    before = contents(config.output)
+    with pytest.raises(FileExistsError, match=rf"^output=.* holds {held}: .*overwrite=True"):
+        train(config, progress=False)
+    if held != "metrics.jsonl":  # all that a run leaves that is killed before its first checkpoint
+        with pytest.raises(FileExistsError, match=rf"no checkpoint to resume from, and holds {held}: overwrite=True"):
+            train(replace(config, resume=True), progress=False)
+    assert contents(config.output) == before
+    train(replace(config, overwrite=True, max_steps=1), progress=False)
+    assert (config.output / "notes.txt").read_text() == "not yours"
+    assert "config.json" not in contents(config.output) and "model.safetensors" not in contents(config.output)
+
+
+def test_an_adapter_without_its_checkpoints_is_not_replaced_unasked(config):
+    train(replace(config, max_steps=1), progress=False)
+    shutil.rmtree(config.output / "checkpoints")
+    before = contents(config.output)
+    for again in (config, replace(config, resume=True)):
+        with pytest.raises(FileExistsError, match=r"holds .*adapter_config.json.* and \d more|holds .*README.md"):
+            train(again, progress=False)
+    assert contents(config.output) == before
+
+
+def test_data_that_training_would_replace_is_refused(config):
+    config.output.mkdir()
+    data = tiny.save_data(config.output / "metrics.jsonl", 8)
+    before = data.read_bytes()
+    with pytest.raises(ValueError, match="^data=.*: expected another place or name"):
+        train(replace(config, data=data, overwrite=True), progress=False)
+    assert data.read_bytes() == before
+
+
+def test_what_a_run_leaves_that_went_wrong_at_once_is_in_nobodys_way(config):
+    with pytest.raises(TrainingError):
+        train(replace(config, lora_alpha=0), progress=False)
+    assert contents(config.output) == {"metrics.jsonl": b""}
+    assert train(replace(config, max_steps=1), progress=False).steps == 1
+
+
+def test_a_second_training_into_one_folder_is_refused_at_the_start(config):
+    train(replace(config, max_steps=1), progress=False)
+    before = contents(config.output)
+    for options in ({"overwrite": True}, {"resume": True}, {}):
+        with writing.locked(config.output):  # as another process holds it while it trains
+            with pytest.raises(BlockingIOError, match=r"^output=.*: another training writes into this folder"):
+                train(replace(config, max_steps=1, **options), progress=False)
+    assert contents(config.output) == before
+
+
+def test_training_holds_its_folder(config, monkeypatch):
+    def hold(*_: object) -> None:
+        with writing.locked(config.output):
+            raise AssertionError("two hold the folder")
+
+    monkeypatch.setattr(checkpoint, "save", hold)
+    with pytest.raises(TrainingError, match="the checkpoint cannot be written: .*another training writes"):
+        train(replace(config, max_steps=1), progress=False)
+
+
+@pytest.fixture(scope="module")
+def finished(base, data, tmp_path_factory) -> Path:
+    """A run of 6 steps with the checkpoints of steps 4 and 6. Not to be changed: take a copy."""
+    output = tmp_path_factory.mktemp("finished") / "out"
+    train(of_six_steps(base, data, output), progress=False)
+    return output
+
+
+def of_six_steps(base: Path, data: Path, output: Path) -> TrainConfig:
+    return TrainConfig(model=base, data=data, output=output, r=2, lr=1e-2, max_steps=6, save_steps=2)
+
+
+@pytest.fixture
+def again(finished, base, data, tmp_path) -> TrainConfig:
+    """The same run, as a copy in another folder, to go on from."""
+    shutil.copytree(finished, tmp_path / "again")
+    return replace(of_six_steps(base, data, tmp_path / "again"), resume=True)
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "state.pt", "README.md"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used_when_asked_for(again, finished, name):
+    path = again.output / "checkpoints" / "step-6" / name
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    before = contents(again.output)
+    with pytest.raises(
+        CheckpointError, match=rf"step-6/{name} is damaged.*: .*; the one before it is whole: resume_from=4 goes on"
+    ):
+        train(again, progress=False)
+    with pytest.raises(CheckpointError, match=f"step-6/{name} is damaged"):
+        train(replace(again, resume_from=6), progress=False)
+    assert contents(again.output) == before
+    train(replace(again, resume=False, resume_from=4), progress=False)
+    assert_same_bits(adapter(again.output), adapter(finished))
+    assert numbers(again.output) == numbers(finished)
+    checkpoint.read(again.output / "checkpoints" / "step-6")
+
+
+def test_where_no_checkpoint_is_whole_the_error_says_so(again):
+    for step in (4, 6):
+        (again.output / "checkpoints" / f"step-{step}" / "manifest.json").unlink()  # as earlier versions wrote them
+    with pytest.raises(CheckpointError, match=r"of an earlier version of fastlora.*no other .* whole: overwrite=True"):
+        train(again, progress=False)
+    with pytest.raises(ValueError, match=r"^resume_from=5: expected the step of a checkpoint in .*: 4, 6$"):
+        train(replace(again, resume_from=5), progress=False)
+
+
+ABSURD = {
+    "step past the end": ({"step": 8}, "step=8: expected at most 6"),
+    "config of another type": ({"config": {"r": "16"}}, "training.json: config: r='16': expected int, got str"),
+    "config out of range": ({"config": {"max_steps": 10**12}}, "config: max_steps=1000000000000: expected at most"),
+    "option that is none": ({"config": {"rank": 3}}, "config has the unknown option rank"),
+    "option that is not there": ({"config": {"r": KeyError}}, "config lacks r"),
+    "other processes": ({"processes": 2}, "rng: expected a list of 2"),
+}
+
+
+@pytest.mark.parametrize("case", ABSURD)
+def test_a_training_json_with_absurd_values_ends_at_once(again, case):
+    change, message = ABSURD[case]
+    folder = again.output / "checkpoints" / "step-6"
+    content = json.loads((folder / "training.json").read_text())
+    for name, value in change.get("config", {}).items():
+        content["config"][name] = value
+        if value is KeyError:
+            del content["config"][name]
+    content |= {name: value for name, value in change.items() if name != "config"}
+
+    def forge(scratch: Path) -> None:
+        shutil.copytree(folder, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+        (scratch / "training.json").write_text(json.dumps(content))
+
+    checkpoint.save(again.output, content["step"], forge)
+    with pytest.raises(CheckpointError, match=message):
+        train(again, progress=False)
+
+
+GARBAGE = {
+    "not JSON": (b"\x00\x00\n", "not JSON"),
+    "not UTF-8": (b"\xff\n", "not JSON"),
+    "another step": (b'{"step": 9}\n', "expected the object of step 3"),
+    "a list": (b"[1]\n", "expected the object of step 3"),
+    "no loss": (b'{"step": 3}\n', "loss=None: expected a finite number"),
+    "a loss that is none": (b'{"step": 3, "loss": NaN}\n', "loss=nan: expected a finite number"),
+    "a number of 5,000 digits": (b'{"step": ' + b"9" * 5000 + b"}\n", "not JSON"),
+}
+
+
+@pytest.mark.parametrize("case", GARBAGE)
+def test_garbage_in_the_metrics_names_file_and_line(again, case):
+    garbage, message = GARBAGE[case]
+    path = again.output / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], garbage, *lines[3:]]))
+    with pytest.raises(ValueError, match=rf"metrics.jsonl:3: {message}"):
+        train(again, progress=False)
+
+
+def test_metrics_that_end_before_the_checkpoint_are_an_error_and_what_is_behind_it_is_cut(again, finished):
+    path = again.output / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]))
+    with pytest.raises(ValueError, match=r"metrics.jsonl: ends at step 3, expected the 6 steps that were done"):
+        train(again, progress=False)
+    path.write_bytes(b"".join([*lines, b"garbage\n", b'{"st']))
+    train(again, progress=False)
+    assert numbers(again.output) == numbers(finished)
+
+
+def test_a_full_disk_says_what_is_not_written_and_what_there_is_to_go_on_from(config, finished, again):
+    """A limit on the size of a file does to a writer what a full disk does; an adapter is 12,000 bytes or so here."""
+    fresh = replace(again, output=config.output, resume=False)
+    with (
+        disk_of(10_000),
+        pytest.raises(TrainingError, match=r"step 2: the checkpoint cannot be written: File too large: ") as caught,
+    ):
+        train(fresh, progress=False)
+    assert str(config.output) in str(caught.value) and "then start again" in str(caught.value)
+    assert not list(config.output.rglob("*.safetensors")) and not list(config.output.rglob(".unfinished-*"))
+
+    shutil.rmtree(again.output / "checkpoints" / "step-6")
+    with (
+        disk_of(1000),
+        pytest.raises(TrainingError, match=r"metrics.jsonl cannot be written: File too large: .*metrics.jsonl"),
+    ):
+        train(again, progress=False)
+    for path in again.output.glob("adapter_*"):
+        path.unlink()
+    with (
+        disk_of(10_000),
+        pytest.raises(TrainingError, match=r"step 6: the checkpoint .* resume=True goes on from .*step-4$"),
+    ):
+        train(again, progress=False)
+    train(again, progress=False)
+    assert_same_bits(adapter(again.output), adapter(finished))
+    assert numbers(again.output) == numbers(finished)
+    for name, limit in (("adapter", 10_000), ("summary", 14_000)):
+        before = contents(again.output)
+        with disk_of(limit), pytest.raises(TrainingError, match=rf"the {name} cannot be written: .*from .*step-6$"):
+            train(again, progress=False)
+        after = contents(again.output)
+        assert after.keys() == before.keys()
+        assert all(after[name] == before[name] for name in ("adapter_model.safetensors", "loss.png"))
+
+
+def test_the_first_step_trains(config):
+    result = train(replace(config, max_steps=1), progress=False)
+    assert result.steps == 1 and records(config.output)[0]["learning_rate"] == config.lr
+    assert all(value.count_nonzero() for name, value in adapter(config.output).items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize(
+    ("stored", "dtype", "expected"),
+    [
+        ("bfloat16", "auto", "bfloat16"),
+        ("float16", "auto", "float16"),
+        ("float32", "auto", "float32"),
+        ("bfloat16", "float32", "float32"),
+        ("float32", "bfloat16", "bfloat16"),
+    ],
+)
+@pytest.mark.parametrize("told", ["by the config", "by the weights"])
+def test_full_training_keeps_the_dtype_that_the_base_is_stored_in(
+    config, base, tmp_path, stored, dtype, expected, told
+):
+    model, tokenizer = load_model(str(base), dtype="float32")
+    model.to(getattr(torch, stored)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    if told == "by the weights":
+        content = json.loads((tmp_path / "base" / "config.json").read_text())
+        del content["dtype"]
+        (tmp_path / "base" / "config.json").write_text(json.dumps(content))
+    result = train(
+        replace(config, model=tmp_path / "base", method="full", max_steps=2, save_steps=1, dtype=dtype), progress=False
+    )
+    saved = load_file(config.output / "model.safetensors")
+    assert {str(value.dtype) for value in saved.values()} == {f"torch.{expected}"}
+    assert result.dtype == json.loads((config.output / "config.json").read_text())["dtype"] == expected
+    summary = json.loads((config.output / "summary.json").read_text())
+    assert (summary["dtype"], summary["base_dtype"]) == (expected, stored)
+    kept = load_file(config.output / "checkpoints" / "step-2" / "model.safetensors")
+    assert {value.dtype for value in kept.values()} == {torch.float32}  # a resumed run goes on with all bits
+    assert all(torch.equal(value, kept[name].to(value.dtype)) for name, value in saved.items())
+
+
+def test_weights_too_large_for_the_stored_dtype_are_saved_in_float32(config, base, tmp_path, caplog):
+    model, tokenizer = load_model(str(base), dtype="float32")
+    model.to(torch.float16).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    options = {"model": tmp_path / "base", "method": "full", "lr": 1e5, "lr_scheduler_type": "constant"}
+    try:
+        result = train(replace(config, max_steps=1, **options), progress=False)
+    finally:
+        assert "saved in float32, not in the base's float16" in caplog.text
+    assert result.dtype == "float32"
+    assert all(value.isfinite().all() for value in load_file(config.output / "model.safetensors").values())
+
+
+@pytest.fixture(scope="module")
+def llama(base):
+    return AutoModelForCausalLM.from_pretrained(base)
+
+
+LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("named", "expected"),
+    [
+        ("all-linear", LINEAR),
+        (["all-linear"], LINEAR),
+        (["all-linear", "lm_head"], LINEAR | {"lm_head"}),
+        (["lm_head", "All-Linear", "lm_head", "q_proj"], LINEAR | {"lm_head"}),
+        (["q_proj", "q_proj"], {"q_proj"}),
+        (["self_attn.q_proj", "model.layers.0.mlp.up_proj"], {"q_proj", "up_proj"}),
+        (r".*\.(q|v)_proj", {"q_proj", "v_proj"}),
+    ],
+)
+def test_every_named_module_is_trained(base, named, expected):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    peft_model = get_peft_model(
+        model, LoraConfig(task_type="CAUSAL_LM", target_modules=trainable.targets(model, named))
+    )
+    found = {name.rpartition(".")[2] for name, module in peft_model.named_modules() if hasattr(module, "lora_A")}
+    assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("named", "unmatched"),
+    [
+        (["q_proj", "foo_proj"], "'foo_proj'"),
+        (["all-linear", "nope", "bar"], "'bar', 'nope'"),
+        (["q_proj", ""], "''"),
+        ([" q_proj"], "' q_proj'"),
+        (["proj"], "'proj'"),
+        (["q_proj "], "'q_proj '"),
+    ],
+)
+def test_a_name_that_matches_nothing_is_an_error_that_lists_some_that_do(llama, named, unmatched):
+    with pytest.raises(ValueError, match=rf"^target_modules: no module is called {unmatched}; there are .*q_proj"):
+        trainable.targets(llama, named)
+
+
+def test_a_regular_expression_is_pefts_and_must_match_a_whole_name(llama):
+    assert trainable.targets(llama, ".*q_proj") == ".*q_proj"
+    with pytest.raises(ValueError, match=r"^target_modules='q_proj': the regular expression matches no module's whole"):
+        trainable.targets(llama, "q_proj")
+
+
+def test_training_says_which_name_matches_nothing_and_which_module_is_no_layer(config):
+    with pytest.raises(ValueError, match="^target_modules: no module is called 'foo_proj'; there are "):
+        train(replace(config, target_modules=["q_proj", "foo_proj"]), progress=False)
+    with pytest.raises(ValueError, match=r"(?s)^target_modules=\['mlp'\]: .*not supported"):
+        train(replace(config, target_modules=["mlp"]), progress=False)
+    assert not config.output.exists()
+
+
+def test_all_linear_and_the_head_are_trained_together(config):
+    result = train(replace(config, target_modules=["all-linear", "lm_head"], max_steps=1), progress=False)
+    assert len(adapter(config.output)) == 2 * 15 and sum(result.implementations.values()) == 15
+
+
+def test_two_processes_of_one_run_share_a_folder_and_train_as_one(again):
+    """torchrun's, of which one holds the folder's lock for both."""
+    options = {"model": again.model, "data": again.data, "output": again.output.parent / "two", "r": 2, "lr": 1e-2}
+    options |= {"max-steps": 2, "lora-dropout": 0, "batch-size": 4}
+    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(
+        [*command, "--", "fastlora", "train", *arguments], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 of 8 rows" in done.stderr and "2 processes" in done.stderr
+    alone = replace(
+        again, output=again.output.parent / "one", resume=False, max_steps=2, lora_dropout=0.0, batch_size=8
+    )
+    train(alone, progress=False)
+    for two, one in zip(numbers(options["output"]), numbers(alone.output), strict=True):
+        assert abs(two[1] - one[1]) <= 1e-4 * one[1]
+    assert len(checkpoint.read(options["output"] / "checkpoints" / "step-2").state["rng"]) == 2
+
+
+def test_a_banner_says_what_runs_before_the_bar(config, capsys):
+    train(replace(config, max_steps=2))
+    lines = capsys.readouterr().err.splitlines()
+    lines = lines[next(number for number, line in enumerate(lines) if line.startswith("fastlora ")) :]
+    names = [line.split()[0] for line in lines[:6]]
+    assert names == ["fastlora", "rows", "steps", "trained", "device", "runs"]
+    shown = "\n".join(lines[:6])
+    for part in (config.model, "48", "2 of 8 rows", "4,096 parameters, 9.59 %", "cpu, float32, 1 thread", "15 "):
+        assert part in shown, part
+    assert "2/2" in lines[-1]
+
+
+def test_the_summary_says_where_its_figures_come_from(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert summary["config"]["r"] == 2 and summary["config"]["max_steps"] == 6 and summary["device"] == "cpu"
+    assert summary["versions"]["torch"] == torch.__version__ and summary["base_dtype"] == "float32"
+    assert summary["date"].startswith("20") and summary["dtype"] == "float32"
+    assert [record["epoch"] for record in records(finished)] == [step / 6 for step in range(1, 7)]
+    assert all(record["grad_norm"] > 0 for record in records(finished))
+
+
 def test_bad_lines_are_reported_before_the_output_is_touched(config, tmp_path):
     train(config, progress=False)
     bad = tmp_path / "bad.jsonl"
@@ -246,13 +641,30 @@ def test_bad_lines_are_reported_before_the_output_is_touched(config, tmp_path):
     assert (config.output / "checkpoints").is_dir()
 
 
-def test_rows_without_completion_are_counted_with_a_warning(config, tmp_path, caplog):
-    rows = [*tiny.rows(16), {"prompt": "The cat runs. " * 40, "completion": " It runs."}]
+@pytest.mark.parametrize(
+    ("truncation", "counts"), [("prompt", (18, 0, 1, 1)), ("completion", (17, 1, 0, 1)), ("drop", (16, 2, 0, 0))]
+)
+def test_rows_that_are_too_long_are_counted_with_a_warning(config, tmp_path, caplog, truncation, counts):
+    long = (
+        {"prompt": "The cat runs. " * 40, "completion": " It runs."},
+        {"prompt": "What?", "completion": " It runs." * 40},
+    )
+    rows = [*tiny.rows(16), *long]
     data = tmp_path / "data.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = train(replace(config, data=data, max_length=64), progress=False)
-    assert (result.rows, result.dropped_rows) == (16, 1)
-    assert "dropped 1 rows, kept 16" in caplog.text and "data.jsonl:17" in caplog.text
+    result = train(replace(config, data=data, max_length=64, truncation=truncation, max_steps=1), progress=False)
+    assert (result.rows, result.dropped_rows, result.prompt_cut_rows, result.completion_cut_rows) == counts
+    saved = json.loads((config.output / "summary.json").read_text())
+    assert (saved["rows"], saved["dropped_rows"], saved["prompt_cut_rows"], saved["completion_cut_rows"]) == counts
+    warned = [record.getMessage() for record in caplog.records if "max_length=64: " in record.getMessage()]
+    assert len(warned) == sum(count > 0 for count in counts[1:]) and all(f"{data}:1" in text for text in warned)
+
+
+def test_rows_that_are_longer_than_the_model_are_an_error(config, tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"prompt": "The cat runs. " * 400, "completion": " It runs."}) + "\n")
+    with pytest.raises(ValueError, match="the longest row has 512 tokens and the model positions for 256"):
+        train(replace(config, data=data), progress=False)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_by_name(config):
@@ -263,25 +675,6 @@ def test_a_loss_that_is_not_finite_ends_the_run_by_name(config):
 def test_training_that_reaches_no_weight_is_an_error(config):
     with pytest.raises(TrainingError, match="step 1: no gradient reached any of the 28 trained weights"):
         train(replace(config, lora_alpha=0), progress=False)
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [
-        ("method", "dora"),
-        ("r", 0),
-        ("epochs", 0),
-        ("max_length", 1),
-        ("lora_dropout", 1.0),
-        ("lr", float("nan")),
-        ("dtype", "float64"),
-        ("save_steps", 0),
-        ("pack_budget", -1),
-    ],
-)
-def test_an_option_out_of_range_is_named(config, option, value):
-    with pytest.raises(ValueError, match=option):
-        replace(config, **{option: value})
 
 
 def test_packed_copies_change_no_loss(config, tmp_path):

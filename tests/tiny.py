@@ -55,12 +55,12 @@ def tokenizer() -> Any:
     )
 
 
-def save_model(folder: Path) -> Path:
-    """A random Llama of two layers, 32 wide, and its tokenizer."""
+def save_model(folder: Path, hidden_size: int = 32) -> Path:
+    """A random Llama of two layers and its tokenizer."""
     words = tokenizer()
     config = LlamaConfig(
         vocab_size=len(words),
-        hidden_size=32,
+        hidden_size=hidden_size,
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,

@@ -90,6 +90,9 @@ struct Call {
     launch(round_kernel<T>, dim3(blocks_for(most / 8), task.count), dim3(BLOCK), 0, stream, task);
   }
 
+  bool by_column() const { return lies_by_column(layer.weight, N, K); }
+  int64_t weight_stride() const { return layer.weight.strides[by_column() ? 1 : 0]; }
+
   OneAdapter adapter(bool drops) const {
     const double p = layer.dropout_p;
     return {{0, 0, R, drops ? threshold_of(p) : 0, factor_of(p), static_cast<float>(layer.scale)}, M};
@@ -131,9 +134,9 @@ std::string forward(const LoraLinearForward& given, cudaStream_t stream) {
   Sides<T, OneAdapter> sides(call.R);
   sides.take(shrink, divide_up(call.M, SHRINK_ROWS), span_of(call.M) / SHRINK_ROWS);
   const Product<T, OneAdapter> product{
-      x, layer.x.strides[0], static_cast<const T*>(layer.weight.data), layer.weight.strides[0], space.xa, space.b, call.padded,
+      x, layer.x.strides[0], static_cast<const T*>(layer.weight.data), call.weight_stride(), space.xa, space.b, call.padded,
       static_cast<const T*>(layer.bias), layer.bias_stride, nullptr, static_cast<T*>(given.y), call.M, call.N, call.K, call.R, call.padded, adapter};
-  return launch_products<T, OneAdapter, false>(product, sides, Sides<T, OneAdapter>(call.R), space.progress, stream);
+  return launch_products<T, OneAdapter, false>(call.by_column(), product, sides, Sides<T, OneAdapter>(call.R), space.progress, stream);
 }
 
 template <class T>
@@ -205,9 +208,9 @@ std::string backward(const LoraLinearBackward& given, cudaStream_t stream) {
   if (given.da) last.take(da, space.parts, 1);
   if (given.dx) {
     const Product<T, OneAdapter> product{
-        dy, dy_stride, static_cast<const T*>(layer.weight.data), layer.weight.strides[0], space.dxa, space.a, space.a_stride, nullptr, 0,
+        dy, dy_stride, static_cast<const T*>(layer.weight.data), call.weight_stride(), space.dxa, space.a, space.a_stride, nullptr, 0,
         keep, static_cast<T*>(given.dx), call.M, call.K, call.N, call.R, call.padded, adapter, given.adds};
-    const std::string error = launch_products<T, OneAdapter, true>(product, first, last, space.progress, stream);
+    const std::string error = launch_products<T, OneAdapter, true>(call.by_column(), product, first, last, space.progress, stream);
     if (!error.empty()) return error;
   } else {
     launch_sides(first, stream);
@@ -217,14 +220,12 @@ std::string backward(const LoraLinearBackward& given, cudaStream_t stream) {
   return "";
 }
 
-/// Rows are copied 16 bytes at a time.
+/// Rows, or columns, are copied 16 bytes at a time.
 std::string unaligned(const char* name, const Matrix& matrix, int64_t rows, int64_t columns) {
-  const bool apart = rows <= 1 || (matrix.strides[0] % 8 == 0 && matrix.strides[0] >= columns);
-  const bool together = columns <= 1 || matrix.strides[1] == 1;
-  if ((apart && together && reinterpret_cast<uintptr_t>(matrix.data) % 16 == 0) || rows * columns == 0) return "";
   return std::string(name) + ": got [" + std::to_string(rows) + ", " + std::to_string(columns) + "] with strides [" +
          std::to_string(matrix.strides[0]) + ", " + std::to_string(matrix.strides[1]) + "] at address " +
-         std::to_string(reinterpret_cast<uintptr_t>(matrix.data)) + ", expected columns side by side and rows apart, at multiples of 16 bytes";
+         std::to_string(reinterpret_cast<uintptr_t>(matrix.data)) + ", expected columns side by side and rows apart, at multiples of 16 bytes" +
+         (name == std::string("weight") ? ", or rows side by side and columns apart" : "");
 }
 
 }  // namespace
@@ -237,10 +238,11 @@ std::string lora_linear_unsupported(const LoraLinear& layer, const Matrix* dy) {
   if (std::min(layer.K, layer.N) < 1 || std::max(layer.K, layer.N) > FAR) {
     return "weight: got [" + std::to_string(layer.N) + ", " + std::to_string(layer.K) + "], expected sides of 1 to 2^24";
   }
-  std::string found = unaligned("x", layer.x, layer.M, layer.K);
-  if (found.empty()) found = unaligned("weight", layer.weight, layer.N, layer.K);
-  if (found.empty() && dy) found = unaligned("dy", *dy, layer.M, layer.N);
-  return found;
+  if (!lies_by_row(layer.x, layer.M, layer.K)) return unaligned("x", layer.x, layer.M, layer.K);
+  const bool lies = lies_by_row(layer.weight, layer.N, layer.K) || lies_by_column(layer.weight, layer.N, layer.K);
+  if (!lies) return unaligned("weight", layer.weight, layer.N, layer.K);
+  if (dy && !lies_by_row(*dy, layer.M, layer.N)) return unaligned("dy", *dy, layer.M, layer.N);
+  return "";
 }
 
 int64_t lora_linear_workspace(const LoraLinear& layer) { return ForwardWorkspace<__half>(Call<__half>(layer, nullptr), nullptr).bytes; }

@@ -7,18 +7,13 @@
 
 namespace fastlora {
 
-struct Matrix {
-  const void* data;
-  int64_t strides[2];
-};
-
 /// One layer and its input, as fastlora/reference.py::lora_linear takes them.
 struct LoraLinear {
   int64_t M, K, N, R;
   Dtype dtype;          // of x, weight, bias, y, dy and dx: BFLOAT16 or FLOAT16
   Dtype adapter_dtype;  // of lora_a, lora_b and their gradients: the same or FLOAT32
   Matrix x;             // [M, K]
-  Matrix weight;        // [N, K]
+  Matrix weight;        // [N, K], by row or by column
   Matrix lora_a;        // [R, K]
   Matrix lora_b;        // [N, R]
   const void* bias;     // [N] or null

@@ -207,7 +207,7 @@ std::string many_rows(const MultiLoraForward& given, cudaStream_t stream) {
   const Product<T, ManyAdapters> product{
       x, layer.x_stride, static_cast<const T*>(layer.weight), layer.weight_stride, space.xa, space.b, call.ranks,
       static_cast<const T*>(given.bias), given.bias_stride, nullptr, static_cast<T*>(given.y), call.M, call.N, call.K, call.R, call.ranks, groups};
-  return launch_products<T, ManyAdapters, false>(product, sides, Sides<T, ManyAdapters>(call.R), space.progress, stream);
+  return launch_products<T, ManyAdapters, false>(layer.by_column, product, sides, Sides<T, ManyAdapters>(call.R), space.progress, stream);
 }
 
 template <class T>
@@ -267,7 +267,7 @@ std::string backward(const MultiLoraBackward& given, cudaStream_t stream) {
     const Product<T, ManyAdapters> product{
         dy, given.dy_stride, static_cast<const T*>(layer.weight), layer.weight_stride, space.dxa, space.a, space.a_stride, nullptr, 0,
         given.keep, static_cast<T*>(given.dx), call.M, call.K, call.N, call.R, call.ranks, groups};
-    const std::string error = launch_products<T, ManyAdapters, true>(product, first, last, space.progress, stream);
+    const std::string error = launch_products<T, ManyAdapters, true>(layer.by_column, product, first, last, space.progress, stream);
     if (!error.empty()) return error;
   } else if (call.M) {
     launch_sides(first, stream);

@@ -291,7 +291,28 @@ __device__ inline float4 add_parts(const float* sums, int parts, int64_t apart) 
   return total;
 }
 
-template <class T, class S>
+/// The queue of copies of a warp where W lies ACROSS, the numbers of 8 rows n side by side. The tensor core expects depths of rows, so ldmatrix turns
+/// blocks of 8 x 8 round, which it reads by rows, of one depth each, from 16 bytes at any place. Depth k of a chunk is the one that the lanes' own columns
+/// of x are called: number 2 t + i of block b stands for k = 8 t + 2 b + i. Eight rows of a block are in different banks.
+template <int COLUMNS>
+struct AcrossQueue {
+  static constexpr int EIGHTS = COLUMNS / 8;  // of 16 bytes, a row of one depth
+
+  static __device__ int depth(int lane, int piece) { return piece * (32 / EIGHTS) + lane / EIGHTS; }
+  static __device__ int eight(int lane) { return lane % EIGHTS; }
+  /// Where 16 bytes lie among the 32 * EIGHTS of a chunk.
+  static __device__ int place(int depth, int eight) {
+    const int row = depth / 8 * 2 + depth % 2;  // of block depth % 8 / 2
+    return (depth % 8 / 2 * 8 + row) * EIGHTS + (eight ^ row * EIGHTS / 8 % EIGHTS);
+  }
+  /// Of the row of a block which the lane reads for load_transposed: blocks of 8 n, first and second, of 8 depths, `block` and the next.
+  static __device__ int row(int lane, int block, int eight) {
+    const int row = lane % 8;
+    return place(row / 2 * 8 + (block + lane / 16) * 2 + row % 2, eight + lane / 8 % 2);
+  }
+};
+
+template <class T, class S, bool ACROSS>
 __global__ void __launch_bounds__(THREADS, 2) multi_linear_kernel(const __grid_constant__ MultiLinear<T> task) {
   constexpr int ROWS = S::ROWS, COLUMNS = S::COLUMNS, STAGES = S::STAGES;
   unsigned char* const queue = shared_memory();
@@ -308,15 +329,30 @@ __global__ void __launch_bounds__(THREADS, 2) multi_linear_kernel(const __grid_c
   int rows[ROWS / 8];  // of x, -1: none
 #pragma unroll
   for (int j = 0; j < ROWS / 8; ++j) rows[j] = j * 8 + g < count ? static_cast<int>(groups.row(first + j * 8 + g)) : -1;
-  const T* const weight = task.weight + (column + g) * task.weight_stride;
   const int steps = max(0, static_cast<int>(divide_up(end - begin, STEP))), turns = (steps - warp + WARPS - 1) / WARPS * (STEP / CHUNK);
   const auto slot = [&](int turn, int piece) { return queue + (turn % STAGES * S::PIECES + piece) * THREADS * 16 + thread * 16; };
+  // Where W lies ACROSS, 16 bytes of the warp's own part of what is W's in a stage.
+  using Across = AcrossQueue<COLUMNS>;
+  const int lane = thread % 32, its_column = column + Across::eight(lane) * 8;
+  const T* const weight = ACROSS ? task.weight + Across::depth(lane, 0) * task.weight_stride + its_column
+                                 : task.weight + (column + g) * task.weight_stride;
+  const auto across = [&](int turn, int place) {
+    return queue + (turn % STAGES * S::PIECES + place / 32) * THREADS * 16 + warp * 32 * 16 + place % 32 * 16;
+  };
   const auto fetch = [&](int turn) {
     if (turn < turns) {
-      const int k = begin + (turn / (STEP / CHUNK) * WARPS + warp) * STEP + turn % (STEP / CHUNK) * CHUNK + t * 8, bytes = bytes_inside(end - k);
-#pragma unroll
+      const int chunk = begin + (turn / (STEP / CHUNK) * WARPS + warp) * STEP + turn % (STEP / CHUNK) * CHUNK;
+      const int k = chunk + t * 8, bytes = bytes_inside(end - k);
+      constexpr int UNROLL = ACROSS && ROWS == 64 ? 1 : COLUMNS / 8;  // where each copy's place would keep a register all along, and there is none
+#pragma unroll UNROLL
       for (int i = 0; i < COLUMNS / 8; ++i) {
-        copy_async<16>(slot(turn, i), weight + i * 8 * task.weight_stride + k, column + i * 8 + g < task.N ? bytes : 0);
+        if constexpr (ACROSS) {
+          const int depth = Across::depth(lane, i);
+          const T* const from = weight + (chunk + Across::depth(0, i)) * task.weight_stride;
+          copy_async<16>(across(turn, Across::place(depth, Across::eight(lane))), from, chunk + depth < end ? bytes_inside(task.N - its_column) : 0);
+        } else {
+          copy_async<16>(slot(turn, i), weight + i * 8 * task.weight_stride + k, column + i * 8 + g < task.N ? bytes : 0);
+        }
       }
 #pragma unroll
       for (int j = 0; j < ROWS / 8; ++j) {
@@ -352,6 +388,7 @@ __global__ void __launch_bounds__(THREADS, 2) multi_linear_kernel(const __grid_c
 #pragma unroll 1
   for (int turn = 0; turn < turns; ++turn) {
     wait_copies<STAGES - 2>();
+    if constexpr (ACROSS) __syncwarp();  // the other lanes' copies are there, too, and they have read what is filled next
     fetch(turn + STAGES - 1);
     constexpr int TOGETHER = ROWS < 32 ? ROWS / 8 : 4;  // of x in registers at once
 #pragma unroll
@@ -361,8 +398,15 @@ __global__ void __launch_bounds__(THREADS, 2) multi_linear_kernel(const __grid_c
       for (int k = 0; k < TOGETHER; ++k) right[k] = *reinterpret_cast<const Eight*>(slot(turn, COLUMNS / 8 + j + k));
 #pragma unroll
       for (int i = 0; i < COLUMNS / 16; ++i) {
-        const Eight u = *reinterpret_cast<const Eight*>(slot(turn, 2 * i)), v = *reinterpret_cast<const Eight*>(slot(turn, 2 * i + 1));
-        const uint32_t low[4] = {u.pair[0], v.pair[0], u.pair[1], v.pair[1]}, high[4] = {u.pair[2], v.pair[2], u.pair[3], v.pair[3]};
+        uint32_t low[4], high[4];
+        if constexpr (ACROSS) {
+          load_transposed(low, across(turn, Across::row(lane, 0, 2 * i)));
+          load_transposed(high, across(turn, Across::row(lane, 2, 2 * i)));
+        } else {
+          const Eight u = *reinterpret_cast<const Eight*>(slot(turn, 2 * i)), v = *reinterpret_cast<const Eight*>(slot(turn, 2 * i + 1));
+          low[0] = u.pair[0], low[1] = v.pair[0], low[2] = u.pair[1], low[3] = v.pair[1];
+          high[0] = u.pair[2], high[1] = v.pair[2], high[2] = u.pair[3], high[3] = v.pair[3];
+        }
 #pragma unroll
         for (int k = 0; k < TOGETHER; ++k) {
           multiply<T>(sum[i][j + k], low, right[k].pair[0], right[k].pair[1]);
@@ -511,9 +555,10 @@ Adapters adapters_of(const MultiLora& layer, StoredAdapter* table, cudaStream_t 
 }
 
 template <class T, int ROWS, int COLUMNS>
-void linear(const MultiLinear<T>& task, const Plan& plan, cudaStream_t stream) {
+void linear(const MultiLinear<T>& task, const Plan& plan, bool by_column, cudaStream_t stream) {
   using S = Shape<ROWS, COLUMNS>;
-  launch_early(multi_linear_kernel<T, S>, dim3(static_cast<unsigned>(plan.tiles * plan.splits)), dim3(THREADS), S::SHARED, stream, task);
+  const auto kernel = by_column ? multi_linear_kernel<T, S, true> : multi_linear_kernel<T, S, false>;
+  launch_early(kernel, dim3(static_cast<unsigned>(plan.tiles * plan.splits)), dim3(THREADS), S::SHARED, stream, task);
 }
 
 template <class T>
@@ -539,10 +584,10 @@ void few_rows(const MultiLoraForward& given, cudaStream_t stream) {
       x, layer.x_stride, static_cast<const T*>(layer.weight), layer.weight_stride, static_cast<const T*>(given.bias), given.bias_stride,
       xa_sums, plan.parts, plan.padded, static_cast<T*>(given.y), given.xa, N, K, R, plan.splits, plan.span, sums, arrived, groups, adapters};
   switch (plan.rows) {
-    case 8: return linear<T, 8, 32>(task, plan, stream);
-    case 16: return linear<T, 16, 32>(task, plan, stream);
-    case 32: return linear<T, 32, 64>(task, plan, stream);
-    default: return linear<T, 64, 64>(task, plan, stream);
+    case 8: return linear<T, 8, 32>(task, plan, layer.by_column, stream);
+    case 16: return linear<T, 16, 32>(task, plan, layer.by_column, stream);
+    case 32: return linear<T, 32, 64>(task, plan, layer.by_column, stream);
+    default: return linear<T, 64, 64>(task, plan, layer.by_column, stream);
   }
 }
 

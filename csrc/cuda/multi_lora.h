@@ -22,8 +22,9 @@ struct MultiLora {
   Dtype adapter_dtype;    // of the adapters and their gradients: the same or FLOAT32
   const void* x;          // [M, K], columns side by side; this and the rows at multiples of 16 bytes
   int64_t x_stride;
-  const void* weight;     // [N, K], as x
-  int64_t weight_stride;
+  const void* weight;     // [N, K], as x, or by column
+  int64_t weight_stride;  // of its rows, or columns
+  bool by_column;
   const LoraAdapter* adapters;  // S, in the caller's memory
   const int64_t* order;         // [M]
   const int64_t* offsets;       // [S + 3]

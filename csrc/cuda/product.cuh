@@ -5,9 +5,10 @@
 
 namespace fastlora {
 
-/// y [M, N] = x [M, depth] w + p [M, R] q + bias, the rank steps p q last: of each row with its own adapter's part of q. How w and q lie: forward
-/// (y = x Wᵀ), w is [N, depth] and q [N, ranks]; BACK (dx = dy W), w is [depth, N] and q [ranks, N]. In BACK, an adapter that drops something counts
-/// its factor times where the bit of keep is set, and not at all elsewhere.
+/// y [M, N] = x [M, depth] w + p [M, R] q + bias, the rank steps p q last: of each row with its own adapter's part of q. How q lies: [N, ranks] in the
+/// forward (y = x Wᵀ), [ranks, N] in BACK (dx = dy W). How w lies is apart from that: [N, depth], or [depth, N] where it is ACROSS, as that of nn.Linear
+/// is in BACK and that of Conv1D in the forward. In BACK, an adapter that drops something counts its factor times where the bit of keep is set, and
+/// not at all elsewhere.
 template <class T, class G>
 struct Product {
   const T* x;
@@ -127,10 +128,11 @@ struct Bias {
   template <class G>
   __device__ Bias(const Product<T, G>& task, int column) : column(column) {
     if constexpr (IS) {
+      if (!task.bias) return;  // asked once: else each number costs its instructions, whether there is a bias or not
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int n = column + i / 2 * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
-        if (task.bias && n < task.N) value[i / 2][i % 2] = static_cast<float>(task.bias[n * task.bias_stride]);
+        if (n < task.N) value[i / 2][i % 2] = static_cast<float>(task.bias[n * task.bias_stride]);
       }
     }
   }

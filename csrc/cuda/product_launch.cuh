@@ -52,19 +52,19 @@ __global__ void __launch_bounds__(GROUP, 4) side_kernel(const __grid_constant__ 
 }
 
 // The host launches the one or the other. A body compiled for another card than its own stops the card: nothing returns unwritten results.
-template <class T, class G, bool BACK>
+template <class T, class G, bool BACK, bool ACROSS>
 __global__ void __launch_bounds__(sm80::THREADS, 2) product_sm80_kernel(const __grid_constant__ Product<T, G> task) {
 #if !defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  sm80::run<T, G, BACK>(task);
+  sm80::run<T, G, BACK, ACROSS>(task);
 #else
   __trap();
 #endif
 }
 
-template <class T, class G, bool BACK, int RANK>
+template <class T, class G, bool BACK, bool ACROSS, int RANK>
 __global__ void __launch_bounds__(sm90::THREADS, 1) product_sm90_kernel(const __grid_constant__ sm90::Fused<T, G> task) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(FASTLORA_EMULATED)
-  sm90::run<T, G, BACK, RANK>(task);
+  sm90::run<T, G, BACK, ACROSS, RANK>(task);
 #else
   __trap();
 #endif
@@ -78,7 +78,7 @@ void launch_sides(const Sides<T, G>& sides, cudaStream_t stream) {
   launch(kernel, dim3(sides.tiles()), dim3(GROUP), QUEUE, stream, sides);
 }
 
-template <class T, class G, bool BACK>
+template <class T, class G, bool BACK, bool ACROSS>
 std::string launch_on_sm90(
     const Product<T, G>& product, const Sides<T, G>& first, const Sides<T, G>& last, uint32_t* progress, int multiprocessors, cudaStream_t stream) {
   const int tiles = divide_up(product.M, sm90::HEIGHT) * divide_up(product.N, sm90::WIDTH), side_tiles = first.tiles() + last.tiles();
@@ -88,16 +88,17 @@ std::string launch_on_sm90(
   };
   const int M = product.M, N = product.N, depth = product.depth, padded = padded_rank(product.R), ranks = product.ranks;
   const bool mapped = map(task.x, product.x, M, depth, product.x_stride, sm90::HEIGHT) && map(task.p, product.p, M, padded, padded, sm90::HEIGHT) &&
-                      map(task.w, product.w, BACK ? depth : N, BACK ? N : depth, product.w_stride, BACK ? 64 : sm90::WIDTH) &&
+                      map(task.w, product.w, ACROSS ? depth : N, ACROSS ? N : depth, product.w_stride, ACROSS ? 64 : sm90::WIDTH) &&
                       map(task.q, product.q, BACK ? ranks : N, BACK ? N : ranks, product.q_stride, BACK ? 64 : sm90::WIDTH);
   if (!mapped) return "the driver has no tensor map (cuTensorMapEncodeTiled) for x, weight, lora_a or lora_b";
-  const auto kernel = padded == 16 ? product_sm90_kernel<T, G, BACK, 16> : product_sm90_kernel<T, G, BACK, RANKS>;
+  const auto kernel = padded == 16 ? product_sm90_kernel<T, G, BACK, ACROSS, 16> : product_sm90_kernel<T, G, BACK, ACROSS, RANKS>;
+  hear_of_waits();
   launch(kernel, dim3(std::min(multiprocessors, std::max(tiles, side_tiles))), dim3(sm90::THREADS), sm90::SHARED, stream, task);
   return "";
 }
 
 /// The product, `first` that shrinks for it, and `last`, which reads what `first` has shrunk. progress: sm90::Progress::count(M) zeros.
-template <class T, class G, bool BACK>
+template <class T, class G, bool BACK, bool ACROSS>
 std::string launch_products(
     const Product<T, G>& product, const Sides<T, G>& first, const Sides<T, G>& last, uint32_t* progress, cudaStream_t stream) {
   int device = 0, major = 0, minor = 0, multiprocessors = 0;
@@ -106,12 +107,19 @@ std::string launch_products(
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (major < 8) return "this card has compute capability " + std::to_string(major) + "." + std::to_string(minor) + ", expected 8.0 or newer";
-  if (major == 9 && minor == 0) return launch_on_sm90<T, G, BACK>(product, first, last, progress, multiprocessors, stream);
+  if (major == 9 && minor == 0) return launch_on_sm90<T, G, BACK, ACROSS>(product, first, last, progress, multiprocessors, stream);
   launch_sides(first, stream);
   const int tiles = divide_up(product.M, sm80::SIDE) * divide_up(product.N, sm80::SIDE);
-  launch(product_sm80_kernel<T, G, BACK>, dim3(tiles), dim3(sm80::THREADS), sm80::SHARED, stream, product);
+  launch(product_sm80_kernel<T, G, BACK, ACROSS>, dim3(tiles), dim3(sm80::THREADS), sm80::SHARED, stream, product);
   launch_sides(last, stream);
   return "";
+}
+
+/// The same; by_column: the frozen weight [N, K] lies column by column, as Conv1D keeps it, and not row by row.
+template <class T, class G, bool BACK>
+std::string launch_products(
+    bool by_column, const Product<T, G>& product, const Sides<T, G>& first, const Sides<T, G>& last, uint32_t* progress, cudaStream_t stream) {
+  return (by_column == BACK ? launch_products<T, G, BACK, false> : launch_products<T, G, BACK, true>)(product, first, last, progress, stream);
 }
 
 /// Pieces of the workspace, one after the other. Without a base it only counts.

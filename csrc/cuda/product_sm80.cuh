@@ -59,22 +59,25 @@ __device__ Source<T> wide_source(const T* matrix, int64_t stride, int column, in
   return {matrix + threadIdx.x / 16 * stride + first, stride, 0, bytes_inside(columns - first)};
 }
 
-template <class T, class G, bool BACK>
+template <class T, class G, bool BACK, bool ACROSS>
 __device__ void run(const Product<T, G>& task) {
   unsigned char* const stages = shared_memory();
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   const int warp_row = warp / 2 * 64, warp_column = warp % 2 * 64;
   const Tile tile = tile_of(blockIdx.x, task.M, task.N, SIDE, SIDE);
-  const auto right_source = [&](const T* matrix, int64_t stride, int depth) {
-    if constexpr (BACK) return wide_source(matrix + depth * stride, stride, tile.column, task.N);
+  // Of w, then of q, and whether the one or the other lies across the depth.
+  using Frozen = std::bool_constant<ACROSS>;
+  using Rank = std::bool_constant<BACK>;
+  const auto right_source = [&]<bool WIDE>(std::bool_constant<WIDE>, const T* matrix, int64_t stride, int depth) {
+    if constexpr (WIDE) return wide_source(matrix + depth * stride, stride, tile.column, task.N);
     return narrow_source(matrix + depth, stride, tile.column, task.N);
   };
-  Source<T> left = narrow_source(task.x, task.x_stride, tile.row, task.M), right = right_source(task.w, task.w_stride, 0);
+  Source<T> left = narrow_source(task.x, task.x_stride, tile.row, task.M), right = right_source(Frozen{}, task.w, task.w_stride, 0);
   int depth = task.depth;  // of the frozen weight, left to load
   RankSteps<G, BACK, DEPTH> ahead(task.groups, tile.row);
-  const auto bring = [&](unsigned char* stage, int depths) {
+  const auto bring = [&]<bool WIDE>(std::bool_constant<WIDE>, unsigned char* stage, int depths) {
     left.load_narrow(stage, depths);
-    if constexpr (BACK) {
+    if constexpr (WIDE) {
       right.load_wide(stage + OPERAND, depths);
     } else {
       right.load_narrow(stage + OPERAND, depths);
@@ -83,19 +86,19 @@ __device__ void run(const Product<T, G>& task) {
   const auto load = [&](int step) {
     unsigned char* const stage = stages + step % STAGES * 2 * OPERAND;
     if (depth > 0) {
-      bring(stage, depth);
+      bring(Frozen{}, stage, depth);
       depth -= DEPTH;
     } else if (ahead.left()) {
       const RankStep rank = ahead.step();
       left = narrow_source(task.p + rank.p, padded_rank(task.R), tile.row, task.M);
-      right = right_source(task.q, task.q_stride, rank.q);
-      bring(stage, round_up(rank.depths, 16));
+      right = right_source(Rank{}, task.q, task.q_stride, rank.q);
+      bring(Rank{}, stage, round_up(rank.depths, 16));
       ahead.next();
     }
     commit_copies();
   };
   // Brings a step's fragments into registers, 16 depths at a time, UNROLL of these together, and passes them on: left, and right by twos.
-  const auto for_each_fragment = [&]<int UNROLL>(int step, std::integral_constant<int, UNROLL>, auto use) {
+  const auto for_each_fragment = [&]<bool WIDE, int UNROLL>(std::bool_constant<WIDE>, int step, std::integral_constant<int, UNROLL>, auto use) {
     wait_copies<STAGES - 2>();
     __syncthreads();  // everyone's copies of this step are there, and the step before is read
     load(step + STAGES - 1);
@@ -107,7 +110,7 @@ __device__ void run(const Product<T, G>& task) {
       for (int i = 0; i < 4; ++i) load_matrices(a[i], left_tile + narrow_place(warp_row + i * 16 + lane % 16, k * 2 + lane / 16));
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        if constexpr (BACK) {
+        if constexpr (WIDE) {
           load_transposed(b[j], right_tile + wide_place(k * 16 + lane % 16, warp_column / 8 + j * 2 + lane / 16));
         } else {
           load_matrices(b[j], right_tile + narrow_place(warp_column + j * 16 + lane / 16 * 8 + lane % 8, k * 2 + lane / 8 % 2));
@@ -136,14 +139,14 @@ __device__ void run(const Product<T, G>& task) {
   for (int step = 0; step < STAGES - 1; ++step) load(step);
   const int frozen = divide_up(task.depth, DEPTH);
   int step = 0;
-  for (; step < frozen; ++step) for_each_fragment(step, std::integral_constant<int, 2>{}, add);
+  for (; step < frozen; ++step) for_each_fragment(Frozen{}, step, std::integral_constant<int, 2>{}, add);
   for (RankSteps<G, BACK, DEPTH> steps(task.groups, tile.row); steps.left(); steps.next(), ++step) {
     const RankStep rank = steps.step();
     if ((!BACK && !G::MANY) || rank.alone) {
-      for_each_fragment(step, std::integral_constant<int, 2>{}, add);
+      for_each_fragment(Rank{}, step, std::integral_constant<int, 2>{}, add);
       continue;
     }
-    for_each_fragment(step, std::integral_constant<int, 1>{}, [&](const uint32_t (&a)[4][4], const uint32_t (&b)[4][4]) {
+    for_each_fragment(Rank{}, step, std::integral_constant<int, 1>{}, [&](const uint32_t (&a)[4][4], const uint32_t (&b)[4][4]) {
       const KeptRows<T, G, BACK> kept(task, rank, tile.row + warp_row + g, tile.column + warp_column + t * 2);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {

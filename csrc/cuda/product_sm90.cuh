@@ -9,6 +9,8 @@
 // are at work: nothing depends on which blocks run at the same time.
 #pragma once
 
+#include <type_traits>
+
 #include "product.cuh"
 
 namespace fastlora::sm90 {
@@ -41,7 +43,7 @@ struct Progress {
 /// One launch: the product, `first` that shrinks what its rank steps add, and `last`, which reads what `first` has shrunk.
 template <class T, class G>
 struct Fused {
-  TensorMap x, w, p, q;  // in boxes of HEIGHT rows; of WIDTH rows, or of DEPTH rows where BACK; as x; as w
+  TensorMap x, w, p, q;  // in boxes of HEIGHT rows; of WIDTH rows, or of DEPTH rows where it lies across the depth; as x; as w
   Product<T, G> product;
   Sides<T, G> first, last;
   Progress progress;
@@ -79,22 +81,30 @@ __device__ bool all_shrunk(const Fused<T, G>& task) {
   return static_cast<int>(acquire(task.progress.shrunk())) >= task.first.shrink_tiles();
 }
 
-/// Until the rows from `row` on, HEIGHT of them, are shrunk. Where not every row has a place, the end of all shrinking is waited for.
 template <class T, class G>
-__device__ void wait_for_rows(const Fused<T, G>& task, int row) {
+__device__ void wait_for_all_shrunk(const Fused<T, G>& task, int side) {
+  for (const Patience patience; !all_shrunk(task); __nanosleep(100)) patience.spend({Awaited::ALL_SHRUNK, 0, side});
+}
+
+/// Until the rows of tile `number`, HEIGHT from `row` on, are shrunk. Where not every row has a place, the end of all shrinking is waited for.
+template <class T, class G>
+__device__ void wait_for_rows(const Fused<T, G>& task, int row, int number) {
   const int rows = min(HEIGHT, task.product.M - row) * task.first.passes;
-  while (static_cast<int>(acquire(task.progress.of_row(row))) < rows && !all_shrunk(task)) __nanosleep(100);
+  for (const Patience patience; static_cast<int>(acquire(task.progress.of_row(row))) < rows && !all_shrunk(task); __nanosleep(100)) {
+    patience.spend({Awaited::SHRUNK_ROWS, 0, number});
+  }
 }
 
 /// The whole warp walks through the stages, its first thread asks for what is in them.
-template <class T, class G, bool BACK>
+template <class T, class G, bool BACK, bool ACROSS>
 __device__ void produce(const Fused<T, G>& task) {
   const bool asks = threadIdx.x % 32 == 0;
   Stage stage;
-  const auto bring = [&](const TensorMap* left, int row, int left_depth, const TensorMap* right, int column, int right_depth) {
+  const auto bring = [&]<bool WIDE>(
+      std::bool_constant<WIDE>, const TensorMap* left, int row, int left_depth, const TensorMap* right, int column, int right_depth) {
     arrive_expecting(stage.full(), LEFT + RIGHT);
     copy_box(stage.left(), left, stage.full(), row, left_depth);
-    if constexpr (BACK) {
+    if constexpr (WIDE) {
 #pragma unroll
       for (int i = 0; i < WIDTH / 64; ++i) copy_box(stage.right() + i * DEPTH * 128, right, stage.full(), right_depth, column + i * 64);
     } else {
@@ -105,21 +115,21 @@ __device__ void produce(const Fused<T, G>& task) {
     const Tile tile = tile_of(number, task.product.M, task.product.N, HEIGHT, WIDTH);
     for (int depth = 0; depth < task.product.depth; depth += DEPTH, stage.next()) {
       if (!asks) continue;
-      wait_barrier(stage.empty(), stage.parity ^ 1);
-      bring(&task.x, tile.row, depth, &task.w, tile.column, depth);
+      wait_barrier(stage.empty(), stage.parity ^ 1, {Awaited::FREE_STAGE, stage.at, number});
+      bring(std::bool_constant<ACROSS>{}, &task.x, tile.row, depth, &task.w, tile.column, depth);
     }
     __syncwarp();  // who does not ask waits here, and does not look at flags while the first thread is busy
-    wait_for_rows(task, tile.row);
+    wait_for_rows(task, tile.row, number);
     fence_copy_engine();
     RankSteps<G, BACK, DEPTH> steps(task.product.groups, tile.row);
     do {  // one stage at least, which tells that no other follows
       const RankStep step = steps.step();
       if (steps.left()) steps.next();
       if (asks) {
-        wait_barrier(stage.empty(), stage.parity ^ 1);
+        wait_barrier(stage.empty(), stage.parity ^ 1, {Awaited::FREE_STAGE, stage.at, number});
         stage.rank() = {step, steps.left()};
         if (step.depths) {
-          bring(&task.p, tile.row, step.p, &task.q, tile.column, step.q);
+          bring(std::bool_constant<BACK>{}, &task.p, tile.row, step.p, &task.q, tile.column, step.q);
         } else {
           arrive(stage.full());
         }
@@ -166,14 +176,16 @@ __device__ void prefetch_tile(const Product<T, G>& product, int row, int column)
   }
 }
 
-template <class T, class G, bool BACK>
+template <class T, class G, bool BACK, bool ACROSS>
 __device__ void consume(const Fused<T, G>& task, int consumer) {
   constexpr bool ADDS = BACK && !G::MANY;  // whether it may
   const Product<T, G>& product = task.product;
   const int lane = threadIdx.x % 32, frozen = divide_up(product.depth, DEPTH);
   Stage stage;
   const auto left = [&](int k) { return operand(stage.left() + consumer * 64 * 128 + k * 32, 0); };
-  const auto right = [&](int k) { return BACK ? operand(stage.right() + k * 16 * 128, DEPTH * 128) : operand(stage.right() + k * 32, 0); };
+  const auto right = [&]<bool WIDE>(std::bool_constant<WIDE>, int k) {
+    return WIDE ? operand(stage.right() + k * 16 * 128, DEPTH * 128) : operand(stage.right() + k * 32, 0);
+  };
   const auto release = [&](const Stage& read) {
     if (lane == 0) arrive(read.empty());
   };
@@ -183,10 +195,10 @@ __device__ void consume(const Fused<T, G>& task, int consumer) {
     if (ADDS && product.adds) prefetch_tile(product, tile.row + consumer * 64, tile.column);
     Stage before;  // whose products are not waited for
     for (int step = 0; step < frozen; ++step, stage.next()) {
-      wait_barrier(stage.full(), stage.parity);
+      wait_barrier(stage.full(), stage.parity, {Awaited::BOXES, stage.at, number});
       begin_products();
 #pragma unroll
-      for (int k = 0; k < DEPTH / 16; ++k) multiply_operands<T, BACK>(sum, left(k), right(k), step | k);
+      for (int k = 0; k < DEPTH / 16; ++k) multiply_operands<T, ACROSS>(sum, left(k), right(std::bool_constant<ACROSS>{}, k), step | k);
       commit_products();
       wait_products<1>();
       if (step > 0) release(before);
@@ -205,7 +217,7 @@ __device__ void consume(const Fused<T, G>& task, int consumer) {
       }
     }
     for (bool more = true; more; stage.next()) {
-      wait_barrier(stage.full(), stage.parity);
+      wait_barrier(stage.full(), stage.parity, {Awaited::BOXES, stage.at, number});
       const RankStep step = stage.rank().step;
       more = stage.rank().more;
       if ((BACK || G::MANY) && !step.alone) {
@@ -214,7 +226,7 @@ __device__ void consume(const Fused<T, G>& task, int consumer) {
 #pragma unroll 1
         for (int k = 0; k * 16 < step.depths; ++k) {
           begin_products();
-          multiply_operands<T, BACK>(sum, left(k), right(k), 1);
+          multiply_operands<T, BACK>(sum, left(k), right(std::bool_constant<BACK>{}, k), 1);
           commit_products();
         }
         wait_products<0>();
@@ -255,16 +267,14 @@ __device__ void take_sides(const Fused<T, G>& task) {
       if (row < task.product.M) release_add(task.progress.of_row(row), 1);
       if (thread == 0) release_add(task.progress.shrunk(), 1);
     } else if constexpr (BACK) {
-      if (thread == 0) {
-        while (!all_shrunk(task)) __nanosleep(100);
-      }
+      if (thread == 0) wait_for_all_shrunk(task, mine);
       group_sync(SIDE_BARRIER, GROUP);
       side_tile<T, RANK, GRADS | DROPS>(task.last, mine - task.first_tiles, queue(), SIDE_BARRIER);
     }
   }
 }
 
-template <class T, class G, bool BACK, int RANK>
+template <class T, class G, bool BACK, bool ACROSS, int RANK>
 __device__ void run(const Fused<T, G>& task) {
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
@@ -280,11 +290,11 @@ __device__ void run(const Fused<T, G>& task) {
     if (threadIdx.x < GROUP) {
       take_sides<T, G, BACK, RANK>(task);
     } else {
-      produce<T, G, BACK>(task);
+      produce<T, G, BACK, ACROSS>(task);
     }
   } else {
     take_registers<CONSUMER_REGISTERS>();
-    consume<T, G, BACK>(task, warpgroup - 1);
+    consume<T, G, BACK, ACROSS>(task, warpgroup - 1);
   }
 }
 

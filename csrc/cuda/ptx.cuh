@@ -6,8 +6,25 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 #include "launch.h"
+
+namespace fastlora {
+
+/// What a thread waits for, and where: Patience tells it when that does not come.
+struct Awaited {
+  enum What : int { FREE_STAGE, BOXES, SHRUNK_ROWS, ALL_SHRUNK } what;
+  int stage, tile;
+};
+
+inline std::string in_words(const Awaited& awaited) {
+  static constexpr const char* WORDS[] = {
+      "a stage's consumers", "the boxes of a stage", "the rows of a tile to be shrunk", "all rows to be shrunk"};
+  return std::string("waited in vain for ") + WORDS[awaited.what] + ", stage " + std::to_string(awaited.stage) + ", tile " + std::to_string(awaited.tile);
+}
+
+}  // namespace fastlora
 
 #ifdef FASTLORA_EMULATED
 #include "emulated_ptx.h"
@@ -15,6 +32,10 @@
 
 #include <cuda.h>
 
+#ifdef FASTLORA_CUDA_CHECKS
+#include <cstdio>
+#include <cstdlib>
+#endif
 #include <type_traits>
 
 namespace fastlora {
@@ -121,6 +142,57 @@ inline bool describe(
       CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
+#ifdef FASTLORA_CUDA_CHECKS
+/// A wait in vain, in the host's memory: a card that was stopped tells nothing. (printf would do, were it no call: products of four warps would no
+/// longer run beside one another, and something else would be tested.)
+struct InVain {
+  int is, block, thread;
+  Awaited awaited;
+};
+static __device__ InVain* in_vain;
+
+/// Before a launch whose threads wait; it is told as the process ends. Of each file's kernels on the first card that they run on.
+static void hear_of_waits() {
+  static InVain* const heard = [] {
+    void* memory = nullptr;
+    if (cudaHostAlloc(&memory, sizeof(InVain), cudaHostAllocPortable) != cudaSuccess) std::abort();
+    return new (memory) InVain{};
+  }();
+  static const int at_exit = std::atexit([] {
+    if (heard->is) std::fprintf(stderr, "fastlora: block %d, thread %d %s\n", heard->block, heard->thread, in_words(heard->awaited).c_str());
+  });
+  static const cudaError_t error = cudaMemcpyToSymbol(in_vain, &heard, sizeof(heard));
+  if (at_exit || error != cudaSuccess) std::abort();
+}
+#else
+inline void hear_of_waits() {}
+#endif
+
+/// How long a thread has waited for others. In a test build (FASTLORA_CUDA_CHECKS) it stops the card after two seconds and says for what it waited,
+/// instead of a hang that nothing ends; elsewhere it is no code at all.
+class Patience {
+#ifdef FASTLORA_CUDA_CHECKS
+  static constexpr uint32_t MOST = 2000;  // about milliseconds
+  static __device__ __forceinline__ uint32_t now() {
+    uint64_t nanoseconds;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(nanoseconds));
+    return static_cast<uint32_t>(nanoseconds >> 20);
+  }
+  uint32_t began = now();
+
+ public:
+  __device__ __forceinline__ void spend(const Awaited& awaited) const {
+    if (now() - began < MOST) return;
+    *in_vain = {1, static_cast<int>(blockIdx.x), static_cast<int>(threadIdx.x), awaited};
+    __threadfence_system();
+    __trap();
+  }
+#else
+ public:
+  __device__ __forceinline__ void spend(const Awaited&) const {}
+#endif
+};
+
 /// A barrier of shared memory, whose phases end when `count` threads have arrived and all bytes that they announced are there.
 __device__ __forceinline__ void init_barrier(uint64_t* barrier, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
@@ -134,12 +206,15 @@ __device__ __forceinline__ void arrive_expecting(uint64_t* barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
 /// Until the phase of this parity has ended; the phase before the first has parity 1.
-__device__ __forceinline__ void wait_barrier(uint64_t* barrier, uint32_t parity) {
-  uint32_t ended;
-  do {
+__device__ __forceinline__ void wait_barrier(uint64_t* barrier, uint32_t parity, const Awaited& awaited) {
+  const Patience patience;
+  for (;;) {
+    uint32_t ended;
     asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }"
                  : "=r"(ended) : "r"(shared_address(barrier)), "r"(parity) : "memory");
-  } while (!ended);
+    if (ended) return;
+    patience.spend(awaited);
+  }
 }
 
 /// Brings the box that begins at (row, column), zeros outside the matrix, with bytes 16 c of its row r at 16 (c ^ r % 8); `barrier` counts them.

@@ -243,6 +243,15 @@ Tensor rows_of_16_bytes(const Tensor& matrix) {
   return copy;
 }
 
+Matrix matrix_of(const Tensor& tensor) { return {tensor.const_data_ptr(), {tensor.stride(0), tensor.stride(1)}}; }
+
+/// The frozen weight [N, K] as kernels read it, in whole rows or columns of 16 bytes: itself where it lies so, as nn.Linear's does where K is a multiple
+/// of 8, and Conv1D's where N is; else a copy, in every call.
+Tensor weight_of_16_bytes(const Tensor& weight) {
+  const bool by_column = lies_by_column(matrix_of(weight), weight.size(0), weight.size(1)) && weight.stride(1) % 8 == 0;
+  return by_column ? weight : rows_of_16_bytes(weight);
+}
+
 /// Raises unless x [M, K], weight [N, K] and bias fit together, in 16 bits.
 void check_base(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   check_device(x, "x", x);
@@ -314,9 +323,7 @@ Tensor new_workspace(const Tensor& like, int64_t bytes) { return new_empty(like,
 
 // ---- lora_linear
 
-Matrix matrix_of(const Tensor& tensor) { return {tensor.const_data_ptr(), {tensor.stride(0), tensor.stride(1)}}; }
-
-/// x and weight in rows of 16 bytes.
+/// x in rows of 16 bytes, weight in rows or columns of them.
 LoraLinear layer_of(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_a, const Tensor& lora_b, double scale,
     double dropout_p) {
@@ -374,10 +381,10 @@ std::tuple<std::vector<Tensor>, Tensor, Tensor> forward_layers(const Layers& lay
   std::vector<Tensor> ys;
   int64_t before = 0;
   for (size_t i = 0; i < layers.count(); ++i) {
-    const Tensor weight_rows = rows_of_16_bytes(layers.weight[i]);
+    const Tensor weight = weight_of_16_bytes(layers.weight[i]);
     LoraLinearForward given{};
     given.layer = layer_of(
-        x_rows, weight_rows, layers.bias[i], layers.lora_a[i], layers.lora_b[i], layers.scale[i], dropped ? layers.dropout_p[i] : 0);
+        x_rows, weight, layers.bias[i], layers.lora_a[i], layers.lora_b[i], layers.scale[i], dropped ? layers.dropout_p[i] : 0);
     ys.push_back(new_empty(x, std::array<int64_t, 2>{M, layers.weight[i].size(0)}));
     Tensor workspace = new_workspace(x, lora_linear_workspace(given.layer));
     given.seed = dropped ? seeds.const_data_ptr<int64_t>() + i : nullptr;
@@ -415,10 +422,10 @@ std::tuple<Tensor, Tensor, Tensor> backward_layers(
   char *next_da = static_cast<char*>(da.mutable_data_ptr()), *next_db = static_cast<char*>(db.mutable_data_ptr());
   int64_t before = 0;
   for (size_t i = 0; i < layers.count(); ++i) {
-    const Tensor weight_rows = rows_of_16_bytes(layers.weight[i]), dy_rows = rows_of_16_bytes(dy[i]);
+    const Tensor weight = weight_of_16_bytes(layers.weight[i]), dy_rows = rows_of_16_bytes(dy[i]);
     LoraLinearBackward given{};
     given.layer = layer_of(
-        x_rows, weight_rows, std::nullopt, layers.lora_a[i], layers.lora_b[i], layers.scale[i], dropped ? layers.dropout_p[i] : 0);
+        x_rows, weight, std::nullopt, layers.lora_a[i], layers.lora_b[i], layers.scale[i], dropped ? layers.dropout_p[i] : 0);
     Tensor workspace = new_workspace(x, lora_linear_backward_workspace(given.layer));
     given.dy = matrix_of(dy_rows);
     given.xa = dense_xa.const_data_ptr<float>() + before;
@@ -506,7 +513,8 @@ std::vector<LoraAdapter> check_adapters(
   return adapters;
 }
 
-/// What forward and backward are given, checked, and as the kernels take it: x and weight in rows of 16 bytes, order and offsets dense.
+/// What forward and backward are given, checked, and as the kernels take it: x in rows of 16 bytes, weight in rows or columns of them, order and
+/// offsets dense.
 struct MixedLayer {
   std::vector<LoraAdapter> adapters;
   Tensor x, weight, order, offsets;
@@ -528,10 +536,11 @@ struct MixedLayer {
       ranks += adapter.R;
       drops = drops || fastlora::drops(adapter.dropout_p);
     }
-    x = rows_of_16_bytes(given_x), weight = rows_of_16_bytes(given_weight), order = contiguous(given_order), offsets = contiguous(given_offsets);
+    x = rows_of_16_bytes(given_x), weight = weight_of_16_bytes(given_weight), order = contiguous(given_order), offsets = contiguous(given_offsets);
     layer.dtype = dtype_of(x), layer.adapter_dtype = dtype_of(lora_a[0]);
     layer.x = x.const_data_ptr(), layer.x_stride = x.stride(0);
-    layer.weight = weight.const_data_ptr(), layer.weight_stride = weight.stride(0);
+    layer.by_column = lies_by_column(matrix_of(weight), layer.N, layer.K);
+    layer.weight = weight.const_data_ptr(), layer.weight_stride = weight.stride(layer.by_column ? 1 : 0);
     layer.adapters = adapters.data();
     layer.order = order.const_data_ptr<int64_t>(), layer.offsets = offsets.const_data_ptr<int64_t>();
   }

@@ -3,28 +3,53 @@
 A line is `{"prompt": "...", "completion": "..."}` or `{"messages": [{"role": "...", "content": "..."}, ...]}`; other
 fields are ignored.
 
-The loss counts the completion's tokens only, and the mask is built from tokens, never from characters: prompt and
-completion are tokenised apart and joined, so that the prompt's tokens are a prefix of the row whatever merges the
-tokenizer knows, and generation starts from exactly the tokens that training saw. A completion ends with the
-end-of-sequence token.
+The loss counts the completion's tokens only, and the mask is built from tokens, never from characters. A row begins with
+the prompt's own tokens, so that generation starts from exactly what training saw. Where the whole text's tokens begin
+with those, the row is the whole text's: a completion tokenised apart can differ, SentencePiece's gets a space that the
+text does not have. Where a merge runs across the border, the completion gets tokens with which the row still decodes to
+the whole text. The last token that counts is the end token.
 
 Messages go through the tokenizer's chat template. If the template marks what the assistant wrote (`{% generation %}`),
-every assistant turn counts; if not, only the last turn does. The last turn must be the assistant's.
+every assistant turn counts, and the end of the turn with it; if not, only the last turn does. The last turn must be the
+assistant's.
+
+A row of more than `max_length` tokens is cut as `truncation` says:
+- prompt: the prompt loses its oldest tokens. What the tokenizer opens every text with stays, and so do the completion and
+  its end token. A completion that leaves no room for the prompt loses its end, and the prompt keeps half of max_length.
+- completion: the row loses its end. It trains all the same, if a part of its completion is left: TRL's keep_start.
+- drop: the row is left out.
 """
 
 import json
+import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
+from jinja2 import TemplateError, TemplateSyntaxError
 from torch import Tensor
 
+logger = logging.getLogger("fastlora")
+
 IGNORE = -100  # cross entropy's ignore_index: a label that does not count
+TRUNCATIONS = ("prompt", "completion", "drop")
 LISTED_PROBLEMS = 20
+SHOWN_CHARACTERS = 400  # of a row in a warning, and of a foreign text in an error a tenth
+# What a completion is tokenised behind where its own prompt would merge with it: one of these rarely does.
+ANCHORS = ("\n", "=", ".", "0", "a", "q", "x", "z")
+COMPRESSED = {
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"\xfd7zXZ": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"BZh": "bzip2",
+}
+OTHER_FILES = {b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"PAR1": "Parquet"}
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 Message = dict[str, str]
 Prompt = str | list[Message]
@@ -42,7 +67,7 @@ class DataError(ValueError):
         super().__init__("\n".join([f"{count} in the data:", *listed]))
 
 
-class _BadLine(Exception):
+class BadLine(ValueError):
     """What is wrong with one line."""
 
 
@@ -57,6 +82,7 @@ class Example:
 class Row:
     input_ids: list[int]
     labels: list[int]  # the token itself, or IGNORE
+    prompt_length: int = 0  # tokens before the last turn's answer: what generation starts from
 
     @property
     def labelled(self) -> int:
@@ -67,158 +93,438 @@ class Row:
 @dataclass(frozen=True)
 class Encoded:
     rows: list[Row]
-    dropped: list[Example]  # max_length left nothing of the completion
-    cut: int  # rows that lost a part of theirs
+    examples: list[Example]  # each row's
+    dropped: list[Example]  # those that max_length left no row of
+    prompt_cut: list[Example]  # those whose row lost a part of the prompt
+    completion_cut: list[Example]  # those whose row lost the completion's end
 
 
 def read_examples(path: str | Path) -> list[Example]:
     """Read a JSONL file of prompts and completions, or of messages. Empty lines are skipped.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        DataError: some lines are no JSON, lack a field, have one of a wrong type, or an empty one; or no line is left.
+        OSError: there is no such file, it is a folder, or it cannot be read.
+        DataError: some lines are no JSON, lack a field, have one of a wrong type, or an empty one.
+        ValueError: the file is compressed, no UTF-8 text, or has no lines.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"data: there is no file {path}")
     examples, problems = [], []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            source = f"{path}:{number}"
-            try:
-                if line.strip():
-                    examples.append(_example(_parse(line), source))
-            except _BadLine as error:
-                problems.append(f"{source}: {error}")
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    _require_text(line, path)
+                    line = line.removeprefix(BYTE_ORDER_MARK)
+                try:
+                    if line.strip():
+                        examples.append(parse_line(line, f"{path}:{number}"))
+                except BadLine as error:
+                    problems.append(f"{path}:{number}: {error}")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"data: there is no file {path}") from None
+    except IsADirectoryError:
+        raise IsADirectoryError(f"data: {path} is a folder, expected a JSONL file") from None
+    except OSError as error:
+        raise type(error)(f"data: {path} cannot be read: {error.strerror}") from error
     if problems:
         raise DataError(problems)
     if not examples:
-        raise DataError([f"{path}: the file has no rows"])
+        raise ValueError(f"data: {path} has no rows")
     return examples
 
 
-def _parse(line: bytes) -> dict[str, Any]:
+def _require_text(beginning: bytes, path: Path) -> None:
+    for kinds, hint in ((COMPRESSED, ": unpack it first"), (OTHER_FILES, "")):
+        for magic, kind in kinds.items():
+            if beginning.startswith(magic):
+                raise ValueError(f"data: {path} is {kind}, expected JSON lines in UTF-8{hint}")
+
+
+def parse_line(line: bytes, source: str = "") -> Example:
+    """The example that one line of a JSONL file holds; it depends on nothing but the line.
+
+    Raises:
+        BadLine: the line cannot be used.
+    """
     try:
-        fields = json.loads(line.decode("utf-8"))
+        fields = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
     except UnicodeDecodeError:
-        raise _BadLine("not UTF-8") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise _BadLine(f"not JSON ({error})") from None
+        raise BadLine("not UTF-8") from None
+    except BadLine:
+        raise
+    except (ValueError, RecursionError) as error:  # a ValueError, too: an integer of more digits than Python reads
+        raise BadLine(f"not JSON ({error})") from None
     if not isinstance(fields, dict):
-        raise _BadLine(f"expected a JSON object, got {type(fields).__name__}")
+        raise BadLine(f"expected a JSON object, got {type(fields).__name__}")
+    return _example(fields, source)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in fields:
+            raise BadLine(f"the field {_shown(name)} is there twice")
+        fields[name] = value
     return fields
+
+
+def _shown(text: str) -> str:
+    return repr(text[: SHOWN_CHARACTERS // 10])
 
 
 def _example(fields: dict[str, Any], source: str) -> Example:
     if "messages" in fields:
         if "prompt" in fields or "completion" in fields:
-            raise _BadLine("has both messages and prompt or completion: expected one of the two forms")
+            raise BadLine("has both messages and prompt or completion: expected one of the two forms")
         messages = _messages(fields["messages"])
         return Example(messages[:-1], messages[-1]["content"], source)
     missing = [name for name in ("prompt", "completion") if name not in fields]
     if missing:
-        raise _BadLine(f"no field {' and no field '.join(repr(name) for name in missing)}")
+        raise BadLine(f"no field {' and no field '.join(repr(name) for name in missing)}")
     return Example(_text(fields["prompt"], "prompt"), _text(fields["completion"], "completion"), source)
 
 
 def _messages(messages: Any) -> list[Message]:
     if not isinstance(messages, list) or len(messages) < 2:
-        raise _BadLine("messages: expected a list of at least two messages")
+        raise BadLine("messages: expected a list of at least two messages")
     for position, message in enumerate(messages):
         name = f"messages[{position}]"
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            raise _BadLine(f"{name}: expected an object with role and content, and nothing else")
+            raise BadLine(f"{name}: expected an object with role and content, and nothing else")
         _text(message["role"], f"{name}.role")
         _text(message["content"], f"{name}.content")
     if messages[-1]["role"] != "assistant":
-        raise _BadLine(f"the last message is by {messages[-1]['role']!r}: expected 'assistant'")
+        raise BadLine(f"the last message is by {_shown(messages[-1]['role'])}: expected 'assistant'")
     return messages
 
 
 def _text(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise _BadLine(f"{name}: expected a string, got {type(value).__name__}")
+        raise BadLine(f"{name}: expected a string, got {type(value).__name__}")
     if not value.strip():
-        raise _BadLine(f"{name} is empty")
+        raise BadLine(f"{name} is empty")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise _BadLine(f"{name} has half of a surrogate pair, which is no character") from None
+        raise BadLine(f"{name} has half of a surrogate pair, which is no character") from None
     return value
 
 
-def encode(examples: Sequence[Example], tokenizer: Any, max_length: int) -> Encoded:
-    """Token rows of at most `max_length` tokens, cut at the end; a row that loses its whole completion is dropped.
+def encode(examples: Sequence[Example], tokenizer: Any, max_length: int, truncation: str = "prompt") -> Encoded:
+    """Token rows of at most `max_length` tokens; warns once of each kind of rows that lost something.
+
+    Args:
+        truncation: what a row that is too long loses: prompt, completion or drop, see above.
 
     Raises:
-        DataError: the tokenizer's chat template refuses some messages, or every row was dropped.
-        ValueError: the data has messages and the tokenizer no chat template.
+        DataError: the tokenizer's chat template refuses some messages, or the tokenizer has no tokens for some text.
+        ValueError: a bad max_length or truncation, or max_length drops every row; the data has messages and the tokenizer
+            no chat template that can serve.
     """
-    rows, dropped, problems, cut = [], [], [], 0
+    require_count("max_length", max_length, 2, "a token of the prompt and one of the completion")
+    if truncation not in TRUNCATIONS:
+        raise ValueError(f"truncation={truncation!r}: expected one of {', '.join(TRUNCATIONS)}")
+    if not examples:
+        raise ValueError("data: expected at least one row")
+    opening, special = _opening(tokenizer), _special_ids(tokenizer)
+    encoded, problems, unended = Encoded([], [], [], [], []), [], []
     for example in examples:
         try:
-            row = _encode(example, tokenizer)
-        except (TemplateError, _BadLine) as error:
+            whole, ended = _encode(example, tokenizer, opening, special)
+        except TemplateSyntaxError as error:
+            raise ValueError(f"the tokenizer's chat template is no Jinja template: {error}") from error
+        except (TemplateError, BadLine, UnicodeEncodeError) as error:
             problems.append(f"{example.source}: {error}")
             continue
-        kept = Row(row.input_ids[:max_length], row.labels[:max_length])
-        if not kept.labelled:
-            dropped.append(example)
+        if not ended:
+            unended.append((example, whole))
+        row = _fit(whole, max_length, truncation, _kept_first(whole.input_ids, tokenizer, opening))
+        if row is None:
+            encoded.dropped.append(example)
             continue
-        cut += kept.labelled < row.labelled
-        rows.append(kept)
+        encoded.rows.append(row)
+        encoded.examples.append(example)
+        if row.prompt_length < whole.prompt_length:
+            encoded.prompt_cut.append(example)
+        if _labels_end(row) - row.prompt_length < _labels_end(whole) - whole.prompt_length:
+            encoded.completion_cut.append(example)
     if problems:
         raise DataError(problems)
-    if not rows:
-        raise DataError(
-            [f"max_length={max_length} cuts off the whole completion of every one of the {len(examples)} rows"]
+    if not encoded.rows:
+        raise ValueError(
+            f"max_length={max_length} with truncation={truncation!r} drops every one of the {len(examples)} rows"
         )
-    return Encoded(rows, dropped, cut)
+    _warn_of_cuts(encoded, max_length)
+    if unended:
+        example, row = unended[0]
+        logger.warning(
+            "the chat template's {%% generation %%} block leaves the end token out in %d of %d rows: the model may not learn"
+            " to stop. The first, %s, [[what counts]]: %s",
+            len(unended),
+            len(examples),
+            example.source,
+            _marked(row, tokenizer),
+        )
+    return encoded
 
 
-def _encode(example: Example, tokenizer: Any) -> Row:
+def _warn_of_cuts(encoded: Encoded, max_length: int) -> None:
+    for cut, text in (
+        (encoded.dropped, "dropped %d of %d rows"),
+        (encoded.prompt_cut, "cut the oldest tokens of the prompt in %d of %d rows"),
+        (encoded.completion_cut, "cut the end of the completion, and its end token, in %d of %d rows"),
+    ):
+        if cut:
+            count = len(encoded.rows) + len(encoded.dropped)
+            logger.warning(f"max_length=%d: {text} (the first: %s)", max_length, len(cut), count, cut[0].source)
+
+
+def require_count(name: str, value: Any, least: int = 1, reason: str = "") -> None:
+    """Raise ValueError unless `value` is an integer of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r}: expected an integer, at least {least}" + (f", {reason}" if reason else ""))
+
+
+def _encode(example: Example, tokenizer: Any, opening: list[int], special: set[int]) -> tuple[Row, bool]:
+    """The whole row, and whether its last label is an end token, as far as it has one."""
     if isinstance(example.prompt, str):
-        return _join(encode_prompt(tokenizer, example.prompt), _tokens(tokenizer, example.completion), tokenizer)
+        before, whole = example.prompt, example.prompt + example.completion
+        prompt = _tokens(tokenizer, before)
+        completion = _continue(tokenizer, before, prompt, whole)
+        return _end(opening + prompt, completion, tokenizer), True
     messages = [*example.prompt, {"role": "assistant", "content": example.completion}]
-    if re.search(r"\{%-?\s*generation\s*-?%\}", _template(tokenizer)):
-        out = tokenizer.apply_chat_template(
-            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
-        ids, counted = out["input_ids"], out["assistant_masks"]
-        return Row(ids, [token if count else IGNORE for token, count in zip(ids, counted, strict=True)])
     before, whole = _render(tokenizer, example.prompt, add_generation_prompt=True), _render(tokenizer, messages)
+    prompt = _tokens(tokenizer, before)
+    if re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", _template(tokenizer)):
+        return _encode_marked(messages, before, prompt, whole, tokenizer, special)
     if not whole.startswith(before):
-        raise _BadLine("the chat template renders the prompt otherwise without the answer: it needs {% generation %}")
-    return _join(_tokens(tokenizer, before), _tokens(tokenizer, whole[len(before) :]), tokenizer)
+        raise ValueError(
+            f"{example.source}: the chat template renders the prompt otherwise without the answer:"
+            " expected a template with {% generation %}"
+        )
+    return _end(prompt, _continue(tokenizer, before, prompt, whole), tokenizer), True
 
 
-def _join(prompt: list[int], completion: list[int], tokenizer: Any) -> Row:
-    # A chat template has usually ended the turn itself, with a line break behind the end token.
-    if tokenizer.eos_token_id is not None and tokenizer.eos_token_id not in completion:
-        completion = [*completion, tokenizer.eos_token_id]
-    return Row(prompt + completion, [IGNORE] * len(prompt) + completion)
+def _continue(tokenizer: Any, before: str, prompt: list[int], whole: str) -> list[int]:
+    """The tokens that take `prompt`, those of the text `before`, to the text `whole`."""
+    tokens, completion = _tokens(tokenizer, whole), whole[len(before) :]
+    if not prompt:
+        raise BadLine("prompt: the tokenizer has no token for it")
+    if tokens[: len(prompt)] == prompt and len(tokens) > len(prompt):
+        return tokens[len(prompt) :]
+    # A merge across the border. Tokenised apart the completion may get a space in front, or lose what continues a word.
+    right = (_decode(tokenizer, prompt) + completion, _decode(tokenizer, tokens))
+    best: list[int] = []
+    reached = (-1, 0)
+    for anchor in ("", *ANCHORS, before[-1]):
+        tokens = _behind(anchor, completion, tokenizer)
+        text = _decode(tokenizer, prompt + tokens) if tokens else ""
+        if text in right:
+            return tokens
+        agreement = len(commonprefix((text, right[0]))), -len(tokens)
+        if tokens and agreement > reached:
+            best, reached = tokens, agreement
+    if not best:
+        raise BadLine("completion: the tokenizer has no token for it")
+    return best  # nothing is exact: the text has characters that the tokenizer does not know, or does not keep
+
+
+def _behind(anchor: str, text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a text that stands behind another; none where the two merge."""
+    first, both = _tokens(tokenizer, anchor) if anchor else [], _tokens(tokenizer, anchor + text)
+    return both[len(first) :] if both[: len(first)] == first else []
+
+
+def _end(prompt: list[int], completion: list[int], tokenizer: Any) -> Row:
+    """The row whose last label is the end token; white space behind one that the text has itself does not count."""
+    counted = _last_end(completion, {tokenizer.eos_token_id}, tokenizer) + 1
+    if not counted:
+        completion = completion if tokenizer.eos_token_id is None else [*completion, tokenizer.eos_token_id]
+        counted = len(completion)
+    labels = [IGNORE] * len(prompt) + completion[:counted] + [IGNORE] * (len(completion) - counted)
+    return Row(prompt + completion, labels, len(prompt))
+
+
+def _last_end(ids: list[int], ends: set[int], tokenizer: Any) -> int:
+    """Where the last end token stands, if nothing but white space follows it; else -1."""
+    at = next((i for i in reversed(range(len(ids))) if ids[i] in ends), -1)
+    return -1 if at < 0 or _decode(tokenizer, ids[at + 1 :]).strip() else at
+
+
+def _encode_marked(
+    messages: list[Message], before: str, prompt: list[int], whole: str, tokenizer: Any, special: set[int]
+) -> tuple[Row, bool]:
+    """What the template marks counts, and the end of each turn with it."""
+    ids, counted = _tokens(tokenizer, whole), _marks(messages, whole, tokenizer)
+    if ids[: len(prompt)] != prompt and whole.startswith(before):
+        # A merge across the border of the last turn.
+        completion = _continue(tokenizer, before, prompt, whole)
+        rest = next((n for n, mark in enumerate(reversed(counted)) if mark), 0)  # behind what counts
+        rest = rest if completion[len(completion) - rest :] == ids[len(ids) - rest :] else 0
+        same = next(
+            (i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), min(len(ids), len(prompt))
+        )
+        counted = counted[:same] + [False] * (len(prompt) - same) + [True] * (len(completion) - rest) + [False] * rest
+        ids = prompt + completion
+    if ids[: len(prompt)] == prompt:
+        # What generation is given does not count: a block may begin before it, or white space belong to its last token.
+        given = next((n for n, mark in enumerate(reversed(counted[: len(prompt)])) if not mark), len(prompt))
+        counted[len(prompt) - given : len(prompt)] = [False] * given
+    turns = _runs(counted)
+    if not turns:
+        raise BadLine("the chat template marks nothing of it by {% generation %}")
+    ended, ends = True, special
+    for start, stop in reversed(turns):
+        # What the template writes behind the words goes before a token that the words end with themselves.
+        end = stop if stop < len(ids) and ids[stop] in ends else start + _last_end(ids[start:stop], ends, tokenizer)
+        if end < start:
+            ended = tokenizer.eos_token_id is None and ended
+            continue
+        counted[start : end + 1] = [True] * (end + 1 - start)
+        counted[end + 1 : stop] = [False] * len(counted[end + 1 : stop])
+        ends = {tokenizer.eos_token_id, ids[end]}  # what ends the last turn ends those before it
+    labels = [token if count else IGNORE for token, count in zip(ids, counted, strict=True)]
+    return Row(ids, labels, len(prompt) if ids[: len(prompt)] == prompt else turns[-1][0]), ended
+
+
+def _marks(messages: list[Message], whole: str, tokenizer: Any) -> list[bool]:
+    """Which tokens of the rendered messages are marked: transformers' own mask ends in a character of several tokens."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"a chat template with {{% generation %}} needs a fast tokenizer, got {type(tokenizer).__name__}"
+        )
+    rendered: Any = render_jinja_template(
+        conversations=[messages],
+        chat_template=_template(tokenizer),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    places = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    (spans,) = rendered[1]
+    # A token without a character is a space, whose place some tokenizers set behind it.
+    return [any(start < b and a < stop if a < b else start < a <= stop for start, stop in spans) for a, b in places]
+
+
+def _runs(counted: Sequence[bool]) -> list[tuple[int, int]]:
+    starts = [i for i, mark in enumerate(counted) if mark and not (i and counted[i - 1])]
+    stops = [i + 1 for i, mark in enumerate(counted) if mark and not (i + 1 < len(counted) and counted[i + 1])]
+    return list(zip(starts, stops, strict=True))
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    """The end token, and every token that stands for no text: one of those ends a turn where the end token does not."""
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return (added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
+
+
+def _marked(row: Row, tokenizer: Any) -> str:
+    """The end of a row's text, with [[ ]] around what counts."""
+    text, position = "", 0
+    for start, stop in _runs([label != IGNORE for label in row.labels]):
+        text += _decode(tokenizer, row.input_ids[position:start])
+        text, position = f"{text}[[{_decode(tokenizer, row.input_ids[start:stop])}]]", stop
+    text += _decode(tokenizer, row.input_ids[position:])
+    return repr(text if len(text) <= SHOWN_CHARACTERS else "..." + text[-SHOWN_CHARACTERS:])
+
+
+def _labels_end(row: Row) -> int:
+    return next((i + 1 for i in reversed(range(len(row.labels))) if row.labels[i] != IGNORE), 0)
+
+
+def _fit(row: Row, max_length: int, truncation: str, first: int) -> Row | None:
+    """The row in `max_length` tokens, of which its `first` tokens are to stay; None: it is dropped."""
+    if len(row.input_ids) > max_length:
+        # What follows the last label trains nothing, and goes before anything else.
+        end = _labels_end(row)
+        row = Row(row.input_ids[:end], row.labels[:end], row.prompt_length)
+        excess = end - max_length
+        if excess > 0 and truncation == "drop":
+            return None
+        if excess > 0 and truncation == "prompt":
+            length = row.prompt_length - excess
+            if length <= first:  # nothing of the prompt itself would stay
+                length = min(row.prompt_length, max_length // 2)
+            if length <= first:
+                return None
+            # Of ids and labels the same.
+            ids, labels = (
+                _cut_oldest(tokens[: row.prompt_length], length, first) + tokens[row.prompt_length :]
+                for tokens in (row.input_ids, row.labels)
+            )
+            row = Row(ids, labels, length)
+        row = Row(row.input_ids[:max_length], row.labels[:max_length], row.prompt_length)
+    return row if row.labelled else None
+
+
+def _cut_oldest(tokens: list[int], length: int, first: int) -> list[int]:
+    """The first `first` tokens and the last ones, `length` in all."""
+    return tokens if len(tokens) <= length else tokens[:first] + tokens[len(tokens) - (length - first) :]
+
+
+def _kept_first(ids: list[int], tokenizer: Any, opening: list[int]) -> int:
+    """How many tokens at the start are not the prompt's own: a chat template may write the begin token itself, or not."""
+    if opening and ids[: len(opening)] == opening:
+        return len(opening)
+    return int(bool(ids) and ids[0] == tokenizer.bos_token_id)
 
 
 def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     """The tokens before the completion, in training as in generation.
 
-    Text gets the tokenizer's own first tokens; messages go through the chat template, which opens the assistant's turn.
+    Text gets the tokenizer's own first tokens; messages go through the chat template, which opens the assistant's turn. A
+    tokenizer that closes every text, with the end token or another, does not close a prompt.
     """
-    if not isinstance(prompt, str):
-        return _tokens(tokenizer, _render(tokenizer, prompt, add_generation_prompt=True))
-    ids = tokenizer(prompt, verbose=False)["input_ids"]
-    # Some tokenizers close every text with the end token, and nothing follows an end.
-    if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(tokenizer.eos_token):
-        ids = ids[:-1]
-    return ids
+    if isinstance(prompt, str):
+        return _opening(tokenizer) + _tokens(tokenizer, prompt)
+    return _tokens(tokenizer, _render(tokenizer, prompt, add_generation_prompt=True))
+
+
+def cut_prompt(tokenizer: Any, ids: list[int], length: int) -> list[int]:
+    """A prompt's tokens without the oldest of those beyond `length`, as `encode` cuts; what opens every text stays."""
+    if len(ids) <= length:
+        return ids
+    return _cut_oldest(ids, length, min(_kept_first(ids, tokenizer, _opening(tokenizer)), length - 1))
+
+
+def turn_end(tokenizer: Any, messages: list[Message]) -> int | None:
+    """The token that the chat template ends the assistant's turn with; None where it is none of the special ones."""
+    try:
+        row, _ = _encode(Example(messages, "a"), tokenizer, [], special := _special_ids(tokenizer))
+    except (TemplateError, ValueError):
+        return None
+    last = row.labels[_labels_end(row) - 1]
+    return last if last in special else None
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """The tokens that the tokenizer puts before every text."""
+    plain, framed = _tokens(tokenizer, "a"), tokenizer("a", verbose=False)["input_ids"]
+    for start in range(len(framed) - len(plain) + 1):
+        if plain and framed[start : start + len(plain)] == plain:
+            return framed[:start]
+    return [token for token in framed if token == tokenizer.bos_token_id][:1]
 
 
 def _tokens(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    try:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except TypeError:
+        text.encode("utf-8")  # names half of a surrogate pair, which is no character
+        raise
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
 def _render(tokenizer: Any, messages: list[Message], add_generation_prompt: bool = False) -> str:
     _template(tokenizer)
+    for position, message in enumerate(messages):
+        # A template renders what is not there as nothing.
+        if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
+            raise BadLine(f"messages[{position}]: expected an object whose role and content are strings")
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
 
 

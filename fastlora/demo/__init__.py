@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 BASE = Path(__file__).parents[1] / "data" / "base"
+TRAIN_DATA = Path("data", "train.jsonl")  # the first file that a demo writes
 SEED = 0
 TRAIN_DIALOGUES = 400
 TEST_DIALOGUES = 100
@@ -35,13 +36,29 @@ def main(output: Path, base: Path = BASE) -> dict[str, Any]:
 
     Writes OUTPUT/report.html, report.json, data/ (the dialogues), lora/ (the adapter) and full/ (the fully fine-tuned
     model). An earlier demo's files there are replaced.
+
+    Raises:
+        FileExistsError: an adapter or model lies there that is no earlier demo's.
+        BlockingIOError: another demo writes there.
     """
+    from fastlora import writing
+
+    with writing.locked(output):
+        theirs = [name for name in LR if writing.results(output / name)]
+        if theirs and not (output / TRAIN_DATA).exists():
+            raise FileExistsError(
+                f"output={output} holds {' and '.join(theirs)}, no demo's: expected a folder of its own"
+            )
+        return _run(output, base)
+
+
+def _run(output: Path, base: Path) -> dict[str, Any]:
     # Imported here: the base model's training needs this package, and none of the below.
+    from fastlora import writing
     from fastlora.demo import report
     from fastlora.demo.steps import compare_steps
 
     began = time.perf_counter()
-    output.mkdir(parents=True, exist_ok=True)
     data = _write_data(output)
     print("1/4 training on dialogue summaries: LoRA, then all weights", flush=True)
     methods = _train_both(output, base, data["train"])
@@ -72,8 +89,8 @@ def main(output: Path, base: Path = BASE) -> dict[str, Any]:
         "step_time": steps,
         "seconds": time.perf_counter() - began,
     }
-    (output / "report.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    (output / "report.html").write_text(report.html(results), encoding="utf-8")
+    writing.whole(output / "report.json", (json.dumps(results, indent=2) + "\n").encode())
+    writing.whole(output / "report.html", report.html(results).encode())
     report.show(results)
     print(f"report: {output / 'report.html'}", flush=True)
     return results

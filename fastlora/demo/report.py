@@ -48,11 +48,12 @@ def html(results: dict[str, Any]) -> str:
     parts = [
         "<h1>fastlora demo: a small model learns to summarise dialogues</h1>",
         _introduction(results),
-        "<h2>Summaries of held-out dialogues</h2>",
+        f"<h2>Summaries of {results['settings']['test_dialogues']} held-out dialogues</h2>",
         _rouge_table(results),
         _rouge_plot(results["rouge"]),
         "<h2>What the model could do before</h2>",
-        "<p>Exact match on held-out examples of the tasks the base was trained on. A fall is forgetting.</p>",
+        f"<p>Exact match on {results['settings']['test_examples_per_task']} held-out examples of each of the tasks the base was"
+        " trained on. A fall is forgetting.</p>",
         _forgetting_table(results),
         _forgetting_plot(results["exact_match"]),
         "<h2>What it costs</h2>",
@@ -77,7 +78,11 @@ def html(results: dict[str, Any]) -> str:
 def show(results: dict[str, Any]) -> None:
     """Print the report's figures to the terminal."""
     console = Console()
-    quality = Table(title="after training on dialogue summaries", title_justify="left")
+    settings = results["settings"]
+    counts = (
+        f"ROUGE on {settings['test_dialogues']} dialogues, {settings['test_examples_per_task']} examples of each task"
+    )
+    quality = Table(title=f"after training on dialogue summaries: {counts}", title_justify="left")
     for heading in ("", *MODELS.values()):
         quality.add_column(heading, justify="left" if not heading else "right")
     for key, name in ROUGE_NAMES.items():
@@ -249,7 +254,7 @@ def _step_plot(losses: dict[str, list[float]]) -> str:
     axes = figure.subplots()
     for name, label in STEPPERS.items():
         axes.plot(range(1, len(losses[name]) + 1), losses[name], color=COLOURS[name], label=label)
-    axes.set(xlabel="timed step", ylabel="loss, nats a token")
+    axes.set(xlabel="step, the first of them not timed", ylabel="loss, nats a token")
     axes.legend(frameon=False)
     return _svg(figure)
 

@@ -1,0 +1,67 @@
+// fingerprint_cpu: a number that changes with the elements of a weight, from 512 of them, spread over all of it.
+//
+// A packed copy of a weight is used only while the weight's own numbers stand still, and of many writes torch keeps no count (fused optimisers,
+// `.data`, numpy, another process). The weight is cut into SAMPLES pieces of equal length, row after row; of each piece one element is read, whose
+// place in it follows from the golden ratio, so that no column is favoured. A write to the whole weight passes only if it leaves every one of
+// them bit for bit as it was. A weight of no more elements than that is read whole.
+#include <torch/csrc/stable/library.h>
+
+#include <cstring>
+#include <utility>
+
+#include "../check.h"
+
+namespace fastlora {
+namespace {
+
+constexpr int64_t SAMPLES = 512;
+constexpr uint64_t GOLDEN = 2654435769;               // 2^32 over the golden ratio
+constexpr uint64_t PRIME = 0x9E3779B97F4A7C15;        // odd: the multiplication loses nothing
+
+/// A weight [rows, columns], its strides in elements.
+struct Matrix {
+  const void* data;
+  int64_t rows, columns, row_stride, column_stride;
+};
+
+template <class Bits>
+uint64_t hash(const Matrix& matrix) {
+  const int64_t elements = matrix.rows * matrix.columns;
+  const int64_t samples = std::min(elements, SAMPLES);
+  const Bits* const data = static_cast<const Bits*>(matrix.data);
+  const bool dense = matrix.column_stride == 1 && matrix.row_stride == matrix.columns;  // an element's number is its place: no divisions
+  uint64_t sum = PRIME;
+  int64_t begin = 0;
+  for (int64_t i = 0; i < samples; ++i) {
+    const int64_t end = elements / samples * (i + 1) + elements % samples * (i + 1) / samples;
+    const uint64_t place = (GOLDEN * static_cast<uint64_t>(i) & 0xFFFFFFFF) * static_cast<uint64_t>(end - begin) >> 32;
+    const int64_t element = begin + static_cast<int64_t>(place);
+    const int64_t at = dense ? element : element / matrix.columns * matrix.row_stride + element % matrix.columns * matrix.column_stride;
+    Bits bits;
+    std::memcpy(&bits, data + at, sizeof bits);
+    sum = (sum ^ bits) * PRIME;
+    sum ^= sum >> 32;
+    begin = end;
+  }
+  return sum;
+}
+
+int64_t fingerprint_cpu(const Tensor& weight) {  // [N, K]
+  check_cpu(weight, "weight");
+  check_shape(weight, "weight", {ANY, ANY});
+  check_dtype(weight, "weight", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+  if (weight.numel() == 0) return 0;
+  Matrix matrix{weight.const_data_ptr(), weight.size(0), weight.size(1), weight.stride(0), weight.stride(1)};
+  if (matrix.row_stride < matrix.column_stride) {  // a weight and its transpose have one fingerprint
+    std::swap(matrix.rows, matrix.columns);
+    std::swap(matrix.row_stride, matrix.column_stride);
+  }
+  STD_TORCH_CHECK(matrix.data, "weight: got ", describe(weight), " without memory, expected a weight that can be read");
+  return static_cast<int64_t>(weight.element_size() == 4 ? hash<uint32_t>(matrix) : hash<uint16_t>(matrix));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) { m.impl("fingerprint_cpu", TORCH_BOX(&fingerprint_cpu)); }
+
+}  // namespace fastlora

@@ -1,0 +1,495 @@
+"""Adapter folders in PEFT's format: read without a model, checked against one, and only then loaded.
+
+`read` takes a folder and gives its config and tensors, or says which file and key is wrong; it needs no model, allocates no more than the files hold
+and runs none of their patterns. `load` asks PEFT which tensors an adapter of that config has on that model, takes exactly those, and changes the
+model only when every adapter has passed. A file may hold what it likes: no key of it reaches a weight of the base.
+"""
+
+import copy
+import functools
+import json
+import logging
+import math
+import re
+import types
+import typing
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, is_dataclass
+from enum import Enum
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+logger = logging.getLogger("fastlora")
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+LARGEST_CONFIG, LARGEST_HEADER = 1 << 24, 100_000_000  # bytes; the second is safetensors' own limit
+LARGEST_RANK, MOST_LAYERS = 1 << 16, 1 << 12  # what a config may ask to be allocated
+DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8}  # bytes an element; I64 is a saved BatchNorm's count
+DEEPEST = 32  # lists and objects within one another
+LISTED = 10  # keys that a message shows
+
+
+class AdapterError(ValueError):
+    """An adapter's file is not what it should be; `file` and `key` (None: the whole file) say where."""
+
+    def __init__(self, file: Path, key: str | None, problem: str) -> None:
+        super().__init__(f"adapter={file.parent}: {file.name}: {f'{key}: ' if key else ''}{problem}")
+        self.file, self.key, self.problem = file, key, problem
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.file, self.key, self.problem)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    folder: Path
+    config: Any  # peft.LoraConfig
+    tensors: dict[str, Tensor]  # by PEFT's keys, on the CPU
+
+    @property
+    def base(self) -> str | None:
+        """The model that it was trained on, as it names it: a folder or a hub id."""
+        return self.config.base_model_name_or_path or None
+
+
+def read(folder: str | Path) -> Adapter:
+    """The LoRA adapter in a folder.
+
+    Raises:
+        FileNotFoundError: the folder, or one of the two files, is not there.
+        AdapterError: a file cannot be what PEFT writes: no JSON object, a value of the wrong type or out of range, no LoRA, a broken header, a
+            tensor of another dtype, empty, not finite, or of a rank that the config does not have.
+    """
+    folder = Path(folder)
+    _require_files(folder)
+    config = _read_config(folder / CONFIG)
+    _check_header(folder / WEIGHTS)
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise AdapterError(folder / WEIGHTS, None, f"no safetensors file: {error}") from error
+    _check_tensors(folder / WEIGHTS, config, tensors)
+    return Adapter(folder, config, tensors)
+
+
+def is_adapter(folder: str | Path) -> bool:
+    return (Path(folder) / CONFIG).is_file()
+
+
+def _require_files(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"adapter={folder}: there is no such folder")
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            holds_model = (folder / "config.json").is_file() and name == CONFIG
+            hint = f"; it holds a model, and is used as model={folder}" if holds_model else ""
+            raise FileNotFoundError(
+                f"adapter={folder}: expected an adapter folder in PEFT's format, there is no {name}{hint}"
+            )
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
+    return found
+
+
+def _not_json(name: str) -> Any:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _read_json(file: Path, text: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_json)
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
+        raise AdapterError(file, None, f"cannot be read as JSON: {error}") from error
+    if not _is_flat(value):
+        raise AdapterError(file, None, f"cannot be read as JSON: nested deeper than {DEEPEST}")
+    if not isinstance(value, dict):
+        raise AdapterError(file, None, f"expected a JSON object, got {_shown(value)}")
+    return value
+
+
+def _is_flat(value: Any) -> bool:
+    """Whether a value is nested so little that whoever walks it by recursion, repr and deepcopy among them, comes to an end."""
+    level = [value]
+    for _ in range(DEEPEST):
+        parts = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+        level = list(chain.from_iterable(parts))
+        if not level:
+            return True
+    return False
+
+
+def _shown(value: Any) -> str:
+    text = "null" if value is None else repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _read_config(file: Path) -> Any:
+    size = file.stat().st_size
+    if size > LARGEST_CONFIG:
+        raise AdapterError(file, None, f"has {size:,} bytes, expected at most {LARGEST_CONFIG:,}")
+    values = _read_json(file, file.read_bytes())
+    values.pop("runtime_config", None)  # PEFT writes none, and ignores one
+    if values.get("peft_type") != "LORA":
+        raise AdapterError(file, "peft_type", f"expected 'LORA', got {_shown(values.get('peft_type'))}")
+    types_of, make = _lora_config()
+    unknown = sorted(values.keys() - types_of.keys())
+    if unknown:  # written by another PEFT
+        logger.warning(
+            "adapter=%s: %s: this PEFT does not know and ignores %s", file.parent, file.name, _listed(unknown)
+        )
+        values = {name: value for name, value in values.items() if name in types_of}
+    for name, value in values.items():
+        problem = _problem(name, value, types_of)
+        if problem:
+            raise AdapterError(file, name, f"{problem}, got {_shown(value)}")
+    try:
+        return make(values)
+    except Exception as error:  # PEFT checks little: AttributeError, KeyError, ...
+        raise AdapterError(file, None, f"PEFT does not take it: {error}") from error
+
+
+@functools.cache
+def _lora_config() -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
+    """The type of every field of a LoraConfig, and how to make one. Cached: peft takes seconds to import."""
+    from peft import LoraConfig
+
+    types_of = typing.get_type_hints(LoraConfig)
+    # PEFT's own annotations are too narrow for what it writes: alphas with a fraction, "pissa_niter_16".
+    types_of.update({"lora_alpha": float, "init_lora_weights": bool | str})
+    return types_of, lambda values: LoraConfig(**values)
+
+
+def _problem(name: str, value: Any, types_of: Mapping[str, Any]) -> str | None:
+    """What is wrong with a config's value."""
+    if not _has_type(value, types_of[name]):
+        return f"expected {_type_name(types_of[name])}"
+    if name == "r" and not _is_rank(value):
+        return f"expected a rank from 1 to {LARGEST_RANK:,}"
+    if name == "rank_pattern" and not all(_is_rank(rank) for rank in (value or {}).values()):
+        return f"expected ranks from 1 to {LARGEST_RANK:,}"
+    if name == "lora_alpha" and not _is_number(value):
+        return "expected a number that float32 holds"
+    if name == "alpha_pattern" and not all(_is_number(alpha) for alpha in (value or {}).values()):
+        return "expected numbers that float32 holds"
+    if name == "lora_dropout" and not 0 <= value < 1:
+        return "expected a probability of at least 0 and less than 1"
+    if name == "trainable_token_indices":
+        if any(
+            index < 0 for index in chain.from_iterable(value.values() if isinstance(value, dict) else [value or []])
+        ):
+            return "expected tokens, 0 or more"
+    if name == "layer_replication" and value:
+        if any(start < 0 for start, _ in value) or not 0 < sum(end - start for start, end in value) <= MOST_LAYERS:
+            return f"expected ranges of at most {MOST_LAYERS:,} layers together"
+    return None
+
+
+def _is_rank(value: Any) -> bool:
+    return type(value) is int and 1 <= value <= LARGEST_RANK
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= torch.finfo(torch.float32).max
+
+
+def _has_type(value: Any, wanted: Any) -> bool:
+    """Whether a value that JSON gave is what a dataclass field of that type is written as."""
+    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
+    if wanted is type(None):
+        return value is None
+    if origin in (typing.Union, types.UnionType):
+        return any(_has_type(value, one) for one in arguments)
+    if origin is typing.Literal:
+        return any(type(value) is type(one) and value == one for one in arguments)
+    if origin is list:
+        return isinstance(value, list) and all(_has_type(one, arguments[0]) for one in value)
+    if origin is tuple:
+        fits = isinstance(value, list) and len(value) == len(arguments)
+        return fits and all(_has_type(one, type_) for one, type_ in zip(value, arguments, strict=True))
+    if origin is dict:
+        return isinstance(value, dict) and all(_has_type(one, arguments[1]) for one in value.values())
+    if wanted is float:
+        return type(value) in (int, float)
+    if isinstance(wanted, type) and issubclass(wanted, Enum):
+        return isinstance(value, str) and value in {member.value for member in wanted}
+    if is_dataclass(wanted):
+        return isinstance(value, dict)
+    return type(value) is wanted if isinstance(wanted, type) else True
+
+
+def _type_name(wanted: Any) -> str:
+    names = {type(None): "null", bool: "true or false", int: "an integer", float: "a number", str: "a string"}
+    arguments = typing.get_args(wanted)
+    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
+        return " or ".join(sorted({_type_name(one) for one in arguments}))
+    if typing.get_origin(wanted) is typing.Literal:
+        return " or ".join(repr(one) for one in arguments)
+    if typing.get_origin(wanted) in (list, tuple):
+        return "a list"
+    return names.get(wanted, "a string" if isinstance(wanted, type) and issubclass(wanted, Enum) else "an object")
+
+
+def _check_header(file: Path) -> None:
+    """A safetensors file is 8 bytes of length, a JSON header of that length, and the tensors' bytes, one behind the other without a gap."""
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        start = content.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) < 8 or not 2 <= length <= min(size - 8, LARGEST_HEADER):
+            got = f"a header of {length:,} bytes" if len(start) == 8 else "no length of a header"
+            raise AdapterError(file, None, f"no safetensors file, or a part of one: {size:,} bytes, with {got}")
+        header = _read_json(file, content.read(length))
+    header.pop("__metadata__", None)
+    end = 0
+    for key, entry in sorted(header.items(), key=_begin):
+        begin, end_ = _offsets(file, size, key, entry)
+        if begin != end:
+            raise AdapterError(
+                file, key, f"its bytes begin at {_shown(begin)}, expected {end:,}, where the tensor before ends"
+            )
+        end = end_
+    if end != size - 8 - length:
+        raise AdapterError(
+            file, None, f"expected {end:,} bytes of tensors, got {size - 8 - length:,}: cut off, or grown"
+        )
+
+
+def _begin(item: tuple[str, Any]) -> int:
+    offsets = item[1].get("data_offsets") if isinstance(item[1], dict) else None
+    return offsets[0] if isinstance(offsets, list) and offsets and type(offsets[0]) is int else -1
+
+
+def _offsets(file: Path, size: int, key: str, entry: Any) -> tuple[int, int]:
+    """Where a tensor's bytes begin and end, once its entry is known to make sense."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        raise AdapterError(file, key, f"expected dtype, shape and data_offsets, got {_shown(entry)}")
+    if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
+        raise AdapterError(file, key, f"expected one of the dtypes {', '.join(DTYPES)}, got {_shown(entry['dtype'])}")
+    for name in ("shape", "data_offsets"):
+        if not isinstance(entry[name], list) or not all(type(number) is int and number >= 0 for number in entry[name]):
+            raise AdapterError(file, key, f"{name}: expected numbers from 0, got {_shown(entry[name])}")
+    numbers, shape = entry["data_offsets"], entry["shape"]
+    bytes_ = DTYPES[entry["dtype"]]
+    for number in shape:
+        if bytes_ > size:
+            break  # before the product has more digits than Python prints
+        bytes_ *= number
+    if len(numbers) != 2 or numbers[1] - numbers[0] != bytes_:
+        raise AdapterError(
+            file, key, f"shape {_shown(shape)} of {entry['dtype']} does not fill data_offsets {_shown(numbers)}"
+        )
+    if not bytes_:
+        raise AdapterError(file, key, f"shape {_shown(shape)} has no elements")
+    return numbers[0], numbers[1]
+
+
+ENDS = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.weight)?$")  # of the keys of A [R, K] and B [N, R]
+
+
+def _check_tensors(file: Path, config: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Finite values, of ranks that the config has, whose product float32 holds."""
+    if not tensors:
+        raise AdapterError(file, None, "holds no tensors")
+    largest = {}
+    for key, tensor in tensors.items():
+        if ".lora_" in key and not tensor.is_floating_point():
+            raise AdapterError(file, key, f"expected floating point, got {tensor.dtype}")
+        low, high = torch.aminmax(tensor)
+        largest[key] = max(abs(low.item()), abs(high.item()))
+        if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+            raise AdapterError(file, key, "holds NaN or infinity")
+    ranks = {config.r, *(config.rank_pattern or {}).values()}
+    alpha = max(abs(value) for value in (config.lora_alpha, *(config.alpha_pattern or {}).values()))
+    for key, tensor in tensors.items():
+        end = ENDS.search(key)
+        if not end:
+            continue
+        if tensor.dim() < 2:
+            raise AdapterError(file, key, f"expected a matrix, got shape {list(tensor.shape)}")
+        rank = tensor.shape[0 if end[1] == "A" else 1]
+        # Under target_parameters the ranks of all experts stand below one another.
+        fits = any(rank % one == 0 for one in ranks) if config.target_parameters else rank in ranks
+        if not fits:
+            raise AdapterError(
+                file,
+                key,
+                f"shape {list(tensor.shape)} is of rank {rank}, {CONFIG} has {_listed(map(str, sorted(ranks)))}",
+            )
+        partner = key[: end.start(1)] + "AB"[end[1] == "A"] + key[end.end(1) :]
+        if alpha * rank * largest[key] * largest.get(partner, 0.0) > torch.finfo(torch.float32).max:
+            raise AdapterError(file, key, f"with {partner} and alpha {alpha} its update is more than float32 holds")
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = list(names)
+    rest = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + rest
+
+
+def check(adapter: Adapter, model: nn.Module, *, allow_missing: bool = False) -> dict[str, Tensor]:
+    """The adapter's tensors that belong on the model, once it is sure that they are the right ones; the model stays as it is.
+
+    PEFT is asked: on a copy of the model without memory, it makes the adapter's layers and says under which keys it would save which shapes. PEFT
+    also writes whole embeddings beside an adapter that has LoRA on one; those are no part of it, and are dropped where they are the model's own.
+
+    Args:
+        model: a transformers model, without adapters.
+        allow_missing: a tensor that is not in the file is warned of, and not an error.
+
+    Raises:
+        AdapterError: the config does not fit the model, or a key is missing, unknown, or of another shape.
+    """
+    file = adapter.folder / WEIGHTS
+    expected, embeddings, empty_model = _expected(adapter, model)
+    given = dict(adapter.tensors)
+    if given.keys() - expected.keys() - embeddings:
+        given = _renamed(given, empty_model)
+    for key in [key for key in given if key not in expected and key in embeddings]:
+        if not _is_own(given.pop(key), _base_tensor(model, key)):
+            raise AdapterError(
+                file, key, "an embedding of another base: it differs from the model's, which an adapter may not change"
+            )
+    unknown = sorted(given.keys() - expected.keys())
+    missing = sorted(expected.keys() - given.keys())
+    hint = f"; missing are {_listed(missing)}" if unknown and missing else ""
+    if unknown:
+        raise AdapterError(
+            file, None, f"{len(unknown)} keys that are none of this adapter's on this model: {_listed(unknown)}{hint}"
+        )
+    for key, tensor in given.items():
+        if tensor.is_floating_point() != expected[key].is_floating_point():
+            raise AdapterError(file, key, f"got {tensor.dtype}, the model has room for {expected[key].dtype}")
+        if tensor.shape != expected[key].shape:
+            problem = f"got shape {list(tensor.shape)}, the model has room for {list(expected[key].shape)}"
+            raise AdapterError(file, key, f"{problem}: was it trained on another base ({adapter.base})?")
+    if missing:
+        text = f"{len(missing)} of {len(expected)} tensors are missing: {_listed(missing)}"
+        if not allow_missing:
+            raise AdapterError(file, None, f"{text} (allow_missing=True leaves them as PEFT begins)")
+        logger.warning("adapter=%s: %s: %s", adapter.folder, file.name, text)
+    return given
+
+
+def _expected(adapter: Adapter, model: nn.Module) -> tuple[dict[str, Tensor], set[str], Any]:
+    """What PEFT would save of the adapter on this model, on the meta device; the keys of embeddings that it may write beside it; and that model."""
+    from peft import get_peft_model_state_dict
+
+    memo: dict[int, Any] = {}
+    for tensor in chain(model.parameters(), model.buffers()):
+        empty = torch.empty_like(tensor, device="meta")
+        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+    config = copy.deepcopy(adapter.config)
+    if isinstance(config.init_lora_weights, str) and config.init_lora_weights != "mica":
+        config.init_lora_weights = True  # how it began (PiSSA and others compute on the weights) changes no shape
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says it again when the adapter is loaded
+        try:
+            empty_model = _with_adapter(copy.deepcopy(model, memo), "default", config, low_cpu_mem_usage=True)
+            expected = get_peft_model_state_dict(empty_model, save_embedding_layers=False)
+            embeddings = get_peft_model_state_dict(empty_model, save_embedding_layers=True).keys() - expected.keys()
+        except Exception as error:  # PEFT's, of any kind: re.error, KeyError, ...
+            problem = f"PEFT cannot put it on {type(model).__name__}: {type(error).__name__}: {error}"
+            raise AdapterError(adapter.folder / CONFIG, None, problem) from error
+    _check_tokens(adapter, empty_model)
+    return expected, embeddings, empty_model
+
+
+def _renamed(tensors: dict[str, Tensor], empty_model: Any) -> dict[str, Tensor]:
+    """Tensors that were saved under an older transformers, by the keys of today: it has moved the weights of some models, experts above all."""
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers as convert
+
+    try:
+        return convert(empty_model, empty_model.peft_config["default"], tensors)
+    except Exception:  # its patterns meet keys that are nobody's: those are told as such
+        return tensors
+
+
+def _check_tokens(adapter: Adapter, empty_model: Any) -> None:
+    from peft.utils.other import TrainableTokensWrapper
+
+    for module in empty_model.modules():
+        if isinstance(module, TrainableTokensWrapper):
+            rows, tokens = module.original_module.weight.shape[0], module.token_adapter.token_indices["default"]
+            if any(token >= rows for token in tokens):
+                problem = f"expected tokens below {rows:,}, the rows of the model's embedding, got {max(tokens):,}"
+                raise AdapterError(adapter.folder / CONFIG, "trainable_token_indices", problem)
+
+
+def _base_tensor(model: nn.Module, key: str) -> Tensor | None:
+    name = re.sub(r"\.(base_layer|original_module|modules_to_save)(?=\.)", "", key.removeprefix("base_model.model."))
+    return dict(model.named_parameters(remove_duplicate=False)).get(name)
+
+
+def _is_own(tensor: Tensor, own: Tensor | None) -> bool:
+    """Whether a tensor of the file is the model's own, or the model's own is it, rounded."""
+    return own is not None and tensor.shape == own.shape and torch.equal(tensor.to(own), own.detach())
+
+
+def load(
+    model: Any, adapters: Mapping[str, Adapter], *, is_trainable: bool = False, allow_missing: bool = False
+) -> Any:
+    """The model with the adapters on it, as a PeftModel; the first is the active one.
+
+    Args:
+        model: a transformers model without adapters; it is changed only when all of them fit.
+        adapters: by adapter name.
+        is_trainable: for training, in place of use.
+        allow_missing: tensors that are not in the file are as PEFT begins.
+
+    Raises:
+        AdapterError: as `check`; or one of several adapters is one that changes the base under the others.
+    """
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    if len(adapters) > 1:
+        for adapter in adapters.values():
+            _require_an_untouched_base(adapter)
+    checked = {name: check(adapter, model, allow_missing=allow_missing) for name, adapter in adapters.items()}
+    for name, tensors in checked.items():
+        config = copy.deepcopy(adapters[name].config)
+        config.inference_mode = not is_trainable
+        model = _with_adapter(model, name, config)
+        if allow_missing:  # PEFT wants every tensor of modules_to_save: what is missing stays as it has begun
+            tensors = {**get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False), **tensors}
+        set_peft_model_state_dict(model, tensors, adapter_name=name)
+    return model
+
+
+def _require_an_untouched_base(adapter: Adapter) -> None:
+    """Refuse, beside others, an adapter that PEFT makes by writing into the base: theirs would no longer be the one they were trained on."""
+    config = adapter.config
+    begun = config.init_lora_weights if isinstance(config.init_lora_weights, str) else ""
+    found = {
+        "bias": config.bias != "none",
+        "init_lora_weights": begun.startswith(("pissa", "olora", "corda", "loftq", "lora_ga")),
+        "kasa_config": getattr(config, "kasa_config", None) is not None,
+        "layer_replication": config.layer_replication is not None,
+    }
+    for key, writes in found.items():
+        if writes:
+            problem = (
+                f"{_shown(getattr(config, key))} changes the base itself: expected no other adapter on the same model"
+            )
+            raise AdapterError(adapter.folder / CONFIG, key, problem)
+
+
+def _with_adapter(model: Any, name: str, config: Any, **options: Any) -> Any:
+    """PEFT's own layers for a config, before any values."""
+    from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftModel
+
+    if isinstance(model, PeftModel):
+        model.add_adapter(name, config, **options)
+        return model
+    return MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)(model, config, name, **options)

@@ -1,0 +1,140 @@
+"""The model that is trained: its base as it is loaded, the adapter on it, and what runs its layers."""
+
+import os
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlora import adapters
+from fastlora.config import TrainConfig
+from fastlora.inference import load_base
+from fastlora.typed import listed
+
+
+def build(config: TrainConfig, dtype: torch.dtype, device: torch.device, resume_from: Path | None) -> Any:
+    """The model with what is trained of it requiring gradients: a new adapter, or the whole of it; or a checkpoint's.
+
+    Raises:
+        ValueError: a name in target_modules matches nothing; compile, and transformers does not say what the layers are.
+    """
+    if config.method == "full":
+        model = load_base(str(resume_from or config.model), torch.float32, device)
+    else:
+        model = _add_adapter(load_base(str(config.model), dtype, device), config, resume_from)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.compile:
+        _compile_layers(model)
+    return model
+
+
+def stored_dtype(path: str) -> torch.dtype:
+    """The dtype that a model's weights have on the disk: what its config says, or else its first tensor."""
+    from safetensors import safe_open
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, trust_remote_code=False).get_text_config()
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    for file in sorted(Path(path).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():
+                return weights.get_tensor(name).dtype
+    return torch.float32
+
+
+def targets(model: Any, target_modules: str | list[str]) -> str | list[str]:
+    """target_modules as PEFT takes them: a str stays what it is there; in a list, all-linear becomes the layers it stands for.
+
+    Raises:
+        ValueError: a name, or the regular expression, matches no module.
+    """
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import _maybe_include_all_linear_layers
+
+    modules = {name for name, _ in model.named_modules() if name}
+    whole = "all-linear"
+    if isinstance(target_modules, str):
+        if target_modules.lower() != whole and not any(re.fullmatch(target_modules, name) for name in modules):
+            raise ValueError(
+                f"target_modules={target_modules!r}: the regular expression matches no module's whole name;"
+                f" there are {_examples(model)}"
+            )
+        return target_modules
+    names = {name for name in target_modules if name.lower() != whole}
+    unmatched = [
+        name for name in sorted(names) if not any(module == name or module.endswith(f".{name}") for module in modules)
+    ]
+    if unmatched:
+        raise ValueError(
+            f"target_modules: no module is called {', '.join(map(repr, unmatched))}; there are {_examples(model)}"
+        )
+    if len(names) < len(set(target_modules)):
+        linear: Any = _maybe_include_all_linear_layers(LoraConfig(task_type="CAUSAL_LM", target_modules=whole), model)
+        names |= linear.target_modules
+    return sorted(names)
+
+
+def _examples(model: Any) -> str:
+    """What the layers with a weight matrix are called, as one would name them: the last part, the most frequent first."""
+    layers = [
+        name for name, module in model.named_modules() if getattr(getattr(module, "weight", None), "ndim", 0) == 2
+    ]
+    return listed([name for name, _ in Counter(name.rpartition(".")[2] for name in layers).most_common()])
+
+
+def _add_adapter(model: Any, config: TrainConfig, resume_from: Path | None) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    if resume_from:
+        model = adapters.load(model, {"default": adapters.read(resume_from)}, is_trainable=True)
+    else:
+        names = ("r", "lora_alpha", "lora_dropout", "use_rslora")
+        options = {name: getattr(config, name) for name in names}
+        options["target_modules"] = targets(model, config.target_modules)
+        try:
+            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+        except ValueError as error:  # a module that is no layer, say
+            raise ValueError(f"target_modules={config.target_modules!r}: {error}") from error
+    if config.accelerate:
+        from fastlora.peft import accelerate
+
+        accelerate(model, frozen=True, pack_budget=config.pack_budget)
+    return model
+
+
+def require_compiler() -> None:
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise ValueError(
+            f"compile: torch.compile needs a C++ compiler, and {compiler} is not on the PATH:"
+            " install it, name another one in CXX, or train without compile=True"
+        )
+
+
+def _compile_layers(model: Any) -> None:
+    """Have torch compile each of the blocks that the model is a stack of; what stands around them stays eager."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = base._no_split_modules or ()
+    layers = [module for module in base.modules() if type(module).__name__ in names]
+    if not layers:
+        raise ValueError(f"compile: transformers does not say what the layers of {type(base).__name__} are")
+    for layer in layers:
+        # Batches differ in width, and a resumed run meets them in another order: one code for all widths, from the first on.
+        layer.compile(dynamic=True)
+
+
+def implementations(model: Any, config: TrainConfig) -> dict[str, int]:
+    if config.method == "full":
+        return {}
+    if not config.accelerate:
+        from peft.tuners.lora import LoraLayer
+
+        return {"peft": sum(isinstance(module, LoraLayer) for module in model.modules())}
+    from fastlora.peft import report
+
+    return dict(Counter(layer.implementation for layer in report(model)))

@@ -1,0 +1,68 @@
+"""What a dataclass or NamedTuple says of its fields' types, held against their values: Python itself checks none."""
+
+import math
+import types
+from collections.abc import Sequence
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+SHOWN = 80  # characters of a wrong value
+LISTED = 12  # names
+
+
+def check_fields(instance: Any) -> None:
+    """
+    Raises:
+        TypeError: a field's value is not of its annotated type; the message names the field, its value and what was expected.
+    """
+    for name, hint in get_type_hints(type(instance)).items():
+        value = getattr(instance, name)
+        if not fits(value, hint):
+            raise TypeError(f"{name}={shown(value)}: expected {_spelt(hint)}, got {type(value).__name__}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type: no bool passes for a number, an int passes for a float, and a list's items count."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, one) for one in inner)
+    if origin is list:
+        return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
+    if origin is dict:
+        return isinstance(value, dict) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if hint is Any:
+        return True
+    if hint is int or hint is float:
+        return isinstance(value, (int, hint)) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def is_finite(value: int | float) -> bool:
+    """Whether a float holds the number; an int may be too large for one."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def shown(value: Any) -> str:
+    """A value as messages show it: on one line, of bounded length."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python refuses to write out integers of thousands of digits
+        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
+    return text if len(text) <= SHOWN else text[:SHOWN] + " ..."
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as messages list them: not all of very many."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
+
+
+def _spelt(hint: Any) -> str:
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(_spelt(one) for one in inner)
+    if origin is list:
+        return f"a list of {_spelt(inner[0])}"
+    return "None" if hint is types.NoneType else getattr(hint, "__name__", str(hint))

@@ -1,0 +1,408 @@
+"""Hostile files for whatever reads files: each case is a good file, changed; the reader takes it, or says what is wrong with it.
+
+    python tests/fuzz.py [TARGET ...] [--cases 1000000] [--first 0]
+
+A case is a target and a number: the same number is the same file, on every machine. A reader may return, or raise its own error with a message
+that names the file; anything else (another exception, a hang, the death of the process) is a fault, and the case's number is printed.
+`tests/test_fuzz.py` runs some thousands of each target; `make fuzz` a million.
+"""
+
+import argparse
+import json
+import logging
+import os
+import random
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, NamedTuple
+
+Files = dict[str, bytes]
+STEP = 7
+Random = random.Random
+
+NASTY: list[Any] = [
+    *(None, True, False, 0, -1, 1, 2**31, 2**63, 2**64, -(2**63), 10**30, 0.0, -0.0, 0.5, 1e300, -1e300),
+    *("", " ", "x", "lora", "0", "../../etc/passwd", "\0", "\ud800", "é" * 50, "[", "(" * 40, ".*", "a" * 3000),
+    *([], {}, [[]], [None], {"": None}, [1, "a"], {"a": {"b": {}}}),
+]
+RAW = (
+    *(
+        b"",
+        b"\0",
+        b"\xff\xfe",
+        b"\xef\xbb\xbf",
+        b"{",
+        b"}",
+        b"[" * 2000,
+        b'{"a":' * 2000,
+        b"NaN",
+        b"Infinity",
+        b"-Infinity",
+    ),
+    *(b"1" * 5000, b'"', b"\\u0000", b"\\ud800", b"\r\n", b"\n\n", b"null", b"1e999", b"\x80", b"{}", b"[]"),
+)
+
+
+def change_bytes(random: Random, data: bytes) -> bytes:
+    """Flip, cut, repeat, overwrite or insert, once or several times."""
+    for _ in range(random.choice((1, 1, 1, 2, 5))):
+        at = random.randrange(len(data) + 1)
+        kind = random.randrange(7)
+        if kind == 0 and data:
+            at = random.randrange(len(data))
+            data = data[:at] + bytes([data[at] ^ 1 << random.randrange(8)]) + data[at + 1 :]
+        elif kind == 1:
+            data = data[:at]
+        elif kind == 2:
+            data = data[:at] + data[at + random.randrange(1, 40) :]
+        elif kind == 3:
+            end = min(len(data), at + random.randrange(1, 40))
+            data = data[:at] + data[at:end] * random.randrange(2, 4) + data[end:]
+        elif kind == 4:
+            new = random.randbytes(random.randrange(1, 9))
+            data = data[:at] + new + data[at + len(new) :]
+        elif kind == 5:
+            data = data[:at] + random.choice(RAW) + data[at:]
+        else:
+            data = data[:at] + data[at:][::-1]
+    return data
+
+
+def change_value(random: Random, value: Any) -> Any:
+    """A JSON value with one place in it changed: replaced, removed, doubled, renamed, or put one level deeper."""
+    if isinstance(value, dict) and value and random.random() < 0.85:
+        value = dict(value)
+        key = random.choice(list(value))
+        kind = random.randrange(8)
+        if kind == 0:
+            del value[key]
+        elif kind == 1:
+            value[random.choice(("", key + "x", key.upper(), "base_model.model.model.norm.weight", "\0"))] = value[key]
+        elif kind == 2:
+            value[random.choice(list(value))] = value[key]
+        else:
+            value[key] = change_value(random, value[key])
+        return value
+    if isinstance(value, list) and value and random.random() < 0.85:
+        value = list(value)
+        at = random.randrange(len(value))
+        kind = random.randrange(8)
+        if kind == 0:
+            del value[at]
+        elif kind == 1:
+            value += value
+        else:
+            value[at] = change_value(random, value[at])
+        return value
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and random.random() < 0.4:
+        return value * random.choice((-1, 0, 2, 3, 1e9, 2**40)) + random.choice((0, 1, -1))
+    if isinstance(value, str) and random.random() < 0.4:
+        return change_bytes(random, value.encode("utf-8", "surrogatepass")).decode("utf-8", "replace")
+    return random.choice([*NASTY, [value], {"x": value}])
+
+
+def change_json(random: Random, data: bytes) -> bytes:
+    """JSON with one value changed and, at times, its bytes as well."""
+    value = change_value(random, json.loads(data))
+    text = json.dumps(value, indent=random.choice((None, 1)))
+    if random.random() < 0.1 and "{" in text:  # a key that stands there twice
+        text = text.replace("{", '{"r": 1, "entries": [], ', 1)
+    changed = text.encode("utf-8", "surrogatepass")
+    return change_bytes(random, changed) if random.random() < 0.15 else changed
+
+
+def change_safetensors(random: Random, data: bytes) -> bytes:
+    """Its header changed as JSON, with the right length or a wrong one, or its bytes changed."""
+    if random.random() < 0.4:
+        return change_bytes(random, data)
+    (size,) = struct.unpack("<Q", data[:8])
+    header = change_json(random, data[8 : 8 + size])
+    told = len(header) if random.random() < 0.8 else random.choice((0, 1, len(header) + 7, 2**32, 2**63, 2**64 - 1))
+    return struct.pack("<Q", told) + header + data[8 + size :]
+
+
+CHANGES: dict[str, Callable[[Random, bytes], bytes]] = {
+    ".json": change_json,
+    ".safetensors": change_safetensors,
+}
+
+
+def change_files(random: Random, files: Files) -> Files:
+    """One file of a folder changed by what its name promises, or by bytes; removed, exchanged or added at times."""
+    files = dict(files)
+    name = random.choice(list(files))
+    kind = random.randrange(20)
+    if kind == 0:
+        del files[name]
+    elif kind == 1:
+        files[name] = files[random.choice(list(files))]
+    elif kind == 2:
+        files[random.choice(("more.bin", ".hidden", "adapter_model.bin", "config.json"))] = random.choice(RAW)
+    else:
+        change = CHANGES.get(Path(name).suffix, change_bytes)
+        files[name] = (change if kind < 17 else change_bytes)(random, files[name])
+    return files
+
+
+class Target(NamedTuple):
+    """A reader of files."""
+
+    files: Callable[[], Files]  # good ones
+    change: Callable[[Random, Files], Files]
+    read: Callable[[Path, Files], None]  # raises an AssertionError where something came back that must not
+
+
+@contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder in memory, where there is one: a million cases write a million files. It has a checkpoint's name, which belongs to its content."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as outer:
+        folder = Path(outer, f"step-{STEP}")
+        folder.mkdir()
+        yield folder
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Without the library's warnings, of which a million cases have many."""
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def write(folder: Path, files: Files) -> None:
+    """Let the folder hold these files and no others."""
+    for old in folder.iterdir():
+        if old.name not in files:
+            old.unlink()
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+
+
+# The table of measurements
+
+
+def table_files() -> Files:
+    entry = {
+        "op": "lora_linear",
+        "dtype": "bfloat16",
+        "rows": 64,
+        "size": "small",
+        "dropout": False,
+        "implementation": "cpu",
+    }
+    entries = [{**entry, "checked": True, "ratio": 0.5}, {**entry, "rows": 512, "checked": False, "ratio": None}]
+    entries.append({**entry, "op": "frozen_linear", "checked": True, "ratio": 1, "way": "packed"})
+    return {"table.json": json.dumps({"schema": 1, "kind": "z80", "date": "1976-07-01", "entries": entries}).encode()}
+
+
+def read_table(folder: Path, files: Files) -> None:
+    from fastlora import tuned
+
+    try:
+        found = tuned._read(folder / "table.json", {"schema": tuned.SCHEMA})
+    except (FileNotFoundError, ValueError) as error:
+        assert "table.json" in str(error), error
+        return
+    tuned.load_state({"cpu": [list(one) for one in found.values()]})
+    for one in found.values():
+        assert one.rows in tuned.ROWS and (one.ratio is None or 0 < one.ratio < float("inf")), one
+
+
+# Lines of prompts and completions
+
+
+def examples_files() -> Files:
+    turns = [
+        ("system", "Be brief."),
+        ("user", "2 + 2?"),
+        ("assistant", "4"),
+        ("user", "And 3?"),
+        ("assistant", "7, I think."),
+    ]
+    lines: list[Any] = [
+        {"prompt": "Summarise: A: hello. B: bonjour, ça va?", "completion": "They greet."},
+        {"messages": [{"role": role, "content": content} for role, content in turns], "source": 7},
+        {"prompt": "🙂", "completion": " \n中", "weight": 1.5e3, "tags": [None, True, {"deep": [1]}]},
+    ]
+    return {"data.jsonl": b"\n".join(json.dumps(line).encode() for line in lines) + b"\n"}
+
+
+def change_lines(random: Random, files: Files) -> Files:
+    ((name, data),) = files.items()
+    if random.random() < 0.3:
+        return {name: change_bytes(random, data)}
+    lines = data.split(b"\n")
+    at = random.randrange(len(lines) - 1)
+    lines[at] = change_json(random, lines[at])
+    return {name: b"\n".join(lines)}
+
+
+def read_lines(folder: Path, files: Files) -> None:
+    from fastlora.data import examples
+
+    try:
+        found = examples.read_examples(folder / "data.jsonl")
+    except examples.DataError as error:
+        assert all("data.jsonl:" in problem for problem in error.problems), error.problems
+        return
+    except ValueError as error:
+        assert "data.jsonl" in str(error), error
+        return
+    for one in found:
+        texts = [one.prompt] if isinstance(one.prompt, str) else [turn["content"] for turn in one.prompt]
+        for text in (*texts, one.completion):
+            assert text.strip() and text.encode("utf-8"), one
+
+
+# An adapter's folder
+
+
+def adapter_files() -> Files:
+    import torch
+    from peft import LoraConfig
+    from safetensors.torch import save
+
+    from fastlora.adapters import CONFIG, WEIGHTS
+
+    config = LoraConfig(
+        r=2, lora_alpha=4, target_modules=["q_proj", "lm_head"], modules_to_save=["score"], task_type="CAUSAL_LM"
+    )
+    plain = {name: sorted(value) if isinstance(value, set) else value for name, value in config.to_dict().items()}
+    layers = {"self_attn.q_proj": (6, 4), "lm_head": (9, 4)}
+    tensors = {"base_model.model.score.weight": torch.ones(2, 4)}
+    for name, (N, K) in layers.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.ones(2, K)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.zeros(N, 2)
+    return {CONFIG: json.dumps(plain).encode(), WEIGHTS: save(tensors, {"format": "pt"})}
+
+
+def read_adapter(folder: Path, files: Files) -> None:
+    from fastlora import adapters
+
+    try:
+        adapter = adapters.read(folder)
+    except adapters.AdapterError as error:
+        assert error.file.parent == folder and error.file.name in str(error), error
+        return
+    except FileNotFoundError as error:
+        assert adapters.CONFIG not in files or adapters.WEIGHTS not in files, error
+        return
+    largest = max(adapter.config.r, *(adapter.config.rank_pattern or {"": 1}).values())
+    assert largest <= adapters.LARGEST_RANK, adapter.config
+    for key, tensor in adapter.tensors.items():
+        assert tensor.numel() and tensor.is_floating_point() and bool(tensor.isfinite().all()), key
+        assert tensor.nbytes <= len(files[adapters.WEIGHTS]), key
+
+
+# A checkpoint's folder
+
+
+def checkpoint_files() -> Files:
+    import torch
+
+    from fastlora import checkpoint, tuned
+
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = torch.optim.AdamW([weight])
+    weight.square().sum().backward()
+    optimizer.step()
+    state = {"optimizer": optimizer.state_dict(), "scheduler": {"last_epoch": STEP, "_last_lr": [1e-3]}}
+    state |= {"rng": [checkpoint.rng_state()], "tuned": tuned.state()}
+    training = {
+        "step": STEP,
+        "config": {"r": 16, "data": "x"},
+        "data": "0" * 64,
+        "processes": 1,
+        "threads": 2,
+        "device": "cpu",
+    }
+
+    def fill(folder: Path) -> None:
+        torch.save(state, folder / "state.pt")
+        (folder / "training.json").write_text(json.dumps(training))
+        (folder / "adapter_config.json").write_text("{}")
+
+    with tempfile.TemporaryDirectory() as output:
+        checkpoint.save(Path(output), STEP, fill)
+        return {path.name: path.read_bytes() for path in checkpoint.folder(Path(output), STEP).iterdir()}
+
+
+def change_checkpoint(random: Random, files: Files) -> Files:
+    """Mostly bytes that the manifest must betray; at times what a manifest vouches for is nonsense."""
+    from fastlora import checkpoint
+
+    if random.random() < 0.8:
+        return change_files(random, files)
+    name = random.choice(["training.json", "state.pt"])
+    files = {**files, name: CHANGES.get(Path(name).suffix, change_bytes)(random, files[name])}
+    digests = {name: sha256(data).hexdigest() for name, data in files.items() if name != checkpoint.MANIFEST}
+    return {**files, checkpoint.MANIFEST: checkpoint._manifest(STEP, digests)}
+
+
+def read_checkpoint(folder: Path, files: Files) -> None:
+    from fastlora import checkpoint
+
+    try:
+        found = checkpoint.read(folder)
+    except checkpoint.CheckpointError as error:
+        assert str(folder) in str(error), error
+        return
+    digests = {name: sha256(data).hexdigest() for name, data in files.items() if name != checkpoint.MANIFEST}
+    assert files[checkpoint.MANIFEST] == checkpoint._manifest(STEP, digests), "a change that no one vouches for"
+    assert found.training.step == STEP and set(found.state) == checkpoint.STATE
+
+
+TARGETS: dict[str, Target] = {
+    "table": Target(table_files, change_files, read_table),
+    "examples": Target(examples_files, change_lines, read_lines),
+    "adapter": Target(adapter_files, change_files, read_adapter),
+    "checkpoint": Target(checkpoint_files, change_checkpoint, read_checkpoint),
+}
+
+
+def run(name: str, cases: range) -> None:
+    """Every case of a target in turn.
+
+    Raises:
+        AssertionError: a case is a fault; the message says which.
+    """
+    target = TARGETS[name]
+    good = target.files()
+    with scratch() as folder, silent():
+        write(folder, good)
+        target.read(folder, good)
+        for case in cases:
+            files = target.change(Random(f"{name} {case}"), good)
+            write(folder, files)
+            try:
+                target.read(folder, files)
+            except Exception as fault:
+                raise AssertionError(f"python tests/fuzz.py {name} --first {case} --cases 1: {fault!r}") from fault
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Hostile files for whatever reads files.")
+    parser.add_argument("targets", nargs="*", default=list(TARGETS), choices=list(TARGETS), metavar="TARGET")
+    parser.add_argument("--cases", type=int, default=1_000_000)
+    parser.add_argument("--first", type=int, default=0)
+    options = parser.parse_args()
+    for name in options.targets:
+        began = time.perf_counter()
+        for start in range(options.first, options.first + options.cases, 10_000):
+            run(name, range(start, min(start + 10_000, options.first + options.cases)))
+            seconds = time.perf_counter() - began
+            done = min(start + 10_000, options.first + options.cases) - options.first
+            print(f"{name}: {done} cases, {seconds:.0f} s", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

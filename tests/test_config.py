@@ -1,0 +1,151 @@
+"""TrainConfig: every option is held to its type and range before anything is read or written, and the error names it."""
+
+import math
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import get_scheduler
+from transformers.trainer_utils import SchedulerType
+
+from fastlora.config import SCHEDULES, TrainConfig
+from fastlora.train import _scheduler
+from fastlora.typed import fits, shown
+
+
+def make(**options: Any) -> TrainConfig:
+    return TrainConfig(**{"model": "some/model", "data": "rows.jsonl", "output": "out", **options})
+
+
+WRONG = {int: ["16", 2.5, True, [1], None], float: ["x", True, [1.0], {}], bool: [1, "yes"], str: [1, b"x"]}
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(TrainConfig)])
+def test_every_option_is_held_to_its_type(name):
+    """From the annotations themselves: an option that is added later is checked, too."""
+    hint = TrainConfig.__annotations__[name]
+    kinds = [kind for kind in WRONG if fits({int: 1, float: 1.5, bool: True, str: "a"}[kind], hint)]
+    assert kinds, f"{name} takes none of the types that this test knows"
+    tried = [value for value in WRONG[kinds[0]] if not fits(value, hint)] + [object()]
+    for value in tried:
+        with pytest.raises(TypeError, match=rf"^{name}=.*: expected .*, got {type(value).__name__}$"):
+            make(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("r", "16", "r='16': expected int, got str"),
+        ("batch_size", 2.5, "batch_size=2.5: expected int, got float"),
+        ("lora_alpha", "x", "lora_alpha='x': expected float, got str"),
+        ("epochs", True, "epochs=True: expected int, got bool"),
+        ("target_modules", ["q_proj", 3], r"target_modules=\['q_proj', 3\]: expected str or a list of str, got list"),
+        ("max_steps", "all", "max_steps='all': expected int or None, got str"),
+        ("data", 3, "data=3: expected str or Path, got int"),
+    ],
+)
+def test_a_wrong_type_says_what_was_expected(option, value, message):
+    with pytest.raises(TypeError, match=message):
+        make(**{option: value})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("method", "dora"),
+        ("r", 0),
+        ("r", 2**31),
+        ("epochs", 0),
+        ("max_steps", -1),
+        ("batch_size", 10**5000),
+        ("max_length", 1),
+        ("truncation", "end"),
+        ("lora_dropout", 1.0),
+        ("lora_dropout", math.nan),
+        ("warmup_ratio", 1),
+        ("lr", math.nan),
+        ("lr", -1),
+        ("lora_alpha", 10**400),
+        ("lora_alpha", 10**5000),
+        ("max_grad_norm", math.inf),
+        ("seed", -1),
+        ("seed", 2**32),
+        ("dtype", "float64"),
+        ("save_steps", 0),
+        ("pack_budget", -1),
+        ("resume_from", 0),
+        ("model", ""),
+        ("output", ""),
+        ("target_modules", []),
+        ("target_modules", ""),
+        ("target_modules", "(q_proj"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else shown(value),  # pytest would write the numbers out
+)
+def test_an_option_out_of_range_is_named(option, value):
+    with pytest.raises(ValueError, match=f"^{option}=") as caught:
+        make(**{option: value})
+    assert len(str(caught.value)) < 300 and "--" not in str(caught.value)
+
+
+def test_resume_from_implies_resume_and_excludes_overwrite():
+    assert make(resume_from=3).resume
+    with pytest.raises(ValueError, match="resume and overwrite exclude each other"):
+        make(resume_from=3, overwrite=True)
+
+
+def test_full_training_takes_no_target_modules():
+    with pytest.raises(ValueError, match=r"^target_modules=\['q_proj'\]: method=full trains the whole model"):
+        make(method="full", target_modules=["q_proj"])
+
+
+def test_a_path_is_a_model_too(tmp_path):
+    (tmp_path / "there").mkdir()
+    assert make(model=tmp_path / "there" / "..").model == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", [kind.value for kind in SchedulerType] + ["nonsense"])
+def test_a_schedule_works_or_is_refused_with_those_that_do(name):
+    """Also those that a later transformers may bring: each is in the list or refused, and what is in the list runs."""
+    if name not in SCHEDULES:
+        with pytest.raises(ValueError, match=rf"^lr_scheduler_type='{name}': expected one of linear, .*inverse_sqrt"):
+            make(lr_scheduler_type=name)
+        return
+    for steps in (1, 2, 3, 50):
+        for ratio in (0.0, 0.03, 0.5, 0.99):
+            config = make(lr_scheduler_type=name, warmup_ratio=ratio, lr=1e-3)
+            rates = learning_rates(config, steps)
+            assert all(0 < rate <= 1e-3 for rate in rates), (steps, ratio, rates)
+
+
+def learning_rates(config: TrainConfig, steps: int) -> list[float]:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=config.lr)
+    scheduler = _scheduler(config, optimizer, steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(scheduler.get_last_lr()[0])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "constant"])
+def test_the_warm_up_rises_from_its_first_step_and_the_rest_is_transformers_own(name):
+    config, steps, warmup = make(lr_scheduler_type=name, warmup_ratio=0.2, lr=1.0), 20, 4
+    rates = learning_rates(config, steps)
+    assert rates[:warmup] == [0.25, 0.5, 0.75, 1.0]
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    assert theirs.get_last_lr() == [0.0]  # what step 1 would have
+    for step in range(1, steps):
+        optimizer.step()
+        theirs.step()
+        assert step < warmup or rates[step] == theirs.get_last_lr()[0]
+
+
+def test_values_are_shown_on_one_short_line():
+    assert shown("a\nb") == "'a\\nb'" and len(shown("x" * 1000)) < 100
+    assert shown(10**5000) == "a number of 16610 bits" and shown([10**5000]) == "a list"
+    assert shown(Path("x")) == repr(Path("x"))

@@ -1,0 +1,181 @@
+"""Loading a base and its tokenizer: whatever is not what it should be is one clear error that names it."""
+
+import ast
+import json
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from tokenizers import AddedToken
+from transformers import AutoModelForCausalLM
+
+from fastlora import inference, merge
+from fastlora.inference import base_of, load_model, load_tokenizer
+from fastlora.train import TrainConfig, train
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_cpu():
+    with tiny.on_cpu():
+        yield
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("loading") / "model")
+
+
+@pytest.fixture
+def base(original, tmp_path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "model"))
+
+
+def save_adapter(folder: Path, base: Path) -> Path:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(folder)
+    return folder
+
+
+def change(file: Path, **values) -> None:
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def transpose(file: Path) -> None:
+    tensors = load_file(file)
+    tensors["model.layers.0.mlp.up_proj.weight"] = tensors["model.layers.0.mlp.up_proj.weight"].T.contiguous()
+    save_file(tensors, file, {"format": "pt"})
+
+
+DAMAGES = {
+    "no config": (lambda base: (base / "config.json").unlink(), OSError, "there is no config.json"),
+    "a config that is a list": (
+        lambda base: (base / "config.json").write_text("[1]"),
+        ValueError,
+        "config.json cannot be loaded",
+    ),
+    "a config that is no JSON": (
+        lambda base: (base / "config.json").write_text("{"),
+        OSError,
+        "config.json cannot be loaded",
+    ),
+    "an unknown model": (
+        lambda base: change(base / "config.json", model_type="novel"),
+        ValueError,
+        "config.json cannot be loaded",
+    ),
+    "no tokenizer": (
+        lambda base: [path.unlink() for path in base.glob("*token*")],
+        ValueError,
+        "its tokenizer cannot be loaded",
+    ),
+    "a damaged tokenizer": (lambda base: cut(base / "tokenizer.json"), ValueError, "its tokenizer cannot be loaded"),
+    "no weights": (lambda base: (base / "model.safetensors").unlink(), OSError, "the model cannot be loaded"),
+    "cut weights": (
+        lambda base: cut(base / "model.safetensors"),
+        ValueError,
+        "the model cannot be loaded: SafetensorError",
+    ),
+    "weights of another shape": (
+        lambda base: transpose(base / "model.safetensors"),
+        ValueError,
+        "the model cannot be loaded",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_model_is_named(name, base):
+    damage, error, message = DAMAGES[name]
+    damage(base)
+    with pytest.raises(error, match=re.escape(f"model={base}: ") + f".*{message}"):
+        load_model(str(base))
+
+
+def test_what_is_no_model(base, tmp_path):
+    adapter = save_adapter(tmp_path / "adapter", base)
+    for load in (lambda path: load_model(path), load_tokenizer):
+        with pytest.raises(ValueError, match=re.escape(f"expected a base model; it is used as adapter={adapter}")):
+            load(str(adapter))
+        with pytest.raises(FileNotFoundError, match="model: there is no folder"):
+            load(str(tmp_path / "none"))
+        with pytest.raises(FileNotFoundError, match="there is no folder"):
+            load("runs/of/mine")  # no hub id either
+        with pytest.raises(NotADirectoryError, match="got a file"):
+            load(str(base / "config.json"))
+
+
+def test_the_model_that_an_adapter_names(base, tmp_path):
+    adapter = save_adapter(tmp_path / "adapter", base)
+    assert load_model(None, {"default": adapter})[0].peft_config["default"].base_model_name_or_path == str(base)
+    base.rename(tmp_path / "moved")
+    for load in (lambda: load_model(None, {"default": adapter}), lambda: merge.merge(None, adapter, tmp_path / "out")):
+        with pytest.raises(
+            FileNotFoundError, match=f"{re.escape(str(adapter))}: it was trained on .*no such folder any more"
+        ):
+            load()
+    load_model(str(tmp_path / "moved"), {"default": adapter})
+    change(adapter / "adapter_config.json", base_model_name_or_path=None)
+    with pytest.raises(ValueError, match="no adapter names one"):
+        base_of([inference.read_adapter(adapter)])
+
+
+def add_tokens(base: Path, **options) -> None:
+    words = tiny.tokenizer()
+    words.add_tokens([AddedToken("<more>", **options)], special_tokens=options.get("special", False))
+    words.save_pretrained(base)
+
+
+def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows(base, tmp_path):
+    rows = len(tiny.tokenizer())
+    add_tokens(base)
+    message = f"the tokenizer has {rows + 1:,} tokens and the embedding {rows:,} rows: none for '<more>'"
+    data = tiny.save_data(tmp_path / "data.jsonl", 4)
+    for load in (
+        lambda: load_model(str(base)),
+        lambda: train(TrainConfig(model=str(base), data=data, output=tmp_path / "out"), progress=False),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            load()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_special_token_that_no_text_holds_may_have_no_row(base):
+    """As Gemma 3's of images in its models of text."""
+    add_tokens(base, special=True)
+    assert len(load_tokenizer(str(base))) == len(tiny.tokenizer()) + 1
+    words = load_tokenizer(str(base))
+    words.pad_token = "<more>"
+    words.save_pretrained(base)
+    with pytest.raises(ValueError, match="none for '<more>'"):
+        load_tokenizer(str(base))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_the_stored_dtype(base, dtype):
+    AutoModelForCausalLM.from_pretrained(base).to(dtype).save_pretrained(base)
+    assert load_model(str(base), dtype="stored")[0].dtype == dtype
+    assert load_model(str(base))[0].dtype == torch.float32
+    file = base / "config.json"
+    config = json.loads(file.read_text())
+    assert config.pop("dtype")
+    file.write_text(json.dumps(config))
+    assert load_model(str(base), dtype="stored")[0].dtype == dtype, "the weights' own, where the config names none"
+
+
+@pytest.mark.parametrize("module", ["adapters", "inference", "layers", "merge"])
+def test_the_library_does_not_speak_of_the_command_lines_options(module):
+    tree = ast.parse((ROOT / "fastlora" / f"{module}.py").read_text())
+    texts = [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    assert len(texts) > 10
+    assert not [text for text in texts if re.search(r"(^|[\s(:])--[a-z]", text)]
