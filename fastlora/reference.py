@@ -27,11 +27,14 @@ _has_amx = torch.cpu._is_amx_tile_supported()
 def readable_rows(x: Tensor) -> Tensor:  # [M, K]
     """x, or a copy of the same values, as torch can multiply it from the left, transposed or not.
 
-    oneDNN's product on AMX tiles (3.12, torch 2.13) takes columns in pairs: of a 16-bit x whose rows do not lie together it reads one element
-    past an odd K, and multiplies it by 0, so that a NaN or an infinity beside the view gets into y. The copy has a zero there.
+    oneDNN's product on AMX tiles (3.12, torch 2.13) takes columns in pairs: of a 16-bit x whose rows do not lie together it reads past their
+    ends where K or the distance between them is odd, and multiplies that by 0, so that a NaN or an infinity beside the view gets into y. The copy
+    has zeros there, and an even distance.
     """
     M, K = x.shape
-    if not _has_amx or x.device.type != "cpu" or x.element_size() != 2 or x.stride() == (K, 1) or not (M % 2 or K % 2):
+    if not _has_amx or x.device.type != "cpu" or x.element_size() != 2 or x.stride() == (K, 1):
+        return x
+    if not any(size % 2 for size in (M, K)) and not any(distance % 2 for distance in x.stride() if distance != 1):
         return x
     return x.new_zeros(M + M % 2, K + K % 2)[:M, :K].copy_(x)
 
