@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from bounds import run_apart
 from torch import Tensor
 
+from fastlora import reference
+
 BF16 = torch.bfloat16
 
 
@@ -18,30 +20,41 @@ def rows_in_nan(rows: int, columns: int, distance: int, dtype: torch.dtype = BF1
     return around[offset:].as_strided((rows, columns), (distance, 1)).copy_(torch.randn(rows, columns))
 
 
-@pytest.mark.parametrize(
-    ("left", "spoiled"),
-    [
-        (rows_in_nan(64, 37, 40), 64),
-        (rows_in_nan(37, 100, 103), 37),
-        (rows_in_nan(20, 70, 73), 20),
-        (rows_in_nan(64, 37, 40, torch.float16), 64),
-        (rows_in_nan(64, 37, 40)[:8], 8),
-        (rows_in_nan(8, 37, 40, offset=3), 7),  # behind the last one the memory ends
-        (rows_in_nan(64, 36, 40), 0),
-        (rows_in_nan(64, 37, 40, torch.float32), 0),
-        (rows_in_nan(5, 37, 40), 0),
-        (rows_in_nan(64, 37, 37), 0),
-        (rows_in_nan(64, 37, 40).clone(), 0),
-        (torch.ones(64, 40, dtype=BF16)[:, :37], 0),  # what is read is finite
-        (torch.full((37, 64), torch.nan, dtype=BF16).t(), 0),
-        (torch.empty(0, 37, dtype=BF16), 0),
-    ],
-)
+LEFT = [
+    (rows_in_nan(64, 37, 40), 64),
+    (rows_in_nan(37, 100, 103), 37),
+    (rows_in_nan(20, 70, 73), 20),
+    (rows_in_nan(64, 37, 40, torch.float16), 64),
+    (rows_in_nan(64, 37, 40)[:8], 8),
+    (rows_in_nan(8, 37, 40, offset=3), 7),  # behind the last one the memory ends
+    (rows_in_nan(64, 36, 40), 0),
+    (rows_in_nan(64, 37, 40, torch.float32), 0),
+    (rows_in_nan(5, 37, 40), 0),
+    (rows_in_nan(64, 37, 37), 0),
+    (rows_in_nan(64, 37, 40).clone(), 0),
+    (torch.ones(64, 40, dtype=BF16)[:, :37], 0),  # what is read is finite
+    (torch.full((37, 64), torch.nan, dtype=BF16).t(), 0),
+    (torch.empty(0, 37, dtype=BF16), 0),
+]
+
+
+@pytest.mark.parametrize(("left", "spoiled"), LEFT)
 def test_what_is_read_past_the_last_column(left: Tensor, spoiled: int) -> None:
     found = amx_fault.spoiled_rows(left)
     assert (0 if found is None else int(found.sum())) == spoiled
     in_batch = amx_fault.spoiled_rows(left[None])
     assert (0 if in_batch is None else int(in_batch.sum())) == spoiled
+
+
+@pytest.mark.parametrize("left", [left for left, _ in LEFT])
+def test_readable_rows_have_nothing_behind_them(left: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "_has_amx", True)
+    for operand in (left, left.t()):
+        readable = reference.readable_rows(operand)
+        assert torch.equal(readable.nan_to_num(), operand.nan_to_num())
+        for given in (readable, readable.t()):
+            found = amx_fault.spoiled_rows(given)
+            assert found is None or not found.any()
 
 
 def products() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
