@@ -16,6 +16,7 @@ constexpr int ROWS = 4, RANKS = 2, VECTORS = 2;  // 16 registers
 #endif
 
 constexpr int64_t ROW_BLOCK = 64;       // rows whose gradient is summed by itself, so that rounding grows with the blocks, not the rows
+constexpr int64_t RANK_BLOCK = 128;     // ranks whose products are summed by themselves, for the same reason
 constexpr int64_t COLUMN_BLOCK = 2048;  // 64 rows of so many floats, or 64 ranks, stay in the second-level cache
 static_assert(COLUMN_BLOCK % COLUMN_UNIT == 0 && COLUMN_UNIT % (VECTORS * WIDTH) == 0 && COLUMN_UNIT % DECISIONS == 0);
 
@@ -104,11 +105,17 @@ void add_tile(
     const Block<T, COUNT>& block, int64_t l, int64_t count, const float* const* coefficients, int64_t rank, const float* panel,
     int64_t stride, float factor) {
   Floats total[I][V] = {};
-  for (int64_t r = 0; r < rank; ++r) {
-    Floats p[V];
-    for (int j = 0; j < V; ++j) p[j] = load(panel + r * stride + l + j * WIDTH);
+  for (int64_t begin = 0; begin < rank; begin += RANK_BLOCK) {
+    Floats sum[I][V] = {};
+    for (int64_t r = begin; r < at_most(begin + RANK_BLOCK, rank); ++r) {
+      Floats p[V];
+      for (int j = 0; j < V; ++j) p[j] = load(panel + r * stride + l + j * WIDTH);
+      for (int i = 0; i < I; ++i) {
+        for (int j = 0; j < V; ++j) sum[i][j] += coefficients[i][r] * p[j];
+      }
+    }
     for (int i = 0; i < I; ++i) {
-      for (int j = 0; j < V; ++j) total[i][j] += coefficients[i][r] * p[j];
+      for (int j = 0; j < V; ++j) total[i][j] += sum[i][j];
     }
   }
   for (int i = 0; i < I; ++i) {
