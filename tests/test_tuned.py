@@ -220,7 +220,7 @@ def test_layers_that_share_x_run_as_gains_most(
         ran.append("together")
         return [], x, x
 
-    def on_a_card(op: str, like: Tensor, rows: int, elements: int, dropout: bool) -> ops.Choice:
+    def on_a_card(op: str, like: Tensor, rows: int, elements: int, dropout: bool, _: Tensor) -> ops.Choice:
         return ops._decide(op, torch.device("cuda"), like.dtype, rows, elements, dropout)
 
     ran: list[str] = []
