@@ -24,6 +24,8 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock
 
+from fastlora.typed import check_fields, shown
+
 SCHEMA = 1
 SHIPPED = Path(__file__).parent / "data" / "tuned"
 ROWS = (1, 8, 64, 512, 4096)
@@ -198,7 +200,7 @@ def load_state(state: Mapping[str, Iterable[Iterable[Any]]] | None) -> None:
     _tables.clear()
     _cached.clear()
     for device_type, entries in (state or {}).items():
-        _tables[device_type] = _by_class(_checked(Measurement(*entry)) for entry in entries)
+        _tables[device_type] = _by_class(checked(Measurement(*entry)) for entry in entries)
     choices.clear()
 
 
@@ -225,7 +227,14 @@ def _table(device_type: str) -> Table:
 def _read_files(device_type: str) -> Table:
     named = os.environ.get("FASTLORA_TABLE")
     if named:
-        return _read(Path(named), {"schema": SCHEMA})
+        try:
+            return _read(Path(named), {"schema": SCHEMA})
+        except OSError as error:
+            raise type(error)(
+                f"FASTLORA_TABLE={named}: expected a file made by `fastlora tune --output`: {error}"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"FASTLORA_TABLE: {error}") from None
     kind = kind_of(device_type)
     path = SHIPPED / f"{kind}.json"
     shipped = _read(path, {"schema": SCHEMA, "kind": kind}) if path.is_file() else {}
@@ -240,7 +249,7 @@ def _read_cache(device_type: str) -> Table:
         return {}
     except (OSError, ValueError) as error:
         warnings.warn(
-            f"fastlora: a cache is ignored until a trial or `fastlora tune` replaces it: {error}", stacklevel=2
+            f"fastlora: a cache is ignored until a trial or `fastlora tune` replaces it: {error}", stacklevel=1
         )
         return {}
 
@@ -262,31 +271,38 @@ def _read(path: Path, expected: Mapping[str, Any], whose: str | None = None) -> 
             if content.get(name) != value:
                 raise ValueError(f"{name} is {content.get(name)!r}, expected {value!r}")
         origin = _origin(whose or content.get("kind"), content.get("date"))
-        return _by_class(_checked(Measurement(**entry, origin=origin)) for entry in content["entries"])
-    except (KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no table for this machine: {type(error).__name__}: {error}") from None
+        entries = content.get("entries")
+        if not isinstance(entries, list):
+            raise ValueError(f"entries: expected a list, got {shown(entries)}")
+        return _by_class(_entry(entry, f"entries[{i}]", origin) for i, entry in enumerate(entries))
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path} is no table for this machine: {error}") from None
 
 
-def _checked(one: Measurement) -> Measurement:
+def _entry(entry: Any, where: str, origin: str) -> Measurement:
+    try:
+        return checked(Measurement(**entry, origin=origin))
+    except (TypeError, ValueError) as error:  # the former: no object, or other fields
+        raise ValueError(f"{where}: {str(error).removeprefix('fastlora.tuned.')}, got {shown(entry)}") from None
+
+
+def checked(one: Measurement) -> Measurement:
     """The measurement, if it can be one.
 
     Raises:
-        ValueError: a field has a wrong type or value.
+        TypeError, ValueError: a field is of a wrong type or value; the message names it.
     """
-    words = (one.op, one.dtype, one.implementation, one.origin)
-    timed = isinstance(one.ratio, (int, float)) and not isinstance(one.ratio, bool) and 0 < one.ratio < math.inf
+    check_fields(one)
+    timed = one.ratio is not None and 0 < one.ratio < math.inf
     right = {
-        "op, dtype, implementation or origin": all(isinstance(word, str) for word in words),
-        "rows": type(one.rows) is int and one.rows in ROWS,
+        "rows": one.rows in ROWS,
         "size": one.size in ("small", "large"),
-        "dropout": isinstance(one.dropout, bool),
-        "checked": isinstance(one.checked, bool),
         "ratio": timed if one.checked else one.ratio is None,
         "way": one.way == "" or any(one.way in ways for ways in WAYS.values()),
     }
     for name, fits in right.items():
         if not fits:
-            raise ValueError(f"{name}: of a wrong type or value in {one}")
+            raise ValueError(f"{name}={shown(getattr(one, name))}: no measurement has that")
     return one
 
 

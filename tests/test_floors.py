@@ -11,8 +11,8 @@ OPERATORS = ("lora_linear", "multi_lora", "prefix_concat")
 
 # From the bottom up; a file imports only from floors below its own, or from its own package.
 FLOORS = (
-    {"bounds"},
-    {"reference", "tuned", "typed"},
+    {"bounds", "typed"},
+    {"reference", "tuned"},
     {"ops"},
     {"packed"},
     {"kernels", "_C"},
