@@ -82,7 +82,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     def run(*args: Any, **kwargs: Any) -> None:
         name = function.__name__.removesuffix("_")
         try:
-            function(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                function(*args, **kwargs)
         except KeyboardInterrupt as interrupt:
             _fail(name, _as_options(str(interrupt)) or "interrupted", 130)
         except Exception as error:
@@ -132,6 +134,11 @@ def _as_options(text: str) -> str:
     flags = r"(?<![\w/.-])(resume|overwrite|allow_missing|compile)=True\b"
     text = re.sub(flags, lambda found: "--" + found[1].replace("_", "-"), text)
     return re.sub(r"(?<=\bas )(adapter|model)=(?=\S)", r"--\1 ", text)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning is one plain line, too, without the line of source that raised it."""
+    print(_as_options(" ".join(str(message).split())), file=sys.stderr)
 
 
 def _quiet() -> None:
