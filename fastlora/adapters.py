@@ -11,6 +11,8 @@ import json
 import logging
 import math
 import re
+import subprocess
+import sys
 import types
 import typing
 import warnings
@@ -32,6 +34,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LARGEST_CONFIG, LARGEST_HEADER = 1 << 24, 100_000_000  # bytes; the second is safetensors' own limit
 LARGEST_RANK, MOST_LAYERS = 1 << 16, 1 << 12  # what a config may ask to be allocated
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8}  # bytes an element; I64 is a saved BatchNorm's count
+PATIENCE = 10.0  # seconds that a config's regular expressions may take on a model's names
 DEEPEST = 32  # lists and objects within one another
 LISTED = 10  # keys that a message shows
 
@@ -383,10 +386,40 @@ def check(adapter: Adapter, model: nn.Module, *, allow_missing: bool = False) ->
     return given
 
 
+TRY = """
+import json, re, sys
+patterns, names = json.load(sys.stdin)
+for one in patterns:
+    for name in names:
+        re.fullmatch(one, name), re.match(rf"(.*\\.)?({one})$", name)
+"""
+
+
+def _check_patterns(adapter: Adapter, model: nn.Module) -> None:
+    """Refuse a regular expression that does not come to an end on the model's names: in a process that can be stopped, as Python's own cannot."""
+    names = [name for name, _ in model.named_modules()]
+    for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"):
+        value = getattr(adapter.config, key) or ()
+        if key.endswith("_modules") and not isinstance(value, str):
+            continue  # names, not patterns
+        patterns = [one for one in ([value] if isinstance(value, str) else value) if not re.fullmatch(r"[\w.-]+", one)]
+        if not patterns:
+            continue
+        text, command = json.dumps([patterns, names]), [sys.executable, "-I", "-S", "-c", TRY]
+        try:
+            subprocess.run(command, input=text, text=True, stderr=subprocess.DEVNULL, timeout=PATIENCE)
+        except subprocess.TimeoutExpired:
+            problem = (
+                f"expected a regular expression that is matched in {PATIENCE:g} seconds, got {_shown(patterns[0])}"
+            )
+            raise AdapterError(adapter.folder / CONFIG, key, problem) from None
+
+
 def _expected(adapter: Adapter, model: nn.Module) -> tuple[dict[str, Tensor], set[str], Any]:
     """What PEFT would save of the adapter on this model, on the meta device; the keys of embeddings that it may write beside it; and that model."""
     from peft import get_peft_model_state_dict
 
+    _check_patterns(adapter, model)
     memo: dict[int, Any] = {}
     for tensor in chain(model.parameters(), model.buffers()):
         empty = torch.empty_like(tensor, device="meta")

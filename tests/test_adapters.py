@@ -468,6 +468,21 @@ def test_a_config_that_does_not_fit_the_model(name, folder):
         adapters.load(llama(), {"default": adapters.read(folder)})
 
 
+@pytest.mark.parametrize("key", ["target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"])
+def test_a_regular_expression_that_never_ends_is_refused(key, folder, monkeypatch):
+    hanging = "(([a-z0-9._])+)+!"
+    change(folder, **{key: {hanging: 4} if key.endswith("pattern") else hanging})
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters, "PATIENCE", 0.3)
+        with pytest.raises(AdapterError, match=f"adapter_config.json: {key}: expected a regular expression that"):
+            adapters.check(adapters.read(folder), llama())
+    quick = r".*\.(q|v)_proj"
+    change(
+        folder, target_modules=quick, exclude_modules="no(thing)?", rank_pattern={quick: 4}, alpha_pattern={quick: 8}
+    )
+    assert adapters.check(adapters.read(folder), llama())
+
+
 def test_an_adapter_of_another_base_names_the_layer(tmp_path):
     save(tmp_path, lambda: llama(hidden_size=48), **Q)
     message = rf"adapter_model.safetensors: {A}: got shape \[4, 48\], the model has room for \[4, 32\]"
