@@ -16,8 +16,8 @@ import sys
 import types
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from itertools import chain
 from pathlib import Path
@@ -28,6 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastlora.typed import fits, listed, shown
+
 logger = logging.getLogger("fastlora")
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -36,7 +38,6 @@ LARGEST_RANK, MOST_LAYERS = 1 << 16, 1 << 12  # what a config may ask to be allo
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8}  # bytes an element; I64 is a saved BatchNorm's count
 PATIENCE = 10.0  # seconds that a config's regular expressions may take on a model's names
 DEEPEST = 32  # lists and objects within one another
-LISTED = 10  # keys that a message shows
 
 
 class AdapterError(ValueError):
@@ -134,8 +135,7 @@ def _is_flat(value: Any) -> bool:
 
 
 def _shown(value: Any) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    return "null" if value is None else shown(value)
 
 
 def _read_config(file: Path) -> Any:
@@ -150,7 +150,7 @@ def _read_config(file: Path) -> Any:
     unknown = sorted(values.keys() - types_of.keys())
     if unknown:  # written by another PEFT
         logger.warning(
-            "adapter=%s: %s: this PEFT does not know and ignores %s", file.parent, file.name, _listed(unknown)
+            "adapter=%s: %s: this PEFT does not know and ignores %s", file.parent, file.name, listed(unknown)
         )
         values = {name: value for name, value in values.items() if name in types_of}
     for name, value in values.items():
@@ -176,7 +176,7 @@ def _lora_config() -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
 
 def _problem(name: str, value: Any, types_of: Mapping[str, Any]) -> str | None:
     """What is wrong with a config's value."""
-    if not _has_type(value, types_of[name]):
+    if not fits(value, types_of[name]):
         return f"expected {_type_name(types_of[name])}"
     if name == "r" and not _is_rank(value):
         return f"expected a rank from 1 to {LARGEST_RANK:,}"
@@ -206,31 +206,6 @@ def _is_rank(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether a lora_alpha can be used."""
     return type(value) in (int, float) and abs(value) <= torch.finfo(torch.float32).max
-
-
-def _has_type(value: Any, wanted: Any) -> bool:
-    """Whether a value that JSON gave is what a dataclass field of that type is written as."""
-    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
-    if wanted is type(None):
-        return value is None
-    if origin in (typing.Union, types.UnionType):
-        return any(_has_type(value, one) for one in arguments)
-    if origin is typing.Literal:
-        return any(type(value) is type(one) and value == one for one in arguments)
-    if origin is list:
-        return isinstance(value, list) and all(_has_type(one, arguments[0]) for one in value)
-    if origin is tuple:
-        fits = isinstance(value, list) and len(value) == len(arguments)
-        return fits and all(_has_type(one, type_) for one, type_ in zip(value, arguments, strict=True))
-    if origin is dict:
-        return isinstance(value, dict) and all(_has_type(one, arguments[1]) for one in value.values())
-    if wanted is float:
-        return type(value) in (int, float)
-    if isinstance(wanted, type) and issubclass(wanted, Enum):
-        return isinstance(value, str) and value in {member.value for member in wanted}
-    if is_dataclass(wanted):
-        return isinstance(value, dict)
-    return type(value) is wanted if isinstance(wanted, type) else True
 
 
 def _type_name(wanted: Any) -> str:
@@ -324,22 +299,16 @@ def _check_tensors(file: Path, config: Any, tensors: Mapping[str, Tensor]) -> No
             raise AdapterError(file, key, f"expected a matrix, got shape {list(tensor.shape)}")
         rank = tensor.shape[0 if end[1] == "A" else 1]
         # Under target_parameters the ranks of all experts stand below one another.
-        fits = any(rank % one == 0 for one in ranks) if config.target_parameters else rank in ranks
-        if not fits:
+        known = any(rank % one == 0 for one in ranks) if config.target_parameters else rank in ranks
+        if not known:
             raise AdapterError(
                 file,
                 key,
-                f"shape {list(tensor.shape)} is of rank {rank}, {CONFIG} has {_listed(map(str, sorted(ranks)))}",
+                f"shape {list(tensor.shape)} is of rank {rank}, {CONFIG} has {listed([str(one) for one in sorted(ranks)])}",
             )
         partner = key[: end.start(1)] + "AB"[end[1] == "A"] + key[end.end(1) :]
         if alpha * rank * largest[key] * largest.get(partner, 0.0) > torch.finfo(torch.float32).max:
             raise AdapterError(file, key, f"with {partner} and alpha {alpha} its update is more than float32 holds")
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    rest = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + rest
 
 
 def check(adapter: Adapter, model: nn.Module, *, allow_missing: bool = False) -> dict[str, Tensor]:
@@ -367,10 +336,10 @@ def check(adapter: Adapter, model: nn.Module, *, allow_missing: bool = False) ->
             )
     unknown = sorted(given.keys() - expected.keys())
     missing = sorted(expected.keys() - given.keys())
-    hint = f"; missing are {_listed(missing)}" if unknown and missing else ""
+    hint = f"; missing are {listed(missing)}" if unknown and missing else ""
     if unknown:
         raise AdapterError(
-            file, None, f"{len(unknown)} keys that are none of this adapter's on this model: {_listed(unknown)}{hint}"
+            file, None, f"{len(unknown)} keys that are none of this adapter's on this model: {listed(unknown)}{hint}"
         )
     for key, tensor in given.items():
         if tensor.is_floating_point() != expected[key].is_floating_point():
@@ -379,7 +348,7 @@ def check(adapter: Adapter, model: nn.Module, *, allow_missing: bool = False) ->
             problem = f"got shape {list(tensor.shape)}, the model has room for {list(expected[key].shape)}"
             raise AdapterError(file, key, f"{problem}: was it trained on another base ({adapter.base})?")
     if missing:
-        text = f"{len(missing)} of {len(expected)} tensors are missing: {_listed(missing)}"
+        text = f"{len(missing)} of {len(expected)} tensors are missing: {listed(missing)}"
         if not allow_missing:
             raise AdapterError(file, None, f"{text} (allow_missing=True leaves them as PEFT begins)")
         logger.warning("adapter=%s: %s: %s", adapter.folder, file.name, text)

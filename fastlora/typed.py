@@ -3,7 +3,9 @@
 import math
 import types
 from collections.abc import Sequence
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from dataclasses import is_dataclass
+from enum import Enum
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 SHOWN = 80  # characters of a wrong value
 LISTED = 12  # names
@@ -21,10 +23,18 @@ def check_fields(instance: Any) -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value is of a type: no bool passes for a number, an int passes for a float, and a list's items count."""
+    """Whether a value is of a type, or what JSON has in its place: a list for a tuple, an Enum's value, an object for a dataclass.
+
+    No bool passes for a number, an int passes for a float, and a list's items count.
+    """
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(fits(value, one) for one in inner)
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in inner)
+    if origin is tuple:
+        pairs = zip(value, inner, strict=True) if isinstance(value, list) and len(value) == len(inner) else None
+        return pairs is not None and all(fits(item, one) for item, one in pairs)
     if origin is list:
         return isinstance(value, list) and all(fits(item, inner[0]) for item in value)
     if origin is dict:
@@ -33,7 +43,9 @@ def fits(value: Any, hint: Any) -> bool:
         return True
     if hint is int or hint is float:
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return isinstance(value, str) and value in {member.value for member in hint}
+    return isinstance(value, (dict, hint) if is_dataclass(hint) else hint)
 
 
 def is_finite(value: int | float) -> bool:
