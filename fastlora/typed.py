@@ -45,7 +45,7 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, (int, hint)) and not isinstance(value, bool)
     if isinstance(hint, type) and issubclass(hint, Enum):
         return isinstance(value, str) and value in {member.value for member in hint}
-    return isinstance(value, (dict, hint) if is_dataclass(hint) else hint)
+    return isinstance(value, hint) or (is_dataclass(hint) and isinstance(value, dict))
 
 
 def is_finite(value: int | float) -> bool:

@@ -291,6 +291,7 @@ def test_an_error_is_one_line_and_exit_code_2(names, case):
     words, message = ERRORS[case]
     lines = run(*(word.format(**names) for word in words.split()), code=2).splitlines()
     assert lines[-1].startswith(f"fastlora {words.split()[0]}: ") and message.format(**names) in lines[-1]
+    assert len(lines) == 1
 
 
 def test_half_an_adapter_where_that_is_allowed(names):
