@@ -33,7 +33,7 @@ from fastlora.data.examples import (
     turn_end,
 )
 from fastlora.losses import LanguageModelLoss
-from fastlora.typed import listed
+from fastlora.typed import fits, listed, shown
 
 logger = logging.getLogger("fastlora")
 
@@ -89,6 +89,9 @@ def load_base(path: str, dtype: torch.dtype | None, device: torch.device) -> Any
             )
     model, found = loaded
     _require_weights(path, found)
+    ends = model.generation_config.eos_token_id
+    if not fits(ends, int | list[int] | None):
+        raise ValueError(f"model={path}: generation_config.json: eos_token_id: expected tokens, got {shown(ends)}")
     return model.to(device)
 
 
@@ -214,10 +217,14 @@ def load_model(
         The model, in eval mode, on the GPU if there is one; and its tokenizer.
 
     Raises:
+        TypeError: adapters are no folders by name.
         ValueError: a bad dtype or adapter name, no path and nothing that names one, or a damaged file; AdapterError: an adapter's.
         FileNotFoundError, OSError: an adapter or the model is not there.
     """
-    for name in adapters or {}:
+    adapters = {} if adapters is None else adapters
+    if not isinstance(adapters, Mapping) or not fits(dict(adapters), dict[str, str | Path]):
+        raise TypeError(f"adapters={shown(adapters)}: expected folders by adapter name, as in {{'default': FOLDER}}")
+    for name in adapters:
         if not name or "." in name or name == BASE:
             raise ValueError(f"adapter name {name!r}: expected a name without dots other than {BASE}")
         if hasattr(torch.nn.ModuleDict, name) or hasattr(torch.nn.ParameterDict, name):  # PEFT keeps adapters there
@@ -226,7 +233,7 @@ def load_model(
             )
     device = default_device()
     chosen = resolve_dtype(dtype, device)
-    read = {name: read_adapter(folder) for name, folder in (adapters or {}).items()}
+    read = {name: read_adapter(folder) for name, folder in adapters.items()}
     base = path or base_of(read.values())
     tokenizer = load_tokenizer(base)
     model = load_base(base, chosen, device)

@@ -100,6 +100,11 @@ DAMAGES = {
         ValueError,
         "its files lack 1 of the model's weights: model.norm.weight$",
     ),
+    "an end that is no token": (
+        lambda base: change(base / "generation_config.json", eos_token_id="</s>"),
+        ValueError,
+        "generation_config.json: eos_token_id: expected tokens, got '</s>'",
+    ),
     "a layer more": (
         lambda base: change(base / "config.json", num_hidden_layers=3),
         ValueError,
@@ -115,6 +120,12 @@ def test_a_damaged_model_is_named(name, base, caplog):
     with pytest.raises(error, match=re.escape(f"model={base}: ") + f".*{message}"):
         load_model(str(base))
     assert not caplog.records  # transformers' table says no more
+
+
+@pytest.mark.parametrize("adapters", ["adapter", ["adapter"], {1: "adapter"}, {"default": 1}])
+def test_adapters_are_folders_by_name(base, adapters):
+    with pytest.raises(TypeError, match=r"^adapters=.*: expected folders by adapter name"):
+        load_model(str(base), adapters)
 
 
 def test_a_weight_that_is_tied_or_of_no_use_is_nothing_to_complain_about(base, caplog):
