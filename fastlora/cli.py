@@ -104,6 +104,8 @@ def _exit_code(error: Exception) -> int | None:
 
     if isinstance(error, (ValueError, TypeError, OSError, ImportError, ImplementationError, SafetensorError)):
         return 2
+    if str(error).startswith("Symlink loop"):  # pathlib's RuntimeError, an OSError from Python 3.13 on
+        return 2
     ours = type(error).__module__.partition(".")[0] == "fastlora"
     return 1 if ours or _is_out_of_memory(error) else None
 

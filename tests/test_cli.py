@@ -243,6 +243,8 @@ ERRORS = {
         "target_modules='(q_proj': no regular expression",
     ),
     "the base as output": ("train --model {model} --data {data} --output {model} --overwrite", "apart from model="),
+    "a link to itself as output": ("train --model {model} --data {data} --output {loop}", "loop"),
+    "a link to itself as adapter": ("generate --adapter {loop} --prompt a", "loop"),
     "a file as output": ("train --model {model} --data {data} --output {data}", "expected a folder, "),
     "no such step": (
         "train --model {model} --data {data} --output {adapter} --resume-from 7",
@@ -274,6 +276,7 @@ def names(folder, tmp_path_factory) -> dict[str, Path]:
     half = {key: tensor for key, tensor in tensors.items() if "lora_A" in key}
     save_file(half, wrong / "half" / "adapter_model.safetensors")
     (wrong / "others" / "lora").mkdir(parents=True)
+    (wrong / "loop").symlink_to(wrong / "loop")
     (wrong / "others" / "lora" / "README.md").write_text("not yours")
     config = wrong / "orphan" / "adapter_config.json"
     config.write_text(config.read_text().replace(str(folder / "model"), str(folder / "gone")))
