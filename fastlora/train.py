@@ -66,6 +66,9 @@ logger = logging.getLogger("fastlora")
 # Data and how it is cut are compared by the rows' tokens.
 MAY_DIFFER_ON_RESUME = {"data", "truncation", "output", "save_steps", "resume", "resume_from", "overwrite"}
 
+LEAST = {"step": 1.0, "exp_avg": -math.inf, "exp_avg_sq": 0.0}
+"""What AdamW keeps of each weight, and the smallest value of it."""
+
 
 class TrainingError(RuntimeError):
     """Training went wrong and would only go on in vain."""
@@ -272,18 +275,28 @@ class _Run:
     def _load_state(self, saved: Checkpoint) -> None:
         self.step = saved.training.step
         path, optimizer, scheduler = saved.folder / "state.pt", saved.state["optimizer"], saved.state["scheduler"]
-        try:
-            self.optimizer.load_state_dict(optimizer)
-        except Exception as error:
-            raise CheckpointError(f"{path}: optimizer: {error}") from error
-        for name, parameter in self.trained.items():
-            for key, value in self.optimizer.state[parameter].items():
-                if value.dim() and value.shape != parameter.shape:
-                    raise CheckpointError(
-                        f"{path}: optimizer: {key} of {name} has shape {list(value.shape)}, expected {list(parameter.shape)}"
-                    )
-        if scheduler.keys() != self.scheduler.state_dict().keys() or scheduler["last_epoch"] != self.step:
+        # All but the moments follows from the options and the step.
+        rate = self.scheduler.base_lrs[0] * self.scheduler.lr_lambdas[0](self.step)
+        done = {"last_epoch": self.step, "_step_count": self.step + 1, "_last_lr": [rate]}
+        if not _is_equal(scheduler, {**self.scheduler.state_dict(), **done}):
             raise CheckpointError(f"{path}: scheduler: expected the state of step {self.step}")
+        groups = [{**group, "lr": rate} for group in self.optimizer.state_dict()["param_groups"]]
+        if not _is_equal(optimizer["param_groups"], groups):
+            raise CheckpointError(f"{path}: optimizer.param_groups: expected AdamW's of step {self.step} of this run")
+        trained = list(self.trained.items())
+        for index, state in optimizer["state"].items():
+            name, parameter = trained[index] if 0 <= index < len(trained) else (f"parameter {index}", None)
+            if parameter is None or set(state) != set(LEAST):
+                raise CheckpointError(f"{path}: optimizer: {name}: expected {', '.join(LEAST)} of a trained weight")
+            for key, value in state.items():
+                shape = [] if key == "step" else list(parameter.shape)
+                whole = list(value.shape) == shape and value.is_floating_point() and value.isfinite().all()
+                if not whole or (value < LEAST[key]).any():
+                    raise CheckpointError(
+                        f"{path}: optimizer: {key} of {name}: expected numbers of shape {shape} from {LEAST[key]:g} on,"
+                        f" got {value.dtype} of shape {list(value.shape)}"
+                    )
+        self.optimizer.load_state_dict(optimizer)
         self.scheduler.load_state_dict(scheduler)
         checkpoint.set_rng_state(saved.state["rng"][self.accelerator.process_index])
 
@@ -545,6 +558,13 @@ def _scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int
     theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
     rising = 0 if name == "constant" else warmup
     return LambdaLR(optimizer, lambda step: (step + 1) / rising if step < rising else theirs(step))
+
+
+def _is_equal(value: Any, expected: Any) -> bool:
+    try:
+        return bool(value == expected)
+    except Exception:  # a tensor in the place of a number
+        return False
 
 
 def _tokens(rows: Sequence[Row]) -> int:

@@ -1,6 +1,7 @@
 """The training loop: it learns, it survives, and what it leaves is what PEFT reads."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -414,6 +415,46 @@ def test_a_training_json_with_absurd_values_ends_at_once(again, case):
 
     checkpoint.save(again.output, content["step"], forge)
     with pytest.raises(CheckpointError, match=message):
+        train(again, progress=False)
+
+
+STATES = {
+    "no betas": (lambda s: s["optimizer"]["param_groups"][0].pop("betas"), "optimizer.param_groups: expected AdamW's"),
+    "a tensor as rate": (
+        lambda s: s["optimizer"]["param_groups"][0].update(lr=torch.ones(3)),
+        "optimizer.param_groups: expected AdamW's of step 6",
+    ),
+    "another rate": (lambda s: s["scheduler"].update(_last_lr=[1.0]), "scheduler: expected the state of step 6"),
+    "no rate": (lambda s: s["scheduler"].update(_last_lr=[]), "scheduler: expected the state of step 6"),
+    "no moments": (
+        lambda s: s["optimizer"]["state"][0].pop("exp_avg"),
+        "expected step, exp_avg, exp_avg_sq of a trained",
+    ),
+    "NaN": (lambda s: s["optimizer"]["state"][0]["exp_avg"].fill_(math.nan), "exp_avg of .*lora_A.* from -inf on"),
+    "below 0": (lambda s: s["optimizer"]["state"][1]["exp_avg_sq"].fill_(-1), "exp_avg_sq of .*lora_B.* from 0 on"),
+    "step -5": (lambda s: s["optimizer"]["state"][0]["step"].fill_(-5), "step of .* from 1 on"),
+    "another shape": (
+        lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.ones(3)),
+        r"got torch.float32 of shape \[3\]",
+    ),
+    "a weight too many": (lambda s: s["optimizer"]["state"].update({99: {}}), "parameter 99: expected"),
+}
+
+
+@pytest.mark.parametrize("case", STATES)
+def test_a_state_that_is_not_this_runs_names_file_and_key(again, case):
+    """Whoever wrote it: the manifest vouches for these files."""
+    change, message = STATES[case]
+    folder = again.output / "checkpoints" / "step-6"
+
+    def forge(scratch: Path) -> None:
+        shutil.copytree(folder, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+        state = torch.load(scratch / "state.pt", weights_only=True)
+        change(state)
+        torch.save(state, scratch / "state.pt")
+
+    checkpoint.save(again.output, 6, forge)
+    with pytest.raises(CheckpointError, match=f"step-6/state.pt: .*{message}"):
         train(again, progress=False)
 
 
