@@ -391,11 +391,14 @@ def run(name: str, cases: range) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Hostile files for whatever reads files.")
-    parser.add_argument("targets", nargs="*", default=list(TARGETS), choices=list(TARGETS), metavar="TARGET")
+    parser.add_argument("targets", nargs="*", metavar="TARGET", help=", ".join(TARGETS))
     parser.add_argument("--cases", type=int, default=1_000_000)
     parser.add_argument("--first", type=int, default=0)
     options = parser.parse_args()
-    for name in options.targets:
+    unknown = [name for name in options.targets if name not in TARGETS]
+    if unknown:  # argparse's own choices refuse that there is none
+        parser.error(f"TARGET: got {unknown[0]!r}, expected {', '.join(TARGETS)}")
+    for name in options.targets or TARGETS:
         began = time.perf_counter()
         for start in range(options.first, options.first + options.cases, 10_000):
             run(name, range(start, min(start + 10_000, options.first + options.cases)))

@@ -1,6 +1,7 @@
 """Ten thousand hostile files for each reader (fuzz.py; `make fuzz` has a million), and proof that a fault would be seen."""
 
 import random
+import sys
 from pathlib import Path
 
 import fuzz
@@ -30,6 +31,20 @@ def test_a_fault_is_told_with_its_number(name: str, monkeypatch: pytest.MonkeyPa
         fuzz.run(name, range(5, 100))
     fuzz.run(name, range(7, 8))
     assert seen[3] == seen[-1] != seen[0]
+
+
+@pytest.mark.parametrize(("words", "run"), [([], list(fuzz.TARGETS)), (["table"], ["table"]), (["tables"], [])])
+def test_the_command_runs_what_is_named_or_else_all(
+    words: list[str], run: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[tuple[str, range]] = []
+    monkeypatch.setattr(fuzz, "run", lambda *case: seen.append(case))
+    monkeypatch.setattr(sys, "argv", ["fuzz.py", *words, "--cases", "12000"])
+    try:
+        fuzz.main()
+    except SystemExit as end:
+        assert end.code == 2 and not run and "got 'tables', expected " in capsys.readouterr().err
+    assert seen == [(name, cases) for name in run for cases in (range(10_000), range(10_000, 12_000))]
 
 
 @pytest.mark.parametrize("name", fuzz.TARGETS)
