@@ -12,19 +12,20 @@ import logging
 import math
 import re
 import types
-import typing
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+
+from fastlora.typed import fits, listed, shown, spelt
 
 logger = logging.getLogger("fastlora")
 
@@ -33,7 +34,6 @@ LARGEST_CONFIG, LARGEST_HEADER = 1 << 24, 100_000_000  # bytes; the second is sa
 LARGEST_RANK, MOST_LAYERS = 1 << 16, 1 << 12  # what a config may ask to be allocated
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8}  # bytes an element; I64 is a saved BatchNorm's count
 DEEPEST = 32  # lists and objects within one another
-LISTED = 10  # keys that a message shows
 
 
 class AdapterError(ValueError):
@@ -115,7 +115,7 @@ def _read_json(file: Path, text: bytes) -> dict[str, Any]:
     if not _is_flat(value):
         raise AdapterError(file, None, f"cannot be read as JSON: nested deeper than {DEEPEST}")
     if not isinstance(value, dict):
-        raise AdapterError(file, None, f"expected a JSON object, got {_shown(value)}")
+        raise AdapterError(file, None, f"expected a JSON object, got {shown(value)}")
     return value
 
 
@@ -130,11 +130,6 @@ def _is_flat(value: Any) -> bool:
     return False
 
 
-def _shown(value: Any) -> str:
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
 def _read_config(file: Path) -> Any:
     size = file.stat().st_size
     if size > LARGEST_CONFIG:
@@ -142,18 +137,18 @@ def _read_config(file: Path) -> Any:
     values = _read_json(file, file.read_bytes())
     values.pop("runtime_config", None)  # PEFT writes none, and ignores one
     if values.get("peft_type") != "LORA":
-        raise AdapterError(file, "peft_type", f"expected 'LORA', got {_shown(values.get('peft_type'))}")
+        raise AdapterError(file, "peft_type", f"expected 'LORA', got {shown(values.get('peft_type'))}")
     types_of, make = _lora_config()
     unknown = sorted(values.keys() - types_of.keys())
     if unknown:  # written by another PEFT
         logger.warning(
-            "adapter=%s: %s: this PEFT does not know and ignores %s", file.parent, file.name, _listed(unknown)
+            "adapter=%s: %s: this PEFT does not know and ignores %s", file.parent, file.name, listed(unknown)
         )
         values = {name: value for name, value in values.items() if name in types_of}
     for name, value in values.items():
         problem = _problem(name, value, types_of)
         if problem:
-            raise AdapterError(file, name, f"{problem}, got {_shown(value)}")
+            raise AdapterError(file, name, f"{problem}, got {shown(value)}")
     try:
         return make(values)
     except Exception as error:  # PEFT checks little: AttributeError, KeyError, ...
@@ -162,19 +157,28 @@ def _read_config(file: Path) -> Any:
 
 @functools.cache
 def _lora_config() -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
-    """The type of every field of a LoraConfig, and how to make one. Cached: peft takes seconds to import."""
+    """The type that every field of a LoraConfig has in JSON, and how to make one. Cached: peft takes seconds to import."""
     from peft import LoraConfig
 
-    types_of = typing.get_type_hints(LoraConfig)
+    types_of = {name: _in_json(hint) for name, hint in get_type_hints(LoraConfig).items()}
     # PEFT's own annotations are too narrow for what it writes: alphas with a fraction, "pissa_niter_16".
     types_of.update({"lora_alpha": float, "init_lora_weights": bool | str})
     return types_of, lambda values: LoraConfig(**values)
 
 
+def _in_json(hint: Any) -> Any:
+    """What JSON has in the place of a field's value: for an enum its name, for a dataclass an object."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return Union[tuple(_in_json(one) for one in get_args(hint))]  # noqa: UP007  (of as many as there are)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return str
+    return dict if is_dataclass(hint) else hint
+
+
 def _problem(name: str, value: Any, types_of: Mapping[str, Any]) -> str | None:
     """What is wrong with a config's value."""
-    if not _has_type(value, types_of[name]):
-        return f"expected {_type_name(types_of[name])}"
+    if not fits(value, types_of[name]):
+        return f"expected {spelt(types_of[name])}"
     if name == "r" and not _is_rank(value):
         return f"expected a rank from 1 to {LARGEST_RANK:,}"
     if name == "rank_pattern" and not all(_is_rank(rank) for rank in (value or {}).values()):
@@ -204,43 +208,6 @@ def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) <= torch.finfo(torch.float32).max
 
 
-def _has_type(value: Any, wanted: Any) -> bool:
-    """Whether a value that JSON gave is what a dataclass field of that type is written as."""
-    origin, arguments = typing.get_origin(wanted), typing.get_args(wanted)
-    if wanted is type(None):
-        return value is None
-    if origin in (typing.Union, types.UnionType):
-        return any(_has_type(value, one) for one in arguments)
-    if origin is typing.Literal:
-        return any(type(value) is type(one) and value == one for one in arguments)
-    if origin is list:
-        return isinstance(value, list) and all(_has_type(one, arguments[0]) for one in value)
-    if origin is tuple:
-        fits = isinstance(value, list) and len(value) == len(arguments)
-        return fits and all(_has_type(one, type_) for one, type_ in zip(value, arguments, strict=True))
-    if origin is dict:
-        return isinstance(value, dict) and all(_has_type(one, arguments[1]) for one in value.values())
-    if wanted is float:
-        return type(value) in (int, float)
-    if isinstance(wanted, type) and issubclass(wanted, Enum):
-        return isinstance(value, str) and value in {member.value for member in wanted}
-    if is_dataclass(wanted):
-        return isinstance(value, dict)
-    return type(value) is wanted if isinstance(wanted, type) else True
-
-
-def _type_name(wanted: Any) -> str:
-    names = {type(None): "null", bool: "true or false", int: "an integer", float: "a number", str: "a string"}
-    arguments = typing.get_args(wanted)
-    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
-        return " or ".join(sorted({_type_name(one) for one in arguments}))
-    if typing.get_origin(wanted) is typing.Literal:
-        return " or ".join(repr(one) for one in arguments)
-    if typing.get_origin(wanted) in (list, tuple):
-        return "a list"
-    return names.get(wanted, "a string" if isinstance(wanted, type) and issubclass(wanted, Enum) else "an object")
-
-
 def _check_header(file: Path) -> None:
     """A safetensors file is 8 bytes of length, a JSON header of that length, and the tensors' bytes, one behind the other without a gap."""
     size = file.stat().st_size
@@ -257,7 +224,7 @@ def _check_header(file: Path) -> None:
         begin, end_ = _offsets(file, size, key, entry)
         if begin != end:
             raise AdapterError(
-                file, key, f"its bytes begin at {_shown(begin)}, expected {end:,}, where the tensor before ends"
+                file, key, f"its bytes begin at {shown(begin)}, expected {end:,}, where the tensor before ends"
             )
         end = end_
     if end != size - 8 - length:
@@ -274,12 +241,12 @@ def _begin(item: tuple[str, Any]) -> int:
 def _offsets(file: Path, size: int, key: str, entry: Any) -> tuple[int, int]:
     """Where a tensor's bytes begin and end, once its entry is known to make sense."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise AdapterError(file, key, f"expected dtype, shape and data_offsets, got {_shown(entry)}")
+        raise AdapterError(file, key, f"expected dtype, shape and data_offsets, got {shown(entry)}")
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        raise AdapterError(file, key, f"expected one of the dtypes {', '.join(DTYPES)}, got {_shown(entry['dtype'])}")
+        raise AdapterError(file, key, f"expected one of the dtypes {', '.join(DTYPES)}, got {shown(entry['dtype'])}")
     for name in ("shape", "data_offsets"):
         if not isinstance(entry[name], list) or not all(type(number) is int and number >= 0 for number in entry[name]):
-            raise AdapterError(file, key, f"{name}: expected numbers from 0, got {_shown(entry[name])}")
+            raise AdapterError(file, key, f"{name}: expected numbers from 0, got {shown(entry[name])}")
     numbers, shape = entry["data_offsets"], entry["shape"]
     bytes_ = DTYPES[entry["dtype"]]
     for number in shape:
@@ -288,10 +255,10 @@ def _offsets(file: Path, size: int, key: str, entry: Any) -> tuple[int, int]:
         bytes_ *= number
     if len(numbers) != 2 or numbers[1] - numbers[0] != bytes_:
         raise AdapterError(
-            file, key, f"shape {_shown(shape)} of {entry['dtype']} does not fill data_offsets {_shown(numbers)}"
+            file, key, f"shape {shown(shape)} of {entry['dtype']} does not fill data_offsets {shown(numbers)}"
         )
     if not bytes_:
-        raise AdapterError(file, key, f"shape {_shown(shape)} has no elements")
+        raise AdapterError(file, key, f"shape {shown(shape)} has no elements")
     return numbers[0], numbers[1]
 
 
@@ -325,17 +292,11 @@ def _check_tensors(file: Path, config: Any, tensors: Mapping[str, Tensor]) -> No
             raise AdapterError(
                 file,
                 key,
-                f"shape {list(tensor.shape)} is of rank {rank}, {CONFIG} has {_listed(map(str, sorted(ranks)))}",
+                f"shape {list(tensor.shape)} is of rank {rank}, {CONFIG} has {listed([str(one) for one in sorted(ranks)])}",
             )
         partner = key[: end.start(1)] + "AB"[end[1] == "A"] + key[end.end(1) :]
         if alpha * rank * largest[key] * largest.get(partner, 0.0) > torch.finfo(torch.float32).max:
             raise AdapterError(file, key, f"with {partner} and alpha {alpha} its update is more than float32 holds")
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    rest = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + rest
 
 
 def check(adapter: Adapter, model: nn.Module, *, allow_missing: bool = False) -> dict[str, Tensor]:
@@ -363,10 +324,10 @@ def check(adapter: Adapter, model: nn.Module, *, allow_missing: bool = False) ->
             )
     unknown = sorted(given.keys() - expected.keys())
     missing = sorted(expected.keys() - given.keys())
-    hint = f"; missing are {_listed(missing)}" if unknown and missing else ""
+    hint = f"; missing are {listed(missing)}" if unknown and missing else ""
     if unknown:
         raise AdapterError(
-            file, None, f"{len(unknown)} keys that are none of this adapter's on this model: {_listed(unknown)}{hint}"
+            file, None, f"{len(unknown)} keys that are none of this adapter's on this model: {listed(unknown)}{hint}"
         )
     for key, tensor in given.items():
         if tensor.is_floating_point() != expected[key].is_floating_point():
@@ -375,7 +336,7 @@ def check(adapter: Adapter, model: nn.Module, *, allow_missing: bool = False) ->
             problem = f"got shape {list(tensor.shape)}, the model has room for {list(expected[key].shape)}"
             raise AdapterError(file, key, f"{problem}: was it trained on another base ({adapter.base})?")
     if missing:
-        text = f"{len(missing)} of {len(expected)} tensors are missing: {_listed(missing)}"
+        text = f"{len(missing)} of {len(expected)} tensors are missing: {listed(missing)}"
         if not allow_missing:
             raise AdapterError(file, None, f"{text} (allow_missing=True leaves them as PEFT begins)")
         logger.warning("adapter=%s: %s: %s", adapter.folder, file.name, text)
@@ -480,7 +441,7 @@ def _require_an_untouched_base(adapter: Adapter) -> None:
     for key, writes in found.items():
         if writes:
             problem = (
-                f"{_shown(getattr(config, key))} changes the base itself: expected no other adapter on the same model"
+                f"{shown(getattr(config, key))} changes the base itself: expected no other adapter on the same model"
             )
             raise AdapterError(adapter.folder / CONFIG, key, problem)
 

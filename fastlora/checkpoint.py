@@ -253,8 +253,8 @@ def _check_tuned(path: Path, state: Any) -> None:
     for entries in state.values():
         for entry in entries:
             try:
-                check_fields(tuned.Measurement(*entry))
-            except TypeError as error:
+                tuned.checked(tuned.Measurement(*entry))
+            except (TypeError, ValueError) as error:
                 raise CheckpointError(f"{path}: tuned: {error}") from None
 
 

@@ -24,6 +24,9 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock
 
+from fastlora import writing
+from fastlora.typed import check_fields, shown
+
 SCHEMA = 1
 SHIPPED = Path(__file__).parent / "data" / "tuned"
 ROWS = (1, 8, 64, 512, 4096)
@@ -180,9 +183,7 @@ def write(path: Path, device_type: str, found: Iterable[Measurement], command: s
     ]
     text = json.dumps(head, indent=2).removesuffix("\n}") + ',\n  "entries": [\n    ' + ",\n    ".join(entries)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text + "\n  ]\n}\n")
-    scratch.replace(path)
+    writing.whole(path, (text + "\n  ]\n}\n").encode())
 
 
 def state() -> dict[str, list[list[Any]]]:
@@ -198,7 +199,7 @@ def load_state(state: Mapping[str, Iterable[Iterable[Any]]] | None) -> None:
     _tables.clear()
     _cached.clear()
     for device_type, entries in (state or {}).items():
-        _tables[device_type] = _by_class(_checked(Measurement(*entry)) for entry in entries)
+        _tables[device_type] = _by_class(checked(Measurement(*entry)) for entry in entries)
     choices.clear()
 
 
@@ -262,31 +263,28 @@ def _read(path: Path, expected: Mapping[str, Any], whose: str | None = None) -> 
             if content.get(name) != value:
                 raise ValueError(f"{name} is {content.get(name)!r}, expected {value!r}")
         origin = _origin(whose or content.get("kind"), content.get("date"))
-        return _by_class(_checked(Measurement(**entry, origin=origin)) for entry in content["entries"])
+        return _by_class(checked(Measurement(**entry, origin=origin)) for entry in content["entries"])
     except (KeyError, RecursionError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no table for this machine: {type(error).__name__}: {error}") from None
 
 
-def _checked(one: Measurement) -> Measurement:
+def checked(one: Measurement) -> Measurement:
     """The measurement, if it can be one.
 
     Raises:
-        ValueError: a field has a wrong type or value.
+        TypeError, ValueError: a field has a wrong type or value; the message names it.
     """
-    words = (one.op, one.dtype, one.implementation, one.origin)
-    timed = isinstance(one.ratio, (int, float)) and not isinstance(one.ratio, bool) and 0 < one.ratio < math.inf
+    check_fields(one)
+    timed = one.ratio is not None and 0 < one.ratio < math.inf
     right = {
-        "op, dtype, implementation or origin": all(isinstance(word, str) for word in words),
-        "rows": type(one.rows) is int and one.rows in ROWS,
+        "rows": one.rows in ROWS,
         "size": one.size in ("small", "large"),
-        "dropout": isinstance(one.dropout, bool),
-        "checked": isinstance(one.checked, bool),
         "ratio": timed if one.checked else one.ratio is None,
         "way": one.way == "" or any(one.way in ways for ways in WAYS.values()),
     }
-    for name, fits in right.items():
-        if not fits:
-            raise ValueError(f"{name}: of a wrong type or value in {one}")
+    for name, is_right in right.items():
+        if not is_right:
+            raise ValueError(f"{name}={shown(getattr(one, name))}: no measurement has that")
     return one
 
 

@@ -208,6 +208,7 @@ BAD_STATES = {
     "tuned": (changed("tuned", to=[]), "tuned: expected measurements by device"),
     "tuned entry": (changed("tuned", "cpu", 0, to=["lora_linear", 3]), "tuned: "),
     "tuned type": (changed("tuned", "cpu", 0, 2, to="8"), "tuned: rows='8': expected int, got str"),
+    "tuned value": (changed("tuned", "cpu", 0, 2, to=9), "tuned: rows=9: no measurement has that"),
 }
 
 

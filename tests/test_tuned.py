@@ -327,7 +327,7 @@ def spoil(path: Path, **changes: Any) -> None:
         ({"torch": "1.0"}, "torch is '1.0'"),
         ({"kind": "z80"}, "kind is 'z80'"),
         ({"entries": [{"op": "lora_linear"}]}, "missing"),
-        ({"entries": [{**entry(0.5)._asdict(), "ratio": "fast"}]}, "ratio: of a wrong type or value"),
+        ({"entries": [{**entry(0.5)._asdict(), "ratio": "fast"}]}, "ratio='fast': expected float or None, got str"),
         ({"entries": None}, "not iterable"),
     ],
 )
