@@ -190,9 +190,8 @@ def _problem(name: str, value: Any, types_of: Mapping[str, Any]) -> str | None:
     if name == "lora_dropout" and not 0 <= value < 1:
         return "expected a probability of at least 0 and less than 1"
     if name == "trainable_token_indices":
-        if any(
-            index < 0 for index in chain.from_iterable(value.values() if isinstance(value, dict) else [value or []])
-        ):
+        tokens = chain.from_iterable(value.values() if isinstance(value, dict) else [value or []])
+        if any(token < 0 for token in tokens):
             return "expected tokens, 0 or more"
     if name == "layer_replication" and value:
         if any(start < 0 for start, _ in value) or not 0 < sum(end - start for start, end in value) <= MOST_LAYERS:

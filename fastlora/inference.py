@@ -32,12 +32,12 @@ from fastlora.data.examples import (
     require_count,
     turn_end,
 )
+from fastlora.layers import BASE
 from fastlora.losses import LanguageModelLoss
 
 logger = logging.getLogger("fastlora")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BASE = "__base__"  # PEFT's name for "no adapter"
 
 
 def default_device() -> torch.device:

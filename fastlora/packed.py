@@ -205,12 +205,10 @@ class _Registered:
         self.budget = budget
         # Of the storage, since torch.utils.swap_tensors refuses tensors with weak references. While it lives no other has its number.
         self.storage = weakref.ref(weight.untyped_storage(), lambda _: _forget(key))
-        self.owners: dict[
-            int, Tensor
-        ] = {}  # by id, a `_version_of` each: parameters over one memory count their writes apart
-        self.copies: dict[
-            tuple[int, ...], Tensor
-        ] = {}  # by the strides of what is multiplied by: the weight, its transpose
+        # By id, a `_version_of` each: parameters over one memory count their writes apart.
+        self.owners: dict[int, Tensor] = {}
+        # By the strides of what is multiplied by: the weight, its transpose.
+        self.copies: dict[tuple[int, ...], Tensor] = {}
         self.bytes = 0
         self.state: tuple[int, ...] = ()
 

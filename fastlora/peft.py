@@ -537,11 +537,9 @@ def report(model: nn.Module) -> Report:
 
     It tells of the last call that was not compiled, and what differs from it: calls before, and what stands in the way of the next.
     """
-    compiled = [name for name, module in model.named_modules() if _is_compiled(module)]
+    prefixes = tuple(f"{name}." if name else "" for name, module in model.named_modules() if _is_compiled(module))
     return Report(
-        LayerReport(
-            name, *_explain(module, any(f"{name}.".startswith(f"{outer}." if outer else "") for outer in compiled))
-        )
+        LayerReport(name, *_explain(module, compiled=f"{name}.".startswith(prefixes)))
         for name, module in model.named_modules()
         if isinstance(module, (LoraLayer, FrozenLinear))
     )
@@ -580,11 +578,10 @@ def _explain(layer: Any, compiled: bool) -> tuple[str, str]:
     if obstacle is not None:
         reason += f"; from now on {plain}: {obstacle}"
     if compiled:
-        return (
-            implementation,
-            f"compiled: not observed; {'a guess' if seen is None else 'its last eager call'}, {reason}",
-        )
-    return implementation, reason if seen is not None else f"not called yet, unless compiled; {reason}"
+        reason = f"compiled: not observed; {'a guess' if seen is None else 'its last eager call'}, {reason}"
+    elif seen is None:
+        reason = f"not called yet, unless compiled; {reason}"
+    return implementation, reason
 
 
 def _present_obstacle(layer: Any, base: Any, seen: _Seen | None) -> str | None:
