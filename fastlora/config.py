@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastlora.data.examples import TRUNCATIONS
+from fastlora.data.rows import TRUNCATIONS
 from fastlora.typed import check_fields, is_finite, shown
 
 DEFAULT_LR = {"lora": 2e-4, "full": 2e-5}

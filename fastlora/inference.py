@@ -17,10 +17,8 @@ from torch import Tensor
 from fastlora.adapters import Adapter, is_adapter
 from fastlora.adapters import load as load_adapters
 from fastlora.adapters import read as read_adapter
-from fastlora.data.examples import (
-    BadLine,
-    Example,
-    Prompt,
+from fastlora.data.examples import BadLine, Example, Prompt, read_examples
+from fastlora.data.rows import (
     Row,
     batches,
     collate,
@@ -28,7 +26,6 @@ from fastlora.data.examples import (
     encode,
     encode_prompt,
     pad_token_id,
-    read_examples,
     require_count,
     turn_end,
 )

@@ -32,7 +32,8 @@ from tqdm import tqdm
 from fastlora import checkpoint, metrics, trainable, tuned, writing
 from fastlora.checkpoint import Checkpoint, CheckpointError
 from fastlora.config import SEEDS, TrainConfig
-from fastlora.data.examples import IGNORE, Encoded, Row, batches, collate, encode, pad_token_id, read_examples
+from fastlora.data.examples import read_examples
+from fastlora.data.rows import IGNORE, Encoded, Row, batches, collate, encode, pad_token_id
 from fastlora.inference import (
     EvalResult,
     evaluate,

@@ -9,7 +9,8 @@ import torch
 from transformers import LlamaForCausalLM
 
 from fastlora import inference
-from fastlora.data.examples import DataError, Example, encode, encode_prompt
+from fastlora.data.examples import DataError, Example
+from fastlora.data.rows import encode, encode_prompt
 from fastlora.inference import evaluate, generate, load_model
 
 SHORT = Example("The cat runs. What does the cat do?", " It runs.", "data:1")
