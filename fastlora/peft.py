@@ -24,6 +24,10 @@ from fastlora.functional import RowGroups
 from fastlora.layers import is_hooked
 
 ROWS_BEFORE_ANY_CALL = 512
+SEEN, OWN_FORWARD = (
+    "_fastlora_seen",
+    "_fastlora_own_forward",
+)  # under which a layer's `__dict__` has its last calls, for `report`
 
 
 class LayerReport(NamedTuple):
@@ -179,8 +183,8 @@ class _OwnForward(NamedTuple):
 
 def _note_own_forward(layer: nn.Module, obstacle: str, passing: bool) -> None:
     if not torch.compiler.is_compiling():
-        before = layer.__dict__.get("_fastlora_seen")
-        layer.__dict__["_fastlora_own_forward"] = _OwnForward(obstacle, passing, before)
+        before = layer.__dict__.get(SEEN)
+        layer.__dict__[OWN_FORWARD] = _OwnForward(obstacle, passing, before)
 
 
 class FusedLinear(lora.Linear):
@@ -211,7 +215,7 @@ class FusedLinear(lora.Linear):
         y = self._compute(x, adapters, used, names) if shared is None else shared
         dropout = any(each.dropout_p for each in adapters)
         dtype = functional._autocast_dtype(x) or x.dtype
-        self.__dict__["_fastlora_seen"] = _Seen(x.shape, dtype, dropout, names is not None, shared is not None)
+        self.__dict__[SEEN] = _Seen(x.shape, dtype, dropout, names is not None, shared is not None)
         return y
 
     def _compute(self, x: Tensor, adapters: list[_Arguments], used: list[str], names: groups.AdapterNames) -> Tensor:
@@ -348,7 +352,7 @@ class FrozenLinear(nn.Linear):
             return y
         y = functional.frozen_linear(x, _tensor(self, "weight"), _tensor(self, "bias"))
         if not torch.compiler.is_compiling():
-            self.__dict__["_fastlora_seen"] = _Seen(x.shape, functional._autocast_dtype(x) or x.dtype)
+            self.__dict__[SEEN] = _Seen(x.shape, functional._autocast_dtype(x) or x.dtype)
         return y
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
@@ -500,7 +504,7 @@ def _restore_layer(module: Any) -> None:
             module.__class__ = lora.Linear if type(module) is FusedLinear else nn.Linear
         else:  # torch.nn.utils.parametrize has derived a class for this module since
             type(module).__bases__ = (nn.Linear,)
-        for name in ("_fastlora_seen", "_fastlora_own_forward"):
+        for name in (SEEN, OWN_FORWARD):
             module.__dict__.pop(name, None)
 
 
@@ -561,7 +565,7 @@ def _explain(layer: Any, compiled: bool) -> tuple[str, str]:
     if base is None:
         return "peft", _swap_obstacle(layer) or "not accelerated: call fastlora.accelerate(model)"
     plain = "nn.Linear's own forward" if base is layer else "PEFT's own forward"
-    seen, own = layer.__dict__.get("_fastlora_seen"), layer.__dict__.get("_fastlora_own_forward")
+    seen, own = layer.__dict__.get(SEEN), layer.__dict__.get(OWN_FORWARD)
     obstacle = _present_obstacle(layer, base, seen)
     if own is not None and own.before is seen:  # the last call
         gone = "" if own.passing or own.obstacle == obstacle else f", now {obstacle or 'no longer'}"

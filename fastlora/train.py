@@ -111,7 +111,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         FileExistsError: the output folder holds an adapter, a model or a training, and neither resume nor overwrite was asked for.
         CheckpointError: the checkpoint to go on from is damaged; the message says which older one is not.
         ValueError: the output is the base model's folder; resume was asked for with other options or data than the
-            checkpoint's; a name in target_modules matches nothing; compile, and there is no C++ compiler.
+            checkpoint's; a name in target_modules matches nothing; compile, and there is no C++ compiler; the model's files are damaged.
+        OSError: the data or the model is not there, or the output folder cannot be written into.
         TrainingError: the loss or the gradient is not finite, no gradient reaches any trained weight, or the disk is full.
         TrainingInterrupted: Ctrl-C or SIGTERM, after the checkpoint.
     """

@@ -19,7 +19,9 @@ def build(config: TrainConfig, dtype: torch.dtype, device: torch.device, resume_
     """The model with what is trained of it requiring gradients: a new adapter, or the whole of it; or a checkpoint's.
 
     Raises:
-        ValueError: a name in target_modules matches nothing; compile, and transformers does not say what the layers are.
+        ValueError: a name in target_modules matches nothing, or no layer; compile, and transformers does not say what the layers are;
+            AdapterError: the checkpoint's adapter is none of this model's.
+        OSError, ValueError: as `load_base`.
     """
     if config.method == "full":
         model = load_base(str(resume_from or config.model), torch.float32, device)
