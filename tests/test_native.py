@@ -189,10 +189,12 @@ def threads():
 
 def assert_right_twice(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Within the bound, and equal to the bit when computed again."""
-    seed, layer = torch.tensor(99), make_layer(*shape, dtype)
-    first = run("lora_linear", layer, 1.5, 0.2, seed)
-    assert_near_reference(layer, 0.2, first, seed)
-    for once, again in zip(first, run("lora_linear", layer, 1.5, 0.2, seed), strict=True):
+    seed, layers = torch.tensor(99), [make_layer(*shape, dtype) for _ in range(INPUTS if shape[0] == 1 else 1)]
+    results = [run("lora_linear", layer, 1.5, 0.2, seed) for layer in layers]
+    assert_near_reference_over_inputs(
+        [beside_reference(layer, 0.2, got, seed) for layer, got in zip(layers, results, strict=True)]
+    )
+    for once, again in zip(results[0], run("lora_linear", layers[0], 1.5, 0.2, seed), strict=True):
         assert torch.equal(once, again)
 
 
