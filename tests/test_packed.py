@@ -506,21 +506,38 @@ def test_never_stale(change: str) -> None:
         assert budget.held == 2 * layer.weight.nbytes, "not packed anew"
 
 
+class Special(nn.Parameter):
+    """A class of tensors that nobody here knows."""
+
+
+TRAINED: dict[str, Callable[[Tensor], Tensor]] = {
+    "itself": lambda weight: weight,
+    "flat": lambda weight: nn.Parameter(weight.data.view(-1), requires_grad=False),
+    "part": lambda weight: nn.Parameter(weight.data[:, :40], requires_grad=False),
+    "special": lambda weight: Special(weight.data, requires_grad=False),
+}
+"""What an optimiser may have, over the memory of a weight [96, 80]."""
+
+
+@pytest.mark.parametrize("whose", TRAINED)
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
-def test_any_weight_that_was_trained_has_no_copy(make: type[torch.optim.Optimizer]) -> None:
+def test_any_weight_that_was_trained_has_no_copy(make: type[torch.optim.Optimizer], whose: str) -> None:
     """Of a large one a fingerprint sees but some elements, and a fused step may change few; others' copies stay."""
     budget, weight, other = Budget(), frozen(96, 80), frozen(12, 16)
     for one in (weight, other):
         packed.register(one, budget)
         check_now(one)
+    trained = TRAINED[whose](weight)
     seen = packed._fingerprint(weight)
-    untouched = next(i for i in range(weight.numel()) if packed._fingerprint(with_another_element(weight, i)) == seen)
-    weight.requires_grad_()
-    weight.grad = torch.zeros_like(weight)
-    weight.grad.view(-1)[untouched] = 100.0
-    make([weight], lr=1.0, weight_decay=0, fused=True).step()
-    weight.requires_grad_(False)
+    untouched = next(i for i in range(40) if packed._fingerprint(with_another_element(weight, i)) == seen)
+    before = weight.view(-1)[untouched].item()
+    trained.requires_grad_()
+    trained.grad = torch.zeros_like(trained)
+    trained.grad.view(-1)[untouched] = 100.0
+    make([trained, nn.parameter.UninitializedParameter()], lr=1.0, weight_decay=0, fused=True).step()
+    trained.requires_grad_(False)
     assert packed._fingerprint(weight) == seen, "the step must be one that only the optimiser's hook can tell"
+    assert weight.view(-1)[untouched].item() != before
     assert budget.held == 2 * other.nbytes
     check_now(weight)
 
@@ -678,10 +695,6 @@ def test_a_weight_that_begins_to_train_has_no_copy() -> None:
     with torch.no_grad():
         layer.weight.data.mul_(2)
         assert torch.allclose(frozen_linear(x, layer.weight, None), F.linear(x, layer.weight), atol=1e-5)
-
-
-class Special(nn.Parameter):
-    pass
 
 
 def test_what_cannot_have_a_copy_is_left_out() -> None:
