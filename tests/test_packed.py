@@ -1025,6 +1025,16 @@ def test_merging_into_a_weight_that_another_layer_reads(targets: list[str], pack
 
 
 @NATIVE
+@pytest.mark.parametrize("how", ["unload", "merge_and_unload"])
+def test_an_unloaded_model_has_no_copies(how: str, packs: None) -> None:
+    model, peer, _ = pair()
+    unloaded, expected = getattr(model, how)(), getattr(peer, how)()
+    assert packed._by_key == {} and not packed._waiting
+    assert torch.allclose(logits(unloaded), logits(expected), atol=1e-5)
+    assert packed._by_key == {}
+
+
+@NATIVE
 def test_swapped_parameters(packs: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch.utils.swap_tensors takes no tensor that somebody holds weakly; modules may move by it."""
     model, peer, labels = pair()
