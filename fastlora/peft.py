@@ -24,6 +24,7 @@ from fastlora.functional import RowGroups
 from fastlora.layers import is_hooked
 
 ROWS_BEFORE_ANY_CALL = 512
+NOT_OBSERVED = "compiled: not observed"
 
 
 class LayerReport(NamedTuple):
@@ -571,9 +572,9 @@ def _explain(layer: Any, compiled: bool) -> tuple[str, str]:
         if seen is not None:
             before, why = _describe(layer, base, seen)
             reason += f"; before, {before}, {why}"
-        return "reference", f"compiled: not observed; in its last eager call {reason}" if compiled else reason
+        return "reference", f"{NOT_OBSERVED}; in its last eager call {reason}" if compiled else reason
     if obstacle is not None and seen is None:
-        return "reference", f"not called yet; {plain}: {obstacle}"
+        return "reference", f"{NOT_OBSERVED if compiled else 'not called yet, unless compiled'}; {plain}: {obstacle}"
     implementation, reason = _describe(layer, base, seen or _before_any_call(layer, base, compiled), compiled)
     if own is not None:
         reason += f"; earlier also {plain}: {own.obstacle}"
@@ -582,7 +583,7 @@ def _explain(layer: Any, compiled: bool) -> tuple[str, str]:
     if compiled:
         return (
             implementation,
-            f"compiled: not observed; {'a guess' if seen is None else 'its last eager call'}, {reason}",
+            f"{NOT_OBSERVED}; {'a guess' if seen is None else 'its last eager call'}, {reason}",
         )
     return implementation, reason if seen is not None else f"not called yet, unless compiled; {reason}"
 

@@ -697,6 +697,8 @@ def test_a_compiled_run_is_like_an_eager_one_and_resumes_to_the_same_bits(config
     compiled, resumed = (replace(config, output=tmp_path / name, compile=True) for name in ("compiled", "resumed"))
     result = train(compiled, progress=False)
     assert result.loss_path == "fused"
+    observed = {name: count for name, count in result.implementations.items() if "compiled: not observed" not in name}
+    assert sum(result.implementations.values()) == 15 and sum(observed.values()) == 1  # the head
     for eager, ours in zip(numbers(config.output), numbers(compiled.output), strict=True):
         assert abs(eager[1] - ours[1]) <= 1e-4 * eager[1]
     shutil.copytree(compiled.output, resumed.output, ignore=shutil.ignore_patterns("step-4"))
