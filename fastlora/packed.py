@@ -332,7 +332,12 @@ def _drop_what_was_trained(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if torch.compiler.is_compiling() or not _by_key:
         return
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    trained = {parameter.untyped_storage()._cdata for parameter in parameters if _is_plain(parameter)}
+    # Of any shape and class: a flat one may lie over many weights.
+    trained = {
+        parameter.untyped_storage()._cdata
+        for parameter in parameters
+        if parameter.layout is torch.strided and not nn.parameter.is_lazy(parameter)
+    }
     with _lock:
         for registered in _by_key.values():
             if registered.key[0] in trained:

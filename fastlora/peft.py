@@ -24,10 +24,9 @@ from fastlora.functional import RowGroups
 from fastlora.layers import is_hooked
 
 ROWS_BEFORE_ANY_CALL = 512
-SEEN, OWN_FORWARD = (
-    "_fastlora_seen",
-    "_fastlora_own_forward",
-)  # under which a layer's `__dict__` has its last calls, for `report`
+NOT_OBSERVED = "compiled: not observed"
+SEEN, OWN_FORWARD = "_fastlora_seen", "_fastlora_own_forward"
+"""Under which a layer's `__dict__` has its last calls, for `report`."""
 
 
 class LayerReport(NamedTuple):
@@ -573,16 +572,16 @@ def _explain(layer: Any, compiled: bool) -> tuple[str, str]:
         if seen is not None:
             before, why = _describe(layer, base, seen)
             reason += f"; before, {before}, {why}"
-        return "reference", f"compiled: not observed; in its last eager call {reason}" if compiled else reason
+        return "reference", f"{NOT_OBSERVED}; in its last eager call {reason}" if compiled else reason
     if obstacle is not None and seen is None:
-        return "reference", f"not called yet; {plain}: {obstacle}"
+        return "reference", f"{NOT_OBSERVED if compiled else 'not called yet, unless compiled'}; {plain}: {obstacle}"
     implementation, reason = _describe(layer, base, seen or _before_any_call(layer, base, compiled), compiled)
     if own is not None:
         reason += f"; earlier also {plain}: {own.obstacle}"
     if obstacle is not None:
         reason += f"; from now on {plain}: {obstacle}"
     if compiled:
-        reason = f"compiled: not observed; {'a guess' if seen is None else 'its last eager call'}, {reason}"
+        reason = f"{NOT_OBSERVED}; {'a guess' if seen is None else 'its last eager call'}, {reason}"
     elif seen is None:
         reason = f"not called yet, unless compiled; {reason}"
     return implementation, reason

@@ -131,12 +131,18 @@ def _compile_layers(model: Any) -> None:
 
 
 def implementations(model: Any, config: TrainConfig) -> dict[str, int]:
+    """How many layers each implementation runs, as `report` tells; of compiled layers it is a guess, and says so."""
     if config.method == "full":
         return {}
     if not config.accelerate:
         from peft.tuners.lora import LoraLayer
 
         return {"peft": sum(isinstance(module, LoraLayer) for module in model.modules())}
-    from fastlora.peft import report
+    from fastlora.peft import NOT_OBSERVED, report
 
-    return dict(Counter(layer.implementation for layer in report(model)))
+    return dict(
+        Counter(
+            layer.implementation + f" ({NOT_OBSERVED})" * layer.reason.startswith(NOT_OBSERVED)
+            for layer in report(model)
+        )
+    )

@@ -506,29 +506,51 @@ def test_never_stale(change: str) -> None:
         assert budget.held == 2 * layer.weight.nbytes, "not packed anew"
 
 
+class Special(nn.Parameter):
+    """A class of tensors that nobody here knows."""
+
+
+TRAINED: dict[str, Callable[[Tensor], Tensor]] = {
+    "itself": lambda weight: weight,
+    "flat": lambda weight: nn.Parameter(weight.data.view(-1), requires_grad=False),
+    "part": lambda weight: nn.Parameter(weight.data[:, :40], requires_grad=False),
+    "special": lambda weight: Special(weight.data, requires_grad=False),
+}
+"""What an optimiser may have, over the memory of a weight [96, 80]."""
+
+
+@pytest.mark.parametrize("whose", TRAINED)
 @pytest.mark.parametrize("make", [torch.optim.SGD, torch.optim.AdamW])
-def test_any_weight_that_was_trained_has_no_copy(make: type[torch.optim.Optimizer]) -> None:
+def test_any_weight_that_was_trained_has_no_copy(make: type[torch.optim.Optimizer], whose: str) -> None:
     """Of a large one a fingerprint sees but some elements, and a fused step may change few; others' copies stay."""
     budget, weight, other = Budget(), frozen(96, 80), frozen(12, 16)
     for one in (weight, other):
         packed.register(one, budget)
         check_now(one)
+    trained = TRAINED[whose](weight)
     seen = packed._fingerprint(weight)
-    untouched = next(i for i in range(weight.numel()) if packed._fingerprint(with_another_element(weight, i)) == seen)
-    weight.requires_grad_()
-    weight.grad = torch.zeros_like(weight)
-    weight.grad.view(-1)[untouched] = 100.0
-    make([weight], lr=1.0, weight_decay=0, fused=True).step()
-    weight.requires_grad_(False)
+    untouched = unseen_element(weight)
+    before = weight.view(-1)[untouched].item()
+    trained.requires_grad_()
+    trained.grad = torch.zeros_like(trained)
+    trained.grad.view(-1)[untouched] = 100.0
+    make([trained, nn.parameter.UninitializedParameter()], lr=1.0, weight_decay=0, fused=True).step()
+    trained.requires_grad_(False)
     assert packed._fingerprint(weight) == seen, "the step must be one that only the optimiser's hook can tell"
+    assert weight.view(-1)[untouched].item() != before
     assert budget.held == 2 * other.nbytes
     check_now(weight)
 
 
-def with_another_element(weight: Tensor, i: int) -> Tensor:
-    other = weight.detach().clone()
-    other.view(-1)[i] += 1
-    return other
+def unseen_element(weight: Tensor) -> int:
+    """The number of an element in the first half of the first row that the fingerprint does not read."""
+    seen = packed._fingerprint(weight)
+    for i in range(weight.shape[1] // 2):
+        other = weight.detach().clone()
+        other[0, i] += 1
+        if packed._fingerprint(other) == seen:
+            return i
+    raise AssertionError("it reads every element")
 
 
 @pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes do not fork here")
@@ -651,14 +673,15 @@ def test_other_data_in_the_same_place() -> None:
 
 def test_two_parameters_over_one_memory() -> None:
     """A write through one does not show in the other's version: both are looked at, also after one has left."""
-    weight = frozen(12, 16)
+    weight = frozen(96, 80)
     twin, budget = nn.Parameter(weight.data, requires_grad=False), Budget()
     packed.register(weight, budget)
     packed.register(twin, budget)
     check_now(weight)
+    place = unseen_element(weight)
     for _ in range(2):
         for writer in (weight, twin):
-            writer[3, 5] += 2  # one element: no fingerprint is asked
+            writer.view(-1)[place] += 2
             assert packed.held_bytes() == budget.held == 0
             check_now(weight)
             check_now(twin)
@@ -666,22 +689,25 @@ def test_two_parameters_over_one_memory() -> None:
     packed.release(weight)
     assert budget.held == 0
     check_now(weight)
-    twin[2, 2] += 1
+    twin.view(-1)[place] += 1
     check_now(weight)
     packed.release(twin)
     assert budget.held == 0 and not packed._by_key
 
 
 def test_a_weight_that_begins_to_train_has_no_copy() -> None:
-    layer, x = layer_with_copies(Budget()), torch.randn(5, 16)
-    layer.weight.requires_grad_()
+    """Whoever writes to it then, it may be where neither version nor fingerprint tell: not used, and none left from before."""
+    budget, weight, x = Budget(), frozen(96, 80), torch.randn(5, 80)
+    packed.register(weight, budget)
+    check_now(weight)
+    weight.requires_grad_()
     with torch.no_grad():
-        layer.weight.data.mul_(2)
-        assert torch.allclose(frozen_linear(x, layer.weight, None), F.linear(x, layer.weight), atol=1e-5)
-
-
-class Special(nn.Parameter):
-    pass
+        assert torch.allclose(frozen_linear(x, weight, None), F.linear(x, weight), atol=1e-4)
+    assert budget.held == 0
+    weight.data.view(-1)[unseen_element(weight)] += 100
+    weight.requires_grad_(False)
+    check_now(weight)
+    assert budget.held == 2 * weight.nbytes
 
 
 def test_what_cannot_have_a_copy_is_left_out() -> None:
@@ -996,6 +1022,16 @@ def test_merging_into_a_weight_that_another_layer_reads(targets: list[str], pack
         do(model), do(peer)
         expected = logits(peer)
         assert (logits(model) - expected).abs().max() <= 0.02 * expected.abs().max()
+
+
+@NATIVE
+@pytest.mark.parametrize("how", ["unload", "merge_and_unload"])
+def test_an_unloaded_model_has_no_copies(how: str, packs: None) -> None:
+    model, peer, _ = pair()
+    unloaded, expected = getattr(model, how)(), getattr(peer, how)()
+    assert packed._by_key == {} and not packed._waiting
+    assert torch.allclose(logits(unloaded), logits(expected), atol=1e-5)
+    assert packed._by_key == {}
 
 
 @NATIVE
