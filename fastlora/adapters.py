@@ -183,9 +183,9 @@ def _problem(name: str, value: Any, types_of: Mapping[str, Any]) -> str | None:
         return f"expected a rank from 1 to {LARGEST_RANK:,}"
     if name == "rank_pattern" and not all(_is_rank(rank) for rank in (value or {}).values()):
         return f"expected ranks from 1 to {LARGEST_RANK:,}"
-    if name == "lora_alpha" and not _is_number(value):
+    if name == "lora_alpha" and not is_number(value):
         return "expected a number that float32 holds"
-    if name == "alpha_pattern" and not all(_is_number(alpha) for alpha in (value or {}).values()):
+    if name == "alpha_pattern" and not all(is_number(alpha) for alpha in (value or {}).values()):
         return "expected numbers that float32 holds"
     if name == "lora_dropout" and not 0 <= value < 1:
         return "expected a probability of at least 0 and less than 1"
@@ -203,7 +203,8 @@ def _is_rank(value: Any) -> bool:
     return type(value) is int and 1 <= value <= LARGEST_RANK
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a lora_alpha can be used."""
     return type(value) in (int, float) and abs(value) <= torch.finfo(torch.float32).max
 
 

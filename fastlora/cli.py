@@ -130,7 +130,8 @@ def _message(error: Exception) -> str:
 def _as_options(text: str) -> str:
     """A message of the library, which names its arguments, in the words of the command line: name=True is --name, adapter=X --adapter X."""
     text = re.sub(r"(?<![\w/.-])resume_from=(?=\d)", "--resume-from ", text)
-    text = re.sub(r"(?<![\w/.-])([a-z_]+)=True\b", lambda found: "--" + found[1].replace("_", "-"), text)
+    flags = r"(?<![\w/.-])(resume|overwrite|allow_missing|compile)=True\b"
+    text = re.sub(flags, lambda found: "--" + found[1].replace("_", "-"), text)
     return re.sub(r"(?<=\bas )(adapter|model)=(?=\S)", r"--\1 ", text)
 
 

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from fastlora.adapters import LARGEST_RANK, is_number
 from fastlora.data.rows import TRUNCATIONS
 from fastlora.typed import check_fields, is_finite, shown
 
@@ -100,9 +101,10 @@ class TrainConfig:
         counts = ("r", "epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "save_steps", "resume_from")
         for name in (*counts, "max_length"):
             value, least = getattr(self, name), 2 if name == "max_length" else 1
-            if value is not None and not least <= value <= MOST:
+            most = LARGEST_RANK if name == "r" else MOST
+            if value is not None and not least <= value <= most:
                 what = ", a token of the prompt and one of the completion" if name == "max_length" else ""
-                wanted = f"at least {least}{what}" if value < least else f"at most {MOST}"
+                wanted = f"at least {least}{what}" if value < least else f"at most {most}"
                 raise ValueError(f"{name}={shown(value)}: expected {wanted}")
         for name in ("lora_dropout", "warmup_ratio"):
             if not 0 <= getattr(self, name) < 1:
@@ -110,6 +112,8 @@ class TrainConfig:
         for name in ("lr", "lora_alpha", "weight_decay", "max_grad_norm"):
             if not (is_finite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name}={shown(getattr(self, name))}: expected a finite number, 0 or more")
+        if not is_number(self.lora_alpha):
+            raise ValueError(f"lora_alpha={shown(self.lora_alpha)}: expected a number that float32 holds")
         if not 0 <= self.seed < SEEDS:
             raise ValueError(f"seed={shown(self.seed)}: expected 0 to {SEEDS - 1}")
         if self.pack_budget is not None and not 0 <= self.pack_budget < 2**63:

@@ -31,6 +31,7 @@ from fastlora.data.rows import (
 )
 from fastlora.layers import BASE
 from fastlora.losses import LanguageModelLoss
+from fastlora.typed import listed
 
 logger = logging.getLogger("fastlora")
 
@@ -65,7 +66,7 @@ def load_base(path: str, dtype: torch.dtype | None, device: torch.device) -> Any
         dtype: None: the one that its config names, or else the one that its first weights are stored in.
 
     Raises:
-        ValueError: the folder holds an adapter, the model is no decoder, or its files are damaged.
+        ValueError: the folder holds an adapter, the model is no decoder, or its files are damaged, or lack weights that it has.
         OSError: there is no such model.
     """
     from transformers import AutoModelForCausalLM
@@ -78,8 +79,41 @@ def load_base(path: str, dtype: torch.dtype | None, device: torch.device) -> Any
         )
     with _named(path, "the model"):
         stored_or = "auto" if dtype is None else dtype
-        model: Any = AutoModelForCausalLM.from_pretrained(path, dtype=stored_or, trust_remote_code=False)
+        options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told below
+        with _without_report():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=stored_or, trust_remote_code=False, **options
+            )
+    model, found = loaded
+    _require_weights(path, found)
     return model.to(device)
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Silence transformers' table of missing weights, of many lines, where an error of one line follows."""
+    log = logging.getLogger("transformers.modeling_utils")
+
+    def is_heard(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "LOAD REPORT" not in text or not ("MISSING" in text or "MISMATCH" in text)
+
+    log.addFilter(is_heard)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_heard)
+
+
+def _require_weights(path: str, found: Mapping[str, Any]) -> None:
+    """Refuse a model some of whose weights transformers has made up: the files have none for them, or of another shape."""
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(f"model={path}: its files lack {len(missing)} of the model's weights: {listed(missing)}")
+    for name, stored, expected in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"model={path}: {name}: its files have shape {list(stored)}, expected {list(expected)} as config.json says"
+        )
 
 
 def load_tokenizer(path: str) -> Any:

@@ -226,7 +226,14 @@ def _table(device_type: str) -> Table:
 def _read_files(device_type: str) -> Table:
     named = os.environ.get("FASTLORA_TABLE")
     if named:
-        return _read(Path(named), {"schema": SCHEMA})
+        try:
+            return _read(Path(named), {"schema": SCHEMA})
+        except OSError as error:
+            raise type(error)(
+                f"FASTLORA_TABLE={named}: expected a file made by `fastlora tune --output`: {error}"
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"FASTLORA_TABLE: {error}") from None
     kind = kind_of(device_type)
     path = SHIPPED / f"{kind}.json"
     shipped = _read(path, {"schema": SCHEMA, "kind": kind}) if path.is_file() else {}
@@ -241,7 +248,7 @@ def _read_cache(device_type: str) -> Table:
         return {}
     except (OSError, ValueError) as error:
         warnings.warn(
-            f"fastlora: a cache is ignored until a trial or `fastlora tune` replaces it: {error}", stacklevel=2
+            f"fastlora: a cache is ignored until a trial or `fastlora tune` replaces it: {error}", stacklevel=1
         )
         return {}
 
@@ -263,9 +270,19 @@ def _read(path: Path, expected: Mapping[str, Any], whose: str | None = None) -> 
             if content.get(name) != value:
                 raise ValueError(f"{name} is {content.get(name)!r}, expected {value!r}")
         origin = _origin(whose or content.get("kind"), content.get("date"))
-        return _by_class(checked(Measurement(**entry, origin=origin)) for entry in content["entries"])
-    except (KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is no table for this machine: {type(error).__name__}: {error}") from None
+        entries = content.get("entries")
+        if not isinstance(entries, list):
+            raise ValueError(f"entries: expected a list, got {shown(entries)}")
+        return _by_class(_entry(entry, f"entries[{i}]", origin) for i, entry in enumerate(entries))
+    except (RecursionError, ValueError) as error:
+        raise ValueError(f"{path} is no table for this machine: {error}") from None
+
+
+def _entry(entry: Any, where: str, origin: str) -> Measurement:
+    try:
+        return checked(Measurement(**entry, origin=origin))
+    except (TypeError, ValueError) as error:  # the former: no object, or other fields
+        raise ValueError(f"{where}: {str(error).removeprefix('fastlora.tuned.')}, got {shown(entry)}") from None
 
 
 def checked(one: Measurement) -> Measurement:

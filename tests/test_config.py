@@ -56,6 +56,7 @@ def test_a_wrong_type_says_what_was_expected(option, value, message):
     [
         ("method", "dora"),
         ("r", 0),
+        ("r", 2**16 + 1),  # no reader of adapters takes more
         ("r", 2**31),
         ("epochs", 0),
         ("max_steps", -1),

@@ -57,6 +57,10 @@ def transpose(file: Path) -> None:
     save_file(tensors, file, {"format": "pt"})
 
 
+def drop(file: Path, name: str) -> None:
+    save_file({key: value for key, value in load_file(file).items() if key != name}, file, {"format": "pt"})
+
+
 DAMAGES = {
     "no config": (lambda base: (base / "config.json").unlink(), OSError, "there is no config.json"),
     "a config that is a list": (
@@ -89,17 +93,39 @@ DAMAGES = {
     "weights of another shape": (
         lambda base: transpose(base / "model.safetensors"),
         ValueError,
-        "the model cannot be loaded",
+        r"model.layers.0.mlp.up_proj.weight: its files have shape \[32, 64\], expected \[64, 32\]",
+    ),
+    "a weight less": (
+        lambda base: drop(base / "model.safetensors", "model.norm.weight"),
+        ValueError,
+        "its files lack 1 of the model's weights: model.norm.weight$",
+    ),
+    "a layer more": (
+        lambda base: change(base / "config.json", num_hidden_layers=3),
+        ValueError,
+        r"its files lack 9 of the model's weights: model.layers.2.input_layernorm.weight, ",
     ),
 }
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_model_is_named(name, base):
+def test_a_damaged_model_is_named(name, base, caplog):
     damage, error, message = DAMAGES[name]
     damage(base)
     with pytest.raises(error, match=re.escape(f"model={base}: ") + f".*{message}"):
         load_model(str(base))
+    assert not caplog.records  # transformers' table says no more
+
+
+def test_a_weight_that_is_tied_or_of_no_use_is_nothing_to_complain_about(base, caplog):
+    change(base / "config.json", tie_word_embeddings=True)
+    drop(base / "model.safetensors", "lm_head.weight")
+    model, _ = load_model(str(base))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    change(base / "config.json", num_hidden_layers=1)
+    load_model(str(base))
+    (record,) = caplog.records  # transformers'
+    assert "UNEXPECTED" in record.getMessage()
 
 
 def test_what_is_no_model(base, tmp_path):

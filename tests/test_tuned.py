@@ -327,8 +327,11 @@ def spoil(path: Path, **changes: Any) -> None:
         ({"torch": "1.0"}, "torch is '1.0'"),
         ({"kind": "z80"}, "kind is 'z80'"),
         ({"entries": [{"op": "lora_linear"}]}, "missing"),
-        ({"entries": [{**entry(0.5)._asdict(), "ratio": "fast"}]}, "ratio='fast': expected float or None, got str"),
-        ({"entries": None}, "not iterable"),
+        (
+            {"entries": [{**entry(0.5)._asdict(), "ratio": "fast"}]},
+            r"entries\[0\]: ratio='fast': expected float or None",
+        ),
+        ({"entries": None}, "entries: expected a list"),
     ],
 )
 def test_a_bad_cache_is_ignored_with_a_warning_and_replaced(
@@ -396,7 +399,7 @@ def test_a_wrong_table_is_an_error_that_names_it(
     named.write_text(json.dumps(content))
     monkeypatch.setenv("FASTLORA_TABLE", str(named))
     restart()
-    with pytest.raises(ValueError, match="table.json is no table for this machine"):
+    with pytest.raises(ValueError, match=r"FASTLORA_TABLE: .*table\.json is no table for this machine"):
         tuned.measurements("cpu")
 
 
@@ -408,7 +411,7 @@ def test_a_table_that_is_no_json(
     named.write_bytes(content)
     monkeypatch.setenv("FASTLORA_TABLE", str(named))
     restart()
-    with pytest.raises(ValueError, match="table.json is no table for this machine"):
+    with pytest.raises(ValueError, match=r"FASTLORA_TABLE: .*table\.json is no table for this machine"):
         tuned.measurements("cpu")
 
 
@@ -451,6 +454,16 @@ def test_a_copy_is_made_where_it_was_measured_to_pay(
     packed.release(weight)
 
 
+@pytest.mark.parametrize("name", ["none.json", "."])
+def test_a_table_that_is_no_file_is_an_error_that_names_the_variable(
+    name: str, machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTLORA_TABLE", str(tmp_path / name))
+    restart()
+    with pytest.raises(OSError, match=re.escape(f"FASTLORA_TABLE={tmp_path / name}: expected a file made by")):
+        tuned.measurements("cpu")
+
+
 @needs_native
 def test_a_named_table_stands_alone(
     machine: Path, timed: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -466,9 +479,7 @@ def test_a_named_table_stands_alone(
     assert timed == []
     spoil(named, schema=0)
     restart()
-    with pytest.raises(
-        ValueError, match="table.json is no table for this machine: ValueError: schema is 0, expected 1"
-    ):
+    with pytest.raises(ValueError, match="table.json is no table for this machine: schema is 0, expected 1"):
         choose()
 
 
