@@ -83,7 +83,9 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
         try:
-            function(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                function(*args, **kwargs)
         except KeyboardInterrupt as interrupt:
             _fail(name, _as_options(str(interrupt)) or "interrupted", 130)
         except Exception as error:
@@ -133,6 +135,11 @@ def _as_options(text: str) -> str:
     flags = r"(?<![\w/.-])(resume|overwrite|allow_missing|compile)=True\b"
     text = re.sub(flags, lambda found: "--" + found[1].replace("_", "-"), text)
     return re.sub(r"(?<=\bas )(adapter|model)=(?=\S)", r"--\1 ", text)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning is one plain line, too, without the line of source that raised it."""
+    print(_as_options(" ".join(str(message).split())), file=sys.stderr)
 
 
 def _quiet() -> None:

@@ -62,6 +62,7 @@ def merge(
 
     Raises:
         FileExistsError: the output folder holds a model or an adapter, and overwrite was not asked for.
+        BlockingIOError: a training or another merge writes into it.
         ValueError: the output folder is the adapter's or the base's, or in it or around it; the adapter makes some weight infinite or NaN.
         AdapterError: the adapter's files are not what they should be.
         TypeError: the adapter has layers whose update is no sum (DoRA and other variants).
@@ -72,13 +73,19 @@ def merge(
     base = model or base_of([read_adapter(adapter)])
     writing.require_folder(output)
     writing.require_apart(output, adapter=adapter, model=base)
-    held = [
-        name for name in writing.results(output) if name in writing.HEADS or name.endswith((".safetensors", ".bin"))
-    ]
-    if held and not overwrite:
-        raise FileExistsError(
-            f"output={output} holds a model or an adapter already ({held[0]}): overwrite=True replaces it"
-        )
+    with writing.locked(output):
+        writing.require_files(output)
+        held = [
+            name for name in writing.results(output) if name in writing.HEADS or name.endswith((".safetensors", ".bin"))
+        ]
+        if held and not overwrite:
+            raise FileExistsError(
+                f"output={output} holds a model or an adapter already ({held[0]}): overwrite=True replaces it"
+            )
+        return _merge(base, adapter, output, dtype, allow_missing)
+
+
+def _merge(base: str, adapter: str | Path, output: Path, dtype: str, allow_missing: bool) -> MergeReport:
     chosen = "stored" if dtype == "auto" else dtype
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # merging is right here

@@ -107,7 +107,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
 
     Raises:
         DataError: bad lines in the data; raised before any model is loaded, like max_length leaving no row (ValueError).
-        BlockingIOError: another training writes into the output folder.
+        BlockingIOError: another training, or a merge, writes into the output folder.
         FileExistsError: the output folder holds an adapter, a model or a training, and neither resume nor overwrite was asked for.
         CheckpointError: the checkpoint to go on from is damaged; the message says which older one is not.
         ValueError: the output is the base model's folder; resume was asked for with other options or data than the
@@ -144,6 +144,9 @@ def _train(config: TrainConfig, progress: bool, accelerator: Accelerator) -> Tra
 def _require_free(config: TrainConfig) -> None:
     """Nothing in the output folder is replaced that this run does not go on from, unless that was asked for."""
     output, data = Path(config.output), Path(config.data)
+    writing.require_files(output)
+    if (output / "checkpoints").is_file():
+        raise NotADirectoryError(f"output={output}: checkpoints is a file there, expected a folder or nothing")
     held, steps = writing.results(output), checkpoint.steps(output)
     if any(path.parent.resolve() == output.resolve() and path.name in held for path in (data, data.resolve())):
         raise ValueError(
@@ -372,9 +375,9 @@ class _Run:
         norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), self.config.max_grad_norm or math.inf).item()
         self.step += 1
         if not (math.isfinite(value) and math.isfinite(norm)):
-            raise TrainingError(
-                f"step {self.step}: the loss is {value} and the gradient's norm {norm}; a lower lr may help"
-            )
+            first = "nothing was trained yet: look at the base's weights, lora_alpha and dtype"
+            reason = first if self.step == 1 else "a lower lr may help"
+            raise TrainingError(f"step {self.step}: the loss is {value} and the gradient's norm {norm}; {reason}")
         if check_gradients:
             self._check_gradients()
         self.optimizer.step()

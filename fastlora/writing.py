@@ -21,9 +21,12 @@ DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
 LOCK = ".lock"
 HEADS = ("adapter_config.json", "config.json")
 """What makes a folder an adapter or a model for those who load it: the first to go, and the last to come."""
+TEMPLATES = "additional_chat_templates"
+"""The one folder among the files of a model: its tokenizer's, where that has several chat templates."""
 MODEL = (
     *("model*.safetensors", "pytorch_model*.bin", "*model*.index.json", "adapter_model.*", "generation_config.json"),
     *("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+    TEMPLATES,
 )
 """What belongs to a head: a new adapter or model leaves nothing of the old one, which would be loaded along with it."""
 RESULTS = (*HEADS, *MODEL, "*.safetensors", "*.model", "README.md", "summary.json", "metrics.jsonl", "loss.png")
@@ -48,7 +51,7 @@ def locked(folder: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise BlockingIOError(
-            f"output={folder}: another training writes into this folder: expected a folder of its own"
+            f"output={folder}: another process writes into this folder: expected a folder of its own"
         ) from None
     except NotImplementedError:
         warnings.warn(f"fastlora: {folder} lies on a file system without locks: start no second run", stacklevel=2)
@@ -112,6 +115,16 @@ def _is_one_of(folder: Path, path: Path) -> bool:
     return any(one.exists() and folder.exists() and one.samefile(folder) for one in (path, *path.parents))
 
 
+def require_files(output: Path) -> None:
+    """
+    Raises:
+        IsADirectoryError: in OUTPUT a folder stands in the place of a file that is to be written.
+    """
+    for name in results(output):
+        if name != TEMPLATES and name in RESULTS and (output / name).is_dir():
+            raise IsADirectoryError(f"output={output}: {name} is a folder there, expected a file or nothing")
+
+
 def results(folder: Path) -> list[str]:
     """The names in a folder that a training would replace."""
     return sorted({path.name for pattern in RESULTS for path in folder.glob(pattern)})
@@ -165,8 +178,11 @@ def publish(folder: Path, fill: Callable[[Path], None]) -> None:
         (folder / name).unlink(missing_ok=True)
     force(folder)
     for old in {path for pattern in MODEL for path in folder.glob(pattern) if path.name not in new}:
-        remove(old)
+        if old.name == TEMPLATES or not old.is_dir():  # other folders are somebody else's
+            remove(old)
     for name in sorted(new, key=lambda name: (name in HEADS, name)):
+        if name == TEMPLATES and (folder / name).is_dir():
+            remove(folder / name)
         os.replace(scratch / name, folder / name)
     scratch.rmdir()
     force(folder)

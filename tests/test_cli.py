@@ -358,6 +358,17 @@ def test_every_expected_error_is_one_line(monkeypatch, error, code):
     assert not isinstance(error, CheckpointError) or "--resume-from 2 goes on, --overwrite starts" in output
 
 
+def test_a_warning_is_one_line_without_the_source_that_raised_it(monkeypatch):
+    def warn() -> list:
+        warnings.warn("fastlora: of two\nlines; allow_missing=True", stacklevel=1)
+        return []
+
+    monkeypatch.setattr(environment, "describe", warn)
+    before = warnings.showwarning
+    assert CliRunner().invoke(app, ["env"]).stderr == "fastlora: of two lines; --allow-missing\n"
+    assert warnings.showwarning is before
+
+
 def test_an_error_that_nobody_expects_keeps_its_traceback(monkeypatch):
     monkeypatch.setattr(environment, "describe", lambda: 1 / 0)
     assert isinstance(CliRunner().invoke(app, ["env"]).exception, ZeroDivisionError)

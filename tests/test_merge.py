@@ -29,6 +29,7 @@ from transformers import (
 )
 
 import fastlora.merge
+from fastlora import writing
 from fastlora.inference import load_model
 from fastlora.merge import MergeError, fold, merge
 
@@ -315,6 +316,12 @@ def test_an_output_that_cannot_be_written_is_refused_before_anything_is_loaded(f
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != folders)  # root may write anywhere
     with pytest.raises(PermissionError, match="may not be written to"):
         merge(None, folders / "adapter", folders / "new" / "out")
+
+
+def test_a_folder_that_a_training_writes_into_is_refused_before_anything_is_loaded(folders, monkeypatch):
+    monkeypatch.setattr(fastlora.merge, "load_model", refuse_to_load)
+    with writing.locked(folders / "out"), pytest.raises(BlockingIOError, match="another process writes into this"):
+        merge(None, folders / "adapter", folders / "out", overwrite=True)
 
 
 def test_an_empty_output_folder_is_filled(folders):

@@ -293,6 +293,18 @@ def test_an_adapter_without_its_checkpoints_is_not_replaced_unasked(config):
     assert contents(config.output) == before
 
 
+@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "adapter_config.json", "checkpoints"])
+def test_what_cannot_be_replaced_is_named_before_anything_is_trained(config, name):
+    config.output.mkdir()
+    if name == "checkpoints":
+        (config.output / name).write_text("not yours")
+    else:
+        (config.output / name).mkdir()
+    with pytest.raises(OSError, match=rf"^output=.*: {name} is a (file|folder) there, expected a .* or nothing"):
+        train(replace(config, overwrite=True), progress=False)
+    assert [path.name for path in config.output.iterdir()] == [name]
+
+
 def test_data_that_training_would_replace_is_refused(config):
     config.output.mkdir()
     data = tiny.save_data(config.output / "metrics.jsonl", 8)
@@ -314,7 +326,7 @@ def test_a_second_training_into_one_folder_is_refused_at_the_start(config):
     before = contents(config.output)
     for options in ({"overwrite": True}, {"resume": True}, {}):
         with writing.locked(config.output):  # as another process holds it while it trains
-            with pytest.raises(BlockingIOError, match=r"^output=.*: another training writes into this folder"):
+            with pytest.raises(BlockingIOError, match=r"^output=.*: another process writes into this folder"):
                 train(replace(config, max_steps=1, **options), progress=False)
     assert contents(config.output) == before
 
@@ -325,7 +337,7 @@ def test_training_holds_its_folder(config, monkeypatch):
             raise AssertionError("two hold the folder")
 
     monkeypatch.setattr(checkpoint, "save", hold)
-    with pytest.raises(TrainingError, match="the checkpoint cannot be written: .*another training writes"):
+    with pytest.raises(TrainingError, match="the checkpoint cannot be written: .*another process writes"):
         train(replace(config, max_steps=1), progress=False)
 
 
@@ -670,8 +682,10 @@ def test_rows_that_are_longer_than_the_model_are_an_error(config, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_by_name(config):
-    with pytest.raises(TrainingError, match=r"step \d+: the loss is (nan|inf)"):
+    with pytest.raises(TrainingError, match=r"step \d+: the loss is (nan|inf).*a lower lr may help"):
         train(replace(config, lr=1e30, max_grad_norm=0.0), progress=False)
+    with pytest.raises(TrainingError, match=r"step 1: the loss is .* nothing was trained yet: look at .*lora_alpha"):
+        train(replace(config, lora_alpha=1e38, overwrite=True), progress=False)
 
 
 def test_training_that_reaches_no_weight_is_an_error(config):

@@ -36,6 +36,24 @@ def test_a_new_result_leaves_nothing_of_the_old_one_that_would_be_loaded_with_it
     assert files(tmp_path) == {**mine, **new}
 
 
+def test_a_tokenizers_folder_is_replaced_and_other_folders_are_left_alone(tmp_path):
+    def write(text: str, *names: str):
+        def write_files(folder: Path) -> None:
+            for name in names:
+                (folder / name).parent.mkdir(exist_ok=True)
+                (folder / name).write_text(text)
+
+        return write_files
+
+    write("mine", "tokenizer_of_mine/notes.txt")(tmp_path)
+    for text in ("old", "new"):
+        writing.publish(tmp_path, write(text, "config.json", f"additional_chat_templates/{text}.jinja"))
+    kept = {"tokenizer_of_mine/notes.txt": "mine", "config.json": "new"}
+    assert files(tmp_path) == {**kept, "additional_chat_templates/new.jinja": "new"}
+    writing.publish(tmp_path, write("newest", "config.json"))
+    assert files(tmp_path) == {**kept, "config.json": "newest"}
+
+
 def test_a_kill_while_publishing_leaves_no_mixture(tmp_path, monkeypatch):
     old = {"adapter_config.json": "old", "adapter_model.safetensors": "old"}
     new = {"adapter_config.json": "new", "adapter_model.safetensors": "new", "README.md": "new"}
@@ -116,7 +134,7 @@ def test_a_folder_is_held_by_one_process_until_it_ends_however(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
-        with pytest.raises(BlockingIOError, match=r"output=.*out: another training writes into this folder"):
+        with pytest.raises(BlockingIOError, match=r"output=.*out: another process writes into this folder"):
             with writing.locked(folder):
                 pass
     finally:
