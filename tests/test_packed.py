@@ -7,6 +7,9 @@ import gc
 import multiprocessing
 import operator
 import pickle
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -737,6 +740,7 @@ def test_a_freed_storage_is_no_place() -> None:
         packed.register(weight, budget)
         check_now(weight)
         weight.untyped_storage().resize_(0)
+        assert packed.describe(weight, weight.dtype, 5) == "torch"  # and nothing is read
     assert packed.held_bytes() == 0
     for weight, value in zip(weights, values, strict=True):
         weight.untyped_storage().resize_(value.nbytes)
@@ -797,6 +801,31 @@ def test_forked_workers() -> None:
     assert [bool(right) for right in loader] == [True] * 4
     check_now(layer.weight)
     assert budget.held == 2 * layer.weight.nbytes
+
+
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes do not fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_a_process_that_begins_while_a_copy_is_made() -> None:
+    """Another thread holds the lock just then, and no thread but the one that forks goes on in the child."""
+    held = threading.Event()
+
+    def hold() -> None:
+        with packed._lock:
+            held.set()
+            time.sleep(0.2)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    child = multiprocessing.get_context("fork").Process(
+        target=lambda: sys.exit(0 if packed._lock.acquire(timeout=5) else 1)
+    )
+    child.start()
+    holder.join()
+    child.join()
+    assert child.exitcode == 0
+    assert packed._lock.acquire(timeout=5)
+    packed._lock.release()
 
 
 # Whole models
