@@ -11,14 +11,15 @@ backward's are two. They are freed with the weight's memory.
 A copy is never stale. Before each use the weight is looked at: its address, the versions that torch counts, and a fingerprint of 512
 elements spread over all of it (csrc/cpu/fingerprint.cpp: 2 to 8 microseconds), since many a writer is not counted: fused optimisers, `.data`,
 numpy, another process. A weight that requires a gradient, or was in an optimiser's step, has its copies dropped. What passes is a write to a
-part of a weight that torch does not count and that meets none of the 512: stand inside `rewriting` for those.
+part of a weight that torch does not count and that meets none of the 512: stand inside `rewriting` for those. Of weights that others have, too,
+as a tied embedding, whose rows are written to one by one, `accelerate` lets no copies be made.
 """
 
 import functools
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -188,6 +189,16 @@ def _key_of(weight: Tensor) -> Key:
 def _is_plain(tensor: Any) -> bool:
     """Whether it is a matrix in memory, and no quantised, sharded or other special tensor."""
     return type(tensor) in (nn.Parameter, Tensor) and tensor.layout == torch.strided and tensor.dim() == 2
+
+
+class Places:
+    """Where some matrices lie; `in` asks for a weight whether it is one of them, by whatever tensor."""
+
+    def __init__(self, tensors: Iterable[Any]) -> None:
+        self._keys = {_key_of(tensor) for tensor in tensors if _is_plain(tensor)}
+
+    def __contains__(self, weight: Tensor) -> bool:
+        return _is_plain(weight) and _key_of(weight) in self._keys
 
 
 def _version_of(owner: Tensor) -> Tensor:
