@@ -12,14 +12,15 @@ A copy is never stale. Before each use the weight is looked at: its address, the
 elements spread over all of it, since many a writer is not counted: fused optimisers, `.data`, numpy, another process. That costs 2 microseconds,
 and 7 to 12 where the weight is in no cache (csrc/cpu/fingerprint.cpp; one core of an AMD Zen 5, 2026-11-28, 1536 x 576 and 4096 x 4096
 in turn with 3 GiB of others). A weight that requires a gradient, or was in an optimiser's step, has its copies dropped. What passes is a write to
-a part of a weight that torch does not count and that meets none of the 256: stand inside `rewriting` for those.
+a part of a weight that torch does not count and that meets none of the 256: stand inside `rewriting` for those. Of a
+weight that other modules have, too, as a tied embedding, whose rows are written to one by one, `accelerate` lets no copies be made.
 """
 
 import functools
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -189,6 +190,16 @@ def _key_of(weight: Tensor) -> Key:
 def _is_plain(tensor: Any) -> bool:
     """Whether it is a matrix in memory, and no quantised, sharded or other special tensor."""
     return type(tensor) in (nn.Parameter, Tensor) and tensor.layout == torch.strided and tensor.dim() == 2
+
+
+class Places:
+    """Where some matrices lie; `in` asks for a weight whether it is one of them, by whatever tensor."""
+
+    def __init__(self, tensors: Iterable[Any]) -> None:
+        self._keys = {_key_of(tensor) for tensor in tensors if _is_plain(tensor)}
+
+    def __contains__(self, weight: Tensor) -> bool:
+        return _is_plain(weight) and _key_of(weight) in self._keys
 
 
 def _version_of(owner: Tensor) -> Tensor:

@@ -425,7 +425,7 @@ def accelerate(model: nn.Module, *, frozen: bool = False, pack_budget: int | Non
     frozen: also swap every plain frozen nn.Linear without an adapter, such as lm_head; the model then needs no LoRA layers.
     pack_budget: bytes that packed copies of frozen weights may take on a CPU, 0 for none; None: a sixteenth of the machine's memory. A
     copy is made by the first product for which it was measured to pay on this kind of machine; `report` names those that did not fit. A write to
-    a frozen weight is seen, by whatever hand (packed.py).
+    a frozen weight is seen, by whatever hand (packed.py). A weight that another module has, too, such as a tied embedding, has no copies.
 
     On a kind of CPU or GPU that nobody has measured, it first measures, once: for a few seconds on a CPU, for a minute or two on a GPU, whose
     kernels are compiled meanwhile (`fastlora.tune.try_out`; FASTLORA_TRIAL=0: never). A model that is on a CPU may yet be moved: where
@@ -456,11 +456,15 @@ def accelerate(model: nn.Module, *, frozen: bool = False, pack_budget: int | Non
             layer.__class__ = FusedLinear
     for linear in plain:
         linear.__class__ = FrozenLinear
+    bases = [base for base in map(_frozen_base, model.modules()) if base is not None]
+    shared = _weights_of_others(model, bases)
+    for base in bases:
+        if base.weight in shared:
+            packed.detach(base)
+        else:
+            packed.attach(base, budget)
     for module in model.modules():
         _leave_group(module)
-        base = _frozen_base(module)
-        if base is not None:
-            packed.attach(base, budget)
         if isinstance(module, BaseTuner):
             for name in UNLOADING:
                 module.__dict__[name] = functools.partial(_unload_restored, module, name)
@@ -472,6 +476,12 @@ def accelerate(model: nn.Module, *, frozen: bool = False, pack_budget: int | Non
         )
     tune.try_out(_weights_by_operator(model))
     return model
+
+
+def _weights_of_others(model: nn.Module, bases: Sequence[nn.Module]) -> packed.Places:
+    """Where the weights of all modules but these lie. A tied embedding's is written to by others: PEFT merges a few of its rows through `.data`."""
+    others = set(model.modules()).difference(bases)
+    return packed.Places(weight for module in others for weight in module._parameters.values())
 
 
 def _weights_by_operator(model: nn.Module) -> dict[str, list[Tensor]]:

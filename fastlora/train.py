@@ -92,7 +92,7 @@ class TrainResult:
     parameters: int
     adapter_bytes: int  # of the weights' file
     dtype: str  # of the saved weights: an adapter's are float32, a model's as its base's are stored unless told
-    implementations: dict[str, int]  # LoRA layers, and frozen ones that fastlora runs, by what ran them
+    implementations: dict[str, int]  # LoRA and frozen layers, by what ran them; a guess where it says compiled
     loss_path: str | None  # LanguageModelLoss's; None where no step was left to do
     output: str
 

@@ -7,6 +7,9 @@ import gc
 import multiprocessing
 import operator
 import pickle
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -25,8 +28,9 @@ from bounds import (
 )
 from conftest import implementations
 from peft import LoraConfig, get_peft_model
-from test_peft import assert_as_near_as, llama, logits, peft_model, run
+from test_peft import assert_as_near_as, llama, logits, peft_model, q_proj, run
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastlora
 from fastlora import ops, packed, reference, tuned
@@ -737,6 +741,7 @@ def test_a_freed_storage_is_no_place() -> None:
         packed.register(weight, budget)
         check_now(weight)
         weight.untyped_storage().resize_(0)
+        assert packed.describe(weight, weight.dtype, 5) == "torch"  # and nothing is read
     assert packed.held_bytes() == 0
     for weight, value in zip(weights, values, strict=True):
         weight.untyped_storage().resize_(value.nbytes)
@@ -799,6 +804,31 @@ def test_forked_workers() -> None:
     assert budget.held == 2 * layer.weight.nbytes
 
 
+@pytest.mark.skipif("fork" not in multiprocessing.get_all_start_methods(), reason="processes do not fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork")
+def test_a_process_that_begins_while_a_copy_is_made() -> None:
+    """Another thread holds the lock just then, and no thread but the one that forks goes on in the child."""
+    held = threading.Event()
+
+    def hold() -> None:
+        with packed._lock:
+            held.set()
+            time.sleep(0.2)
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    held.wait()
+    child = multiprocessing.get_context("fork").Process(
+        target=lambda: sys.exit(0 if packed._lock.acquire(timeout=5) else 1)
+    )
+    child.start()
+    holder.join()
+    child.join()
+    assert child.exitcode == 0
+    assert packed._lock.acquire(timeout=5)
+    packed._lock.release()
+
+
 # Whole models
 
 
@@ -841,8 +871,10 @@ def test_models_with_copies_equal_peft(family: str, dtype: torch.dtype, packs: N
         assert_as_near_as(run(model, labels), eager, exact)
     assert set(model.state_dict()) == names
     if family != "t5" and always_packed(dtype):  # whose encoder's first layers need no dx
-        reasons = {entry.reason for entry in fastlora.report(model) if "original_module" not in entry.name}
-        assert all("oneDNN, packed, 0.0 MiB" in reason for reason in reasons)
+        embedding = model.get_input_embeddings().weight
+        entries = [entry for entry in fastlora.report(model) if "original_module" not in entry.name]
+        own = [entry for entry in entries if model.get_submodule(entry.name).weight is not embedding]
+        assert own and all("oneDNN, packed, 0.0 MiB" in entry.reason for entry in own)
 
 
 @NATIVE
@@ -1025,10 +1057,55 @@ def test_merging_into_a_weight_that_another_layer_reads(targets: list[str], pack
 
 
 @NATIVE
+@pytest.mark.parametrize("rows", [3, 4095], ids=["a few rows", "all but one"])
+def test_merging_rows_of_an_embedding_that_another_layer_reads(rows: int, packs: None) -> None:
+    """Of tokens that training never saw nothing is merged, and a fingerprint may miss the others: such a weight has no copy."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=4096, **sizes, tie_word_embeddings=True)
+    model = get_peft_model(LlamaForCausalLM(config), LoraConfig(r=4, target_modules=["q_proj", "embed_tokens"])).eval()
+    head, embedding = model.base_model.model.lm_head, model.base_model.model.model.embed_tokens
+    torch.nn.init.normal_(embedding.lora_embedding_A["default"].data[:, 1 : 1 + rows])
+    fastlora.accelerate(model, frozen=True)
+    x = torch.randn(50, 64)
+    before = head(x)
+    for do in (embedding.merge, embedding.unmerge, model.merge_adapter):
+        do()
+        assert torch.allclose(head(x), F.linear(x, head.weight), atol=1e-4)
+    assert not torch.allclose(head(x), before, atol=1e-2)
+
+
+@NATIVE
+@pytest.mark.parametrize("added", [False, True], ids=["", "added since"])
+def test_merging_one_element(added: bool, packs: None) -> None:
+    """PEFT writes it through `.data`, where no fingerprint reads."""
+    model, _, _ = pair(target_modules=["q_proj"])
+    if added:
+        model.add_adapter("up", LoraConfig(r=2, target_modules=["up_proj"]))
+        model.set_adapter("up")
+    layer = model.base_model.model.model.layers[0].mlp.up_proj if added else q_proj(model)
+    weight, (adapter,) = layer.get_base_layer().weight, layer.active_adapters
+    check_now(weight)
+    place = unseen_element(weight)
+    with torch.no_grad():
+        layer.lora_A[adapter].weight.zero_()[0, place] = 100
+        layer.lora_B[adapter].weight.zero_()[0, 0] = 1
+    for do in (model.merge_adapter, model.unmerge_adapter):
+        seen, before = packed._fingerprint(weight), weight.clone()
+        do()
+        assert packed._fingerprint(weight) == seen and not torch.equal(weight, before)
+        check_now(weight)
+
+
+@NATIVE
+@pytest.mark.parametrize("whole", [True, False])
 @pytest.mark.parametrize("how", ["unload", "merge_and_unload"])
-def test_an_unloaded_model_has_no_copies(how: str, packs: None) -> None:
-    model, peer, _ = pair()
-    unloaded, expected = getattr(model, how)(), getattr(peer, how)()
+def test_an_unloaded_model_has_no_copies(how: str, whole: bool, packs: None) -> None:
+    model, labels = peft_model(target_modules=["q_proj", "up_proj"])
+    expected = getattr(copy.deepcopy(model), how)()
+    fastlora.accelerate(model if whole else model.base_model.model, frozen=True)
+    run(model, labels)
+    assert packed._by_key
+    unloaded = getattr(model, how)()
     assert packed._by_key == {} and not packed._waiting
     assert torch.allclose(logits(unloaded), logits(expected), atol=1e-5)
     assert packed._by_key == {}
