@@ -1,5 +1,5 @@
 # make demo    set up .venv, then adapt the shipped base model to summarisation and report (about 5 minutes on 2 cores)
-# make test    set up .venv, then run every test that needs no GPU (about 7 minutes on 2 cores, after the set-up)
+# make test    set up .venv, then run every test that needs no GPU (about 7 minutes on 2 cores, with an nvcc or without, after the set-up)
 # make imitate     the bounds on the machines that this one can pass for: no AVX2, AVX2, AVX-512, AMX with its fault (about a minute on 2 cores)
 # make gpu     on a machine with a CUDA card, offline, in twelve minutes: build, device tests, first figures; tuning, benchmarks, sanitizer
 # make sanitize    the native extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer (about 15 minutes)
@@ -36,7 +36,7 @@ sanitize: $(VENV)/test-ready
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" && \
 		$(abspath $(BIN)/python) -c 'import fastlora._C' && \
 		$(abspath $(BIN)/python) -m pytest -q -x --capture=sys -k 'not cpu-reference and not cpu-triton' \
-			$(addprefix ../../tests/test_,$(addsuffix .py,lora_linear multi_lora prefix_concat native product cuda_emulated cuda_lora_linear cuda_multi_lora cuda_by_column))
+			$(addprefix ../../tests/test_,$(addsuffix .py,lora_linear multi_lora prefix_concat native product packed cuda_emulated cuda_lora_linear cuda_multi_lora cuda_by_column))
 
 emulate: $(VENV)/test-ready
 	@test -n "$(QEMU)" || { echo "make emulate needs qemu-x86_64, as in Debian's qemu-user: none was found (set QEMU=...)"; exit 1; }

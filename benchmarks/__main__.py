@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 
+from fastlora import writing
+
 from . import gate
 from .card_goals import BARE_LINES, HUNG_CODE, OUT_OF_TIME, Record, Session, card_lines, measure_card
 from .cases import OPERATORS, cases_of, dtype_name, steps_of
@@ -157,8 +159,7 @@ def _write(machine: Machine, operator: str, argv: Sequence[str], folder: Path, r
     folder.mkdir(parents=True, exist_ok=True)
     path = _path(machine, operator, folder)
     content = {"operator": operator, "command": " ".join(["python -m benchmarks", *argv]), "machine": machine, **result}
-    path.with_suffix(".new").write_text(json.dumps(_jsonable(content), indent=1) + "\n")
-    path.with_suffix(".new").replace(path)  # whole at every moment
+    writing.whole(path, (json.dumps(_jsonable(content), indent=1) + "\n").encode())
     return path
 
 

@@ -30,10 +30,9 @@ def line_of_goal(row: Any) -> str:
     values = {"fastlora": row["ours"], **({} if row["peft"] is None else {"peft": row["peft"]}), **row["rivals"]}
     shown = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
     goal = "" if row["goal"] is None else f" (goal {'at least' if row['at_least'] else 'at most'} {row['goal']:g})"
-    microseconds = "".join(
-        f", frozen {1e6 * row['seconds'][name]:.1f} us" for name in row["seconds"] if name == "frozen"
-    )
-    return f"  {row['what']}{goal}: {shown} {row['unit']}; runs {row['implementation'] or 'by choice'}{microseconds}"
+    frozen = row["seconds"].get("frozen")
+    beside = "" if frozen is None else f", frozen {1e6 * frozen:.1f} us"
+    return f"  {row['what']}{goal}: {shown} {row['unit']}; runs {row['implementation'] or 'by choice'}{beside}"
 
 
 def summary(folder: Path) -> list[str]:

@@ -14,21 +14,20 @@ import re
 import subprocess
 import sys
 import types
-import typing
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastlora.typed import fits, listed, shown
+from fastlora.typed import fits, listed, shown, spelt
 
 logger = logging.getLogger("fastlora")
 
@@ -119,7 +118,7 @@ def _read_json(file: Path, text: bytes) -> dict[str, Any]:
     if not _is_flat(value):
         raise AdapterError(file, None, f"cannot be read as JSON: nested deeper than {DEEPEST}")
     if not isinstance(value, dict):
-        raise AdapterError(file, None, f"expected a JSON object, got {_shown(value)}")
+        raise AdapterError(file, None, f"expected a JSON object, got {shown(value)}")
     return value
 
 
@@ -134,10 +133,6 @@ def _is_flat(value: Any) -> bool:
     return False
 
 
-def _shown(value: Any) -> str:
-    return "null" if value is None else shown(value)
-
-
 def _read_config(file: Path) -> Any:
     size = file.stat().st_size
     if size > LARGEST_CONFIG:
@@ -145,7 +140,7 @@ def _read_config(file: Path) -> Any:
     values = _read_json(file, file.read_bytes())
     values.pop("runtime_config", None)  # PEFT writes none, and ignores one
     if values.get("peft_type") != "LORA":
-        raise AdapterError(file, "peft_type", f"expected 'LORA', got {_shown(values.get('peft_type'))}")
+        raise AdapterError(file, "peft_type", f"expected 'LORA', got {shown(values.get('peft_type'))}")
     types_of, make = _lora_config()
     unknown = sorted(values.keys() - types_of.keys())
     if unknown:  # written by another PEFT
@@ -156,7 +151,7 @@ def _read_config(file: Path) -> Any:
     for name, value in values.items():
         problem = _problem(name, value, types_of)
         if problem:
-            raise AdapterError(file, name, f"{problem}, got {_shown(value)}")
+            raise AdapterError(file, name, f"{problem}, got {shown(value)}")
     try:
         return make(values)
     except Exception as error:  # PEFT checks little: AttributeError, KeyError, ...
@@ -165,19 +160,28 @@ def _read_config(file: Path) -> Any:
 
 @functools.cache
 def _lora_config() -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
-    """The type of every field of a LoraConfig, and how to make one. Cached: peft takes seconds to import."""
+    """The type that every field of a LoraConfig has in JSON, and how to make one. Cached: peft takes seconds to import."""
     from peft import LoraConfig
 
-    types_of = typing.get_type_hints(LoraConfig)
+    types_of = {name: _in_json(hint) for name, hint in get_type_hints(LoraConfig).items()}
     # PEFT's own annotations are too narrow for what it writes: alphas with a fraction, "pissa_niter_16".
     types_of.update({"lora_alpha": float, "init_lora_weights": bool | str})
     return types_of, lambda values: LoraConfig(**values)
 
 
+def _in_json(hint: Any) -> Any:
+    """What JSON has in the place of a field's value: for an enum its name, for a dataclass an object."""
+    if get_origin(hint) in (Union, types.UnionType):
+        return Union[tuple(_in_json(one) for one in get_args(hint))]  # noqa: UP007  (of as many as there are)
+    if isinstance(hint, type) and issubclass(hint, Enum):
+        return str
+    return dict if is_dataclass(hint) else hint
+
+
 def _problem(name: str, value: Any, types_of: Mapping[str, Any]) -> str | None:
     """What is wrong with a config's value."""
     if not fits(value, types_of[name]):
-        return f"expected {_type_name(types_of[name])}"
+        return f"expected {spelt(types_of[name])}"
     if name == "r" and not _is_rank(value):
         return f"expected a rank from 1 to {LARGEST_RANK:,}"
     if name == "rank_pattern" and not all(_is_rank(rank) for rank in (value or {}).values()):
@@ -189,9 +193,8 @@ def _problem(name: str, value: Any, types_of: Mapping[str, Any]) -> str | None:
     if name == "lora_dropout" and not 0 <= value < 1:
         return "expected a probability of at least 0 and less than 1"
     if name == "trainable_token_indices":
-        if any(
-            index < 0 for index in chain.from_iterable(value.values() if isinstance(value, dict) else [value or []])
-        ):
+        tokens = chain.from_iterable(value.values() if isinstance(value, dict) else [value or []])
+        if any(token < 0 for token in tokens):
             return "expected tokens, 0 or more"
     if name == "layer_replication" and value:
         if any(start < 0 for start, _ in value) or not 0 < sum(end - start for start, end in value) <= MOST_LAYERS:
@@ -206,18 +209,6 @@ def _is_rank(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether a lora_alpha can be used."""
     return type(value) in (int, float) and abs(value) <= torch.finfo(torch.float32).max
-
-
-def _type_name(wanted: Any) -> str:
-    names = {type(None): "null", bool: "true or false", int: "an integer", float: "a number", str: "a string"}
-    arguments = typing.get_args(wanted)
-    if typing.get_origin(wanted) in (typing.Union, types.UnionType):
-        return " or ".join(sorted({_type_name(one) for one in arguments}))
-    if typing.get_origin(wanted) is typing.Literal:
-        return " or ".join(repr(one) for one in arguments)
-    if typing.get_origin(wanted) in (list, tuple):
-        return "a list"
-    return names.get(wanted, "a string" if isinstance(wanted, type) and issubclass(wanted, Enum) else "an object")
 
 
 def _check_header(file: Path) -> None:
@@ -236,7 +227,7 @@ def _check_header(file: Path) -> None:
         begin, end_ = _offsets(file, size, key, entry)
         if begin != end:
             raise AdapterError(
-                file, key, f"its bytes begin at {_shown(begin)}, expected {end:,}, where the tensor before ends"
+                file, key, f"its bytes begin at {shown(begin)}, expected {end:,}, where the tensor before ends"
             )
         end = end_
     if end != size - 8 - length:
@@ -253,12 +244,12 @@ def _begin(item: tuple[str, Any]) -> int:
 def _offsets(file: Path, size: int, key: str, entry: Any) -> tuple[int, int]:
     """Where a tensor's bytes begin and end, once its entry is known to make sense."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise AdapterError(file, key, f"expected dtype, shape and data_offsets, got {_shown(entry)}")
+        raise AdapterError(file, key, f"expected dtype, shape and data_offsets, got {shown(entry)}")
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
-        raise AdapterError(file, key, f"expected one of the dtypes {', '.join(DTYPES)}, got {_shown(entry['dtype'])}")
+        raise AdapterError(file, key, f"expected one of the dtypes {', '.join(DTYPES)}, got {shown(entry['dtype'])}")
     for name in ("shape", "data_offsets"):
         if not isinstance(entry[name], list) or not all(type(number) is int and number >= 0 for number in entry[name]):
-            raise AdapterError(file, key, f"{name}: expected numbers from 0, got {_shown(entry[name])}")
+            raise AdapterError(file, key, f"{name}: expected numbers from 0, got {shown(entry[name])}")
     numbers, shape = entry["data_offsets"], entry["shape"]
     bytes_ = DTYPES[entry["dtype"]]
     for number in shape:
@@ -267,10 +258,10 @@ def _offsets(file: Path, size: int, key: str, entry: Any) -> tuple[int, int]:
         bytes_ *= number
     if len(numbers) != 2 or numbers[1] - numbers[0] != bytes_:
         raise AdapterError(
-            file, key, f"shape {_shown(shape)} of {entry['dtype']} does not fill data_offsets {_shown(numbers)}"
+            file, key, f"shape {shown(shape)} of {entry['dtype']} does not fill data_offsets {shown(numbers)}"
         )
     if not bytes_:
-        raise AdapterError(file, key, f"shape {_shown(shape)} has no elements")
+        raise AdapterError(file, key, f"shape {shown(shape)} has no elements")
     return numbers[0], numbers[1]
 
 
@@ -378,9 +369,7 @@ def _check_patterns(adapter: Adapter, model: nn.Module) -> None:
         try:
             subprocess.run(command, input=text, text=True, stderr=subprocess.DEVNULL, timeout=PATIENCE)
         except subprocess.TimeoutExpired:
-            problem = (
-                f"expected a regular expression that is matched in {PATIENCE:g} seconds, got {_shown(patterns[0])}"
-            )
+            problem = f"expected a regular expression that is matched in {PATIENCE:g} seconds, got {shown(patterns[0])}"
             raise AdapterError(adapter.folder / CONFIG, key, problem) from None
 
 
@@ -483,7 +472,7 @@ def _require_an_untouched_base(adapter: Adapter) -> None:
     for key, writes in found.items():
         if writes:
             problem = (
-                f"{_shown(getattr(config, key))} changes the base itself: expected no other adapter on the same model"
+                f"{shown(getattr(config, key))} changes the base itself: expected no other adapter on the same model"
             )
             raise AdapterError(adapter.folder / CONFIG, key, problem)
 

@@ -78,9 +78,10 @@ BatchOption = Annotated[int, typer.Option(min=1, help="Rows a batch.")]
 def command(function: Callable[..., None]) -> Callable[..., None]:
     """Enter a function as a command whose expected errors end in one plain message and an exit code."""
 
+    name = function.__name__.removesuffix("_")
+
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
-        name = function.__name__.removesuffix("_")
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
@@ -93,7 +94,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
                 raise
             _fail(name, _message(error), code)
 
-    return app.command(function.__name__.removesuffix("_"))(run)
+    return app.command(name)(run)
 
 
 def _exit_code(error: Exception) -> int | None:

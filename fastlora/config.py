@@ -5,12 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fastlora.adapters import LARGEST_RANK, is_number
-from fastlora.data.examples import TRUNCATIONS
+from fastlora.data.rows import TRUNCATIONS
 from fastlora.typed import check_fields, is_finite, shown
 
 DEFAULT_LR = {"lora": 2e-4, "full": 2e-5}
 SCHEDULES = (
-    *("linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt"),
+    *("linear", "cosine", "cosine_with_restarts", "polynomial"),
+    *("constant", "constant_with_warmup", "inverse_sqrt"),
 )
 """transformers' schedules that need neither arguments of their own nor a metric."""
 MOST = 2**31 - 1  # of everything that is counted, bytes aside
@@ -42,17 +43,13 @@ class TrainConfig:
     batch_size: int = 8  # rows a process takes at once
     gradient_accumulation_steps: int = 1
     max_length: int = 512  # tokens a row may have
-    truncation: str = (
-        "prompt"  # what a longer row loses: prompt (its oldest tokens) | completion (its end) | drop (all)
-    )
+    truncation: str = "prompt"  # what a longer row loses: the prompt's oldest, the completion's end, or all (drop)
     lr: float | None = None  # None: 2e-4 for lora, 2e-5 for full
     lr_scheduler_type: str = "linear"  # one of SCHEDULES
     warmup_ratio: float = 0.03  # of the steps, rounded up, but for the last
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0  # 0: no clipping
-    dtype: str = (
-        "auto"  # auto | float32 | bfloat16; "full" trains float32 weights, computes under autocast, and saves in it
-    )
+    dtype: str = "auto"  # auto | float32 | bfloat16: "full" computes in it under autocast, and saves in it
     gradient_checkpointing: bool = False
     save_steps: int = 50
     resume: bool = False  # from the newest checkpoint; where there is none, from the start

@@ -17,10 +17,8 @@ from torch import Tensor
 from fastlora.adapters import Adapter, is_adapter
 from fastlora.adapters import load as load_adapters
 from fastlora.adapters import read as read_adapter
-from fastlora.data.examples import (
-    BadLine,
-    Example,
-    Prompt,
+from fastlora.data.examples import BadLine, Example, Prompt, read_examples
+from fastlora.data.rows import (
     Row,
     batches,
     collate,
@@ -28,17 +26,16 @@ from fastlora.data.examples import (
     encode,
     encode_prompt,
     pad_token_id,
-    read_examples,
     require_count,
     turn_end,
 )
+from fastlora.layers import BASE
 from fastlora.losses import LanguageModelLoss
 from fastlora.typed import fits, listed, shown
 
 logger = logging.getLogger("fastlora")
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-BASE = "__base__"  # PEFT's name for "no adapter"
 
 
 def default_device() -> torch.device:

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import functional
-from fastlora.data.examples import IGNORE
+from fastlora.data.rows import IGNORE
 from fastlora.layers import is_hooked
 
 ROWS_AT_ONCE = 1024

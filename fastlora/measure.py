@@ -62,10 +62,9 @@ def problems(
         # torch's float16 product with a transposed weight takes seconds on a CPU: the nearest class stands for the largest.
         rows_here = LINEAR_ROWS[device_type][: -1 if (device_type, dtype) == ("cpu", torch.float16) else None]
         linear = product(rows_here, sizes, (False, True))
-        # Of the frozen product it is measured whether a packed copy pays; a few rows are csrc's, without one.
-        frozen = product([rows for rows in rows_here if rows >= packed.FEW_ROWS], sizes, (False,))
         if op == "frozen_linear" and not (device_type == "cpu" and packed.packs(dtype)):
-            continue
+            continue  # what is measured of it is whether a packed copy pays
+        frozen = product([rows for rows in rows_here if rows >= packed.FEW_ROWS], sizes, (False,))
         classes = {"prefix_concat": BATCHES, "frozen_linear": frozen}.get(op, linear)
         found += [
             Problem(op, dtype, rows, size, dropout)
@@ -322,9 +321,8 @@ def _frozen_linear(
     M: int, K: int, N: int, dtype: torch.dtype, device: torch.device, dropout: bool
 ) -> dict[str, list[Call]]:
     draw = _Draw(dtype, device)
-    x, weight, dy = draw.linear(
-        max(M, 2 * packed.FEW_ROWS), K, N
-    )  # the class of 8 rows: those that are no few rows any more
+    rows = max(M, 2 * packed.FEW_ROWS)  # of the class of 8, those that are no few rows any more
+    x, weight, dy = draw.linear(rows, K, N)
     bias = draw.normal(N) if dropout else None
     weights = _in_turn(weight, x.shape[0])
     return {

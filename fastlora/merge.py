@@ -33,9 +33,7 @@ class MergeReport:
     layers: int  # merged
     weight_max_error: float  # |merged weight - the one computed in float64|, largest element of all layers
     weight_relative_error: float  # norm of that difference over the norm of the merged weights, all layers together
-    update_relative_error: (
-        float  # norm of that difference over the norm of s B A: the part of the adapter that rounding lost
-    )
+    update_relative_error: float  # that norm over the norm of s B A: the part of the adapter that rounding lost
     logits_max_error: float  # |logits of the model that was written - those with the adapter beside the base|
     logits_relative_error: float  # norm of that difference over the norm of the logits
     untied: str | None  # weights that were one with another and have become their own

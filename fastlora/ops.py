@@ -288,13 +288,11 @@ def _decide(op: str, device: torch.device, dtype: torch.dtype, rows: int, elemen
     title = TITLES[best.implementation]
     if best.ratio is None:
         return Choice("reference", f"plain PyTorch, since {title} failed its check ({best.origin})")
+    times = f"{best.ratio:.2f}x"
     if best.ratio > WORTH_IT:
-        return Choice(
-            "reference", f"plain PyTorch, since {title} would take {best.ratio:.2f}x of its time ({best.origin})"
-        )
-    return Choice(
-        best.implementation, f"{title}, {best.ratio:.2f}x of plain PyTorch's time ({best.origin})", best.ratio
-    )
+        return Choice("reference", f"plain PyTorch, since {title} would take {times} of its time ({best.origin})")
+    reason = f"{title}, {times} of plain PyTorch's time ({best.origin})"
+    return Choice(best.implementation, reason, best.ratio)
 
 
 def choose_lora_linear(x: Tensor, weight: Tensor, dropout: bool = False, backward: bool = False) -> Choice:
@@ -345,11 +343,9 @@ def choose_frozen_linear(x: Tensor, weight: Tensor, backward: bool = False) -> C
         raise ImplementationError(f"FASTLORA_IMPL={forced}: frozen_linear cannot run: {obstacle}")
     if forced is not None:
         return Choice(forced, "FASTLORA_IMPL")
-    return (
-        Choice("reference", f"plain PyTorch, since {obstacle}")
-        if obstacle
-        else Choice("cpu", "the frozen product alone")
-    )
+    if obstacle is not None:
+        return Choice("reference", f"plain PyTorch, since {obstacle}")
+    return Choice("cpu", "the frozen product alone")
 
 
 def choose_multi_lora(x: Tensor, weight: Tensor, dropout: bool = False, backward: bool = False) -> Choice:

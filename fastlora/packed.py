@@ -8,17 +8,19 @@ machine. The copies are found by the weight's place in its storage and stand out
 them. `accelerate` registers the weights of a model under one `Budget`; a copy is made when a product first wants it, and the forward's and the
 backward's are two. They are freed with the weight's memory.
 
-A copy is never stale. Before each use the weight is looked at: its address, the versions that torch counts, and a fingerprint of 512
-elements spread over all of it (csrc/cpu/fingerprint.cpp: 2 to 8 microseconds), since many a writer is not counted: fused optimisers, `.data`,
-numpy, another process. A weight that requires a gradient, or was in an optimiser's step, has its copies dropped. What passes is a write to a
-part of a weight that torch does not count and that meets none of the 512: stand inside `rewriting` for those.
+A copy is never stale. Before each use the weight is looked at: its address, the versions that torch counts, and a fingerprint of 256
+elements spread over all of it, since many a writer is not counted: fused optimisers, `.data`, numpy, another process. That costs 2 microseconds,
+and 7 to 12 where the weight is in no cache (csrc/cpu/fingerprint.cpp; one core of an AMD Zen 5, 2026-11-28, 1536 x 576 and 4096 x 4096
+in turn with 3 GiB of others). A weight that requires a gradient, or was in an optimiser's step, has its copies dropped. What passes is a write to
+a part of a weight that torch does not count and that meets none of the 256: stand inside `rewriting` for those. Of a
+weight that other modules have, too, as a tied embedding, whose rows are written to one by one, `accelerate` lets no copies be made.
 """
 
 import functools
 import os
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -190,6 +192,16 @@ def _is_plain(tensor: Any) -> bool:
     return type(tensor) in (nn.Parameter, Tensor) and tensor.layout == torch.strided and tensor.dim() == 2
 
 
+class Places:
+    """Where some matrices lie; `in` asks for a weight whether it is one of them, by whatever tensor."""
+
+    def __init__(self, tensors: Iterable[Any]) -> None:
+        self._keys = {_key_of(tensor) for tensor in tensors if _is_plain(tensor)}
+
+    def __contains__(self, weight: Tensor) -> bool:
+        return _is_plain(weight) and _key_of(weight) in self._keys
+
+
 def _version_of(owner: Tensor) -> Tensor:
     """A tensor whose `_version` is the owner's, whatever becomes of that: it has no memory, and keeps none alive."""
     watch = owner.detach()
@@ -205,12 +217,10 @@ class _Registered:
         self.budget = budget
         # Of the storage, since torch.utils.swap_tensors refuses tensors with weak references. While it lives no other has its number.
         self.storage = weakref.ref(weight.untyped_storage(), lambda _: _forget(key))
-        self.owners: dict[
-            int, Tensor
-        ] = {}  # by id, a `_version_of` each: parameters over one memory count their writes apart
-        self.copies: dict[
-            tuple[int, ...], Tensor
-        ] = {}  # by the strides of what is multiplied by: the weight, its transpose
+        # By id, a `_version_of` each: parameters over one memory count their writes apart.
+        self.owners: dict[int, Tensor] = {}
+        # By the strides of what is multiplied by: the weight, its transpose.
+        self.copies: dict[tuple[int, ...], Tensor] = {}
         self.bytes = 0
         self.state: tuple[int, ...] = ()
 
@@ -334,7 +344,12 @@ def _drop_what_was_trained(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     if torch.compiler.is_compiling() or not _by_key:
         return
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    trained = {parameter.untyped_storage()._cdata for parameter in parameters if _is_plain(parameter)}
+    # Of any shape and class: a flat one may lie over many weights.
+    trained = {
+        parameter.untyped_storage()._cdata
+        for parameter in parameters
+        if parameter.layout is torch.strided and not nn.parameter.is_lazy(parameter)
+    }
     with _lock:
         for registered in _by_key.values():
             if registered.key[0] in trained:

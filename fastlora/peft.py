@@ -24,6 +24,9 @@ from fastlora.functional import RowGroups
 from fastlora.layers import is_hooked
 
 ROWS_BEFORE_ANY_CALL = 512
+NOT_OBSERVED = "compiled: not observed"
+SEEN, OWN_FORWARD = "_fastlora_seen", "_fastlora_own_forward"
+"""Under which a layer's `__dict__` has its last calls, for `report`."""
 
 
 class LayerReport(NamedTuple):
@@ -179,8 +182,8 @@ class _OwnForward(NamedTuple):
 
 def _note_own_forward(layer: nn.Module, obstacle: str, passing: bool) -> None:
     if not torch.compiler.is_compiling():
-        before = layer.__dict__.get("_fastlora_seen")
-        layer.__dict__["_fastlora_own_forward"] = _OwnForward(obstacle, passing, before)
+        before = layer.__dict__.get(SEEN)
+        layer.__dict__[OWN_FORWARD] = _OwnForward(obstacle, passing, before)
 
 
 class FusedLinear(lora.Linear):
@@ -211,7 +214,7 @@ class FusedLinear(lora.Linear):
         y = self._compute(x, adapters, used, names) if shared is None else shared
         dropout = any(each.dropout_p for each in adapters)
         dtype = functional._autocast_dtype(x) or x.dtype
-        self.__dict__["_fastlora_seen"] = _Seen(x.shape, dtype, dropout, names is not None, shared is not None)
+        self.__dict__[SEEN] = _Seen(x.shape, dtype, dropout, names is not None, shared is not None)
         return y
 
     def _compute(self, x: Tensor, adapters: list[_Arguments], used: list[str], names: groups.AdapterNames) -> Tensor:
@@ -348,7 +351,7 @@ class FrozenLinear(nn.Linear):
             return y
         y = functional.frozen_linear(x, _tensor(self, "weight"), _tensor(self, "bias"))
         if not torch.compiler.is_compiling():
-            self.__dict__["_fastlora_seen"] = _Seen(x.shape, functional._autocast_dtype(x) or x.dtype)
+            self.__dict__[SEEN] = _Seen(x.shape, functional._autocast_dtype(x) or x.dtype)
         return y
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
@@ -422,7 +425,7 @@ def accelerate(model: nn.Module, *, frozen: bool = False, pack_budget: int | Non
     frozen: also swap every plain frozen nn.Linear without an adapter, such as lm_head; the model then needs no LoRA layers.
     pack_budget: bytes that packed copies of frozen weights may take on a CPU, 0 for none; None: a sixteenth of the machine's memory. A
     copy is made by the first product for which it was measured to pay on this kind of machine; `report` names those that did not fit. A write to
-    a frozen weight is seen, by whatever hand (packed.py).
+    a frozen weight is seen, by whatever hand (packed.py). A weight that another module has, too, such as a tied embedding, has no copies.
 
     On a kind of CPU or GPU that nobody has measured, it first measures, once: for a few seconds on a CPU, for a minute or two on a GPU, whose
     kernels are compiled meanwhile (`fastlora.tune.try_out`; FASTLORA_TRIAL=0: never). A model that is on a CPU may yet be moved: where
@@ -453,11 +456,15 @@ def accelerate(model: nn.Module, *, frozen: bool = False, pack_budget: int | Non
             layer.__class__ = FusedLinear
     for linear in plain:
         linear.__class__ = FrozenLinear
+    bases = [base for base in map(_frozen_base, model.modules()) if base is not None]
+    shared = _weights_of_others(model, bases)
+    for base in bases:
+        if base.weight in shared:
+            packed.detach(base)
+        else:
+            packed.attach(base, budget)
     for module in model.modules():
         _leave_group(module)
-        base = _frozen_base(module)
-        if base is not None:
-            packed.attach(base, budget)
         if isinstance(module, BaseTuner):
             for name in UNLOADING:
                 module.__dict__[name] = functools.partial(_unload_restored, module, name)
@@ -469,6 +476,12 @@ def accelerate(model: nn.Module, *, frozen: bool = False, pack_budget: int | Non
         )
     tune.try_out(_weights_by_operator(model))
     return model
+
+
+def _weights_of_others(model: nn.Module, bases: Sequence[nn.Module]) -> packed.Places:
+    """Where the weights of all modules but these lie. A tied embedding's is written to by others: PEFT merges a few of its rows through `.data`."""
+    others = set(model.modules()).difference(bases)
+    return packed.Places(weight for module in others for weight in module._parameters.values())
 
 
 def _weights_by_operator(model: nn.Module) -> dict[str, list[Tensor]]:
@@ -500,7 +513,7 @@ def _restore_layer(module: Any) -> None:
             module.__class__ = lora.Linear if type(module) is FusedLinear else nn.Linear
         else:  # torch.nn.utils.parametrize has derived a class for this module since
             type(module).__bases__ = (nn.Linear,)
-        for name in ("_fastlora_seen", "_fastlora_own_forward"):
+        for name in (SEEN, OWN_FORWARD):
             module.__dict__.pop(name, None)
 
 
@@ -537,11 +550,9 @@ def report(model: nn.Module) -> Report:
 
     It tells of the last call that was not compiled, and what differs from it: calls before, and what stands in the way of the next.
     """
-    compiled = [name for name, module in model.named_modules() if _is_compiled(module)]
+    prefixes = tuple(f"{name}." if name else "" for name, module in model.named_modules() if _is_compiled(module))
     return Report(
-        LayerReport(
-            name, *_explain(module, any(f"{name}.".startswith(f"{outer}." if outer else "") for outer in compiled))
-        )
+        LayerReport(name, *_explain(module, compiled=f"{name}.".startswith(prefixes)))
         for name, module in model.named_modules()
         if isinstance(module, (LoraLayer, FrozenLinear))
     )
@@ -563,7 +574,7 @@ def _explain(layer: Any, compiled: bool) -> tuple[str, str]:
     if base is None:
         return "peft", _swap_obstacle(layer) or "not accelerated: call fastlora.accelerate(model)"
     plain = "nn.Linear's own forward" if base is layer else "PEFT's own forward"
-    seen, own = layer.__dict__.get("_fastlora_seen"), layer.__dict__.get("_fastlora_own_forward")
+    seen, own = layer.__dict__.get(SEEN), layer.__dict__.get(OWN_FORWARD)
     obstacle = _present_obstacle(layer, base, seen)
     if own is not None and own.before is seen:  # the last call
         gone = "" if own.passing or own.obstacle == obstacle else f", now {obstacle or 'no longer'}"
@@ -571,20 +582,19 @@ def _explain(layer: Any, compiled: bool) -> tuple[str, str]:
         if seen is not None:
             before, why = _describe(layer, base, seen)
             reason += f"; before, {before}, {why}"
-        return "reference", f"compiled: not observed; in its last eager call {reason}" if compiled else reason
+        return "reference", f"{NOT_OBSERVED}; in its last eager call {reason}" if compiled else reason
     if obstacle is not None and seen is None:
-        return "reference", f"not called yet; {plain}: {obstacle}"
+        return "reference", f"{NOT_OBSERVED if compiled else 'not called yet, unless compiled'}; {plain}: {obstacle}"
     implementation, reason = _describe(layer, base, seen or _before_any_call(layer, base, compiled), compiled)
     if own is not None:
         reason += f"; earlier also {plain}: {own.obstacle}"
     if obstacle is not None:
         reason += f"; from now on {plain}: {obstacle}"
     if compiled:
-        return (
-            implementation,
-            f"compiled: not observed; {'a guess' if seen is None else 'its last eager call'}, {reason}",
-        )
-    return implementation, reason if seen is not None else f"not called yet, unless compiled; {reason}"
+        reason = f"{NOT_OBSERVED}; {'a guess' if seen is None else 'its last eager call'}, {reason}"
+    elif seen is None:
+        reason = f"not called yet, unless compiled; {reason}"
+    return implementation, reason
 
 
 def _present_obstacle(layer: Any, base: Any, seen: _Seen | None) -> str | None:

@@ -32,7 +32,8 @@ from tqdm import tqdm
 from fastlora import checkpoint, metrics, trainable, tuned, writing
 from fastlora.checkpoint import Checkpoint, CheckpointError
 from fastlora.config import SEEDS, TrainConfig
-from fastlora.data.examples import IGNORE, Encoded, Row, batches, collate, encode, pad_token_id, read_examples
+from fastlora.data.examples import read_examples
+from fastlora.data.rows import IGNORE, Encoded, Row, batches, collate, encode, pad_token_id
 from fastlora.inference import (
     EvalResult,
     evaluate,
@@ -94,7 +95,7 @@ class TrainResult:
     parameters: int
     adapter_bytes: int  # of the weights' file
     dtype: str  # of the saved weights: an adapter's are float32, a model's as its base's are stored unless told
-    implementations: dict[str, int]  # LoRA layers, and frozen ones that fastlora runs, by what ran them
+    implementations: dict[str, int]  # LoRA and frozen layers, by what ran them; a guess where it says compiled
     loss_path: str | None  # LanguageModelLoss's; None where no step was left to do
     output: str
 
@@ -113,7 +114,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         FileExistsError: the output folder holds an adapter, a model or a training, and neither resume nor overwrite was asked for.
         CheckpointError: the checkpoint to go on from is damaged; the message says which older one is not.
         ValueError: the output is the base model's folder; resume was asked for with other options or data than the
-            checkpoint's; a name in target_modules matches nothing; compile, and there is no C++ compiler.
+            checkpoint's; a name in target_modules matches nothing; compile, and there is no C++ compiler; the model's files are damaged.
+        OSError: the data or the model is not there, or the output folder cannot be written into.
         TrainingError: the loss or the gradient is not finite, no gradient reaches any trained weight, or the disk is full.
         TrainingInterrupted: Ctrl-C or SIGTERM, after the checkpoint.
     """

@@ -19,7 +19,9 @@ def build(config: TrainConfig, dtype: torch.dtype, device: torch.device, resume_
     """The model with what is trained of it requiring gradients: a new adapter, or the whole of it; or a checkpoint's.
 
     Raises:
-        ValueError: a name in target_modules matches nothing; compile, and transformers does not say what the layers are.
+        ValueError: a name in target_modules matches nothing, or no layer; compile, and transformers does not say what the layers are;
+            AdapterError: the checkpoint's adapter is none of this model's.
+        OSError, ValueError: as `load_base`.
     """
     if config.method == "full":
         model = load_base(str(resume_from or config.model), torch.float32, device)
@@ -129,12 +131,18 @@ def _compile_layers(model: Any) -> None:
 
 
 def implementations(model: Any, config: TrainConfig) -> dict[str, int]:
+    """How many layers each implementation runs, as `report` tells; of compiled layers it is a guess, and says so."""
     if config.method == "full":
         return {}
     if not config.accelerate:
         from peft.tuners.lora import LoraLayer
 
         return {"peft": sum(isinstance(module, LoraLayer) for module in model.modules())}
-    from fastlora.peft import report
+    from fastlora.peft import NOT_OBSERVED, report
 
-    return dict(Counter(layer.implementation for layer in report(model)))
+    return dict(
+        Counter(
+            layer.implementation + f" ({NOT_OBSERVED})" * layer.reason.startswith(NOT_OBSERVED)
+            for layer in report(model)
+        )
+    )

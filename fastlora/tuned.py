@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock
 
+from fastlora import writing
 from fastlora.typed import check_fields, shown
 
 SCHEMA = 1
@@ -182,9 +183,7 @@ def write(path: Path, device_type: str, found: Iterable[Measurement], command: s
     ]
     text = json.dumps(head, indent=2).removesuffix("\n}") + ',\n  "entries": [\n    ' + ",\n    ".join(entries)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(text + "\n  ]\n}\n")
-    scratch.replace(path)
+    writing.whole(path, (text + "\n  ]\n}\n").encode())
 
 
 def state() -> dict[str, list[list[Any]]]:
@@ -290,7 +289,7 @@ def checked(one: Measurement) -> Measurement:
     """The measurement, if it can be one.
 
     Raises:
-        TypeError, ValueError: a field is of a wrong type or value; the message names it.
+        TypeError, ValueError: a field has a wrong type or value; the message names it.
     """
     check_fields(one)
     timed = one.ratio is not None and 0 < one.ratio < math.inf
@@ -300,8 +299,8 @@ def checked(one: Measurement) -> Measurement:
         "ratio": timed if one.checked else one.ratio is None,
         "way": one.way == "" or any(one.way in ways for ways in WAYS.values()),
     }
-    for name, fits in right.items():
-        if not fits:
+    for name, is_right in right.items():
+        if not is_right:
             raise ValueError(f"{name}={shown(getattr(one, name))}: no measurement has that")
     return one
 

@@ -132,7 +132,7 @@ def results(folder: Path) -> list[str]:
 
 def whole(path: Path, content: bytes) -> None:
     """Write one file, whole or not at all."""
-    scratch = path.with_name(f"{UNFINISHED}{path.name}")
+    scratch = path.with_name(f"{UNFINISHED}{path.name}.{os.getpid()}")  # others may write the same file
     with plain_errors(path):
         try:
             scratch.write_bytes(content)

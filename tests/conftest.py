@@ -10,6 +10,7 @@ GPU the Triton kernels run in Triton's interpreter. Where nothing is forced, cho
 import importlib.util
 import os
 from collections.abc import Iterator
+from typing import Any
 
 # Before torch starts: repeatable products on a GPU.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -27,7 +28,7 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
 
     interpreter.install()
 
-from fastlora import ops, tuned
+from fastlora import ops, packed, tuned
 
 amx_fault.install_if_asked()
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -85,3 +86,24 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Every frozen product is oneDNN's on a packed copy, where it can be; returns the bytes of the copies at each product."""
+    if packed._fingerprint is None or not torch.backends.mkldnn.is_available():
+        pytest.skip("weights have copies only where torch has oneDNN and the extension is built")
+    held: list[int] = []
+    onednn = packed._linear_pointwise
+
+    def multiply(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        # held_bytes() would look for changes itself.
+        held.append(sum(one.bytes for one in packed._by_key.values()) * weight.is_mkldnn)
+        return onednn(x, weight, *rest)
+
+    monkeypatch.setattr(packed, "packs", lambda dtype: dtype is torch.float32)
+    monkeypatch.setattr(packed, "_few_rows", None)
+    monkeypatch.setattr(packed, "_product", None)
+    monkeypatch.setattr(packed, "_linear_pointwise", multiply)
+    monkeypatch.setattr(tuned, "forced_way", "packed")
+    return held

@@ -399,7 +399,7 @@ def test_training_steps_are_timed_in_turn_and_agree() -> None:
     text = table.step_table([(TINY_STEP, result)])
     assert f"in {int(result.ratio > 1)} of 1 rows" in text
     found = list(goals.step_goals([{"case": replace(TINY_STEP, name=name), "result": result} for name in ("0.1B", "")]))
-    assert len(found) == 6 if result.memory_ratios else 4  # of the first, packed and not
+    assert len(found) == (6 if result.memory_ratios else 4)  # of the first, packed and not
     assert found[0].ours == result.ratio and found[0].goal == 0.5
     assert found[-1].ours == result.of_product_rate["unpacked"] and found[-1].at_least
 

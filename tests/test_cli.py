@@ -1,6 +1,7 @@
 """The command line: each command does what its function does, and an error is one line and an exit code."""
 
 import importlib.machinery
+import inspect
 import json
 import logging
 import os
@@ -22,10 +23,13 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import fastlora
-from fastlora import environment
+from fastlora import cli, environment
 from fastlora.checkpoint import CheckpointError
 from fastlora.cli import _module_names, _quiet, app
-from fastlora.inference import generate, load_model
+from fastlora.config import DEFAULT_LR, TrainConfig
+from fastlora.data.rows import TRUNCATIONS
+from fastlora.inference import evaluate, generate, load_model
+from fastlora.merge import merge
 from fastlora.ops import ImplementationError
 from fastlora.train import TrainingError
 
@@ -54,6 +58,31 @@ def run(*words: object, code: int = 0) -> str:
     result = CliRunner().invoke(app, [str(word) for word in words])
     assert result.exit_code == code, result.output + repr(result.exception)
     return result.output
+
+
+@pytest.mark.parametrize(
+    ("command", "function"),
+    [
+        (cli.train, TrainConfig),
+        (cli.eval_, evaluate),
+        (cli.generate, generate),
+        (cli.merge, merge),
+    ],
+)
+def test_options_and_defaults_are_the_functions(command, function):
+    """They stand twice: what has them first takes seconds to import, and --help must not."""
+    options, arguments = (inspect.signature(one).parameters for one in (command, function))
+    common = [name for name in arguments if name in options]
+    assert len(common) >= 4 and (function is not TrainConfig or options.keys() == arguments.keys())
+    for name in common:
+        told, own = options[name].default, arguments[name].default
+        assert told == own or inspect.Parameter.empty in (told, own), name
+
+
+def test_choices_are_the_librarys():
+    assert [*cli.Truncation] == [*TRUNCATIONS] and [*cli.Method] == [*DEFAULT_LR]
+    for dtype in cli.Dtype:
+        TrainConfig(model="m", data="d", output="o", dtype=dtype.value)
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,12 @@ import torch
 from transformers import LlamaForCausalLM
 
 from fastlora import inference
-from fastlora.data.examples import DataError, Example, encode, encode_prompt
+from fastlora.data.examples import DataError, Example
+from fastlora.data.rows import encode, encode_prompt
 from fastlora.inference import evaluate, generate, load_model
 
 SHORT = Example("The cat runs. What does the cat do?", " It runs.", "data:1")
-LONG = Example("The owl hides. The fox sings. " * 5 + SHORT.prompt, " It runs.", "data:2")
+LONG = Example("The owl hides. The fox sings. " * 5 + SHORT.prompt, " It hides.", "data:2")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,21 +43,22 @@ def seen(loaded, monkeypatch) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("truncation", "kept", "cut"), [("prompt", [SHORT, LONG], 1), ("completion", [SHORT], 0), ("drop", [SHORT], 0)]
+    ("truncation", "kept", "cut"), [("prompt", [LONG, SHORT], 1), ("completion", [SHORT], 0), ("drop", [SHORT], 0)]
 )
 def test_every_figure_is_over_the_same_rows(loaded, seen, monkeypatch, truncation, kept, cut):
     references: list[str] = []
     monkeypatch.setattr(inference, "_rouge", lambda answers, given: references.extend(given) or {})
-    result = evaluate(*loaded, [SHORT, LONG], max_length=40, truncation=truncation, max_new_tokens=2)
-    rows = encode([SHORT, LONG], loaded[1], 40, truncation).rows
+    result = evaluate(*loaded, [LONG, SHORT], max_length=40, truncation=truncation, max_new_tokens=2)
+    rows = encode([LONG, SHORT], loaded[1], 40, truncation).rows
     assert (result.rows, result.dropped_rows, result.prompt_cut_rows) == (len(kept), 2 - len(kept), cut)
-    assert result.tokens == sum(row.labelled for row in rows) and len(references) == len(kept)
+    assert result.tokens == sum(row.labelled for row in rows)
+    assert references == [example.completion.strip() for example in kept]
     assert sorted(seen) == sorted(row.input_ids[: row.prompt_length] for row in rows)
 
 
 def test_the_loss_is_over_the_rows_that_are_answered(loaded):
     whole = evaluate(*loaded, [SHORT], max_new_tokens=2)
-    cut = evaluate(*loaded, [SHORT, LONG], max_length=40, truncation="drop", max_new_tokens=2)
+    cut = evaluate(*loaded, [LONG, SHORT], max_length=40, truncation="drop", max_new_tokens=2)
     assert cut.loss == whole.loss and cut.exact_match == whole.exact_match and cut.rows == 1
 
 

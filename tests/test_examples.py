@@ -11,20 +11,8 @@ import tiny
 import torch
 from tokenizers import processors
 
-from fastlora.data.examples import (
-    IGNORE,
-    TRUNCATIONS,
-    BadLine,
-    DataError,
-    Example,
-    Row,
-    collate,
-    cut_prompt,
-    encode,
-    encode_prompt,
-    parse_line,
-    read_examples,
-)
+from fastlora.data.examples import BadLine, DataError, Example, parse_line, read_examples
+from fastlora.data.rows import IGNORE, TRUNCATIONS, Row, collate, cut_prompt, encode, encode_prompt
 
 GOOD = b'{"prompt": "a", "completion": "b"}\n'
 GENERATION_TEMPLATE = (

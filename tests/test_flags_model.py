@@ -16,9 +16,7 @@ import pytest
 class Launch(NamedTuple):
     blocks: int
     resident: int  # at the same time, at most
-    first: tuple[
-        tuple[int, ...] | None, ...
-    ]  # tiles of sides: the row-block of each row that one shrinks; None: a gradient's
+    first: tuple[tuple[int, ...] | None, ...]  # tiles of sides: whose row-blocks each shrinks a row; None: a gradient's
     last: int  # tiles that read what all have shrunk
     tiles: tuple[int, ...]  # of the product: their row-blocks
     rows: tuple[int, ...]  # of each row-block, with those that have no place
@@ -35,9 +33,7 @@ class State(NamedTuple):
     rows: tuple[int, ...]  # counted, of each row-block
     written: tuple[bool, ...]  # tiles of `first`
     sides: tuple[int, ...]  # of each block that has begun: DONE, TAKES, WAITS, or the tile whose rows it counts
-    owed: tuple[
-        tuple[int, ...], ...
-    ]  # what each still has to count, row-blocks, or -1 for the tile itself, by threads in any order
+    owed: tuple[tuple[int, ...], ...]  # what each has yet to count, in any order: row-blocks; -1: the tile itself
     produced: tuple[int, ...]  # the next tile of each block's producer, or DONE
 
 

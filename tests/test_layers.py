@@ -148,7 +148,7 @@ def test_merged_layer_survives_copy_pickle_and_cast(make):
     layer.merge()
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), layer.double()):
         other.unmerge()
-        assert torch.equal(other.weight.float(), original)
+        assert torch.equal(other.weight.float(), original) and other.weight.dtype == other.lora_A.dtype
 
 
 def multi_layer():

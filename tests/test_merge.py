@@ -164,8 +164,9 @@ def test_the_merged_model_is_the_adapters_whatever_is_tied(model, name, ties, tm
     assert not any("lora" in key or "base_layer" in key for key in merged.state_dict())
 
 
-def test_no_weight_of_the_base_is_written_to():
-    peft_model = with_adapter(llama, target_modules=["lm_head", "q_proj"], modules_to_save=["norm"])
+@pytest.mark.parametrize("more", [{"modules_to_save": ["norm"]}, {"trainable_token_indices": [1, 5]}], ids=str)
+def test_no_weight_of_the_base_is_written_to(more):
+    peft_model = with_adapter(llama, target_modules=["lm_head", "q_proj"], **more)
     held = dict(peft_model.named_parameters())
     values = {name: (parameter.detach().clone(), parameter._version) for name, parameter in held.items()}
     fold(peft_model)

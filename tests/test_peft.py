@@ -510,7 +510,10 @@ def test_report_says_what_is_a_guess():
         assert reason_of(model, part)[1].startswith("33 rows: ")
     model, _ = peft_model()
     fastlora.accelerate(model).merge_adapter()
-    assert reason_of(model) == ("reference", "not called yet; PEFT's own forward: the adapter is merged")
+    reason = "PEFT's own forward: the adapter is merged"
+    assert reason_of(model) == ("reference", f"not called yet, unless compiled; {reason}")
+    model.compile(backend="eager")
+    assert reason_of(model) == ("reference", f"compiled: not observed; {reason}")
 
 
 @pytest.mark.parametrize("how", ["wrapped", "a block"])

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora import packed, tuned
 
 WIDTH, SEQUENCES, LENGTH = 8, 100, 8
 CLOSE, CLOSE_16 = 1e-4, 0.06  # of the largest number; the second where bfloat16 has a part in it
@@ -276,26 +275,6 @@ OPERATIONS = [
     *(set_adapters, merge, unmerge, hook, unhook, replace_weight, write_weight, unfreeze, convert, convert_adapter),
     *(change_way, change_way, duplicate, duplicate_layer, add_and_delete, accelerate_again, restore, report),
 ]
-
-
-@pytest.fixture
-def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Every frozen product is oneDNN's on a packed copy, where it can be; returns the bytes of the copies at each product."""
-    if packed._fingerprint is None or not torch.backends.mkldnn.is_available():
-        pytest.skip("weights have copies only where torch has oneDNN and the extension is built")
-    held: list[int] = []
-    onednn = packed._linear_pointwise
-
-    def multiply(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        held.append(packed.held_bytes() * weight.is_mkldnn)
-        return onednn(x, weight, *rest)
-
-    monkeypatch.setattr(packed, "packs", lambda dtype: dtype is torch.float32)
-    monkeypatch.setattr(packed, "_few_rows", None)
-    monkeypatch.setattr(packed, "_product", None)
-    monkeypatch.setattr(packed, "_linear_pointwise", multiply)
-    monkeypatch.setattr(tuned, "forced_way", "packed")
-    return held
 
 
 @pytest.mark.filterwarnings("ignore")  # PEFT's, of merged adapters and the like

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import tokenizer_kinds as kinds
 
-from fastlora.data.examples import IGNORE, DataError, Example, Row, encode, encode_prompt, turn_end
+from fastlora.data.examples import DataError, Example
+from fastlora.data.rows import IGNORE, Row, encode, encode_prompt, turn_end
 
 KINDS = {
     "byte-level": lambda: kinds.byte_level(add_prefix_space=False, template="<s> $A"),

@@ -1,5 +1,6 @@
 """The training loop: it learns, it survives, and what it leaves is what PEFT reads."""
 
+import gc
 import json
 import math
 import os
@@ -21,9 +22,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import fastlora
-from fastlora import checkpoint, trainable, writing
+from fastlora import checkpoint, packed, trainable, writing
 from fastlora.checkpoint import CheckpointError
-from fastlora.data.examples import DataError, Row
+from fastlora.data.examples import DataError
+from fastlora.data.rows import Row
 from fastlora.train import TrainConfig, TrainingError, TrainingInterrupted, _Plan, evaluate, load_model, train
 
 METRICS = {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_per_second", "seconds"}
@@ -732,12 +734,16 @@ def test_training_that_reaches_no_weight_is_an_error(config):
         train(replace(config, lora_alpha=0), progress=False)
 
 
-def test_packed_copies_change_no_loss(config, tmp_path):
+def test_packed_copies_change_no_loss_and_none_is_left(config, tmp_path, copies):
     config = replace(config, lora_dropout=0.0, max_steps=4, pack_budget=0)
     train(config, progress=False)
+    assert not any(copies)
     train(replace(config, output=tmp_path / "packed", pack_budget=2**30), progress=False)
-    for plain, packed in zip(numbers(config.output), numbers(tmp_path / "packed"), strict=True):
-        assert abs(plain[1] - packed[1]) <= 1e-4 * plain[1]
+    assert sum(map(bool, copies)) > 4 * 15
+    for plain, ours in zip(numbers(config.output), numbers(tmp_path / "packed"), strict=True):
+        assert abs(plain[1] - ours[1]) <= 1e-4 * plain[1]
+    gc.collect()
+    assert not packed._by_key
 
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="torch.compile needs a C++ compiler")
@@ -747,6 +753,8 @@ def test_a_compiled_run_is_like_an_eager_one_and_resumes_to_the_same_bits(config
     compiled, resumed = (replace(config, output=tmp_path / name, compile=True) for name in ("compiled", "resumed"))
     result = train(compiled, progress=False)
     assert result.loss_path == "fused"
+    observed = {name: count for name, count in result.implementations.items() if "compiled: not observed" not in name}
+    assert sum(result.implementations.values()) == 15 and sum(observed.values()) == 1  # the head
     for eager, ours in zip(numbers(config.output), numbers(compiled.output), strict=True):
         assert abs(eager[1] - ours[1]) <= 1e-4 * eager[1]
     shutil.copytree(compiled.output, resumed.output, ignore=shutil.ignore_patterns("step-4"))

@@ -12,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import fastlora
-from fastlora.data.examples import collate, encode, read_examples
+from fastlora.data.examples import read_examples
+from fastlora.data.rows import collate, encode
 
 STEPS = 8
 

@@ -147,8 +147,8 @@ def _score_all(output: Path, base: Path) -> dict[str, Any]:
     """ROUGE and exact match of the base, of LoRA and of full fine-tuning, and a few dialogues with their answers."""
     from fastlora.data.tasks import generate
     from fastlora.demo.scores import ADAPTED_TASK, BASE_TASKS, answers, exact_match, reference, rouge
-    from fastlora.inference import BASE as NO_ADAPTER
     from fastlora.inference import load_model
+    from fastlora.layers import BASE as NO_ADAPTER
 
     adapted, tokenizer = load_model(str(base), {"lora": output / "lora"}, dtype="float32")
     full, _ = load_model(str(output / "full"), dtype="float32")

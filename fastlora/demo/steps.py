@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastlora
-from fastlora.data.examples import IGNORE, collate, encode, pad_token_id, read_examples
+from fastlora.data.examples import read_examples
+from fastlora.data.rows import IGNORE, collate, encode, pad_token_id
 from fastlora.losses import LanguageModelLoss
 
 Batch = dict[str, Tensor]  # input_ids, attention_mask, labels, each [B, T]

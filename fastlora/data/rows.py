@@ -1,0 +1,409 @@
+"""Examples in, token rows out: what the training loop reads, and what generation starts from.
+
+The loss counts the completion's tokens only, and the mask is built from tokens, never from characters. A row begins with
+the prompt's own tokens, so that generation starts from exactly what training saw. Where the whole text's tokens begin
+with those, the row is the whole text's: a completion tokenised apart can differ, SentencePiece's gets a space that the
+text does not have. Where a merge runs across the border, the completion gets tokens with which the row still decodes to
+the whole text. The last token that counts is the end token.
+
+Messages go through the tokenizer's chat template. If the template marks what the assistant wrote (`{% generation %}`),
+every assistant turn counts, and the end of the turn with it; if not, only the last turn does.
+
+A row of more than `max_length` tokens is cut as `truncation` says:
+- prompt: the prompt loses its oldest tokens. What the tokenizer opens every text with stays, and so do the completion and
+  its end token. A completion that leaves no room for the prompt loses its end, and the prompt keeps half of max_length.
+- completion: the row loses its end. It trains all the same, if a part of its completion is left: TRL's keep_start.
+- drop: the row is left out.
+"""
+
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from os.path import commonprefix
+from typing import Any
+
+import torch
+from jinja2 import TemplateError, TemplateSyntaxError
+from torch import Tensor
+
+from fastlora.data.examples import BadLine, DataError, Example, Message, Prompt
+
+logger = logging.getLogger("fastlora")
+
+IGNORE = -100  # cross entropy's ignore_index: a label that does not count
+TRUNCATIONS = ("prompt", "completion", "drop")
+SHOWN_CHARACTERS = 400  # of a row in a warning
+# What a completion is tokenised behind where its own prompt would merge with it: one of these rarely does.
+ANCHORS = ("\n", "=", ".", "0", "a", "q", "x", "z")
+
+
+@dataclass(frozen=True)
+class Row:
+    input_ids: list[int]
+    labels: list[int]  # the token itself, or IGNORE
+    prompt_length: int = 0  # tokens before the last turn's answer: what generation starts from
+
+    @property
+    def labelled(self) -> int:
+        """How many tokens count in the loss (the first token is predicted from nothing, so it never does)."""
+        return sum(label != IGNORE for label in self.labels[1:])
+
+
+@dataclass(frozen=True)
+class Encoded:
+    rows: list[Row]
+    examples: list[Example]  # each row's
+    dropped: list[Example]  # those that max_length left no row of
+    prompt_cut: list[Example]  # those whose row lost a part of the prompt
+    completion_cut: list[Example]  # those whose row lost the completion's end
+
+
+def encode(examples: Sequence[Example], tokenizer: Any, max_length: int, truncation: str = "prompt") -> Encoded:
+    """Token rows of at most `max_length` tokens; warns once of each kind of rows that lost something.
+
+    Args:
+        truncation: what a row that is too long loses: prompt, completion or drop, see above.
+
+    Raises:
+        DataError: the tokenizer's chat template refuses some messages, or the tokenizer has no tokens for some text.
+        ValueError: a bad max_length or truncation, or max_length drops every row; the data has messages and the tokenizer
+            no chat template that can serve.
+    """
+    require_count("max_length", max_length, 2, "a token of the prompt and one of the completion")
+    if truncation not in TRUNCATIONS:
+        raise ValueError(f"truncation={truncation!r}: expected one of {', '.join(TRUNCATIONS)}")
+    if not examples:
+        raise ValueError("data: expected at least one row")
+    opening, special = _opening(tokenizer), _special_ids(tokenizer)
+    encoded, problems, unended = Encoded([], [], [], [], []), [], []
+    for example in examples:
+        try:
+            whole, ended = _encode(example, tokenizer, opening, special)
+        except TemplateSyntaxError as error:
+            raise ValueError(f"the tokenizer's chat template is no Jinja template: {error}") from error
+        except (TemplateError, BadLine, UnicodeEncodeError) as error:
+            problems.append(f"{example.source}: {error}")
+            continue
+        if not ended:
+            unended.append((example, whole))
+        row = _fit(whole, max_length, truncation, _kept_first(whole.input_ids, tokenizer, opening))
+        if row is None:
+            encoded.dropped.append(example)
+            continue
+        encoded.rows.append(row)
+        encoded.examples.append(example)
+        if row.prompt_length < whole.prompt_length:
+            encoded.prompt_cut.append(example)
+        if _labels_end(row) - row.prompt_length < _labels_end(whole) - whole.prompt_length:
+            encoded.completion_cut.append(example)
+    if problems:
+        raise DataError(problems)
+    if not encoded.rows:
+        raise ValueError(
+            f"max_length={max_length} with truncation={truncation!r} drops every one of the {len(examples)} rows"
+        )
+    _warn_of_cuts(encoded, max_length)
+    if unended:
+        example, row = unended[0]
+        logger.warning(
+            "the chat template's {%% generation %%} block leaves the end token out in %d of %d rows: the model may not learn"
+            " to stop. The first, %s, [[what counts]]: %s",
+            len(unended),
+            len(examples),
+            example.source,
+            _marked(row, tokenizer),
+        )
+    return encoded
+
+
+def _warn_of_cuts(encoded: Encoded, max_length: int) -> None:
+    for cut, text in (
+        (encoded.dropped, "dropped %d of %d rows"),
+        (encoded.prompt_cut, "cut the oldest tokens of the prompt in %d of %d rows"),
+        (encoded.completion_cut, "cut the end of the completion, and its end token, in %d of %d rows"),
+    ):
+        if cut:
+            count = len(encoded.rows) + len(encoded.dropped)
+            logger.warning(f"max_length=%d: {text} (the first: %s)", max_length, len(cut), count, cut[0].source)
+
+
+def require_count(name: str, value: Any, least: int = 1, reason: str = "") -> None:
+    """Raise ValueError unless `value` is an integer of at least `least`."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name}={value!r}: expected an integer, at least {least}" + (f", {reason}" if reason else ""))
+
+
+def _encode(example: Example, tokenizer: Any, opening: list[int], special: set[int]) -> tuple[Row, bool]:
+    """The whole row, and whether its last label is an end token, as far as it has one."""
+    if isinstance(example.prompt, str):
+        before, whole = example.prompt, example.prompt + example.completion
+        prompt = _tokens(tokenizer, before)
+        completion = _continue(tokenizer, before, prompt, whole)
+        return _end(opening + prompt, completion, tokenizer), True
+    messages = [*example.prompt, {"role": "assistant", "content": example.completion}]
+    before, whole = _render(tokenizer, example.prompt, add_generation_prompt=True), _render(tokenizer, messages)
+    prompt = _tokens(tokenizer, before)
+    if re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", _template(tokenizer)):
+        return _encode_marked(messages, before, prompt, whole, tokenizer, special)
+    if not whole.startswith(before):
+        raise ValueError(
+            f"{example.source}: the chat template renders the prompt otherwise without the answer:"
+            " expected a template with {% generation %}"
+        )
+    return _end(prompt, _continue(tokenizer, before, prompt, whole), tokenizer), True
+
+
+def _continue(tokenizer: Any, before: str, prompt: list[int], whole: str) -> list[int]:
+    """The tokens that take `prompt`, those of the text `before`, to the text `whole`."""
+    tokens, completion = _tokens(tokenizer, whole), whole[len(before) :]
+    if not prompt:
+        raise BadLine("prompt: the tokenizer has no token for it")
+    if tokens[: len(prompt)] == prompt and len(tokens) > len(prompt):
+        return tokens[len(prompt) :]
+    # A merge across the border. Tokenised apart the completion may get a space in front, or lose what continues a word.
+    right = (_decode(tokenizer, prompt) + completion, _decode(tokenizer, tokens))
+    best: list[int] = []
+    reached = (-1, 0)
+    for anchor in ("", *ANCHORS, before[-1]):
+        tokens = _behind(anchor, completion, tokenizer)
+        text = _decode(tokenizer, prompt + tokens) if tokens else ""
+        if text in right:
+            return tokens
+        agreement = len(commonprefix((text, right[0]))), -len(tokens)
+        if tokens and agreement > reached:
+            best, reached = tokens, agreement
+    if not best:
+        raise BadLine("completion: the tokenizer has no token for it")
+    return best  # nothing is exact: the text has characters that the tokenizer does not know, or does not keep
+
+
+def _behind(anchor: str, text: str, tokenizer: Any) -> list[int]:
+    """The tokens of a text that stands behind another; none where the two merge."""
+    first, both = _tokens(tokenizer, anchor) if anchor else [], _tokens(tokenizer, anchor + text)
+    return both[len(first) :] if both[: len(first)] == first else []
+
+
+def _end(prompt: list[int], completion: list[int], tokenizer: Any) -> Row:
+    """The row whose last label is the end token; white space behind one that the text has itself does not count."""
+    counted = _last_end(completion, {tokenizer.eos_token_id}, tokenizer) + 1
+    if not counted:
+        completion = completion if tokenizer.eos_token_id is None else [*completion, tokenizer.eos_token_id]
+        counted = len(completion)
+    labels = [IGNORE] * len(prompt) + completion[:counted] + [IGNORE] * (len(completion) - counted)
+    return Row(prompt + completion, labels, len(prompt))
+
+
+def _last_end(ids: list[int], ends: set[int], tokenizer: Any) -> int:
+    """Where the last end token stands, if nothing but white space follows it; else -1."""
+    at = next((i for i in reversed(range(len(ids))) if ids[i] in ends), -1)
+    return -1 if at < 0 or _decode(tokenizer, ids[at + 1 :]).strip() else at
+
+
+def _encode_marked(
+    messages: list[Message], before: str, prompt: list[int], whole: str, tokenizer: Any, special: set[int]
+) -> tuple[Row, bool]:
+    """What the template marks counts, and the end of each turn with it."""
+    ids, counted = _tokens(tokenizer, whole), _marks(messages, whole, tokenizer)
+    if ids[: len(prompt)] != prompt and whole.startswith(before):
+        # A merge across the border of the last turn.
+        completion = _continue(tokenizer, before, prompt, whole)
+        rest = next((n for n, mark in enumerate(reversed(counted)) if mark), 0)  # behind what counts
+        rest = rest if completion[len(completion) - rest :] == ids[len(ids) - rest :] else 0
+        same = next(
+            (i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), min(len(ids), len(prompt))
+        )
+        counted = counted[:same] + [False] * (len(prompt) - same) + [True] * (len(completion) - rest) + [False] * rest
+        ids = prompt + completion
+    if ids[: len(prompt)] == prompt:
+        # What generation is given does not count: a block may begin before it, or white space belong to its last token.
+        given = next((n for n, mark in enumerate(reversed(counted[: len(prompt)])) if not mark), len(prompt))
+        counted[len(prompt) - given : len(prompt)] = [False] * given
+    turns = _runs(counted)
+    if not turns:
+        raise BadLine("the chat template marks nothing of it by {% generation %}")
+    ended, ends = True, special
+    for start, stop in reversed(turns):
+        # What the template writes behind the words goes before a token that the words end with themselves.
+        end = stop if stop < len(ids) and ids[stop] in ends else start + _last_end(ids[start:stop], ends, tokenizer)
+        if end < start:
+            ended = tokenizer.eos_token_id is None and ended
+            continue
+        counted[start : end + 1] = [True] * (end + 1 - start)
+        counted[end + 1 : stop] = [False] * len(counted[end + 1 : stop])
+        ends = {tokenizer.eos_token_id, ids[end]}  # what ends the last turn ends those before it
+    labels = [token if count else IGNORE for token, count in zip(ids, counted, strict=True)]
+    return Row(ids, labels, len(prompt) if ids[: len(prompt)] == prompt else turns[-1][0]), ended
+
+
+def _marks(messages: list[Message], whole: str, tokenizer: Any) -> list[bool]:
+    """Which tokens of the rendered messages are marked: transformers' own mask ends in a character of several tokens."""
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"a chat template with {{% generation %}} needs a fast tokenizer, got {type(tokenizer).__name__}"
+        )
+    rendered: Any = render_jinja_template(
+        conversations=[messages],
+        chat_template=_template(tokenizer),
+        return_assistant_tokens_mask=True,
+        **tokenizer.special_tokens_map,
+    )
+    places = tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    (spans,) = rendered[1]
+    # A token without a character is a space, whose place some tokenizers set behind it.
+    return [any(start < b and a < stop if a < b else start < a <= stop for start, stop in spans) for a, b in places]
+
+
+def _runs(counted: Sequence[bool]) -> list[tuple[int, int]]:
+    starts = [i for i, mark in enumerate(counted) if mark and not (i and counted[i - 1])]
+    stops = [i + 1 for i, mark in enumerate(counted) if mark and not (i + 1 < len(counted) and counted[i + 1])]
+    return list(zip(starts, stops, strict=True))
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    """The end token, and every token that stands for no text: one of those ends a turn where the end token does not."""
+    added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return (added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
+
+
+def _marked(row: Row, tokenizer: Any) -> str:
+    """The end of a row's text, with [[ ]] around what counts."""
+    text, position = "", 0
+    for start, stop in _runs([label != IGNORE for label in row.labels]):
+        text += _decode(tokenizer, row.input_ids[position:start])
+        text, position = f"{text}[[{_decode(tokenizer, row.input_ids[start:stop])}]]", stop
+    text += _decode(tokenizer, row.input_ids[position:])
+    return repr(text if len(text) <= SHOWN_CHARACTERS else "..." + text[-SHOWN_CHARACTERS:])
+
+
+def _labels_end(row: Row) -> int:
+    return next((i + 1 for i in reversed(range(len(row.labels))) if row.labels[i] != IGNORE), 0)
+
+
+def _fit(row: Row, max_length: int, truncation: str, first: int) -> Row | None:
+    """The row in `max_length` tokens, of which its `first` tokens are to stay; None: it is dropped."""
+    if len(row.input_ids) > max_length:
+        # What follows the last label trains nothing, and goes before anything else.
+        end = _labels_end(row)
+        row = Row(row.input_ids[:end], row.labels[:end], row.prompt_length)
+        excess = end - max_length
+        if excess > 0 and truncation == "drop":
+            return None
+        if excess > 0 and truncation == "prompt":
+            length = row.prompt_length - excess
+            if length <= first:  # nothing of the prompt itself would stay
+                length = min(row.prompt_length, max_length // 2)
+            if length <= first:
+                return None
+            # Of ids and labels the same.
+            ids, labels = (
+                _cut_oldest(tokens[: row.prompt_length], length, first) + tokens[row.prompt_length :]
+                for tokens in (row.input_ids, row.labels)
+            )
+            row = Row(ids, labels, length)
+        row = Row(row.input_ids[:max_length], row.labels[:max_length], row.prompt_length)
+    return row if row.labelled else None
+
+
+def _cut_oldest(tokens: list[int], length: int, first: int) -> list[int]:
+    """The first `first` tokens and the last ones, `length` in all."""
+    return tokens if len(tokens) <= length else tokens[:first] + tokens[len(tokens) - (length - first) :]
+
+
+def _kept_first(ids: list[int], tokenizer: Any, opening: list[int]) -> int:
+    """How many tokens at the start are not the prompt's own: a chat template may write the begin token itself, or not."""
+    if opening and ids[: len(opening)] == opening:
+        return len(opening)
+    return int(bool(ids) and ids[0] == tokenizer.bos_token_id)
+
+
+def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """The tokens before the completion, in training as in generation.
+
+    Text gets the tokenizer's own first tokens; messages go through the chat template, which opens the assistant's turn. A
+    tokenizer that closes every text, with the end token or another, does not close a prompt.
+    """
+    if isinstance(prompt, str):
+        return _opening(tokenizer) + _tokens(tokenizer, prompt)
+    return _tokens(tokenizer, _render(tokenizer, prompt, add_generation_prompt=True))
+
+
+def cut_prompt(tokenizer: Any, ids: list[int], length: int) -> list[int]:
+    """A prompt's tokens without the oldest of those beyond `length`, as `encode` cuts; what opens every text stays."""
+    if len(ids) <= length:
+        return ids
+    return _cut_oldest(ids, length, min(_kept_first(ids, tokenizer, _opening(tokenizer)), length - 1))
+
+
+def turn_end(tokenizer: Any, messages: list[Message]) -> int | None:
+    """The token that the chat template ends the assistant's turn with; None where it is none of the special ones."""
+    try:
+        row, _ = _encode(Example(messages, "a"), tokenizer, [], special := _special_ids(tokenizer))
+    except (TemplateError, ValueError):
+        return None
+    last = row.labels[_labels_end(row) - 1]
+    return last if last in special else None
+
+
+def _opening(tokenizer: Any) -> list[int]:
+    """The tokens that the tokenizer puts before every text."""
+    plain, framed = _tokens(tokenizer, "a"), tokenizer("a", verbose=False)["input_ids"]
+    for start in range(len(framed) - len(plain) + 1):
+        if plain and framed[start : start + len(plain)] == plain:
+            return framed[:start]
+    return [token for token in framed if token == tokenizer.bos_token_id][:1]
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    try:
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    except TypeError:
+        text.encode("utf-8")  # names half of a surrogate pair, which is no character
+        raise
+
+
+def _decode(tokenizer: Any, ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+
+def _render(tokenizer: Any, messages: list[Message], add_generation_prompt: bool = False) -> str:
+    _template(tokenizer)
+    for position, message in enumerate(messages):
+        # A template renders what is not there as nothing.
+        if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
+            raise BadLine(f"messages[{position}]: expected an object whose role and content are strings")
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+
+def _template(tokenizer: Any) -> str:
+    if not tokenizer.chat_template:
+        raise ValueError(
+            "messages need a chat template and the model's tokenizer has none: expected prompt and completion"
+        )
+    return tokenizer.get_chat_template()
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """The token that fills rows up. The attention mask hides it, so the end token serves where there is none for it."""
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    return 0
+
+
+def collate(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
+    """One batch padded on the right to its longest row: input_ids, attention_mask, labels, each int64 [rows, width]."""
+    width = max(len(row.input_ids) for row in rows)
+    filling = [width - len(row.input_ids) for row in rows]
+    return {
+        "input_ids": torch.tensor([row.input_ids + [pad] * n for row, n in zip(rows, filling, strict=True)]),
+        "attention_mask": torch.tensor([[1] * (width - n) + [0] * n for n in filling]),
+        "labels": torch.tensor([row.labels + [IGNORE] * n for row, n in zip(rows, filling, strict=True)]),
+    }
+
+
+def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
