@@ -1,10 +1,10 @@
 # make demo    set up .venv, then adapt the shipped base model to summarisation and report (about 5 minutes on 2 cores)
-# make test    set up .venv, then run every test that needs no GPU (about 7 minutes on 2 cores, with an nvcc or without, after the set-up)
+# make test    set up .venv, then run every test that needs no GPU (about 5 minutes on 2 cores with an nvcc, 4.5 without, after the set-up)
 # make imitate     the bounds on the machines that this one can pass for: no AVX2, AVX2, AVX-512, AMX with its fault (about a minute on 2 cores)
 # make gpu     on a machine with a CUDA card, offline, in twelve minutes: build, device tests, first figures; tuning, benchmarks, sanitizer
-# make sanitize    the native extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer (about 15 minutes)
-# make emulate     the same on emulated CPUs without AVX-512 and without AVX2, where there is a qemu-x86_64 (about 2 minutes)
-# make fuzz    a million hostile files for each reader: adapters, checkpoints, data, tables (about half an hour)
+# make sanitize    the native extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer (about 20 minutes)
+# make emulate     the same on emulated CPUs without AVX-512 and without AVX2, where there is a qemu-x86_64 (about a minute)
+# make fuzz    a million hostile files for each reader: adapters, checkpoints, data, tables (about 35 minutes)
 # make lint    ruff and mypy      make bench    the benchmarks on this CPU      make base    train the shipped base model again
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
