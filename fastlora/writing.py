@@ -60,7 +60,8 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        (folder / LOCK).unlink(missing_ok=True)  # while it is held: nobody else waits for it
+        # While it is held. Who has opened it meanwhile gets a lock on no file: filelock, from 3.24 on, sees that and tries again.
+        (folder / LOCK).unlink(missing_ok=True)
         lock.release()
         for path in made:
             try:
