@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora import bounds, functional, ops, packed
+from fastlora import bounds, functional, ops
+from fastlora.frozen import packed
 
 from .cases import BOTH, CHECKS, TRAINING, BlockCase, Case, LoRALinearCase, MultiLoRACase, PrefixConcatCase
 from .machine import ROOT, in_checkout

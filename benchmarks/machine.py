@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora import tuned
+from fastlora.choice import table
 
 from .clock import Run, clock_of, time_in_turn
 
@@ -93,7 +93,7 @@ def describe(device: torch.device) -> Machine:
     versions = {name: version for name in PACKAGES if (version := _version(name)) is not None}
     versions["torch"] = torch.__version__  # the metadata may lack the build (+cpu, +cu130)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    kind = tuned.kind_of(device.type)
+    kind = table.kind_of(device.type)
     return Machine(
         name, device.type, kind, torch.get_num_threads(), versions, _commit(), datetime.date.today().isoformat()
     )

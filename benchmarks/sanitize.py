@@ -9,7 +9,8 @@ from collections.abc import Collection
 
 import torch
 
-from fastlora import measure, ops
+from fastlora import ops
+from fastlora.choice import measure
 
 DTYPES = (torch.bfloat16, torch.float32)
 

@@ -31,7 +31,8 @@ def _load_triton() -> None:
 
 ops.implement_later("triton", _load_triton)
 
-from fastlora import functional, packed  # noqa: E402, F401  (the implementations are entered first)
+from fastlora import functional  # noqa: E402  (the implementations are entered first)
+from fastlora.frozen import packed  # noqa: E402, F401  (the implementations are entered first)
 from fastlora.layers import LoRAConv1D, LoRALinear, MultiLoRALinear, SoftPrompt  # noqa: E402
 
 if TYPE_CHECKING:

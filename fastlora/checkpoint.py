@@ -19,7 +19,8 @@ import numpy
 import torch
 from torch import Tensor
 
-from fastlora import tuned, writing
+from fastlora import writing
+from fastlora.choice import table
 from fastlora.typed import check_fields, fits, shown
 
 KEPT = 2
@@ -253,7 +254,7 @@ def _check_tuned(path: Path, state: Any) -> None:
     for entries in state.values():
         for entry in entries:
             try:
-                tuned.checked(tuned.Measurement(*entry))
+                table.checked(table.Measurement(*entry))
             except (TypeError, ValueError) as error:
                 raise CheckpointError(f"{path}: tuned: {error}") from None
 

@@ -425,7 +425,7 @@ def tune(
     seconds: Annotated[float, typer.Option(help="Begin no measurement after so many seconds.")] = math.inf,
 ) -> None:
     """Check every implementation on this machine and time it: what is slower than plain PyTorch is not used."""
-    from fastlora.tune import tune as tune_machine
+    from fastlora.choice.trial import tune_machine
 
     if not seconds >= 0:
         raise ValueError(f"seconds={seconds}: expected 0 or more")

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora import ops, tune, tuned
+from fastlora import ops
+from fastlora.choice import table, trial
 
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "typer")
 OPTIONAL = {
@@ -51,7 +52,7 @@ def _machine() -> list[Finding]:
             "machine",
             "cpu",
             True,
-            f"{tuned.machine_name('cpu')}, {cores} cores usable, {torch.get_num_threads()} torch threads, {capability}",
+            f"{table.machine_name('cpu')}, {cores} cores usable, {torch.get_num_threads()} torch threads, {capability}",
         ),
     ]
     if not torch.cuda.is_available():
@@ -116,7 +117,7 @@ def _on_cards(implementation: str, results: Path = RESULTS) -> str:
     cards = cards_of(implementation, results)
     if not torch.cuda.is_available():
         return f"run on {', '.join(cards)}" if cards else "no card has run it yet"
-    date = cards.get(tuned.kind_of("cuda"))
+    date = cards.get(table.kind_of("cuda"))
     return f"checked and timed on this kind of card, {date}" if date else "no card of this kind has run it yet"
 
 
@@ -132,11 +133,11 @@ def _measurements() -> list[Finding]:
     """What the choice of implementation rests on."""
     found = []
     for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        held = Counter(one.origin for one in tuned.measurements(device_type))
-        without = f"none for {tuned.kind_of(device_type)}: `fastlora tune --device {device_type}` makes them"
+        held = Counter(one.origin for one in table.entries(device_type))
+        without = f"none for {table.kind_of(device_type)}: `fastlora tune --device {device_type}` makes them"
         detail = ", ".join(f"{count} {origin}" for origin, count in held.items()) or without
         found.append(Finding("measurements", device_type, bool(held), detail))
-    trial = "accelerate measures what a model needs and nobody has measured on such a machine, and keeps it in"
-    where = tuned.cache_path("cpu").parent
-    on = tune.trials_are_on()
-    return [*found, Finding("measurements", "trial", on, f"{trial} {where}" if on else f"switched off; cache: {where}")]
+    what = "accelerate measures what a model needs and nobody has measured on such a machine, and keeps it in"
+    where = table.cache_path("cpu").parent
+    on = trial.trials_are_on()
+    return [*found, Finding("measurements", "trial", on, f"{what} {where}" if on else f"switched off; cache: {where}")]

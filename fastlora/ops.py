@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora import reference, tuned
+from fastlora import reference
+from fastlora.choice import table
 
 IMPLEMENTATIONS = ("reference", "cpu", "triton", "cuda")
 TITLES = {"cpu": "native C++", "triton": "Triton", "cuda": "CUDA C++"}
@@ -86,7 +87,7 @@ _loaders: dict[str, Callable[[], None]] = {}
 def implement(op: str, implementation: str, function: Callable[..., Any]) -> None:
     """Enter `function`, which takes what the schema of `op` takes, under the implementation's name."""
     _table[op, implementation] = function
-    tuned.choices.clear()
+    table.choices.clear()
 
 
 def implement_natively(implementation: str, note: str = "") -> None:
@@ -106,7 +107,7 @@ def implement_later(implementation: str, load: Callable[[], None]) -> None:
 def mark_missing(implementation: str, reason: str) -> None:
     """Note why an implementation is not here; `availability` and errors quote it."""
     _missing[implementation] = reason
-    tuned.choices.clear()
+    table.choices.clear()
 
 
 def _load(implementation: str) -> None:
@@ -253,9 +254,9 @@ def _choose(op: str, like: Tensor, rows: int, elements: int, dropout: bool, weig
             raise ImplementationError(f"FASTLORA_IMPL={forced}: {op} cannot run: {obstacle}")
         return Choice(forced, "FASTLORA_IMPL")
     key = op, like.device, like.dtype, rows.bit_length(), elements.bit_length(), dropout
-    choice = tuned.choices.get(key)
+    choice = table.choices.get(key)
     if choice is None:
-        choice = tuned.choices[key] = _decide(op, like.device, like.dtype, rows, elements, dropout)
+        choice = table.choices[key] = _decide(op, like.device, like.dtype, rows, elements, dropout)
     if choice.implementation == "cuda" and weight is not None and _is_copied(weight):
         return Choice(
             "reference",
@@ -276,7 +277,7 @@ def _decide(op: str, device: torch.device, dtype: torch.dtype, rows: int, elemen
     obstacle = _obstacle(op, "cpu", device, dtype) if device.type == "cpu" else None
     if obstacle is not None:
         return Choice("reference", f"plain PyTorch, since {obstacle}")
-    known = tuned.measured(device.type, op, dtype, rows, elements, dropout)
+    known = table.lookup(device.type, op, dtype, rows, elements, dropout)
     found = [known[name] for name in candidates(op, device, dtype) if name in known] if known else []
     if not found:
         if device.type == "cpu":

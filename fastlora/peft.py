@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 from transformers.pytorch_utils import Conv1D
 
-from fastlora import functional, groups, ops, packed, tune
+from fastlora import functional, groups, ops
+from fastlora.choice import trial
+from fastlora.frozen import packed
 from fastlora.functional import RowGroups
 from fastlora.layers import is_hooked
 
@@ -428,7 +430,7 @@ def accelerate(model: nn.Module, *, frozen: bool = False, pack_budget: int | Non
     a frozen weight is seen, by whatever hand (packed.py). A weight that another module has, too, such as a tied embedding, has no copies.
 
     On a kind of CPU or GPU that nobody has measured, it first measures, once: for a few seconds on a CPU, for a minute or two on a GPU, whose
-    kernels are compiled meanwhile (`fastlora.tune.try_out`; FASTLORA_TRIAL=0: never). A model that is on a CPU may yet be moved: where
+    kernels are compiled meanwhile (`fastlora.choice.trial.try_out`; FASTLORA_TRIAL=0: never). A model that is on a CPU may yet be moved: where
     there is a card, that is measured as well.
     Under torch.distributed every process calls it, and all choose as rank 0 does.
 
@@ -474,7 +476,7 @@ def accelerate(model: nn.Module, *, frozen: bool = False, pack_budget: int | Non
         warnings.warn(
             f"fastlora.accelerate fused none of {len(layers)} LoRA layers: {_swap_obstacle(layers[0][1])}", stacklevel=2
         )
-    tune.try_out(_weights_by_operator(model))
+    trial.try_out(_weights_by_operator(model))
     return model
 
 

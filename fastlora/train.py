@@ -29,8 +29,9 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from fastlora import checkpoint, metrics, trainable, tuned, writing
+from fastlora import checkpoint, metrics, trainable, writing
 from fastlora.checkpoint import Checkpoint, CheckpointError
+from fastlora.choice import table
 from fastlora.config import SEEDS, TrainConfig
 from fastlora.data.examples import read_examples
 from fastlora.data.rows import IGNORE, Encoded, Row, batches, collate, encode, pad_token_id
@@ -258,7 +259,7 @@ class _Run:
         if saved:
             _require_same(saved, self.setup, self.plan.steps)
             self.records = metrics.read(self.output, saved.training.step)
-            tuned.load_state(saved.state["tuned"])
+            table.load_state(saved.state["tuned"])
         set_seed(config.seed)
         self.model = trainable.build(config, self.dtype, self.accelerator.device, saved.folder if saved else None)
         require_positions(self.model, data.rows)
@@ -336,7 +337,7 @@ class _Run:
             "steps": f"{plan.steps:,} of {plan.rows_per_step} rows"
             + (f", from step {self.step + 1:,} on" if self.step else ""),
             "trained": f"{trained:,} parameters, {100 * trained / parameters:.3g} %",
-            "device": f"{self.accelerator.device}, {tuned.name_of(self.dtype)}, {self.setup['threads']} thread{'s' * (self.setup['threads'] > 1)}"
+            "device": f"{self.accelerator.device}, {table.name_of(self.dtype)}, {self.setup['threads']} thread{'s' * (self.setup['threads'] > 1)}"
             + (f", {self.setup['processes']} processes" if self.setup["processes"] > 1 else ""),
         }
         runs = trainable.implementations(self.model, config)
@@ -468,7 +469,7 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "rng": rng,
-            "tuned": tuned.state(),  # a resumed run computes with the same implementations
+            "tuned": table.state(),  # a resumed run computes with the same implementations
         }
         with (folder / "state.pt").open("wb") as file:  # torch, given a path, forgets why it could not write
             torch.save(state, file)
@@ -517,7 +518,7 @@ class _Run:
         packages = ("fastlora", "torch", "transformers", "peft", "accelerate")
         return {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "base_dtype": tuned.name_of(self.stored_dtype),
+            "base_dtype": table.name_of(self.stored_dtype),
             "versions": {name: _version(name) for name in packages},
             **{name: self.setup[name] for name in ("config", "processes", "threads", "device")},
         }
@@ -542,7 +543,7 @@ class _Run:
             trainable_parameters=_count(self.trained.values()),
             parameters=_count(self.model.parameters()),
             adapter_bytes=(self.output / weights).stat().st_size if (self.output / weights).is_file() else 0,
-            dtype=tuned.name_of(dtype),
+            dtype=table.name_of(dtype),
             implementations=trainable.implementations(self.model, self.config),
             loss_path=self.loss.path,
             output=str(self.output),

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from fastlora import tuned
+from fastlora.choice import table
 from fastlora.ops import ImplementationError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -127,7 +127,7 @@ def by_library(op: str, x: Tensor, weight: Tensor, dropout: bool) -> bool:
     without tensor cores, stays further behind cuBLAS than two passes over the result cost. Elsewhere, and for few rows, which the weight's one
     read bounds in either way: one launch.
     """
-    way = tuned.way("triton", op, x.device.type, x.dtype, x.shape[0], weight.numel(), dropout)
+    way = table.way("triton", op, x.device.type, x.dtype, x.shape[0], weight.numel(), dropout)
     if way:
         return way == "library"
     behind = x.is_cuda and torch.version.hip is None and (x.dtype == torch.float32 or _capability(x.device) >= 9)

@@ -28,7 +28,9 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
 
     interpreter.install()
 
-from fastlora import ops, packed, tuned
+from fastlora import ops
+from fastlora.choice import table
+from fastlora.frozen import packed
 
 amx_fault.install_if_asked()
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -77,7 +79,7 @@ def seeded() -> None:
 @pytest.fixture(autouse=True)
 def unmeasured() -> None:
     """What an earlier test made known is forgotten."""
-    tuned.load_state(None)
+    table.load_state(None)
 
 
 @pytest.fixture(autouse=True)
@@ -105,5 +107,5 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(packed, "_few_rows", None)
     monkeypatch.setattr(packed, "_product", None)
     monkeypatch.setattr(packed, "_linear_pointwise", multiply)
-    monkeypatch.setattr(tuned, "forced_way", "packed")
+    monkeypatch.setattr(table, "forced_way", "packed")
     return held

@@ -205,16 +205,16 @@ def table_files() -> Files:
 
 
 def read_table(folder: Path, files: Files) -> None:
-    from fastlora import tuned
+    from fastlora.choice import table
 
     try:
-        found = tuned._read(folder / "table.json", {"schema": tuned.SCHEMA})
+        found = table._read(folder / "table.json", {"schema": table.SCHEMA})
     except (FileNotFoundError, ValueError) as error:
         assert "table.json" in str(error), error
         return
-    tuned.load_state({"cpu": [list(one) for one in found.values()]})
+    table.load_state({"cpu": [list(one) for one in found.values()]})
     for one in found.values():
-        assert one.rows in tuned.ROWS and (one.ratio is None or 0 < one.ratio < float("inf")), one
+        assert one.rows in table.ROWS and (one.ratio is None or 0 < one.ratio < float("inf")), one
 
 
 # Lines of prompts and completions
@@ -309,14 +309,15 @@ def read_adapter(folder: Path, files: Files) -> None:
 def checkpoint_files() -> Files:
     import torch
 
-    from fastlora import checkpoint, tuned
+    from fastlora import checkpoint
+    from fastlora.choice import table
 
     weight = torch.nn.Parameter(torch.ones(2, 3))
     optimizer = torch.optim.AdamW([weight])
     weight.square().sum().backward()
     optimizer.step()
     state = {"optimizer": optimizer.state_dict(), "scheduler": {"last_epoch": STEP, "_last_lr": [1e-3]}}
-    state |= {"rng": [checkpoint.rng_state()], "tuned": tuned.state()}
+    state |= {"rng": [checkpoint.rng_state()], "tuned": table.state()}
     training = {
         "step": STEP,
         "config": {"r": 16, "data": "x"},

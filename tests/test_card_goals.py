@@ -16,7 +16,7 @@ from benchmarks import card_goals, cases, launch, machine, model, plot, rivals, 
 from benchmarks.card_goals import EAGER, GRAPH, Record, Session
 from benchmarks.cases import BOTH, StepCase
 from benchmarks.goals import Goal
-from fastlora import environment, tuned
+from fastlora import choice, environment
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -249,7 +249,7 @@ def test_the_command_writes_the_goals_and_goes_on_from_them(lines, monkeypatch, 
         ("some-card-sm90", f"checked and timed on this kind of card, {here.date}"),
         ("other", "no card of this kind has run it yet"),
     ):
-        monkeypatch.setattr(tuned, "kind_of", lambda _, kind=kind: kind)
+        monkeypatch.setattr(choice.table, "kind_of", lambda _, kind=kind: kind)
         assert environment._on_cards("reference", tmp_path) == mark
     pytest.importorskip("matplotlib", reason="no matplotlib on this machine")
     assert plot.main(tmp_path) == 0

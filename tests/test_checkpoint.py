@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora import checkpoint, tuned, writing
+from fastlora import checkpoint, writing
 from fastlora.checkpoint import CheckpointError
+from fastlora.choice import table
 
 TRAINING = {"config": {"r": 4}, "data": "0" * 64, "processes": 1, "threads": 2, "device": "cpu"}
 
@@ -22,7 +23,7 @@ def state() -> dict[str, Any]:
     optimizer = torch.optim.AdamW([parameter])
     parameter.grad = torch.ones(2, 3)
     optimizer.step()
-    measured = tuned.measurement("lora_linear", torch.float32, 8, "small", False, "cpu", 0.5)
+    measured = table.record("lora_linear", torch.float32, 8, "small", False, "cpu", 0.5)
     return {
         "optimizer": optimizer.state_dict(),
         "scheduler": {"last_epoch": 3},

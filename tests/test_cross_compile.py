@@ -194,7 +194,8 @@ def launch_everything() -> None:
     """Call every operator, forward and backward, with the dtypes, sizes and options that select each shipped tile."""
     import torch
 
-    from fastlora import ops, tuned
+    from fastlora import ops
+    from fastlora.choice import table
 
     def run(op: str, *args: Any) -> Any:
         return ops.implementation(op, "triton")(*args)
@@ -245,7 +246,7 @@ def launch_everything() -> None:
     launch_lora(torch.bfloat16, 32, 16, 0.0, torch.bfloat16, backward=False)
     launch_shared(torch.bfloat16, 8192, 16, (4096, 1024, 1024))
     launch_shared(torch.bfloat16, 32, 16, (4096, 1024, 1024))
-    tuned.forced_way = "library"
+    table.forced_way = "library"
     launch_lora(torch.bfloat16, 8192, 16, 0.1, torch.float32)
     launch_lora(torch.float32, 8192, 64, 0.1, torch.float32)
 

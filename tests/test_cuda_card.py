@@ -14,7 +14,8 @@ from bounds import Layer, assert_within_bound, double, make_layer
 from test_cuda_lora_linear import Case
 from torch import Tensor
 
-from fastlora import functional, measure, ops, reference, tune, tuned
+from fastlora import functional, ops, reference
+from fastlora.choice import measure, table, trial
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or ("lora_linear", "cuda") not in ops._table, reason="needs a card and CUDA C++"
@@ -221,14 +222,15 @@ def test_gradients_by_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
 
 FAULTY = """
 import torch
-from fastlora import measure, ops, tune
+from fastlora import ops
+from fastlora.choice import measure, trial
 measure.SHAPES = {"small": (48, 40)}
 measure.ratios = lambda functions, *_: {name: 0.5 for name in functions if name != "reference"}
 ops.availability()
 def faulty(x, *_):
     return x[torch.full((1,), 2**40, device=x.device)]  # an assertion on the card, told by the next one who waits for it
 ops._table["lora_linear", "cuda"] = faulty
-tune.answer()
+trial.answer()
 """
 
 
@@ -238,14 +240,14 @@ def test_a_kernel_that_faults_is_refused_and_this_process_goes_on(
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
     monkeypatch.delenv("FASTLORA_TABLE")
     monkeypatch.setattr(ops, "forced", None)
-    monkeypatch.setattr(tuned, "SHIPPED", tmp_path)
-    monkeypatch.setattr(tune, "ANSWER", FAULTY)
+    monkeypatch.setattr(table, "SHIPPED", tmp_path)
+    monkeypatch.setattr(trial, "ANSWER", FAULTY)
     monkeypatch.setitem(measure.LINEAR_ROWS, "cuda", (64,))
-    tuned.load_state(None)
+    table.load_state(None)
     weight = torch.ones(8, 8, device="cuda", dtype=BF16)
     with pytest.warns(UserWarning, match="cuda is refused for lora_linear: .*CUDA error"):
-        tune.try_out({"lora_linear": [weight]})
+        trial.try_out({"lora_linear": [weight]})
     assert ops.choose_lora_linear(weight.expand(64, 8, 8)[:, 0], weight).implementation != "cuda"
     assert ops.choose_lora_linear(weight.expand(64, 8, 8)[:, 0], weight, backward=True).implementation != "reference"
     assert weight.sum().item() == 64
-    tuned.load_state(None)
+    table.load_state(None)

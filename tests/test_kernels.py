@@ -14,7 +14,8 @@ pytest.importorskip("triton", reason="Triton is not installed: there are no kern
 import triton
 import triton.language as tl
 
-from fastlora import measure, ops, reference, tuned
+from fastlora import ops, reference
+from fastlora.choice import measure, table
 from fastlora.functional import RowGroups
 from fastlora.kernels import lora_linear, prefix_concat, tuning
 from fastlora.kernels.philox import draw_keep_mask, drop_threshold, keep_scale, load_keep_mask
@@ -29,7 +30,7 @@ OUTPUTS = ("y", "xa", "dx", "da", "db")
 
 def go(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
     """Run the operators that way. Where it takes a library's product, cuBLAS stands there on a card, which reads no gap: torch's on a CPU may."""
-    monkeypatch.setattr(tuned, "forced_way", way)
+    monkeypatch.setattr(table, "forced_way", way)
     linear, mm, addmm_ = F.linear, torch.mm, Tensor.addmm_
     monkeypatch.setattr(F, "linear", lambda x, *rest: linear(dense(x), *rest))
     monkeypatch.setattr(torch, "mm", lambda x, *rest, **options: mm(dense(x), *rest, **options))
@@ -339,15 +340,15 @@ def test_tuning_measures_both_ways_and_the_faster_one_is_taken(monkeypatch):
     monkeypatch.setattr(measure, "SHAPES", {"small": (40, 24)})
     monkeypatch.setattr(measure, "ratios", lambda functions, *_: {name: times[name] for name in list(functions)[1:]})
     problem = measure.Problem("lora_linear", torch.float32, 8, "small", False)
-    found = measure.measure(problem, torch.device(DEVICE), 0.0)
+    found = measure.one_class(problem, torch.device(DEVICE), 0.0)
     assert [(one.op, one.ratio, one.way) for one in found] == [
         ("lora_linear", 0.5, "library"),
         ("lora_linear_backward", 0.5, "library"),
     ]
     x, weight = torch.empty(8, 40, device=DEVICE), torch.empty(24, 40, device=DEVICE)
     assert not tuning.by_library("lora_linear", x, weight, False)  # not known
-    tuned.load_state({DEVICE: [list(one) for one in found]})
-    assert tuning.by_library("lora_linear", x, weight, False) and tuned.forced_way == ""
+    table.load_state({DEVICE: [list(one) for one in found]})
+    assert tuning.by_library("lora_linear", x, weight, False) and table.forced_way == ""
 
 
 @pytest.mark.parametrize("case", range(12))

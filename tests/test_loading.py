@@ -211,8 +211,9 @@ def test_the_stored_dtype(base, dtype):
 
 
 # `fastlora tune --device cuda` has no other name in those.
-COMMANDS = {"cli.py", "environment.py", "ops.py", "tune.py", "tuned.py"}
-LIBRARY = [path for path in (ROOT / "fastlora").glob("*.py") if path.name not in COMMANDS]
+COMMANDS = {"cli.py", "environment.py", "ops.py", "trial.py", "table.py"}
+ROOMS = (".", "choice", "frozen", "operators", "peft")
+LIBRARY = [path for room in ROOMS for path in (ROOT / "fastlora" / room).glob("*.py") if path.name not in COMMANDS]
 LIBRARY += [ROOT / "fastlora" / "data" / name for name in ("examples.py", "rows.py")]
 
 

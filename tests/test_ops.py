@@ -12,7 +12,8 @@ from bounds import make_layer
 from conftest import implementations
 from typer.testing import CliRunner
 
-from fastlora import ops, tuned
+from fastlora import ops
+from fastlora.choice import table
 from fastlora.cli import app
 from fastlora.functional import lora_linear
 
@@ -80,8 +81,8 @@ def test_backward_and_forward_are_chosen_alike(monkeypatch: pytest.MonkeyPatch) 
 def test_choice_on_a_cpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unmeasured: the native extension where it is built and computes in the dtype, else the reference, with the reason."""
     monkeypatch.setattr(ops, "forced", None)
-    monkeypatch.setattr(tuned, "choices", {})
-    monkeypatch.setattr(tuned, "_tables", {"cpu": {}})
+    monkeypatch.setattr(table, "choices", {})
+    monkeypatch.setattr(table, "_tables", {"cpu": {}})
     native = "cpu" in implementations(op, "cpu")
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert CHOOSERS[op](torch.ones(2, 2, dtype=dtype)).implementation == ("cpu" if native else "reference")
@@ -89,7 +90,7 @@ def test_choice_on_a_cpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert choice.implementation == "reference" and choice.reason
     monkeypatch.setattr(ops, "_table", {key: value for key, value in ops._table.items() if key[1] == "reference"})
     monkeypatch.setattr(ops, "_missing", {"cpu": "not built (no compiler)"})
-    tuned.choices.clear()
+    table.choices.clear()
     choice = CHOOSERS[op](torch.ones(2, 2))
     assert choice.implementation == "reference" and "no compiler" in choice.reason
 
@@ -292,12 +293,12 @@ def test_without_a_trial_measurements_decide_all_the_same(tmp_path: Path, monkey
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path))
     monkeypatch.delenv("FASTLORA_TABLE")
     monkeypatch.setattr(ops, "forced", None)
-    monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "none")
-    tuned.load_state(None)
+    monkeypatch.setattr(table, "SHIPPED", tmp_path / "none")
+    table.load_state(None)
     x = torch.ones(64, 4)
     assert ops.choose_lora_linear(x, x).implementation == "cpu"
-    tuned.keep("cpu", [tuned.measurement("lora_linear", x.dtype, 64, "small", False, "cpu", 2.0)], "a test")
-    tuned.load_state(None)  # as a process does that begins
+    table.keep("cpu", [table.record("lora_linear", x.dtype, 64, "small", False, "cpu", 2.0)], "a test")
+    table.load_state(None)  # as a process does that begins
     choice = ops.choose_lora_linear(x, x)
     assert choice.implementation == "reference"
     assert choice.reason.startswith(

@@ -33,9 +33,11 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import fastlora
-from fastlora import ops, packed, reference, tuned
+from fastlora import ops, reference
+from fastlora.choice import table
+from fastlora.frozen import packed
+from fastlora.frozen.packed import Budget
 from fastlora.functional import frozen_linear
-from fastlora.packed import Budget
 from fastlora.peft import FrozenLinear, FusedLinear
 
 OPERATOR = "frozen_linear"
@@ -64,7 +66,7 @@ def large(dtype: torch.dtype, rows: int, work: int) -> bool:
 def eagerly_packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(packed, "packs", always_packed)
     monkeypatch.setattr(packed, "_takes_plain", large)
-    monkeypatch.setattr(tuned, "forced_way", "packed")
+    monkeypatch.setattr(table, "forced_way", "packed")
     monkeypatch.setattr(packed, "_few_rows", None)  # the native products have no copies
     monkeypatch.setattr(packed, "_product", None)
     yield
@@ -110,7 +112,7 @@ def by_native_product(patch: pytest.MonkeyPatch) -> None:
 
 
 def by_plain_onednn(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(tuned, "forced_way", "plain")
+    patch.setattr(table, "forced_way", "plain")
     patch.setattr(packed, "_takes_plain", lambda dtype, rows, work: always_packed(dtype))
 
 

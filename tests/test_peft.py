@@ -25,8 +25,10 @@ from transformers import (
 )
 
 import fastlora
-from fastlora import functional, ops, packed, reference, tuned
+from fastlora import functional, ops, reference
 from fastlora.bounds import Errors
+from fastlora.choice import table
+from fastlora.frozen import packed
 from fastlora.peft import FrozenLinear, FusedLinear
 
 IDS = torch.randint(5, 90, (3, 11), generator=torch.Generator().manual_seed(3))
@@ -594,13 +596,13 @@ def test_report_tells_whether_dropout_was_on_and_what_did_not_run(monkeypatch):
     """An implementation that is slower is told as not run, and looked up as with dropout where the call had some."""
     monkeypatch.setattr(ops, "forced", None)
     known = [
-        tuned.Measurement(
+        table.Measurement(
             op, "float32", 64, "small", dropout, "cpu", True, 2.0 if dropout else 0.5, "measured by a test"
         )
         for op in ("lora_linear", "lora_linear_backward")
         for dropout in (False, True)
     ]
-    tuned.load_state({"cpu": known})
+    table.load_state({"cpu": known})
     model, _ = peft_model(target_modules=["o_proj"], lora_dropout=0.25)
     fastlora.accelerate(model).train()
     o_proj, slower = (

@@ -22,10 +22,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import fastlora
-from fastlora import checkpoint, packed, trainable, writing
+from fastlora import checkpoint, trainable, writing
 from fastlora.checkpoint import CheckpointError
 from fastlora.data.examples import DataError
 from fastlora.data.rows import Row
+from fastlora.frozen import packed
 from fastlora.train import TrainConfig, TrainingError, TrainingInterrupted, _Plan, evaluate, load_model, train
 
 METRICS = {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_per_second", "seconds"}

@@ -24,9 +24,11 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import fastlora
-from fastlora import checkpoint, cli, environment, functional, measure, ops, packed, tune, tuned
+from fastlora import checkpoint, cli, environment, functional, ops
+from fastlora.choice import measure, table, trial
+from fastlora.choice.table import Measurement
+from fastlora.frozen import packed
 from fastlora.train import TrainConfig, train
-from fastlora.tuned import Measurement
 
 NATIVE = ("lora_linear", "cpu") in ops._table
 needs_native = pytest.mark.skipif(not NATIVE, reason="the native extension is not built")
@@ -47,7 +49,7 @@ def entry(
 
 def hold(*entries: Measurement, device_type: str = "cpu") -> None:
     """Let these be all that is known."""
-    tuned.load_state({device_type: entries})
+    table.load_state({device_type: entries})
 
 
 def choose(
@@ -68,12 +70,12 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("FASTLORA_TABLE")
     monkeypatch.setattr(ops, "forced", None)
-    monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped")
     monkeypatch.setattr(measure, "SHAPES", {"small": (48, 40), "large": (56, 64)})
     monkeypatch.setattr(measure, "BATCHES", ((64, "small", False), (512, "large", False)))
     monkeypatch.setitem(measure.LINEAR_ROWS, "cpu", (1, 8, 64))
     restart()
-    return tuned.cache_path("cpu")
+    return table.cache_path("cpu")
 
 
 @pytest.fixture
@@ -91,7 +93,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 
 def restart() -> None:
     """Forget what the process knows: files are read anew."""
-    tuned.load_state(None)
+    table.load_state(None)
 
 
 def small_weights() -> dict[str, list[Tensor]]:
@@ -114,7 +116,7 @@ def small_weights() -> dict[str, list[Tensor]]:
     ],
 )
 def test_classes(rows: int, elements: int, expected: tuple[int, str]) -> None:
-    assert tuned.class_of(rows, elements) == expected
+    assert table.class_of(rows, elements) == expected
 
 
 @needs_native
@@ -246,9 +248,9 @@ def test_layers_that_share_x_run_as_gains_most(
 @needs_native
 def test_choices_change_with_the_measurements(machine: Path) -> None:
     assert choose() == "cpu"
-    tuned.keep("cpu", [entry(2.0)], "a test")
+    table.keep("cpu", [entry(2.0)], "a test")
     assert choose() == "reference"
-    tuned.load_state({})
+    table.load_state({})
     assert choose() == "cpu"
 
 
@@ -269,9 +271,9 @@ def test_kinds_of_x86(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kind == "amd-zen4-avx2":  # an emulated CPU beside its host's /proc: Zen 3 and 4 differ by what they can do
         kind = "amd-zen3-avx2"
     facts = {"vendor_id": vendor, "cpu family": family, "model": model, "flags": flags}
-    monkeypatch.setattr(tuned, "cpu_facts", lambda: facts)
+    monkeypatch.setattr(table, "cpu_facts", lambda: facts)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    assert tuned.kind_of("cpu") == kind
+    assert table.kind_of("cpu") == kind
 
 
 @pytest.mark.parametrize(
@@ -282,26 +284,26 @@ def test_kinds_of_x86(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_kinds_of_other_machines(facts: dict[str, str], kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuned, "cpu_facts", lambda: facts)
+    monkeypatch.setattr(table, "cpu_facts", lambda: facts)
     monkeypatch.setattr("platform.system", lambda: "Linux")
     monkeypatch.setattr("platform.machine", lambda: "aarch64")
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "DEFAULT")
-    assert tuned.kind_of("cpu") == kind
+    assert table.kind_of("cpu") == kind
 
 
 def test_facts_end_with_the_first_processor() -> None:
     lines = io.StringIO("processor\t: 0\nmodel name\t: A: B\n\nprocessor\t: 1\n")
-    assert dict(tuned._facts(lines)) == {"processor": "0", "model name": "A: B"}
+    assert dict(table._facts(lines)) == {"processor": "0", "model name": "A: B"}
 
 
 @needs_native
 def test_the_cache_lasts_and_goes_before_the_shipped_table(machine: Path) -> None:
-    shipped = tuned.SHIPPED / f"{tuned.kind_of('cpu')}.json"
-    tuned.write(shipped, "cpu", [entry(2.0), entry(2.0, rows=512)], "a test")
+    shipped = table.SHIPPED / f"{table.kind_of('cpu')}.json"
+    table.write(shipped, "cpu", [entry(2.0), entry(2.0, rows=512)], "a test")
     restart()
     assert (choose(64), choose(512)) == ("reference", "reference")
-    assert tuned.kind_of("cpu") in ops.choose_lora_linear(torch.ones(64, 1), torch.ones(1, 1)).reason
-    assert tuned.keep("cpu", [entry(0.5)], "a test") == machine
+    assert table.kind_of("cpu") in ops.choose_lora_linear(torch.ones(64, 1), torch.ones(1, 1)).reason
+    assert table.keep("cpu", [entry(0.5)], "a test") == machine
     restart()
     assert (choose(64), choose(512)) == ("cpu", "reference")
     assert "this machine" in ops.choose_lora_linear(torch.ones(64, 1), torch.ones(1, 1)).reason
@@ -309,9 +311,9 @@ def test_the_cache_lasts_and_goes_before_the_shipped_table(machine: Path) -> Non
 
 
 def test_the_smallest_ratio_can_be_read_again(machine: Path) -> None:
-    tuned.keep("cpu", [tuned.measurement("lora_linear", torch.float16, 64, "small", False, "cpu", 1e-5)], "a test")
+    table.keep("cpu", [table.record("lora_linear", torch.float16, 64, "small", False, "cpu", 1e-5)], "a test")
     restart()
-    assert [one.ratio for one in tuned.measurements("cpu")] == [0.001]
+    assert [one.ratio for one in table.entries("cpu")] == [0.001]
 
 
 def spoil(path: Path, **changes: Any) -> None:
@@ -337,7 +339,7 @@ def spoil(path: Path, **changes: Any) -> None:
 def test_a_bad_cache_is_ignored_with_a_warning_and_replaced(
     changes: dict[str, Any] | None, message: str, machine: Path, timed: list[list[str]]
 ) -> None:
-    tuned.keep("cpu", [entry(2.0)], "a test")
+    table.keep("cpu", [entry(2.0)], "a test")
     if changes is None:
         machine.write_text(machine.read_text()[:-20])
     else:
@@ -349,11 +351,11 @@ def test_a_bad_cache_is_ignored_with_a_warning_and_replaced(
         assert choose() == "cpu"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        tune.try_out(small_weights())
+        trial.try_out(small_weights())
     restart()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert len(tuned.measurements("cpu")) == 8  # forward and backward: 1, 8, 64 rows, and 64 with dropout
+        assert len(table.entries("cpu")) == 8  # forward and backward: 1, 8, 64 rows, and 64 with dropout
 
 
 ENTRY = {**entry(0.5)._asdict(), "way": ""}
@@ -400,7 +402,7 @@ def test_a_wrong_table_is_an_error_that_names_it(
     monkeypatch.setenv("FASTLORA_TABLE", str(named))
     restart()
     with pytest.raises(ValueError, match=r"FASTLORA_TABLE: .*table\.json is no table for this machine"):
-        tuned.measurements("cpu")
+        table.entries("cpu")
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xfe", b"[" * 100_000, b'{"schema": ' + b"1" * 5000 + b"}", b"\0" * 64])
@@ -412,7 +414,7 @@ def test_a_table_that_is_no_json(
     monkeypatch.setenv("FASTLORA_TABLE", str(named))
     restart()
     with pytest.raises(ValueError, match=r"FASTLORA_TABLE: .*table\.json is no table for this machine"):
-        tuned.measurements("cpu")
+        table.entries("cpu")
 
 
 @needs_native
@@ -444,10 +446,10 @@ def test_a_copy_is_made_where_it_was_measured_to_pay(
     packed.register(weight, packed.Budget())
     functional.frozen_linear(x, weight, None)
     assert packed_products == []
-    tune.try_out({"frozen_linear": [weight], "lora_linear": [weight]})
+    trial.try_out({"frozen_linear": [weight], "lora_linear": [weight]})
     assert set(packed_products) - {"nothing"} == {"cpu packed", "cpu"} - ({"cpu"} if expected == "plain" else set())
     restart()
-    assert tuned.way("cpu", "frozen_linear", "cpu", torch.bfloat16, 64, weight.numel(), False) == expected
+    assert table.way("cpu", "frozen_linear", "cpu", torch.bfloat16, 64, weight.numel(), False) == expected
     packed_products.clear()
     functional.frozen_linear(x, weight, None)
     assert bool(packed_products) == (expected == "packed")
@@ -461,21 +463,21 @@ def test_a_table_that_is_no_file_is_an_error_that_names_the_variable(
     monkeypatch.setenv("FASTLORA_TABLE", str(tmp_path / name))
     restart()
     with pytest.raises(OSError, match=re.escape(f"FASTLORA_TABLE={tmp_path / name}: expected a file made by")):
-        tuned.measurements("cpu")
+        table.entries("cpu")
 
 
 @needs_native
 def test_a_named_table_stands_alone(
     machine: Path, timed: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tuned.keep("cpu", [entry(0.5), entry(0.5, rows=1)], "a test")
+    table.keep("cpu", [entry(0.5), entry(0.5, rows=1)], "a test")
     named = tmp_path / "table.json"
-    tuned.write(named, "cpu", [entry(2.0)], "a test")
+    table.write(named, "cpu", [entry(2.0)], "a test")
     spoil(named, kind="z80", torch="1.0")
     monkeypatch.setenv("FASTLORA_TABLE", str(named))
     restart()
     assert (choose(64), choose(1)) == ("reference", "reference")
-    tune.try_out(small_weights())
+    trial.try_out(small_weights())
     assert timed == []
     spoil(named, schema=0)
     restart()
@@ -487,7 +489,7 @@ def test_a_named_table_stands_alone(
 def test_a_cache_that_cannot_be_written_is_told(machine: Path) -> None:
     machine.parent.write_text("a file where the folder would be")
     with pytest.warns(UserWarning, match="cannot be kept"):
-        assert tuned.keep("cpu", [entry(2.0)], "a test") is None
+        assert table.keep("cpu", [entry(2.0)], "a test") is None
     assert choose() == "reference"
 
 
@@ -515,7 +517,7 @@ def test_the_trial_runs_once_and_is_kept(machine: Path, timed: list[list[str]]) 
         torch.get_rng_state(), before
     )  # a run's random numbers do not depend on whether there was a trial
     assert timed == [["reference", "cpu"]] * 8
-    held = tuned.measurements("cpu")
+    held = table.entries("cpu")
     assert {one.op for one in held} == {"lora_linear", "lora_linear_backward"}
     assert {(one.rows, one.dropout) for one in held} == {(1, False), (8, False), (64, False), (64, True)}
     assert {one.size for one in held} == {"small"} and {one.dtype for one in held} == {"float32"}
@@ -531,7 +533,7 @@ def test_the_trial_runs_once_and_is_kept(machine: Path, timed: list[list[str]]) 
     fastlora.accelerate(peft_model(), frozen=True)
     model.add_adapter("other", model.peft_config["default"])
     fastlora.accelerate(model)
-    assert {one.op.removesuffix("_backward") for one in tuned.measurements("cpu")} == {
+    assert {one.op.removesuffix("_backward") for one in table.entries("cpu")} == {
         "lora_linear",
         "multi_lora",
     }
@@ -541,23 +543,23 @@ def test_the_trial_runs_once_and_is_kept(machine: Path, timed: list[list[str]]) 
 def test_no_trial(machine: Path, timed: list[list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Switched off, forced, compiling, a loaded state, a device without trials, a table that knows."""
     monkeypatch.setenv("FASTLORA_TRIAL", "0")
-    tune.try_out(small_weights())
+    trial.try_out(small_weights())
     monkeypatch.setenv("FASTLORA_TRIAL", "yes")
     with pytest.raises(ValueError, match="FASTLORA_TRIAL='yes': expected 0 or 1"):
-        tune.try_out(small_weights())
+        trial.try_out(small_weights())
     monkeypatch.setenv("FASTLORA_TRIAL", "1")
     with monkeypatch.context() as patch:
         patch.setattr(ops, "forced", "cpu")
-        tune.try_out(small_weights())
+        trial.try_out(small_weights())
     with monkeypatch.context() as patch:
         patch.setattr(torch.compiler, "is_compiling", lambda: True)
-        tune.try_out(small_weights())
-    tuned.load_state({})
-    tune.try_out(small_weights())
+        trial.try_out(small_weights())
+    table.load_state({})
+    trial.try_out(small_weights())
     restart()
-    tune.try_out({"lora_linear": [torch.ones(8, 8, device="meta"), torch.ones(8, 8, dtype=torch.float64)]})
+    trial.try_out({"lora_linear": [torch.ones(8, 8, device="meta"), torch.ones(8, 8, dtype=torch.float64)]})
     assert timed == [] and not machine.exists()
-    tune.try_out(small_weights())
+    trial.try_out(small_weights())
     assert len(timed) == 8
 
 
@@ -569,10 +571,10 @@ def test_a_model_that_is_yet_to_be_moved_has_a_trial_on_the_card(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "3")
-    monkeypatch.setattr(tuned, "kind_of", lambda device_type: f"a-{device_type}")
+    monkeypatch.setattr(table, "kind_of", lambda device_type: f"a-{device_type}")
     monkeypatch.setattr(ops, "candidates", lambda op, device, dtype: ["one"])
-    monkeypatch.setattr(tune, "_try_out", lambda device, todo: tried.append((str(device), len(todo))))
-    tune.try_out(small_weights())
+    monkeypatch.setattr(trial, "_try_out", lambda device, todo: tried.append((str(device), len(todo))))
+    trial.try_out(small_weights())
     assert tried == [("cpu", 4), ("cuda:1", 16)]  # there in bfloat16, too, for autocast
 
 
@@ -632,7 +634,7 @@ def test_a_wrong_implementation_is_refused_for_good(
 ) -> None:
     monkeypatch.setattr(ops, "_table", ops._table | {("lora_linear", "cpu"): wrong})
     with pytest.warns(UserWarning, match=f"cpu is refused for lora_linear: .*{message}"):
-        tune.try_out(small_weights())
+        trial.try_out(small_weights())
     for _ in range(2):
         assert choose(1) == choose(512) == "reference"
         assert choose(backward=True) == "cpu"  # its backward is right
@@ -648,15 +650,16 @@ def apart(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     """Measure in a process apart, as on a GPU, where lora_linear in native C++ is a function with this body."""
     lines = (
         "import os, signal, torch",
-        "from fastlora import measure, ops, tune",
+        "from fastlora import ops",
+        "from fastlora.choice import measure, trial",
         "measure.SHAPES = {'small': (48, 40), 'large': (56, 64)}",
         "measure.ratios = lambda functions, *_: {name: 0.5 for name in functions if name != 'reference'}",
         f"def faulty(*args): {body}",
         "ops._table['lora_linear', 'cpu'] = faulty",
-        "tune.answer()",
+        "trial.answer()",
     )
-    monkeypatch.setattr(tune, "APART", ("cpu",))
-    monkeypatch.setattr(tune, "ANSWER", "\n".join(lines))
+    monkeypatch.setattr(trial, "APART", ("cpu",))
+    monkeypatch.setattr(trial, "ANSWER", "\n".join(lines))
 
 
 @needs_native
@@ -678,15 +681,15 @@ def test_what_ends_its_process_is_refused_and_the_rest_is_measured(
 ) -> None:
     apart(monkeypatch, body)
     with pytest.warns(UserWarning, match=f"cpu is refused for lora_linear: .*{re.escape(how)}"):
-        tune.try_out(small_weights())
+        trial.try_out(small_weights())
     for _ in range(2):
         assert {choose(rows) for rows in (1, 8, 64)} == {"reference"}
         assert {choose(rows, backward=True) for rows in (1, 8, 64)} == {"cpu"}
-        assert len(tuned.measurements("cpu")) == 8
+        assert len(table.entries("cpu")) == 8
         restart()  # the cache remembers
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        tune.try_out({"lora_linear": [torch.empty(1).expand(2048, 2048)]})  # of another class: it is not run again
+        trial.try_out({"lora_linear": [torch.empty(1).expand(2048, 2048)]})  # of another class: it is not run again
     assert choose(elements=2**22) == "reference" and choose(elements=2**22, backward=True) == "cpu"
 
 
@@ -705,8 +708,8 @@ def test_a_trial_that_cannot_run_blames_no_implementation(
 ) -> None:
     apart(monkeypatch, body)
     with pytest.warns(UserWarning, match=f"fastlora: no more is measured on cpu: .*{how}"):
-        tune.try_out(small_weights())
-    assert tuned.measurements("cpu") == [] and not machine.exists()
+        trial.try_out(small_weights())
+    assert table.entries("cpu") == [] and not machine.exists()
 
 
 @needs_native
@@ -720,11 +723,11 @@ def test_what_never_ends_is_refused(machine: Path, monkeypatch: pytest.MonkeyPat
         """print(json.dumps(['trying', ['lora_linear', ['cpu']]]), flush=True)""",
         "time.sleep(600)",
     )
-    monkeypatch.setattr(tune, "APART", ("cpu",))
-    monkeypatch.setattr(tune, "PATIENCE", 1.0)
-    monkeypatch.setattr(tune, "ANSWER", "\n".join(lines))
+    monkeypatch.setattr(trial, "APART", ("cpu",))
+    monkeypatch.setattr(trial, "PATIENCE", 1.0)
+    monkeypatch.setattr(trial, "ANSWER", "\n".join(lines))
     with pytest.warns(UserWarning, match="cpu is refused for lora_linear: it did not end within 1 s"):
-        tune.try_out(small_weights())
+        trial.try_out(small_weights())
 
 
 @needs_native
@@ -740,10 +743,10 @@ def test_a_process_that_hangs_as_it_ends_is_not_waited_for(
         f"open({str(tmp_path / 'ended')!r}, 'w')",
         "os._exit(0)",
     )
-    monkeypatch.setattr(tune, "APART", ("cpu",))
-    monkeypatch.setattr(tune, "PATIENCE", 1.0)
-    monkeypatch.setattr(tune, "ANSWER", "\n".join(lines))
-    tune.try_out(small_weights())
+    monkeypatch.setattr(trial, "APART", ("cpu",))
+    monkeypatch.setattr(trial, "PATIENCE", 1.0)
+    monkeypatch.setattr(trial, "ANSWER", "\n".join(lines))
+    trial.try_out(small_weights())
     assert not (tmp_path / "ended").exists()
 
 
@@ -759,17 +762,17 @@ def test_a_process_apart_has_this_ones_modules(
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(sys, "path", [path for path in sys.path if path] + [tmp_path])  # Python passes over a Path
     apart(monkeypatch, "return ops.reference.lora_linear(*args)")
-    tune.try_out(small_weights())
-    assert len(tuned.measurements("cpu")) == 8
+    trial.try_out(small_weights())
+    assert len(table.entries("cpu")) == 8
     assert not [one for one in recwarn if "fastlora" in str(one.message)]
 
 
 @needs_native
 def test_no_trial_where_no_process_can_be_started(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tune, "APART", ("cpu",))
+    monkeypatch.setattr(trial, "APART", ("cpu",))
     monkeypatch.setattr(sys, "executable", "")
     with pytest.warns(UserWarning, match="no more is measured on cpu: no process can be started"):
-        tune.try_out(small_weights())
+        trial.try_out(small_weights())
 
 
 @needs_native
@@ -781,7 +784,7 @@ def test_a_file_system_without_locks_stops_no_trial(
 
     monkeypatch.setattr(FileLock, "acquire", acquire)
     with pytest.warns(UserWarning, match="other processes may measure at the same time: .*no flock"):
-        tune.try_out(small_weights())
+        trial.try_out(small_weights())
     assert len(timed) == 8 and machine.exists()
 
 
@@ -790,17 +793,17 @@ def test_what_fails_in_one_size_is_used_in_none(
     machine: Path, timed: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also in sizes where it was right before: another way of the same implementation has none of its times."""
-    monkeypatch.setitem(tuned.WAYS, ("cpu", "lora_linear"), ("good", "late"))
+    monkeypatch.setitem(table.WAYS, ("cpu", "lora_linear"), ("good", "late"))
     native = ops._table["lora_linear", "cpu"]
     monkeypatch.setattr(measure, "ratios", lambda functions, *_: dict.fromkeys(functions, 0.5) | {"cpu late": 0.4})
 
     def late(x: Tensor, *args: Any) -> Any:
-        return (wrong_value if tuned.forced_way == "late" and len(x) == 64 else native)(x, *args)
+        return (wrong_value if table.forced_way == "late" and len(x) == 64 else native)(x, *args)
 
     monkeypatch.setattr(ops, "_table", ops._table | {("lora_linear", "cpu"): late})
     with pytest.warns(UserWarning, match="cpu late is refused for lora_linear"):
-        tune.try_out(small_weights())
-    ways = {(one.op, one.rows): one.way for one in tuned.measurements("cpu")}
+        trial.try_out(small_weights())
+    ways = {(one.op, one.rows): one.way for one in table.entries("cpu")}
     both = ("lora_linear", "good"), ("lora_linear_backward", "late")
     assert ways == {(op, rows): way for op, way in both for rows in (1, 8, 64)}
 
@@ -810,7 +813,7 @@ def test_what_fails_in_one_size_is_used_in_none(
 @pytest.mark.parametrize("op", ON_A_CPU)
 def test_right_implementations_pass(op: str, dtype: torch.dtype, timed: list[list[str]], machine: Path) -> None:
     for problem in measure.problems("cpu", [op], [dtype], ["small"]):
-        found = measure.measure(problem, torch.device("cpu"), 0.0)
+        found = measure.one_class(problem, torch.device("cpu"), 0.0)
         assert [one.op for one in found] == [op, f"{op}_backward"]
         assert all(one.checked and one.ratio == 0.5 and one.rows == problem.rows for one in found)
 
@@ -854,7 +857,7 @@ def test_a_long_call_is_timed_once(clock: FakeTime) -> None:
 
 @needs_native
 def test_tune_writes_a_table_that_is_used(machine: Path, timed: list[list[str]], tmp_path: Path) -> None:
-    shipped = tuned.SHIPPED / f"{tuned.kind_of('cpu')}.json"
+    shipped = table.SHIPPED / f"{table.kind_of('cpu')}.json"
     done = CliRunner().invoke(cli.app, ["tune", "--output", str(shipped)])
     assert done.exit_code == 0, done.output
     assert "lora_linear_backward" in done.output and "0.50" in done.output and str(shipped) in done.output
@@ -865,16 +868,16 @@ def test_tune_writes_a_table_that_is_used(machine: Path, timed: list[list[str]],
     restart()
     for problem in measure.problems("cpu", ON_A_CPU, ops.KERNEL_DTYPES, ["small", "large"]):
         for op in (problem.op, f"{problem.op}_backward"):
-            assert tuned.is_measured("cpu", op, *problem[1:]), (op, problem)
+            assert table.has("cpu", op, *problem[1:]), (op, problem)
     timed.clear()
-    tune.try_out(small_weights())
+    trial.try_out(small_weights())
     assert timed == []  # all is known
 
 
 @needs_native
 def test_tune_keeps_its_measurements(machine: Path, timed: list[list[str]]) -> None:
-    path, found = tune.tune("cpu", progress=False)
-    assert path == machine and len(found) == len(tuned.measurements("cpu"))
+    path, found = trial.tune_machine("cpu", progress=False)
+    assert path == machine and len(found) == len(table.entries("cpu"))
     assert choose() == "cpu"
     findings = {one.name: one for one in environment.describe() if one.part == "measurements"}
     assert findings["cpu"].present and f"{len(found)} measured on this machine" in findings["cpu"].detail
@@ -884,24 +887,24 @@ def test_tune_keeps_its_measurements(machine: Path, timed: list[list[str]]) -> N
 @needs_native
 def test_tune_ends_in_time_with_what_it_has(machine: Path, timed: list[list[str]], tmp_path: Path) -> None:
     whole = measure.problems("cpu", ON_A_CPU, ops.KERNEL_DTYPES, list(measure.SHAPES))
-    path, found = tune.tune("cpu", tmp_path / "cut.json", progress=False, seconds=0)
+    path, found = trial.tune_machine("cpu", tmp_path / "cut.json", progress=False, seconds=0)
     assert {one.op for one in found} == {whole[0].op, f"{whole[0].op}_backward"}
     assert len(json.loads(path.read_text())["entries"]) == len(found)
 
 
 def test_tune_says_what_it_cannot(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="device='tpu': expected cpu or cuda"):
-        tune.tune("tpu", progress=False)
+        trial.tune_machine("tpu", progress=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="torch sees no CUDA card"):
-        tune.tune("cuda", progress=False)
+        trial.tune_machine("cuda", progress=False)
     monkeypatch.setattr(ops, "_table", {key: value for key, value in ops._table.items() if key[1] == "reference"})
     with pytest.raises(ValueError, match="nothing but plain PyTorch runs on cpu"):
-        tune.tune("cpu", progress=False)
+        trial.tune_machine("cpu", progress=False)
 
 
 def shipped_tables() -> list[Path]:
-    return sorted(tuned.SHIPPED.glob("*.json"))
+    return sorted(table.SHIPPED.glob("*.json"))
 
 
 LEFT_TO_THE_TRIAL = {"amd-zen4-avx512bf16": ["frozen_linear"]}
@@ -912,25 +915,25 @@ LEFT_TO_THE_TRIAL = {"amd-zen4-avx512bf16": ["frozen_linear"]}
 def test_shipped_tables_are_whole(path: Path) -> None:
     """Each covers every class, and everything in it passed its check."""
     operators = [op for op in ON_A_CPU if op not in LEFT_TO_THE_TRIAL.get(path.stem, [])]
-    table = tuned._read(path, {"schema": tuned.SCHEMA, "kind": path.stem})
-    assert all(one.checked for one in table.values())
-    tuned.load_state({"cpu": table.values()})
+    shipped = table._read(path, {"schema": table.SCHEMA, "kind": path.stem})
+    assert all(one.checked for one in shipped.values())
+    table.load_state({"cpu": shipped.values()})
     for problem in measure.problems("cpu", operators, ops.KERNEL_DTYPES, list(measure.SHAPES)):
         for op in (problem.op, f"{problem.op}_backward"):
-            assert tuned.is_measured("cpu", op, *problem[1:]), (op, problem)
+            assert table.has("cpu", op, *problem[1:]), (op, problem)
 
 
 @needs_native
 def test_a_state_keeps_the_choice(machine: Path, timed: list[list[str]], tmp_path: Path) -> None:
     """As a checkpoint keeps it: through torch.save and a strict torch.load, whatever has been measured since."""
-    tuned.keep("cpu", [entry(2.0)], "a test")
-    torch.save(tuned.state(), tmp_path / "state.pt")
-    tuned.keep("cpu", [entry(0.5), entry(0.5, rows=1)], "a test")
+    table.keep("cpu", [entry(2.0)], "a test")
+    torch.save(table.state(), tmp_path / "state.pt")
+    table.keep("cpu", [entry(0.5), entry(0.5, rows=1)], "a test")
     assert (choose(64), choose(1)) == ("cpu", "cpu")
-    tuned.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
+    table.load_state(torch.load(tmp_path / "state.pt", weights_only=True))
     assert (choose(64), choose(1)) == ("reference", "reference")
-    tune.try_out(small_weights())
-    assert timed == [] and tuned.is_fixed()
+    trial.try_out(small_weights())
+    assert timed == [] and table.is_fixed()
     restart()
     assert (choose(64), choose(1)) == ("cpu", "cpu")
 
@@ -945,9 +948,9 @@ def test_a_resumed_run_chooses_as_the_run_before(machine: Path, tmp_path: Path) 
             "max_steps": 2,
         }
         config = TrainConfig(data=tiny.save_data(tmp_path / "data.jsonl", 8), save_steps=1, **options)
-        tuned.keep("cpu", tiny_measurements(2.0), "a test")
+        table.keep("cpu", tiny_measurements(2.0), "a test")
         before = train(config, progress=False)
-        tuned.keep("cpu", tiny_measurements(0.5), "a test")
+        table.keep("cpu", tiny_measurements(0.5), "a test")
         shutil.rmtree(checkpoint.folder(config.output, 2))
         after = train(replace(config, resume=True), progress=False)
     assert before.implementations == after.implementations and before.implementations["reference"] >= 14
@@ -962,13 +965,14 @@ def tiny_measurements(ratio: float) -> list[Measurement]:
 RANK = """
 import sys, torch
 from pathlib import Path
-from fastlora import measure, ops, tune, tuned
-tuned.SHIPPED = Path(sys.argv[2], "no", "tables")
+from fastlora import ops
+from fastlora.choice import measure, table, trial
+table.SHIPPED = Path(sys.argv[2], "no", "tables")
 rank, ratio = int(sys.argv[1]), float(sys.argv[3])
 torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 measure.ratios = lambda functions, *_: {name: ratio for name in functions if name != "reference"}
-tune.try_out({"lora_linear": [torch.ones(8, 8)]})
-print(ops.choose_lora_linear(torch.ones(64, 8), torch.ones(8, 8)).implementation, tuned.is_fixed())
+trial.try_out({"lora_linear": [torch.ones(8, 8)]})
+print(ops.choose_lora_linear(torch.ones(64, 8), torch.ones(8, 8)).implementation, table.is_fixed())
 torch.distributed.destroy_process_group()
 """
 
@@ -1002,9 +1006,10 @@ def test_rank_0_decides_for_all(machine: Path, tmp_path: Path) -> None:
 ONE_OF_MANY = """
 import sys, time, torch
 from pathlib import Path
-from fastlora import measure, ops, tune, tuned
+from fastlora import ops
+from fastlora.choice import measure, table, trial
 own, other = Path(sys.argv[1]), Path(sys.argv[2])
-tuned.SHIPPED = own.parent / "no" / "tables"
+table.SHIPPED = own.parent / "no" / "tables"
 own.touch()
 while not other.exists():
     time.sleep(0.01)
@@ -1014,7 +1019,7 @@ def ratios(functions, *_):
     measured.append(1)
     return {name: float(sys.argv[3]) for name in functions if name != "reference"}
 measure.ratios = ratios
-tune.try_out({"lora_linear": [torch.ones(8, 8)]})
+trial.try_out({"lora_linear": [torch.ones(8, 8)]})
 print(ops.choose_lora_linear(torch.ones(64, 8), torch.ones(8, 8)).implementation, len(measured))
 """
 

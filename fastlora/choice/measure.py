@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora import bounds, ops, packed, reference, tuned
-from fastlora.tuned import Measurement
+from fastlora import bounds, ops, reference
+from fastlora.choice import table
+from fastlora.choice.table import Measurement
+from fastlora.frozen import packed
 
 Call = tuple[Any, ...]  # the arguments of an operator
 
 SHAPES = {"small": (1024, 1024), "large": (2048, 2048)}  # K, N
-LINEAR_ROWS = {"cpu": (1, 8, 64, 512), "cuda": tuned.ROWS}
+LINEAR_ROWS = {"cpu": (1, 8, 64, 512), "cuda": table.ROWS}
 WORTH_A_COPY = 0.95  # of the time without a packed copy: what saves less is not worth the memory
 DROPOUT_P, FEWEST_ROWS_DROPPED = 0.1, 64  # who drops anything trains, on more than a few rows
 DROPPING = ("lora_linear", "lora_linear_shared", "multi_lora", "multi_lora_shared")  # the last that they return is keep
@@ -74,7 +76,7 @@ def problems(
     return found
 
 
-def measure(
+def one_class(
     problem: Problem,
     device: torch.device,
     seconds: float,
@@ -99,7 +101,7 @@ def measure(
             runs = {f"{one} {way}".strip(): (one, way) for one in names for way in ways(name, one)}
             sound = []
             for run in runs:
-                refusal = name, tuned.name_of(dtype), run
+                refusal = name, table.name_of(dtype), run
                 if refusal not in refused:
                     trying(name, [run])
                     if _passes(name, *runs[run], (odd[name][0], calls[0])):
@@ -112,7 +114,7 @@ def measure(
             trying(name, [])
             for one in names:
                 best = min((run for run in sound if runs[run][0] == one), key=lambda run: _cost(run, times), default="")
-                found.append(tuned.measurement(name, *problem[1:], one, times.get(best), runs[best][1] if best else ""))
+                found.append(table.record(name, *problem[1:], one, times.get(best), runs[best][1] if best else ""))
     return found
 
 
@@ -144,7 +146,7 @@ def is_out_of_memory(fault: Exception) -> bool:
 def ways(op: str, implementation: str) -> tuple[str, ...]:
     """The implementation's ways to run the operator; one without a name where it has no choice."""
     stem = op.removesuffix("_backward").removesuffix("_shared")
-    return tuned.WAYS.get((implementation, stem), ("",))
+    return table.WAYS.get((implementation, stem), ("",))
 
 
 def _in_way(op: str, implementation: str, way: str) -> Callable[..., Any]:
@@ -152,11 +154,11 @@ def _in_way(op: str, implementation: str, way: str) -> Callable[..., Any]:
     function = ops.implementation(op, implementation)
 
     def run(*call: Any) -> Any:
-        tuned.forced_way = way
+        table.forced_way = way
         try:
             return function(*call)
         finally:
-            tuned.forced_way = ""
+            table.forced_way = ""
 
     return run if way else function
 

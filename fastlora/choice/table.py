@@ -28,7 +28,7 @@ from fastlora import writing
 from fastlora.typed import check_fields, shown
 
 SCHEMA = 1
-SHIPPED = Path(__file__).parent / "data" / "tuned"
+SHIPPED = Path(__file__).parent.parent / "data" / "tuned"
 ROWS = (1, 8, 64, 512, 4096)
 LARGE = 2**21  # elements of a weight, or elements moved
 ZEN = {0x17: "zen2", 0x19: "zen3", 0x1A: "zen5"}  # AMD's families; Zen 4 is the Zen 3 family with AVX-512
@@ -75,7 +75,7 @@ def class_of(rows: int, elements: int) -> tuple[int, str]:
     return ROWS[min(rows.bit_length() // 3, len(ROWS) - 1)], "large" if elements >= LARGE else "small"
 
 
-def measured(
+def lookup(
     device_type: str, op: str, dtype: torch.dtype, rows: int, elements: int, dropout: bool
 ) -> dict[str, Measurement]:
     """What is known of each implementation, by its name: the measurement of the nearest class, or that it failed its check."""
@@ -97,23 +97,23 @@ def way(
         return forced_way
     key = implementation, op, device_type, dtype, rows.bit_length(), elements.bit_length(), dropout
     if key not in choices:
-        known = measured(device_type, op, dtype, rows, elements, dropout).get(implementation)
+        known = lookup(device_type, op, dtype, rows, elements, dropout).get(implementation)
         choices[key] = known.way if known else ""
     return choices[key]
 
 
-def is_measured(device_type: str, op: str, dtype: torch.dtype, rows: int, size: str, dropout: bool) -> bool:
+def has(device_type: str, op: str, dtype: torch.dtype, rows: int, size: str, dropout: bool) -> bool:
     """Whether anything is known of exactly this class."""
     wanted = (op, name_of(dtype), rows, size, dropout)
     return any(key[: len(wanted)] == wanted for key in _table(device_type))
 
 
-def measurements(device_type: str) -> list[Measurement]:
+def entries(device_type: str) -> list[Measurement]:
     """All that holds for this machine."""
     return list(_table(device_type).values())
 
 
-def measurement(
+def record(
     op: str,
     dtype: torch.dtype,
     rows: int,
@@ -282,7 +282,7 @@ def _entry(entry: Any, where: str, origin: str) -> Measurement:
     try:
         return checked(Measurement(**entry, origin=origin))
     except (TypeError, ValueError) as error:  # the former: no object, or other fields
-        raise ValueError(f"{where}: {str(error).removeprefix('fastlora.tuned.')}, got {shown(entry)}") from None
+        raise ValueError(f"{where}: {str(error).removeprefix('fastlora.choice.table.')}, got {shown(entry)}") from None
 
 
 def checked(one: Measurement) -> Measurement:

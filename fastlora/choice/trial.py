@@ -1,4 +1,4 @@
-"""Measure this machine: all that there is (`tune`), or what a model is about to use and nobody has measured (`try_out`).
+"""Measure this machine: all that there is (`tune_machine`), or what a model is about to use and nobody has measured (`try_out`).
 
 On a GPU this happens in a process of its own. A kernel that has never run on such a card may end the process, or never end: it is refused
 then, as one is whose results are wrong, and another process goes on with the rest.
@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fastlora import ops, tuned
-from fastlora.measure import (
+from fastlora import ops
+from fastlora.choice import table
+from fastlora.choice.measure import (
     LINEAR_ROWS,
     PROBLEMS,
     SHAPES,
@@ -33,11 +34,11 @@ from fastlora.measure import (
     Refusal,
     is_out_of_memory,
     is_refused,
-    measure,
+    one_class,
     problems,
     refused_before,
 )
-from fastlora.tuned import Measurement
+from fastlora.choice.table import Measurement
 
 TUNE_SECONDS, TRIAL_SECONDS = 0.25, 0.05  # for each operator and class
 FIRST_ON_CARDS = (4096, 64, 512, 1, 8)  # rows: training, decoding, and what lies between
@@ -46,7 +47,7 @@ FROM_OUTSIDE = ("SIGHUP", "SIGINT", "SIGKILL", "SIGTERM")  # no kernel's fault; 
 PATIENCE = 300.0  # seconds without a word from the process apart: a kernel is compiled at its first use
 
 
-def tune(
+def tune_machine(
     device: str, output: Path | None = None, progress: bool = True, seconds: float = math.inf
 ) -> tuple[Path | None, list[Measurement]]:
     """Measure every operator on this machine, a minute or two; returns the file written and what it holds.
@@ -80,14 +81,14 @@ def tune(
         disable=not progress,
     ):
         if output is not None and found:
-            tuned.write(output, device, found, f"fastlora tune --device {device} --output {output.name}")
+            table.write(output, device, found, f"fastlora tune --device {device} --output {output.name}")
         if found and time.perf_counter() - began > seconds:
             break
     if not found:
         missing = "; ".join(f"{one.implementation}: {one.reason}" for one in ops.availability() if not one.present)
         raise ValueError(f"nothing but plain PyTorch runs on {device}, nothing to measure ({missing})")
     if output is None:
-        return tuned.keep(device, found, f"fastlora tune --device {device}"), found
+        return table.keep(device, found, f"fastlora tune --device {device}"), found
     return output, found
 
 
@@ -107,10 +108,10 @@ def try_out(weights: Mapping[str, Sequence[Tensor]]) -> None:
     if (not distributed or torch.distributed.get_rank() == 0) and trials_are_on():
         _measure_what_is_missing(weights)
     if distributed:
-        decided = [tuned.state()]
+        decided = [table.state()]
         torch.distributed.broadcast_object_list(decided, src=0)
         if torch.distributed.get_rank() != 0:
-            tuned.load_state(decided[0])
+            table.load_state(decided[0])
 
 
 def trials_are_on() -> bool:
@@ -122,14 +123,14 @@ def trials_are_on() -> bool:
     setting = os.environ.get("FASTLORA_TRIAL") or "1"
     if setting not in ("0", "1"):
         raise ValueError(f"FASTLORA_TRIAL={setting!r}: expected 0 or 1")
-    return setting == "1" and ops.forced is None and not tuned.is_fixed()
+    return setting == "1" and ops.forced is None and not table.is_fixed()
 
 
 def _measure_what_is_missing(weights: Mapping[str, Sequence[Tensor]]) -> None:
     wanted: dict[str, dict[Problem, None]] = {}  # the values: dicts keep the order
     devices: dict[str, torch.device] = {}  # cards of one machine are taken to be alike
     for op, its_weights in weights.items():
-        for now, dtype, size in {(w.device, w.dtype, tuned.class_of(1, w.numel())[1]) for w in its_weights}:
+        for now, dtype, size in {(w.device, w.dtype, table.class_of(1, w.numel())[1]) for w in its_weights}:
             for device in _places(now):
                 todo = problems(device.type, [op], _dtypes(device, dtype), [size]) if device.type in LINEAR_ROWS else []
                 todo = [one for one in todo if ops.candidates(op, device, one.dtype)]
@@ -137,7 +138,7 @@ def _measure_what_is_missing(weights: Mapping[str, Sequence[Tensor]]) -> None:
                 devices.setdefault(device.type, device)
     for device_type, its_problems in wanted.items():
         if _missing(device_type, its_problems):
-            with tuned.alone(device_type):
+            with table.alone(device_type):
                 _try_out(devices[device_type], _missing(device_type, its_problems))
 
 
@@ -154,12 +155,12 @@ def _dtypes(device: torch.device, dtype: torch.dtype) -> list[torch.dtype]:
 
 
 def _missing(device_type: str, problems: Iterable[Problem]) -> list[Problem]:
-    return [one for one in problems if not tuned.is_measured(device_type, *one)]
+    return [one for one in problems if not table.has(device_type, *one)]
 
 
 def _try_out(device: torch.device, todo: list[Problem]) -> None:
     steps = tqdm(
-        _measured(todo, device, TRIAL_SECONDS, refused_before(tuned.measurements(device.type))),
+        _measured(todo, device, TRIAL_SECONDS, refused_before(table.entries(device.type))),
         desc=f"fastlora measures this {device.type}, once",
         total=len(todo),
         unit="class",
@@ -168,7 +169,7 @@ def _try_out(device: torch.device, todo: list[Problem]) -> None:
     )
     known = list(steps)
     if known and known[-1]:
-        tuned.keep(device.type, known[-1], "fastlora.accelerate")
+        table.keep(device.type, known[-1], "fastlora.accelerate")
 
 
 def _measured(
@@ -183,16 +184,16 @@ def _measured(
         # What was the fastest in one class and has failed in another since: there the others are measured again, without it.
         again = {(one.op.removesuffix("_backward"), *one[1:5]) for one in found if is_refused(one, refused)}
         found = [one for one in found if (one.op.removesuffix("_backward"), *one[1:5]) not in again]
-        todo = [one for one in todo if (one.op, tuned.name_of(one.dtype), *one[2:]) in again]
+        todo = [one for one in todo if (one.op, table.name_of(one.dtype), *one[2:]) in again]
 
 
 def _here(
     todo: list[Problem], device: torch.device, seconds: float, refused: set[Refusal]
 ) -> Iterator[list[Measurement]]:
     for problem in todo:
-        found = measure(problem, device, seconds, refused)
+        found = one_class(problem, device, seconds, refused)
         if problem.op == "frozen_linear":
-            tuned.learn(device.type, found)  # the other operators are measured with it
+            table.learn(device.type, found)  # the other operators are measured with it
         yield found
 
 
@@ -223,7 +224,7 @@ def _apart(
             warnings.warn(f"fastlora: no more is measured on {device}: {end}", stacklevel=2)
             return
         if left:
-            refused.update((op, tuned.name_of(left[0].dtype), run) for run in runs)
+            refused.update((op, table.name_of(left[0].dtype), run) for run in runs)
             warnings.warn(f"fastlora: {', '.join(runs)} is refused for {op}: {end}", stacklevel=2)
 
 
@@ -231,7 +232,7 @@ def _run_apart(
     todo: list[Problem], device: torch.device, seconds: float, refused: set[Refusal]
 ) -> Iterator[tuple[str, Any]]:
     """What a process that runs `answer` says, and at last ("ended", how), as far as can be seen."""
-    names = [(op, tuned.name_of(dtype), *rest) for op, dtype, *rest in todo]
+    names = [(op, table.name_of(dtype), *rest) for op, dtype, *rest in todo]
     question = json.dumps([names, str(device), seconds, list(refused)])
     # The modules of this process, and none that merely lie in the working directory (-P).
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if isinstance(path, str))}
@@ -281,7 +282,7 @@ def _run_apart(
     yield "ended", last or f"its process ended with code {code}"
 
 
-ANSWER = "from fastlora import tune; tune.answer()"
+ANSWER = "from fastlora.choice import trial; trial.answer()"
 
 
 def answer() -> None:
@@ -302,7 +303,7 @@ def answer() -> None:
     try:
         for op, dtype, *rest in names:
             problem = Problem(op, getattr(torch, dtype), *rest)
-            found = measure(problem, torch.device(device), seconds, refused, lambda *what: say("trying", what))
+            found = one_class(problem, torch.device(device), seconds, refused, lambda *what: say("trying", what))
             say("found", [found, list(refused)])
     except Exception as fault:
         if is_out_of_memory(fault):

@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fastlora import ops, reference, tuned
+from fastlora import ops, reference
+from fastlora.choice import table
 
 FEW_ROWS = 8  # what fastlora::few_rows_cpu takes
 MEMORY_SHARE = 16  # the default budget is the machine's memory over this
@@ -89,7 +90,7 @@ def _takes_packed(dtype: torch.dtype, rows: int, elements: int, backward: bool) 
     if not packs(dtype) or not torch.backends.mkldnn.enabled:
         return False
     op = "frozen_linear_backward" if backward else "frozen_linear"
-    return tuned.way("cpu", op, "cpu", dtype, rows, elements, False) == "packed"
+    return table.way("cpu", op, "cpu", dtype, rows, elements, False) == "packed"
 
 
 def _takes_plain(dtype: torch.dtype, rows: int, work: int) -> bool:

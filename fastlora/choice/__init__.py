@@ -1,0 +1,6 @@
+"""Which implementation runs where: checked, timed, written down.
+
+table   what was measured, shipped or on this machine
+measure how an implementation is checked and timed
+trial   what to measure, when, and in which process
+"""
