@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import functional, ops
+from fastlora.operators import lora_linear, prefix_concat
 
 from .cases import BlockCase, Case, LoRALinearCase, MultiLoRACase, PrefixConcatCase
 from .clock import Run
@@ -87,11 +88,11 @@ def choice(case: Case, training: bool, device: torch.device) -> str:
         return torch.empty(1, 1, dtype=case.dtype, device=device).expand(rows, columns)
 
     if isinstance(case, PrefixConcatCase):
-        return ops.choose_prefix_concat(like(1, case.D), case.B * case.T).implementation
+        return prefix_concat.choose(like(1, case.D), case.B * case.T).implementation
     weight, dropout = like(case.N, case.K), training and case.dropout_p > 0
     if isinstance(case, LoRALinearCase):
-        return ops.choose_lora_linear(like(case.M, case.K), weight, dropout).implementation
-    return ops.choose_multi_lora(like(case.B * case.T, case.K), weight, dropout).implementation
+        return lora_linear.choose(like(case.M, case.K), weight, dropout).implementation
+    return lora_linear.choose(like(case.B * case.T, case.K), weight, dropout, mixed=True).implementation
 
 
 def implementations(operator: str, case: Case, training: bool, device: torch.device) -> list[str]:

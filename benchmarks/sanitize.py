@@ -10,7 +10,7 @@ from collections.abc import Collection
 import torch
 
 from fastlora import ops
-from fastlora.choice import measure
+from fastlora.choice import measure, problems
 
 DTYPES = (torch.bfloat16, torch.float32)
 
@@ -18,9 +18,9 @@ DTYPES = (torch.bfloat16, torch.float32)
 def flaws(device: torch.device, wanted: Collection[str] = ()) -> list[str]:
     """What is wrong with the implementations on this device, in sizes that no tile divides, with dropout and a bias. wanted: none for all."""
     found = []
-    for make in measure.PROBLEMS.values():
+    for operator in problems.operators.values():
         for dtype in DTYPES:
-            calls = make(*measure.ODD_SHAPE, dtype, device, True)
+            calls = operator.calls(*measure.ODD_SHAPE, dtype, device, True)
             for one, its_calls in calls.items():
                 for name in ops.candidates(one, device, dtype):
                     if wanted and name not in wanted:

@@ -16,10 +16,16 @@ try:
 except ImportError as error:
     ops.mark_missing("cpu", f"not built ({error})")
     ops.mark_missing("cuda", "not built")
-else:
-    ops.implement_natively("cpu")
+    _C = None
+
+from fastlora import functional, native
+from fastlora.layers import LoRAConv1D, LoRALinear, MultiLoRALinear, SoftPrompt
+
+if _C is not None:
+    native.enter("cpu")
     if _C.cuda:
-        ops.implement_natively("cuda", f"; compiled for {', '.join(_C.cuda)}")
+        native.enter("cuda")
+        ops.note("cuda", f"; compiled for {', '.join(_C.cuda)}")
     else:
         ops.mark_missing("cuda", f"not compiled in ({_C.without_cuda})")
 
@@ -30,10 +36,6 @@ def _load_triton() -> None:
 
 
 ops.implement_later("triton", _load_triton)
-
-from fastlora import functional  # noqa: E402  (the implementations are entered first)
-from fastlora.frozen import packed  # noqa: E402, F401  (the implementations are entered first)
-from fastlora.layers import LoRAConv1D, LoRALinear, MultiLoRALinear, SoftPrompt  # noqa: E402
 
 if TYPE_CHECKING:
     from fastlora.peft import accelerate, report, restore

@@ -26,19 +26,6 @@ def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward."""
-    state = module.__dict__
-    return bool(
-        state["_forward_hooks"]
-        or state["_forward_pre_hooks"]
-        or state["_backward_hooks"]
-        or state["_backward_pre_hooks"]
-        or "forward" in state
-        or "_hf_hook" in state
-    )
-
-
 def _check_options(r: int, lora_dropout: float) -> None:
     if not isinstance(r, int) or r < 1:
         raise ValueError(f"r: got {r!r}, expected an integer of at least 1")

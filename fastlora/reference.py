@@ -12,7 +12,7 @@ says whether column 8 i + j is kept; the bits beyond K are unspecified, and so a
 at all is dropped, keep has no elements.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -83,12 +83,11 @@ def keep_bytes(K: int) -> int:
     return (K + 63) // 64 * 8
 
 
-def draw_keep(x: Tensor, dropout_p: float, seed: Tensor | None, rows: Tensor | None = None) -> Tensor:
-    """The bits of `keep_mask` for rows of x [M, K] (None: all): uint8 [len(rows), keep_bytes(K)], without elements where nothing is dropped."""
+def draw_keep(x: Tensor, dropout_p: float, seed: Tensor | None, rows: Tensor | slice = slice(None)) -> Tensor:
+    """The bits of `keep_mask` for rows of x [M, K]: uint8 [len(rows), keep_bytes(K)], without elements where nothing is dropped."""
     if seed is None or drop_threshold(dropout_p) == 0:
         return x.new_empty(0, dtype=torch.uint8)
-    if rows is None:
-        rows = torch.arange(x.shape[0], device=x.device)
+    rows = torch.arange(x.shape[0], device=x.device)[rows]
     K = x.shape[1]
     mask = F.pad(keep_mask(seed, rows, K, dropout_p), (0, 8 * keep_bytes(K) - K))
     bits = 1 << torch.arange(8, dtype=torch.uint8, device=x.device)
@@ -110,47 +109,107 @@ def dropout(x: Tensor, dropout_p: float, keep: Tensor) -> Tensor:
 
 def lora_linear(
     x: Tensor,  # [M, K]
-    weight: Tensor,  # [N, K], frozen
-    bias: Tensor | None,  # [N], frozen
-    lora_a: Tensor,  # [R, K], x's dtype or float32
-    lora_b: Tensor,  # [N, R], lora_a's dtype
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,  # int64, one element; None: no dropout
-) -> tuple[Tensor, Tensor, Tensor]:  # y [M, N], xa [M, R], keep [M, 8 ceil(K / 64)] uint8
-    """y = x Wᵀ + b + s xa Bᵀ with xa = d(x) Aᵀ (Hu et al. 2021, LoRA, section 4.1, equation 3)."""
-    keep = draw_keep(x, dropout_p, seed)
-    x = readable_rows(x)
-    xa = dropout(x, dropout_p, keep) @ lora_a.to(x.dtype).T
-    y = F.linear(x, weight, bias).addmm_(xa, lora_b.to(x.dtype).T, alpha=scale)
-    return y, xa.to(torch.promote_types(x.dtype, torch.float32)), keep
+    weight: Sequence[Tensor],  # G of [N_g, K], frozen: the layers that share x
+    bias: Sequence[Tensor | None],  # G of [N_g], frozen
+    lora_a: Sequence[
+        Tensor
+    ],  # G S of [R_gi, K], x's dtype or float32: every adapter of the first layer, then of the second, ...
+    lora_b: Sequence[Tensor],  # G S of [N_g, R_gi], lora_a's dtype
+    scale: Sequence[float],  # G S
+    dropout_p: Sequence[float],  # G S
+    seed: Tensor | None,  # [G] int64, each layer's own; None: no dropout
+    order: Tensor
+    | None,  # [M] int64: the rows sorted by adapter, ascending within one; rows without an adapter first. None: S is 1
+    offsets: Tensor
+    | None,  # [S + 3] int64: adapter i has the rows order[offsets[i + 1] : offsets[i + 2]]; the last are invalid
+) -> tuple[
+    list[Tensor], Tensor, Tensor
+]:  # G of y [M, N_g], xa [G, M, max R_gi], 0 beyond a row's own rank, keep [G, M, 8 ceil(K / 64)] uint8
+    """y = x Wᵀ + b + s xa Bᵀ with xa = d(x) Aᵀ (Hu et al. 2021, LoRA, section 4.1, equation 3), of each layer that shares x.
+
+    With an order, each row has the A, B, s and d of its own adapter, or none (the problem of Chen et al. 2023, Punica, section 3). A row whose
+    adapter does not exist (possible on CUDA only, where its number is not read back) becomes NaN.
+    """
+    G, K = len(weight), x.shape[1]
+    xa = x.new_zeros(G, x.shape[0], max(a.shape[0] for a in lora_a), dtype=torch.promote_types(x.dtype, torch.float32))
+    keep = x.new_zeros((G, x.shape[0], keep_bytes(K)) if drops(dropout_p, seed) else 0, dtype=torch.uint8)
+    *owned, invalid = _rows_of(order, offsets)
+    readable, ys = readable_rows(x), []
+    for g, (w, c) in enumerate(zip(weight, bias, strict=True)):
+        y = F.linear(readable, w, c)
+        for rows, i in zip(owned, _adapters_of(g, G, lora_a), strict=True):
+            a, b = lora_a[i], lora_b[i].to(x.dtype)
+            kept = draw_keep(x, dropout_p[i], None if seed is None else seed[g], rows)
+            if kept.numel():
+                keep[g, rows] = kept
+            xa_i = dropout(readable[rows], dropout_p[i], kept) @ a.to(x.dtype).T
+            mine = y[rows].addmm_(xa_i, b.T, alpha=scale[i])
+            if order is not None:  # else it is a view of y
+                y[rows] = mine
+            xa[g, rows, : a.shape[0]] = xa_i.to(xa.dtype)
+        y[invalid] = torch.nan
+        ys.append(y)
+    return ys, xa, keep
 
 
 def lora_linear_backward(
-    dy: Tensor,  # [M, N]
+    dy: Sequence[Tensor],  # G of [M, N_g]
     x: Tensor,
-    weight: Tensor,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    xa: Tensor,  # [M, R], the forward's
-    keep: Tensor,  # [M, 8 ceil(K / 64)] uint8, the forward's; without elements: no dropout
-    scale: float,
-    dropout_p: float,
+    weight: Sequence[Tensor],
+    lora_a: Sequence[Tensor],
+    lora_b: Sequence[Tensor],
+    xa: Tensor,  # [G, M, max R_gi], the forward's
+    keep: Tensor,  # [G, M, 8 ceil(K / 64)] uint8, the forward's; without elements: no dropout
+    scale: Sequence[float],
+    dropout_p: Sequence[float],
+    order: Tensor | None,
+    offsets: Tensor | None,
     need_dx: bool,
     need_da: bool,
     need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # dx [M, K], da [R, K], db [N, R]; one that is not needed has no elements
-    """dxa = s dy B;  dx = dy W + d'(dxa A);  dA = dxaᵀ d(x);  dB = s dyᵀ xa, where d' applies the forward's mask and factor."""
-    dy, x = readable_rows(dy), readable_rows(x)
-    dxa = (dy @ lora_b.to(x.dtype)) * scale
-    dx, da, db = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # dx [M, K]; da, db 1-D: every dA_gi, every dB_gi, one after the other; not needed: no elements
+    """dxa = s dy B;  dx = dy W + d'(dxa A), summed over the layers;  dA = dxaᵀ d(x);  dB = s dyᵀ xa, where d' applies the forward's mask and factor.
+
+    With an order, of the rows of each adapter; one without rows gets gradients of zeros.
+    """
+    G, x, dx, das, dbs = len(weight), readable_rows(x), x.new_empty(0), [], []
+    *owned, invalid = _rows_of(order, offsets)
+    for g, (d, w) in enumerate(zip(dy, weight, strict=True)):
+        d = readable_rows(d)
+        if need_dx:
+            own_dx = d @ w
+        for rows, i in zip(owned, _adapters_of(g, G, lora_a), strict=True):
+            a, b, kept = lora_a[i], lora_b[i], keep[g, rows] if keep.numel() else keep
+            dxa = (d[rows] @ b.to(x.dtype)) * scale[i]
+            if need_dx:
+                mine = own_dx[rows].add_(dropout(dxa @ a.to(x.dtype), dropout_p[i], kept))
+                if order is not None:
+                    own_dx[rows] = mine
+            if need_da:
+                das.append((dxa.T @ dropout(x[rows], dropout_p[i], kept)).to(a.dtype).flatten())
+            if need_db:
+                dbs.append((d[rows].T @ (xa[g, rows, : a.shape[0]] * scale[i]).to(x.dtype)).to(b.dtype).flatten())
+        if need_dx:
+            dx = dx + own_dx if g else own_dx
     if need_dx:
-        dx = dy @ weight + dropout(dxa @ lora_a.to(x.dtype), dropout_p, keep)
-    if need_da:
-        da = (dxa.T @ dropout(x, dropout_p, keep)).to(lora_a.dtype)
-    if need_db:
-        db = (dy.T @ (xa * scale).to(x.dtype)).to(lora_b.dtype)
-    return dx, da, db
+        dx[invalid] = torch.nan
+    return dx, torch.cat(das) if das else lora_a[0].new_empty(0), torch.cat(dbs) if dbs else lora_b[0].new_empty(0)
+
+
+def _rows_of(order: Tensor | None, offsets: Tensor | None) -> list[Any]:
+    """The rows of each adapter, ascending; the last entry holds the invalid rows. Without an order one adapter has all rows."""
+    if order is None or offsets is None:
+        return [slice(None), slice(0)]
+    bounds = offsets.tolist()
+    return [order[begin:end] for begin, end in zip(bounds[1:-1], bounds[2:], strict=True)]
+
+
+def _adapters_of(layer: int, layers: int, adapters: Sequence[Tensor]) -> range:
+    """Where the adapters of a layer stand among those of all layers."""
+    S = len(adapters) // layers
+    return range(layer * S, (layer + 1) * S)
 
 
 def frozen_linear(
@@ -165,204 +224,6 @@ def frozen_linear(
 def frozen_linear_backward(dy: Tensor, weight: Tensor) -> Tensor:  # dx [M, K]
     """dx = dy W; a frozen weight and bias have no gradient."""
     return readable_rows(dy) @ weight
-
-
-def lora_linear_shared(
-    x: Tensor,  # [M, K]
-    weight: list[Tensor],  # G of [N_i, K]
-    bias: list[Tensor],  # G of [N_i], or without elements: none
-    lora_a: list[Tensor],  # G of [R_i, K]
-    lora_b: list[Tensor],  # G of [N_i, R_i]
-    scale: list[float],  # G
-    dropout_p: list[float],  # G
-    seed: Tensor | None,  # [G] int64, each layer's own
-    layer: Callable[..., tuple[Tensor, Tensor, Tensor]] = lora_linear,
-) -> tuple[list[Tensor], Tensor, Tensor]:  # G of y [M, N_i], xa [M, sum R_i], keep [G, M, 8 ceil(K / 64)] uint8
-    """G layers of `lora_linear` on the same x, as the query, key and value of attention are."""
-    layers = zip(weight, bias, lora_a, lora_b, scale, dropout_p, strict=True)
-    results = [
-        layer(x, w, b if b.numel() else None, a, up, s, p, None if seed is None else seed[i])
-        for i, (w, b, a, up, s, p) in enumerate(layers)
-    ]
-    ys, xas, keeps = zip(*results, strict=True)
-    return list(ys), torch.cat(xas, 1), _stack_keep(x, keeps, [drops([p], seed) for p in dropout_p])
-
-
-def _stack_keep(x: Tensor, keeps: Sequence[Tensor], dropping: Sequence[bool]) -> Tensor:
-    """The bits of the layers that drop anything as one [G, M, keep_bytes(K)], zeros for the others; without elements where none does."""
-    if not any(dropping):
-        return x.new_empty(0, dtype=torch.uint8)
-    unread = x.new_zeros(x.shape[0], keep_bytes(x.shape[1]), dtype=torch.uint8)
-    return torch.stack([keep if drops else unread for keep, drops in zip(keeps, dropping, strict=True)])
-
-
-def lora_linear_shared_backward(
-    dy: list[Tensor],  # G of [M, N_i]
-    x: Tensor,
-    weight: list[Tensor],
-    lora_a: list[Tensor],
-    lora_b: list[Tensor],
-    xa: Tensor,  # [M, sum R_i], the forward's
-    keep: Tensor,  # [G, M, 8 ceil(K / 64)] uint8, the forward's; without elements: no dropout
-    scale: list[float],
-    dropout_p: list[float],
-    need_dx: bool,
-    need_da: bool,
-    need_db: bool,
-    layer: Callable[..., tuple[Tensor, Tensor, Tensor]] = lora_linear_backward,
-) -> tuple[
-    Tensor, Tensor, Tensor
-]:  # dx [M, K], summed over the layers; da, db 1-D: every dA_i, every dB_i, one after the other
-    """`lora_linear_backward` of every layer."""
-    dx, das, dbs = x.new_empty(0), [], []
-    layers = zip(dy, weight, lora_a, lora_b, xa.split([a.shape[0] for a in lora_a], 1), scale, dropout_p, strict=True)
-    for i, (d, w, a, b, xa_i, s, p) in enumerate(layers):
-        keep_i = keep[i] if keep.numel() else keep
-        dx_i, da, db = layer(d, x, w, a, b, xa_i, keep_i, s, p, need_dx, need_da, need_db)
-        dx = dx + dx_i if i else dx_i
-        das.append(da.flatten())
-        dbs.append(db.flatten())
-    return dx, torch.cat(das), torch.cat(dbs)
-
-
-def _rows_of(order: Tensor, offsets: Tensor) -> list[Tensor]:
-    """The rows of each adapter, ascending; `order` and `offsets` as in `multi_lora`. The last entry holds the invalid rows."""
-    bounds = offsets.tolist()
-    return [order[begin:end] for begin, end in zip(bounds[1:-1], bounds[2:], strict=True)]
-
-
-def multi_lora(
-    x: Tensor,  # [M, K]
-    weight: Tensor,  # [N, K], frozen
-    bias: Tensor | None,  # [N], frozen
-    lora_a: list[Tensor],  # S of [R_i, K]
-    lora_b: list[Tensor],  # S of [N, R_i]
-    scale: list[float],  # S
-    dropout_p: list[float],  # S
-    seed: Tensor | None,
-    order: Tensor,  # [M] int64: the rows sorted by adapter, ascending within one; rows without an adapter first
-    offsets: Tensor,  # [S + 3] int64: adapter i has the rows order[offsets[i + 1] : offsets[i + 2]]; the last group is invalid
-) -> tuple[
-    Tensor, Tensor, Tensor
-]:  # y [M, N], xa [M, max R_i], 0 beyond a row's own rank, keep [M, 8 ceil(K / 64)] uint8
-    """Row by row, y = x Wᵀ + b + s_i d_i(x) A_iᵀ B_iᵀ, where i is the row's adapter (the problem of Chen et al. 2023, Punica, section 3).
-
-    A row whose adapter does not exist (possible on CUDA only, where its number is not read back) becomes NaN.
-    """
-    y = F.linear(readable_rows(x), weight, bias)
-    xa = x.new_zeros(x.shape[0], max(a.shape[0] for a in lora_a), dtype=torch.promote_types(x.dtype, torch.float32))
-    keep = x.new_zeros((x.shape[0], keep_bytes(x.shape[1])) if drops(dropout_p, seed) else 0, dtype=torch.uint8)
-    *groups, invalid = _rows_of(order, offsets)
-    for rows, a, b, s, p in zip(groups, lora_a, lora_b, scale, dropout_p, strict=True):
-        keep_i = draw_keep(x, p, seed, rows)
-        if keep_i.numel():
-            keep[rows] = keep_i
-        xa_i = dropout(x[rows], p, keep_i) @ a.to(x.dtype).T
-        y[rows] = y[rows].addmm_(xa_i, b.to(x.dtype).T, alpha=s)
-        xa[rows, : a.shape[0]] = xa_i.to(xa.dtype)
-    y[invalid] = torch.nan
-    return y, xa, keep
-
-
-def multi_lora_backward(
-    dy: Tensor,  # [M, N]
-    x: Tensor,
-    weight: Tensor,
-    lora_a: list[Tensor],
-    lora_b: list[Tensor],
-    xa: Tensor,  # [M, max R_i], the forward's
-    keep: Tensor,  # [M, 8 ceil(K / 64)] uint8, the forward's; without elements: no dropout
-    scale: list[float],
-    dropout_p: list[float],
-    order: Tensor,
-    offsets: Tensor,
-    need_dx: bool,
-    need_da: bool,
-    need_db: bool,
-) -> tuple[
-    Tensor, Tensor, Tensor
-]:  # dx [M, K]; da, db 1-D: every dA_i [R_i, K], every dB_i [N, R_i], one after the other
-    """`lora_linear_backward` for the rows of each adapter. An adapter without rows gets a gradient of zeros."""
-    dx = readable_rows(dy) @ weight if need_dx else x.new_empty(0)
-    das, dbs = [], []
-    *groups, invalid = _rows_of(order, offsets)
-    for i, (rows, a, b) in enumerate(zip(groups, lora_a, lora_b, strict=True)):
-        dxa = (dy[rows] @ b.to(x.dtype)) * scale[i]
-        keep_i = keep[rows] if keep.numel() else keep
-        if need_dx:
-            dx[rows] += dropout(dxa @ a.to(x.dtype), dropout_p[i], keep_i)
-        if need_da:
-            das.append((dxa.T @ dropout(x[rows], dropout_p[i], keep_i)).to(a.dtype).flatten())
-        if need_db:
-            dbs.append((dy[rows].T @ (xa[rows, : a.shape[0]] * scale[i]).to(x.dtype)).to(b.dtype).flatten())
-    if need_dx:
-        dx[invalid] = torch.nan
-    return dx, torch.cat(das) if das else lora_a[0].new_empty(0), torch.cat(dbs) if dbs else lora_b[0].new_empty(0)
-
-
-def _by_layer(values: Sequence[Any], layers: int) -> list[Sequence[Any]]:
-    """What the adapters of all layers have, one layer after the other, as a list for each layer."""
-    S = len(values) // layers
-    return [values[layer * S : (layer + 1) * S] for layer in range(layers)]
-
-
-def multi_lora_shared(
-    x: Tensor,  # [M, K]
-    weight: list[Tensor],  # G of [N_g, K]
-    bias: list[Tensor],  # G of [N_g], or without elements: none
-    lora_a: list[Tensor],  # G S of [R_gi, K]: every adapter of the first layer, then of the second, ...
-    lora_b: list[Tensor],  # G S of [N_g, R_gi]
-    scale: list[float],  # G S
-    dropout_p: list[float],  # G S
-    seed: Tensor | None,  # [G] int64, each layer's own
-    order: Tensor,
-    offsets: Tensor,
-    layer: Callable[..., tuple[Tensor, Tensor, Tensor]] = multi_lora,
-) -> tuple[
-    list[Tensor], Tensor, Tensor
-]:  # G of y [M, N_g], xa [G, M, max R_gi], 0 beyond a row's own rank in that layer, keep [G, M, 8 ceil(K / 64)] uint8
-    """G layers of `multi_lora` on the same x with the same adapter for a row, as the query, key and value of attention are."""
-    adapters = zip(*(_by_layer(values, len(weight)) for values in (lora_a, lora_b, scale, dropout_p)), strict=True)
-    results = [
-        layer(x, w, b if b.numel() else None, *own, None if seed is None else seed[g], order, offsets)
-        for g, (w, b, own) in enumerate(zip(weight, bias, adapters, strict=True))
-    ]
-    ys, xas, keeps = zip(*results, strict=True)
-    R = max(a.shape[0] for a in lora_a)
-    xa = torch.stack([F.pad(own, (0, R - own.shape[1])) for own in xas])
-    return list(ys), xa, _stack_keep(x, keeps, [drops(p, seed) for p in _by_layer(dropout_p, len(weight))])
-
-
-def multi_lora_shared_backward(
-    dy: list[Tensor],  # G of [M, N_g]
-    x: Tensor,
-    weight: list[Tensor],
-    lora_a: list[Tensor],
-    lora_b: list[Tensor],
-    xa: Tensor,  # [G, M, max R_gi], the forward's
-    keep: Tensor,  # [G, M, 8 ceil(K / 64)] uint8, the forward's; without elements: no dropout
-    scale: list[float],
-    dropout_p: list[float],
-    order: Tensor,
-    offsets: Tensor,
-    need_dx: bool,
-    need_da: bool,
-    need_db: bool,
-    layer: Callable[..., tuple[Tensor, Tensor, Tensor]] = multi_lora_backward,
-) -> tuple[
-    Tensor, Tensor, Tensor
-]:  # dx [M, K], summed over the layers; da, db 1-D: every dA_gi, every dB_gi, one after the other
-    """`multi_lora_backward` of every layer."""
-    dx, das, dbs = x.new_empty(0), [], []
-    adapters = zip(*(_by_layer(values, len(weight)) for values in (lora_a, lora_b, scale, dropout_p)), strict=True)
-    for g, (d, w, (a, b, s, p)) in enumerate(zip(dy, weight, adapters, strict=True)):
-        xa_g = xa[g, :, : max(one.shape[0] for one in a)].contiguous()
-        keep_g = keep[g] if keep.numel() else keep
-        dx_g, da, db = layer(d, x, w, a, b, xa_g, keep_g, s, p, order, offsets, need_dx, need_da, need_db)
-        dx = dx + dx_g if g else dx_g
-        das.append(da)
-        dbs.append(db)
-    return dx, torch.cat(das), torch.cat(dbs)
 
 
 def prefix_layout(
@@ -475,3 +336,43 @@ def prefix_concat_backward(
         dembeds[target] = dout.reshape(B * W, D)
         dembeds = dembeds[:-1].view(B, tokens, D)
     return dprompts[:-1] if need_prompts else dprompts, dembeds
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # [n, D]
+    weight: Tensor,  # [V, D]
+    bias: Tensor | None,  # [V]
+    labels: Tensor,  # [n] int64
+    need_dhidden: bool,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor
+]:  # loss, highest [n, 1], total [n, 1], dhidden [n, D] or no elements: in float32 or wider
+    """loss = sum over rows of logsumexp(z) - z[label], z = h Wᵀ + b rounded to h's dtype;  dh = softmax(z) W - W[label].
+
+    highest is a row's largest z, total its sum of exp(z - highest); softmax is rounded to h's dtype before it meets W.
+    """
+    logits = _logits(hidden, weight, bias)
+    highest = logits.amax(1, keepdim=True)
+    total = (logits - highest).exp().sum(1, keepdim=True)
+    loss = (highest - logits.gather(1, labels[:, None]) + total.log()).sum()
+    dhidden = logits.new_empty(0)
+    if need_dhidden:
+        softmax = (logits - highest).exp() / total
+        w = weight.to(hidden.dtype)
+        dhidden = (softmax.to(hidden.dtype) @ w).to(logits.dtype) - w[labels]
+    return loss, highest, total, dhidden
+
+
+def linear_cross_entropy_backward(
+    dloss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, highest: Tensor, total: Tensor
+) -> tuple[Tensor, Tensor]:  # dweight [V, D], dbias [V] or no elements
+    """dz = (softmax(z) - one-hot) dloss, rounded to h's dtype before it meets h;  dW = dzᵀ h;  db = the sum of dz over the rows."""
+    dlogits = (_logits(hidden, weight, bias) - highest).exp() * (dloss / total)
+    dlogits = dlogits.scatter_add(1, labels[:, None], -dloss.to(dlogits.dtype).expand(len(labels), 1))
+    dweight = (dlogits.to(hidden.dtype).T @ hidden).to(weight.dtype)
+    return dweight, weight.new_empty(0) if bias is None else dlogits.sum(0).to(bias.dtype)
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [n, V], in float32 or wider
+    logits = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+    return logits.to(torch.promote_types(hidden.dtype, torch.float32))

@@ -138,7 +138,8 @@ def implementations(model: Any, config: TrainConfig) -> dict[str, int]:
         from peft.tuners.lora import LoraLayer
 
         return {"peft": sum(isinstance(module, LoraLayer) for module in model.modules())}
-    from fastlora.peft import NOT_OBSERVED, report
+    from fastlora.peft import report
+    from fastlora.peft.reporting import NOT_OBSERVED
 
     return dict(
         Counter(

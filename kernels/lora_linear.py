@@ -44,27 +44,25 @@ from fastlora.kernels.tiles import (
 
 @triton.jit(do_not_specialize=["M"])
 def _shrink_kernel(
-    x_ptr, a_ptrs, xa_ptr, seed_ptr, keep_ptr,  # xa: partial sums [parts, M, ranks]; plurals: a tuple of LAYERS
-    M, K, ranks, Rs, span, thresholds, factors,  # span: columns of x a part
+    x_ptr, a_ptrs, xa_ptr, seed_ptr, keep_ptr,  # xa: partial sums [parts, LAYERS, M, R]; plurals: a tuple of LAYERS
+    M, K, R, Rs, span, thresholds, factors,  # R: the largest rank; span: columns of x a part
     x_m, x_k, a_strides,
     LAYERS: tl.constexpr, TILES_R: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     layer, tile_r = tl.program_id(0) % LAYERS, tl.program_id(0) // LAYERS % TILES_R
     m = (tl.program_id(0) // (LAYERS * TILES_R)).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    first = 0
     for i in tl.static_range(LAYERS):
         if layer == i:
             _shrink_tile(
-                x_ptr, a_ptrs[i], xa_ptr + first, seed_ptr, keep_ptr, i, M, K, ranks, Rs[i], m, tile_r, span,
-                thresholds[i], factors[i], x_m, x_k, a_strides[i][0], a_strides[i][1], BLOCK_M, BLOCK_K, BLOCK_R,
+                x_ptr, a_ptrs[i], xa_ptr, seed_ptr, keep_ptr, i, M, K, R, Rs[i], m, tile_r, span,
+                thresholds[i], factors[i], x_m, x_k, a_strides[i][0], a_strides[i][1], LAYERS, BLOCK_M, BLOCK_K, BLOCK_R,
             )  # fmt: skip
-        first += Rs[i]
 
 
 @triton.jit
 def _shrink_tile(
-    x_ptr, a_ptr, xa_ptr, seed_ptr, keep_ptr, layer, M, K, ranks, R, m, tile_r, span, threshold, factor, x_m, x_k, a_r, a_k,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
+    x_ptr, a_ptr, xa_ptr, seed_ptr, keep_ptr, layer, M, K, R, rank, m, tile_r, span, threshold, factor, x_m, x_k, a_r, a_k,
+    LAYERS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     part = tl.program_id(1)
     r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -81,18 +79,18 @@ def _shrink_tile(
             here = keep_ptr + tl.cast(M, tl.int64) * layer * row_bytes(K)
             keep = draw_keep_mask(seed_ptr + layer, here, m, rows & (tile_r == 0), k0, K, threshold, BLOCK_K)
             x = tl.where(keep, x, 0.0)
-        a = tl.load(a_ptrs, mask=inside[:, None] & (r < R)[None, :], other=0.0).to(x.dtype)  # [BLOCK_K, BLOCK_R]
+        a = tl.load(a_ptrs, mask=inside[:, None] & (r < rank)[None, :], other=0.0).to(x.dtype)  # [BLOCK_K, BLOCK_R]
         xa = tl.dot(x, a, xa, input_precision="ieee")
         x_ptrs += tl.cast(BLOCK_K, tl.int64) * x_k
         a_ptrs += tl.cast(BLOCK_K, tl.int64) * a_k
-    xa_ptrs = xa_ptr + (part.to(tl.int64) * M + m)[:, None] * ranks + r[None, :]
+    xa_ptrs = xa_ptr + ((part.to(tl.int64) * LAYERS + layer) * M + m)[:, None] * R + r[None, :]
     tl.store(xa_ptrs, xa * factor, mask=rows[:, None] & (r < R)[None, :])
 
 
 @triton.jit(do_not_specialize=["M"])
 def _linear_kernel(
     x_ptr, weight_ptr, bias_ptr, b_ptr, partials_ptr, xa_ptr, y_ptr,  # no weight: y holds the product; no xa: there is one part
-    M, N, K, R, ranks, parts, scale,
+    M, N, K, R, xa_m, apart, parts, scale,  # of partial sums [parts, layers, M, xa_m], `apart` from one to the next, those of one layer
     x_m, x_k, w_n, w_k, b_n, b_r, bias_n,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_R: tl.constexpr, GROUP_M: tl.constexpr,
 ):  # fmt: skip
@@ -100,11 +98,11 @@ def _linear_kernel(
     m = tile_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows, columns = m < M, n < N
-    stride = tl.cast(M, tl.int64) * ranks
-    xa_ptrs, b_ptrs = partials_ptr + m[:, None] * ranks, b_ptr + n[None, :] * b_n
+    stride = tl.cast(apart, tl.int64)
+    xa_ptrs, b_ptrs = partials_ptr + m[:, None] * xa_m, b_ptr + n[None, :] * b_n
     if xa_ptr is not None:
         if tile_n == 0:
-            store_sum(xa_ptr + m[:, None] * ranks, xa_ptrs, rows, R, parts, stride, BLOCK_R)
+            store_sum(xa_ptr + m[:, None] * xa_m, xa_ptrs, rows, xa_m, parts, stride, BLOCK_R)
     if weight_ptr is None:
         y = tl.load(y_ptr + m[:, None] * N + n[None, :], mask=rows[:, None] & columns[None, :], other=0.0)
         y = y.to(tl.float32)
@@ -248,12 +246,13 @@ def _strides(tensors: Sequence[Tensor]) -> tuple[tuple[int, ...], ...]:
 def _shrink(
     x: Tensor, a: Sequence[Tensor], factors: Sequence[float], thresholds: Sequence[int] = (), seed: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(xa [M, sum R_i], its partial sums [parts, M, sum R_i], keep [layers, M, bytes]) with every xa_i = factor_i d_i(x) a_iᵀ, side by side.
+    """(xa [layers, M, max R_i], its partial sums [parts, layers, M, max R_i], keep [layers, M, bytes]) with every xa_i = factor_i d_i(x) a_iᵀ.
 
-    xa is filled where it is the only part. d has no factor of its own here; without a seed it is the identity, and keep has no elements.
+    xa is filled where it is the only part, zeros beyond a layer's rank. d has no factor of its own here; without a seed it is the identity, and
+    keep has no elements.
     """
     (M, K), ranks, layers = x.shape, tuple(one.shape[0] for one in a), len(a)
-    xa = x.new_empty(M, sum(ranks), dtype=torch.float32)
+    xa = x.new_empty(layers, M, max(ranks), dtype=torch.float32)
     keep = x.new_empty(0 if seed is None else (layers, M, 8 * triton.cdiv(K, 64)), dtype=torch.uint8)
     tile = tuning.shrink(x, a[0], M, max(ranks))
     tiles_r = triton.cdiv(max(ranks), tile.rank)
@@ -262,7 +261,7 @@ def _shrink(
     span = triton.cdiv(triton.cdiv(K, parts), tile.inner) * tile.inner
     partials = partials_for(xa, parts)
     _shrink_kernel[programs, parts](
-        x, tuple(a), partials, seed, keep, M, K, sum(ranks), ranks, span, tuple(thresholds) or (0,) * layers, tuple(factors),
+        x, tuple(a), partials, seed, keep, M, K, max(ranks), ranks, span, tuple(thresholds) or (0,) * layers, tuple(factors),
         *x.stride(), _strides(a),
         LAYERS=layers, TILES_R=tiles_r, BLOCK_M=tile.rows, BLOCK_K=tile.inner, BLOCK_R=tile.rank, **tile.launch,
     )  # fmt: skip
@@ -272,13 +271,13 @@ def _shrink(
 def _expand(
     x: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, partials: Tensor, xa: Tensor | None, scale: float, by_library: bool
 ) -> Tensor:  # fmt: skip
-    """y = x weightᵀ + bias + scale (sum of the partials [parts, M, R]) bᵀ; the sum is left in `xa`, where there is one."""
+    """y = x weightᵀ + bias + scale (sum of the partials [parts, M, max R]) bᵀ; the sum is left in `xa` [M, max R], where there is one."""
     (M, K), (N, R) = x.shape, b.shape
     y = F.linear(x, weight, bias) if by_library else x.new_empty(M, N)
     tile = tuning.adding(x, M, N, R) if by_library else tuning.linear(x, M, N, R)
     base, bias = (None, None) if by_library else (weight, bias)
     _linear_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
-        x, base, bias, b, partials, xa, y, M, N, K, R, partials.stride(1), partials.shape[0], scale,
+        x, base, bias, b, partials, xa, y, M, N, K, R, partials.shape[2], partials.stride(0), partials.shape[0], scale,
         *x.stride(), *weight.stride(), *b.stride(), 0 if bias is None else bias.stride(0),
         BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner, BLOCK_R=tile.rank, GROUP_M=tuning.GROUP_M, **tile.launch,
     )  # fmt: skip
@@ -289,23 +288,21 @@ def _forward(
     op: str, x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], a: Sequence[Tensor], b: Sequence[Tensor],
     scale: Sequence[float], dropout_p: Sequence[float], seed: Tensor | None,
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    """y of each layer, xa [M, sum R_i], and keep [layers, M, bytes], without elements where no layer drops anything."""
+    """y of each layer, xa [layers, M, max R_i], and keep [layers, M, bytes], without elements where no layer drops anything."""
     tuning.require_float(op, x)
     thresholds = [drop_threshold(p) for p in dropout_p]
     if seed is None or not any(thresholds):
         seed, dropout_p, thresholds = None, [0.0] * len(weight), []
-    M, ranks, ys = x.shape[0], [one.shape[0] for one in a], []
+    M, ys = x.shape[0], []
     by_library = tuning.by_library(op, x, weight[0], seed is not None)
     with torch.cuda.device_of(x):
         xa, partials, keep = _shrink(x, a, [keep_scale(p) for p in dropout_p], thresholds, seed)
-        sums: Sequence[Tensor | None] = [None] * len(weight)
-        if len(partials) > 1 and M <= tuning.FEW_ROWS and all(w.shape[0] for w in weight):
-            sums = xa.split(ranks, 1)  # a launch saved: whoever uses the partial sums adds them
-        else:
+        in_parts = len(partials) > 1 and M <= tuning.FEW_ROWS and all(w.shape[0] for w in weight)
+        if not in_parts:  # else whoever uses the partial sums adds them: a launch saved
             sum_partials(partials, xa)
             partials = xa[None]
-        for w, c, up, xa_i, sum_i, s in zip(weight, bias, b, partials.split(ranks, 2), sums, scale, strict=True):
-            ys.append(_expand(x, w, c, up, xa_i, sum_i, s, by_library))
+        for i, (w, c, up, s) in enumerate(zip(weight, bias, b, scale, strict=True)):
+            ys.append(_expand(x, w, c, up, partials[:, i], xa[i] if in_parts else None, s, by_library))
     return ys, xa, keep
 
 
@@ -318,7 +315,7 @@ def _shrink_back(
     tiles_n, tiles_r = triton.cdiv(N, tile.columns), triton.cdiv(R, tile.rank)
     dxa = partials = None
     if need_dxa and (db is None or not tuning.reads_once(dy, tile, R)):
-        dxa, sums, _ = _shrink(dy, [b.T], [scale])
+        [dxa], sums, _ = _shrink(dy, [b.T], [scale])
         sum_partials(sums, dxa)
     elif need_dxa:
         dxa = dy.new_empty(M, R, dtype=torch.float32)
@@ -354,7 +351,7 @@ def _backward(
     db = b[0].new_empty(sum(one.numel() for one in b) if need_db else 0)
     with torch.cuda.device_of(x):
         dbs = db.split([one.numel() for one in b]) if need_db else [None] * layers
-        each = zip(dy, b, xa.split(ranks, 1), scale, dbs, strict=True)
+        each = zip(dy, b, xa, scale, dbs, strict=True)
         dxa = tuple(_shrink_back(d, b_i, xa_i, s, need_dx or need_da, db_i) for d, b_i, xa_i, s, db_i in each)
         if need_da:
             tile = tuning.adapter_grad(x, M, K, max(ranks))
@@ -385,57 +382,30 @@ def _backward(
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float, dropout_p: float, seed: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y [M, N] in x's dtype, xa [M, R] in float32 and keep, as `fastlora.reference.lora_linear`, on x's device and any strides.
+    x: Tensor, weight: list[Tensor], bias: list[Tensor | None], lora_a: list[Tensor], lora_b: list[Tensor], scale: list[float],
+    dropout_p: list[float], seed: Tensor | None, order: None, offsets: None,
+) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    """Every y [M, N_i] in x's dtype, xa [G, M, max R_i] in float32 and keep [G, M, bytes], as `fastlora.reference.lora_linear` without an order.
 
     Raises:
         ImplementationError: x is float64.
     """
-    [y], xa, keep = _forward("lora_linear", x, [weight], [bias], [lora_a], [lora_b], [scale], [dropout_p], seed)
-    return y, xa, keep[0] if keep.dim() == 3 else keep
+    return _forward("lora_linear" if len(weight) == 1 else "lora_linear_shared", x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
 
 
 def lora_linear_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, xa: Tensor, keep: Tensor, scale: float, dropout_p: float,
-    need_dx: bool, need_da: bool, need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx [M, K] in x's dtype, dA [R, K] and dB [N, R] in theirs, as `fastlora.reference.lora_linear_backward`; without elements where not needed.
-
-    Raises:
-        ImplementationError: x is float64.
-    """
-    dx, da, db = _backward(
-        "lora_linear_backward", [dy], x, [weight], [lora_a], [lora_b], xa, keep, [scale], [dropout_p], need_dx, need_da, need_db,
-    )  # fmt: skip
-    return dx, da.view(lora_a.shape) if need_da else da, db.view(lora_b.shape) if need_db else db
-
-
-def lora_linear_shared(
-    x: Tensor, weight: list[Tensor], bias: list[Tensor], lora_a: list[Tensor], lora_b: list[Tensor], scale: list[float],
-    dropout_p: list[float], seed: Tensor | None,
-) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    """Every y [M, N_i], xa [M, sum R_i] and keep [G, M, bytes], as `fastlora.reference.lora_linear_shared`.
-
-    Raises:
-        ImplementationError: x is float64.
-    """
-    biases = [one if one.numel() else None for one in bias]
-    return _forward("lora_linear_shared", x, weight, biases, lora_a, lora_b, scale, dropout_p, seed)
-
-
-def lora_linear_shared_backward(
     dy: list[Tensor], x: Tensor, weight: list[Tensor], lora_a: list[Tensor], lora_b: list[Tensor], xa: Tensor, keep: Tensor,
-    scale: list[float], dropout_p: list[float], need_dx: bool, need_da: bool, need_db: bool,
+    scale: list[float], dropout_p: list[float], order: None, offsets: None, need_dx: bool, need_da: bool, need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx [M, K], and every dA_i and every dB_i one after the other, as `fastlora.reference.lora_linear_shared_backward`.
+    """dx [M, K], and every dA_i and every dB_i one after the other, as `fastlora.reference.lora_linear_backward` without an order.
 
     Raises:
         ImplementationError: x is float64.
     """
-    arguments = (dy, x, weight, lora_a, lora_b, xa, keep, scale, dropout_p, need_dx, need_da, need_db)
-    return _backward("lora_linear_shared_backward", *arguments)
+    op = "lora_linear_backward" if len(weight) == 1 else "lora_linear_shared_backward"
+    return _backward(op, dy, x, weight, lora_a, lora_b, xa, keep, scale, dropout_p, need_dx, need_da, need_db)
 
 
-for implemented in (lora_linear, lora_linear_backward, lora_linear_shared, lora_linear_shared_backward):
-    ops.implement(implemented.__name__, "triton", implemented)
+for case in ("lora_linear", "lora_linear_shared"):
+    ops.implement(case, "triton", lora_linear)
+    ops.implement(f"{case}_backward", "triton", lora_linear_backward)

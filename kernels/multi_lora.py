@@ -1,4 +1,4 @@
-"""Row by row, y = x Wᵀ + b + s_i xa B_iᵀ with xa = d_i(x) A_iᵀ, in Triton; the equation is `fastlora.reference.multi_lora`.
+"""Row by row, y = x Wᵀ + b + s_i xa B_iᵀ with xa = d_i(x) A_iᵀ, in Triton; the equation is `fastlora.reference.lora_linear`.
 
 Groups are numbered 0 (rows of the base alone), 1 to S (adapter i is group i + 1) and S + 1 (rows whose adapter does not exist). Group g has the
 sorted places offsets[g] : offsets[g + 1]; order[place] is the row. Everything is found on the card: nothing waits for it.
@@ -493,56 +493,32 @@ def _shrink_back(dy: Tensor, groups: _Groups, xa: Tensor, dxa: Tensor | None, db
 
 
 def multi_lora(
-    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: list[Tensor], lora_b: list[Tensor], scale: list[float], dropout_p: list[float],
-    seed: Tensor | None, order: Tensor, offsets: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """y [M, N] in x's dtype, xa [M, max R_i] in float32 and keep, as `fastlora.reference.multi_lora`, on x's device and any strides.
+    x: Tensor, weight: list[Tensor], bias: list[Tensor | None], lora_a: list[Tensor], lora_b: list[Tensor], scale: list[float],
+    dropout_p: list[float], seed: Tensor | None, order: Tensor, offsets: Tensor,
+) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    """Every y [M, N_g] in x's dtype, xa [G, M, max R_gi] in float32 and keep, as `fastlora.reference.lora_linear` with an order, on any strides.
 
     Raises:
         ImplementationError: x is float64.
     """
-    [y], xa, keep = _forward("multi_lora", x, [weight], [bias], lora_a, lora_b, scale, dropout_p, seed, order, offsets)
-    return y, xa[0], keep[0] if keep.dim() == 3 else keep
+    op = "multi_lora" if len(weight) == 1 else "multi_lora_shared"
+    return _forward(op, x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, order, offsets)
 
 
 def multi_lora_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, lora_a: list[Tensor], lora_b: list[Tensor], xa: Tensor, keep: Tensor, scale: list[float],
-    dropout_p: list[float], order: Tensor, offsets: Tensor, need_dx: bool, need_da: bool, need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx [M, K], and every dA_i and every dB_i one after the other, as `fastlora.reference.multi_lora_backward`; without elements where not needed.
-
-    Raises:
-        ImplementationError: x is float64.
-    """
-    arguments = (lora_a, lora_b, xa[None], keep, scale, dropout_p, order, offsets, need_dx, need_da, need_db)
-    return _backward("multi_lora_backward", [dy], x, [weight], *arguments)
-
-
-def multi_lora_shared(
-    x: Tensor, weight: list[Tensor], bias: list[Tensor], lora_a: list[Tensor], lora_b: list[Tensor], scale: list[float],
-    dropout_p: list[float], seed: Tensor | None, order: Tensor, offsets: Tensor,
-) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    """Every y [M, N_g], xa [G, M, max R_gi] and keep [G, M, bytes], as `fastlora.reference.multi_lora_shared`.
-
-    Raises:
-        ImplementationError: x is float64.
-    """
-    biases = [one if one.numel() else None for one in bias]
-    return _forward("multi_lora_shared", x, weight, biases, lora_a, lora_b, scale, dropout_p, seed, order, offsets)
-
-
-def multi_lora_shared_backward(
     dy: list[Tensor], x: Tensor, weight: list[Tensor], lora_a: list[Tensor], lora_b: list[Tensor], xa: Tensor, keep: Tensor,
     scale: list[float], dropout_p: list[float], order: Tensor, offsets: Tensor, need_dx: bool, need_da: bool, need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx [M, K], and every dA_gi and every dB_gi one after the other, as `fastlora.reference.multi_lora_shared_backward`.
+    """dx [M, K], and every dA_gi and every dB_gi one after the other, as `fastlora.reference.lora_linear_backward` with an order.
 
     Raises:
         ImplementationError: x is float64.
     """
-    arguments = (dy, x, weight, lora_a, lora_b, xa, keep, scale, dropout_p, order, offsets, need_dx, need_da, need_db)
-    return _backward("multi_lora_shared_backward", *arguments)
+    op = "multi_lora_backward" if len(weight) == 1 else "multi_lora_shared_backward"
+    arguments = (lora_a, lora_b, xa, keep, scale, dropout_p, order, offsets, need_dx, need_da, need_db)
+    return _backward(op, dy, x, weight, *arguments)
 
 
-for implemented in (multi_lora, multi_lora_backward, multi_lora_shared, multi_lora_shared_backward):
-    ops.implement(implemented.__name__, "triton", implemented)
+for case in ("multi_lora", "multi_lora_shared"):
+    ops.implement(case, "triton", multi_lora)
+    ops.implement(f"{case}_backward", "triton", multi_lora_backward)

@@ -269,11 +269,11 @@ void read_part(const Read& pass, const Part& part) {
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t row = row_at(pass.order, part.begin + i);
     block.v[i] = static_cast<const T*>(pass.v) + row * pass.stride + part.column;
-    if (DROPS) block.keep[i] = pass.keep + segment.keep_offset + row * pass.keep_stride;
+    if (DROPS) block.keep[i] = pass.keep + (segment.first_row + row) * pass.keep_stride;
     if (pass.coefficients) {
-      coefficients[i] = static_cast<const Small<DOTS>*>(pass.coefficients) + row * pass.coefficient_stride + segment.first_rank;
+      coefficients[i] = static_cast<const Small<DOTS>*>(pass.coefficients) + (segment.first_row + row) * pass.coefficient_stride;
     }
-    if (panel) projected[i] = pass.projected + row * pass.projected_stride + segment.first_rank;
+    if (panel) projected[i] = pass.projected + (segment.first_row + row) * pass.projected_stride;
   }
   const float factor = DROPS ? segment.factor : 1;
   for (int64_t i = 0; panel && i < rows; i += ROWS) {
@@ -306,8 +306,8 @@ void add_part(const Add& pass, const Part& part) {
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t row = row_at(pass.order, part.begin + i);
     block.v[i] = static_cast<T*>(pass.v) + row * pass.stride + part.column;
-    if (DROPS) block.keep[i] = pass.keep + segment.keep_offset + row * pass.keep_stride;
-    coefficients[i] = static_cast<const Small<DOTS>*>(pass.coefficients) + row * pass.coefficient_stride + segment.first_rank;
+    if (DROPS) block.keep[i] = pass.keep + (segment.first_row + row) * pass.keep_stride;
+    coefficients[i] = static_cast<const Small<DOTS>*>(pass.coefficients) + (segment.first_row + row) * pass.coefficient_stride;
   }
   with_count<ROWS>(rows, [&](auto count) {
     int64_t l = 0;
@@ -359,7 +359,7 @@ void draw(const Draw& pass, const Segments& segments, const Cell& cell) {
     if (part.segment.threshold == 0) return;
     for (int64_t place = part.begin; place < part.end; ++place) {
       const int64_t row = row_at(pass.order, place);
-      uint8_t* keep = pass.keep + part.segment.keep_offset + row * pass.keep_stride;
+      uint8_t* keep = pass.keep + (part.segment.first_row + row) * pass.keep_stride;
       draw_keep(part.segment.seed, part.segment.threshold, row, (pass.width + 7) / 8, part.column, part.column + part.columns, keep);
     }
   });
@@ -388,26 +388,11 @@ void narrow(const float* from, int64_t count, uint16_t* to) {
   if (i < count) store_some(numbers + i, load_some(from + i, count - i), count - i);
 }
 
-template <class T>
-void accumulate_as(T* total, const T* part, int64_t count) {
-  int64_t i = 0;
-  for (; i + WIDTH <= count; i += WIDTH) store(total + i, load(total + i) + load(part + i));
-  if (i < count) store_some(total + i, load_some(total + i, count - i) + load_some(part + i, count - i), count - i);
-}
-
-void accumulate(Kind kind, void* total, const void* part, int64_t count) {
-  switch (kind) {
-    case Kind::FLOAT32: return accumulate_as(static_cast<float*>(total), static_cast<const float*>(part), count);
-    case Kind::BFLOAT16: return accumulate_as(static_cast<BFloat16*>(total), static_cast<const BFloat16*>(part), count);
-    case Kind::FLOAT16: return accumulate_as(static_cast<Float16*>(total), static_cast<const Float16*>(part), count);
-  }
-}
-
 }  // namespace
 
 #define FASTLORA_TEXT(name) #name
 #define FASTLORA_NAME_OF(name) FASTLORA_TEXT(name)
 extern const Kernels passes;
-const Kernels passes = {FASTLORA_NAME_OF(FASTLORA_ISA), HAS_DOTS, draw, read_pass, add_pass, narrow, accumulate, few_rows, product_tiles, product};
+const Kernels passes = {FASTLORA_NAME_OF(FASTLORA_ISA), HAS_DOTS, draw, read_pass, add_pass, narrow, few_rows, product_tiles, product};
 
 }  // namespace fastlora::FASTLORA_ISA

@@ -3,14 +3,14 @@
 //     read    v [M, L] -> projected = d(v) Pᵀ [M, R]  and  gradient = cᵀ d(v) [R, L], either or both
 //     add     v [M, L] += s d'(c P)
 //
-// with a panel P [R, L] (A, or Bᵀ), coefficients c [M, R], and dropout's mask as one bit an element, which `draw` draws. Several adapters
-// may have rows of v: each its own, or all of them all rows. Kernels work on one cell of the problem, a range of rows and a range of columns,
+// with a panel P [R, L] (A, or Bᵀ), coefficients c [M, R], and dropout's mask as one bit an element, which `draw` draws. The rows of v may each
+// have an adapter of their own, and v may be shared by several layers. Kernels work on one cell of the problem, a range of rows and a range of columns,
 // alone and in a fixed order; who calls them splits the work and sums the cells. No torch here: adapter_passes.cpp is compiled once per
 // instruction set.
 //
 // Panels and coefficients are float32; or, where v is bfloat16 and the instruction set has dot products of it (`dots`), bfloat16: a read's
 // panel by row, an add's with two ranks side by side (pairs [ceil(R / 2), L] of 32 bits). COEFFICIENT_UNIT bfloat16 coefficients are read at a
-// time, from a multiple of it after an adapter's first.
+// time.
 #pragma once
 
 #include <cstdint>
@@ -19,14 +19,13 @@ namespace fastlora {
 
 enum class Kind { FLOAT32, BFLOAT16, FLOAT16 };
 
-/// The rows of one adapter, in sorted order, and its places among what adapters have one after the other.
+/// The rows of one adapter of one layer, in sorted order, and its places among what adapters and layers have one after the other.
 struct Segment {
-  int64_t begin, end;   // places in the order of rows
+  int64_t begin, end;  // places in the order of rows
   int64_t rank;
-  int64_t first_rank;   // its first column in coefficients and projections
-  int64_t panel_row;    // its first row in the stacked panels [sum R_i, L]
-  int64_t pair_row;     // and where ranks lie in pairs [sum ceil(R_i / 2), L]
-  int64_t keep_offset;  // bytes to the bits of row 0
+  int64_t first_row;   // of its layer, in coefficients, projections and bits of several
+  int64_t panel_row;   // its first row in the stacked panels [sum R_i, L]
+  int64_t pair_row;    // and where ranks lie in pairs [sum ceil(R_i / 2), L]
   uint64_t seed;
   uint32_t threshold;   // half-words below it are dropped; 0: no dropout
   float factor;         // of a kept element in a read with dropout; of everything that is added
@@ -53,7 +52,7 @@ struct Rows {
 
 struct Read : Rows {
   const void* v;
-  float* projected;  // [M, projected_stride], by row
+  float* projected;  // [layers, M, projected_stride], by row
   int64_t projected_stride;
   float* gradient;  // [sum R_i, gradient_stride], added to
   int64_t gradient_stride;
@@ -123,7 +122,6 @@ struct Kernels {
   void (*read)(const Read&, const Segments&, const Cell&);
   void (*add)(const Add&, const Segments&, const Cell&);
   void (*narrow)(const float* from, int64_t count, uint16_t* to);                       // to bfloat16
-  void (*accumulate)(Kind kind, void* total, const void* part, int64_t count);          // total += part
   void (*few_rows)(const FewRows&, int64_t column_begin, int64_t column_end);           // columns of y
   int64_t (*product_tiles)(const Product&);  // down the first columns of y, then the next
   void (*product)(const Product&, int64_t tile_begin, int64_t tile_end, float* panel);  // room for PANEL_COLUMNS · min(K + 15, PRODUCT_DEPTH)

@@ -6,7 +6,7 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
+#include <limits>
 #include <string>
 
 #include "memory.h"
@@ -18,19 +18,6 @@ namespace {
 using torch::stable::parallel_for;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
-
-/// x Wᵀ + b and dy W are the business of fastlora/packed.py, which knows packed copies of W.
-Tensor multiply_by_frozen(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  std::array<StableIValue, 3> stack{torch::stable::detail::from(x), torch::stable::detail::from(weight), torch::stable::detail::from(bias)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("fastlora::frozen_linear_cpu", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-Tensor multiply_by_frozen_backward(const Tensor& dy, const Tensor& weight) {
-  std::array<StableIValue, 2> stack{torch::stable::detail::from(dy), torch::stable::detail::from(weight)};
-  TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("fastlora::frozen_linear_backward_cpu", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 /// Calls body with a null pointer of the tensor's element type.
 template <class Body>
@@ -141,22 +128,22 @@ Stack pack_b(const Adapters& adapters, Panels format) {
   return pack(sources, format);
 }
 
-/// Coefficients [M, R] as the passes over v take them: float32 where they lie, or bfloat16 beside it.
+/// Coefficients [layers, M, R], without gaps, as the passes over v take them: float32 where they lie, or bfloat16 beside it.
 struct Coefficients {
   Memory narrow;
   const void* values;
   int64_t stride;
 
-  Coefficients(const Tensor& v, const Tensor& wide) : values(wide.const_data_ptr()), stride(wide.stride(0)) {
+  Coefficients(const Tensor& v, const Tensor& wide) : values(wide.const_data_ptr()), stride(wide.size(2)) {
     if (!takes_dots(v)) return;
-    const int64_t M = wide.size(0), R = wide.size(1);
+    const int64_t rows = wide.size(0) * wide.size(1), R = wide.size(2);
     stride = R + COEFFICIENT_UNIT;  // zeros for reads beyond the last
-    narrow = Memory(M * stride * sizeof(uint16_t));
+    narrow = Memory(rows * stride * sizeof(uint16_t));
     values = narrow.as<void>();
-    parallel_for(0, M, GRAIN / R + 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, rows, GRAIN / R + 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         uint16_t* row = narrow.as<uint16_t>() + i * stride;
-        kernels().narrow(floats(wide) + i * wide.stride(0), R, row);
+        kernels().narrow(floats(wide) + i * R, R, row);
         std::fill_n(row + R, COEFFICIENT_UNIT, uint16_t{0});
       }
     });
@@ -186,15 +173,13 @@ Tensor unpack_a(const Adapters& adapters, const Stack& panels) {
   return flat;
 }
 
-/// Gradients of B_i [N, R_i] from panels that hold them transposed and without s_i, flat, in lora_b's dtype.
-Tensor unpack_b(const Adapters& adapters, const Stack& panels) {
+/// Gradients of a layer's B_i [N, R_i] from panels that hold them transposed and without s_i, one after the other at `out`, in lora_b's dtype.
+void unpack_b(const Adapters& adapters, const Stack& panels, void* out) {
   const int64_t N = adapters.b[0].size(0);
-  const std::array<int64_t, 1> sizes{adapters.all_ranks() * N};
-  const Tensor flat = torch::stable::new_empty(adapters.b[0], sizes);
-  with_type(flat, [&](auto* type) {
+  with_type(adapters.b[0], [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     const float* from = panels.memory.as<float>();
-    T* to = static_cast<T*>(flat.mutable_data_ptr());
+    T* to = static_cast<T*>(out);
     for (size_t i = 0; i < adapters.b.size(); ++i) {
       const int64_t rank = adapters.b[i].size(1);
       unpack(from, panels.stride, rank, N, static_cast<float>(adapters.scale[i]), to, 1, rank);
@@ -202,7 +187,6 @@ Tensor unpack_b(const Adapters& adapters, const Stack& panels) {
       to += rank * N;
     }
   });
-  return flat;
 }
 
 /// How a pass is cut into cells: row parts x column parts.
@@ -258,14 +242,14 @@ void sum_parts(const float* parts, int64_t count, int64_t size, float* total) {
   });
 }
 
-/// Dropout's bits [M, bits_stride], masks of them one after the other; or none.
+/// Dropout's bits [layers, M, bits_stride], or none.
 using Keep = std::optional<Tensor>;
 
 /// Room for the bits of rows of `columns` elements, where something is dropped.
 Keep new_keep(const Tensor& like, int64_t columns, const Batch& batch) {
   const bool drops = std::any_of(batch.segments.begin(), batch.segments.end(), [](const Segment& segment) { return segment.threshold != 0; });
   if (!drops) return std::nullopt;
-  return torch::stable::new_empty(like, std::array<int64_t, 2>{batch.masks * like.size(0), bits_stride(columns)}, ScalarType::Byte);
+  return torch::stable::new_empty(like, std::array<int64_t, 3>{batch.layers, like.size(0), bits_stride(columns)}, ScalarType::Byte);
 }
 
 Rows rows_of(const Tensor& v, const Batch& batch, const Keep& keep) {
@@ -291,7 +275,7 @@ void clear(float* values, int64_t rows, int64_t stride, const Cell& cell) {
   for (int64_t r = 0; r < rows; ++r) std::fill(values + r * stride + cell.column_begin, values + r * stride + end, 0.0f);
 }
 
-/// What a pass reads v for: projected [M, ranks] = d(v) P_iᵀ if there are panels, gradient [sum R_i, L] = c_iᵀ d(v) if there are coefficients.
+/// What a pass reads v for: projected [layers, M, ranks] = d(v) P_iᵀ if there are panels, gradient [sum R_i, L] = c_iᵀ d(v) if there are coefficients.
 struct Wanted {
   const Stack* panels;
   const Tensor* projected;
@@ -308,8 +292,9 @@ void read(const Tensor& v, const Batch& batch, const Adapters& adapters, const K
     if (gradient) clear(gradient->memory.as<float>(), all_ranks, stride, {0, 0, 0, L});
     return;
   }
-  const int64_t work = place_count(batch) * L * batch.ranks;
-  const Grid grid = cut(work, place_count(batch), L, gradient ? all_ranks * L : 0, projected ? M * batch.ranks : 0);
+  const int64_t work = place_count(batch) * L * batch.layers * batch.ranks;
+  const int64_t projected_size = batch.layers * M * batch.ranks, gradient_size = all_ranks * stride;
+  const Grid grid = cut(work, place_count(batch), L, gradient ? all_ranks * L : 0, projected ? projected_size : 0);
 
   Read pass{rows_of(v, batch, keep)};
   pass.v = v.const_data_ptr();
@@ -322,7 +307,6 @@ void read(const Tensor& v, const Batch& batch, const Adapters& adapters, const K
   pass.gradient = gradient ? gradient->memory.as<float>() : nullptr;
   pass.gradient_stride = stride;
 
-  const int64_t projected_size = M * batch.ranks, gradient_size = all_ranks * stride;
   Memory projected_parts, gradient_parts;
   if (projected && grid.column_parts > 1) {
     projected_parts = Memory(grid.column_parts * projected_size * sizeof(float));
@@ -341,7 +325,7 @@ void read(const Tensor& v, const Batch& batch, const Adapters& adapters, const K
   if (gradient_parts) sum_parts(gradient_parts.as<float>(), grid.row_parts, gradient_size, pass.gradient);
 }
 
-/// xa [M, ranks] = d_i(x) A_iᵀ; the mask is drawn into keep, if there is one.
+/// xa [layers, M, ranks] = d_i(x) A_iᵀ; the mask is drawn into keep, if there is one.
 Tensor project(const Tensor& x, const Batch& batch, const Adapters& adapters, const Keep& keep) {
   const Tensor xa = new_projection(x, batch);
   const Stack panels = pack_a(adapters, read_format(x));
@@ -366,7 +350,7 @@ Add addition(const Tensor& v, const Batch& batch, const Keep& keep, const Coeffi
 void add(const Tensor& v, const Batch& batch, const Keep& keep, const Coefficients& coefficients, const Stack& panels) {
   if (place_count(batch) == 0) return;
   const Add pass = addition(v, batch, keep, coefficients, panels);
-  const Grid grid = cut(place_count(batch) * v.size(1) * batch.ranks, place_count(batch), v.size(1), 0, 0);
+  const Grid grid = cut(place_count(batch) * v.size(1) * batch.layers * batch.ranks, place_count(batch), v.size(1), 0, 0);
   for_each_cell(batch, grid, v.size(1), [&](const Segments& segments, const Cell& cell, int64_t, int64_t) {
     kernels().add(pass, segments, cell);
   });
@@ -381,14 +365,14 @@ Batch scaled(Batch batch, const Adapters& adapters) {
   return batch;
 }
 
-/// projected [M, max R_i] *= s_i.
+/// projected [layers, M, ranks] *= s_i.
 void scale_rows(const Tensor& projected, const Batch& batch) {
   float* values = floats(projected);
-  const int64_t stride = projected.size(1);
+  const int64_t stride = batch.ranks;
   for (const Segment& segment : batch.segments) {
     parallel_for(segment.begin, segment.end, GRAIN / segment.rank + 1, [&](int64_t begin, int64_t end) {
       for (int64_t place = begin; place < end; ++place) {
-        float* row = values + (batch.order ? batch.order[place] : place) * stride;
+        float* row = values + (segment.first_row + (batch.order ? batch.order[place] : place)) * stride;
         for (int64_t r = 0; r < segment.rank; ++r) row[r] *= segment.factor;
       }
     });
@@ -398,11 +382,9 @@ void scale_rows(const Tensor& projected, const Batch& batch) {
 }  // namespace
 
 Tensor new_projection(const Tensor& v, const Batch& batch) {
-  const int64_t M = v.size(0);
-  const std::array<int64_t, 2> sizes{M, batch.ranks};
-  const auto has_all_rows = [&](const Segment& segment) { return segment.begin == 0 && segment.end == M; };
-  const bool is_whole = v.size(1) > 0 && std::all_of(batch.segments.begin(), batch.segments.end(), has_all_rows);
-  return is_whole ? torch::stable::new_empty(v, sizes, ScalarType::Float) : torch::stable::new_zeros(v, sizes, ScalarType::Float);
+  const std::array<int64_t, 3> sizes{batch.layers, v.size(0), batch.ranks};
+  return batch.is_whole && v.size(1) > 0 ? torch::stable::new_empty(v, sizes, ScalarType::Float)
+                                         : torch::stable::new_zeros(v, sizes, ScalarType::Float);
 }
 
 int64_t Adapters::all_ranks() const {
@@ -417,10 +399,25 @@ int64_t Adapters::most_ranks() const {
   return most;
 }
 
-void check_base(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+Adapters Adapters::of_layer(int64_t layer) const {
+  const auto part = [&](const auto& values) {
+    return std::decay_t<decltype(values)>(values.begin() + layer * each(), values.begin() + (layer + 1) * each());
+  };
+  return {1, part(a), part(b), part(scale), part(dropout_p), std::nullopt, std::nullopt};
+}
+
+namespace {
+
+void check_rows(const Tensor& x) {
   check_cpu(x, "x");
   check_shape(x, "x", {ANY, ANY});
   check_dtype(x, "x", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+}
+
+}  // namespace
+
+void check_base(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  check_rows(x);
   const int64_t K = x.size(1);
   check_cpu(weight, "weight");
   check_shape(weight, "weight", {ANY, K});
@@ -432,128 +429,142 @@ void check_base(const Tensor& x, const Tensor& weight, const std::optional<Tenso
   }
 }
 
-void check_layer(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Adapters& adapters) {
-  check_base(x, weight, bias);
-  const int64_t K = x.size(1), N = weight.size(0);
-  const size_t S = adapters.a.size();
-  STD_TORCH_CHECK(S >= 1, "lora_a: got no adapter, expected at least one");
-  STD_TORCH_CHECK(adapters.b.size() == S, "lora_b: got ", adapters.b.size(), " adapters, expected ", S);
-  STD_TORCH_CHECK(adapters.scale.size() == S, "scale: got ", adapters.scale.size(), " numbers, expected ", S);
-  STD_TORCH_CHECK(adapters.dropout_p.size() == S, "dropout_p: got ", adapters.dropout_p.size(), " numbers, expected ", S);
-  for (size_t i = 0; i < S; ++i) {
-    const std::string which = S == 1 ? "" : "[" + std::to_string(i) + "]";
-    const std::string a = "lora_a" + which, b = "lora_b" + which;
-    check_cpu(adapters.a[i], a.c_str());
-    check_shape(adapters.a[i], a.c_str(), {ANY, K});
-    STD_TORCH_CHECK(adapters.a[i].size(0) >= 1, a, ": got ", describe(adapters.a[i]), ", expected a rank of at least 1");
-    check_dtype(adapters.a[i], a.c_str(), {x.scalar_type(), ScalarType::Float});
-    check_dtype(adapters.a[i], a.c_str(), {adapters.a[0].scalar_type()});
-    check_cpu(adapters.b[i], b.c_str());
-    check_shape(adapters.b[i], b.c_str(), {N, adapters.a[i].size(0)});
-    check_dtype(adapters.b[i], b.c_str(), {adapters.a[0].scalar_type()});
-    const double p = adapters.dropout_p[i];
-    STD_TORCH_CHECK(p >= 0 && p <= 1, "dropout_p", which, ": got ", p, ", expected a probability between 0 and 1");
-  }
-  if (adapters.seed) {
-    check_cpu(*adapters.seed, "seed");
-    check_dtype(*adapters.seed, "seed", {ScalarType::Long});
-    STD_TORCH_CHECK(adapters.seed->numel() == 1, "seed: got ", describe(*adapters.seed), ", expected one element");
-  }
-}
-
-void check_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight) {
-  check_cpu(dy, "dy");
-  check_shape(dy, "dy", {x.size(0), weight.size(0)});
-  check_dtype(dy, "dy", {x.scalar_type()});
-}
-
-void check_projection(const Tensor& xa, const Tensor& x, int64_t ranks) {
-  check_cpu(xa, "xa");
-  check_shape(xa, "xa", {x.size(0), ranks});
-  check_dtype(xa, "xa", {ScalarType::Float});
-}
-
-std::optional<Tensor> checked_keep(const Tensor& keep, std::initializer_list<int64_t> sizes) {
-  check_cpu(keep, "keep");
-  check_dtype(keep, "keep", {ScalarType::Byte});
-  if (keep.numel() == 0) return std::nullopt;
-  check_shape(keep, "keep", sizes);
-  return torch::stable::contiguous(keep);
-}
-
 namespace {
 
-/// The segments of all adapters, each with all rows; what depends on who has which is set by the caller.
-std::vector<Segment> make_segments(const Adapters& adapters, int64_t M) {
+/// The bounds [S + 1] of the adapters' places: adapter i has bounds[i] to bounds[i + 1]. Raises unless order and offsets are the reference's.
+std::vector<int64_t> check_order(const Tensor& order, const Tensor& offsets, int64_t M, int64_t S) {
+  check_cpu(order, "order");
+  check_shape(order, "order", {M});
+  check_dtype(order, "order", {ScalarType::Long});
+  check_cpu(offsets, "offsets");
+  check_shape(offsets, "offsets", {S + 3});
+  check_dtype(offsets, "offsets", {ScalarType::Long});
+  const Tensor dense_offsets = torch::stable::contiguous(offsets);
+  const int64_t* rows = order.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < M; ++i) {
+    STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < M, "order: got row ", rows[i], ", expected rows from 0 to ", M - 1);
+  }
+  const int64_t* bounds = dense_offsets.const_data_ptr<int64_t>();
+  bool ascends = bounds[0] == 0 && bounds[S + 2] == M;
+  for (int64_t i = 0; i < S + 2; ++i) ascends = ascends && bounds[i] <= bounds[i + 1];
+  STD_TORCH_CHECK(ascends, "offsets: got numbers that do not ascend from 0 to ", M);
+  return {bounds + 1, bounds + S + 2};
+}
+
+void check_adapter(const Tensor& x, int64_t N, const Adapters& adapters, size_t i) {
+  const std::string which = adapters.a.size() == 1 ? "" : "[" + std::to_string(i) + "]";
+  const std::string a = "lora_a" + which, b = "lora_b" + which;
+  check_cpu(adapters.a[i], a.c_str());
+  check_shape(adapters.a[i], a.c_str(), {ANY, x.size(1)});
+  STD_TORCH_CHECK(adapters.a[i].size(0) >= 1, a, ": got ", describe(adapters.a[i]), ", expected a rank of at least 1");
+  check_dtype(adapters.a[i], a.c_str(), {x.scalar_type(), ScalarType::Float});
+  check_dtype(adapters.a[i], a.c_str(), {adapters.a[0].scalar_type()});
+  check_cpu(adapters.b[i], b.c_str());
+  check_shape(adapters.b[i], b.c_str(), {N, adapters.a[i].size(0)});
+  check_dtype(adapters.b[i], b.c_str(), {adapters.a[0].scalar_type()});
+  const double p = adapters.dropout_p[i];
+  STD_TORCH_CHECK(p >= 0 && p <= 1, "dropout_p", which, ": got ", p, ", expected a probability between 0 and 1");
+}
+
+/// One segment an adapter of each layer, `bounds` of its rows in every layer.
+Batch split_rows(const Adapters& adapters, int64_t M, const std::vector<int64_t>& bounds, const std::optional<Tensor>& order) {
   const bool drops = adapters.seed || adapters.keep;
-  std::vector<Segment> segments;
+  const std::optional<Tensor> seeds = adapters.seed ? std::optional(torch::stable::contiguous(*adapters.seed)) : std::nullopt;
+  Batch batch{{}, order, order ? order->const_data_ptr<int64_t>() : nullptr, M, adapters.layers, adapters.most_ranks(), !order};
   int64_t panel_row = 0, pair_row = 0;
-  for (size_t i = 0; i < adapters.a.size(); ++i) {
+  for (int64_t i = 0; i < static_cast<int64_t>(adapters.a.size()); ++i) {
+    const int64_t layer = i / adapters.each(), of_layer = i % adapters.each();
     // reference.py::drop_threshold and keep_scale.
     const int64_t threshold = drops ? static_cast<int64_t>(65536 * adapters.dropout_p[i] + 0.5) : 0;
     Segment segment{};
-    segment.end = M;
+    segment.begin = bounds[of_layer];
+    segment.end = bounds[of_layer + 1];
     segment.rank = adapters.a[i].size(0);
+    segment.first_row = layer * M;
     segment.panel_row = panel_row;
     segment.pair_row = pair_row;
-    segment.seed = adapters.seed ? static_cast<uint64_t>(*adapters.seed->const_data_ptr<int64_t>()) : 0;
+    segment.seed = seeds ? static_cast<uint64_t>(seeds->const_data_ptr<int64_t>()[layer]) : 0;
     segment.threshold = static_cast<uint32_t>(threshold);
     segment.factor = threshold < 65536 ? static_cast<float>(65536.0 / static_cast<double>(65536 - threshold)) : 0.0f;
-    segments.push_back(segment);
+    batch.segments.push_back(segment);
+    batch.is_whole = batch.is_whole && segment.rank == batch.ranks;
     panel_row += segment.rank;
     pair_row += (segment.rank + 1) / 2;
   }
-  return segments;
+  return batch;
 }
 
 }  // namespace
 
-Batch split_rows(const Adapters& adapters, const std::vector<int64_t>& bounds, const int64_t* order) {
-  Batch batch{make_segments(adapters, 0), order, adapters.most_ranks(), 1};
-  for (size_t i = 0; i < batch.segments.size(); ++i) {
-    batch.segments[i].begin = bounds[i];
-    batch.segments[i].end = bounds[i + 1];
+Batch check_adapters(
+    const Tensor& x, const std::vector<int64_t>& out, const Adapters& adapters, const std::optional<Tensor>& order,
+    const std::optional<Tensor>& offsets) {
+  check_rows(x);
+  const size_t S = adapters.a.size(), G = out.size();
+  STD_TORCH_CHECK(G >= 1, "y: got no layer, expected at least one");
+  STD_TORCH_CHECK(S >= 1, "lora_a: got no adapter, expected at least one");
+  STD_TORCH_CHECK(S % G == 0 && (order || S == G), "lora_a: got ", S, " adapters for ", G, " layers, expected ", order ? "as many" : "one", " for each");
+  STD_TORCH_CHECK(adapters.b.size() == S, "lora_b: got ", adapters.b.size(), " adapters, expected ", S);
+  STD_TORCH_CHECK(adapters.scale.size() == S, "scale: got ", adapters.scale.size(), " numbers, expected ", S);
+  STD_TORCH_CHECK(adapters.dropout_p.size() == S, "dropout_p: got ", adapters.dropout_p.size(), " numbers, expected ", S);
+  for (size_t i = 0; i < S; ++i) check_adapter(x, out[i / (S / G)], adapters, i);
+  if (adapters.seed) {
+    check_cpu(*adapters.seed, "seed");
+    check_dtype(*adapters.seed, "seed", {ScalarType::Long});
+    STD_TORCH_CHECK(
+        adapters.seed->numel() == adapters.layers, "seed: got ", describe(*adapters.seed), ", expected ", G, G == 1 ? " element" : " elements");
   }
-  return batch;
+  const int64_t M = x.size(0);
+  if (!order) return split_rows(adapters, M, {0, M}, order);
+  STD_TORCH_CHECK(offsets.has_value(), "offsets: got none, expected them beside order");
+  const Tensor dense_order = torch::stable::contiguous(*order);
+  return split_rows(adapters, M, check_order(dense_order, *offsets, M, adapters.each()), dense_order);
 }
 
-Batch share_rows(const Adapters& adapters, int64_t M) {
-  Batch batch{make_segments(adapters, M), nullptr, adapters.all_ranks(), static_cast<int64_t>(adapters.a.size())};
-  const int64_t mask_bytes = M * bits_stride(adapters.a[0].size(1));
-  const std::optional<Tensor> seeds = adapters.seed ? std::optional(torch::stable::contiguous(*adapters.seed)) : std::nullopt;
-  for (size_t i = 0; i < batch.segments.size(); ++i) {
-    Segment& segment = batch.segments[i];
-    segment.first_rank = segment.panel_row;
-    segment.keep_offset = static_cast<int64_t>(i) * mask_bytes;
-    if (seeds) segment.seed = static_cast<uint64_t>(seeds->const_data_ptr<int64_t>()[i]);
+void Batch::poison_invalid(const Tensor& of_rows) const {
+  for (int64_t place = segments.back().end; order && place < rows; ++place) {
+    Tensor row = torch::stable::select(of_rows, 0, order[place]);
+    torch::stable::fill_(row, std::numeric_limits<double>::quiet_NaN());
   }
-  return batch;
 }
 
 namespace {
 
-/// y = x Wᵀ + b + s_i xa_i B_iᵀ, xa [M, ranks] at hand.
-Tensor add_to_frozen(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Adapters& adapters, const Batch& batch, const Tensor& xa) {
-  const Tensor y = with_dense_rows(multiply_by_frozen(x, weight, bias));
-  add(y, scaled(batch, adapters), std::nullopt, Coefficients(y, xa), pack_b(adapters, add_format(y)));
-  return y;
+/// A layer's part of the batch, as if it stood alone.
+Batch of_layer(const Batch& batch, int64_t layer) {
+  Batch one = batch;
+  const int64_t each = static_cast<int64_t>(batch.segments.size()) / batch.layers;
+  one.segments.assign(batch.segments.begin() + layer * each, batch.segments.begin() + (layer + 1) * each);
+  one.layers = 1;
+  const Segment first = one.segments.front();
+  for (Segment& segment : one.segments) {
+    segment.first_row = 0;
+    segment.panel_row -= first.panel_row;
+    segment.pair_row -= first.pair_row;
+  }
+  return one;
 }
 
-/// One read of dy: dxa_i = s_i dy B_i [M, ranks], and the gradients of B_i; either may not be needed.
-std::tuple<Tensor, Tensor> read_dy(
-    const Tensor& dy, const Adapters& adapters, const Batch& batch, const Tensor& xa, bool need_dxa, bool need_db) {
-  const Tensor dxa = new_projection(dy, batch);
-  Tensor db = torch::stable::new_empty(adapters.b[0], std::array<int64_t, 1>{0});
-  if (!need_dxa && !need_db) return {dxa, db};
+/// [1, M, R] of [layers, M, R].
+Tensor layer_of(Tensor whole, int64_t layer) { return torch::stable::narrow(whole, 0, layer, 1); }
+
+int64_t all_elements(const std::vector<Tensor>& tensors) {
+  int64_t count = 0;
+  for (const Tensor& tensor : tensors) count += tensor.numel();
+  return count;
+}
+
+/// One read of a layer's dy: dxa_i = s_i dy B_i into dxa [1, M, ranks] where it is needed, and the gradients of B_i at `db`, unless that is null.
+void read_dy(
+    const Tensor& dy, const Adapters& adapters, const Batch& batch, const Tensor& xa, const Tensor& dxa, bool need_dxa, void* db) {
+  if (!need_dxa && !db) return;
   const Stack panels = pack_b(adapters, read_format(dy));
   const Coefficients coefficients(dy, xa);
   const Stack gradient = new_gradients(adapters, dy.size(1));
-  const Wanted wanted{need_dxa ? &panels : nullptr, need_dxa ? &dxa : nullptr, need_db ? &coefficients : nullptr, need_db ? &gradient : nullptr};
+  const Wanted wanted{need_dxa ? &panels : nullptr, need_dxa ? &dxa : nullptr, db ? &coefficients : nullptr, db ? &gradient : nullptr};
   read(dy, batch, adapters, std::nullopt, wanted, [](const Segments&, const Cell&) {});
   if (need_dxa) scale_rows(dxa, scaled(batch, adapters));
-  if (need_db) db = unpack_b(adapters, gradient);
-  return {dxa, db};
+  if (db) unpack_b(adapters, gradient, db);
 }
 
 /// dx += d_i'(dxa_i A_i), and the gradients of A_i from one read of x; a null dx is not wanted.
@@ -573,126 +584,35 @@ Tensor finish_dx_and_da(
   return unpack_a(adapters, gradient);
 }
 
-int64_t all_elements(const std::vector<Tensor>& tensors) {
-  int64_t count = 0;
-  for (const Tensor& tensor : tensors) count += tensor.numel();
-  return count;
-}
-
-/// total [M, L] += part [M, L].
-void accumulate(const Tensor& total, const Tensor& part) {
-  const int64_t L = total.size(1), size = static_cast<int64_t>(total.element_size());
-  char* to = static_cast<char*>(total.mutable_data_ptr());
-  const char* from = static_cast<const char*>(part.const_data_ptr());
-  parallel_for(0, total.size(0), GRAIN / (L + 1) + 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      kernels().accumulate(kind_of(total), to + i * total.stride(0) * size, from + i * part.stride(0) * size, L);
-    }
-  });
-}
-
-/// The adapter of one of the layers that share x.
-Adapters one_of(const Adapters& adapters, size_t i) {
-  return {{adapters.a[i]}, {adapters.b[i]}, {adapters.scale[i]}, {0.0}};
-}
-
-/// The keep of a forward without dropout.
-Tensor nothing_dropped(const Tensor& x) { return torch::stable::new_empty(x, std::array<int64_t, 1>{0}, ScalarType::Byte); }
-
-Tensor columns_of(Tensor matrix, int64_t column, int64_t count) { return torch::stable::narrow(matrix, 1, column, count); }
-
-/// to [M, ranks]: the columns from `column` on become those of from [M, R].
-void copy_columns(const Tensor& from, const Tensor& to, int64_t column) {
-  for (int64_t i = 0; i < from.size(0); ++i) {
-    std::copy_n(floats(from) + i * from.stride(0), from.size(1), floats(to) + i * to.stride(0) + column);
-  }
-}
-
 }  // namespace
 
-std::tuple<Tensor, Tensor, Tensor> forward(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Adapters& adapters, const Batch& batch) {
+std::tuple<Tensor, Tensor> add_updates(const std::vector<Tensor>& y, const Tensor& x, const Adapters& adapters, const Batch& batch) {
   const Tensor rows = with_dense_rows(x);
   const Keep keep = new_keep(rows, rows.size(1), batch);
-  if (!keep && suits_few_rows(rows, weight)) {
-    const auto [y, xa] = few_rows(rows, weight, bias, adapters, batch);
-    return {y, xa, nothing_dropped(x)};
-  }
   const Tensor xa = project(rows, batch, adapters, keep);
-  return {add_to_frozen(rows, weight, bias, adapters, batch, xa), xa, keep ? *keep : nothing_dropped(x)};
+  for (int64_t g = 0; g < batch.layers; ++g) {
+    const Adapters own = adapters.of_layer(g);
+    add(y[g], scaled(of_layer(batch, g), own), std::nullopt, Coefficients(y[g], layer_of(xa, g)), pack_b(own, add_format(y[g])));
+    batch.poison_invalid(y[g]);
+  }
+  return {xa, keep ? *keep : torch::stable::new_empty(x, std::array<int64_t, 1>{0}, ScalarType::Byte)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& dy, const Tensor& x, const Tensor& weight, const Adapters& adapters, const Tensor& xa, const Batch& batch, bool need_dx,
+std::tuple<Tensor, Tensor> add_updates_backward(
+    const Tensor* dx, const std::vector<Tensor>& dy, const Tensor& x, const Adapters& adapters, const Tensor& xa, const Batch& batch,
     bool need_da, bool need_db) {
-  const Tensor rows = with_dense_rows(x), dy_rows = with_dense_rows(dy);
-  const auto [dxa, db] = read_dy(dy_rows, adapters, batch, with_dense_rows(xa), need_dx || need_da, need_db);
-  const std::array<int64_t, 1> none{0};
-  Tensor dx = torch::stable::new_empty(x, none);
-  if (!need_dx && !need_da) return {dx, torch::stable::new_empty(adapters.a[0], none), db};
-  if (need_dx) dx = with_dense_rows(multiply_by_frozen_backward(dy_rows, weight));
-  const Tensor da = finish_dx_and_da(rows, adapters, batch, dxa, need_dx ? &dx : nullptr, need_da);
-  return {dx, da, db};
-}
-
-std::tuple<std::vector<Tensor>, Tensor, Tensor> forward_shared(
-    const Tensor& x, const std::vector<Tensor>& weight, const std::vector<Tensor>& bias, const Adapters& adapters) {
-  const Tensor rows = with_dense_rows(x);
-  const Batch batch = share_rows(adapters, x.size(0));
-  const Keep keep = new_keep(rows, rows.size(1), batch);
-  const bool few = !keep && std::all_of(weight.begin(), weight.end(), [&](const Tensor& one) { return suits_few_rows(rows, one); });
-  const Tensor xa = few ? new_projection(x, batch) : project(rows, batch, adapters, keep);
-  std::vector<Tensor> y;
-  for (size_t i = 0; i < weight.size(); ++i) {
-    const Adapters one = one_of(adapters, i);
-    const Batch all = split_rows(one, {0, x.size(0)}, nullptr);
-    const std::optional<Tensor> one_bias = bias[i].numel() ? std::optional(bias[i]) : std::nullopt;
-    const int64_t column = batch.segments[i].first_rank;
-    if (few) {
-      const auto [result, own_xa] = few_rows(rows, weight[i], one_bias, one, all);
-      copy_columns(own_xa, xa, column);
-      y.push_back(result);
-    } else {
-      y.push_back(add_to_frozen(rows, weight[i], one_bias, one, all, columns_of(xa, column, all.ranks)));
-    }
-  }
-  const std::array<int64_t, 3> masks{batch.masks, x.size(0), bits_stride(x.size(1))};
-  return {y, xa, keep ? torch::stable::view(*keep, masks) : nothing_dropped(x)};
-}
-
-std::tuple<Tensor, Tensor, Tensor> backward_shared(
-    const std::vector<Tensor>& dy, const Tensor& x, const std::vector<Tensor>& weight, const Adapters& adapters, const Tensor& xa,
-    bool need_dx, bool need_da, bool need_db) {
-  const Tensor rows = with_dense_rows(x);
-  const Batch batch = share_rows(adapters, x.size(0));
-  const Tensor dxa = new_projection(x, batch), xa_rows = with_dense_rows(xa);
-  const std::array<int64_t, 1> none{0};
-  Tensor dx = torch::stable::new_empty(x, none);
+  const Tensor rows = with_dense_rows(x), dense_xa = torch::stable::contiguous(xa), dxa = new_projection(x, batch);
   const Tensor db = torch::stable::new_empty(adapters.b[0], std::array<int64_t, 1>{need_db ? all_elements(adapters.b) : 0});
-  int64_t db_place = 0;
-  for (size_t i = 0; i < weight.size(); ++i) {
-    const Adapters one = one_of(adapters, i);
-    const Batch all = split_rows(one, {0, x.size(0)}, nullptr);
-    const int64_t column = batch.segments[i].first_rank;
-    const Tensor dy_rows = with_dense_rows(dy[i]);
-    const auto [own_dxa, own_db] = read_dy(dy_rows, one, all, columns_of(xa_rows, column, all.ranks), need_dx || need_da, need_db);
-    copy_columns(own_dxa, dxa, column);
-    if (need_db) {
-      const size_t size = own_db.element_size();
-      std::memcpy(static_cast<char*>(db.mutable_data_ptr()) + db_place * size, own_db.const_data_ptr(), own_db.numel() * size);
-      db_place += own_db.numel();
-    }
-    if (!need_dx) continue;
-    const Tensor part = with_dense_rows(multiply_by_frozen_backward(dy_rows, weight[i]));
-    if (i == 0) {
-      dx = part;
-    } else {
-      accumulate(dx, part);
-    }
+  char* next_db = need_db ? static_cast<char*>(db.mutable_data_ptr()) : nullptr;
+  for (int64_t g = 0; g < batch.layers; ++g) {
+    const Adapters own = adapters.of_layer(g);
+    read_dy(with_dense_rows(dy[g]), own, of_layer(batch, g), layer_of(dense_xa, g), layer_of(dxa, g), dx || need_da, next_db);
+    if (need_db) next_db += all_elements(own.b) * static_cast<int64_t>(db.element_size());
   }
-  if (!need_dx && !need_da) return {dx, torch::stable::new_empty(adapters.a[0], none), db};
-  const Tensor da = finish_dx_and_da(rows, adapters, batch, dxa, need_dx ? &dx : nullptr, need_da);
-  return {dx, da, db};
+  if (!dx && !need_da) return {torch::stable::new_empty(adapters.a[0], std::array<int64_t, 1>{0}), db};
+  const Tensor da = finish_dx_and_da(rows, adapters, batch, dxa, dx, need_da);
+  if (dx) batch.poison_invalid(*dx);
+  return {da, db};
 }
 
 }  // namespace fastlora

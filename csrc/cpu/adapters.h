@@ -1,4 +1,4 @@
-// The adapters' part of lora_linear and multi_lora on a CPU: checks, the frozen products, and the passes split over threads.
+// The adapters' part of lora_linear on a CPU: checks, and the passes split over threads. Products with frozen weights are its callers' business.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -33,68 +33,53 @@ inline Tensor with_dense_rows(const Tensor& matrix) {
   return matrix.size(1) <= 1 || matrix.stride(1) == 1 ? matrix : torch::stable::contiguous(matrix);
 }
 
-/// The adapters of a layer; lora_linear has one.
+/// The adapters of layers that share x, all of the first layer, then all of the second: as many for each layer.
 struct Adapters {
-  std::vector<Tensor> a;  // S of [R_i, K]
-  std::vector<Tensor> b;  // S of [N, R_i]
+  int64_t layers;              // G
+  std::vector<Tensor> a;       // G S of [R_i, K]
+  std::vector<Tensor> b;       // G S of [N_g, R_i]
   std::vector<double> scale;
   std::vector<double> dropout_p;
-  std::optional<Tensor> seed;  // a forward's, int64: one element, or one an adapter where they share rows
-  std::optional<Tensor> keep;  // a backward's: what the forward has drawn; none of the two: nothing is dropped
+  std::optional<Tensor> seed;  // a forward's, [G] int64
+  std::optional<Tensor> keep;  // a backward's [G, M, bits_stride]: what the forward has drawn; none of the two: nothing is dropped
 
+  int64_t each() const { return static_cast<int64_t>(a.size()) / layers; }  // S
   int64_t all_ranks() const;   // sum R_i
   int64_t most_ranks() const;  // max R_i
+  Adapters of_layer(int64_t layer) const;  // without its seed and keep
 };
 
 /// Raises unless x [M, K], weight [N, K] and bias [N] fit together.
 void check_base(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
-/// The same with the adapters.
-void check_layer(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Adapters& adapters);
-/// Raises unless a backward's dy [M, N] and xa [M, ranks] fit them.
-void check_gradient(const Tensor& dy, const Tensor& x, const Tensor& weight);
-void check_projection(const Tensor& xa, const Tensor& x, int64_t ranks);
-/// A backward's keep without gaps, or none where it has no elements; raises unless its bytes have these sizes.
-std::optional<Tensor> checked_keep(const Tensor& keep, std::initializer_list<int64_t> sizes);
 
 /// Who has which rows of x.
 struct Batch {
-  std::vector<Segment> segments;  // one an adapter
-  const int64_t* order;           // rows in their adapters' order; null: row i is at place i
-  int64_t ranks;                  // columns of xa
-  int64_t masks;                  // that dropout draws for each row
+  std::vector<Segment> segments;  // one an adapter of a layer
+  std::optional<Tensor> rows_in_order;  // [M] int64
+  const int64_t* order;           // the same; null: row i is at place i
+  int64_t rows;                   // M
+  int64_t layers;
+  int64_t ranks;                  // columns of xa [layers, M, ranks]
+  bool is_whole;                  // every row has an adapter of so many ranks in every layer
+
+  /// Rows whose adapter does not exist become NaN; they are the last in the order.
+  void poison_invalid(const Tensor& rows) const;
 };
 
-/// Each adapter has rows of its own: adapter i the places bounds[i] to bounds[i + 1] in the order of rows.
-Batch split_rows(const Adapters& adapters, const std::vector<int64_t>& bounds, const int64_t* order);
-/// Every adapter has all M rows, its own columns of xa [M, sum R_i], and a mask of its own: seed[i] for adapter i.
-Batch share_rows(const Adapters& adapters, int64_t M);
+/// Raises unless the adapters fit x, rows of out[g] columns in layer g, and one another; order and offsets as in the reference, or neither.
+Batch check_adapters(
+    const Tensor& x, const std::vector<int64_t>& out, const Adapters& adapters, const std::optional<Tensor>& order,
+    const std::optional<Tensor>& offsets);
 
-/// Room for what a pass over v [M, L] projects, [M, ranks] float32; zeros where the pass does not write all of it.
+/// Room for what a pass over v [M, L] projects, [layers, M, ranks] float32; zeros where the pass does not write all of it.
 Tensor new_projection(const Tensor& v, const Batch& batch);
 
-/// Whether `few_rows` takes these: 1 to FEW_ROWS dense rows, and a weight that is dense by row or by column.
-bool suits_few_rows(const Tensor& x, const Tensor& weight);
+/// y[g] += s_i xa_i B_iᵀ with xa_i = d_i(x) A_iᵀ, for the rows of each segment; xa and keep [layers, M, bits_stride], without elements if none drops.
+std::tuple<Tensor, Tensor> add_updates(const std::vector<Tensor>& y, const Tensor& x, const Adapters& adapters, const Batch& batch);
 
-/// `forward` for a few rows and without dropout: W is read once, A and B where they lie.
-std::tuple<Tensor, Tensor> few_rows(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Adapters& adapters, const Batch& batch);
-
-/// y = x Wᵀ + b + s_i xa_i B_iᵀ and xa_i = d_i(x) A_iᵀ, for the rows of each segment; and keep.
-std::tuple<Tensor, Tensor, Tensor> forward(
-    const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Adapters& adapters, const Batch& batch);
-
-/// dx, and dA_i [R_i, K] and dB_i [N, R_i] one after the other in two flat tensors; one that is not needed has no elements.
-std::tuple<Tensor, Tensor, Tensor> backward(
-    const Tensor& dy, const Tensor& x, const Tensor& weight, const Adapters& adapters, const Tensor& xa, const Batch& batch, bool need_dx,
+/// dx += d_i'(dxa_i A_i), where there is a dx; every dA_i and every dB_i one after the other; one that is not needed has no elements.
+std::tuple<Tensor, Tensor> add_updates_backward(
+    const Tensor* dx, const std::vector<Tensor>& dy, const Tensor& x, const Adapters& adapters, const Tensor& xa, const Batch& batch,
     bool need_da, bool need_db);
-
-/// Layers that share x, each with one adapter: y_i = x W_iᵀ + b_i + s_i xa_i B_iᵀ with all xa_i from one read of x. No bias: no elements.
-std::tuple<std::vector<Tensor>, Tensor, Tensor> forward_shared(
-    const Tensor& x, const std::vector<Tensor>& weight, const std::vector<Tensor>& bias, const Adapters& adapters);
-
-/// dx is the sum over the layers, and x is read once for all dA_i.
-std::tuple<Tensor, Tensor, Tensor> backward_shared(
-    const std::vector<Tensor>& dy, const Tensor& x, const std::vector<Tensor>& weight, const Adapters& adapters, const Tensor& xa,
-    bool need_dx, bool need_da, bool need_db);
 
 }  // namespace fastlora

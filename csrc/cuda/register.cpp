@@ -281,7 +281,7 @@ void check_adapter(
   STD_TORCH_CHECK(dropout_p >= 0 && dropout_p <= 1, "dropout_p", which, ": got ", dropout_p, ", expected a probability between 0 and 1");
 }
 
-void check_seed(const std::optional<Tensor>& seed, const Tensor& like, int64_t layers = 1) {
+void check_seed(const std::optional<Tensor>& seed, const Tensor& like, int64_t layers) {
   if (!seed) return;
   check_device(*seed, "seed", like);
   check_dtype(*seed, "seed", {ScalarType::Long});
@@ -291,32 +291,34 @@ void check_seed(const std::optional<Tensor>& seed, const Tensor& like, int64_t l
 /// Of a row of keep: fastlora/reference.py::keep_bytes.
 int64_t keep_bytes(const Tensor& x) { return (x.size(1) + 63) / 64 * 8; }
 
-/// Raises unless a backward's dy, and the xa and keep that its forward left, fit x, weight and xa's ranks, and keep so many layers if not 0.
+/// Raises unless a backward's dy [G][M, N_g], and the xa and keep that its forward left, fit x, the weights and the largest rank.
 /// Whether keep has elements.
-bool check_saved(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& xa, const Tensor& keep, int64_t R, int64_t layers = 0) {
-  check_device(dy, "dy", x);
-  check_shape(dy, "dy", {x.size(0), weight.size(0)});
-  check_dtype(dy, "dy", {x.scalar_type()});
+bool check_saved(
+    const std::vector<Tensor>& dy, const Tensor& x, const std::vector<Tensor>& weight, const Tensor& xa, const Tensor& keep, int64_t R) {
+  const int64_t M = x.size(0), G = static_cast<int64_t>(weight.size());
+  STD_TORCH_CHECK(dy.size() == weight.size(), "dy: got ", dy.size(), " layers, expected ", G);
+  for (size_t g = 0; g < dy.size(); ++g) {
+    check_device(dy[g], "dy", x);
+    check_shape(dy[g], "dy", {M, weight[g].size(0)});
+    check_dtype(dy[g], "dy", {x.scalar_type()});
+  }
   check_device(xa, "xa", x);
-  check_shape(xa, "xa", {x.size(0), R});
+  check_shape(xa, "xa", {G, M, R});
   check_dtype(xa, "xa", {ScalarType::Float});
   check_device(keep, "keep", x);
   check_dtype(keep, "keep", {ScalarType::Byte});
   if (keep.numel() == 0) return false;
-  const int64_t rows = x.size(0), bytes = keep_bytes(x);
-  layers ? check_shape(keep, "keep", {layers, rows, bytes}) : check_shape(keep, "keep", {rows, bytes});
+  check_shape(keep, "keep", {G, M, keep_bytes(x)});
   return true;
 }
 
 /// Whether anything is dropped: fastlora/reference.py::drop_threshold.
 bool drops(double dropout_p) { return 65536 * dropout_p + 0.5 >= 1; }
 
-/// Room for dropout's bits of x [M, K], those of so many layers if not 0; without elements where nothing is dropped.
-Tensor new_keep(const Tensor& x, bool dropped, int64_t layers = 0) {
-  const int64_t rows = x.size(0), bytes = keep_bytes(x);
+/// Room for dropout's bits of x [M, K] in so many layers; without elements where nothing is dropped.
+Tensor new_keep(const Tensor& x, bool dropped, int64_t layers) {
   if (!dropped) return new_empty(x, std::array<int64_t, 1>{0}, ScalarType::Byte);
-  if (layers) return new_empty(x, std::array<int64_t, 3>{layers, rows, bytes}, ScalarType::Byte);
-  return new_empty(x, std::array<int64_t, 2>{rows, bytes}, ScalarType::Byte);
+  return new_empty(x, std::array<int64_t, 3>{layers, x.size(0), keep_bytes(x)}, ScalarType::Byte);
 }
 
 Tensor new_workspace(const Tensor& like, int64_t bytes) { return new_empty(like, std::array<int64_t, 1>{bytes}, ScalarType::Byte); }
@@ -339,63 +341,69 @@ LoraLinear layer_of(
 
 /// A layer, or several that share x [M, K].
 struct Layers {
-  bool share;
   Tensor x;
-  std::vector<Tensor> weight;
-  std::vector<std::optional<Tensor>> bias;
+  std::vector<Tensor> weight, bias;  // bias: without elements where a layer has none; of a backward, no layers
   std::vector<Tensor> lora_a, lora_b;
   std::vector<double> scale, dropout_p;
 
   size_t count() const { return weight.size(); }
+  std::optional<Tensor> bias_of(size_t layer) const {
+    return bias.empty() || bias[layer].numel() == 0 ? std::nullopt : std::optional(bias[layer]);
+  }
   int64_t ranks() const {
     int64_t ranks = 0;
     for (const Tensor& a : lora_a) ranks += a.size(0);
     return ranks;
   }
+  int64_t most_ranks() const {
+    int64_t most = 0;
+    for (const Tensor& a : lora_a) most = std::max(most, a.size(0));
+    return most;
+  }
 
   void check() const {
     STD_TORCH_CHECK(count() >= 1, "weight: got no layer, expected at least one");
     const std::pair<const char*, size_t> counts[] = {
-        {"bias", bias.size()}, {"lora_a", lora_a.size()}, {"lora_b", lora_b.size()}, {"scale", scale.size()}, {"dropout_p", dropout_p.size()}};
+        {"bias", bias.empty() ? count() : bias.size()}, {"lora_a", lora_a.size()}, {"lora_b", lora_b.size()}, {"scale", scale.size()},
+        {"dropout_p", dropout_p.size()}};
     for (const auto& [name, found] : counts) STD_TORCH_CHECK(found == count(), name, ": got ", found, " layers, expected ", count());
     for (size_t i = 0; i < count(); ++i) {
-      check_base(x, weight[i], bias[i]);
-      const std::string which = share ? "[" + std::to_string(i) + "]" : "";
+      check_base(x, weight[i], bias_of(i));
+      const std::string which = count() > 1 ? "[" + std::to_string(i) + "]" : "";
       check_adapter(x, weight[i], lora_a[i], lora_b[i], dropout_p[i], lora_a[0].scalar_type(), which);
     }
   }
 };
 
-/// y of each layer, xa [M, sum R_i] and keep [G, M, 8 ceil(K / 64)], which has no G where one layer stands alone.
+/// y of each layer, xa [G, M, max R_i] and keep [G, M, 8 ceil(K / 64)].
 std::tuple<std::vector<Tensor>, Tensor, Tensor> forward_layers(const Layers& layers, const std::optional<Tensor>& seed) {
   layers.check();
   const Tensor& x = layers.x;
-  const int64_t M = x.size(0), ranks = layers.ranks(), G = static_cast<int64_t>(layers.count());
+  const int64_t M = x.size(0), R = layers.most_ranks(), G = static_cast<int64_t>(layers.count());
   check_seed(seed, x, G);
   const OnDevice device(x);
   const Tensor x_rows = rows_of_16_bytes(x);
   const bool dropped = seed && std::any_of(layers.dropout_p.begin(), layers.dropout_p.end(), drops);
   const Tensor seeds = dropped ? contiguous(*seed) : without_elements(x);
-  Tensor xa = new_empty(x, std::array<int64_t, 2>{M, ranks}, ScalarType::Float);
-  Tensor keep = new_keep(x, dropped, layers.share ? G : 0);
+  const std::array<int64_t, 3> sizes{G, M, R};  // zeros beyond a layer's own rank
+  Tensor xa = layers.ranks() == G * R ? new_empty(x, sizes, ScalarType::Float) : torch::stable::new_zeros(x, sizes, ScalarType::Float);
+  Tensor keep = new_keep(x, dropped, G);
   std::vector<Tensor> ys;
-  int64_t before = 0;
   for (size_t i = 0; i < layers.count(); ++i) {
     const Tensor weight = weight_of_16_bytes(layers.weight[i]);
     LoraLinearForward given{};
     given.layer = layer_of(
-        x_rows, weight, layers.bias[i], layers.lora_a[i], layers.lora_b[i], layers.scale[i], dropped ? layers.dropout_p[i] : 0);
+        x_rows, weight, layers.bias_of(i), layers.lora_a[i], layers.lora_b[i], layers.scale[i], dropped ? layers.dropout_p[i] : 0);
     ys.push_back(new_empty(x, std::array<int64_t, 2>{M, layers.weight[i].size(0)}));
     Tensor workspace = new_workspace(x, lora_linear_workspace(given.layer));
     given.seed = dropped ? seeds.const_data_ptr<int64_t>() + i : nullptr;
     given.y = ys[i].mutable_data_ptr();
-    given.xa = xa.mutable_data_ptr<float>() + before;
-    given.xa_stride = ranks;
+    given.xa = xa.mutable_data_ptr<float>() + static_cast<int64_t>(i) * M * R;
+    given.xa_stride = R;
     given.keep = dropped ? keep.mutable_data_ptr<uint8_t>() + static_cast<int64_t>(i) * M * keep_bytes(x) : nullptr;
     given.workspace = workspace.mutable_data_ptr();
     const std::string error = lora_linear(given, device.stream());
     STD_TORCH_CHECK(error.empty(), "lora_linear: ", error);
-    before += given.layer.R;
   }
   return {ys, xa, keep};
 }
@@ -405,22 +413,17 @@ std::tuple<Tensor, Tensor, Tensor> backward_layers(
     const std::vector<Tensor>& dy, const Layers& layers, const Tensor& xa, const Tensor& keep, bool need_dx, bool need_da, bool need_db) {
   layers.check();
   const Tensor& x = layers.x;
-  const int64_t M = x.size(0), K = x.size(1), ranks = layers.ranks();
-  STD_TORCH_CHECK(dy.size() == layers.count(), "dy: got ", dy.size(), " layers, expected ", layers.count());
-  bool dropped = false;
+  const int64_t M = x.size(0), K = x.size(1), R = layers.most_ranks();
+  const bool dropped = check_saved(dy, x, layers.weight, xa, keep, R);
   int64_t db_numbers = 0;
-  for (size_t i = 0; i < layers.count(); ++i) {
-    dropped = check_saved(dy[i], x, layers.weight[i], xa, keep, ranks, layers.share ? static_cast<int64_t>(layers.count()) : 0);
-    db_numbers += layers.lora_b[i].numel();
-  }
+  for (const Tensor& b : layers.lora_b) db_numbers += b.numel();
   const OnDevice device(x);
   const Tensor x_rows = rows_of_16_bytes(x), dense_xa = contiguous(xa);
   const Tensor dense_keep = dropped ? rows_of_16_bytes(torch::stable::flatten(contiguous(keep), 0, -2)) : keep;  // read 8 bytes at a time
   Tensor dx = need_dx ? new_empty(x, std::array<int64_t, 2>{M, K}) : without_elements(x);
-  Tensor da = new_empty(layers.lora_a[0], std::array<int64_t, 1>{need_da ? ranks * K : 0});
+  Tensor da = new_empty(layers.lora_a[0], std::array<int64_t, 1>{need_da ? layers.ranks() * K : 0});
   Tensor db = new_empty(layers.lora_b[0], std::array<int64_t, 1>{need_db ? db_numbers : 0});
   char *next_da = static_cast<char*>(da.mutable_data_ptr()), *next_db = static_cast<char*>(db.mutable_data_ptr());
-  int64_t before = 0;
   for (size_t i = 0; i < layers.count(); ++i) {
     const Tensor weight = weight_of_16_bytes(layers.weight[i]), dy_rows = rows_of_16_bytes(dy[i]);
     LoraLinearBackward given{};
@@ -428,8 +431,8 @@ std::tuple<Tensor, Tensor, Tensor> backward_layers(
         x_rows, weight, std::nullopt, layers.lora_a[i], layers.lora_b[i], layers.scale[i], dropped ? layers.dropout_p[i] : 0);
     Tensor workspace = new_workspace(x, lora_linear_backward_workspace(given.layer));
     given.dy = matrix_of(dy_rows);
-    given.xa = dense_xa.const_data_ptr<float>() + before;
-    given.xa_stride = ranks;
+    given.xa = dense_xa.const_data_ptr<float>() + static_cast<int64_t>(i) * M * R;
+    given.xa_stride = R;
     given.keep = dropped ? dense_keep.const_data_ptr<uint8_t>() + static_cast<int64_t>(i) * M * dense_keep.stride(0) : nullptr;
     given.dx = need_dx ? dx.mutable_data_ptr() : nullptr;
     given.adds = i > 0;
@@ -438,59 +441,13 @@ std::tuple<Tensor, Tensor, Tensor> backward_layers(
     given.workspace = workspace.mutable_data_ptr();
     const std::string error = lora_linear_backward(given, device.stream());
     STD_TORCH_CHECK(error.empty(), "lora_linear_backward: ", error);
-    before += given.layer.R;
     next_da += need_da ? layers.lora_a[i].numel() * da.element_size() : 0;
     next_db += need_db ? layers.lora_b[i].numel() * db.element_size() : 0;
   }
   return {dx, da, db};
 }
 
-std::tuple<Tensor, Tensor, Tensor> lora_linear_cuda(
-    const Tensor& x,                    // [M, K]
-    const Tensor& weight,               // [N, K]
-    const std::optional<Tensor>& bias,  // [N]
-    const Tensor& lora_a,               // [R, K]
-    const Tensor& lora_b,               // [N, R]
-    double scale, double dropout_p, const std::optional<Tensor>& seed) {
-  auto [y, xa, keep] = forward_layers({false, x, {weight}, {bias}, {lora_a}, {lora_b}, {scale}, {dropout_p}}, seed);
-  return {y[0], xa, keep};
-}
-
-std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_cuda(
-    const Tensor& dy,  // [M, N]
-    const Tensor& x, const Tensor& weight, const Tensor& lora_a, const Tensor& lora_b,
-    const Tensor& xa,    // [M, R] float32
-    const Tensor& keep,  // [M, 8 ceil(K / 64)] uint8, or no elements
-    double scale, double dropout_p, bool need_dx, bool need_da, bool need_db) {
-  const Layers layer{false, x, {weight}, {std::nullopt}, {lora_a}, {lora_b}, {scale}, {dropout_p}};
-  auto [dx, da, db] = backward_layers({dy}, layer, xa, keep, need_dx, need_da, need_db);
-  if (need_da) da = torch::stable::view(da, lora_a.sizes());
-  if (need_db) db = torch::stable::view(db, lora_b.sizes());
-  return {dx, da, db};
-}
-
-std::tuple<std::vector<Tensor>, Tensor, Tensor> lora_linear_shared_cuda(
-    const Tensor& x,                                                         // [M, K]
-    const std::vector<Tensor>& weight, const std::vector<Tensor>& bias,      // G of [N_i, K], [N_i] or no elements
-    const std::vector<Tensor>& lora_a, const std::vector<Tensor>& lora_b,    // G of [R_i, K], [N_i, R_i]
-    const std::vector<double>& scale, const std::vector<double>& dropout_p,  // G
-    const std::optional<Tensor>& seed) {                                     // [G]
-  std::vector<std::optional<Tensor>> biases;
-  for (const Tensor& one : bias) biases.push_back(one.numel() ? std::optional<Tensor>(one) : std::nullopt);
-  return forward_layers({true, x, weight, biases, lora_a, lora_b, scale, dropout_p}, seed);
-}
-
-std::tuple<Tensor, Tensor, Tensor> lora_linear_shared_backward_cuda(
-    const std::vector<Tensor>& dy,  // G of [M, N_i]
-    const Tensor& x, const std::vector<Tensor>& weight, const std::vector<Tensor>& lora_a, const std::vector<Tensor>& lora_b,
-    const Tensor& xa,    // [M, sum R_i] float32
-    const Tensor& keep,  // [G, M, 8 ceil(K / 64)] uint8, or no elements
-    const std::vector<double>& scale, const std::vector<double>& dropout_p, bool need_dx, bool need_da, bool need_db) {
-  const std::vector<std::optional<Tensor>> biases(weight.size());
-  return backward_layers(dy, {true, x, weight, biases, lora_a, lora_b, scale, dropout_p}, xa, keep, need_dx, need_da, need_db);
-}
-
-// ---- multi_lora
+// ---- lora_linear where each row has an adapter of its own
 
 /// The adapters as the kernels take them, checked one by one against x [M, K] and weight [N, K].
 std::vector<LoraAdapter> check_adapters(
@@ -522,12 +479,11 @@ struct MixedLayer {
   int64_t ranks = 0;  // of all adapters
   bool drops = false;
 
-  MixedLayer(
-      const Tensor& given_x, const Tensor& given_weight, const std::optional<Tensor>& bias, const std::vector<Tensor>& lora_a,
-      const std::vector<Tensor>& lora_b, const std::vector<double>& scale, const std::vector<double>& dropout_p, const Tensor& given_order,
-      const Tensor& given_offsets) {
-    check_base(given_x, given_weight, bias);
-    adapters = check_adapters(given_x, given_weight, lora_a, lora_b, scale, dropout_p);
+  MixedLayer(const Layers& given, const Tensor& given_order, const Tensor& given_offsets) {
+    STD_TORCH_CHECK(given.count() == 1, "weight: got ", given.count(), " layers, expected one where each row has an adapter of its own");
+    const Tensor &given_x = given.x, &given_weight = given.weight[0];
+    check_base(given_x, given_weight, given.bias_of(0));
+    adapters = check_adapters(given_x, given_weight, given.lora_a, given.lora_b, given.scale, given.dropout_p);
     layer.M = given_x.size(0), layer.K = given_x.size(1), layer.N = given_weight.size(0), layer.S = static_cast<int64_t>(adapters.size());
     check_integers(given_order, "order", {layer.M}, given_x);
     check_integers(given_offsets, "offsets", {layer.S + 3}, given_x);
@@ -537,7 +493,7 @@ struct MixedLayer {
       drops = drops || fastlora::drops(adapter.dropout_p);
     }
     x = rows_of_16_bytes(given_x), weight = weight_of_16_bytes(given_weight), order = contiguous(given_order), offsets = contiguous(given_offsets);
-    layer.dtype = dtype_of(x), layer.adapter_dtype = dtype_of(lora_a[0]);
+    layer.dtype = dtype_of(x), layer.adapter_dtype = dtype_of(given.lora_a[0]);
     layer.x = x.const_data_ptr(), layer.x_stride = x.stride(0);
     layer.by_column = lies_by_column(matrix_of(weight), layer.N, layer.K);
     layer.weight = weight.const_data_ptr(), layer.weight_stride = weight.stride(layer.by_column ? 1 : 0);
@@ -546,25 +502,20 @@ struct MixedLayer {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> multi_lora_cuda(
-    const Tensor& x,                                                         // [M, K]
-    const Tensor& weight,                                                    // [N, K]
-    const std::optional<Tensor>& bias,                                       // [N]
-    const std::vector<Tensor>& lora_a,                                       // S of [R_i, K]
-    const std::vector<Tensor>& lora_b,                                       // S of [N, R_i]
-    const std::vector<double>& scale, const std::vector<double>& dropout_p,  // S
-    const std::optional<Tensor>& seed,
-    const Tensor& order,      // [M]
-    const Tensor& offsets) {  // [S + 3]
-  const MixedLayer mixed(x, weight, bias, lora_a, lora_b, scale, dropout_p, order, offsets);
-  check_seed(seed, x);
+/// y, xa [1, M, max R_i] and keep [1, M, 8 ceil(K / 64)].
+std::tuple<std::vector<Tensor>, Tensor, Tensor> forward_mixed(
+    const Layers& layer, const std::optional<Tensor>& seed, const Tensor& order, const Tensor& offsets) {
+  const std::optional<Tensor> bias = layer.bias_of(0);
+  const MixedLayer mixed(layer, order, offsets);
+  const Tensor& x = layer.x;
+  check_seed(seed, x, 1);
   const OnDevice device(x);
   MultiLoraForward given{};
   given.layer = mixed.layer;
   const int64_t M = mixed.layer.M, N = mixed.layer.N;
   const bool dropped = seed && mixed.drops;
-  Tensor y = new_empty(x, std::array<int64_t, 2>{M, N}), xa = new_empty(x, std::array<int64_t, 2>{M, given.layer.R}, ScalarType::Float);
-  Tensor keep = new_keep(x, dropped);
+  Tensor y = new_empty(x, std::array<int64_t, 2>{M, N}), xa = new_empty(x, std::array<int64_t, 3>{1, M, given.layer.R}, ScalarType::Float);
+  Tensor keep = new_keep(x, dropped, 1);
   if (bias) given.bias = bias->const_data_ptr(), given.bias_stride = bias->stride(0);
   given.seed = dropped ? seed->const_data_ptr<int64_t>() : nullptr;
   given.y = y.mutable_data_ptr();
@@ -574,26 +525,24 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_cuda(
   given.workspace = workspace.mutable_data_ptr();
   const std::string error = multi_lora(given, device.stream());
   STD_TORCH_CHECK(error.empty(), "multi_lora: ", error);
-  return {y, xa, keep};
+  return {{y}, xa, keep};
 }
 
-std::tuple<Tensor, Tensor, Tensor> multi_lora_backward_cuda(
-    const Tensor& dy,  // [M, N]
-    const Tensor& x, const Tensor& weight, const std::vector<Tensor>& lora_a, const std::vector<Tensor>& lora_b,
-    const Tensor& xa,    // [M, max R_i] float32
-    const Tensor& keep,  // [M, 8 ceil(K / 64)] uint8, or no elements
-    const std::vector<double>& scale, const std::vector<double>& dropout_p, const Tensor& order, const Tensor& offsets, bool need_dx,
-    bool need_da, bool need_db) {
-  const MixedLayer mixed(x, weight, std::nullopt, lora_a, lora_b, scale, dropout_p, order, offsets);
-  const bool dropped = check_saved(dy, x, weight, xa, keep, mixed.layer.R) && mixed.drops;
+std::tuple<Tensor, Tensor, Tensor> backward_mixed(
+    const std::vector<Tensor>& all_dy, const Layers& layer, const Tensor& xa, const Tensor& keep, const Tensor& order, const Tensor& offsets,
+    bool need_dx, bool need_da, bool need_db) {
+  const MixedLayer mixed(layer, order, offsets);
+  const Tensor& x = layer.x;
+  const bool dropped = check_saved(all_dy, x, layer.weight, xa, keep, mixed.layer.R) && mixed.drops;
+  const Tensor& dy = all_dy[0];
   const OnDevice device(x);
-  const Tensor dy_rows = rows_of_16_bytes(dy), dense_xa = contiguous(xa), dense_keep = dropped ? rows_of_16_bytes(contiguous(keep)) : keep;
+  const Tensor dy_rows = rows_of_16_bytes(dy), dense_xa = contiguous(xa), dense_keep = dropped ? rows_of_16_bytes(torch::stable::flatten(contiguous(keep), 0, 1)) : keep;
   const int64_t M = mixed.layer.M, K = mixed.layer.K, N = mixed.layer.N;
   MultiLoraBackward given{};
   given.layer = mixed.layer;
   Tensor dx = need_dx ? new_empty(x, std::array<int64_t, 2>{M, K}) : without_elements(x);
-  Tensor da = new_empty(lora_a[0], std::array<int64_t, 1>{need_da ? mixed.ranks * K : 0});
-  Tensor db = new_empty(lora_b[0], std::array<int64_t, 1>{need_db ? mixed.ranks * N : 0});
+  Tensor da = new_empty(layer.lora_a[0], std::array<int64_t, 1>{need_da ? mixed.ranks * K : 0});
+  Tensor db = new_empty(layer.lora_b[0], std::array<int64_t, 1>{need_db ? mixed.ranks * N : 0});
   Tensor workspace = new_workspace(x, multi_lora_backward_workspace(given.layer));
   given.dy = dy_rows.const_data_ptr();
   given.dy_stride = dy_rows.stride(0);
@@ -608,6 +557,32 @@ std::tuple<Tensor, Tensor, Tensor> multi_lora_backward_cuda(
   return {dx, da, db};
 }
 
+// ---- what is registered
+
+std::tuple<std::vector<Tensor>, Tensor, Tensor> lora_linear_cuda(
+    const Tensor& x,                                                         // [M, K]
+    const std::vector<Tensor>& weight, const std::vector<Tensor>& bias,      // G of [N_g, K], [N_g] or no elements
+    const std::vector<Tensor>& lora_a, const std::vector<Tensor>& lora_b,    // G S of [R_gi, K], [N_g, R_gi]
+    const std::vector<double>& scale, const std::vector<double>& dropout_p,  // G S
+    const std::optional<Tensor>& seed,                                       // [G]
+    const std::optional<Tensor>& order,                                      // [M], or none: S is 1
+    const std::optional<Tensor>& offsets) {                                  // [S + 3]
+  const Layers layers{x, weight, bias, lora_a, lora_b, scale, dropout_p};
+  return order ? forward_mixed(layers, seed, *order, offsets.value()) : forward_layers(layers, seed);
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_linear_backward_cuda(
+    const std::vector<Tensor>& dy,  // G of [M, N_g]
+    const Tensor& x, const std::vector<Tensor>& weight, const std::vector<Tensor>& lora_a, const std::vector<Tensor>& lora_b,
+    const Tensor& xa,    // [G, M, max R_gi] float32
+    const Tensor& keep,  // [G, M, 8 ceil(K / 64)] uint8, or no elements
+    const std::vector<double>& scale, const std::vector<double>& dropout_p, const std::optional<Tensor>& order,
+    const std::optional<Tensor>& offsets, bool need_dx, bool need_da, bool need_db) {
+  const Layers layers{x, weight, {}, lora_a, lora_b, scale, dropout_p};
+  return order ? backward_mixed(dy, layers, xa, keep, *order, offsets.value(), need_dx, need_da, need_db)
+               : backward_layers(dy, layers, xa, keep, need_dx, need_da, need_db);
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(fastlora, FASTLORA_CARD, m) {
@@ -615,10 +590,6 @@ STABLE_TORCH_LIBRARY_IMPL(fastlora, FASTLORA_CARD, m) {
   m.impl("prefix_concat_backward_cuda", TORCH_BOX(&prefix_concat_backward_cuda));
   m.impl("lora_linear_cuda", TORCH_BOX(&lora_linear_cuda));
   m.impl("lora_linear_backward_cuda", TORCH_BOX(&lora_linear_backward_cuda));
-  m.impl("lora_linear_shared_cuda", TORCH_BOX(&lora_linear_shared_cuda));
-  m.impl("lora_linear_shared_backward_cuda", TORCH_BOX(&lora_linear_shared_backward_cuda));
-  m.impl("multi_lora_cuda", TORCH_BOX(&multi_lora_cuda));
-  m.impl("multi_lora_backward_cuda", TORCH_BOX(&multi_lora_backward_cuda));
 }
 
 }  // namespace fastlora

@@ -26,18 +26,8 @@ from tqdm import tqdm
 
 from fastlora import ops
 from fastlora.choice import table
-from fastlora.choice.measure import (
-    LINEAR_ROWS,
-    PROBLEMS,
-    SHAPES,
-    Problem,
-    Refusal,
-    is_out_of_memory,
-    is_refused,
-    one_class,
-    problems,
-    refused_before,
-)
+from fastlora.choice.measure import Refusal, is_out_of_memory, is_refused, one_class, refused_before
+from fastlora.choice.problems import LINEAR_ROWS, SHAPES, Problem, operators, problems
 from fastlora.choice.table import Measurement
 
 TUNE_SECONDS, TRIAL_SECONDS = 0.25, 0.05  # for each operator and class
@@ -66,7 +56,7 @@ def tune_machine(
         raise ValueError(f"device={device!r}: expected cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': torch sees no CUDA card here")
-    todo = problems(device, list(PROBLEMS), ops.KERNEL_DTYPES, list(SHAPES))
+    todo = problems(device, list(operators), ops.KERNEL_DTYPES, list(SHAPES))
     todo = [one for one in todo if ops.candidates(one.op, torch.device(device), one.dtype)]
     if device == "cuda":
         # Compiling takes longer than measuring: a class of every operator first, then the next.

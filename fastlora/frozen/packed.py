@@ -1,10 +1,5 @@
-"""Products with frozen weights on a CPU, and the packed copies of weights that they read: `frozen_linear` and its backward as `cpu`.
-
-    y = x Wᵀ + b   dx = dy W
-
-In float32 csrc multiplies, without a copy: oneDNN adds a long float32 product up in one chain of roundings and leaves our bound. For the other
-dtypes a frozen weight, which never changes, may be laid out once the way oneDNN likes it, where that was measured to pay on this kind of
-machine. The copies are found by the weight's place in its storage and stand outside every module: no state dict, pickle or deepcopy sees
+"""Packed copies of frozen weights, which never change: laid out once the way oneDNN likes them, where that was measured to pay on this kind of
+machine (products.py). They are found by the weight's place in its storage and stand outside every module: no state dict, pickle or deepcopy sees
 them. `accelerate` registers the weights of a model under one `Budget`; a copy is made when a product first wants it, and the forward's and the
 backward's are two. They are freed with the weight's memory.
 
@@ -25,34 +20,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from fastlora import ops, reference
-from fastlora.choice import table
+from fastlora import ops
 
-FEW_ROWS = 8  # what fastlora::few_rows_cpu takes
 MEMORY_SHARE = 16  # the default budget is the machine's memory over this
 WITHOUT_SYSCONF = 2**30  # the default budget in bytes where the system does not tell its memory
 
-_linear_pointwise: Any = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
-
-
-def _native(name: str) -> Any:
-    """The operator that csrc has registered for the CPU, or None."""
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key(f"fastlora::{name}", "CPU")
-    return getattr(torch.ops.fastlora, name).default if has_kernel else None
-
-
-_few_rows, _product, _fingerprint = (_native(f"{name}_cpu") for name in ("few_rows", "product", "fingerprint"))
-LEAST_PRODUCT = 2**21  # multiplications, M K N, from which on product_cpu is faster than torch
-LEAST_PRODUCT_COLUMNS = 32  # of y: it computes 64 at a time
-_has_avx = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # elsewhere torch's product is faster
-
-# One core of an AMD Zen 4, torch 2.13: from here on oneDNN multiplies float16 by way of float32 faster than torch does.
-LEAST_FLOAT16_ROWS = 2
-LEAST_FLOAT16 = 2**19  # multiplications, M K N
+_fingerprint = ops.native("fingerprint_cpu")
 
 
 @functools.cache
@@ -69,88 +45,6 @@ def suits_onednn(dtype: torch.dtype) -> bool:
 def packs(dtype: torch.dtype) -> bool:
     """Whether weights of this dtype may have copies here: the native extension must be there, which reads their fingerprints."""
     return _fingerprint is not None and suits_onednn(dtype)
-
-
-def _takes_few_rows(rows: int, weight: Tensor) -> bool:
-    """The rule: when few_rows_cpu multiplies. On a weight [N, K] that lies by column it beats torch in float16 only."""
-    if _few_rows is None or not 1 <= rows <= FEW_ROWS or weight.dtype not in ops.KERNEL_DTYPES:
-        return False
-    return weight.stride(1) == 1 or (weight.stride(0) == 1 and weight.dtype is torch.float16)
-
-
-def _takes_product(work: int, weight: Tensor) -> bool:
-    """The rule: when product_cpu multiplies. In float32 it needs no copy to be as fast as oneDNN with one, and it rounds less than MKL."""
-    if _product is None or not _has_avx or weight.dtype is not torch.float32:
-        return False
-    return work >= LEAST_PRODUCT and weight.shape[0] >= LEAST_PRODUCT_COLUMNS
-
-
-def _takes_packed(dtype: torch.dtype, rows: int, elements: int, backward: bool) -> bool:
-    """Whether a copy was measured to pay: the whole product, fingerprint included, took at most `measure.WORTH_A_COPY` of the time without."""
-    if not packs(dtype) or not torch.backends.mkldnn.enabled:
-        return False
-    op = "frozen_linear_backward" if backward else "frozen_linear"
-    return table.way("cpu", op, "cpu", dtype, rows, elements, False) == "packed"
-
-
-def _takes_plain(dtype: torch.dtype, rows: int, work: int) -> bool:
-    """The rule: when oneDNN multiplies by the weight as it lies. torch's bfloat16 product is that already."""
-    if dtype is not torch.float16 or not suits_onednn(dtype) or not torch.backends.mkldnn.enabled:
-        return False
-    return rows >= LEAST_FLOAT16_ROWS and work >= LEAST_FLOAT16
-
-
-def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [M, K], [N, K], [N] -> [M, N]
-    """y = x Wᵀ + b (reference.py::frozen_linear), in the way that is fastest here."""
-    _check("x", x, weight, 1)
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
-        raise ValueError(f"bias: got {bias.dtype} {list(bias.shape)}, expected {x.dtype} [{weight.shape[0]}]")
-    return _multiply(x, weight, bias, backward=False)
-
-
-def frozen_linear_backward(dy: Tensor, weight: Tensor) -> Tensor:  # [M, N], [N, K] -> [M, K]
-    """dx = dy W (reference.py::frozen_linear_backward), in the way that is fastest here."""
-    _check("dy", dy, weight, 0)
-    return _multiply(dy, weight.t(), None, backward=True)
-
-
-def _check(name: str, x: Tensor, weight: Tensor, dimension: int) -> None:
-    if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[dimension]:
-        raise ValueError(
-            f"{name}: got shape {list(x.shape)} for a weight {list(weight.shape)}, expected two dimensions that fit"
-        )
-    if x.dtype != weight.dtype or x.device != weight.device:
-        raise ValueError(f"weight: got {weight.dtype} on {weight.device}, expected {x.dtype} on {x.device}")
-
-
-def _multiply(x: Tensor, weight: Tensor, bias: Tensor | None, backward: bool) -> Tensor:
-    """x [M, K] times the transpose of weight [N, K], which in the backward is the transpose of a layer's."""
-    M, K = x.shape
-    work = M * K * weight.shape[0]
-    if work:
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        if bias is not None:
-            bias = bias.contiguous()
-        if _takes_few_rows(M, weight):
-            return _few_rows(x, weight, bias)
-        if _takes_product(work, weight) and (weight.stride(1) == 1 or weight.stride(0) == 1):
-            return _product(x, weight, bias)
-        x = reference.readable_rows(x)
-        copy = _find_copy(weight) if _takes_packed(x.dtype, M, weight.numel(), backward) else None
-        if copy is not None or _takes_plain(x.dtype, M, work):
-            return _multiply_by_onednn(x, weight if copy is None else copy, bias)
-    if torch.is_autocast_enabled("cpu"):
-        with torch.autocast("cpu", enabled=False):
-            return F.linear(x, weight, bias)
-    return F.linear(x, weight, bias)
-
-
-def _multiply_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if x.dtype is not torch.float16:
-        return _linear_pointwise(x, weight, bias, "none", [], "")
-    wide = None if bias is None else bias.float()
-    return _linear_pointwise(x.float(), weight.float(), wide, "none", [], "").half()
 
 
 class Budget:
@@ -210,7 +104,7 @@ def _version_of(owner: Tensor) -> Tensor:
     return watch
 
 
-class _Registered:
+class Registered:
     """A frozen weight and its copies. All that writes to one holds `_lock`."""
 
     def __init__(self, weight: Tensor, budget: Budget) -> None:
@@ -255,7 +149,7 @@ class _Registered:
 
 
 _lock = threading.RLock()  # a weight may die, and be forgotten, inside
-_by_key: dict[Key, _Registered] = {}
+_by_key: dict[Key, Registered] = {}
 
 if hasattr(os, "register_at_fork"):  # no process begins in the middle of a change
     os.register_at_fork(
@@ -274,7 +168,7 @@ def register(owner: Tensor, budget: Budget) -> bool:
     if budget.limit == 0 or not plain or owner.requires_grad or not packs(owner.dtype):
         return False
     with _lock:
-        registered = _by_key.setdefault(_key_of(owner), _Registered(owner, budget))
+        registered = _by_key.setdefault(_key_of(owner), Registered(owner, budget))
         registered.drop()
         registered.budget = budget
         registered.owners[id(owner)] = _version_of(owner)
@@ -383,7 +277,7 @@ def copy_bytes(weight: Tensor) -> int:
     return weight.numel() * (4 if weight.dtype is torch.float16 else weight.element_size())
 
 
-def _find(weight: Tensor) -> _Registered | None:
+def find(weight: Tensor) -> Registered | None:
     """What is registered for a weight, or for another tensor over the same elements, without copies that are not of what is there now."""
     registered = _by_key.get(_key_of(weight)) if _by_key else None
     if registered is None:
@@ -396,36 +290,10 @@ def _find(weight: Tensor) -> _Registered | None:
     return registered
 
 
-def _find_copy(weight: Tensor) -> Tensor | None:
-    registered = _find(weight)
+def find_copy(weight: Tensor) -> Tensor | None:
+    """A copy of the weight as it is now, made if it has room; None where there can be none."""
+    registered = find(weight)
     if registered is None:
         return None
     copy = registered.copies.get(weight.stride())
     return registered.pack(weight) if copy is None else copy
-
-
-def describe(weight: Tensor, dtype: torch.dtype, rows: int) -> str:
-    """For people: what multiplies that many rows of that dtype by a frozen weight [N, K]."""
-    work = rows * weight.numel()
-    if _takes_few_rows(rows, weight):
-        return "native C++, a few rows"
-    if dtype == weight.dtype and _takes_product(work, weight):
-        return "native C++"
-    plain = "oneDNN" if _takes_plain(dtype, rows, work) else "torch"
-    registered = _find(weight) if dtype == weight.dtype else None
-    if registered is None or not _takes_packed(dtype, rows, weight.numel(), backward=False):
-        return plain
-    if registered.bytes:
-        return f"oneDNN, packed, {_mebibytes(registered.bytes)}"
-    if not registered.has_room(weight):
-        return f"{plain}, {_mebibytes(copy_bytes(weight))} does not fit the pack_budget"
-    return "oneDNN, packed when first called"
-
-
-def _mebibytes(count: int) -> str:
-    return f"{count / 2**20:.1f} MiB"
-
-
-for _op, _function in (("frozen_linear", frozen_linear), ("frozen_linear_backward", frozen_linear_backward)):
-    ops.implement(_op, "cpu", _function)
-    ops.library.impl(f"{_op}_cpu", _function, "CPU")  # csrc calls it by this name

@@ -1,0 +1,80 @@
+"""What the autograd Functions of all operators have in common: a backward, and no derivative of it."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora.checks import PLAIN
+
+
+class _DifferentiatedTwice(torch.autograd.Function):
+    """Gradients, and what they depend on: whoever differentiates them by it is told that this cannot be done."""
+
+    @staticmethod
+    def forward(ctx, function, sources, *tensors):  # tensors: that many sources, then the gradients
+        ctx.function = function
+        return tuple(gradient.detach() for gradient in tensors[sources:])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            f"fastlora: {ctx.function} cannot be differentiated twice (create_graph=True); {PLAIN}"
+        )
+
+
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A Function's backward, given (ctx, saved tensors, *dy), without a graph of its own; differentiating its results raises.
+
+    Torch's once_differentiable raises only where dy requires a gradient, and is not reached on the way to x, A and B, on which dx depends as well:
+    a penalty on dx would train nothing, in silence.
+    """
+
+    @functools.wraps(backward)
+    def run(ctx, *dy):
+        saved = ctx.saved_tensors  # asked for once: more is too often for checkpointing
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return backward(ctx, saved, *dy)
+        with torch.no_grad():
+            grads = backward(ctx, saved, *dy)
+        grads = grads if isinstance(grads, tuple) else (grads,)
+        sources = [tensor for tensor in (*saved, *dy) if tensor is not None and tensor.requires_grad]
+        present = [gradient for gradient in grads if gradient is not None]
+        if not sources:
+            return grads
+        wrapped = iter(_DifferentiatedTwice.apply(ctx.name(), len(sources), *sources, *present))
+        return tuple(None if gradient is None else next(wrapped) for gradient in grads)
+
+    return run
+
+
+# Functions flatten x and dy themselves: as operations of their own, the views would cost autograd as much again as a small layer.
+
+
+def rows_of(x: Tensor) -> Tensor:  # [..., K] -> [M, K]
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def shaped(rows: Tensor, like: Tensor) -> Tensor:  # [M, N] and [..., K] -> [..., N]
+    """By _unsafe_view: autograd forbids in-place writes to a Function's result that is a view."""
+    return rows if like.dim() == 2 else torch.ops.aten._unsafe_view.default(rows, [*like.shape[:-1], rows.shape[1]])
+
+
+def split(flat: Tensor, like: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    """Gradients that lie one after the other, each in its tensor's shape; None where none is wanted."""
+    if not any(wanted):
+        return [None] * len(like)
+    parts = flat.split([one.numel() for one in like])
+    return [part.view_as(one) if wants else None for part, one, wants in zip(parts, like, wanted, strict=True)]
+
+
+def is_eager(x: Tensor) -> bool:
+    """Whether an operator may be called past torch's dispatcher, which saves a small layer a tenth of its time: nobody traces, and x is plain."""
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch.compiler.is_compiling()
+    )

@@ -1,0 +1,198 @@
+"""The loss of a language model on its labelled tokens, with no [tokens, vocabulary] tensor where the model allows that."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from fastlora.checks import is_hooked
+from fastlora.data.rows import IGNORE
+from fastlora.operators.linear_cross_entropy import LOGITS_AT_ONCE, linear_cross_entropy
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The summed cross entropy of labels [n] under logits [n, V], float32; only a few rows at a time are made float32."""
+    rows = max(1, LOGITS_AT_ONCE.get(logits.device.type, LOGITS_AT_ONCE["cuda"]) // logits.shape[1])
+    parts = zip(logits.split(rows), labels.split(rows), strict=True)
+    losses = [
+        checkpoint(_float32_cross_entropy, *part, use_reentrant=False, preserve_rng_state=False) for part in parts
+    ]
+    return torch.stack(losses).sum()
+
+
+def _float32_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
+
+
+FUSED, LABELLED, ALL = "fused", "labelled", "all"
+PROBE_TOKENS = 16
+STRETCHED_LOGIT = 100.0  # beyond what a head gives in training; any soft cap shows there
+
+
+class LanguageModelLoss:
+    """The summed cross entropy of a batch's labelled tokens under any transformers model with a language model's head.
+
+    Its path is chosen at the first call, by comparing a few positions' values with the model's own logits in eval mode:
+
+        fused      the labelled positions' hidden states and the head's weight go to `linear_cross_entropy` (a model that scales its logits scales
+                   the hidden states in their place)
+        labelled   the model's own head, and what the model does after it, on the labelled positions only
+        all        the model's own logits of all positions
+
+    Compile a model's layers, not the whole model: its forward must stay Python's, so that the head can be told its rows.
+
+    Args:
+        model: what is called; DistributedDataParallel may stand around it.
+
+    Attributes:
+        path: fused, labelled or all; None before the first call.
+        reason: why no faster path was taken.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model: Any = model
+        self.path: str | None = None
+        self.reason = ""
+        self._inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
+
+    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The sum, a scalar in float32 (float64 for a float64 model).
+
+        Args:
+            batch: input_ids and labels [B, T] int64, with -100 for a token that does not count; what else the model takes. A causal model's labels
+                are its input's own tokens; an encoder-decoder's are the decoder's tokens.
+        """
+        inputs, counted, labels = self._inputs(batch)
+        head = _output_embedding(self._inner)
+        if self.path is None or (self.path == FUSED and _obstacle(head)):
+            self.path, self.reason = self._choose(head, inputs)
+        if self.path == ALL:
+            return cross_entropy(self.model(**inputs).logits[counted], labels)
+        rows = _rows_of(self.model, head, inputs, counted, without_head=self.path == FUSED)
+        if self.path == FUSED:
+            return linear_cross_entropy(rows, head.weight, head.bias, labels)
+        return cross_entropy(rows, labels)
+
+    def _inputs(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Any], Tensor, Tensor]:
+        """What the model is called with; the positions that count, bool [B, T]; their labels [n]."""
+        labels = batch["labels"]
+        inputs: dict[str, Any] = {name: value for name, value in batch.items() if name != "labels"}
+        inputs["use_cache"] = False
+        if self._inner.config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = self._inner.prepare_decoder_input_ids_from_labels(labels)
+        else:
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORE)  # a position's label is the next token
+        counted = labels != IGNORE
+        return inputs, counted, labels[counted]
+
+    @torch.no_grad()
+    def _choose(self, head: Any, inputs: Mapping[str, Any]) -> tuple[str, str]:
+        """(path, reason)"""
+        if head is None:
+            return ALL, "the model names no output embedding"
+        probe, counted = _probe(inputs)
+        with _undisturbed(self._inner):
+            own = self._inner(**probe).logits[counted]  # [n, V]
+            try:
+                if not _equal(_rows_of(self._inner, head, probe, counted), own):
+                    return ALL, "the head's logits are not the model's position by position"
+            except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                return ALL, f"the model cannot do with a part of its logits: {error}"
+            obstacle = _obstacle(head)
+            if obstacle is not None:
+                return LABELLED, obstacle
+            for factor in (1.0, STRETCHED_LOGIT / max(own.abs().max().item(), 1e-3)):
+                theirs = _rows_of(self._inner, head, probe, counted, factor=factor)
+                try:
+                    hidden = _rows_of(self._inner, head, probe, counted, factor=factor, without_head=True)
+                    ours = F.linear(hidden, head.weight, head.bias)
+                except (IndexError, RuntimeError, TypeError, ValueError) as error:
+                    return LABELLED, f"the model changes the logits after its head: {error}"
+                if not _equal(ours, theirs):
+                    return LABELLED, "the model changes the logits after its head"
+        return FUSED, ""
+
+
+def _output_embedding(model: Any) -> Any:
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if get else None
+
+
+def _obstacle(head: nn.Module) -> str | None:
+    """Why the head is more than a product with its weight, or None as far as one can see without its values."""
+    if not isinstance(head, nn.Linear) or next(head.children(), None) is not None:
+        return f"the head is a {type(head).__name__}"
+    if type(head.weight) not in (nn.Parameter, Tensor):
+        return f"the head's weight is a {type(head.weight).__name__}"
+    if is_hooked(head):
+        return "the head carries a hook"
+    return None
+
+
+def _rows_of(
+    model: Any,
+    head: nn.Module,
+    inputs: Mapping[str, Any],
+    counted: Tensor,
+    *,
+    factor: float = 1.0,
+    without_head: bool = False,
+) -> Tensor:
+    """The logits [n, V] of the positions that count when the head sees only them; without the head, their hidden states [n, D], times a factor."""
+
+    def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden = args[0]
+        if hidden.shape[:-1] != counted.shape:
+            raise ValueError(f"the head is given {list(hidden.shape)}, expected {[*counted.shape, hidden.shape[-1]]}")
+        rows = hidden[counted][None]
+        return (rows if factor == 1.0 else rows * factor, *args[1:])
+
+    handle = head.register_forward_pre_hook(select, prepend=True)
+    if without_head:
+        head.forward = lambda hidden: hidden
+    try:
+        logits = model(**inputs).logits
+    finally:
+        handle.remove()
+        if without_head:
+            del head.forward
+    if logits.shape[:-1] != (1, int(counted.sum())):
+        raise ValueError(f"the model returns logits {list(logits.shape)}")
+    return logits[0]
+
+
+def _probe(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """A few tokens of the batch's first row, and every second position of them."""
+    ids, mask = inputs["input_ids"][:1], inputs.get("attention_mask")
+    if mask is not None and mask.dim() == 2:
+        ids = ids[:, mask[0].bool()]
+    probe = {"input_ids": ids[:, :PROBE_TOKENS], "use_cache": False}
+    if "decoder_input_ids" in inputs:
+        probe["decoder_input_ids"] = inputs["decoder_input_ids"][:1, :PROBE_TOKENS]
+    counted = torch.zeros_like(probe.get("decoder_input_ids", probe["input_ids"]), dtype=torch.bool)
+    counted[:, ::2] = True
+    return probe, counted
+
+
+def _equal(logits: Tensor, expected: Tensor) -> bool:
+    """Whether logits are the same but for rounding; NaN is not."""
+    bound = max(4 * torch.finfo(expected.dtype).eps, 1e-3) * expected.abs().max()
+    return logits.shape == expected.shape and bool((logits - expected).abs().max() <= bound)
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode and uncompiled; afterwards every module's mode is as before."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

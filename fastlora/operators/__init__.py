@@ -1,0 +1,7 @@
+"""The operators, one file each: schema, fake kernel, choice, gradients, the public function, and what of it is measured.
+
+lora_linear             a frozen linear layer with its LoRA update, or several that share x, where each row may have an adapter of its own
+frozen_linear           a frozen linear layer
+prefix_concat           soft prompts in front of a batch
+linear_cross_entropy    the loss of labels under a language model's head
+"""

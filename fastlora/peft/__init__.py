@@ -1,0 +1,156 @@
+"""`accelerate`, `restore`, `report`: any PEFT LoRA model made faster in place by swapping the class of its LoRA layers.
+
+Parameters, submodules, state-dict keys and hooks on the layer stay where they are, so that saving, adding, switching, disabling and merging adapters
+remain PEFT's own business. Frozen layers without an adapter are swapped where that is asked for. On a CPU the frozen weights may have packed copies.
+
+obstacles    what a layer is about to compute, or what stands in the way
+siblings     layers that share x
+layers       the classes that layers are swapped to
+reporting    what computes each layer, and why
+"""
+
+import functools
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import Tensor, nn
+
+from fastlora import ops
+from fastlora.checks import is_hooked
+from fastlora.choice import trial
+from fastlora.frozen import packed
+from fastlora.peft import obstacles, siblings
+from fastlora.peft.layers import FrozenLinear, FusedLinear, compute, frozen_base, restore_layer
+from fastlora.peft.reporting import LayerReport, Report, report
+
+__all__ = ["FrozenLinear", "FusedLinear", "LayerReport", "Report", "accelerate", "report", "restore"]
+
+
+def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
+    for name, module in model.named_modules():
+        if isinstance(module, LoraLayer):
+            yield name, module
+
+
+def _frozen_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers that are, or may become, a FrozenLinear: frozen, plain, and not part of an adapter."""
+    adapters = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    inside = {part for adapter in adapters for part in adapter.modules()}
+    layers = [module for module in model.modules() if type(module) in (nn.Linear, FrozenLinear)]
+    return [
+        layer
+        for layer in layers
+        if layer not in inside
+        and (
+            type(layer) is FrozenLinear
+            or (obstacles.weight_obstacle(layer.weight, layer.bias) is None and not is_hooked(layer))
+        )
+    ]
+
+
+def accelerate(model: nn.Module, *, frozen: bool = False, pack_budget: int | None = None) -> nn.Module:
+    """Make a PEFT LoRA model faster, in place, with the same results; returns the model.
+
+    Swaps the class of every `peft.tuners.lora.Linear` that can be fused (nn.Linear or Conv1D underneath, frozen, plain LoRA) to a
+    subclass whose forward and backward run as one operator. Layers that share x, as query, key and value do, read it once
+    (siblings.py). Call it again after new layers were added; `restore` undoes it.
+
+    frozen: also swap every plain frozen nn.Linear without an adapter, such as lm_head; the model then needs no LoRA layers.
+    pack_budget: bytes that packed copies of frozen weights may take on a CPU, 0 for none; None: a sixteenth of the machine's memory. A
+    copy is made by the first product for which it was measured to pay on this kind of machine; `report` names those that did not fit. A write to
+    a frozen weight is seen, by whatever hand (packed.py). A weight that another module has, too, such as a tied embedding, has no copies.
+
+    On a kind of CPU or GPU that nobody has measured, it first measures, once: for a few seconds on a CPU, for a minute or two on a GPU, whose
+    kernels are compiled meanwhile (`fastlora.choice.trial.try_out`; FASTLORA_TRIAL=0: never). A model that is on a CPU may yet be moved: where
+    there is a card, that is measured as well.
+    Under torch.distributed every process calls it, and all choose as rank 0 does.
+
+    PEFT's `unload` and `merge_and_unload` restore the model first: what they return has nothing of fastlora's.
+
+    Raises:
+        ValueError: the model has nothing to accelerate, or pack_budget is no number of bytes.
+        fastlora.ops.ImplementationError: FASTLORA_IMPL names nothing that this machine can run.
+    Warns:
+        UserWarning: not one of the LoRA layers could be fused.
+    """
+    ops.read_environment()
+    budget = packed.Budget(pack_budget)
+    layers = list(_lora_layers(model))
+    plain = _frozen_layers(model) if frozen else []
+    if not layers and not frozen:
+        raise ValueError("model: has no PEFT LoRA layers, expected the result of peft.get_peft_model with a LoraConfig")
+    if not layers and not plain:
+        raise ValueError(
+            "model: has no LoRA layers and no frozen nn.Linear, expected one (model.requires_grad_(False) freezes)"
+        )
+    for _, layer in layers:
+        restore_layer(layer.base_layer)  # of a layer that got its adapter since the last call
+        if type(layer) is not FusedLinear and obstacles.swap_obstacle(layer) is None:
+            layer.__class__ = FusedLinear
+    for linear in plain:
+        linear.__class__ = FrozenLinear
+    bases = [base for base in map(frozen_base, model.modules()) if base is not None]
+    shared = _weights_of_others(model, bases)
+    for base in bases:
+        if base.weight in shared:
+            packed.detach(base)
+        else:
+            packed.attach(base, budget)
+    for module in model.modules():
+        siblings.leave(module)
+        if isinstance(module, BaseTuner):
+            for name in UNLOADING:
+                module.__dict__[name] = functools.partial(_unload_restored, module, name)
+    for family in siblings.find_families(model, lambda module: type(module) is FusedLinear, compute):
+        family.attach()
+    if layers and not any(type(layer) is FusedLinear for _, layer in layers):
+        warnings.warn(
+            f"fastlora.accelerate fused none of {len(layers)} LoRA layers: {obstacles.swap_obstacle(layers[0][1])}",
+            stacklevel=2,
+        )
+    trial.try_out(_weights_by_operator(model))
+    return model
+
+
+def _weights_of_others(model: nn.Module, bases: Sequence[nn.Module]) -> packed.Places:
+    """Where the weights of all modules but these lie. A tied embedding's is written to by others: PEFT merges a few of its rows through `.data`."""
+    others = set(model.modules()).difference(bases)
+    return packed.Places(weight for module in others for weight in module._parameters.values())
+
+
+def _weights_by_operator(model: nn.Module) -> dict[str, list[Tensor]]:
+    """For each operator, the frozen weights that the swapped layers call it with."""
+    fused = [module for module in model.modules() if type(module) is FusedLinear]
+    grouped = [layer for layer in fused if siblings.KEY in layer.__dict__]
+    swapped = [base for base in map(frozen_base, model.modules()) if base is not None]
+    return {
+        "frozen_linear": [base.weight for base in swapped],
+        "lora_linear": [layer.base_layer.weight for layer in fused],
+        "lora_linear_shared": [layer.base_layer.weight for layer in grouped],
+        "multi_lora": [layer.base_layer.weight for layer in fused if len(layer.lora_A) > 1],
+        "multi_lora_shared": [layer.base_layer.weight for layer in grouped if len(layer.lora_A) > 1],
+    }
+
+
+UNLOADING = ("unload", "merge_and_unload")
+"""The methods of PEFT's tuners that hand out a plain model."""
+
+
+def _unload_restored(tuner: Any, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Stands before a tuner's own method. Layers are restored here since PEFT does not look at all: not into modules_to_save."""
+    restore(tuner)
+    return getattr(tuner, name)(*args, **kwargs)
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Undo `accelerate`, in place, and free the packed copies; returns the model."""
+    for module in model.modules():
+        siblings.leave(module)
+        restore_layer(module)
+        if isinstance(module, BaseTuner):
+            for name in UNLOADING:
+                module.__dict__.pop(name, None)
+    return model

@@ -1,0 +1,196 @@
+"""The classes that `accelerate` swaps layers to. Only the class changes: what the fused forward does not cover runs the forward of PEFT's class."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Self
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from fastlora import checks
+from fastlora.frozen import packed
+from fastlora.operators import frozen_linear, lora_linear
+from fastlora.operators.lora_linear import RowGroups, group_rows
+from fastlora.peft import obstacles, siblings
+from fastlora.peft.obstacles import Plan
+
+SEEN, OWN_FORWARD = "_fastlora_seen", "_fastlora_own_forward"
+"""Under which a layer's `__dict__` has its last calls, for `report`."""
+
+
+class Seen(NamedTuple):
+    """What `report` needs to know of a layer's last fused call."""
+
+    shape: Sequence[int]  # of x
+    dtype: torch.dtype
+    dropout: bool = False
+    mixed: bool = False  # a mixed batch
+    shared: bool = False  # computed with its siblings
+
+
+class OwnForward(NamedTuple):
+    """The last call that ran the forward of the layer's own class."""
+
+    obstacle: str
+    passing: bool  # the call stood in the way, not the layer
+    before: Seen | None  # the last fused call up to then
+
+
+def _note_own_forward(layer: nn.Module, obstacle: str, passing: bool) -> None:
+    if not torch.compiler.is_compiling():
+        layer.__dict__[OWN_FORWARD] = OwnForward(obstacle, passing, layer.__dict__.get(SEEN))
+
+
+class FusedLinear(lora.Linear):
+    """`peft.tuners.lora.Linear` whose forward is one fused operator, where the layer's state allows."""
+
+    base_layer: Any  # PEFT's attributes, which nn.Module types as Tensor | Module
+    lora_A: Any
+    lora_B: Any
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter_names = kwargs.get("adapter_names")
+        used = obstacles.used_adapters(self, adapter_names)
+        if args or len(kwargs) > (adapter_names is not None) and _has_more(kwargs):
+            plan: Plan | str = "the call has arguments besides x"
+        else:
+            plan = obstacles.plan_call(self, x, used, adapter_names is not None)
+        if isinstance(plan, str):
+            own = super().forward(x, *args, **kwargs)
+            _note_own_forward(self, plan, passing=plan != obstacles.lasting_plan(self, used))
+            return own
+        if adapter_names is not None:
+            self._check_forward_args(x, adapter_names=adapter_names)
+        names = None if adapter_names is None else tuple(adapter_names)
+        if torch.compiler.is_compiling():
+            return compute([plan], x, used, names)[0]
+        family = self.__dict__.get(siblings.KEY)
+        shared = (
+            None if family is None or (names is None and len(used) != 1) else family.result_of(self, x, plan, names)
+        )
+        y = compute([plan], x, used, names)[0] if shared is None else shared
+        self.__dict__[SEEN] = Seen(x.shape, y.dtype, any(plan.dropout_p), names is not None, shared is not None)
+        return y
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Or a copy of one layer would take its parent and its siblings along.
+        return {name: value for name, value in self.__dict__.items() if name != siblings.KEY}
+
+    # PEFT writes into the base weight through `.data`.
+
+    def merge(self, *args: Any, **kwargs: Any) -> None:
+        with packed.rewriting(self.base_layer):
+            super().merge(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        with packed.rewriting(self.base_layer):
+            super().unmerge()
+
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        with packed.rewriting(self.base_layer):  # OLoRA begins by changing it
+            super().update_layer(*args, **kwargs)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        with packed.rewriting(self.base_layer):  # moved: the copies are of no use, wherever it goes
+            return super()._apply(*args, **kwargs)
+
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: Any) -> nn.Module:
+        """What PEFT asks of a layer that is more than its class: its frozen layer, merged or not, without anything of ours."""
+        if merge:
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        base = self.get_base_layer()
+        siblings.leave(self)
+        restore_layer(self)
+        restore_layer(base)
+        return base
+
+
+def _has_more(kwargs: dict[str, Any]) -> bool:
+    return any(value is not None for name, value in kwargs.items() if name != "adapter_names")
+
+
+def compute(plans: Sequence[Plan], x: Tensor, used: Sequence[str], names: siblings.AdapterNames) -> Sequence[Tensor]:
+    """The results of layers that share x and, in a mixed batch, the adapters of its rows."""
+    weight, bias, transposed, lora_a, lora_b, scale, dropout_p = plans[0]
+    cast = checks.autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
+    if len(plans) > 1:
+        lora_a, lora_b = [a for one in plans for a in one.lora_a], [b for one in plans for b in one.lora_b]
+        scale, dropout_p = [s for one in plans for s in one.scale], [p for one in plans for p in one.dropout_p]
+        weights, biases = [one.linear_weight for one in plans], [one.bias for one in plans]
+        rows = None if names is None else _rows_of(names, tuple(used), x.device, torch.is_inference_mode_enabled())
+        return lora_linear.compute(x, weights, biases, lora_a, lora_b, scale, dropout_p, rows, cast)
+    weight, rows = weight.t() if transposed else weight, None
+    if names is not None:
+        rows = _rows_of(names, tuple(used), x.device, torch.is_inference_mode_enabled())
+    elif len(used) > 1:
+        # A sum of adapters is one adapter of their concatenated rank. With dropout there is an obstacle.
+        lora_b = [torch.cat([b * s for b, s in zip(lora_b, scale, strict=True)], dim=1)]
+        lora_a, scale, dropout_p = [torch.cat(lora_a)], [1.0], [0.0]
+    return lora_linear.compute(x, [weight], [bias], lora_a, lora_b, scale, dropout_p, rows, cast)
+
+
+@functools.lru_cache(maxsize=4)
+def _rows_of(adapter_names: tuple[str, ...], used: tuple[str, ...], device: torch.device, inference: bool) -> RowGroups:
+    """The rows of a mixed batch, sorted once and shared by all layers and steps that have the same names.
+
+    inference: whether inference mode is on; its tensors are kept apart, since autograd cannot take them.
+    """
+    number = {adapter: i for i, adapter in enumerate(used)}
+    index = torch.tensor([number.get(name, -1) for name in adapter_names], device=device)
+    return group_rows(index, len(used))
+
+
+class FrozenLinear(nn.Linear):
+    """A frozen `nn.Linear` whose forward is `functional.frozen_linear`, as long as it stays frozen."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = obstacles.parameter(self, "weight"), obstacles.parameter(self, "bias")
+        lasting = obstacles.weight_obstacle(weight, bias)
+        obstacle = lasting or obstacles.input_obstacle(x)
+        if obstacle is not None:
+            y = super().forward(x)
+            _note_own_forward(self, obstacle, passing=lasting is None)
+            return y
+        y = frozen_linear.frozen_linear(x, weight, bias)
+        if not torch.compiler.is_compiling():
+            self.__dict__[SEEN] = Seen(x.shape, y.dtype)
+        return y
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        with packed.rewriting(self):
+            return super()._apply(*args, **kwargs)
+
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: Any) -> nn.Module:
+        """What PEFT asks of a layer that is more than its class, as it unloads a model: the nn.Linear."""
+        restore_layer(self)
+        return self
+
+    @property
+    def base_layer(self) -> Any:
+        """PEFT asks a layer for this when it wraps it and before it merges into its weight through `.data`; there is none."""
+        packed.drop(self.weight)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute 'base_layer'")
+
+
+obstacles.FROZEN_FORWARDS.append(FrozenLinear.forward)
+
+
+def frozen_base(module: Any) -> Any:
+    """The layer whose weight a swapped layer multiplies by, or None for other modules."""
+    if type(module) is FusedLinear:
+        return module.base_layer
+    return module if isinstance(module, FrozenLinear) else None
+
+
+def restore_layer(module: Any) -> None:
+    """Give a swapped layer its class back, and free its packed copies."""
+    base = frozen_base(module)
+    if base is not None:
+        packed.detach(base)
+        if type(module) in (FusedLinear, FrozenLinear):
+            module.__class__ = lora.Linear if type(module) is FusedLinear else nn.Linear
+        else:  # torch.nn.utils.parametrize has derived a class for this module since
+            type(module).__bases__ = (nn.Linear,)
+        for name in (SEEN, OWN_FORWARD):
+            module.__dict__.pop(name, None)

@@ -1,0 +1,203 @@
+"""What an accelerated layer is about to compute, or what stands in the way: one plan a layer and call.
+
+nn.Module looks for parameters and children last. Reading `_parameters` and `_modules` directly skips its __getattr__, half the cost of a call.
+"""
+
+import operator
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
+from transformers.pytorch_utils import Conv1D
+
+from fastlora import checks
+from fastlora.checks import is_hooked
+from fastlora.frozen import packed
+
+GLOBAL_HOOKS = (
+    nn_module._global_forward_hooks,
+    nn_module._global_forward_pre_hooks,
+    nn_module._global_backward_hooks,
+    nn_module._global_backward_pre_hooks,
+)
+"""Torch's tables of them: they see the modules inside a layer, which a fused forward does not call."""
+
+
+def parameter(module: nn.Module, name: str) -> Any:
+    """The module's parameter of that name, or what stands in its place (a sharded or parametrised weight)."""
+    return module._parameters[name] if name in module._parameters else getattr(module, name)
+
+
+def name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def weight_obstacle(weight: Any, bias: Any) -> str | None:
+    """Why the weight and bias of a linear layer are not ours to multiply by, or None."""
+    if weight.requires_grad and not torch.compiler.is_compiling():
+        packed.drop(weight)  # a step may change it in ways that leave no trace
+    if type(weight) is not nn.Parameter and type(weight) is not Tensor:
+        return f"the weight is a {type(weight).__name__}"
+    if weight.dtype not in checks.FLOATS:
+        return f"the weight is {name_of(weight.dtype)}"
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return "the base weight or bias is trained"
+    return None
+
+
+FROZEN_FORWARDS = [nn.Linear.forward, Conv1D.forward]
+"""Of the layers whose product is ours to make; layers.py adds its own."""
+
+
+def base_of(layer: nn.Module) -> tuple[Any, Any, bool] | str:
+    """(weight, bias, whether that is a Conv1D's) of the frozen layer under a LoRA layer, or why it cannot be fused."""
+    base: Any = layer._modules["base_layer"]
+    if getattr(type(base), "forward", None) not in FROZEN_FORWARDS:
+        return f"the base layer is a {type(base).__name__}"
+    weight, bias = parameter(base, "weight"), parameter(base, "bias")
+    obstacle = weight_obstacle(weight, bias)
+    if obstacle is None and is_hooked(base):
+        return "the base layer carries a hook"
+    return obstacle or (weight, bias, isinstance(base, Conv1D))
+
+
+class Plan(NamedTuple):
+    """What the operator takes for one layer besides x; the lists have an entry an adapter."""
+
+    weight: Tensor  # [N, K], or, as Conv1D has it, [K, N]
+    bias: Tensor | None
+    transposed: bool
+    lora_a: list[Tensor]
+    lora_b: list[Tensor]
+    scale: list[float]
+    dropout_p: list[float]
+
+    @property
+    def linear_weight(self) -> Tensor:  # [N, K]
+        return self.weight.t() if self.transposed else self.weight
+
+    def is_as(self, other: "Plan") -> bool:
+        """Whether another plan, for the same x, has the same result."""
+        mine = self.weight, self.bias, *self.lora_a, *self.lora_b
+        its = other.weight, other.bias, *other.lora_a, *other.lora_b
+        same_numbers = (self.scale, self.dropout_p) == (other.scale, other.dropout_p)
+        return same_numbers and len(mine) == len(its) and all(map(operator.is_, mine, its))
+
+
+def adapter_of(layer: nn.Module, adapter: str) -> tuple[Any, Any, Any]:
+    """The modules (A, B, dropout) of one adapter of a LoRA layer."""
+    children: Any = layer._modules
+    return (
+        children["lora_A"]._modules[adapter],
+        children["lora_B"]._modules[adapter],
+        children["lora_dropout"]._modules[adapter],
+    )
+
+
+def add_adapter(plan: Plan, layer: Any, adapter: str) -> str | None:
+    """Take one adapter of a LoRA layer into the plan, or say why it cannot be fused."""
+    if adapter in layer.lora_variant:
+        return f"adapter {adapter!r} is a {type(layer.lora_variant[adapter]).__name__.removesuffix('LinearVariant')} variant"
+    lora_a, lora_b, dropout = adapter_of(layer, adapter)
+    if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear or type(dropout) not in (nn.Dropout, nn.Identity):
+        return (
+            f"adapter {adapter!r} is made of {type(lora_a).__name__}, {type(lora_b).__name__}, {type(dropout).__name__}"
+        )
+    if lora_b._parameters["bias"] is not None:
+        return f"adapter {adapter!r} has a bias (lora_bias)"
+    a, b, scale = lora_a._parameters.get("weight"), lora_b._parameters.get("weight"), layer.scaling[adapter]
+    if type(a) is not nn.Parameter or type(b) is not nn.Parameter:
+        kinds = {type(parameter(one, "weight")).__name__ for one in (lora_a, lora_b)}
+        return f"the weights of adapter {adapter!r} are {' and '.join(sorted(kinds))}"
+    if not isinstance(scale, (int, float)):
+        return f"the scaling of adapter {adapter!r} is a {type(scale).__name__}"
+    if is_hooked(lora_a, lora_b, dropout):
+        return f"adapter {adapter!r} carries a hook"
+    plan.lora_a.append(a)
+    plan.lora_b.append(b)
+    plan.scale.append(float(scale))
+    plan.dropout_p.append(dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0)
+    return None
+
+
+def used_adapters(layer: Any, adapter_names: Sequence[str] | None) -> list[str]:
+    """The adapters of the layer that a call uses: the active ones, or those that a mixed batch names."""
+    wanted = layer.active_adapters if adapter_names is None else dict.fromkeys(adapter_names)
+    mine = layer._modules["lora_A"]._modules
+    return [adapter for adapter in wanted if adapter in mine]
+
+
+def lasting_plan(layer: Any, used: Sequence[str]) -> Plan | str:
+    """The plan of any call with these adapters just now, or why it runs PEFT's own forward."""
+    if layer.disable_adapters:
+        return "adapters are disabled"
+    if layer.merged:
+        return "the adapter is merged"
+    if not used:
+        return "no adapter is active"
+    if any(GLOBAL_HOOKS):
+        return "a global hook is set"
+    base = base_of(layer)
+    if isinstance(base, str):
+        return base
+    plan = Plan(*base, [], [], [], [])
+    for adapter in used:
+        obstacle = add_adapter(plan, layer, adapter)
+        if obstacle is not None:
+            return obstacle
+    return plan
+
+
+def input_obstacle(x: Any) -> str | None:
+    """Why x, or what torch wants of it just now, is nothing for a fused operator, or None."""
+    if not isinstance(x, Tensor) or x.is_nested or x.layout is not torch.strided or x.dim() == 0:
+        return "x is not a tensor of rows"
+    if type(x) is not Tensor and type(x) is not nn.Parameter and not torch.compiler.is_compiling():
+        return f"x is a {type(x).__name__}"
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return checks.transform_obstacle()
+    return None
+
+
+def plan_call(layer: Any, x: Any, used: Sequence[str], mixed: bool) -> Plan | str:
+    """The plan of a call of a LoRA layer with x and these adapters, or why it runs PEFT's own forward. mixed: each row has an adapter of its own."""
+    plan = lasting_plan(layer, used)
+    if isinstance(plan, str):
+        return plan
+    obstacle = input_obstacle(x)
+    if obstacle is not None:
+        return obstacle
+    cast = checks.autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
+    dtype, weight, across = cast or x.dtype, plan.weight, int(plan.transposed)
+    N, K = weight.shape[across], weight.shape[1 - across]
+    if x.shape[-1] != K or x.device != weight.device or (cast is None and dtype != weight.dtype):
+        return f"x is {checks.shown(x)} and the weight {checks.shown(weight)}"
+    for a, b in zip(plan.lora_a, plan.lora_b, strict=True):
+        if (a.dtype is not dtype and a.dtype is not torch.float32) or b.dtype is not a.dtype:
+            return f"the adapter is {name_of(a.dtype)} and x is {name_of(dtype)}"
+        if a.shape[1] != K or b.shape != (N, a.shape[0]) or a.device != x.device or b.device != x.device:
+            return f"an adapter is {checks.shown(a)} and {checks.shown(b)}, and x {checks.shown(x)}"
+    if len(used) > 1:
+        if any(a.dtype != plan.lora_a[0].dtype for a in plan.lora_a):
+            return "the adapters have different dtypes"
+        if not mixed and any(plan.dropout_p):
+            return "several adapters are active with dropout"
+    return plan
+
+
+def swap_obstacle(layer: Any) -> str | None:
+    """Why the layer's class is not swapped, or None: nothing that it holds now could be fused."""
+    if type(layer) is not lora.Linear:
+        return f"{type(layer).__module__}.{type(layer).__name__} is not fused"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the object"  # which would go on calling the one it found
+    base = base_of(layer)
+    if isinstance(base, str):
+        return base
+    plan = Plan(*base, [], [], [], [])
+    found = [add_adapter(plan, layer, adapter) for adapter in layer.lora_A]
+    return found[0] if found and all(found) else None

@@ -1,0 +1,144 @@
+"""What computes each layer of a model, and why, in words: of its last call, of calls before, and of what stands in the way of the next."""
+
+import math
+from typing import Any, NamedTuple
+
+from peft.tuners.lora.layer import LoraLayer
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fastlora import ops
+from fastlora.frozen import products
+from fastlora.operators import frozen_linear, lora_linear
+from fastlora.peft import obstacles, siblings
+from fastlora.peft.layers import OWN_FORWARD, SEEN, FrozenLinear, Seen, frozen_base
+
+ROWS_BEFORE_ANY_CALL = 512
+NOT_OBSERVED = "compiled: not observed"
+
+
+def linear_weight(base: nn.Module) -> Tensor:  # [N, K]
+    weight = obstacles.parameter(base, "weight")
+    return weight.t() if isinstance(base, Conv1D) else weight
+
+
+class LayerReport(NamedTuple):
+    """One LoRA layer, or one frozen layer that was swapped: what computes it and why.
+
+    implementation: one of `ops.IMPLEMENTATIONS`, that of the last call ("reference" where that was PEFT's own forward), or "peft" where the class
+        was not swapped. Before any call it is a guess, for 512 rows. Calls that torch.compile has compiled are not observed.
+    """
+
+    name: str
+    implementation: str
+    reason: str
+
+
+class Report(list[LayerReport]):
+    """The LayerReports of a model; prints as a table."""
+
+    def __str__(self) -> str:
+        rows = [LayerReport._fields, *self]
+        widths = [max(len(row[column]) for row in rows) for column in range(3)]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+        )
+
+
+def report(model: nn.Module) -> Report:
+    """What computes each LoRA layer of the model and each frozen layer that was swapped, and why; print it for a table.
+
+    It tells of the last call that was not compiled, and what differs from it: calls before, and what stands in the way of the next.
+    """
+    prefixes = tuple(f"{name}." if name else "" for name, module in model.named_modules() if _is_compiled(module))
+    return Report(
+        LayerReport(name, *_explain(module, compiled=f"{name}.".startswith(prefixes)))
+        for name, module in model.named_modules()
+        if isinstance(module, (LoraLayer, FrozenLinear))
+    )
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has wrapped the module, or Module.compile was called on it."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
+
+
+def _explain(layer: Any, compiled: bool) -> tuple[str, str]:
+    """(implementation, reason) of a layer; compiled: torch.compile may run it, which nobody observes."""
+    base = frozen_base(layer)
+    if base is None:
+        return "peft", obstacles.swap_obstacle(layer) or "not accelerated: call fastlora.accelerate(model)"
+    plain = "nn.Linear's own forward" if base is layer else "PEFT's own forward"
+    seen, own = layer.__dict__.get(SEEN), layer.__dict__.get(OWN_FORWARD)
+    obstacle = _present_obstacle(layer, base, seen)
+    if own is not None and own.before is seen:  # the last call
+        gone = "" if own.passing or own.obstacle == obstacle else f", now {obstacle or 'no longer'}"
+        reason = f"{plain}: {own.obstacle}{gone}"
+        if seen is not None:
+            before, why = _describe(layer, base, seen)
+            reason += f"; before, {before}, {why}"
+        return "reference", f"{NOT_OBSERVED}; in its last eager call {reason}" if compiled else reason
+    if obstacle is not None and seen is None:
+        return "reference", f"{NOT_OBSERVED if compiled else 'not called yet, unless compiled'}; {plain}: {obstacle}"
+    implementation, reason = _describe(layer, base, seen or _before_any_call(layer, base, compiled), compiled)
+    if own is not None:
+        reason += f"; earlier also {plain}: {own.obstacle}"
+    if obstacle is not None:
+        reason += f"; from now on {plain}: {obstacle}"
+    if compiled:
+        reason = f"{NOT_OBSERVED}; {'a guess' if seen is None else 'its last eager call'}, {reason}"
+    elif seen is None:
+        reason = f"not called yet, unless compiled; {reason}"
+    return implementation, reason
+
+
+def _present_obstacle(layer: Any, base: Any, seen: Seen | None) -> str | None:
+    """Why the next call will run the forward of the layer's own class, as far as the layer tells, or None."""
+    if base is layer:
+        return obstacles.weight_obstacle(layer.weight, layer.bias)
+    mixed = seen is not None and seen.mixed
+    found = obstacles.lasting_plan(layer, list(layer.lora_A) if mixed else obstacles.used_adapters(layer, None))
+    return found if isinstance(found, str) else None
+
+
+def _describe(layer: Any, base: Any, seen: Seen, compiled: bool = False) -> tuple[str, str]:
+    """(implementation, reason) of a fused call."""
+    weight = linear_weight(base)
+    rows = math.prod(seen.shape[:-1])
+    like_x = siblings.like_rows(seen.shape, weight, seen.dtype)
+    family = layer.__dict__.get(siblings.KEY)
+    shared = seen.shared and family is not None and family.dissolved is None
+
+    def chosen(backward: bool) -> tuple[ops.Choice, bool]:
+        """The choice, and whether it runs the layer's family together."""
+        if shared:
+            first = linear_weight(frozen_base(family.layers[0]))
+            return lora_linear.choose_shared(like_x, first, seen.dropout, backward, mixed=seen.mixed)
+        if base is layer:
+            return frozen_linear.choose(like_x, weight, backward), False
+        return lora_linear.choose(like_x, weight, seen.dropout, backward, mixed=seen.mixed), False
+
+    try:
+        (implementation, reason, _), together = chosen(backward=False)
+    except ops.ImplementationError as error:
+        return str(ops.forced), f"cannot run: {error}"
+    reason = f"{rows} row{'s' * (rows != 1)}: {reason}"
+    if implementation == "cpu":
+        reason += f"; x Wᵀ by {products.describe(weight, seen.dtype, rows)}"
+    if family is not None and (seen.shared or not seen.mixed):
+        reason += f"; {family.describe(layer, seen.shared, together, compiled)}"
+    try:
+        backward, _ = chosen(backward=True)
+    except ops.ImplementationError as error:  # forced, and has the forward alone
+        return implementation, f"{reason}; no backward: {error}"
+    if backward.implementation != implementation:
+        reason += f"; backward {backward.implementation}: {backward.reason}"
+    return implementation, reason
+
+
+def _before_any_call(layer: Any, base: Any, compiled: bool) -> Seen:
+    used = [] if base is layer else obstacles.used_adapters(layer, None)
+    drops = [obstacles.adapter_of(layer, name)[2] for name in used]
+    dropout = any(one.p for one in drops if isinstance(one, nn.Dropout) and one.training)
+    shared = siblings.KEY in layer.__dict__ and len(used) == 1 and not compiled
+    return Seen((ROWS_BEFORE_ANY_CALL, layer.in_features), base.weight.dtype, dropout, shared=shared)
