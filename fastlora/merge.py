@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from fastlora import writing
 from fastlora.adapters import read as read_adapter
-from fastlora.inference import base_of, load_base, load_model
+from fastlora.models import base_of, load_base, load_model
 
 logger = logging.getLogger("fastlora")
 

@@ -35,33 +35,9 @@ from fastlora.choice import table
 from fastlora.config import SEEDS, TrainConfig
 from fastlora.data.examples import read_examples
 from fastlora.data.rows import IGNORE, Encoded, Row, batches, collate, encode, pad_token_id
-from fastlora.inference import (
-    EvalResult,
-    evaluate,
-    generate,
-    load_model,
-    load_tokenizer,
-    require_positions,
-    resolve_dtype,
-)
 from fastlora.losses import LanguageModelLoss
-from fastlora.merge import MergeReport, merge
+from fastlora.models import load_tokenizer, require_positions, resolve_dtype
 from fastlora.typed import listed
-
-__all__ = [
-    "CheckpointError",
-    "EvalResult",
-    "MergeReport",
-    "TrainConfig",
-    "TrainResult",
-    "TrainingError",
-    "TrainingInterrupted",
-    "evaluate",
-    "generate",
-    "load_model",
-    "merge",
-    "train",
-]
 
 logger = logging.getLogger("fastlora")
 

@@ -28,8 +28,10 @@ from fastlora.checkpoint import CheckpointError
 from fastlora.cli import _module_names, _quiet, app
 from fastlora.config import DEFAULT_LR, TrainConfig
 from fastlora.data.rows import TRUNCATIONS
-from fastlora.inference import evaluate, generate, load_model
+from fastlora.evaluation import evaluate
+from fastlora.generation import generate
 from fastlora.merge import merge
+from fastlora.models import load_model
 from fastlora.ops import ImplementationError
 from fastlora.train import TrainingError
 

@@ -30,8 +30,8 @@ from transformers import (
 
 import fastlora.merge
 from fastlora import writing
-from fastlora.inference import load_model
 from fastlora.merge import MergeError, fold, merge
+from fastlora.models import load_model
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 

@@ -24,10 +24,13 @@ from transformers import AutoModelForCausalLM
 import fastlora
 from fastlora import checkpoint, trainable, writing
 from fastlora.checkpoint import CheckpointError
+from fastlora.config import TrainConfig
 from fastlora.data.examples import DataError
 from fastlora.data.rows import Row
+from fastlora.evaluation import evaluate
 from fastlora.frozen import packed
-from fastlora.train import TrainConfig, TrainingError, TrainingInterrupted, _Plan, evaluate, load_model, train
+from fastlora.models import load_model
+from fastlora.train import TrainingError, TrainingInterrupted, _Plan, train
 
 METRICS = {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_per_second", "seconds"}
 
