@@ -215,9 +215,9 @@ def test_a_state_that_is_not_this_runs_names_file_and_key(again, case):
 
 GARBAGE = {
     "not JSON": (b"\x00\x00\n", "not JSON"),
-    "not UTF-8": (b"\xff\n", "not JSON"),
+    "not UTF-8": (b"\xff\n", "not UTF-8"),
     "another step": (b'{"step": 9}\n', "expected the object of step 3"),
-    "a list": (b"[1]\n", "expected the object of step 3"),
+    "a list": (b"[1]\n", "expected a JSON object, got list"),
     "no loss": (b'{"step": 3}\n', "loss=None: expected a finite number"),
     "a loss that is none": (b'{"step": 3, "loss": NaN}\n', "loss=nan: expected a finite number"),
     "a number of 5,000 digits": (b'{"step": ' + b"9" * 5000 + b"}\n", "not JSON"),

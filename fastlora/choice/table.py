@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock
 
-from fastlora import writing
+from fastlora import reading, writing
 from fastlora.typed import check_fields, shown
 
 SCHEMA = 1
@@ -263,9 +263,7 @@ def _read(path: Path, expected: Mapping[str, Any], whose: str | None = None) -> 
         ValueError: it is no table, or not the expected one; the message says which part.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"expected a JSON object, got {type(content).__name__}")
+        content = reading.json_file(path)
         for name, value in expected.items():
             if content.get(name) != value:
                 raise ValueError(f"{name} is {content.get(name)!r}, expected {value!r}")
@@ -274,7 +272,7 @@ def _read(path: Path, expected: Mapping[str, Any], whose: str | None = None) -> 
         if not isinstance(entries, list):
             raise ValueError(f"entries: expected a list, got {shown(entries)}")
         return _by_class(_entry(entry, f"entries[{i}]", origin) for i, entry in enumerate(entries))
-    except (RecursionError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is no table for this machine: {error}") from None
 
 
