@@ -4,13 +4,10 @@ import importlib.machinery
 import inspect
 import json
 import logging
-import os
 import shutil
-import signal
 import sys
-import threading
-import time
 import warnings
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -19,7 +16,9 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from training import interrupt_at
 from transformers import AutoModelForCausalLM
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import fastlora
@@ -78,6 +77,15 @@ def test_options_and_defaults_are_the_functions(command, function):
     for name in common:
         told, own = options[name].default, arguments[name].default
         assert told == own or inspect.Parameter.empty in (told, own), name
+
+
+def test_an_option_of_training_is_its_field():
+    command = get_command(app).commands["train"]
+    for field, option in zip(fields(TrainConfig), command.params, strict=True):
+        assert (option.name, option.help) == (field.name, field.metadata["help"])
+        spelt = f"--{field.name.replace('_', '-')}"
+        assert option.opts == [spelt] and option.required == (field.default is MISSING)
+        assert option.secondary_opts == [f"--no{spelt[1:]}"] * (field.default is True), "what is off needs no --no-"
 
 
 @pytest.fixture(scope="module")
@@ -443,15 +451,7 @@ def test_training_that_goes_wrong_exits_1(folder):
 
 def test_an_interrupt_saves_and_exits_130(folder):
     metrics = folder / "interrupted" / "metrics.jsonl"
-
-    def interrupt() -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-            time.sleep(0.002)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
+    thread = interrupt_at(metrics, 3)
     options = ("--model", folder / "model", "--data", folder / "truth.jsonl", "--output", metrics.parent)
     output = run("train", *options, "--max-steps", 300, code=130)
     thread.join()

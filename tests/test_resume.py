@@ -4,10 +4,8 @@ import json
 import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +22,7 @@ from training import (  # noqa: F401  (fixtures)
     adapter,
     assert_same_bits,
     contents,
+    interrupt_at,
     numbers,
     on_cpu,
     one_thread,
@@ -74,18 +73,6 @@ def test_a_killed_run_resumes_to_the_same_bits(config, tmp_path):
     assert_same_bits(adapter(killed), adapter(config.output))
     assert numbers(killed) == numbers(config.output)
     assert len(list((killed / "checkpoints").iterdir())) == 2
-
-
-def interrupt_at(metrics: Path, steps: int) -> threading.Thread:
-    def wait() -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= steps):
-            time.sleep(0.002)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    return thread
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -1,7 +1,11 @@
 """A tiny training: what it is given, in fixtures, and what it leaves. Whoever uses the fixtures imports `on_cpu` and `one_thread`, too."""
 
 import json
+import os
 import shutil
+import signal
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -84,3 +88,17 @@ def a_run_to_go_on(finished, base, data, tmp_path) -> TrainConfig:
     """The same run, as a copy in another folder, to go on from."""
     shutil.copytree(finished, tmp_path / "again")
     return replace(of_six_steps(base, data, tmp_path / "again"), resume=True)
+
+
+def interrupt_at(metrics: Path, steps: int) -> threading.Thread:
+    """Ctrl-C for this process once the metrics have so many lines."""
+
+    def wait() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= steps):
+            time.sleep(0.002)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
