@@ -588,7 +588,7 @@ def _require_same(saved: Checkpoint, now: dict[str, Any], steps: int) -> None:
     for name in ("processes", "device"):
         if getattr(then, name) != now[name]:
             raise ValueError(
-                f"{saved.folder} was written with {name}={getattr(then, name)}, expected the same, got {now[name]}"
+                f"{saved.folder} was written with {name} {getattr(then, name)}, expected the same, got {now[name]}"
             )
     if then.step > steps:
         raise CheckpointError(f"{path}: step={then.step}: expected at most {steps}, the steps of the whole run")
