@@ -83,7 +83,7 @@ bench: $(VENV)/test-ready
 	$(BIN)/python -m benchmarks --json
 
 base: $(VENV)/ready
-	$(BIN)/python -m fastlora.demo.pretrain --output fastlora/data/base
+	$(BIN)/python -m fastlora.demo.pretrain --output fastlora/assets/base
 
 $(VENV)/ready: constraints.txt pyproject.toml setup.py $(NATIVE)
 	@test -n "$(PYTHON)" || { echo "fastlora needs Python 3.11, 3.12 or 3.13: none was found (set PYTHON=...)"; exit 1; }

@@ -17,6 +17,8 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from fastlora.memory import resident
+
 Run = Callable[[int], object]  # takes the turn
 Clock = Callable[[Run, int, int], float]  # (run, first turn, calls) -> seconds a call
 
@@ -194,15 +196,6 @@ def _timing(times: Sequence[float], baseline: Sequence[float]) -> Timing:
     return Timing(statistics.median(times), min(times), statistics.median(ratios), len(times))
 
 
-def _memory_status(key: str) -> int:
-    """Bytes in this process's entry of /proc/self/status: VmRSS, resident now; VmHWM, the most since the last reset."""
-    with open("/proc/self/status") as status:
-        for line in status:
-            if line.startswith(key + ":"):
-                return int(line.split()[1]) * 1024
-    raise KeyError(key)
-
-
 def peak_of_call(run: Run, device: torch.device) -> int | None:
     """Bytes that one warm call holds at its peak, beyond what was there before it and its scratch memory included.
 
@@ -220,18 +213,8 @@ def peak_of_call(run: Run, device: torch.device) -> int | None:
         ctypes.CDLL(None).malloc_trim(0)
         with open("/proc/self/clear_refs", "w") as refs:
             refs.write("5")  # proc(5): resets the peak resident set size to its present value
-        before = _memory_status("VmRSS")
+        before = resident("VmRSS")
         run(0)
-        return _memory_status("VmHWM") - before
+        return resident("VmHWM") - before
     except (AttributeError, OSError):  # no glibc, no /proc, or a container that forbids the reset
-        return None
-
-
-def peak_of_process(device: torch.device) -> int | None:
-    """Bytes that this process has held at its peak: in torch's allocator on a GPU, else in main memory (Linux only)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        return _memory_status("VmHWM")
-    except OSError:
         return None

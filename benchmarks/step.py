@@ -18,13 +18,14 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastlora import memory, steps
+from fastlora.data.rows import IGNORE
+
 from .cases import StepCase
-from .clock import peak_of_process
 from .machine import measure_limits
 
 VARIANTS = ("peft", "fastlora", "unpacked")
 WARM_UP_STEPS = 1
-IGNORE = -100
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
@@ -110,21 +111,18 @@ def _imported(device: torch.device) -> int | None:
     import fastlora.losses
     import fastlora.peft  # noqa: F401
 
-    return peak_of_process(device)
+    return memory.peak(device)
 
 
 def loss_function(model: Any, variant: str) -> Any:
     """What gives a batch's mean loss a labelled token, as each variant's user would compute it."""
     if variant == "peft":
         return lambda batch: model(**batch).loss
-    from fastlora.losses import LanguageModelLoss
-
-    loss_sum = LanguageModelLoss(model)
-    return lambda batch: loss_sum(batch) / (batch["labels"][:, 1:] != IGNORE).sum()
+    return steps.mean_loss(model)
 
 
 def _closing(model: Any, variant: str, device: torch.device, imported: int | None) -> Closing:
-    peak = peak_of_process(device)
+    peak = memory.peak(device)
     beyond = None if peak is None or imported is None else peak - imported
     if variant == "peft":
         return Closing(beyond, {})
@@ -147,11 +145,7 @@ def _serve(pipe: Connection, case: StepCase, variant: str, device_name: str) -> 
             batch = make_batch(case, number, device)
             number += 1
             start = time.perf_counter()
-            loss = loss_of(batch)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            value = loss.item()  # waits for the forward only
+            value = steps.take_step(optimizer, loss_of, batch)  # waits for the forward only
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             pipe.send(Step(time.perf_counter() - start, value))

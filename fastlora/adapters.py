@@ -27,16 +27,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fastlora import reading
 from fastlora.typed import fits, listed, shown, spelt
 
 logger = logging.getLogger("fastlora")
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-LARGEST_CONFIG, LARGEST_HEADER = 1 << 24, 100_000_000  # bytes; the second is safetensors' own limit
+LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 LARGEST_RANK, MOST_LAYERS = 1 << 16, 1 << 12  # what a config may ask to be allocated
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8}  # bytes an element; I64 is a saved BatchNorm's count
 PATIENCE = 10.0  # seconds that a config's regular expressions may take on a model's names
-DEEPEST = 32  # lists and objects within one another
 
 
 class AdapterError(ValueError):
@@ -98,46 +98,11 @@ def _require_files(folder: Path) -> None:
             )
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{next(name for name in names if names.count(name) > 1)!r} stands there twice")
-    return found
-
-
-def _not_json(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _read_json(file: Path, text: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_not_json)
-    except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
-        raise AdapterError(file, None, f"cannot be read as JSON: {error}") from error
-    if not _is_flat(value):
-        raise AdapterError(file, None, f"cannot be read as JSON: nested deeper than {DEEPEST}")
-    if not isinstance(value, dict):
-        raise AdapterError(file, None, f"expected a JSON object, got {shown(value)}")
-    return value
-
-
-def _is_flat(value: Any) -> bool:
-    """Whether a value is nested so little that whoever walks it by recursion, repr and deepcopy among them, comes to an end."""
-    level = [value]
-    for _ in range(DEEPEST):
-        parts = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
-        level = list(chain.from_iterable(parts))
-        if not level:
-            return True
-    return False
-
-
 def _read_config(file: Path) -> Any:
-    size = file.stat().st_size
-    if size > LARGEST_CONFIG:
-        raise AdapterError(file, None, f"has {size:,} bytes, expected at most {LARGEST_CONFIG:,}")
-    values = _read_json(file, file.read_bytes())
+    try:
+        values = reading.json_file(file)
+    except ValueError as error:
+        raise AdapterError(file, None, str(error)) from error
     values.pop("runtime_config", None)  # PEFT writes none, and ignores one
     if values.get("peft_type") != "LORA":
         raise AdapterError(file, "peft_type", f"expected 'LORA', got {shown(values.get('peft_type'))}")
@@ -220,7 +185,10 @@ def _check_header(file: Path) -> None:
         if len(start) < 8 or not 2 <= length <= min(size - 8, LARGEST_HEADER):
             got = f"a header of {length:,} bytes" if len(start) == 8 else "no length of a header"
             raise AdapterError(file, None, f"no safetensors file, or a part of one: {size:,} bytes, with {got}")
-        header = _read_json(file, content.read(length))
+        try:
+            header = reading.json_object(content.read(length))
+        except ValueError as error:
+            raise AdapterError(file, None, str(error)) from error
     header.pop("__metadata__", None)
     end = 0
     for key, entry in sorted(header.items(), key=_begin):

@@ -19,14 +19,13 @@ import numpy
 import torch
 from torch import Tensor
 
-from fastlora import writing
+from fastlora import reading, writing
 from fastlora.choice import table
 from fastlora.typed import check_fields, fits, shown
 
 KEPT = 2
 MANIFEST = "manifest.json"
 MOST = 2**31 - 1  # steps, processes or threads
-LONGEST = 2**24  # bytes of a JSON file that is read at all
 STATE = {"optimizer", "scheduler", "rng", "tuned"}
 
 
@@ -175,18 +174,9 @@ def _read_manifest(path: Path) -> dict[str, str]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > LONGEST:
-            raise CheckpointError(f"{path}: expected at most {LONGEST} bytes, it has {path.stat().st_size}")
-        content = json.loads(path.read_bytes())
-    except OSError as error:
+        return reading.json_file(path)
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:  # also not UTF-8, and integers of thousands of digits
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _read_training(path: Path) -> Training:

@@ -6,6 +6,7 @@ plain message; FASTLORA_TRACEBACK=1 shows where it came from.
 """
 
 import functools
+import inspect
 import json
 import logging
 import math
@@ -14,14 +15,17 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict
-from enum import StrEnum
+from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.main import get_command
+
+from fastlora.config import Dtype, TrainConfig
+from fastlora.data.rows import Truncation
 
 app = typer.Typer(
     help="Fused kernels for parameter-efficient fine-tuning: train an adapter, measure it, use it.",
@@ -39,38 +43,23 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit()
 
 
-class Method(StrEnum):
-    lora = "lora"
-    full = "full"
+def _option(field: Field[Any]) -> Any:
+    # What is False unless asked for has no --no-.
+    flag = [f"--{field.name.replace('_', '-')}"] if field.default is False else []
+    return typer.Option(*flag, help=field.metadata["help"])
 
 
-class Truncation(StrEnum):
-    prompt = "prompt"
-    completion = "completion"
-    drop = "drop"
+OPTIONS = {field.name: _option(field) for field in fields(TrainConfig)}
+"""Those of `fastlora train`, some of which other commands have, too."""
 
-
-class Dtype(StrEnum):
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-ModelOption = Annotated[str, typer.Option(help="Base model: a folder or a hub id.")]
 OptionalModelOption = Annotated[
     str | None, typer.Option(help="Base model: a folder or a hub id. Without it, the one the adapter names.")
 ]
-DataOption = Annotated[Path, typer.Option(help="JSONL: prompt and completion, or messages.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU that computes in it, else float32.")]
-MergeDtypeOption = Annotated[Dtype, typer.Option(help="auto: as the base is stored.")]
 AllowMissingOption = Annotated[
     bool, typer.Option("--allow-missing", help="Take an adapter that lacks tensors: those are as PEFT begins.")
 ]
-MaxLengthOption = Annotated[int, typer.Option(help="Tokens a row may have.")]
-TruncationOption = Annotated[
-    Truncation, typer.Option(help="What a longer row loses: its prompt's oldest tokens, its completion's end, or all.")
-]
-OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what the output folder holds.")]
+MaxLengthOption = Annotated[int, OPTIONS["max_length"]]
 NewTokensOption = Annotated[int, typer.Option(min=1, help="Length of an answer, at most.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Rows a batch.")]
 
@@ -79,9 +68,11 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
     """Enter a function as a command whose expected errors end in one plain message and an exit code."""
 
     name = function.__name__.removesuffix("_")
+    messages, handler = logging.getLogger("fastlora"), _Messages()
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> None:
+        messages.addHandler(handler)
         try:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
@@ -93,6 +84,8 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
             if code is None or os.environ.get("FASTLORA_TRACEBACK"):
                 raise
             _fail(name, _message(error), code)
+        finally:
+            messages.removeHandler(handler)
 
     return app.command(name)(run)
 
@@ -132,16 +125,28 @@ def _message(error: Exception) -> str:
 
 
 def _as_options(text: str) -> str:
-    """A message of the library, which names its arguments, in the words of the command line: name=True is --name, adapter=X --adapter X."""
-    text = re.sub(r"(?<![\w/.-])resume_from=(?=\d)", "--resume-from ", text)
-    flags = r"(?<![\w/.-])(resume|overwrite|allow_missing|compile)=True\b"
-    text = re.sub(flags, lambda found: "--" + found[1].replace("_", "-"), text)
-    return re.sub(r"(?<=\bas )(adapter|model)=(?=\S)", r"--\1 ", text)
+    """A message of the library, which names its arguments, in the words of the command line: name=True is --name, name=X is --name X."""
+    group: Any = get_command(app)
+    options = {option.name: option.opts[0] for one in group.commands.values() for option in one.params}
+    name = f"({'|'.join(options)})"
+    text = re.sub(rf"^{name}(?=: )", lambda found: options[found[1]], text)
+    text = re.sub(rf"(?<![\w/.-]){name}=True\b", lambda found: options[found[1]], text)
+    return re.sub(rf"(?<![\w/.-]){name}=(?=\S)", lambda found: f"{options[found[1]]} ", text)
+
+
+class _Messages(logging.Handler):
+    """The library's warnings, each as one plain line."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(record.getMessage())
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """A warning is one plain line, too, without the line of source that raised it."""
-    print(_as_options(" ".join(str(message).split())), file=sys.stderr)
+    _say(str(message))  # without the line of source that raised it
+
+
+def _say(text: str) -> None:
+    print(_as_options(" ".join(text.split())), file=sys.stderr)
 
 
 def _quiet() -> None:
@@ -168,102 +173,29 @@ def fastlora(
     """Fused kernels for parameter-efficient fine-tuning: train an adapter, measure it, use it."""
 
 
+def _with_training_options(function: Callable[..., None]) -> Callable[..., None]:
+    """A function that takes TrainConfig's fields, as typer reads it."""
+    parameters, hints = [], get_type_hints(TrainConfig)
+    for field in fields(TrainConfig):
+        kind = field.metadata["typed"] or hints[field.name]
+        default = inspect.Parameter.empty if field.default is MISSING else field.default
+        annotation = Annotated[kind, OPTIONS[field.name]]  # type: ignore[valid-type]
+        parameters.append(
+            inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+        )
+    vars(function)["__signature__"] = inspect.Signature(parameters)
+    return function
+
+
 @command
-def train(
-    model: ModelOption,
-    data: DataOption,
-    output: Annotated[
-        Path, typer.Option(help="Folder for the adapter, metrics.jsonl, loss.png, summary.json and checkpoints/.")
-    ],
-    method: Annotated[Method, typer.Option(help="lora trains an adapter, full the whole model.")] = Method.lora,
-    r: Annotated[int, typer.Option(help="Rank of the adapter.")] = 16,
-    lora_alpha: Annotated[float, typer.Option(help="The update is scaled by lora_alpha / r.")] = 32,
-    lora_dropout: Annotated[float, typer.Option(help="Dropout on the adapter's input.")] = 0.05,
-    use_rslora: Annotated[bool, typer.Option("--use-rslora", help="Scale by lora_alpha / sqrt(r).")] = False,
-    target_modules: Annotated[
-        str, typer.Option(help="all-linear, names with commas (q_proj,v_proj), or a regular expression.")
-    ] = "all-linear",
-    seed: Annotated[int, typer.Option(help="For the adapter's first values, the order of the rows, and dropout.")] = 0,
-    epochs: Annotated[int, typer.Option(help="Times through the data.")] = 3,
-    max_steps: Annotated[int | None, typer.Option(help="Optimiser steps, in place of epochs.")] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows a process takes at once.")] = 8,
-    gradient_accumulation_steps: Annotated[int, typer.Option(help="Batches an optimiser step.")] = 1,
-    max_length: MaxLengthOption = 512,
-    truncation: TruncationOption = Truncation.prompt,
-    lr: Annotated[
-        float | None, typer.Option(help="Highest learning rate. [default: 2e-4 for lora, 2e-5 for full]")
-    ] = None,
-    lr_scheduler_type: Annotated[
-        str, typer.Option(help="As transformers names them: linear, cosine, constant, ...")
-    ] = "linear",
-    warmup_ratio: Annotated[float, typer.Option(help="Part of the steps in which the learning rate rises.")] = 0.03,
-    weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0,
-    max_grad_norm: Annotated[float, typer.Option(help="Longer gradients are cut to this norm. 0: never.")] = 1.0,
-    dtype: Annotated[
-        Dtype,
-        typer.Option(
-            help="auto: computes in bfloat16 on a GPU that has it, else in float32, and saves a whole model as its base is stored."
-        ),
-    ] = Dtype.auto,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Compute activations twice to save memory.")
-    ] = False,
-    save_steps: Annotated[int, typer.Option(help="Steps between checkpoints: what a kill loses at most.")] = 50,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest checkpoint; without one, start afresh.")
-    ] = False,
-    resume_from: Annotated[
-        int | None, typer.Option(help="Go on from the checkpoint of this step; later ones are removed.")
-    ] = None,
-    overwrite: OverwriteOption = False,
-    accelerate: Annotated[
-        bool, typer.Option(help="Run LoRA and frozen layers by fastlora, or leave them to PEFT and torch.")
-    ] = True,
-    pack_budget: Annotated[
-        int | None,
-        typer.Option(
-            help="Bytes for packed copies of frozen weights on a CPU, 0 for none. [default: 1/16 of its memory]"
-        ),
-    ] = None,
-    compile: Annotated[bool, typer.Option("--compile", help="Run the model's layers through torch.compile.")] = False,
-) -> None:
+@_with_training_options
+def train(**options: Any) -> None:
     """Train a LoRA adapter, or the whole model, on prompts and completions."""
     _quiet()
-    from fastlora import train as training
+    from fastlora.train import train
 
-    config = training.TrainConfig(
-        model=model,
-        data=data,
-        output=output,
-        method=method.value,
-        r=r,
-        lora_alpha=lora_alpha,
-        lora_dropout=lora_dropout,
-        use_rslora=use_rslora,
-        target_modules=_module_names(target_modules),
-        seed=seed,
-        epochs=epochs,
-        max_steps=max_steps,
-        batch_size=batch_size,
-        gradient_accumulation_steps=gradient_accumulation_steps,
-        max_length=max_length,
-        truncation=truncation.value,
-        lr=lr,
-        lr_scheduler_type=lr_scheduler_type,
-        warmup_ratio=warmup_ratio,
-        weight_decay=weight_decay,
-        max_grad_norm=max_grad_norm,
-        dtype=dtype.value,
-        gradient_checkpointing=gradient_checkpointing,
-        save_steps=save_steps,
-        resume=resume,
-        resume_from=resume_from,
-        overwrite=overwrite,
-        accelerate=accelerate,
-        pack_budget=pack_budget,
-        compile=compile,
-    )
-    result = training.train(config)
+    options["target_modules"] = _module_names(options["target_modules"])
+    result = train(TrainConfig(**options))
     if os.environ.get("RANK", "0") == "0":  # one summary, however many processes torchrun started
         _print_table("fastlora train", asdict(result))
 
@@ -280,29 +212,30 @@ def _module_names(text: str) -> str | list[str]:
 
 @command
 def eval_(
-    data: DataOption,
+    data: Annotated[Path, OPTIONS["data"]],
     model: OptionalModelOption = None,
     adapter: Annotated[
         Path | None, typer.Option(help="Adapter folder; without one the base model is measured.")
     ] = None,
     batch_size: BatchOption = 8,
     max_length: MaxLengthOption = 512,
-    truncation: TruncationOption = Truncation.prompt,
+    truncation: Annotated[Truncation, OPTIONS["truncation"]] = "prompt",
     max_new_tokens: NewTokensOption = 64,
     generations: Annotated[bool, typer.Option(help="Also let the model answer: exact match and ROUGE.")] = True,
     limit: Annotated[int | None, typer.Option(min=1, help="Take only the first so many rows.")] = None,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: DtypeOption = "auto",
     allow_missing: AllowMissingOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of the table.")] = False,
 ) -> None:
     """Held-out loss, perplexity, exact match and ROUGE."""
     _quiet()
     from fastlora.data.examples import read_examples
-    from fastlora.inference import evaluate, load_model
+    from fastlora.evaluation import evaluate
+    from fastlora.models import load_model
 
     examples = read_examples(data)  # bad lines are reported before anything is loaded
     loaded, tokenizer = load_model(
-        model, {"default": adapter} if adapter else {}, dtype=dtype.value, allow_missing=allow_missing
+        model, {"default": adapter} if adapter else {}, dtype=dtype, allow_missing=allow_missing
     )
     result = evaluate(
         loaded,
@@ -310,7 +243,7 @@ def eval_(
         examples,
         batch_size=batch_size,
         max_length=max_length,
-        truncation=truncation.value,
+        truncation=truncation,
         max_new_tokens=max_new_tokens,
         generations=generations,
         limit=limit,
@@ -342,14 +275,14 @@ def generate(
         ),
     ] = None,
     batch_size: BatchOption = 8,
-    dtype: DtypeOption = Dtype.auto,
+    dtype: DtypeOption = "auto",
     allow_missing: AllowMissingOption = False,
 ) -> None:
     """Greedy answers; with several adapters, each one's, swapped on one base."""
     _quiet()
     from fastlora.data.examples import Prompt, read_examples
-    from fastlora.inference import generate as answer
-    from fastlora.inference import load_model
+    from fastlora.generation import generate
+    from fastlora.models import load_model
 
     if bool(prompt) == bool(data):
         raise ValueError("expected either --prompt or --data")
@@ -357,10 +290,10 @@ def generate(
     if chat:
         prompts = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
     adapters = _named_adapters(adapter or [])
-    loaded, tokenizer = load_model(model, adapters, dtype=dtype.value, allow_missing=allow_missing)
+    loaded, tokenizer = load_model(model, adapters, dtype=dtype, allow_missing=allow_missing)
     names: list[str | None] = [*adapters] or [None]
     answers = [
-        answer(
+        generate(
             loaded,
             tokenizer,
             prompts,
@@ -396,24 +329,24 @@ def merge(
     adapter: Annotated[Path, typer.Option(help="Adapter folder.")],
     output: Annotated[Path, typer.Option(help="Folder for the merged model.")],
     model: OptionalModelOption = None,
-    dtype: MergeDtypeOption = Dtype.auto,
-    overwrite: OverwriteOption = False,
+    dtype: Annotated[Dtype, typer.Option(help="auto: as the base is stored.")] = "auto",
+    overwrite: Annotated[bool, OPTIONS["overwrite"]] = False,
     allow_missing: AllowMissingOption = False,
 ) -> None:
     """Fold an adapter into its base's weights, and report what rounding cost."""
     _quiet()
-    from fastlora.merge import merge as merge_adapter
+    from fastlora.merge import merge
 
-    report = merge_adapter(model, adapter, output, dtype=dtype.value, overwrite=overwrite, allow_missing=allow_missing)
+    report = merge(model, adapter, output, dtype=dtype, overwrite=overwrite, allow_missing=allow_missing)
     _print_table("fastlora merge", asdict(report))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
 def bench(context: typer.Context) -> None:
     """Test and time the operators: fastlora bench [OPERATOR ...] [--json] (the same as python -m benchmarks)."""
-    from fastlora.benchmarks.__main__ import main as benchmark
+    from fastlora.benchmarks import __main__ as benchmarks
 
-    raise typer.Exit(benchmark(context.args) or 0)
+    raise typer.Exit(benchmarks.main(context.args) or 0)
 
 
 @command
@@ -459,9 +392,9 @@ def env() -> None:
 def demo(output: Annotated[Path, typer.Option(help="Folder for report.html and the adapters.")] = Path("demo")) -> None:
     """Adapt the embedded base model to dialogue summarisation, and report what came out."""
     _quiet()
-    from fastlora.demo import main as run_demo
+    from fastlora import demo
 
-    run_demo(output)
+    demo.main(output)
 
 
 def _print_table(title: str, values: dict[str, Any]) -> None:

@@ -1,14 +1,17 @@
 """What to train, on what, and how: every option is checked when a TrainConfig is made, before anything is read or written."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
+from typing import Any, Literal
 
 from fastlora.adapters import LARGEST_RANK, is_number
-from fastlora.data.rows import TRUNCATIONS
+from fastlora.data.rows import Truncation
 from fastlora.typed import check_fields, is_finite, shown
 
-DEFAULT_LR = {"lora": 2e-4, "full": 2e-5}
+Method = Literal["lora", "full"]
+Dtype = Literal["auto", "float32", "bfloat16"]
+DEFAULT_LR: dict[Method, float] = {"lora": 2e-4, "full": 2e-5}
 SCHEDULES = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial"),
     *("constant", "constant_with_warmup", "inverse_sqrt"),
@@ -19,53 +22,72 @@ SEEDS = 2**32  # numpy takes no larger one
 POLYNOMIAL_END = 1e-7  # the learning rate that transformers' polynomial schedule ends at
 
 
+def option(help: str, default: Any = MISSING, *, typed: Any = None) -> Any:
+    """A field of TrainConfig, and an option of `fastlora train`.
+
+    Args:
+        help: what the command line says of it.
+        typed: what is typed there, where the field takes something else, too.
+    """
+    return field(default=default, metadata={"help": help, "typed": typed})
+
+
 @dataclass
 class TrainConfig:
-    """What to train, on what, and how; the names are PEFT's and transformers'.
+    """What to train, on what, and how; the names are PEFT's and transformers'. `fastlora train` makes its options of these fields.
 
     Raises:
         TypeError: an option is of another type than the one written here; the message names it.
         ValueError: an option is out of range; the message names it.
     """
 
-    model: str | Path  # folder or hub id
-    data: str | Path  # JSONL
-    output: str | Path
-    method: str = "lora"  # lora | full
-    r: int = 16
-    lora_alpha: float = 32
-    lora_dropout: float = 0.05
-    use_rslora: bool = False
-    target_modules: str | list[str] = "all-linear"  # as PEFT: a str is all-linear or a regular expression
-    seed: int = 0
-    epochs: int = 3
-    max_steps: int | None = None  # optimiser steps, in place of epochs
-    batch_size: int = 8  # rows a process takes at once
-    gradient_accumulation_steps: int = 1
-    max_length: int = 512  # tokens a row may have
-    truncation: str = "prompt"  # what a longer row loses: the prompt's oldest, the completion's end, or all (drop)
-    lr: float | None = None  # None: 2e-4 for lora, 2e-5 for full
-    lr_scheduler_type: str = "linear"  # one of SCHEDULES
-    warmup_ratio: float = 0.03  # of the steps, rounded up, but for the last
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0  # 0: no clipping
-    dtype: str = "auto"  # auto | float32 | bfloat16: "full" computes in it under autocast, and saves in it
-    gradient_checkpointing: bool = False
-    save_steps: int = 50
-    resume: bool = False  # from the newest checkpoint; where there is none, from the start
-    resume_from: int | None = None  # the step of an older checkpoint, which later ones make room for; implies resume
-    overwrite: bool = False
-    accelerate: bool = True  # run LoRA and frozen layers by fastlora; False leaves them to PEFT and torch
-    pack_budget: int | None = None  # bytes for packed copies of frozen weights on a CPU; None: 1/16 of its memory
-    compile: bool = False  # each of the model's layers through torch.compile
+    model: str | Path = option("Base model: a folder or a hub id.", typed=str)
+    data: str | Path = option("JSONL: prompt and completion, or messages.", typed=Path)
+    output: str | Path = option(
+        "Folder for the adapter, metrics.jsonl, loss.png, summary.json and checkpoints/.", typed=Path
+    )
+    method: Method = option("lora trains an adapter, full the whole model.", "lora")
+    r: int = option("Rank of the adapter.", 16)
+    lora_alpha: float = option("The update is scaled by lora_alpha / r.", 32)
+    lora_dropout: float = option("Dropout on the adapter's input.", 0.05)
+    use_rslora: bool = option("Scale by lora_alpha / sqrt(r).", False)
+    target_modules: str | list[str] = option(  # as PEFT: a str is all-linear or a regular expression
+        "all-linear, names with commas (q_proj,v_proj), or a regular expression.", "all-linear", typed=str
+    )
+    seed: int = option("For the adapter's first values, the order of the rows, and dropout.", 0)
+    epochs: int = option("Times through the data.", 3)
+    max_steps: int | None = option("Optimiser steps, in place of epochs.", None)
+    batch_size: int = option("Rows a process takes at once.", 8)
+    gradient_accumulation_steps: int = option("Batches an optimiser step.", 1)
+    max_length: int = option("Tokens a row may have.", 512)
+    truncation: Truncation = option(
+        "What a longer row loses: its prompt's oldest tokens, its completion's end, or all.", "prompt"
+    )
+    lr: float | None = option("Highest learning rate. [default: 2e-4 for lora, 2e-5 for full]", None)
+    lr_scheduler_type: str = option("As transformers names them: linear, cosine, constant, ...", "linear")
+    warmup_ratio: float = option("Part of the steps in which the learning rate rises.", 0.03)  # rounded up
+    weight_decay: float = option("AdamW's.", 0.0)
+    max_grad_norm: float = option("Longer gradients are cut to this norm. 0: never.", 1.0)
+    dtype: Dtype = option(  # "full" computes in it under autocast
+        "auto: computes in bfloat16 on a GPU that has it, else in float32, and saves a whole model as its base is stored.",
+        "auto",
+    )
+    gradient_checkpointing: bool = option("Compute activations twice to save memory.", False)
+    save_steps: int = option("Steps between checkpoints: what a kill loses at most.", 50)
+    resume: bool = option("Go on from the newest checkpoint; without one, start afresh.", False)
+    resume_from: int | None = option("Go on from the checkpoint of this step; later ones are removed.", None)
+    overwrite: bool = option("Replace what the output folder holds.", False)
+    accelerate: bool = option("Run LoRA and frozen layers by fastlora, or leave them to PEFT and torch.", True)
+    pack_budget: int | None = option(
+        "Bytes for packed copies of frozen weights on a CPU, 0 for none. [default: 1/16 of its memory]", None
+    )
+    compile: bool = option("Run the model's layers through torch.compile.", False)
 
     def __post_init__(self) -> None:
         check_fields(self)
         for name in ("model", "data", "output", "target_modules"):
             if not getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} is empty")
-        if self.method not in DEFAULT_LR:
-            raise ValueError(f"method={shown(self.method)}: expected lora or full")
         if self.method == "full" and self.target_modules != "all-linear":
             raise ValueError(
                 f"target_modules={shown(self.target_modules)}: method=full trains the whole model, expected none"
@@ -73,10 +95,6 @@ class TrainConfig:
         if self.lr is None:
             self.lr = DEFAULT_LR[self.method]
         self._check_numbers()
-        if self.truncation not in TRUNCATIONS:
-            raise ValueError(f"truncation={shown(self.truncation)}: expected one of {', '.join(TRUNCATIONS)}")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"dtype={shown(self.dtype)}: expected auto, float32 or bfloat16")
         if self.lr_scheduler_type not in SCHEDULES:
             raise ValueError(
                 f"lr_scheduler_type={shown(self.lr_scheduler_type)}: expected one of {', '.join(SCHEDULES)}; others need a"

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora import writing
-from fastlora.adapters import read as read_adapter
-from fastlora.inference import base_of, load_base, load_model
+from fastlora import adapters, writing
+from fastlora.models import base_of, load_base, load_model
 
 logger = logging.getLogger("fastlora")
 
@@ -70,7 +69,7 @@ def merge(
         MergeError: the written model is not the merged one.
     """
     output = Path(output)
-    base = model or base_of([read_adapter(adapter)])
+    base = model or base_of([adapters.read(adapter)])
     writing.require_folder(output)
     writing.require_apart(output, adapter=adapter, model=base)
     with writing.locked(output):

@@ -7,7 +7,7 @@ from os import fsync
 from pathlib import Path
 from typing import Any
 
-from fastlora import writing
+from fastlora import reading, writing
 from fastlora.typed import fits, is_finite, shown
 
 NAME = "metrics.jsonl"
@@ -59,10 +59,10 @@ def read(output: Path, step: int | None = None) -> list[dict[str, float]]:
 
 def _record(line: bytes, where: str, step: int) -> dict[str, float]:
     try:
-        record: Any = json.loads(line)
-    except (ValueError, RecursionError) as error:  # also not UTF-8, and integers of thousands of digits
-        raise ValueError(f"{where}: not JSON: {error}") from None
-    if not isinstance(record, dict) or not fits(record.get("step"), int) or record["step"] != step:
+        record = reading.json_object(line, strict=False)  # a NaN is told by its name
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+    if not fits(record.get("step"), int) or record["step"] != step:
         raise ValueError(f"{where}: expected the object of step {step}, got {shown(record)}")
     for name in NUMBERS:
         value: Any = record.get(name)

@@ -35,33 +35,9 @@ from fastlora.choice import table
 from fastlora.config import SEEDS, TrainConfig
 from fastlora.data.examples import read_examples
 from fastlora.data.rows import IGNORE, Encoded, Row, batches, collate, encode, pad_token_id
-from fastlora.inference import (
-    EvalResult,
-    evaluate,
-    generate,
-    load_model,
-    load_tokenizer,
-    require_positions,
-    resolve_dtype,
-)
 from fastlora.losses import LanguageModelLoss
-from fastlora.merge import MergeReport, merge
+from fastlora.models import load_tokenizer, require_positions, resolve_dtype
 from fastlora.typed import listed
-
-__all__ = [
-    "CheckpointError",
-    "EvalResult",
-    "MergeReport",
-    "TrainConfig",
-    "TrainResult",
-    "TrainingError",
-    "TrainingInterrupted",
-    "evaluate",
-    "generate",
-    "load_model",
-    "merge",
-    "train",
-]
 
 logger = logging.getLogger("fastlora")
 
@@ -612,7 +588,7 @@ def _require_same(saved: Checkpoint, now: dict[str, Any], steps: int) -> None:
     for name in ("processes", "device"):
         if getattr(then, name) != now[name]:
             raise ValueError(
-                f"{saved.folder} was written with {name}={getattr(then, name)}, expected the same, got {now[name]}"
+                f"{saved.folder} was written with {name} {getattr(then, name)}, expected the same, got {now[name]}"
             )
     if then.step > steps:
         raise CheckpointError(f"{path}: step={then.step}: expected at most {steps}, the steps of the whole run")

@@ -11,7 +11,7 @@ import torch
 
 from fastlora import adapters
 from fastlora.config import TrainConfig
-from fastlora.inference import load_base
+from fastlora.models import load_base
 from fastlora.typed import listed
 
 

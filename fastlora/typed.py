@@ -16,10 +16,13 @@ def check_fields(instance: Any) -> None:
     """
     Raises:
         TypeError: a field's value is not of its annotated type; the message names the field, its value and what was expected.
+        ValueError: it is of the type of a Literal's choices, and none of them; as above.
     """
     kind: Any = type(instance)
     for name, hint in _hints(kind).items():
         value = getattr(instance, name)
+        if get_origin(hint) is Literal and type(value) in map(type, get_args(hint)) and not fits(value, hint):
+            raise ValueError(f"{name}={shown(value)}: expected {spelt(hint)}")
         if not fits(value, hint):
             raise TypeError(f"{name}={shown(value)}: expected {spelt(hint)}, got {type(value).__name__}")
 

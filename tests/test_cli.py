@@ -4,13 +4,10 @@ import importlib.machinery
 import inspect
 import json
 import logging
-import os
 import shutil
-import signal
 import sys
-import threading
-import time
 import warnings
+from dataclasses import MISSING, fields
 from pathlib import Path
 
 import pytest
@@ -19,17 +16,20 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from training import interrupt_at
 from transformers import AutoModelForCausalLM
+from typer.main import get_command
 from typer.testing import CliRunner
 
 import fastlora
 from fastlora import cli, environment
 from fastlora.checkpoint import CheckpointError
 from fastlora.cli import _module_names, _quiet, app
-from fastlora.config import DEFAULT_LR, TrainConfig
-from fastlora.data.rows import TRUNCATIONS
-from fastlora.inference import evaluate, generate, load_model
+from fastlora.config import TrainConfig
+from fastlora.evaluation import evaluate
+from fastlora.generation import generate
 from fastlora.merge import merge
+from fastlora.models import load_model
 from fastlora.ops import ImplementationError
 from fastlora.train import TrainingError
 
@@ -70,7 +70,7 @@ def run(*words: object, code: int = 0) -> str:
     ],
 )
 def test_options_and_defaults_are_the_functions(command, function):
-    """They stand twice: what has them first takes seconds to import, and --help must not."""
+    """All but TrainConfig's stand twice: what has them first takes seconds to import, and --help must not."""
     options, arguments = (inspect.signature(one).parameters for one in (command, function))
     common = [name for name in arguments if name in options]
     assert len(common) >= 4 and (function is not TrainConfig or options.keys() == arguments.keys())
@@ -79,10 +79,13 @@ def test_options_and_defaults_are_the_functions(command, function):
         assert told == own or inspect.Parameter.empty in (told, own), name
 
 
-def test_choices_are_the_librarys():
-    assert [*cli.Truncation] == [*TRUNCATIONS] and [*cli.Method] == [*DEFAULT_LR]
-    for dtype in cli.Dtype:
-        TrainConfig(model="m", data="d", output="o", dtype=dtype.value)
+def test_an_option_of_training_is_its_field():
+    command = get_command(app).commands["train"]
+    for field, option in zip(fields(TrainConfig), command.params, strict=True):
+        assert (option.name, option.help) == (field.name, field.metadata["help"])
+        spelt = f"--{field.name.replace('_', '-')}"
+        assert option.opts == [spelt] and option.required == (field.default is MISSING)
+        assert option.secondary_opts == [f"--no{spelt[1:]}"] * (field.default is True), "what is off needs no --no-"
 
 
 @pytest.fixture(scope="module")
@@ -197,10 +200,17 @@ def test_env_says_what_is_here(folder):
 
 
 ERRORS = {
-    "no such data": ("train --model {model} --data {none}.jsonl --output {none}", "there is no file"),
-    "bad option": ("train --model {model} --data {data} --output {none} --r 0", "r=0: expected at least 1"),
-    "unknown modules": ("train --model {model} --data {data} --output {none} --target-modules nope", "nope"),
-    "no such model": ("eval --model {none} --data {data}", "model: there is no folder"),
+    "no such data": ("train --model {model} --data {none}.jsonl --output {none}", "--data: there is no file"),
+    "bad option": ("train --model {model} --data {data} --output {none} --r 0", "--r 0: expected at least 1"),
+    "unknown modules": (
+        "train --model {model} --data {data} --output {none} --target-modules nope",
+        "--target-modules: no module is called 'nope'; there are ",
+    ),
+    "modules that are no layers": (
+        "train --model {model} --data {data} --output {none} --target-modules mlp",
+        "--target-modules ['mlp']: ",
+    ),
+    "no such model": ("eval --model {none} --data {data}", "--model: there is no folder"),
     "an adapter as the base": ("eval --model {adapter} --data {data}", "base model; it is used as --adapter {adapter}"),
     "training on an adapter": ("train --model {adapter} --data {data} --output {none}", "it is used as --adapter"),
     "generating with an adapter": ("generate --model {adapter} --prompt a", "it is used as --adapter {adapter}"),
@@ -231,9 +241,9 @@ ERRORS = {
     ),
     "merging into the adapter": (
         "merge --adapter {adapter} --output {adapter} --overwrite",
-        "apart from adapter=",
+        "apart from --adapter ",
     ),
-    "merging into the base": ("merge --adapter {adapter} --output {model} --overwrite", "apart from model="),
+    "merging into the base": ("merge --adapter {adapter} --output {model} --overwrite", "apart from --model "),
     "merging into another adapter": (
         "merge --adapter {adapter} --output {half}",
         "already (adapter_config.json): --overwrite",
@@ -251,9 +261,9 @@ ERRORS = {
     "a folder as data": ("eval --model {model} --data {model}", "is a folder, expected a JSONL file"),
     "no row is short enough": (
         "eval --model {model} --data {data} --max-length 8 --truncation drop",
-        "max_length=8 with truncation='drop' drops every one of the 64 rows",
+        "--max-length 8 with --truncation 'drop' drops every one of the 64 rows",
     ),
-    "too short for any row": ("train --model {model} --data {data} --output {none} --max-length 1", "max_length=1"),
+    "too short for any row": ("train --model {model} --data {data} --output {none} --max-length 1", "--max-length 1: "),
     "nothing to load": ("generate --prompt a", "no base model was named"),
     "no such schedule": (
         "train --model {model} --data {data} --output {none} --lr-scheduler-type reduce_lr_on_plateau",
@@ -269,9 +279,9 @@ ERRORS = {
     ),
     "a bad expression": (
         "train --model {model} --data {data} --output {none} --target-modules (q_proj",
-        "target_modules='(q_proj': no regular expression",
+        "--target-modules '(q_proj': no regular expression",
     ),
-    "the base as output": ("train --model {model} --data {data} --output {model} --overwrite", "apart from model="),
+    "the base as output": ("train --model {model} --data {data} --output {model} --overwrite", "apart from --model "),
     "a link to itself as output": ("train --model {model} --data {data} --output {loop}", "loop"),
     "a link to itself as adapter": ("generate --adapter {loop} --prompt a", "loop"),
     "a file as output": ("train --model {model} --data {data} --output {data}", "expected a folder, "),
@@ -279,8 +289,8 @@ ERRORS = {
         "train --model {model} --data {data} --output {adapter} --resume-from 7",
         "--resume-from 7: expected the step of a checkpoint",
     ),
-    "no such device": ("tune --device tpu", "device='tpu': expected cpu or cuda"),
-    "no time": ("tune --seconds nan", "seconds=nan: expected 0 or more"),
+    "no such device": ("tune --device tpu", "--device 'tpu': expected cpu or cuda"),
+    "no time": ("tune --seconds nan", "--seconds nan: expected 0 or more"),
     "a demo over others' files": ("demo --output {others}", "holds lora, no demo's: expected a folder of its own"),
     "a demo into a file": ("demo --output {data}", "expected a folder, "),
     "output in use": ("train --model {model} --data {data} --output {adapter}", "--resume goes on"),
@@ -328,11 +338,14 @@ def test_an_error_is_one_line_and_exit_code_2(names, case):
 
 def test_half_an_adapter_where_that_is_allowed(names):
     options = ("--prompt", PROMPT, "--max-new-tokens", 2, "--allow-missing")
-    answers = [
-        run("generate", *which, *options).splitlines()[-1]
+    told = [
+        CliRunner().invoke(app, ["generate", *map(str, (*which, *options))])
         for which in (("--adapter", f"a={names['half']}"), ("--model", names["model"]))
     ]
+    answers = [one.stdout.splitlines()[-1] for one in told]
     assert answers[0].removeprefix("a: ") == answers[1], "A without B changes nothing"
+    warned = f"--adapter {names['half']}: adapter_model.safetensors: 14 of 28 tensors are missing: "
+    assert told[0].stderr.startswith(warned) and told[0].stderr.count("\n") == 1 and not told[1].stderr
 
 
 def test_the_version_is_told(folder):
@@ -365,12 +378,14 @@ def test_every_expected_error_is_one_line(monkeypatch, error, code):
 def test_a_warning_is_one_line_without_the_source_that_raised_it(monkeypatch):
     def warn() -> list:
         warnings.warn("fastlora: of two\nlines; allow_missing=True", stacklevel=1)
+        logging.getLogger("fastlora").warning("max_length=%d: merge with\ndtype=float32", 3)
         return []
 
     monkeypatch.setattr(environment, "describe", warn)
     before = warnings.showwarning
-    assert CliRunner().invoke(app, ["env"]).stderr == "fastlora: of two lines; --allow-missing\n"
-    assert warnings.showwarning is before
+    told = "fastlora: of two lines; --allow-missing\n--max-length 3: merge with --dtype float32\n"
+    assert CliRunner().invoke(app, ["env"]).stderr == told
+    assert warnings.showwarning is before and not logging.getLogger("fastlora").handlers
 
 
 def test_an_error_that_nobody_expects_keeps_its_traceback(monkeypatch):
@@ -436,15 +451,7 @@ def test_training_that_goes_wrong_exits_1(folder):
 
 def test_an_interrupt_saves_and_exits_130(folder):
     metrics = folder / "interrupted" / "metrics.jsonl"
-
-    def interrupt() -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-            time.sleep(0.002)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
+    thread = interrupt_at(metrics, 3)
     options = ("--model", folder / "model", "--data", folder / "truth.jsonl", "--output", metrics.parent)
     output = run("train", *options, "--max-steps", 300, code=130)
     thread.join()

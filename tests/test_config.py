@@ -3,7 +3,7 @@
 import math
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -26,7 +26,8 @@ WRONG = {int: ["16", 2.5, True, [1], None], float: ["x", True, [1.0], {}], bool:
 def test_every_option_is_held_to_its_type(name):
     """From the annotations themselves: an option that is added later is checked, too."""
     hint = TrainConfig.__annotations__[name]
-    kinds = [kind for kind in WRONG if fits({int: 1, float: 1.5, bool: True, str: "a"}[kind], hint)]
+    choice = next(iter(get_args(hint)), None) if get_origin(hint) is Literal else "a"
+    kinds = [kind for kind in WRONG if fits({int: 1, float: 1.5, bool: True, str: choice}[kind], hint)]
     assert kinds, f"{name} takes none of the types that this test knows"
     tried = [value for value in WRONG[kinds[0]] if not fits(value, hint)] + [object()]
     for value in tried:
@@ -90,6 +91,14 @@ def test_an_option_out_of_range_is_named(option, value):
     with pytest.raises(ValueError, match=f"^{option}=") as caught:
         make(**{option: value})
     assert len(str(caught.value)) < 300 and "--" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["method", "truncation", "dtype"])
+def test_a_choice_lists_the_others_and_each_of_them_is_taken(name):
+    choices = get_args(TrainConfig.__annotations__[name])
+    with pytest.raises(ValueError, match=f"^{name}='none of them': expected {' or '.join(map(repr, choices))}$"):
+        make(**{name: "none of them"})
+    assert [getattr(make(**{name: choice}), name) for choice in choices] == [*choices]
 
 
 def test_resume_from_implies_resume_and_excludes_overwrite():

@@ -11,17 +11,18 @@ import torch
 from safetensors import safe_open
 
 from fastlora import demo
-from fastlora.data.tasks import generate
 from fastlora.demo import memory, pretrain
-from fastlora.demo.scores import BASE_TASKS, answers, exact_match, rouge
-from fastlora.inference import load_model
+from fastlora.demo.tasks import BASE_TASKS, answers, generate
+from fastlora.evaluation import exact_match, rouge
+from fastlora.memory import peak, resident
+from fastlora.models import load_model
 
 MIB = 2**20
 
 
 @pytest.fixture(scope="module")
 def base() -> tuple[Any, Any]:
-    return load_model(str(demo.BASE), dtype="float32")
+    return load_model(str(demo.BASE_MODEL), dtype="float32")
 
 
 @pytest.fixture
@@ -33,15 +34,15 @@ def one_thread() -> Any:
 
 
 def test_base_is_small_and_without_pickles() -> None:
-    files = [path for path in demo.BASE.iterdir() if path.is_file()]
+    files = [path for path in demo.BASE_MODEL.iterdir() if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 8 * MIB
     assert {path.suffix for path in files} <= {".json", ".jinja", ".safetensors"}
-    with safe_open(demo.BASE / "model.safetensors", framework="pt") as weights:
+    with safe_open(demo.BASE_MODEL / "model.safetensors", framework="pt") as weights:
         assert {weights.get_slice(name).get_dtype() for name in weights.keys()} == {"BF16"}
 
 
 def test_base_says_how_it_was_made(base: tuple[Any, Any]) -> None:
-    record = json.loads((demo.BASE / "training.json").read_text())
+    record = json.loads((demo.BASE_MODEL / "training.json").read_text())
     assert record["command"].startswith("python -m fastlora.demo.pretrain --output DIR --steps")
     assert record["step"] == record["steps"] and record["parameters"] == base[0].num_parameters()
     assert record["tasks"] == list(BASE_TASKS) and "summarization" not in BASE_TASKS
@@ -50,10 +51,11 @@ def test_base_says_how_it_was_made(base: tuple[Any, Any]) -> None:
 
 def test_base_answers_as_recorded(base: tuple[Any, Any]) -> None:
     # Two tasks of those that the record calls good; binomial noise of 60 answers aside.
-    recorded = json.loads((demo.BASE / "training.json").read_text())["exact_match"]
+    recorded = json.loads((demo.BASE_MODEL / "training.json").read_text())["exact_match"]
     for task in sorted(recorded, key=recorded.__getitem__)[-2:]:
         examples = generate(task, 60, seed=77, split="test")
-        assert exact_match(answers(*base, examples), examples) >= recorded[task] - 0.15
+        given = answers(*base, examples)
+        assert exact_match(given, [example.completion for example in examples]) >= recorded[task] - 0.15
         assert recorded[task] >= 0.8
 
 
@@ -107,11 +109,11 @@ def test_pretraining_is_reproducible(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_scores_by_hand() -> None:
-    examples = generate("reading", 4, seed=0)
-    right = [example.completion.strip() for example in examples]
-    assert exact_match([*right[:3], "nobody"], examples) == 0.75
-    assert rouge(right, examples) == {"rouge1": 1.0, "rouge2": rouge(right, examples)["rouge2"], "rougeL": 1.0}
-    assert rouge(["", "", "", ""], examples) == {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
+    references = [example.completion for example in generate("reading", 4, seed=0)]
+    right = [reference.strip() for reference in references]
+    assert exact_match([*right[:3], "nobody"], references) == 0.75
+    assert rouge(right, references) == {"rouge1": 1.0, "rouge2": rouge(right, references)["rouge2"], "rougeL": 1.0}
+    assert rouge(["", "", "", ""], references) == {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
 
 
 def test_peak_memory_says_what_failed() -> None:
@@ -120,9 +122,10 @@ def test_peak_memory_says_what_failed() -> None:
 
 
 def test_resident_memory() -> None:
-    assert 10 * MIB < memory.resident("VmRSS") <= memory.resident("VmHWM")
+    assert 10 * MIB < resident("VmRSS") <= resident("VmHWM")
     with pytest.raises(ValueError, match="kind must name a line .* got 'VmNone'"):
-        memory.resident("VmNone")
+        resident("VmNone")
+    assert peak(torch.device("cpu")) >= resident("VmRSS")
 
 
 @pytest.fixture(scope="module")

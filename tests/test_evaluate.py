@@ -8,10 +8,12 @@ import tiny
 import torch
 from transformers import LlamaForCausalLM
 
-from fastlora import inference
+from fastlora import evaluation, generation
 from fastlora.data.examples import DataError, Example
 from fastlora.data.rows import encode, encode_prompt
-from fastlora.inference import evaluate, generate, load_model
+from fastlora.evaluation import evaluate
+from fastlora.generation import generate
+from fastlora.models import load_model
 
 SHORT = Example("The cat runs. What does the cat do?", " It runs.", "data:1")
 LONG = Example("The owl hides. The fox sings. " * 5 + SHORT.prompt, " It hides.", "data:2")
@@ -47,12 +49,12 @@ def seen(loaded, monkeypatch) -> list[list[int]]:
 )
 def test_every_figure_is_over_the_same_rows(loaded, seen, monkeypatch, truncation, kept, cut):
     references: list[str] = []
-    monkeypatch.setattr(inference, "_rouge", lambda answers, given: references.extend(given) or {})
+    monkeypatch.setattr(evaluation, "rouge", lambda answers, given: references.extend(given) or {})
     result = evaluate(*loaded, [LONG, SHORT], max_length=40, truncation=truncation, max_new_tokens=2)
     rows = encode([LONG, SHORT], loaded[1], 40, truncation).rows
     assert (result.rows, result.dropped_rows, result.prompt_cut_rows) == (len(kept), 2 - len(kept), cut)
     assert result.tokens == sum(row.labelled for row in rows)
-    assert references == [example.completion.strip() for example in kept]
+    assert references == [example.completion for example in kept]
     assert sorted(seen) == sorted(row.input_ids[: row.prompt_length] for row in rows)
 
 
@@ -94,9 +96,9 @@ def test_an_answer_ends_where_the_template_ends_a_turn(loaded):
         "{% else %}{{ m.content }}{% endif %}<|user|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     try:
-        options = inference._greedy(model, words, 4, ["The cat", chat])
+        options = generation._greedy(model, words, 4, ["The cat", chat])
         assert options["eos_token_id"] == sorted([words.eos_token_id, words.convert_tokens_to_ids("<|user|>")])
-        assert inference._greedy(model, words, 4, ["The cat"])["eos_token_id"] == [words.eos_token_id]
+        assert generation._greedy(model, words, 4, ["The cat"])["eos_token_id"] == [words.eos_token_id]
     finally:
         words.chat_template = template
 

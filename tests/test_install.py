@@ -81,7 +81,7 @@ def test_data_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     data = [
         path
-        for folder in ("fastlora/data/base", "fastlora/data/tuned", "benchmarks/results")
+        for folder in ("fastlora/assets/base", "fastlora/assets/tuned", "benchmarks/results")
         for path in (ROOT / folder).glob("*")
         if path.is_file()
     ]

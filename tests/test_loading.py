@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
-from fastlora import inference, merge
-from fastlora.inference import base_of, load_model, load_tokenizer
-from fastlora.train import TrainConfig, train
+from fastlora import adapters, merge
+from fastlora.config import TrainConfig
+from fastlora.models import base_of, load_model, load_tokenizer
+from fastlora.train import train
 
 ROOT = Path(__file__).parent.parent
 
@@ -164,7 +165,7 @@ def test_the_model_that_an_adapter_names(base, tmp_path):
     load_model(str(tmp_path / "moved"), {"default": adapter})
     change(adapter / "adapter_config.json", base_model_name_or_path=None)
     with pytest.raises(ValueError, match="no adapter names one"):
-        base_of([inference.read_adapter(adapter)])
+        base_of([adapters.read(adapter)])
 
 
 def add_tokens(base: Path, **options) -> None:

@@ -19,21 +19,13 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 import fastlora.merge
 from fastlora import writing
-from fastlora.inference import load_model
 from fastlora.merge import MergeError, fold, merge
-
-SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+from fastlora.models import load_model
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -42,29 +34,12 @@ def on_cpu():
         yield
 
 
-def llama(dtype=torch.float32):
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True, initializer_range=0.2)).to(dtype).eval()
-
-
-def gpt2():
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
-
-
-def t5():
-    torch.manual_seed(0)
-    sizes = {"vocab_size": 40, "d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4}
-    return T5ForConditionalGeneration(T5Config(**sizes)).eval()
-
-
 def gemma():
     """A model of text and images, whose text part has a config of its own."""
     torch.manual_seed(0)
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = Gemma3Config(
-        text_config={**SIZES, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2},
+        text_config={**tiny.SIZES, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2},
         vision_config={**vision, "image_size": 28, "patch_size": 14},
         mm_tokens_per_image=4,
         image_token_index=39,
@@ -114,11 +89,11 @@ def ends(embedding: str, head: str, inner: str) -> dict[str, dict]:
 
 
 MODELS = {
-    "llama": (llama, AutoModelForCausalLM, ends("embed_tokens", "lm_head", "q_proj")),
-    "gpt2": (gpt2, AutoModelForCausalLM, ends("wte", "lm_head", "c_attn")),
+    "llama": (tiny.llama, AutoModelForCausalLM, ends("embed_tokens", "lm_head", "q_proj")),
+    "gpt2": (tiny.gpt2, AutoModelForCausalLM, ends("wte", "lm_head", "c_attn")),
     "gemma3": (gemma, AutoModelForImageTextToText, ends("embed_tokens", "lm_head", "q_proj")),
     "t5": (
-        t5,
+        tiny.t5,
         AutoModelForSeq2SeqLM,
         {
             **ends("shared", "lm_head", "q"),
@@ -166,7 +141,7 @@ def test_the_merged_model_is_the_adapters_whatever_is_tied(model, name, ties, tm
 
 @pytest.mark.parametrize("more", [{"modules_to_save": ["norm"]}, {"trainable_token_indices": [1, 5]}], ids=str)
 def test_no_weight_of_the_base_is_written_to(more):
-    peft_model = with_adapter(llama, target_modules=["lm_head", "q_proj"], **more)
+    peft_model = with_adapter(tiny.llama, target_modules=["lm_head", "q_proj"], **more)
     held = dict(peft_model.named_parameters())
     values = {name: (parameter.detach().clone(), parameter._version) for name, parameter in held.items()}
     fold(peft_model)
@@ -176,7 +151,7 @@ def test_no_weight_of_the_base_is_written_to(more):
 
 
 def test_a_bias_of_the_update_is_merged():
-    peft_model = with_adapter(gpt2, target_modules=["c_attn"], lora_bias=True, fan_in_fan_out=True)
+    peft_model = with_adapter(tiny.gpt2, target_modules=["c_attn"], lora_bias=True, fan_in_fan_out=True)
     expected = logits(peft_model)
     assert relative(logits(fold(peft_model)[0]), expected) <= 1e-6
 
@@ -185,8 +160,9 @@ def test_a_bias_of_the_update_is_merged():
 @pytest.mark.parametrize("tie", [False, True])
 def test_layers_that_share_their_weights_are_told_apart(tie, tmp_path):
     """PEFT's layer_replication takes one layer's weights twice, which transformers knows nothing of."""
-    make = lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tie))  # noqa: E731
-    peft_model = with_adapter(make, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]])
+    peft_model = with_adapter(
+        lambda: tiny.llama(tie_word_embeddings=tie), target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]]
+    )
     expected = logits(peft_model)
     fold(peft_model)[0].save_pretrained(tmp_path)
     read_back = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
@@ -195,7 +171,7 @@ def test_layers_that_share_their_weights_are_told_apart(tie, tmp_path):
 
 
 def test_bfloat16_weights_are_rounded_once():
-    peft_model = with_adapter(lambda: llama(torch.bfloat16), target_modules=["q_proj"])
+    peft_model = with_adapter(lambda: tiny.llama().bfloat16(), target_modules=["q_proj"])
     layer = peft_model.get_base_model().model.layers[0].self_attn.q_proj
     exact = layer.base_layer.weight.double() + layer.get_delta_weight("default").double()
     merged = fold(peft_model)[0].model.layers[0].self_attn.q_proj.weight
@@ -212,11 +188,11 @@ def test_bfloat16_weights_are_rounded_once():
 @pytest.mark.filterwarnings("ignore")
 def test_what_cannot_be_merged(options, error, message):
     with pytest.raises(error, match=message):
-        fold(with_adapter(llama, **options))
+        fold(with_adapter(tiny.llama, **options))
 
 
 def test_an_update_that_is_too_large_is_refused():
-    peft_model = with_adapter(llama, target_modules=["q_proj"])
+    peft_model = with_adapter(tiny.llama, target_modules=["q_proj"])
     peft_model.get_base_model().model.layers[1].self_attn.q_proj.lora_B.default.weight.data.fill_(3e38)
     with pytest.raises(
         ValueError, match=r"layers\.1\.self_attn\.q_proj\.weight would become infinite or NaN in torch\.float32"
@@ -228,10 +204,7 @@ def test_an_update_that_is_too_large_is_refused():
 def folders(tmp_path) -> Path:
     """A tied base, in base/, and an adapter on its head and its layers, in adapter/."""
     words = tiny.tokenizer()
-    torch.manual_seed(0)
-    sizes = {**SIZES, "vocab_size": len(words)}
-    base = LlamaForCausalLM(LlamaConfig(**sizes, tie_word_embeddings=True, initializer_range=0.2))
-    base.bfloat16().save_pretrained(tmp_path / "base")
+    tiny.llama(vocab_size=len(words)).bfloat16().save_pretrained(tmp_path / "base")
     words.save_pretrained(tmp_path / "base")
     options = {"target_modules": ["lm_head", "q_proj"], "task_type": "CAUSAL_LM"}
     model = with_adapter(lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "base"), **options)

@@ -8,12 +8,12 @@ from random import Random
 import pytest
 
 from fastlora.data.examples import read_examples
-from fastlora.data.tasks import TASKS, Example, generate, main, split_of
 from fastlora.data.templates import Template, TemplateSet
-from fastlora.data.words import DAYS, PEOPLE, number_in_words
+from fastlora.demo.tasks import TASKS, TaskExample, generate, main, split_of
+from fastlora.demo.words import DAYS, PEOPLE, number_in_words
 
 
-def completion(example: Example) -> str:
+def completion(example: TaskExample) -> str:
     return example.completion.strip()
 
 

@@ -1,84 +1,44 @@
-"""The training loop: it learns, it survives, and what it leaves is what PEFT reads."""
+"""The training loop: it learns, says what it does, and what it leaves is what PEFT reads."""
 
 import gc
 import json
-import math
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import threading
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from full_disk import disk_of
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from training import (  # noqa: F401  (fixtures)
+    a_base,
+    a_config,
+    a_finished_run,
+    a_run_to_go_on,
+    adapter,
+    assert_same_bits,
+    numbers,
+    on_cpu,
+    one_thread,
+    records,
+    some_data,
+)
 from transformers import AutoModelForCausalLM
 
 import fastlora
-from fastlora import checkpoint, trainable, writing
-from fastlora.checkpoint import CheckpointError
+from fastlora import checkpoint
+from fastlora.config import TrainConfig
 from fastlora.data.examples import DataError
 from fastlora.data.rows import Row
+from fastlora.evaluation import evaluate
 from fastlora.frozen import packed
-from fastlora.train import TrainConfig, TrainingError, TrainingInterrupted, _Plan, evaluate, load_model, train
+from fastlora.models import load_model
+from fastlora.train import TrainingError, _Plan, train
 
 METRICS = {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_per_second", "seconds"}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def on_cpu():
-    with tiny.on_cpu():
-        yield
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> Path:
-    return tiny.save_model(tmp_path_factory.mktemp("tiny") / "model")
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory) -> Path:
-    return tiny.save_data(tmp_path_factory.mktemp("data") / "train.jsonl", 48)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Bits are compared between this process and others, which is fair at an equal thread count only."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def config(base, data, tmp_path) -> TrainConfig:
-    return TrainConfig(model=str(base), data=data, output=tmp_path / "out", r=4, lora_alpha=8, lr=1e-2, epochs=2)
-
-
-def records(output: Path) -> list[dict]:
-    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-
-
-def numbers(output: Path) -> list[tuple]:
-    """The metrics that must not depend on the clock."""
-    return [(record["step"], record["loss"], record["learning_rate"]) for record in records(output)]
-
-
-def adapter(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "adapter_model.safetensors")
-
-
-def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name, value in left.items():
-        assert torch.equal(value, right[name]), name
 
 
 def test_training_lowers_the_held_out_loss_and_leaves_its_files(config, base, tmp_path):
@@ -138,75 +98,6 @@ def test_gradient_checkpointing_changes_no_number(config, tmp_path):
     assert numbers(config.output) == numbers(tmp_path / "checkpointed")
 
 
-def kill_after(process: subprocess.Popen, metrics: Path, steps: int) -> None:
-    """SIGKILL a process once its metrics have so many lines."""
-    deadline = time.monotonic() + 120
-    while not metrics.exists() or metrics.read_text().count("\n") < steps:
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline, "the run wrote no metrics"
-        time.sleep(0.002)
-    process.kill()
-    process.wait()
-
-
-def test_a_killed_run_resumes_to_the_same_bits(config, tmp_path):
-    config = replace(config, epochs=14, save_steps=7)
-    killed = tmp_path / "killed"
-    options = {
-        "model": config.model,
-        "data": config.data,
-        "output": killed,
-        "r": 4,
-        "lora-alpha": 8,
-        "lr": 1e-2,
-        "epochs": 14,
-    }
-    arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "fastlora", "train", *arguments, "--save-steps", "7"]
-    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.DEVNULL)
-    try:
-        kill_after(process, killed / "metrics.jsonl", 17)
-    finally:
-        process.kill()
-    assert not (killed / "adapter_model.safetensors").exists()
-    (newest,) = sorted((killed / "checkpoints").glob("step-*"), key=lambda path: int(path.name[5:]))[-1:]
-    assert records(killed)[-1]["step"] - int(newest.name[5:]) <= 7 + 1  # a checkpoint may have been under way
-    train(replace(config, output=killed, resume=True), progress=False)
-    train(config, progress=False)
-    assert_same_bits(adapter(killed), adapter(config.output))
-    assert numbers(killed) == numbers(config.output)
-    assert len(list((killed / "checkpoints").iterdir())) == 2
-
-
-def interrupt_at(metrics: Path, steps: int) -> threading.Thread:
-    def wait() -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= steps):
-            time.sleep(0.002)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    thread = threading.Thread(target=wait)
-    thread.start()
-    return thread
-
-
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_an_interrupted_run_resumes_to_the_same_bits(config, tmp_path, method):
-    config = replace(config, method=method, lr=1e-3, epochs=6)
-    stopped = replace(config, output=tmp_path / "stopped")
-    thread = interrupt_at(stopped.output / "metrics.jsonl", 9)
-    with pytest.raises(TrainingInterrupted, match=r"resume=True goes on from .*step-\d+"):
-        train(stopped, progress=False)
-    thread.join()
-    done = len(records(stopped.output))
-    assert 9 <= done < 36 and (stopped.output / "checkpoints" / f"step-{done}").is_dir()
-    train(replace(stopped, resume=True), progress=False)
-    train(config, progress=False)
-    name = "model.safetensors" if method == "full" else "adapter_model.safetensors"
-    assert_same_bits(load_file(stopped.output / name), load_file(config.output / name))
-    assert numbers(stopped.output) == numbers(config.output)
-
-
 def test_full_training_changes_the_weights_and_leaves_a_model(config, base):
     train(replace(config, method="full", lr=1e-3, dtype="bfloat16"), progress=False)
     tuned, tokenizer = load_model(str(config.output), dtype="float32")
@@ -218,315 +109,6 @@ def test_a_bfloat16_base_keeps_a_float32_adapter(config):
     result = train(replace(config, dtype="bfloat16", epochs=4), progress=False)
     assert result.loss < result.first_loss
     assert {value.dtype for value in adapter(config.output).values()} == {torch.float32}
-
-
-def test_an_output_with_checkpoints_is_not_overwritten_unasked(config):
-    train(config, progress=False)
-    first = adapter(config.output)
-    with pytest.raises(FileExistsError, match=r"resume=True .*overwrite=True"):
-        train(config, progress=False)
-    with pytest.raises(ValueError, match=r"lr=0.02: expected 0.01"):
-        train(replace(config, resume=True, lr=0.02), progress=False)
-    with pytest.raises(ValueError, match="its token rows are not those"):
-        train(
-            replace(config, resume=True, data=tiny.save_data(config.output / "other.jsonl", 48, seed=5)), progress=False
-        )
-    assert train(replace(config, resume=True), progress=False).steps == 12
-    assert_same_bits(first, adapter(config.output))
-    train(replace(config, overwrite=True, seed=1, epochs=1), progress=False)
-    assert len(records(config.output)) == 6
-    assert [path.name for path in (config.output / "checkpoints").iterdir()] == ["step-6"]
-
-
-def test_resume_without_a_checkpoint_starts_afresh(config):
-    config.output.mkdir()
-    (config.output / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"st')
-    (config.output / "checkpoints" / ".unfinished-x").mkdir(parents=True)
-    assert train(replace(config, resume=True), progress=False).steps == 12
-    assert [record["step"] for record in records(config.output)] == list(range(1, 13))
-    assert not (config.output / "checkpoints" / ".unfinished-x").exists()
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("place", [".", "..", "inside"])
-def test_the_base_is_never_overwritten(config, tmp_path, place, overwrite):
-    base = tiny.save_model(tmp_path / "base" / "model")
-    before = contents(tmp_path / "base")
-    (tmp_path / "link").symlink_to(base)
-    for folder in (base, tmp_path / "link"):
-        with pytest.raises(ValueError, match=r"^output=.*: expected a folder apart from model="):
-            train(
-                replace(config, model=base, method="full", output=folder / place, overwrite=overwrite), progress=False
-            )
-    assert contents(tmp_path / "base") == before
-
-
-@pytest.mark.parametrize(
-    "held", ["README.md", "adapter_config.json", "config.json", "model.safetensors", "metrics.jsonl", "tokenizer.json"]
-)
-def test_what_others_have_made_is_not_replaced_unasked(config, held):
-    """With no checkpoint beside it nothing of it is this run's to go on from."""
-    config.output.mkdir()
-    (config.output / held).write_text("not yours")
-    (config.output / "notes.txt").write_text("not yours")
-    before = contents(config.output)
-    with pytest.raises(FileExistsError, match=rf"^output=.* holds {held}: .*overwrite=True"):
-        train(config, progress=False)
-    if held != "metrics.jsonl":  # all that a run leaves that is killed before its first checkpoint
-        with pytest.raises(FileExistsError, match=rf"no checkpoint to resume from, and holds {held}: overwrite=True"):
-            train(replace(config, resume=True), progress=False)
-    assert contents(config.output) == before
-    train(replace(config, overwrite=True, max_steps=1), progress=False)
-    assert (config.output / "notes.txt").read_text() == "not yours"
-    assert "config.json" not in contents(config.output) and "model.safetensors" not in contents(config.output)
-
-
-def test_an_adapter_without_its_checkpoints_is_not_replaced_unasked(config):
-    train(replace(config, max_steps=1), progress=False)
-    shutil.rmtree(config.output / "checkpoints")
-    before = contents(config.output)
-    for again in (config, replace(config, resume=True)):
-        with pytest.raises(FileExistsError, match=r"holds .*adapter_config.json.* and \d more|holds .*README.md"):
-            train(again, progress=False)
-    assert contents(config.output) == before
-
-
-@pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json", "adapter_config.json", "checkpoints"])
-def test_what_cannot_be_replaced_is_named_before_anything_is_trained(config, name):
-    config.output.mkdir()
-    if name == "checkpoints":
-        (config.output / name).write_text("not yours")
-    else:
-        (config.output / name).mkdir()
-    with pytest.raises(OSError, match=rf"^output=.*: {name} is a (file|folder) there, expected a .* or nothing"):
-        train(replace(config, overwrite=True), progress=False)
-    assert [path.name for path in config.output.iterdir()] == [name]
-
-
-def test_data_that_training_would_replace_is_refused(config):
-    config.output.mkdir()
-    data = tiny.save_data(config.output / "metrics.jsonl", 8)
-    before = data.read_bytes()
-    with pytest.raises(ValueError, match="^data=.*: expected another place or name"):
-        train(replace(config, data=data, overwrite=True), progress=False)
-    assert data.read_bytes() == before
-
-
-def test_what_a_run_leaves_that_went_wrong_at_once_is_in_nobodys_way(config):
-    with pytest.raises(TrainingError):
-        train(replace(config, lora_alpha=0), progress=False)
-    assert contents(config.output) == {"metrics.jsonl": b""}
-    assert train(replace(config, max_steps=1), progress=False).steps == 1
-
-
-def test_a_second_training_into_one_folder_is_refused_at_the_start(config):
-    train(replace(config, max_steps=1), progress=False)
-    before = contents(config.output)
-    for options in ({"overwrite": True}, {"resume": True}, {}):
-        with writing.locked(config.output):  # as another process holds it while it trains
-            with pytest.raises(BlockingIOError, match=r"^output=.*: another process writes into this folder"):
-                train(replace(config, max_steps=1, **options), progress=False)
-    assert contents(config.output) == before
-
-
-def test_training_holds_its_folder(config, monkeypatch):
-    def hold(*_: object) -> None:
-        with writing.locked(config.output):
-            raise AssertionError("two hold the folder")
-
-    monkeypatch.setattr(checkpoint, "save", hold)
-    with pytest.raises(TrainingError, match="the checkpoint cannot be written: .*another process writes"):
-        train(replace(config, max_steps=1), progress=False)
-
-
-@pytest.fixture(scope="module")
-def finished(base, data, tmp_path_factory) -> Path:
-    """A run of 6 steps with the checkpoints of steps 4 and 6. Not to be changed: take a copy."""
-    output = tmp_path_factory.mktemp("finished") / "out"
-    train(of_six_steps(base, data, output), progress=False)
-    return output
-
-
-def of_six_steps(base: Path, data: Path, output: Path) -> TrainConfig:
-    return TrainConfig(model=base, data=data, output=output, r=2, lr=1e-2, max_steps=6, save_steps=2)
-
-
-@pytest.fixture
-def again(finished, base, data, tmp_path) -> TrainConfig:
-    """The same run, as a copy in another folder, to go on from."""
-    shutil.copytree(finished, tmp_path / "again")
-    return replace(of_six_steps(base, data, tmp_path / "again"), resume=True)
-
-
-@pytest.mark.parametrize("name", ["adapter_model.safetensors", "state.pt", "README.md"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used_when_asked_for(again, finished, name):
-    path = again.output / "checkpoints" / "step-6" / name
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-    before = contents(again.output)
-    with pytest.raises(
-        CheckpointError, match=rf"step-6/{name} is damaged.*: .*; the one before it is whole: resume_from=4 goes on"
-    ):
-        train(again, progress=False)
-    with pytest.raises(CheckpointError, match=f"step-6/{name} is damaged"):
-        train(replace(again, resume_from=6), progress=False)
-    assert contents(again.output) == before
-    train(replace(again, resume=False, resume_from=4), progress=False)
-    assert_same_bits(adapter(again.output), adapter(finished))
-    assert numbers(again.output) == numbers(finished)
-    checkpoint.read(again.output / "checkpoints" / "step-6")
-
-
-def test_where_no_checkpoint_is_whole_the_error_says_so(again):
-    for step in (4, 6):
-        (again.output / "checkpoints" / f"step-{step}" / "manifest.json").unlink()  # as earlier versions wrote them
-    with pytest.raises(CheckpointError, match=r"of an earlier version of fastlora.*no other .* whole: overwrite=True"):
-        train(again, progress=False)
-    with pytest.raises(ValueError, match=r"^resume_from=5: expected the step of a checkpoint in .*: 4, 6$"):
-        train(replace(again, resume_from=5), progress=False)
-
-
-ABSURD = {
-    "step past the end": ({"step": 8}, "step=8: expected at most 6"),
-    "config of another type": ({"config": {"r": "16"}}, "training.json: config: r='16': expected int, got str"),
-    "config out of range": ({"config": {"max_steps": 10**12}}, "config: max_steps=1000000000000: expected at most"),
-    "option that is none": ({"config": {"rank": 3}}, "config has the unknown option rank"),
-    "option that is not there": ({"config": {"r": KeyError}}, "config lacks r"),
-    "other processes": ({"processes": 2}, "rng: expected a list of 2"),
-}
-
-
-@pytest.mark.parametrize("case", ABSURD)
-def test_a_training_json_with_absurd_values_ends_at_once(again, case):
-    change, message = ABSURD[case]
-    folder = again.output / "checkpoints" / "step-6"
-    content = json.loads((folder / "training.json").read_text())
-    for name, value in change.get("config", {}).items():
-        content["config"][name] = value
-        if value is KeyError:
-            del content["config"][name]
-    content |= {name: value for name, value in change.items() if name != "config"}
-
-    def forge(scratch: Path) -> None:
-        shutil.copytree(folder, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
-        (scratch / "training.json").write_text(json.dumps(content))
-
-    checkpoint.save(again.output, content["step"], forge)
-    with pytest.raises(CheckpointError, match=message):
-        train(again, progress=False)
-
-
-STATES = {
-    "no betas": (lambda s: s["optimizer"]["param_groups"][0].pop("betas"), "optimizer.param_groups: expected AdamW's"),
-    "a tensor as rate": (
-        lambda s: s["optimizer"]["param_groups"][0].update(lr=torch.ones(3)),
-        "optimizer.param_groups: expected AdamW's of step 6",
-    ),
-    "another rate": (lambda s: s["scheduler"].update(_last_lr=[1.0]), "scheduler: expected the state of step 6"),
-    "no rate": (lambda s: s["scheduler"].update(_last_lr=[]), "scheduler: expected the state of step 6"),
-    "no moments": (
-        lambda s: s["optimizer"]["state"][0].pop("exp_avg"),
-        "expected step, exp_avg, exp_avg_sq of a trained",
-    ),
-    "NaN": (lambda s: s["optimizer"]["state"][0]["exp_avg"].fill_(math.nan), "exp_avg of .*lora_A.* from -inf on"),
-    "below 0": (lambda s: s["optimizer"]["state"][1]["exp_avg_sq"].fill_(-1), "exp_avg_sq of .*lora_B.* from 0 on"),
-    "step -5": (lambda s: s["optimizer"]["state"][0]["step"].fill_(-5), "step of .* from 1 on"),
-    "another shape": (
-        lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.ones(3)),
-        r"got torch.float32 of shape \[3\]",
-    ),
-    "a weight too many": (lambda s: s["optimizer"]["state"].update({99: {}}), "parameter 99: expected"),
-}
-
-
-@pytest.mark.parametrize("case", STATES)
-def test_a_state_that_is_not_this_runs_names_file_and_key(again, case):
-    """Whoever wrote it: the manifest vouches for these files."""
-    change, message = STATES[case]
-    folder = again.output / "checkpoints" / "step-6"
-
-    def forge(scratch: Path) -> None:
-        shutil.copytree(folder, scratch, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
-        state = torch.load(scratch / "state.pt", weights_only=True)
-        change(state)
-        torch.save(state, scratch / "state.pt")
-
-    checkpoint.save(again.output, 6, forge)
-    with pytest.raises(CheckpointError, match=f"step-6/state.pt: .*{message}"):
-        train(again, progress=False)
-
-
-GARBAGE = {
-    "not JSON": (b"\x00\x00\n", "not JSON"),
-    "not UTF-8": (b"\xff\n", "not JSON"),
-    "another step": (b'{"step": 9}\n', "expected the object of step 3"),
-    "a list": (b"[1]\n", "expected the object of step 3"),
-    "no loss": (b'{"step": 3}\n', "loss=None: expected a finite number"),
-    "a loss that is none": (b'{"step": 3, "loss": NaN}\n', "loss=nan: expected a finite number"),
-    "a number of 5,000 digits": (b'{"step": ' + b"9" * 5000 + b"}\n", "not JSON"),
-}
-
-
-@pytest.mark.parametrize("case", GARBAGE)
-def test_garbage_in_the_metrics_names_file_and_line(again, case):
-    garbage, message = GARBAGE[case]
-    path = again.output / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([*lines[:2], garbage, *lines[3:]]))
-    with pytest.raises(ValueError, match=rf"metrics.jsonl:3: {message}"):
-        train(again, progress=False)
-
-
-def test_metrics_that_end_before_the_checkpoint_are_an_error_and_what_is_behind_it_is_cut(again, finished):
-    path = again.output / "metrics.jsonl"
-    lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:3]))
-    with pytest.raises(ValueError, match=r"metrics.jsonl: ends at step 3, expected the 6 steps that were done"):
-        train(again, progress=False)
-    path.write_bytes(b"".join([*lines, b"garbage\n", b'{"st']))
-    train(again, progress=False)
-    assert numbers(again.output) == numbers(finished)
-
-
-def test_a_full_disk_says_what_is_not_written_and_what_there_is_to_go_on_from(config, finished, again):
-    """A limit on the size of a file does to a writer what a full disk does; an adapter is 12,000 bytes or so here."""
-    fresh = replace(again, output=config.output, resume=False)
-    with (
-        disk_of(10_000),
-        pytest.raises(TrainingError, match=r"step 2: the checkpoint cannot be written: File too large: ") as caught,
-    ):
-        train(fresh, progress=False)
-    assert str(config.output) in str(caught.value) and "then start again" in str(caught.value)
-    assert not list(config.output.rglob("*.safetensors")) and not list(config.output.rglob(".unfinished-*"))
-
-    shutil.rmtree(again.output / "checkpoints" / "step-6")
-    with (
-        disk_of(1000),
-        pytest.raises(TrainingError, match=r"metrics.jsonl cannot be written: File too large: .*metrics.jsonl"),
-    ):
-        train(again, progress=False)
-    for path in again.output.glob("adapter_*"):
-        path.unlink()
-    with (
-        disk_of(10_000),
-        pytest.raises(TrainingError, match=r"step 6: the checkpoint .* resume=True goes on from .*step-4$"),
-    ):
-        train(again, progress=False)
-    train(again, progress=False)
-    assert_same_bits(adapter(again.output), adapter(finished))
-    assert numbers(again.output) == numbers(finished)
-    for name, limit in (("adapter", 10_000), ("summary", 14_000)):
-        before = contents(again.output)
-        with disk_of(limit), pytest.raises(TrainingError, match=rf"the {name} cannot be written: .*from .*step-6$"):
-            train(again, progress=False)
-        after = contents(again.output)
-        assert after.keys() == before.keys()
-        assert all(after[name] == before[name] for name in ("adapter_model.safetensors", "loss.png"))
 
 
 def test_the_first_step_trains(config):
@@ -580,70 +162,6 @@ def test_weights_too_large_for_the_stored_dtype_are_saved_in_float32(config, bas
         assert "saved in float32, not in the base's float16" in caplog.text
     assert result.dtype == "float32"
     assert all(value.isfinite().all() for value in load_file(config.output / "model.safetensors").values())
-
-
-@pytest.fixture(scope="module")
-def llama(base):
-    return AutoModelForCausalLM.from_pretrained(base)
-
-
-LINEAR = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-
-
-@pytest.mark.parametrize(
-    ("named", "expected"),
-    [
-        ("all-linear", LINEAR),
-        (["all-linear"], LINEAR),
-        (["all-linear", "lm_head"], LINEAR | {"lm_head"}),
-        (["lm_head", "All-Linear", "lm_head", "q_proj"], LINEAR | {"lm_head"}),
-        (["q_proj", "q_proj"], {"q_proj"}),
-        (["self_attn.q_proj", "model.layers.0.mlp.up_proj"], {"q_proj", "up_proj"}),
-        (r".*\.(q|v)_proj", {"q_proj", "v_proj"}),
-    ],
-)
-def test_every_named_module_is_trained(base, named, expected):
-    model = AutoModelForCausalLM.from_pretrained(base)
-    peft_model = get_peft_model(
-        model, LoraConfig(task_type="CAUSAL_LM", target_modules=trainable.targets(model, named))
-    )
-    found = {name.rpartition(".")[2] for name, module in peft_model.named_modules() if hasattr(module, "lora_A")}
-    assert found == expected
-
-
-@pytest.mark.parametrize(
-    ("named", "unmatched"),
-    [
-        (["q_proj", "foo_proj"], "'foo_proj'"),
-        (["all-linear", "nope", "bar"], "'bar', 'nope'"),
-        (["q_proj", ""], "''"),
-        ([" q_proj"], "' q_proj'"),
-        (["proj"], "'proj'"),
-        (["q_proj "], "'q_proj '"),
-    ],
-)
-def test_a_name_that_matches_nothing_is_an_error_that_lists_some_that_do(llama, named, unmatched):
-    with pytest.raises(ValueError, match=rf"^target_modules: no module is called {unmatched}; there are .*q_proj"):
-        trainable.targets(llama, named)
-
-
-def test_a_regular_expression_is_pefts_and_must_match_a_whole_name(llama):
-    assert trainable.targets(llama, ".*q_proj") == ".*q_proj"
-    with pytest.raises(ValueError, match=r"^target_modules='q_proj': the regular expression matches no module's whole"):
-        trainable.targets(llama, "q_proj")
-
-
-def test_training_says_which_name_matches_nothing_and_which_module_is_no_layer(config):
-    with pytest.raises(ValueError, match="^target_modules: no module is called 'foo_proj'; there are "):
-        train(replace(config, target_modules=["q_proj", "foo_proj"]), progress=False)
-    with pytest.raises(ValueError, match=r"(?s)^target_modules=\['mlp'\]: .*not supported"):
-        train(replace(config, target_modules=["mlp"]), progress=False)
-    assert not config.output.exists()
-
-
-def test_all_linear_and_the_head_are_trained_together(config):
-    result = train(replace(config, target_modules=["all-linear", "lm_head"], max_steps=1), progress=False)
-    assert len(adapter(config.output)) == 2 * 15 and sum(result.implementations.values()) == 15
 
 
 def test_two_processes_of_one_run_share_a_folder_and_train_as_one(again):

@@ -1,4 +1,4 @@
-"""A tiny random Llama with a byte-pair tokenizer of its own, saved to a folder: what tests load for a real model."""
+"""Tiny random models, and a Llama with a byte-pair tokenizer of its own, saved to a folder: what tests load for a real model."""
 
 import json
 import random
@@ -11,8 +11,17 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
+SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 ANIMALS = ["cat", "dog", "owl", "fox", "hen", "bee", "cow", "ant"]
 ACTS = ["runs", "sleeps", "sings", "eats", "hides"]
 CHAT_TEMPLATE = (
@@ -55,24 +64,31 @@ def tokenizer() -> Any:
     )
 
 
-def save_model(folder: Path, hidden_size: int = 32) -> Path:
-    """A random Llama of two layers and its tokenizer."""
-    words = tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=hidden_size,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        bos_token_id=words.bos_token_id,
-        eos_token_id=words.eos_token_id,
-        pad_token_id=words.pad_token_id,
-        initializer_range=0.2,
-    )
+def llama(**options: Any) -> Any:
+    """Random, of two layers and tied ends."""
+    options = {"num_key_value_heads": 2, "tie_word_embeddings": True, "initializer_range": 0.2, **options}
     torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
+    return LlamaForCausalLM(LlamaConfig(**{**SIZES, **options})).eval()
+
+
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).eval()
+
+
+def t5() -> Any:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 40, "d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 2, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(**sizes)).eval()
+
+
+def save_model(folder: Path, hidden_size: int = 32) -> Path:
+    """A llama with untied ends, and its tokenizer."""
+    words = tokenizer()
+    tokens = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    sizes = {"vocab_size": len(words), "hidden_size": hidden_size, "max_position_embeddings": 256}
+    llama(**sizes, **tokens, tie_word_embeddings=False).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
 

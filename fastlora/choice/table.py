@@ -1,6 +1,6 @@
 """What was measured: each implementation's time over plain PyTorch's, by kind of machine and class of sizes. `ops` chooses by it.
 
-Measurements of a kind of machine are shipped in fastlora/data/tuned/<kind>.json (`fastlora tune --output`). Those of this very machine lie in
+Measurements of a kind of machine are shipped in fastlora/assets/tuned/<kind>.json (`fastlora tune --output`). Those of this very machine lie in
 its cache folder (`fastlora tune`, or the trial in `accelerate`) and go before the shipped ones. A state that was loaded (a checkpoint's, or
 rank 0's) stands in the place of both: a resumed run chooses as the run before did, and all processes choose alike.
 
@@ -24,11 +24,11 @@ from typing import Any, NamedTuple
 import torch
 from filelock import FileLock
 
-from fastlora import writing
+from fastlora import reading, writing
 from fastlora.typed import check_fields, shown
 
 SCHEMA = 1
-SHIPPED = Path(__file__).parent.parent / "data" / "tuned"
+SHIPPED = Path(__file__).parent.parent / "assets" / "tuned"
 ROWS = (1, 8, 64, 512, 4096)
 LARGE = 2**21  # elements of a weight, or elements moved
 ZEN = {0x17: "zen2", 0x19: "zen3", 0x1A: "zen5"}  # AMD's families; Zen 4 is the Zen 3 family with AVX-512
@@ -263,9 +263,7 @@ def _read(path: Path, expected: Mapping[str, Any], whose: str | None = None) -> 
         ValueError: it is no table, or not the expected one; the message says which part.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"expected a JSON object, got {type(content).__name__}")
+        content = reading.json_file(path)
         for name, value in expected.items():
             if content.get(name) != value:
                 raise ValueError(f"{name} is {content.get(name)!r}, expected {value!r}")
@@ -274,7 +272,7 @@ def _read(path: Path, expected: Mapping[str, Any], whose: str | None = None) -> 
         if not isinstance(entries, list):
             raise ValueError(f"entries: expected a list, got {shown(entries)}")
         return _by_class(_entry(entry, f"entries[{i}]", origin) for i, entry in enumerate(entries))
-    except (RecursionError, ValueError) as error:
+    except ValueError as error:
         raise ValueError(f"{path} is no table for this machine: {error}") from None
 
 

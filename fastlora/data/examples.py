@@ -4,10 +4,11 @@ A line is `{"prompt": "...", "completion": "..."}` or `{"messages": [{"role": ".
 fields are ignored. The last message must be the assistant's. Bad lines are told all at once.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from fastlora import reading
 
 LISTED_PROBLEMS = 20
 SHOWN_CHARACTERS = 40  # of a foreign text in an error
@@ -96,25 +97,10 @@ def parse_line(line: bytes, source: str = "") -> Example:
         BadLine: the line cannot be used.
     """
     try:
-        fields = json.loads(line.decode("utf-8"), object_pairs_hook=_object)
-    except UnicodeDecodeError:
-        raise BadLine("not UTF-8") from None
-    except BadLine:
-        raise
-    except (ValueError, RecursionError) as error:  # a ValueError, too: an integer of more digits than Python reads
-        raise BadLine(f"not JSON ({error})") from None
-    if not isinstance(fields, dict):
-        raise BadLine(f"expected a JSON object, got {type(fields).__name__}")
+        fields = reading.json_object(line, strict=False)
+    except ValueError as error:
+        raise BadLine(str(error)) from None
     return _example(fields, source)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in fields:
-            raise BadLine(f"the field {_shown(name)} is there twice")
-        fields[name] = value
-    return fields
 
 
 def _shown(text: str) -> str:

@@ -21,7 +21,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os.path import commonprefix
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -32,7 +32,8 @@ from fastlora.data.examples import BadLine, DataError, Example, Message, Prompt
 logger = logging.getLogger("fastlora")
 
 IGNORE = -100  # cross entropy's ignore_index: a label that does not count
-TRUNCATIONS = ("prompt", "completion", "drop")
+Truncation = Literal["prompt", "completion", "drop"]  # what a row that is too long loses, see above
+TRUNCATIONS = get_args(Truncation)
 SHOWN_CHARACTERS = 400  # of a row in a warning
 # What a completion is tokenised behind where its own prompt would merge with it: one of these rarely does.
 ANCHORS = ("\n", "=", ".", "0", "a", "q", "x", "z")

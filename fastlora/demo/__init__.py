@@ -1,9 +1,8 @@
 """The demo: a small frozen base model learns to summarise dialogues with LoRA, and one report says what came out.
 
-``fastlora demo --output DIR`` or ``python -m fastlora.demo --output DIR``. The base (``fastlora/data/base``) was
-trained from scratch on all built-in tasks but summarisation. LoRA is compared with full fine-tuning (quality,
-forgetting, memory, file size) and with PEFT's own layers (step time, memory, loss). Everything is generated, seeded and
-offline.
+``fastlora demo --output DIR``. The base (``fastlora/assets/base``) was trained from scratch on all built-in tasks but
+summarisation. LoRA is compared with full fine-tuning (quality, forgetting, memory, file size) and with PEFT's own
+layers (step time, memory, loss). Everything is generated, seeded and offline.
 """
 
 import json
@@ -14,7 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-BASE = Path(__file__).parents[1] / "data" / "base"
+BASE_MODEL = Path(__file__).parents[1] / "assets" / "base"
 TRAIN_DATA = Path("data", "train.jsonl")  # the first file that a demo writes
 SEED = 0
 TRAIN_DIALOGUES = 400
@@ -31,7 +30,7 @@ TIMED_ROWS = 8
 SAMPLES = 4
 
 
-def main(output: Path, base: Path = BASE) -> dict[str, Any]:
+def main(output: Path, base: Path = BASE_MODEL) -> dict[str, Any]:
     """Train, measure and report; everything in the report is returned, too.
 
     Writes OUTPUT/report.html, report.json, data/ (the dialogues), lora/ (the adapter) and full/ (the fully fine-tuned
@@ -97,7 +96,7 @@ def _run(output: Path, base: Path) -> dict[str, Any]:
 
 
 def _write_data(output: Path) -> dict[str, Path]:
-    from fastlora.data.tasks import generate, write_jsonl
+    from fastlora.demo.tasks import generate, write_jsonl
 
     (output / "data").mkdir(exist_ok=True)
     paths = {}
@@ -117,7 +116,8 @@ def _options(method: str, base: Path, data: Path, output: Path) -> dict[str, Any
 def _train_both(output: Path, base: Path, data: Path) -> dict[str, dict[str, Any]]:
     """What the training of each method reports, with the losses of all its steps."""
     from fastlora import metrics
-    from fastlora.train import TrainConfig, train
+    from fastlora.config import TrainConfig
+    from fastlora.train import train
 
     methods = {}
     for method in LR:
@@ -145,29 +145,31 @@ def _memory(base: Path, data: Path) -> dict[str, int]:
 
 def _score_all(output: Path, base: Path) -> dict[str, Any]:
     """ROUGE and exact match of the base, of LoRA and of full fine-tuning, and a few dialogues with their answers."""
-    from fastlora.data.tasks import generate
-    from fastlora.demo.scores import ADAPTED_TASK, BASE_TASKS, answers, exact_match, reference, rouge
-    from fastlora.inference import load_model
-    from fastlora.layers import BASE as NO_ADAPTER
+    from fastlora.demo.tasks import ADAPTED_TASK, BASE_TASKS, answers, generate
+    from fastlora.evaluation import exact_match, rouge
+    from fastlora.layers import BASE
+    from fastlora.models import load_model
 
     adapted, tokenizer = load_model(str(base), {"lora": output / "lora"}, dtype="float32")
     full, _ = load_model(str(output / "full"), dtype="float32")
-    models = {"base": (adapted, NO_ADAPTER), "lora": (adapted, "lora"), "full": (full, None)}
+    models = {"base": (adapted, BASE), "lora": (adapted, "lora"), "full": (full, None)}
     dialogues = generate(ADAPTED_TASK, TEST_DIALOGUES, SEED, "test")
+    references = [example.completion.strip() for example in dialogues]
     others = {task: generate(task, TEST_EXAMPLES, SEED, "test") for task in BASE_TASKS}
     scores: dict[str, Any] = {"rouge": {}, "exact_match": {}}
     summaries = {}
     for name, (model, adapter) in models.items():
         summaries[name] = answers(model, tokenizer, dialogues, adapter)
-        scores["rouge"][name] = rouge(summaries[name], dialogues)
-        matches = {ADAPTED_TASK: exact_match(summaries[name], dialogues)}
+        scores["rouge"][name] = rouge(summaries[name], references)
+        matches = {ADAPTED_TASK: exact_match(summaries[name], references)}
         for task, examples in others.items():
-            matches[task] = exact_match(answers(model, tokenizer, examples, adapter), examples)
+            given = answers(model, tokenizer, examples, adapter)
+            matches[task] = exact_match(given, [example.completion for example in examples])
         scores["exact_match"][name] = matches
     scores["samples"] = [
         {
             "prompt": dialogues[index].prompt,
-            "reference": reference(dialogues[index]),
+            "reference": references[index],
             **{name: summaries[name][index] for name in models},
         }
         for index in range(SAMPLES)

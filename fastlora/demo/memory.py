@@ -6,10 +6,11 @@ The process reads TrainConfig's arguments as one JSON object on stdin, and print
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from fastlora.memory import resident
 
 
 def peak_memory(**config: Any) -> int:
@@ -24,24 +25,14 @@ def peak_memory(**config: Any) -> int:
     return int(run.stdout.split()[-1])
 
 
-def resident(kind: str) -> int:
-    """Bytes of this process's resident memory, from Linux's /proc: "VmRSS" now, "VmHWM" the highest so far.
-
-    (getrusage's ru_maxrss would not do: a process starts with its parent's peak there.)
-    """
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith(f"{kind}:"):
-            return int(line.split()[1]) * 1024
-    raise ValueError(f"kind must name a line of /proc/self/status, got {kind!r}")
-
-
 def main(threads: int) -> None:
     """Train as told on stdin; print the peak of resident memory, less what the imports took."""
     import peft  # noqa: F401
     import transformers  # noqa: F401
 
     import fastlora.peft  # noqa: F401
-    from fastlora.train import TrainConfig, train
+    from fastlora.config import TrainConfig
+    from fastlora.train import train
 
     torch.set_num_threads(threads)
     config = TrainConfig(**json.load(sys.stdin))

@@ -1,7 +1,7 @@
 """Train the demo's base model from scratch: ``python -m fastlora.demo.pretrain --output DIR``.
 
 A small Llama with its own byte-level BPE tokenizer, trained on every built-in task but summarisation (whose text only
-the tokenizer sees). This command made ``fastlora/data/base``; training.json beside the weights says how.
+the tokenizer sees). This command made ``fastlora/assets/base``; training.json beside the weights says how.
 """
 
 import argparse
@@ -22,8 +22,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from fastlora.data.tasks import TASKS, generate
-from fastlora.demo.scores import BASE_TASKS, answers, exact_match
+from fastlora.demo.tasks import BASE_TASKS, TASKS, answers, generate
+from fastlora.evaluation import exact_match
 
 VOCABULARY = 1536
 BATCH = 32  # examples a step
@@ -206,7 +206,7 @@ def held_out_exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizer
     scores = {}
     for task in BASE_TASKS:
         examples = generate(task, EVALUATED, seed=0, split="test")
-        scores[task] = exact_match(answers(model, tokenizer, examples), examples)
+        scores[task] = exact_match(answers(model, tokenizer, examples), [one.completion for one in examples])
     return scores
 
 

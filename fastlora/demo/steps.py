@@ -13,10 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastlora
 from fastlora.data.examples import read_examples
-from fastlora.data.rows import IGNORE, collate, encode, pad_token_id
-from fastlora.losses import LanguageModelLoss
-
-Batch = dict[str, Tensor]  # input_ids, attention_mask, labels, each [B, T]
+from fastlora.data.rows import collate, encode, pad_token_id
+from fastlora.steps import Batch, mean_loss, take_step
 
 
 def compare_steps(base: Path, data: Path, lora: dict[str, Any], lr: float, rows: int, steps: int) -> dict[str, Any]:
@@ -26,7 +24,11 @@ def compare_steps(base: Path, data: Path, lora: dict[str, Any], lr: float, rows:
     Returns medians in seconds, the median of the steps' ratios (fastlora / PEFT), and the losses of all steps of both.
     """
     batches = _batches(base, data, rows, steps + 1)
-    variants = {"fastlora": _fastlora_step(base, lora, lr), "peft": _peft_step(base, lora, lr)}
+    ours, theirs = fastlora.accelerate(_adapted(base, lora)), _adapted(base, lora)
+    variants = {
+        "fastlora": _stepper(ours, lr, mean_loss(ours)),
+        "peft": _stepper(theirs, lr, lambda batch: theirs(**batch, use_cache=False).loss),
+    }
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     losses: dict[str, list[float]] = {name: [] for name in variants}
     for index, batch in enumerate(batches):
@@ -37,7 +39,7 @@ def compare_steps(base: Path, data: Path, lora: dict[str, Any], lr: float, rows:
             seconds[name].append(time.perf_counter() - began)
             losses[name].append(loss)
     counted = {name: times[1:] for name, times in seconds.items()}
-    ratios = [ours / theirs for ours, theirs in zip(counted["fastlora"], counted["peft"], strict=True)]
+    ratios = [one / other for one, other in zip(counted["fastlora"], counted["peft"], strict=True)]
     return {
         "rows": rows,
         "steps": steps,
@@ -63,25 +65,6 @@ def _adapted(base: Path, lora: dict[str, Any]) -> Any:
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora)).train()
 
 
-def _fastlora_step(base: Path, lora: dict[str, Any], lr: float) -> Callable[[Batch], float]:
-    model = fastlora.accelerate(_adapted(base, lora))
-    loss_sum = LanguageModelLoss(model)
-    return _step(model, lr, lambda batch: loss_sum(batch) / (batch["labels"][:, 1:] != IGNORE).sum())
-
-
-def _peft_step(base: Path, lora: dict[str, Any], lr: float) -> Callable[[Batch], float]:
-    model = _adapted(base, lora)
-    return _step(model, lr, lambda batch: model(**batch, use_cache=False).loss)
-
-
-def _step(model: Any, lr: float, loss_of: Callable[[Batch], Tensor]) -> Callable[[Batch], float]:
+def _stepper(model: Any, lr: float, loss_of: Callable[[Batch], Tensor]) -> Callable[[Batch], float]:
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr, weight_decay=0.0)
-
-    def step(batch: Batch) -> float:
-        loss = loss_of(batch)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.item()
-
-    return step
+    return lambda batch: take_step(optimizer, loss_of, batch)

@@ -8,7 +8,7 @@ summary. No single line gives the summary away: it joins the request, the answer
 from dataclasses import dataclass
 from random import Random
 
-from fastlora.data.words import CITIES, DAYS, FRUITS, GOODS, PEOPLE, PRAISE, TIMES, TOOLS, VENUES
+from fastlora.demo.words import CITIES, DAYS, FRUITS, GOODS, PEOPLE, PRAISE, TIMES, TOOLS, VENUES
 
 
 @dataclass(frozen=True)

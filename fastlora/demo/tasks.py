@@ -1,6 +1,6 @@
 """Built-in instruction tasks, generated from a seed.
 
-``python -m fastlora.data.tasks --task summarization --count 400 --output FILE.jsonl`` writes some of one task.
+``python -m fastlora.demo.tasks --task summarization --count 400 --output FILE.jsonl`` writes some of one task.
 
 Each task draws a content (its facts) and renders it with one of several templates. Whether a content belongs to the
 training or to the test split is decided by a checksum of the content itself, so the two never share one, whatever the
@@ -10,15 +10,16 @@ seeds and counts.
 import argparse
 import json
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from typing import Any
 
-from fastlora.data import templates
-from fastlora.data.dialogues import dialogue
 from fastlora.data.templates import TemplateSet
-from fastlora.data.words import (
+from fastlora.demo import wordings
+from fastlora.demo.dialogues import dialogue
+from fastlora.demo.words import (
     ASPECTS,
     BLAME,
     CITIES,
@@ -38,7 +39,7 @@ TEST_SHARE = 5  # one content in five is held out
 
 
 @dataclass(frozen=True)
-class Example:
+class TaskExample:
     """One row: ``content`` is what the split was decided by, ``completion`` begins with a space."""
 
     task: str
@@ -60,7 +61,7 @@ def split_of(task: str, content: str) -> str:
     return "test" if zlib.crc32(f"{task}:{content}".encode()) % TEST_SHARE == 0 else "train"
 
 
-def generate(task: str, count: int, seed: int, split: str = "train") -> list[Example]:
+def generate(task: str, count: int, seed: int, split: str = "train") -> list[TaskExample]:
     """``count`` examples of a task from one split, the same for the same arguments. Contents may repeat within a split.
 
     Raises ValueError for an unknown task or split, or a negative count.
@@ -72,17 +73,17 @@ def generate(task: str, count: int, seed: int, split: str = "train") -> list[Exa
     if count < 0:
         raise ValueError(f"count must not be negative, got {count}")
     rng = Random(f"{task}:{split}:{seed}")
-    examples: list[Example] = []
+    examples: list[TaskExample] = []
     while len(examples) < count:
         content, fields = TASKS[task].draw(rng)
         if split_of(task, content) == split:
             prompt, completion = TASKS[task].templates.draw(fields, rng)
-            examples.append(Example(task, prompt, completion, content))
+            examples.append(TaskExample(task, prompt, completion, content))
     return examples
 
 
 def _sentiment(rng: Random) -> tuple[str, dict[str, str]]:
-    label = rng.choice(templates.SENTIMENT.options)
+    label = rng.choice(wordings.SENTIMENT.options)
     venue, city = rng.choice(VENUES), rng.choice(CITIES)
     if label == "neutral":
         fact = rng.choice(("is open on {}", "opens at ten on {}", "is closed on {}", "was built on a {}"))
@@ -206,21 +207,32 @@ def _description(rng: Random) -> tuple[str, dict[str, str]]:
 
 
 TASKS = {
-    "summarization": Task(dialogue, templates.SUMMARIZATION),
-    "sentiment": Task(_sentiment, templates.SENTIMENT),
-    "extraction": Task(_extraction, templates.EXTRACTION),
-    "arithmetic": Task(_arithmetic, templates.ARITHMETIC),
-    "translation": Task(_translation, templates.TRANSLATION),
-    "ordering": Task(_ordering, templates.ORDERING),
-    "reading": Task(_reading, templates.READING),
-    "description": Task(_description, templates.DESCRIPTION),
+    "summarization": Task(dialogue, wordings.SUMMARIZATION),
+    "sentiment": Task(_sentiment, wordings.SENTIMENT),
+    "extraction": Task(_extraction, wordings.EXTRACTION),
+    "arithmetic": Task(_arithmetic, wordings.ARITHMETIC),
+    "translation": Task(_translation, wordings.TRANSLATION),
+    "ordering": Task(_ordering, wordings.ORDERING),
+    "reading": Task(_reading, wordings.READING),
+    "description": Task(_description, wordings.DESCRIPTION),
 }
+ADAPTED_TASK = "summarization"
+BASE_TASKS = tuple(task for task in TASKS if task != ADAPTED_TASK)
+
+
+def answers(model: Any, tokenizer: Any, examples: Sequence[TaskExample], adapter_name: str | None = None) -> list[str]:
+    """Greedy answers to the examples' prompts, in their order, without spaces around them."""
+    from fastlora import generation  # who only draws examples waits for no model
+
+    prompts = [example.prompt for example in examples]
+    texts = generation.generate(model, tokenizer, prompts, max_new_tokens=48, batch_size=50, adapter_name=adapter_name)
+    return [text.strip() for text in texts]
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Write examples of one task as prompt-completion JSONL."""
-    parser = argparse.ArgumentParser(prog="python -m fastlora.data.tasks", description=main.__doc__)
-    parser.add_argument("--task", choices=TASKS, default="summarization")
+    parser = argparse.ArgumentParser(prog="python -m fastlora.demo.tasks", description=main.__doc__)
+    parser.add_argument("--task", choices=TASKS, default=ADAPTED_TASK)
     parser.add_argument("--count", type=int, default=400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--split", choices=SPLITS, default="train")
@@ -229,7 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
     write_jsonl(generate(options.task, options.count, options.seed, options.split), options.output)
 
 
-def write_jsonl(examples: list[Example], path: Path) -> None:
+def write_jsonl(examples: list[TaskExample], path: Path) -> None:
     """Write examples as rows of prompt and completion, what ``fastlora train --data`` reads."""
     rows = (json.dumps({"prompt": example.prompt, "completion": example.completion}) for example in examples)
     path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")

@@ -1,0 +1,118 @@
+"""What a model can: held-out loss, perplexity, exact match and ROUGE, all over the same rows."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlora.data.examples import Example, read_examples
+from fastlora.data.rows import batches, collate, encode, pad_token_id, require_count
+from fastlora.generation import answer, leave_room
+from fastlora.losses import LanguageModelLoss
+from fastlora.models import evaluating, positions
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    rows: int  # every figure below is over these and no others
+    dropped_rows: int  # too long for max_length
+    prompt_cut_rows: int  # those of `rows` whose prompt lost its oldest tokens
+    completion_cut_rows: int  # those whose completion lost its end, in the loss
+    tokens: int  # that the loss is the mean of
+    loss: float  # nats a token
+    perplexity: float
+    exact_match: float | None  # fraction of answers equal to the completion, white space at the ends aside
+    rouge1: float | None  # F-measures, no stemming; None where the package rouge-score is missing
+    rouge2: float | None
+    rougeL: float | None
+
+
+def evaluate(
+    model: Any,
+    tokenizer: Any,
+    data: str | Path | Sequence[Example],
+    *,
+    batch_size: int = 8,
+    max_length: int = 512,
+    truncation: str = "prompt",
+    max_new_tokens: int = 64,
+    generations: bool = True,
+    limit: int | None = None,
+) -> EvalResult:
+    """Held-out loss and perplexity; with `generations` also exact match and ROUGE of greedy answers.
+
+    Each answer is given to the very prompt tokens that its row of the loss has.
+
+    Args:
+        data: a JSONL file, or examples.
+        max_length: tokens a row may have; never more than the model has positions for.
+        truncation: what a longer row loses, as in training: prompt, completion, or drop for the whole row.
+        limit: take only the first so many rows.
+
+    Raises:
+        DataError: bad lines.
+        ValueError: a bad option, or one that leaves no row.
+    """
+    require_count("max_length", max_length)
+    require_count("batch_size", batch_size)
+    require_count("max_new_tokens", max_new_tokens)
+    if limit is not None:
+        require_count("limit", limit)
+    examples = (read_examples(data) if isinstance(data, str | Path) else list(data))[:limit]
+    encoded = encode(examples, tokenizer, min(max_length, positions(model) or max_length), truncation)
+    # Before anything is computed: there may be no room for an answer.
+    ids = [row.input_ids[: row.prompt_length] for row in encoded.rows]
+    ids = leave_room(model, tokenizer, ids, max_new_tokens) if generations else ids
+    total, loss = torch.zeros((), dtype=torch.float64), LanguageModelLoss(model)
+    with torch.no_grad(), evaluating(model):
+        for rows in batches(sorted(encoded.rows, key=lambda row: len(row.input_ids)), batch_size):
+            batch = {name: value.to(model.device) for name, value in collate(rows, pad_token_id(tokenizer)).items()}
+            total += loss(batch).double().cpu()
+    tokens = sum(row.labelled for row in encoded.rows)
+    mean = total.item() / tokens
+    perplexity = math.exp(mean) if mean < 700 else math.inf  # exp(710) overflows
+    matches, scores = None, {}
+    if generations:
+        references = [example.completion for example in encoded.examples]
+        prompts = [example.prompt for example in encoded.examples]
+        answers = answer(model, tokenizer, prompts, ids, max_new_tokens, batch_size)
+        matches = exact_match(answers, references)
+        try:
+            scores = rouge(answers, references)
+        except ModuleNotFoundError:
+            pass  # as the result says
+    return EvalResult(
+        rows=len(encoded.rows),
+        dropped_rows=len(encoded.dropped),
+        prompt_cut_rows=len(encoded.prompt_cut),
+        completion_cut_rows=len(encoded.completion_cut),
+        tokens=tokens,
+        loss=mean,
+        perplexity=perplexity,
+        exact_match=matches,
+        rouge1=scores.get("rouge1"),
+        rouge2=scores.get("rouge2"),
+        rougeL=scores.get("rougeL"),
+    )
+
+
+def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Fraction of answers equal to their reference, white space at the ends aside."""
+    pairs = zip(answers, references, strict=True)
+    return sum(answer.strip() == reference.strip() for answer, reference in pairs) / len(references)
+
+
+def rouge(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """Mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L, without stemming; 0 to 1.
+
+    Raises:
+        ModuleNotFoundError: the package rouge-score is missing.
+    """
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(names := ("rouge1", "rouge2", "rougeL"))
+    scores = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
+    return {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in names}

@@ -1,0 +1,156 @@
+"""Greedy answers of a model, and of each of its adapters: to the very prompt tokens that training saw."""
+
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from fastlora.data.examples import BadLine, Prompt
+from fastlora.data.rows import batches, cut_prompt, encode_prompt, pad_token_id, require_count, turn_end
+from fastlora.layers import BASE
+from fastlora.models import evaluating, positions
+
+logger = logging.getLogger("fastlora")
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 64,
+    batch_size: int = 8,
+    max_length: int | None = None,
+    adapter_name: str | None = None,
+) -> list[str]:
+    """Greedy answers, one a prompt, in the prompts' order.
+
+    A prompt that leaves no room for the answer loses its oldest tokens, as in training, with a warning.
+
+    Args:
+        prompts: texts, or lists of messages for the chat template.
+        max_length: tokens that a prompt and its answer may have together; None: as many as the model has positions for.
+        adapter_name: who answers: a loaded adapter, "__base__" for none of them, None for the one that is active.
+
+    Raises:
+        ValueError: a bad option, or one that leaves nothing to the prompt; a prompt that has no tokens, or that the chat
+            template refuses; no adapter has that name.
+    """
+    if isinstance(prompts, str):
+        raise ValueError("prompts is a string: expected a list of prompts")
+    require_count("max_new_tokens", max_new_tokens)
+    require_count("batch_size", batch_size)
+    if max_length is not None:
+        require_count("max_length", max_length)
+    ids = [_prompt_tokens(tokenizer, prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+    ids = leave_room(model, tokenizer, ids, max_new_tokens, max_length)
+    return answer(model, tokenizer, prompts, ids, max_new_tokens, batch_size, adapter_name)
+
+
+def _prompt_tokens(tokenizer: Any, prompt: Prompt, name: str) -> list[int]:
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt):
+        raise ValueError(f"{name}: expected a text or a list of messages, got {type(prompt).__name__}")
+    try:
+        ids = encode_prompt(tokenizer, prompt)
+    except (TemplateError, BadLine, UnicodeEncodeError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    if not ids:
+        raise ValueError(f"{name} has no tokens: expected a text that is not empty, the tokenizer opens none by itself")
+    return ids
+
+
+@torch.no_grad()
+def answer(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    ids: Sequence[list[int]],
+    max_new_tokens: int,
+    batch_size: int,
+    adapter_name: str | None = None,
+) -> list[str]:
+    """Answers to `prompts`, whose tokens are `ids`."""
+    by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # rows of like length share a batch: less padding
+    answers = [""] * len(ids)
+    options = _greedy(model, tokenizer, max_new_tokens, prompts)
+    with evaluating(model), _answering_as(model, adapter_name):
+        for batch in batches(by_length, batch_size):
+            inputs = _pad_left([ids[i] for i in batch], pad_token_id(tokenizer), model.device)
+            out = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+            for i, text in zip(batch, tokenizer.batch_decode(out, skip_special_tokens=True), strict=True):
+                answers[i] = text
+    return answers
+
+
+def leave_room(
+    model: Any, tokenizer: Any, ids: list[list[int]], max_new_tokens: int, max_length: int | None = None
+) -> list[list[int]]:
+    """The prompts' tokens without the oldest of those that leave no room for an answer."""
+    limits = {"max_length": max_length, "the number of the model's positions": positions(model)}
+    name, limit = min(limits.items(), key=lambda item: item[1] or math.inf)
+    if limit is None:
+        return ids
+    room = limit - max_new_tokens
+    if room < 2:
+        raise ValueError(f"max_new_tokens={max_new_tokens} leaves nothing to the prompt: {name} is {limit}")
+    cut = [i for i, row in enumerate(ids) if len(row) > room]
+    if cut:
+        text = "cut the oldest tokens of %d of %d prompts (the first: prompts[%d]): %s is %d, max_new_tokens %d"
+        logger.warning(text, len(cut), len(ids), cut[0], name, limit, max_new_tokens)
+    return [cut_prompt(tokenizer, row, room) for row in ids]
+
+
+def _greedy(model: Any, tokenizer: Any, max_new_tokens: int, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    ends = model.generation_config.eos_token_id
+    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+    chat = next((prompt for prompt in prompts if not isinstance(prompt, str)), None)
+    if chat:
+        ends.add(turn_end(tokenizer, chat))  # training may have taught no other end
+    return {
+        "max_new_tokens": max_new_tokens,
+        "do_sample": False,
+        "num_beams": 1,
+        "temperature": None,
+        "top_p": None,
+        "top_k": None,
+        "pad_token_id": pad_token_id(tokenizer),
+        "eos_token_id": sorted(ends - {None}) or None,
+    }
+
+
+def _pad_left(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
+    width = max(len(row) for row in rows)
+    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@contextmanager
+def _answering_as(model: Any, adapter_name: str | None) -> Iterator[None]:
+    adapters = list(getattr(model, "peft_config", {}))
+    if adapter_name is None or (adapter_name == BASE and not adapters):
+        yield
+        return
+    if adapter_name not in (BASE, *adapters):
+        raise ValueError(
+            f"adapter_name={adapter_name!r}: expected {BASE} or one of {', '.join(adapters) or 'none loaded'}"
+        )
+    # PEFT freezes and unfreezes adapters as it switches them.
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    active = model.active_adapters
+    try:
+        if adapter_name == BASE:
+            with model.disable_adapter():
+                yield
+        else:
+            model.base_model.set_adapter(adapter_name)
+            yield
+    finally:
+        model.base_model.set_adapter(active)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trainable)

@@ -1,0 +1,268 @@
+"""A model, its tokenizer and its adapters from disk: whatever is not there, or not what it should be, is one error that names it."""
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from fastlora.adapters import Adapter, is_adapter
+from fastlora.adapters import load as load_adapters
+from fastlora.adapters import read as read_adapter
+from fastlora.data.rows import Row
+from fastlora.layers import BASE
+from fastlora.typed import fits, listed, shown
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def default_device() -> torch.device:
+    """The device that training uses, too: this process's GPU if there is one, unless ACCELERATE_USE_CPU is set."""
+    return PartialState().device
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype | None:
+    """The dtype called `name`; "auto" is bfloat16 on a card that computes in it, and float32 everywhere else; "stored" is None, the checkpoint's.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name == "auto":
+        has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float32
+    if name == "stored":
+        return None
+    if name not in DTYPES:
+        raise ValueError(f"dtype={name!r}: expected one of auto, stored, {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_base(path: str, dtype: torch.dtype | None, device: torch.device) -> Any:
+    """The causal language model saved in a folder, or known to the hub by that id.
+
+    Args:
+        dtype: None: the one that its config names, or else the one that its first weights are stored in.
+
+    Raises:
+        ValueError: the folder holds an adapter, the model is no decoder, or its files are damaged, or lack weights that it has.
+        OSError: there is no such model.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = _base_config(path)
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"model={path}: expected a decoder, got an encoder-decoder model"
+            " (transformers' trainers take it, with fastlora.accelerate)"
+        )
+    with _named(path, "the model"):
+        stored_or = "auto" if dtype is None else dtype
+        options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told below
+        with _without_report():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=stored_or, trust_remote_code=False, **options
+            )
+    model, found = loaded
+    _require_weights(path, found)
+    ends = model.generation_config.eos_token_id
+    if not fits(ends, int | list[int] | None):
+        raise ValueError(f"model={path}: generation_config.json: eos_token_id: expected tokens, got {shown(ends)}")
+    return model.to(device)
+
+
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """Silence transformers' table of missing weights, of many lines, where an error of one line follows."""
+    log = logging.getLogger("transformers.modeling_utils")
+
+    def is_heard(record: logging.LogRecord) -> bool:
+        text = record.getMessage()
+        return "LOAD REPORT" not in text or not ("MISSING" in text or "MISMATCH" in text)
+
+    log.addFilter(is_heard)
+    try:
+        yield
+    finally:
+        log.removeFilter(is_heard)
+
+
+def _require_weights(path: str, found: Mapping[str, Any]) -> None:
+    """Refuse a model some of whose weights transformers has made up: the files have none for them, or of another shape."""
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(f"model={path}: its files lack {len(missing)} of the model's weights: {listed(missing)}")
+    for name, stored, expected in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"model={path}: {name}: its files have shape {list(stored)}, expected {list(expected)} as config.json says"
+        )
+
+
+def load_tokenizer(path: str) -> Any:
+    """The tokenizer saved beside a model, or known to the hub by the model's id.
+
+    Raises:
+        ValueError: the folder holds an adapter, no tokenizer, or one with tokens that the model's embedding has no rows for.
+        OSError: there is no such model.
+    """
+    from transformers import AutoTokenizer
+
+    config = _base_config(path)
+    with _named(path, "its tokenizer"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    _check_vocabulary(path, tokenizer, getattr(config.get_text_config(), "vocab_size", None))
+    return tokenizer
+
+
+def _check_vocabulary(path: str, tokenizer: Any, rows: int | None) -> None:
+    """Refuse tokens that a text may hold and the embedding does not; a special one that nothing here writes (an image's) does no harm."""
+    if rows is None or len(tokenizer) <= rows:
+        return
+    written = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    template, special = str(tokenizer.chat_template or ""), tokenizer.added_tokens_decoder
+    beyond = [
+        token
+        for token, number in tokenizer.get_vocab().items()
+        if number >= rows
+        and (number not in special or not special[number].special or token in written or token in template)
+    ]
+    if beyond:
+        raise ValueError(
+            f"model={path}: the tokenizer has {len(tokenizer):,} tokens and the embedding {rows:,} rows: none for"
+            f" {beyond[0]!r}; expected a tokenizer of this model, or a model saved after resize_token_embeddings"
+        )
+
+
+def _base_config(path: str) -> Any:
+    """The config of a base model, once the path is known not to be anything else."""
+    from transformers import AutoConfig
+
+    folder = Path(path)
+    if is_adapter(folder):
+        raise ValueError(
+            f"model={path}: the folder holds an adapter, expected a base model; it is used as adapter={path}"
+        )
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"model={path}: expected a folder with a model, there is no config.json")
+    if folder.is_file():
+        raise NotADirectoryError(f"model={path}: expected a folder with a model, got a file")
+    if _is_path(path) and not folder.is_dir():
+        raise FileNotFoundError(f"model: there is no folder {path}")
+    with _named(path, "config.json"):
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a model's name can be no hub id, OWNER/MODEL: it is not looked for there."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
+@contextmanager
+def _named(path: str, what: str) -> Iterator[None]:
+    """Whatever transformers raises for a model that is not there, or that is damaged, says which one it is."""
+    try:
+        yield
+    except OSError as error:
+        if Path(path).is_dir():
+            raise OSError(f"model={path}: {what} cannot be loaded: {error}") from error
+        raise OSError(f"model={path}: neither a model's folder nor to be had from the hub: {error}") from error
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # of any kind: KeyError, RuntimeError, SafetensorError, tokenizers' own
+        raise ValueError(f"model={path}: {what} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def load_model(
+    path: str | None,
+    adapters: Mapping[str, str | Path] | None = None,
+    *,
+    dtype: str = "auto",
+    accelerate: bool = True,
+    allow_missing: bool = False,
+) -> tuple[Any, Any]:
+    """Load a base model and any number of LoRA adapters onto it, ready to answer.
+
+    Args:
+        path: the base: a folder or a hub id. None: the one that the first adapter was trained on.
+        adapters: folders by adapter name; the first is the active one.
+        dtype: the base's: auto, float32, bfloat16, or stored, which is the checkpoint's own.
+        accelerate: run the adapters' layers fused.
+        allow_missing: tensors that an adapter's file lacks are as PEFT begins, with a warning, in place of an error.
+
+    Returns:
+        The model, in eval mode, on the GPU if there is one; and its tokenizer.
+
+    Raises:
+        TypeError: adapters are no folders by name.
+        ValueError: a bad dtype or adapter name, no path and nothing that names one, or a damaged file; AdapterError: an adapter's.
+        FileNotFoundError, OSError: an adapter or the model is not there.
+    """
+    adapters = {} if adapters is None else adapters
+    if not isinstance(adapters, Mapping) or not fits(dict(adapters), dict[str, str | Path]):
+        raise TypeError(f"adapters={shown(adapters)}: expected folders by adapter name, as in {{'default': FOLDER}}")
+    for name in adapters:
+        if not name or "." in name or name == BASE:
+            raise ValueError(f"adapter name {name!r}: expected a name without dots other than {BASE}")
+        if hasattr(torch.nn.ModuleDict, name) or hasattr(torch.nn.ParameterDict, name):  # PEFT keeps adapters there
+            raise ValueError(
+                f"adapter name {name!r}: torch's modules have something of that name, expected another one"
+            )
+    device = default_device()
+    chosen = resolve_dtype(dtype, device)
+    read = {name: read_adapter(folder) for name, folder in adapters.items()}
+    base = path or base_of(read.values())
+    tokenizer = load_tokenizer(base)
+    model = load_base(base, chosen, device)
+    if read:
+        model = load_adapters(model, read, allow_missing=allow_missing).requires_grad_(False)
+        if accelerate:
+            from fastlora import peft
+
+            peft.accelerate(model)
+    return model.eval(), tokenizer
+
+
+def base_of(adapters: Iterable[Adapter]) -> str:
+    """The base model that the first of the adapters was trained on.
+
+    Raises:
+        ValueError: none names one.
+        FileNotFoundError: it was a folder, and is not there any more.
+    """
+    adapter = next((adapter for adapter in adapters if adapter.base), None)
+    if adapter is None:
+        raise ValueError("model: no base model was named, and no adapter names one")
+    base = str(adapter.base)
+    if _is_path(base) and not Path(base).is_dir():
+        raise FileNotFoundError(
+            f"adapter={adapter.folder}: it was trained on {base}, and there is no such folder any more: name the base as model=FOLDER"
+        )
+    return base
+
+
+def positions(model: Any) -> int | None:
+    """How many tokens a row of the model may have; None where its configuration does not say."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def require_positions(model: Any, rows: Sequence[Row]) -> None:
+    """Raise ValueError if a row has more tokens than the model has positions for."""
+    longest, most = max(len(row.input_ids) for row in rows), positions(model)
+    if most is not None and longest > most:
+        raise ValueError(
+            f"max_length: the longest row has {longest} tokens and the model positions for {most};"
+            f" expected max_length={most} or less"
+        )
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """A model without dropout for a while, and then as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,60 @@
+"""JSON that strangers wrote: an object of bounded size and depth, or one ValueError that says what is wrong."""
+
+import json
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+LARGEST = 1 << 24  # bytes of a file that is read at all
+DEEPEST = 32  # lists and objects within one another
+
+
+def json_file(path: Path) -> dict[str, Any]:
+    """The object in a file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it has more than LARGEST bytes, or as `json_object`.
+    """
+    size = path.stat().st_size
+    if size > LARGEST:
+        raise ValueError(f"has {size:,} bytes, expected at most {LARGEST:,}")
+    return json_object(path.read_bytes())
+
+
+def json_object(text: bytes, *, strict: bool = True) -> dict[str, Any]:
+    """The object that a text is.
+
+    Args:
+        strict: no value in it is NaN or infinite, or nested so deep that who walks it by recursion, as repr and deepcopy do, comes to no end.
+
+    Raises:
+        ValueError: the text is not UTF-8 or not JSON, has an integer of more digits than Python reads or a field twice, or is no object.
+    """
+    try:
+        value = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse if strict else None)
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
+        raise ValueError(f"not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"expected a JSON object, got {type(value).__name__}")
+    level: list[Any] = [value] if strict else []
+    for _ in range(DEEPEST):
+        parts = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, (dict, list))]
+        level = list(chain.from_iterable(parts))
+    if level:
+        raise ValueError(f"nested deeper than {DEEPEST}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the field {next(name for name in names if names.count(name) > 1)[:40]!r} is there twice")
+    return found
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
