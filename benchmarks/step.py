@@ -108,7 +108,7 @@ def _imported(device: torch.device) -> int | None:
     """The peak of this process once everything is imported."""
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    import fastlora.losses
+    import fastlora.language_model_loss
     import fastlora.peft  # noqa: F401
 
     return memory.peak(device)

@@ -11,7 +11,7 @@ import torch
 from fastlora.data.examples import Example, read_examples
 from fastlora.data.rows import batches, collate, encode, pad_token_id, require_count
 from fastlora.generation import answer, leave_room
-from fastlora.losses import LanguageModelLoss
+from fastlora.language_model_loss import LanguageModelLoss
 from fastlora.models import evaluating, positions
 
 

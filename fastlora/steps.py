@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlora.data.rows import IGNORE
-from fastlora.losses import LanguageModelLoss
+from fastlora.language_model_loss import LanguageModelLoss
 
 Batch = dict[str, Tensor]  # input_ids, attention_mask, labels, each [B, T]
 

@@ -35,7 +35,7 @@ from fastlora.choice import table
 from fastlora.config import SEEDS, TrainConfig
 from fastlora.data.examples import read_examples
 from fastlora.data.rows import IGNORE, Encoded, Row, batches, collate, encode, pad_token_id
-from fastlora.losses import LanguageModelLoss
+from fastlora.language_model_loss import LanguageModelLoss
 from fastlora.models import load_tokenizer, require_positions, resolve_dtype
 from fastlora.typed import listed
 

@@ -30,7 +30,7 @@ if not torch.cuda.is_available() and importlib.util.find_spec("triton"):
 
 from fastlora import ops
 from fastlora.choice import table
-from fastlora.frozen import packed
+from fastlora.frozen import packed, products
 
 amx_fault.install_if_asked()
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
@@ -96,7 +96,7 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     if packed._fingerprint is None or not torch.backends.mkldnn.is_available():
         pytest.skip("weights have copies only where torch has oneDNN and the extension is built")
     held: list[int] = []
-    onednn = packed._linear_pointwise
+    onednn = products._linear_pointwise
 
     def multiply(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
         # held_bytes() would look for changes itself.
@@ -104,8 +104,8 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return onednn(x, weight, *rest)
 
     monkeypatch.setattr(packed, "packs", lambda dtype: dtype is torch.float32)
-    monkeypatch.setattr(packed, "_few_rows", None)
-    monkeypatch.setattr(packed, "_product", None)
-    monkeypatch.setattr(packed, "_linear_pointwise", multiply)
+    monkeypatch.setattr(products, "_few_rows", None)
+    monkeypatch.setattr(products, "_product", None)
+    monkeypatch.setattr(products, "_linear_pointwise", multiply)
     monkeypatch.setattr(table, "forced_way", "packed")
     return held

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from fastlora import ops  # first: it defines the schemas
+from fastlora import native
 
 ROOT = Path(__file__).parent.parent
 FLAGS = (
@@ -70,6 +70,5 @@ def load() -> ctypes.CDLL:
 
 
 def operators() -> dict[tuple[str, str], Callable[..., Any]]:
-    """What the library registered, as ops.py enters it in its table."""
-    names = [op for op in ops.SCHEMAS if torch._C._dispatch_has_kernel_for_dispatch_key(f"fastlora::{op}_cuda", "CPU")]
-    return {(op, "cuda"): getattr(torch.ops.fastlora, f"{op}_cuda").default for op in names}
+    """What the library registered, as `ops.implementations` has it."""
+    return native.functions("cuda", "CPU")

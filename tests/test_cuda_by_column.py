@@ -16,7 +16,7 @@ from test_cuda_lora_linear import SCALE, Case, spaced
 from test_cuda_multi_lora import LONG, make, make_backward, mixed
 from torch import Tensor
 
-from fastlora import LoRAConv1D, ops, reference
+from fastlora import LoRAConv1D, operators, ops, reference
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -148,7 +148,7 @@ def test_no_copy_of_a_weight_that_can_be_read(
 def test_conv1d_is_read_in_place(card: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layer as users have it, forward and backward."""
     monkeypatch.setenv(ops.EMULATORS["cuda"], "1")
-    monkeypatch.setattr(ops, "_table", {**ops._table, **emulated.operators()})
+    monkeypatch.setattr(ops, "implementations", {**ops.implementations, **emulated.operators()})
     monkeypatch.setattr(ops, "forced", "cuda")
     layer = LoRAConv1D(48, 64, r=4, lora_dropout=0.1).to(BF16)
     x = torch.randn(20, 64, dtype=BF16, requires_grad=True)
@@ -167,12 +167,12 @@ def test_a_weight_that_would_be_copied_is_left_to_pytorch(monkeypatch: pytest.Mo
     monkeypatch.setattr(ops, "_decide", lambda *_: ops.Choice("cuda", "measured", 0.5))
     x = torch.zeros(8, 64, dtype=BF16)
     chosen = {
-        (rows, transposed): ops.choose_lora_linear(x, weight.T if transposed else weight)
+        (rows, transposed): operators.lora_linear.choose(x, weight.T if transposed else weight)
         for rows in (45, 48)
         for transposed, weight in ((False, x.new_zeros(rows, 64)), (True, x.new_zeros(64, rows)))
     }
     assert {key for key, choice in chosen.items() if choice.implementation != "cuda"} == {(45, True)}
     assert chosen[45, True].reason.startswith("CUDA C++ would copy the weight [45, 64] in every call: ")
-    for choose in (ops.choose_multi_lora, lambda *given: ops.choose_lora_linear_shared(*given)[0]):
+    for choose in (ops.choose_multi_lora, lambda *given: operators.lora_linear.choose_shared(*given)[0]):
         assert choose(x, x.new_zeros(64, 45).T).implementation == "reference"
         assert choose(x, x.new_zeros(1, 1).expand(45, 64)).implementation == "cuda"  # a size without a layout

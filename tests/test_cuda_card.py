@@ -14,11 +14,12 @@ from bounds import Layer, assert_within_bound, double, make_layer
 from test_cuda_lora_linear import Case
 from torch import Tensor
 
-from fastlora import functional, ops, reference
+from fastlora import functional, operators, ops, reference
 from fastlora.choice import measure, table, trial
 
 pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available() or ("lora_linear", "cuda") not in ops._table, reason="needs a card and CUDA C++"
+    not torch.cuda.is_available() or ("lora_linear", "cuda") not in ops.implementations,
+    reason="needs a card and CUDA C++",
 )
 
 BF16, F32 = torch.bfloat16, torch.float32
@@ -229,7 +230,7 @@ measure.ratios = lambda functions, *_: {name: 0.5 for name in functions if name 
 ops.availability()
 def faulty(x, *_):
     return x[torch.full((1,), 2**40, device=x.device)]  # an assertion on the card, told by the next one who waits for it
-ops._table["lora_linear", "cuda"] = faulty
+ops.implementations["lora_linear", "cuda"] = faulty
 trial.answer()
 """
 
@@ -247,7 +248,9 @@ def test_a_kernel_that_faults_is_refused_and_this_process_goes_on(
     weight = torch.ones(8, 8, device="cuda", dtype=BF16)
     with pytest.warns(UserWarning, match="cuda is refused for lora_linear: .*CUDA error"):
         trial.try_out({"lora_linear": [weight]})
-    assert ops.choose_lora_linear(weight.expand(64, 8, 8)[:, 0], weight).implementation != "cuda"
-    assert ops.choose_lora_linear(weight.expand(64, 8, 8)[:, 0], weight, backward=True).implementation != "reference"
+    assert operators.lora_linear.choose(weight.expand(64, 8, 8)[:, 0], weight).implementation != "cuda"
+    assert (
+        operators.lora_linear.choose(weight.expand(64, 8, 8)[:, 0], weight, backward=True).implementation != "reference"
+    )
     assert weight.sum().item() == 64
     table.load_state(None)

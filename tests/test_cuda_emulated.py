@@ -49,7 +49,7 @@ def card() -> ctypes.CDLL:
 def order(request: pytest.FixtureRequest, card: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """The operators of the emulated card are entered as those of CUDA C++."""
     monkeypatch.setenv(ops.EMULATORS["cuda"], "1")
-    monkeypatch.setattr(ops, "_table", {**ops._table, **emulated.operators()})
+    monkeypatch.setattr(ops, "implementations", {**ops.implementations, **emulated.operators()})
     card.emulated_descending(request.param == "descending")
     yield request.param
     card.emulated_descending(0)

@@ -228,7 +228,7 @@ def test_a_mixed_batch_is_computed_together(monkeypatch: pytest.MonkeyPatch) -> 
     assert calls == [3, 3] and not any("dissolved" in reason for reason in reasons(model))
     attention.way = "other rows"  # not what waits for them
     found = results(both)
-    assert attention.q_proj.__dict__["_fastlora_group"].dissolved == "k_proj was called in another mode"
+    assert attention.q_proj.__dict__["_fastlora_family"].dissolved == "k_proj was called in another mode"
     fastlora.restore(model)
     assert_near(found, results(both))
 
@@ -298,7 +298,7 @@ def test_a_copy_of_one_layer_is_alone() -> None:
     for duplicate in (copy.copy, copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))):
         other = duplicate(attention.k_proj)
         torch.testing.assert_close(other(x), expected)
-        assert "_fastlora_group" not in other.__dict__
+        assert "_fastlora_family" not in other.__dict__
     assert len(pickle.dumps(attention.k_proj)) < len(pickle.dumps(attention)) / 2
     assert "x read once with" in reasons(fastlora.accelerate(model))[0]
     whole = model(x)
@@ -407,13 +407,13 @@ def test_many_threads_at_once() -> None:
             list(threads.map(work, range(len(xs))))
     finally:
         sys.setswitchinterval(interval)
-    assert attention.q_proj.__dict__["_fastlora_group"].dissolved is None
+    assert attention.q_proj.__dict__["_fastlora_family"].dissolved is None
 
 
 def test_a_thread_that_dissolves_leaves_nothing_behind_in_another() -> None:
     model = fastlora.accelerate(make_model())
     attention = attention_of(model)
-    group = attention.q_proj.__dict__["_fastlora_group"]
+    group = attention.q_proj.__dict__["_fastlora_family"]
     x = torch.randn(7, WIDTH)
     expected = model(x)
 
@@ -443,7 +443,7 @@ def test_restore_leaves_no_hooks() -> None:
     model = fastlora.accelerate(make_model())
     fastlora.restore(fastlora.accelerate(model))
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert not any("_fastlora_group" in module.__dict__ for module in model.modules())
+    assert not any("_fastlora_family" in module.__dict__ for module in model.modules())
 
 
 def test_checkpointing_recomputes_groups() -> None:

@@ -31,7 +31,7 @@ from transformers import (
 
 import fastlora
 from fastlora import losses
-from fastlora.losses import LanguageModelLoss, cross_entropy, linear_cross_entropy
+from fastlora.language_model_loss import LanguageModelLoss, cross_entropy, linear_cross_entropy
 
 VOCABULARY = 83
 

@@ -12,22 +12,22 @@ from bounds import make_layer
 from conftest import implementations
 from typer.testing import CliRunner
 
-from fastlora import ops
+from fastlora import operators, ops
 from fastlora.choice import table
 from fastlora.cli import app
 from fastlora.functional import lora_linear
 
 CHOOSERS = {
-    "lora_linear": lambda x: ops.choose_lora_linear(x, x),
-    "frozen_linear": lambda x: ops.choose_frozen_linear(x, x),
-    "multi_lora": lambda x: ops.choose_multi_lora(x, x),
-    "prefix_concat": lambda x: ops.choose_prefix_concat(x, len(x)),
+    "lora_linear": lambda x: operators.lora_linear.choose(x, x),
+    "frozen_linear": lambda x: operators.frozen_linear.choose(x, x),
+    "multi_lora": lambda x: operators.lora_linear.choose(x, x, mixed=True),
+    "prefix_concat": lambda x: operators.prefix_concat.choose(x, len(x)),
 }
 CALL = """
 import torch, fastlora
 from fastlora import functional, ops
 x, weight, a, b = torch.ones(2, 4), torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1)
-print(functional.lora_linear(x, weight, None, a, b, 2.0).tolist(), ops.choose_lora_linear(x, weight))
+print(functional.lora_linear(x, weight, None, a, b, 2.0).tolist(), operators.lora_linear.choose(x, weight))
 """
 
 
@@ -61,16 +61,16 @@ def test_every_implementation_has_every_operator(device: str) -> None:
 @pytest.mark.parametrize("name", ["triton", "cuda"])
 def test_frozen_linear_is_torchs_beside_other_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "forced", name)
-    assert ops.choose_frozen_linear(torch.ones(2, 2), torch.ones(2, 2))[:2] == ("reference", "FASTLORA_IMPL")
+    assert operators.frozen_linear.choose(torch.ones(2, 2), torch.ones(2, 2))[:2] == ("reference", "FASTLORA_IMPL")
 
 
 def test_backward_and_forward_are_chosen_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """One forced name reaches every operator: each is entered in the table's place under it."""
     called = []
-    table = dict(ops._table)
+    table = dict(ops.implementations)
     for op in ops.SCHEMAS:
         table[op, "reference"] = lambda *args, op=op: called.append(op) or getattr(ops.reference, op)(*args)
-    monkeypatch.setattr(ops, "_table", table)
+    monkeypatch.setattr(ops, "implementations", table)
     monkeypatch.setattr(ops, "forced", "reference")
     layer = make_layer(3, 4, 5, 2)
     lora_linear(*layer[:5], 1.0).sum().backward()
@@ -88,7 +88,9 @@ def test_choice_on_a_cpu(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert CHOOSERS[op](torch.ones(2, 2, dtype=dtype)).implementation == ("cpu" if native else "reference")
     choice = CHOOSERS[op](torch.ones(2, 2, dtype=torch.float64))
     assert choice.implementation == "reference" and choice.reason
-    monkeypatch.setattr(ops, "_table", {key: value for key, value in ops._table.items() if key[1] == "reference"})
+    monkeypatch.setattr(
+        ops, "implementations", {key: value for key, value in ops.implementations.items() if key[1] == "reference"}
+    )
     monkeypatch.setattr(ops, "_missing", {"cpu": "not built (no compiler)"})
     table.choices.clear()
     choice = CHOOSERS[op](torch.ones(2, 2))
@@ -112,8 +114,8 @@ def test_forced_and_unable_raises(name: str, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_an_implementation_of_some_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     """What it has runs; what it lacks is plain PyTorch's, or an error where the implementation is forced."""
-    table = {key: value for key, value in ops._table.items() if key[1] == "reference"}
-    monkeypatch.setattr(ops, "_table", {**table, ("prefix_concat", "cuda"): max})
+    table = {key: value for key, value in ops.implementations.items() if key[1] == "reference"}
+    monkeypatch.setattr(ops, "implementations", {**table, ("prefix_concat", "cuda"): max})
     monkeypatch.setattr(ops, "_loaders", {})
     monkeypatch.setattr(ops, "_notes", {"cuda": "; a note"})
     monkeypatch.setattr(ops, "_missing", {})
@@ -132,7 +134,7 @@ def test_an_implementation_of_some_operators(monkeypatch: pytest.MonkeyPatch) ->
 def test_cards_that_cuda_is_compiled_for(
     capability: tuple[int, int], found: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "_table", {("prefix_concat", "cuda"): max})
+    monkeypatch.setattr(ops, "implementations", {("prefix_concat", "cuda"): max})
     monkeypatch.setattr(ops, "_loaders", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert ops.candidates("prefix_concat", torch.device("cuda"), torch.float32) == found
@@ -296,15 +298,15 @@ def test_without_a_trial_measurements_decide_all_the_same(tmp_path: Path, monkey
     monkeypatch.setattr(table, "SHIPPED", tmp_path / "none")
     table.load_state(None)
     x = torch.ones(64, 4)
-    assert ops.choose_lora_linear(x, x).implementation == "cpu"
+    assert operators.lora_linear.choose(x, x).implementation == "cpu"
     table.keep("cpu", [table.record("lora_linear", x.dtype, 64, "small", False, "cpu", 2.0)], "a test")
     table.load_state(None)  # as a process does that begins
-    choice = ops.choose_lora_linear(x, x)
+    choice = operators.lora_linear.choose(x, x)
     assert choice.implementation == "reference"
     assert choice.reason.startswith(
         "plain PyTorch, since native C++ would take 2.00x of its time (measured on this machine"
     )
-    assert ops.choose_lora_linear(x.bfloat16(), x.bfloat16()).implementation == "cpu"
+    assert operators.lora_linear.choose(x.bfloat16(), x.bfloat16()).implementation == "cpu"
 
 
 def test_environment_without_the_extension() -> None:

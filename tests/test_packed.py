@@ -35,7 +35,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import fastlora
 from fastlora import ops, reference
 from fastlora.choice import table
-from fastlora.frozen import packed
+from fastlora.frozen import packed, products
 from fastlora.frozen.packed import Budget
 from fastlora.functional import frozen_linear
 from fastlora.peft import FrozenLinear, FusedLinear
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.skipif(
 )
 NATIVE = pytest.mark.skipif("cpu" not in implementations("lora_linear", "cpu"), reason="the extension is not built")
 
-few_rows, product, packs_here = packed._few_rows, packed._product, packed.packs
+few_rows, product, packs_here = products._few_rows, products._product, packed.packs
 
 
 def always_packed(dtype: torch.dtype) -> bool:
@@ -65,10 +65,10 @@ def large(dtype: torch.dtype, rows: int, work: int) -> bool:
 @pytest.fixture(autouse=True)
 def eagerly_packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(packed, "packs", always_packed)
-    monkeypatch.setattr(packed, "_takes_plain", large)
+    monkeypatch.setattr(products, "_takes_plain", large)
     monkeypatch.setattr(table, "forced_way", "packed")
-    monkeypatch.setattr(packed, "_few_rows", None)  # the native products have no copies
-    monkeypatch.setattr(packed, "_product", None)
+    monkeypatch.setattr(products, "_few_rows", None)  # the native products have no copies
+    monkeypatch.setattr(products, "_product", None)
     yield
     if packed._by_key:
         gc.collect()
@@ -106,21 +106,21 @@ def check_now(weight: Tensor) -> None:
 
 
 def by_native_product(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(packed, "_product", product)
-    patch.setattr(packed, "LEAST_PRODUCT", 1)
-    patch.setattr(packed, "LEAST_PRODUCT_COLUMNS", 1)
+    patch.setattr(products, "_product", product)
+    patch.setattr(products, "LEAST_PRODUCT", 1)
+    patch.setattr(products, "LEAST_PRODUCT_COLUMNS", 1)
 
 
 def by_plain_onednn(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(table, "forced_way", "plain")
-    patch.setattr(packed, "_takes_plain", lambda dtype, rows, work: always_packed(dtype))
+    patch.setattr(products, "_takes_plain", lambda dtype, rows, work: always_packed(dtype))
 
 
 WAYS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "torch": lambda patch: patch.setattr(packed, "packs", lambda dtype: False),
     "plain": by_plain_onednn,
     "packed": lambda patch: None,
-    "few rows": lambda patch: patch.setattr(packed, "_few_rows", few_rows),
+    "few rows": lambda patch: patch.setattr(products, "_few_rows", few_rows),
     "native": by_native_product,
 }
 EACH_WAY = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
@@ -177,8 +177,8 @@ def test_the_ways_differ(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append("packed" if weight.is_mkldnn else "plain")
         return onednn(x, weight, *rest)
 
-    onednn = packed._linear_pointwise
-    monkeypatch.setattr(packed, "_linear_pointwise", multiply)
+    onednn = products._linear_pointwise
+    monkeypatch.setattr(products, "_linear_pointwise", multiply)
     weight, x = frozen(24, 33), torch.randn(7, 33)
     packed.register(weight, Budget())
     taken = {}
@@ -198,7 +198,7 @@ def test_the_ways_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.backends.mkldnn.flags(enabled=False):
         calls.clear()
         check(x, weight)
-        assert not calls and packed.describe(weight, torch.float32, 7) == "torch"
+        assert not calls and products.describe(weight, torch.float32, 7) == "torch"
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 0), (2, 1, 3)], ids=str)
@@ -322,11 +322,11 @@ def test_copies_are_made_when_a_product_wants_them(dtype: torch.dtype) -> None:
     size = 12 * 16 * (2 if dtype == torch.bfloat16 else 4)
     packed.register(weight, budget)
     assert packed.held_bytes() == budget.held == 0
-    assert packed.describe(weight, dtype, 5) == "oneDNN, packed when first called"
+    assert products.describe(weight, dtype, 5) == "oneDNN, packed when first called"
     x = torch.randn(5, 16).to(dtype).requires_grad_()
     y = frozen_linear(x, weight, None)
     assert packed.held_bytes() == budget.held == size
-    assert packed.describe(weight, dtype, 5) == "oneDNN, packed, 0.0 MiB"
+    assert products.describe(weight, dtype, 5) == "oneDNN, packed, 0.0 MiB"
     y.backward(torch.ones_like(y))
     assert packed.held_bytes() == budget.held == 2 * size
     packed.release(weight)
@@ -370,13 +370,13 @@ def test_budget_is_spent_in_the_order_of_use() -> None:
         for weight in reversed(weights):
             frozen_linear(torch.ones(5, 16), weight, None)
     assert packed.held_bytes() == budget.limit
-    told = [packed.describe(weight, torch.float32, 2**20) for weight in weights]
+    told = [products.describe(weight, torch.float32, 2**20) for weight in weights]
     assert told == ["oneDNN, 0.0 MiB does not fit the pack_budget", *["oneDNN, packed, 0.0 MiB"] * 2]
     for weight in weights:
         check_now(weight)
     packed.release(weights[2])
     check_now(weights[0])
-    assert packed.describe(weights[0], torch.float32, 5) == "oneDNN, packed, 0.0 MiB" and budget.held == budget.limit
+    assert products.describe(weights[0], torch.float32, 5) == "oneDNN, packed, 0.0 MiB" and budget.held == budget.limit
 
 
 def test_default_budget_is_a_share_of_the_machine() -> None:
@@ -743,7 +743,7 @@ def test_a_freed_storage_is_no_place() -> None:
         packed.register(weight, budget)
         check_now(weight)
         weight.untyped_storage().resize_(0)
-        assert packed.describe(weight, weight.dtype, 5) == "torch"  # and nothing is read
+        assert products.describe(weight, weight.dtype, 5) == "torch"  # and nothing is read
     assert packed.held_bytes() == 0
     for weight, value in zip(weights, values, strict=True):
         weight.untyped_storage().resize_(value.nbytes)

@@ -591,7 +591,7 @@ def test_report_leaves_a_call_that_failed_out():
     assert fastlora.report(model) == before
 
 
-@pytest.mark.skipif(("lora_linear", "cpu") not in ops._table, reason="the native extension is not built")
+@pytest.mark.skipif(("lora_linear", "cpu") not in ops.implementations, reason="the native extension is not built")
 def test_report_tells_whether_dropout_was_on_and_what_did_not_run(monkeypatch):
     """An implementation that is slower is told as not run, and looked up as with dropout where the call had some."""
     monkeypatch.setattr(ops, "forced", None)
@@ -619,7 +619,7 @@ def test_report_tells_whether_dropout_was_on_and_what_did_not_run(monkeypatch):
     )
 
 
-@pytest.mark.skipif(("lora_linear", "cpu") not in ops._table, reason="the native extension is not built")
+@pytest.mark.skipif(("lora_linear", "cpu") not in ops.implementations, reason="the native extension is not built")
 def test_report_tells_a_forced_implementation_that_cannot_run(monkeypatch):
     model, _ = peft_model(dtype=torch.float64)
     fastlora.accelerate(model)
@@ -644,8 +644,8 @@ def test_a_forward_that_was_replaced_on_the_object_is_told():
 def test_report_tells_a_forced_implementation_without_a_backward(pair, monkeypatch):
     model, _ = pair
     native = {("multi_lora", "cpu"): reference.multi_lora, ("lora_linear", "cpu"): reference.lora_linear}
-    others = {key: value for key, value in ops._table.items() if key[1] != "cpu"}
-    monkeypatch.setattr(ops, "_table", others | native)
+    others = {key: value for key, value in ops.implementations.items() if key[1] != "cpu"}
+    monkeypatch.setattr(ops, "implementations", others | native)
     monkeypatch.setattr(ops, "_missing", {})
     monkeypatch.setattr(ops, "forced", "cpu")
     logits(model, adapter_names=["other", "__base__", "default"])

@@ -24,13 +24,13 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 import fastlora
-from fastlora import checkpoint, cli, environment, functional, ops
+from fastlora import checkpoint, cli, environment, functional, operators, ops
 from fastlora.choice import measure, table, trial
 from fastlora.choice.table import Measurement
-from fastlora.frozen import packed
+from fastlora.frozen import packed, products
 from fastlora.train import TrainConfig, train
 
-NATIVE = ("lora_linear", "cpu") in ops._table
+NATIVE = ("lora_linear", "cpu") in ops.implementations
 needs_native = pytest.mark.skipif(not NATIVE, reason="the native extension is not built")
 ON_A_CPU = [op for op in measure.PROBLEMS if op != "multi_lora_shared"]  # that one runs layer after layer there
 
@@ -61,7 +61,7 @@ def choose(
 ) -> str:
     like = torch.empty(1, 1, dtype=dtype)
     x, weight = like.expand(rows, 1024), like.expand(elements // 1024, 1024)
-    return ops.choose_lora_linear(x, weight, dropout, backward).implementation
+    return operators.lora_linear.choose(x, weight, dropout, backward).implementation
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_only_what_is_faster_by_a_margin_is_chosen(
     monkeypatch.setattr(ops, "forced", None)
     hold(entry(ratio))
     assert choose() == expected
-    reason = ops.choose_lora_linear(torch.ones(64, 4), torch.ones(4, 4)).reason
+    reason = operators.lora_linear.choose(torch.ones(64, 4), torch.ones(4, 4)).reason
     ran = f"native C++, {ratio:.2f}x of plain PyTorch's time (measured by a test)"
     not_run = f"plain PyTorch, since native C++ would take {ratio:.2f}x of its time (measured by a test)"
     assert reason == (ran if expected == "cpu" else not_run)
@@ -171,7 +171,7 @@ def test_what_failed_its_check_once_is_refused_in_every_class(monkeypatch: pytes
     hold(entry(None, rows=512), *(entry(0.1, rows=rows) for rows in (1, 8, 64)), entry(0.1, dtype="bfloat16"))
     assert {choose(rows) for rows in (1, 8, 64, 512)} == {"reference"}
     assert choose(dtype=torch.bfloat16) == "cpu"
-    assert "native C++ failed its check" in ops.choose_lora_linear(torch.ones(1, 1), torch.ones(1, 1)).reason
+    assert "native C++ failed its check" in operators.lora_linear.choose(torch.ones(1, 1), torch.ones(1, 1)).reason
 
 
 def test_the_fastest_of_several_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,7 +179,7 @@ def test_the_fastest_of_several_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     ops.availability()  # what is loaded at its first use is registered before the table is a copy
     names = {("lora_linear", name): max for name in ("triton", "cuda")}
     monkeypatch.setattr(ops, "forced", None)
-    monkeypatch.setattr(ops, "_table", ops._table | names)
+    monkeypatch.setattr(ops, "implementations", ops.implementations | names)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
     def decide(*entries: Measurement) -> str:
@@ -230,7 +230,7 @@ def test_layers_that_share_x_run_as_gains_most(
     ours = {("lora_linear", name): one for name in ("reference", "cuda")}
     ours |= {("lora_linear_shared", name): group for name in ("triton", "cuda")}
     monkeypatch.setattr(ops, "forced", None)
-    monkeypatch.setattr(ops, "_table", ops._table | ours)
+    monkeypatch.setattr(ops, "implementations", ops.implementations | ours)
     monkeypatch.setattr(ops, "_choose", on_a_card)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     name, ratio = together
@@ -302,11 +302,11 @@ def test_the_cache_lasts_and_goes_before_the_shipped_table(machine: Path) -> Non
     table.write(shipped, "cpu", [entry(2.0), entry(2.0, rows=512)], "a test")
     restart()
     assert (choose(64), choose(512)) == ("reference", "reference")
-    assert table.kind_of("cpu") in ops.choose_lora_linear(torch.ones(64, 1), torch.ones(1, 1)).reason
+    assert table.kind_of("cpu") in operators.lora_linear.choose(torch.ones(64, 1), torch.ones(1, 1)).reason
     assert table.keep("cpu", [entry(0.5)], "a test") == machine
     restart()
     assert (choose(64), choose(512)) == ("cpu", "reference")
-    assert "this machine" in ops.choose_lora_linear(torch.ones(64, 1), torch.ones(1, 1)).reason
+    assert "this machine" in operators.lora_linear.choose(torch.ones(64, 1), torch.ones(1, 1)).reason
     assert [path.name for path in machine.parent.iterdir()] == [machine.name]  # nothing half-written is left
 
 
@@ -428,7 +428,7 @@ def test_a_copy_is_made_where_it_was_measured_to_pay(
     """More than 5 %: what was never measured has none, and what is measured after it is measured with it."""
     weight, x = torch.randn(48, 40).bfloat16(), torch.randn(64, 40).bfloat16()
     packed_products: list[str] = []  # by what was being timed
-    onednn, timing = packed._linear_pointwise, ["nothing"]
+    onednn, timing = products._linear_pointwise, ["nothing"]
 
     def multiply(x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         packed_products.extend(timing * weight.is_mkldnn)
@@ -441,7 +441,7 @@ def test_a_copy_is_made_where_it_was_measured_to_pay(
         timing[:] = ["nothing"]
         return {name: {"cpu plain": 0.8, "cpu packed": 0.8 * saved}.get(name, 0.5) for name in functions}
 
-    monkeypatch.setattr(packed, "_linear_pointwise", multiply)
+    monkeypatch.setattr(products, "_linear_pointwise", multiply)
     monkeypatch.setattr(measure, "ratios", ratios)
     packed.register(weight, packed.Budget())
     functional.frozen_linear(x, weight, None)
@@ -632,7 +632,7 @@ def wrong_and_loud(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 def test_a_wrong_implementation_is_refused_for_good(
     wrong: Callable[..., Any], message: str, machine: Path, timed: list[list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ops, "_table", ops._table | {("lora_linear", "cpu"): wrong})
+    monkeypatch.setattr(ops, "implementations", ops.implementations | {("lora_linear", "cpu"): wrong})
     with pytest.warns(UserWarning, match=f"cpu is refused for lora_linear: .*{message}"):
         trial.try_out(small_weights())
     for _ in range(2):
@@ -655,7 +655,7 @@ def apart(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
         "measure.SHAPES = {'small': (48, 40), 'large': (56, 64)}",
         "measure.ratios = lambda functions, *_: {name: 0.5 for name in functions if name != 'reference'}",
         f"def faulty(*args): {body}",
-        "ops._table['lora_linear', 'cpu'] = faulty",
+        "ops.implementations['lora_linear', 'cpu'] = faulty",
         "trial.answer()",
     )
     monkeypatch.setattr(trial, "APART", ("cpu",))
@@ -794,13 +794,13 @@ def test_what_fails_in_one_size_is_used_in_none(
 ) -> None:
     """Also in sizes where it was right before: another way of the same implementation has none of its times."""
     monkeypatch.setitem(table.WAYS, ("cpu", "lora_linear"), ("good", "late"))
-    native = ops._table["lora_linear", "cpu"]
+    native = ops.implementations["lora_linear", "cpu"]
     monkeypatch.setattr(measure, "ratios", lambda functions, *_: dict.fromkeys(functions, 0.5) | {"cpu late": 0.4})
 
     def late(x: Tensor, *args: Any) -> Any:
         return (wrong_value if table.forced_way == "late" and len(x) == 64 else native)(x, *args)
 
-    monkeypatch.setattr(ops, "_table", ops._table | {("lora_linear", "cpu"): late})
+    monkeypatch.setattr(ops, "implementations", ops.implementations | {("lora_linear", "cpu"): late})
     with pytest.warns(UserWarning, match="cpu late is refused for lora_linear"):
         trial.try_out(small_weights())
     ways = {(one.op, one.rows): one.way for one in table.entries("cpu")}
@@ -898,7 +898,9 @@ def test_tune_says_what_it_cannot(machine: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="torch sees no CUDA card"):
         trial.tune_machine("cuda", progress=False)
-    monkeypatch.setattr(ops, "_table", {key: value for key, value in ops._table.items() if key[1] == "reference"})
+    monkeypatch.setattr(
+        ops, "implementations", {key: value for key, value in ops.implementations.items() if key[1] == "reference"}
+    )
     with pytest.raises(ValueError, match="nothing but plain PyTorch runs on cpu"):
         trial.tune_machine("cpu", progress=False)
 
@@ -972,7 +974,7 @@ rank, ratio = int(sys.argv[1]), float(sys.argv[3])
 torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
 measure.ratios = lambda functions, *_: {name: ratio for name in functions if name != "reference"}
 trial.try_out({"lora_linear": [torch.ones(8, 8)]})
-print(ops.choose_lora_linear(torch.ones(64, 8), torch.ones(8, 8)).implementation, table.is_fixed())
+print(operators.lora_linear.choose(torch.ones(64, 8), torch.ones(8, 8)).implementation, table.is_fixed())
 torch.distributed.destroy_process_group()
 """
 
@@ -1020,7 +1022,7 @@ def ratios(functions, *_):
     return {name: float(sys.argv[3]) for name in functions if name != "reference"}
 measure.ratios = ratios
 trial.try_out({"lora_linear": [torch.ones(8, 8)]})
-print(ops.choose_lora_linear(torch.ones(64, 8), torch.ones(8, 8)).implementation, len(measured))
+print(operators.lora_linear.choose(torch.ones(64, 8), torch.ones(8, 8)).implementation, len(measured))
 """
 
 
