@@ -74,7 +74,7 @@ def split(flat: Tensor, like: Sequence[Tensor], wanted: Sequence[bool]) -> list[
 def is_eager(x: Tensor) -> bool:
     """Whether an operator may be called past torch's dispatcher, which saves a small layer a tenth of its time: nobody traces, and x is plain."""
     return (
-        type(x) in (Tensor, torch.nn.Parameter)
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
         and not torch._C._len_torch_dispatch_stack()
-        and not torch.compiler.is_compiling()
     )

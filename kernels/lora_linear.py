@@ -390,7 +390,17 @@ def lora_linear(
     Raises:
         ImplementationError: x is float64.
     """
-    return _forward("lora_linear" if len(weight) == 1 else "lora_linear_shared", x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
+    return _forward(
+        "lora_linear" if len(weight) == 1 else "lora_linear_shared",
+        x,
+        weight,
+        bias,
+        lora_a,
+        lora_b,
+        scale,
+        dropout_p,
+        seed,
+    )
 
 
 def lora_linear_backward(

@@ -17,7 +17,8 @@ from conftest import implementations
 from torch import Tensor, nn
 
 import fastlora
-from fastlora import functional, ops
+from fastlora import functional, operators, ops
+from fastlora.choice import table
 
 WIDTH = 16
 
@@ -69,16 +70,17 @@ def reasons(model: nn.Module) -> list[str]:
     return [layer.reason for layer in fastlora.report(model)]
 
 
-def count_shared(monkeypatch: pytest.MonkeyPatch, name: str = "lora_linear_shared") -> list[int]:
-    """Filled with the number of layers at each call of that function."""
+def count_shared(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Filled with the number of layers at each call of the operator for layers that share x."""
     calls: list[int] = []
-    shared = getattr(functional, name)
+    compute = operators.lora_linear.compute
 
     def counting(x: Tensor, weight: list[Tensor], *args: Any, **options: Any) -> list[Tensor]:
-        calls.append(len(weight))
-        return shared(x, weight, *args, **options)
+        if len(weight) > 1:
+            calls.append(len(weight))
+        return compute(x, weight, *args, **options)
 
-    monkeypatch.setattr(functional, name, counting)
+    monkeypatch.setattr(operators.lora_linear, "compute", counting)
     return calls
 
 
@@ -216,7 +218,7 @@ def test_a_mixed_batch_is_computed_together(monkeypatch: pytest.MonkeyPatch) -> 
     fastlora.accelerate(model)
     monkeypatch.setattr(ops, "candidates", lambda *_: ["triton"])  # as on a card
     monkeypatch.setattr(ops, "forced", "triton")
-    calls = count_shared(monkeypatch, "multi_lora_shared")
+    calls = count_shared(monkeypatch)
     assert_near(results(both), expected[0])
     assert calls == [3] and all("x read once with" in reason for reason in reasons(model))
     assert_near(results(all_three), expected[1])
@@ -234,9 +236,14 @@ def test_a_mixed_batch_is_computed_together(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_mixed_batch_runs_alone_where_nothing_runs_it_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CUDA C++, which has no rows of their own adapters for layers that share x."""
+    without = {key: value for key, value in ops.implementations.items() if not key[0].startswith("multi_lora_shared")}
+    reference_only = {key: value for key, value in ops.implementations.items() if key[1] == "reference"}
+    monkeypatch.setattr(ops, "implementations", without | reference_only)
+    table.choices.clear()
     model, attention = make_mixed_model()
     fastlora.accelerate(model)
-    calls = count_shared(monkeypatch, "multi_lora_shared")
+    calls = count_shared(monkeypatch)
     attention(torch.randn(2, WIDTH), adapter_names=["other", "default"])
     assert calls == [] and not any("_proj" in reason for reason in reasons(model))
 

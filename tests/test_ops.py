@@ -25,7 +25,7 @@ CHOOSERS = {
 }
 CALL = """
 import torch, fastlora
-from fastlora import functional, ops
+from fastlora import functional, operators, ops
 x, weight, a, b = torch.ones(2, 4), torch.ones(3, 4), torch.ones(1, 4), torch.ones(3, 1)
 print(functional.lora_linear(x, weight, None, a, b, 2.0).tolist(), operators.lora_linear.choose(x, weight))
 """
@@ -158,7 +158,7 @@ def test_availability() -> None:
 
 
 def empty_tables(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_table", "_missing", "_loaders"):
+    for name in ("implementations", "_missing", "_loaders"):
         monkeypatch.setattr(ops, name, {})
 
 

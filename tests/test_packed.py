@@ -237,14 +237,14 @@ def test_autocast(base: torch.dtype) -> None:
 def test_the_operator_itself_ignores_autocast(
     way: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """csrc calls it by this name, whatever is on around it."""
+    """It is called past the dispatcher, whatever is on around it."""
     way(monkeypatch)
     x, weight = torch.randn(5, 16), torch.randn(12, 16)
     with torch.no_grad():
-        expected = torch.ops.fastlora.frozen_linear_cpu(x, weight, None)
+        expected = products.frozen_linear(x, weight, None)
         with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
-            assert torch.equal(torch.ops.fastlora.frozen_linear_cpu(x, weight, None), expected)
-            assert torch.ops.fastlora.frozen_linear_backward_cpu(expected, weight).dtype == torch.float32
+            assert torch.equal(products.frozen_linear(x, weight, None), expected)
+            assert products.frozen_linear_backward(expected, weight).dtype == torch.float32
 
 
 def test_nothing_of_x_is_kept() -> None:
@@ -306,7 +306,7 @@ def test_wrong_arguments(name: str, error: type[Exception], arguments: tuple) ->
     ],
 )
 def test_wrong_arguments_to_the_operators_themselves(name: str, arguments: tuple) -> None:
-    op = torch.ops.fastlora.frozen_linear_cpu if len(arguments) == 3 else torch.ops.fastlora.frozen_linear_backward_cpu
+    op = products.frozen_linear if len(arguments) == 3 else products.frozen_linear_backward
     with pytest.raises(ValueError, match=rf"^{name}: .*expected"):
         op(*arguments)
 

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 import fastlora
-from fastlora import functional, ops, reference
+from fastlora import operators, ops, reference
 from fastlora.bounds import Errors
 from fastlora.choice import table
 from fastlora.frozen import packed
@@ -162,14 +162,13 @@ def test_dropout_is_pefts_given_the_same_masks(family, monkeypatch):
     peers = copy.deepcopy(model)
     fastlora.accelerate(model)
     seeds = deque()
-    draw = functional._draw_seed
+    run_operator = operators.lora_linear.run
 
     def remember(*args):
-        drawn = draw(*args)
-        seeds.extend(drawn.reshape(-1))  # layers that share x draw together
-        return drawn
+        seeds.extend(args[7])  # layers that share x draw together
+        return run_operator(*args)
 
-    monkeypatch.setattr(functional, "_draw_seed", remember)
+    monkeypatch.setattr(operators.lora_linear, "run", remember)
     ours = run(model, labels)
     assert len(seeds) == len(fastlora.report(model)) and len({int(seed) for seed in seeds}) == len(seeds)
 
@@ -643,7 +642,7 @@ def test_a_forward_that_was_replaced_on_the_object_is_told():
 
 def test_report_tells_a_forced_implementation_without_a_backward(pair, monkeypatch):
     model, _ = pair
-    native = {("multi_lora", "cpu"): reference.multi_lora, ("lora_linear", "cpu"): reference.lora_linear}
+    native = {(case, "cpu"): reference.lora_linear for case in ("multi_lora", "lora_linear")}
     others = {key: value for key, value in ops.implementations.items() if key[1] != "cpu"}
     monkeypatch.setattr(ops, "implementations", others | native)
     monkeypatch.setattr(ops, "_missing", {})

@@ -25,14 +25,14 @@ from typer.testing import CliRunner
 
 import fastlora
 from fastlora import checkpoint, cli, environment, functional, operators, ops
-from fastlora.choice import measure, table, trial
+from fastlora.choice import measure, problems, table, trial
 from fastlora.choice.table import Measurement
 from fastlora.frozen import packed, products
 from fastlora.train import TrainConfig, train
 
 NATIVE = ("lora_linear", "cpu") in ops.implementations
 needs_native = pytest.mark.skipif(not NATIVE, reason="the native extension is not built")
-ON_A_CPU = [op for op in measure.PROBLEMS if op != "multi_lora_shared"]  # that one runs layer after layer there
+ON_A_CPU = list(problems.operators)
 
 
 def entry(
@@ -71,9 +71,9 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.delenv("FASTLORA_TABLE")
     monkeypatch.setattr(ops, "forced", None)
     monkeypatch.setattr(table, "SHIPPED", tmp_path / "shipped")
-    monkeypatch.setattr(measure, "SHAPES", {"small": (48, 40), "large": (56, 64)})
-    monkeypatch.setattr(measure, "BATCHES", ((64, "small", False), (512, "large", False)))
-    monkeypatch.setitem(measure.LINEAR_ROWS, "cpu", (1, 8, 64))
+    monkeypatch.setattr(problems, "SHAPES", {"small": (48, 40), "large": (56, 64)})
+    monkeypatch.setattr(operators.prefix_concat, "BATCHES", ((64, "small", False), (512, "large", False)))
+    monkeypatch.setitem(problems.LINEAR_ROWS, "cpu", (1, 8, 64))
     restart()
     return table.cache_path("cpu")
 
@@ -214,9 +214,9 @@ def test_the_fastest_of_several_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_layers_that_share_x_run_as_gains_most(
     alone: float, together: tuple[str, float], runs: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def one(x: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def one(x: Tensor, weight: list[Tensor], *_: Any) -> tuple[list[Tensor], Tensor, Tensor]:
         ran.append("each")
-        return x @ weight.T, x[:, :2], x.new_empty(0)
+        return [x @ weight[0].T], x[None, :, :2], x.new_empty(0)
 
     def group(x: Tensor, weight: list[Tensor], *_: Any) -> tuple[list[Tensor], Tensor, Tensor]:
         ran.append("together")
@@ -231,7 +231,7 @@ def test_layers_that_share_x_run_as_gains_most(
     ours |= {("lora_linear_shared", name): group for name in ("triton", "cuda")}
     monkeypatch.setattr(ops, "forced", None)
     monkeypatch.setattr(ops, "implementations", ops.implementations | ours)
-    monkeypatch.setattr(ops, "_choose", on_a_card)
+    monkeypatch.setattr(ops, "choose", on_a_card)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     name, ratio = together
     hold(
@@ -240,8 +240,8 @@ def test_layers_that_share_x_run_as_gains_most(
         device_type="cuda",
     )
     x, weight = (torch.ones(64, 8, dtype=torch.bfloat16) for _ in range(2))
-    rest = [weight[:2]] * 2, [weight[:, :2]] * 2, [1.0] * 2, [0.0] * 2, None
-    torch.ops.fastlora.lora_linear_shared(x, [weight] * 2, [x.new_empty(0)] * 2, *rest)
+    rest = [weight[:2]] * 2, [weight[:, :2]] * 2, [1.0] * 2, [0.0] * 2, None, None, None
+    torch.ops.fastlora.lora_linear(x, [weight] * 2, [x.new_empty(0)] * 2, *rest)
     assert set(ran) == {runs}
 
 
@@ -589,23 +589,23 @@ def test_no_trial_inside_a_compiled_step(machine: Path, timed: list[list[str]]) 
 
 def wrong_value(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     y, xa, keep = ops.reference.lora_linear(*args)
-    return y + 1e-3, xa, keep
+    return [one + 1e-3 for one in y], xa, keep
 
 
 def wrong_nan(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     y, xa, keep = ops.reference.lora_linear(*args)
-    y[-1, -1] = torch.nan
+    y[0][-1, -1] = torch.nan
     return y, xa, keep
 
 
 def wrong_mask(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    *others, seed = args
-    return ops.reference.lora_linear(*others, seed if seed is None else seed + 1)
+    *others, seed, order, offsets = args
+    return ops.reference.lora_linear(*others, seed if seed is None else seed + 1, order, offsets)
 
 
 def wrong_dtype(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     y, xa, keep = ops.reference.lora_linear(*args)
-    return y.double(), xa, keep
+    return [one.double() for one in y], xa, keep
 
 
 def wrong_keep(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -640,7 +640,8 @@ def test_a_wrong_implementation_is_refused_for_good(
         assert choose(backward=True) == "cpu"  # its backward is right
         restart()  # the cache remembers
     layer = make_layer(3, 4, 5, 2)
-    expected = ops.reference.lora_linear(*(one.detach() for one in layer[:5]), 2.0, 0.0, None)[0]
+    x, *lists = (one.detach() for one in layer[:5])
+    [expected], *_ = ops.reference.lora_linear(x, *([one] for one in lists), [2.0], [0.0], None, None, None)
     y = functional.lora_linear(*layer[:5], 2.0)
     assert torch.equal(y, expected)
     assert all(grad.isfinite().all() for grad in gradients(y, [layer.x, layer.lora_a], layer.dy))
@@ -651,8 +652,8 @@ def apart(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
     lines = (
         "import os, signal, torch",
         "from fastlora import ops",
-        "from fastlora.choice import measure, trial",
-        "measure.SHAPES = {'small': (48, 40), 'large': (56, 64)}",
+        "from fastlora.choice import measure, problems, trial",
+        "problems.SHAPES = {'small': (48, 40), 'large': (56, 64)}",
         "measure.ratios = lambda functions, *_: {name: 0.5 for name in functions if name != 'reference'}",
         f"def faulty(*args): {body}",
         "ops.implementations['lora_linear', 'cpu'] = faulty",
@@ -671,7 +672,7 @@ def apart(monkeypatch: pytest.MonkeyPatch, body: str) -> None:
         ("raise SystemExit('a fault')", "a fault"),
         ("raise ValueError('no good')", "it raises ValueError: no good"),
         (
-            "print('noise'); y, *state = ops.reference.lora_linear(*args); return 0.5 * y, *state",
+            "print('noise'); y, *state = ops.reference.lora_linear(*args); return [0.5 * one for one in y], *state",
             "the error of result 0 is",
         ),
     ],
@@ -812,7 +813,7 @@ def test_what_fails_in_one_size_is_used_in_none(
 @pytest.mark.parametrize("dtype", ops.KERNEL_DTYPES)
 @pytest.mark.parametrize("op", ON_A_CPU)
 def test_right_implementations_pass(op: str, dtype: torch.dtype, timed: list[list[str]], machine: Path) -> None:
-    for problem in measure.problems("cpu", [op], [dtype], ["small"]):
+    for problem in problems.listed("cpu", [op], [dtype], ["small"]):
         found = measure.one_class(problem, torch.device("cpu"), 0.0)
         assert [one.op for one in found] == [op, f"{op}_backward"]
         assert all(one.checked and one.ratio == 0.5 and one.rows == problem.rows for one in found)
@@ -866,7 +867,7 @@ def test_tune_writes_a_table_that_is_used(machine: Path, timed: list[list[str]],
     assert head["kind"] == shipped.stem and head["command"] == f"fastlora tune --device cpu --output {shipped.name}"
     assert head["torch"] == torch.__version__ and head["threads"] == torch.get_num_threads() and head["date"]
     restart()
-    for problem in measure.problems("cpu", ON_A_CPU, ops.KERNEL_DTYPES, ["small", "large"]):
+    for problem in problems.listed("cpu", ON_A_CPU, ops.KERNEL_DTYPES, ["small", "large"]):
         for op in (problem.op, f"{problem.op}_backward"):
             assert table.has("cpu", op, *problem[1:]), (op, problem)
     timed.clear()
@@ -886,7 +887,7 @@ def test_tune_keeps_its_measurements(machine: Path, timed: list[list[str]]) -> N
 
 @needs_native
 def test_tune_ends_in_time_with_what_it_has(machine: Path, timed: list[list[str]], tmp_path: Path) -> None:
-    whole = measure.problems("cpu", ON_A_CPU, ops.KERNEL_DTYPES, list(measure.SHAPES))
+    whole = problems.listed("cpu", ON_A_CPU, ops.KERNEL_DTYPES, list(problems.SHAPES))
     path, found = trial.tune_machine("cpu", tmp_path / "cut.json", progress=False, seconds=0)
     assert {one.op for one in found} == {whole[0].op, f"{whole[0].op}_backward"}
     assert len(json.loads(path.read_text())["entries"]) == len(found)
@@ -909,18 +910,18 @@ def shipped_tables() -> list[Path]:
     return sorted(table.SHIPPED.glob("*.json"))
 
 
-LEFT_TO_THE_TRIAL = {"amd-zen4-avx512bf16": ["frozen_linear"]}
+LEFT_TO_THE_TRIAL = {"amd-zen4-avx512bf16": ["frozen_linear", "multi_lora_shared"]}
 """What a table was made before: there each machine measures it for itself."""
 
 
 @pytest.mark.parametrize("path", shipped_tables(), ids=lambda path: path.stem)
 def test_shipped_tables_are_whole(path: Path) -> None:
     """Each covers every class, and everything in it passed its check."""
-    operators = [op for op in ON_A_CPU if op not in LEFT_TO_THE_TRIAL.get(path.stem, [])]
+    covered = [op for op in ON_A_CPU if op not in LEFT_TO_THE_TRIAL.get(path.stem, [])]
     shipped = table._read(path, {"schema": table.SCHEMA, "kind": path.stem})
     assert all(one.checked for one in shipped.values())
     table.load_state({"cpu": shipped.values()})
-    for problem in measure.problems("cpu", operators, ops.KERNEL_DTYPES, list(measure.SHAPES)):
+    for problem in problems.listed("cpu", covered, ops.KERNEL_DTYPES, list(problems.SHAPES)):
         for op in (problem.op, f"{problem.op}_backward"):
             assert table.has("cpu", op, *problem[1:]), (op, problem)
 
@@ -960,15 +961,15 @@ def test_a_resumed_run_chooses_as_the_run_before(machine: Path, tmp_path: Path) 
 
 def tiny_measurements(ratio: float) -> list[Measurement]:
     """One for every class that a tiny model's trial would look at."""
-    todo = measure.problems("cpu", ["lora_linear", "lora_linear_shared"], [torch.float32], ["small"])
+    todo = problems.listed("cpu", ["lora_linear", "lora_linear_shared"], [torch.float32], ["small"])
     return [entry(ratio, op, one.rows, dropout=one.dropout) for one in todo for op in (one.op, f"{one.op}_backward")]
 
 
 RANK = """
 import sys, torch
 from pathlib import Path
-from fastlora import ops
-from fastlora.choice import measure, table, trial
+from fastlora import operators, ops
+from fastlora.choice import measure, problems, table, trial
 table.SHIPPED = Path(sys.argv[2], "no", "tables")
 rank, ratio = int(sys.argv[1]), float(sys.argv[3])
 torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
@@ -1008,8 +1009,8 @@ def test_rank_0_decides_for_all(machine: Path, tmp_path: Path) -> None:
 ONE_OF_MANY = """
 import sys, time, torch
 from pathlib import Path
-from fastlora import ops
-from fastlora.choice import measure, table, trial
+from fastlora import operators, ops
+from fastlora.choice import measure, problems, table, trial
 own, other = Path(sys.argv[1]), Path(sys.argv[2])
 table.SHIPPED = own.parent / "no" / "tables"
 own.touch()

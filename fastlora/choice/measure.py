@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from fastlora import bounds, ops
-from fastlora.choice import table
-from fastlora.choice.problems import SHAPES, Call, Problem, operators
+from fastlora.choice import problems, table
+from fastlora.choice.problems import Call, Problem, operators
 from fastlora.choice.table import Measurement
 
 WORTH_A_COPY = 0.95  # of the time without a packed copy: what saves less is not worth the memory
@@ -52,7 +52,7 @@ def one_class(
     found = []
     with torch.no_grad(), torch.autocast(device.type, enabled=False):
         odd = make(*ODD_SHAPE, dtype, device, True)
-        for name, calls in make(rows, *SHAPES[size], dtype, device, dropout).items():
+        for name, calls in make(rows, *problems.SHAPES[size], dtype, device, dropout).items():
             names = ops.candidates(name, device, dtype)  # an implementation may have the forward alone
             runs = {f"{one} {way}".strip(): (one, way) for one in names for way in ways(name, one)}
             sound = []

@@ -64,7 +64,7 @@ operators: dict[str, Measured] = {}
 """By what a Measurement calls them. Products with frozen weights come first: the others multiply in the way that was faster."""
 
 
-def problems(
+def listed(
     device_type: str, names: Sequence[str], dtypes: Sequence[torch.dtype], sizes: Sequence[str]
 ) -> list[Problem]:
     """Everything that can be measured for these operators, dtypes and sizes of weights."""

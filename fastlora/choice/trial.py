@@ -25,9 +25,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from fastlora import ops
-from fastlora.choice import table
+from fastlora.choice import problems, table
 from fastlora.choice.measure import Refusal, is_out_of_memory, is_refused, one_class, refused_before
-from fastlora.choice.problems import LINEAR_ROWS, SHAPES, Problem, operators, problems
+from fastlora.choice.problems import Problem
 from fastlora.choice.table import Measurement
 
 TUNE_SECONDS, TRIAL_SECONDS = 0.25, 0.05  # for each operator and class
@@ -52,11 +52,11 @@ def tune_machine(
         ValueError: there is no such device here, or nothing but plain PyTorch runs on it.
         OSError: the output cannot be written.
     """
-    if device not in LINEAR_ROWS:
+    if device not in problems.LINEAR_ROWS:
         raise ValueError(f"device={device!r}: expected cpu or cuda")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device='cuda': torch sees no CUDA card here")
-    todo = problems(device, list(operators), ops.KERNEL_DTYPES, list(SHAPES))
+    todo = problems.listed(device, list(problems.operators), ops.KERNEL_DTYPES, list(problems.SHAPES))
     todo = [one for one in todo if ops.candidates(one.op, torch.device(device), one.dtype)]
     if device == "cuda":
         # Compiling takes longer than measuring: a class of every operator first, then the next.
@@ -122,7 +122,8 @@ def _measure_what_is_missing(weights: Mapping[str, Sequence[Tensor]]) -> None:
     for op, its_weights in weights.items():
         for now, dtype, size in {(w.device, w.dtype, table.class_of(1, w.numel())[1]) for w in its_weights}:
             for device in _places(now):
-                todo = problems(device.type, [op], _dtypes(device, dtype), [size]) if device.type in LINEAR_ROWS else []
+                measured = device.type in problems.LINEAR_ROWS
+                todo = problems.listed(device.type, [op], _dtypes(device, dtype), [size]) if measured else []
                 todo = [one for one in todo if ops.candidates(op, device, one.dtype)]
                 wanted.setdefault(device.type, {}).update(dict.fromkeys(todo))
                 devices.setdefault(device.type, device)
@@ -144,8 +145,8 @@ def _dtypes(device: torch.device, dtype: torch.dtype) -> list[torch.dtype]:
     return [dtype, torch.bfloat16] if (device.type, dtype) == ("cuda", torch.float32) else [dtype]
 
 
-def _missing(device_type: str, problems: Iterable[Problem]) -> list[Problem]:
-    return [one for one in problems if not table.has(device_type, *one)]
+def _missing(device_type: str, wanted: Iterable[Problem]) -> list[Problem]:
+    return [one for one in wanted if not table.has(device_type, *one)]
 
 
 def _try_out(device: torch.device, todo: list[Problem]) -> None:

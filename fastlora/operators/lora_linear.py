@@ -235,9 +235,9 @@ def _forward(
     """`run` on x [..., K], past the dispatcher where nobody traces: gradients.py's rows_of, is_eager and shaped, without their calls."""
     rows = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x[None]
     if (
-        type(x) in (Tensor, torch.nn.Parameter)
+        not torch.compiler.is_compiling()
+        and type(x) in (Tensor, torch.nn.Parameter)
         and not torch._C._len_torch_dispatch_stack()
-        and not torch.compiler.is_compiling()
     ):
         ys, xa, keep = run(rows, weight, bias, lora_a, lora_b, *rest)
     else:

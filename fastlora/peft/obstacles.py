@@ -107,7 +107,7 @@ def add_adapter(plan: Plan, layer: Any, adapter: str) -> str | None:
         return (
             f"adapter {adapter!r} is made of {type(lora_a).__name__}, {type(lora_b).__name__}, {type(dropout).__name__}"
         )
-    if lora_b._parameters["bias"] is not None:
+    if parameter(lora_b, "bias") is not None:
         return f"adapter {adapter!r} has a bias (lora_bias)"
     a, b, scale = lora_a._parameters.get("weight"), lora_b._parameters.get("weight"), layer.scaling[adapter]
     if type(a) is not nn.Parameter or type(b) is not nn.Parameter:
