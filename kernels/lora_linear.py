@@ -297,7 +297,7 @@ def _forward(
     by_library = tuning.by_library(op, x, weight[0], seed is not None)
     with torch.cuda.device_of(x):
         xa, partials, keep = _shrink(x, a, [keep_scale(p) for p in dropout_p], thresholds, seed)
-        in_parts = len(partials) > 1 and M <= tuning.FEW_ROWS and all(w.shape[0] for w in weight)
+        in_parts = len(partials) > 1 and M <= tuning.PARTIAL_SUM_ROWS and all(w.shape[0] for w in weight)
         if not in_parts:  # else whoever uses the partial sums adds them: a launch saved
             sum_partials(partials, xa)
             partials = xa[None]

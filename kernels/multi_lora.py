@@ -397,7 +397,7 @@ def _forward(
         count = groups.whole.shape[2]
         xa = x.new_empty(len(weight), M, R, dtype=torch.float32)
         partials, keep = _shrink(x, groups, xa, back=False, seed=seed)
-        in_parts = len(partials) > 1 and M <= tuning.FEW_ROWS and all(w.shape[0] for w in weight)
+        in_parts = len(partials) > 1 and M <= tuning.PARTIAL_SUM_ROWS and all(w.shape[0] for w in weight)
         if not in_parts:
             sum_partials(partials, xa)
             partials = xa[None]

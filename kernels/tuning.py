@@ -16,7 +16,7 @@ from fastlora.ops import ImplementationError
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 GROUP_M = 8  # rows of tiles that share the L2 cache
 MOST_PARTS = 64  # partial results of one sum
-FEW_ROWS = 32  # up to here a launch costs more than adding partial sums wherever they are read
+PARTIAL_SUM_ROWS = 32  # up to here a launch costs more than adding partial sums wherever they are read
 
 
 @dataclass(frozen=True)

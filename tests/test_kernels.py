@@ -71,7 +71,7 @@ def use_small_tiles(monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
 def test_lora_linear_in_many_tiles(monkeypatch, dtype, rank, parts, dropout_p, few_rows, way):
     use_small_tiles(monkeypatch, rank)
     go(monkeypatch, way)
-    monkeypatch.setattr(tuning, "FEW_ROWS", few_rows)
+    monkeypatch.setattr(tuning, "PARTIAL_SUM_ROWS", few_rows)
     monkeypatch.setattr(tuning, "parts", lambda x, programs, steps: parts)
     monkeypatch.setattr(tuning, "GROUP_M", 2)
     layer = make_layer(20, 35, 20, 18, dtype, torch.float32, device=DEVICE)
@@ -251,7 +251,7 @@ def test_multi_lora_in_many_tiles(monkeypatch, dtype, rank, parts, few_rows, way
     """Groups that end inside tiles, span tiles, or are empty; ranks that span tiles; rows of the base; numbers that do not exist."""
     use_small_tiles(monkeypatch, rank)
     go(monkeypatch, way)
-    monkeypatch.setattr(tuning, "FEW_ROWS", few_rows)
+    monkeypatch.setattr(tuning, "PARTIAL_SUM_ROWS", few_rows)
     monkeypatch.setattr(tuning, "parts", lambda x, programs, steps: parts)
     ranks = [3, 17, 1, 20, 16]
     index = torch.tensor(
@@ -296,7 +296,7 @@ def test_multi_lora_of_layers_that_share_x_in_many_tiles(monkeypatch, way, few_r
     """Other widths and ranks in each layer, one of which drops nothing; a weight and an adapter that lie otherwise."""
     use_small_tiles(monkeypatch, 16)
     go(monkeypatch, way)
-    monkeypatch.setattr(tuning, "FEW_ROWS", few_rows)
+    monkeypatch.setattr(tuning, "PARTIAL_SUM_ROWS", few_rows)
     monkeypatch.setattr(tuning, "parts", lambda x, programs, steps: 2)
     index = torch.tensor([0, 1, 1, -1, 1] + [2] * 17 + [-1, 0, 2], device=DEVICE)
     groups = RowGroups(index, 3).for_rows(len(index))

@@ -4,9 +4,6 @@ An implementation is checked first, by the bound of bounds.py, plain PyTorch bei
 turn with plain PyTorch (fastlora.reference, which with dropout draws the same Philox mask). One that fails is refused and never timed.
 """
 
-import math
-import statistics
-import time
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import cycle
@@ -17,15 +14,15 @@ from torch import Tensor
 
 from fastlora import bounds, ops
 from fastlora.choice import problems, table
+from fastlora.choice.clock import HostClock, Run, time_in_turn, wait_for
 from fastlora.choice.problems import Call, Problem, operators
 from fastlora.choice.table import Measurement
 
 WORTH_A_COPY = 0.95  # of the time without a packed copy: what saves less is not worth the memory
 ODD_SHAPE = 37, 100, 75  # M, K, N of a check with dropout and a bias
 
-SHORTEST_SAMPLE = 2e-4  # seconds: far above the clock's own cost
 LONGEST_CALL = 0.5  # seconds: a call this long is timed once
-FEWEST_ROUNDS, MOST_ROUNDS = 3, 301
+FEWEST_ROUNDS = 3
 
 
 Refusal = tuple[str, str, str]
@@ -136,11 +133,11 @@ def find_flaw(op: str, implementation: str, call: Call, way: str = "") -> str | 
     device = _tensors(call)[0].device
     try:
         results = _results(op, _in_way(op, implementation, way), call)
-        _finish(device)
+        wait_for(device)
     except Exception as defect:  # whatever it is, the model can do without this implementation
         if is_out_of_memory(defect):
             raise
-        _finish(device)  # raises where nothing can run on the card any more: then the process is at its end
+        wait_for(device)  # raises where nothing can run on the card any more: then the process is at its end
         return f"{_shown(call)}: it raises {type(defect).__name__}: {defect}"
     for number, (result, plain, right) in enumerate(zip(results, eager, exact, strict=True)):
         if (result.shape, result.dtype) != (plain.shape, plain.dtype):
@@ -180,38 +177,19 @@ def ratios(
 
     calls: arguments that differ in their weights alone, and take turns.
     """
-    baseline, *others = names = list(functions)
+    baseline, *others = functions
     if not others:
         return {}
-    turns = cycle(calls)
+    take_time, turns = HostClock(device), cycle(calls)
 
-    def sample(name: str, count: int) -> float:
-        return _seconds_a_call(functions[name], [next(turns) for _ in range(count)], device)
+    def in_turn(function: Callable[..., Any]) -> Run:
+        return lambda _: function(*next(turns))
 
-    first = {name: sample(name, 1) for name in names}
+    runs = {name: in_turn(function) for name, function in functions.items()}
+    first = {name: take_time(run, 0, 1) for name, run in runs.items()}
     if max(first.values()) > LONGEST_CALL:
         return {name: first[name] / first[baseline] for name in others}
     for name in others:
-        sample(name, len(calls))  # packs every weight
-    counts = {name: math.ceil(SHORTEST_SAMPLE / max(sample(name, 1), 1e-7)) for name in names}
-    rounds: list[dict[str, float]] = []
-    began = time.perf_counter()
-    while len(rounds) < FEWEST_ROUNDS or (time.perf_counter() - began < seconds and len(rounds) < MOST_ROUNDS):
-        begin = len(rounds) % len(names)
-        rounds.append({name: sample(name, counts[name]) for name in names[begin:] + names[:begin]})
-    return {name: statistics.median(one[name] / one[baseline] for one in rounds) for name in others}
-
-
-def _seconds_a_call(function: Callable[..., Any], calls: Sequence[Call], device: torch.device) -> float:
-    _finish(device)
-    began = time.perf_counter()
-    for call in calls:
-        function(*call)
-    _finish(device)
-    return (time.perf_counter() - began) / len(calls)
-
-
-def _finish(device: torch.device) -> None:
-    """Wait for all that was launched; its faults are raised here."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        take_time(runs[name], 0, len(calls))  # packs every weight
+    times = time_in_turn(runs, take_time, seconds, warm_up=(1,), fewest=FEWEST_ROUNDS)
+    return {name: times[name].ratio for name in others}

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastlora
+from fastlora.choice.clock import median_ratio, rounds_in_turn
 from fastlora.data.examples import read_examples
 from fastlora.data.rows import collate, encode, pad_token_id
 from fastlora.steps import Batch, mean_loss, take_step
@@ -29,24 +31,22 @@ def compare_steps(base: Path, data: Path, lora: dict[str, Any], lr: float, rows:
         "fastlora": _stepper(ours, lr, mean_loss(ours)),
         "peft": _stepper(theirs, lr, lambda batch: theirs(**batch, use_cache=False).loss),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    losses: dict[str, list[float]] = {name: [] for name in variants}
-    for index, batch in enumerate(batches):
-        turn = list(variants) if index % 2 else list(reversed(variants))
-        for name in turn:
-            began = time.perf_counter()
-            loss = variants[name](batch)
-            seconds[name].append(time.perf_counter() - began)
-            losses[name].append(loss)
-    counted = {name: times[1:] for name, times in seconds.items()}
-    ratios = [one / other for one, other in zip(counted["fastlora"], counted["peft"], strict=True)]
+    left = {name: iter(batches) for name in variants}
+
+    def step(name: str) -> tuple[float, float]:
+        batch, began = next(left[name]), time.perf_counter()
+        loss = variants[name](batch)
+        return time.perf_counter() - began, loss
+
+    rounds = list(islice(rounds_in_turn(list(variants), step), len(batches)))
+    counted = {name: [one[name][0] for one in rounds[1:]] for name in variants}
     return {
         "rows": rows,
         "steps": steps,
         "tokens_per_step": sum(int(batch["attention_mask"].sum()) for batch in batches[1:]) / steps,
         "seconds": {name: median(times) for name, times in counted.items()},
-        "ratio": median(ratios),
-        "losses": losses,
+        "ratio": median_ratio(counted["fastlora"], counted["peft"]),
+        "losses": {name: [one[name][1] for one in rounds] for name in variants},
     }
 
 
