@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,11 @@ from .card_goals import BARE_LINES, HUNG_CODE, OUT_OF_TIME, Record, Session, car
 from .cases import OPERATORS, cases_of, dtype_name, steps_of
 from .goals import Goal, measure_goals, step_goals
 from .launch import launch_rows
-from .machine import Limits, Machine, describe, measure_limits, results_folder
-from .measure import CaseError, Row, measure
+from .machine import Limits, Machine, measure_limits, results_folder, this_machine
+from .operators import Row, measure_operator
 from .step import StepError, measure_step
 from .table import goals_markdown, goals_table, launch_table, operator_table, step_table
 
-ALL = (*OPERATORS, "step", "goals", "launch")
 SECONDS = {"lora_linear": 30.0, "multi_lora": 30.0, "prefix_concat": 16.0}  # of timing alone, on all cases
 QUICK_SECONDS = 4.0
 QUICK_LINES = 1  # of the goals on a card
@@ -39,40 +38,29 @@ QUICK_LINES = 1  # of the goals on a card
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks", description="Test fastlora's operators, then time them.")
-    parser.add_argument("operators", nargs="*", metavar="operator", help=f"{', '.join(ALL)} (default: all)")
-    parser.add_argument(
-        "--quick", action="store_true", help="the first cases only, a short check, no torch.compile: a minute"
-    )
-    parser.add_argument("--json", action="store_true", help="write DATE-MACHINE-OPERATOR.json")
-    parser.add_argument("--out", type=Path, default=None, help="where (default: benchmarks/results); implies --json")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--no-gate", action="store_true", help="do not run the tests (each case is still checked)")
-    parser.add_argument(
-        "--readme", action="store_true", help="print the README's table of the newest result file, only"
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=math.inf, help="goals on a card: begin nothing after that long"
-    )
-    parser.add_argument(
-        "--bare",
-        action="store_true",
-        help="goals on a card: three of them, of fastlora alone, as CUDA graphs: half a minute",
-    )
-    parser.add_argument(
-        "--line-seconds", type=float, default=math.inf, help="goals on a card: end the process where one takes longer"
-    )
-    parser.add_argument("--resume", action="store_true", help="goals on a card: go on from today's result file")
+    add, card = parser.add_argument, "goals on a card:"
+    add("operators", nargs="*", metavar="operator", help=f"{', '.join(VERBS)} (default: all)")
+    add("--quick", action="store_true", help="the first cases only, a short check, no torch.compile: a minute")
+    add("--json", action="store_true", help="write DATE-MACHINE-OPERATOR.json")
+    add("--out", type=Path, default=None, help="where (default: benchmarks/results); implies --json")
+    add("--device", default="cpu", help="cpu (default) or cuda")
+    add("--no-gate", action="store_true", help="do not run the tests (each case is still checked)")
+    add("--readme", action="store_true", help="only print benchmarks/README.md's table of the newest result file")
+    add("--seconds", type=float, default=math.inf, help=f"{card} begin nothing after that long")
+    add("--bare", action="store_true", help=f"{card} three of them, of fastlora alone, as CUDA graphs: half a minute")
+    add("--line-seconds", type=float, default=math.inf, help=f"{card} end the process where one takes longer")
+    add("--resume", action="store_true", help=f"{card} go on from today's result file")
     arguments = parser.parse_args(argv)
     arguments.json |= arguments.out is not None
     arguments.out = arguments.out or results_folder()
     for operator in arguments.operators:
-        if operator not in ALL:
-            parser.error(f"operator: got {operator!r}, expected one of {', '.join(ALL)}")
+        if operator not in VERBS:
+            parser.error(f"operator: got {operator!r}, expected one of {', '.join(VERBS)}")
     try:
         device = torch.device(arguments.device)
     except RuntimeError:
-        parser.error(f"--device: got {arguments.device!r}, expected cpu or cuda")
-    if device.type not in ("cpu", "cuda"):
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
         parser.error(f"--device: got {arguments.device!r}, expected cpu or cuda")
     if device.type == "cuda" and not arguments.readme and not torch.cuda.is_available():
         parser.error(f"--device: got {arguments.device!r}, but torch {torch.__version__} finds no CUDA device")
@@ -83,56 +71,27 @@ def _say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def _is_green(operator: str, device: torch.device, arguments: argparse.Namespace) -> bool:
-    """Run the gate of one operator and say what it was."""
+def _is_green(name: str, device: torch.device, arguments: argparse.Namespace) -> bool:
+    """Run the gate of an operator, or of a training step, and say what it was; what else is measured is checked case by case."""
     if arguments.no_gate:
-        print(f"{operator}: the tests were not run (--no-gate)", flush=True)
+        print(f"{name}: the tests were not run (--no-gate)", flush=True)
         return True
-    if gate.has_tests(operator) and not arguments.quick:
-        print(f"{operator}: running tests/test_{gate.test_stem(operator)}.py", flush=True)
-        if gate.run_tests(operator):
-            return True
-        print(f"{operator}: the tests are red: not timed", flush=True)
-        return False
-    if operator in ("goals", "launch"):
-        return True  # each case is checked before it is timed, or is timed for what it costs the host
-    if operator == "step":
+    if gate.has_tests(name) and not arguments.quick:
+        print(f"{name}: running tests/test_{gate.test_stem(name)}.py", flush=True)
+        green = gate.run_tests(name)
+        print("" if green else f"{name}: the tests are red: not timed\n", end="", flush=True)
+        return green
+    if name == "step":
         print("step: no tests were run; without dropout the losses must agree", flush=True)
-        return True
-    wrong = gate.check(operator, device)
-    reason = "--quick" if arguments.quick else "its tests are not here"
-    outcome = "wrong: not timed" if wrong else "all within their bounds"
-    print(
-        f"{operator}: the tests were not run ({reason}); every implementation against the float64 reference: {outcome}"
-    )
-    for line in wrong:
-        print(f"  {line}")
+    wrong = gate.check(name, device) if name in OPERATORS else []
+    if name in OPERATORS:
+        reason = "--quick" if arguments.quick else "its tests are not here"
+        outcome = "wrong: not timed" if wrong else "all within their bounds"
+        print(
+            f"{name}: the tests were not run ({reason}); every implementation against the float64 reference: {outcome}"
+        )
+        print("".join(f"  {line}\n" for line in wrong), end="", flush=True)
     return not wrong
-
-
-def _measure(operator: str, device: torch.device, limits: Limits | None, quick: bool) -> tuple[str, dict[str, Any]]:
-    """(the table to print, what the result file holds) of one operator."""
-    if operator == "step":
-        steps = []
-        for case in steps_of(device, quick):
-            _say(f"step: {case.name}, {dtype_name(case.dtype)}")
-            steps.append((case, measure_step(case, device)))
-        return step_table(steps), {"rows": [{"case": case, "result": result} for case, result in steps]}
-    assert limits is not None  # measured where there is an operator to time
-    cases = cases_of(operator, device, quick)
-    budget = (QUICK_SECONDS if quick else SECONDS[operator]) / sum(len(case.passes) for case in cases)
-    rows: list[Row] = []
-    notes: list[str] = ["torch.compile was left out (--quick)"] if quick else []
-    not_timed: list[str] = []
-    for number, operator_case in enumerate(cases, 1):
-        _say(f"{operator} {number}/{len(cases)}: {operator_case.name}")
-        try:
-            for row in measure(operator, operator_case, device, limits, budget, not quick, notes):
-                rows.append(row)
-        except CaseError as error:
-            not_timed.append(str(error))
-    result = {"limits": limits, "rows": rows, "notes": notes, "not_timed": not_timed}
-    return operator_table(operator, rows, [*notes, *not_timed]), result
 
 
 def _jsonable(value: Any) -> Any:
@@ -151,20 +110,124 @@ def _jsonable(value: Any) -> Any:
     return value
 
 
-def _path(machine: Machine, operator: str, folder: Path) -> Path:
-    return folder / f"{machine.date}-{machine.slug()}-{operator}.json"
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """What is to be measured, on which machine, and where the results go."""
+
+    arguments: argparse.Namespace
+    argv: Sequence[str]
+    device: torch.device
+    machine: Machine
+    deadline: float = math.inf  # in seconds of time.perf_counter
+    limits: Limits | None = None  # None where no operator is timed
+    steps: list[Goal] = dataclasses.field(default_factory=list)  # the goals of the training steps that were measured
+
+    def path(self, name: str) -> Path:
+        return Path(self.arguments.out) / f"{self.machine.date}-{self.machine.slug()}-{name}.json"
+
+    def write(self, name: str, result: dict[str, Any]) -> None:
+        line = " ".join(["python -m benchmarks", *self.argv])
+        content = {"operator": name, "command": line, "machine": self.machine, **result}
+        self.path(name).parent.mkdir(parents=True, exist_ok=True)
+        writing.whole(self.path(name), (json.dumps(_jsonable(content), indent=1) + "\n").encode())
+
+    def show(self, name: str, table: str, result: dict[str, Any]) -> None:
+        """Print the table, and write the result where that was asked for."""
+        print(f"\n{table}", flush=True)
+        if self.arguments.json:
+            self.write(name, result)
+            print(f"written: {self.path(name)}", flush=True)
 
 
-def _write(machine: Machine, operator: str, argv: Sequence[str], folder: Path, result: dict[str, Any]) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    path = _path(machine, operator, folder)
-    content = {"operator": operator, "command": " ".join(["python -m benchmarks", *argv]), "machine": machine, **result}
-    writing.whole(path, (json.dumps(_jsonable(content), indent=1) + "\n").encode())
-    return path
+def _operator(name: str, command: Command) -> int:
+    quick, limits = command.arguments.quick, command.limits
+    assert limits is not None  # measured where there is an operator to time
+    cases = cases_of(name, command.device, quick)
+    budget = (QUICK_SECONDS if quick else SECONDS[name]) / sum(len(case.passes) for case in cases)
+    rows: list[Row] = []
+    notes: list[str] = ["torch.compile was left out (--quick)"] if quick else []
+    not_timed: list[str] = []
+    for number, case in enumerate(cases, 1):
+        _say(f"{name} {number}/{len(cases)}: {case.name}")
+        try:
+            for row in measure_operator(case, command.device, limits, budget, not quick, notes):
+                rows.append(row)
+        except gate.CaseError as error:
+            not_timed.append(str(error))
+    result = {"limits": limits, "rows": rows, "notes": notes, "not_timed": not_timed}
+    command.show(name, operator_table(name, rows, [*notes, *not_timed]), result)
+    return int(bool(not_timed))
+
+
+def _steps(name: str, command: Command) -> int:
+    quick, found = command.arguments.quick, []
+    try:
+        for case in steps_of(command.device, quick):
+            _say(f"step: {case.name}, {dtype_name(case.dtype)}")
+            found.append((case, measure_step(case, command.device)))
+    except StepError as error:
+        print(f"\n{name}: {error}", flush=True)
+        return 1
+    rows = [{"case": case, "result": result} for case, result in found]
+    command.show(name, step_table(found), {"rows": rows})
+    if command.device.type == "cpu" and not quick:
+        command.steps.extend(step_goals(rows))
+    return 0
+
+
+def _goals(name: str, command: Command) -> int:
+    """On a CPU with those of the training steps, where `step` was measured, too."""
+    if command.device.type == "cuda":
+        return _goals_on_a_card(command)
+    if command.arguments.quick:
+        print("goals: left out (--quick)", flush=True)
+        return 0
+    not_timed: list[str] = []
+    goals = [*measure_goals(_say, not_timed), *command.steps]
+    command.show(name, goals_table(goals, not_timed), {"rows": goals, "not_timed": not_timed})
+    return int(bool(not_timed))
+
+
+def _goals_on_a_card(command: Command) -> int:
+    """Saved after every figure."""
+    arguments, record = command.arguments, Record()
+    name = "first" if arguments.bare else "goals"
+    if arguments.resume and command.path(name).is_file():
+        content = json.loads(command.path(name).read_text())
+        kept = {part: content[part] for part in ("notes", "begun", "failed", "refused")}
+        record = Record(rows=[Goal(**row) for row in content["rows"]], **kept)
+        record.notes = [note for note in record.notes if not note.endswith(OUT_OF_TIME)]
+
+    def save() -> None:
+        if arguments.json:
+            command.write(name, vars(record))
+
+    lines = {line: card_lines()[line] for line in BARE_LINES} if arguments.bare else card_lines()
+    lines = dict(list(lines.items())[:QUICK_LINES]) if arguments.quick else lines
+    limits = command.deadline, arguments.bare, arguments.line_seconds
+    whole = measure_card(lines, command.device, record, save, _say, *limits)
+    print(f"\n{goals_table(record.rows, record.notes)}" if record.rows else "\n".join(record.notes), flush=True)
+    return int(len(record.begun) < len(lines) or bool(record.failed)) if whole else HUNG_CODE
+
+
+def _launch(name: str, command: Command) -> int:
+    notes: list[str] = []
+    rows = launch_rows(Session(command.device, notes))
+    command.show(name, launch_table(rows, notes), {"rows": rows, "notes": notes})
+    return 0
+
+
+# What can be asked for, in the order in which it is measured; each returns an exit code.
+VERBS: dict[str, Callable[[str, Command], int]] = {
+    **dict.fromkeys(OPERATORS, _operator),
+    "step": _steps,
+    "goals": _goals,
+    "launch": _launch,
+}
 
 
 def _print_readme(device: torch.device, folder: Path) -> int:
-    """Print the README's table of the newest result file of the goals on this kind of device; returns the exit code."""
+    """Print benchmarks/README.md's table of the newest result file of the goals on this kind of device; returns the exit code."""
     contents = [json.loads(path.read_text()) for path in sorted(folder.glob("*-goals.json"))]
     found = [content for content in contents if content["machine"].get("device", "cpu") == device.type]
     if not found:
@@ -172,45 +235,6 @@ def _print_readme(device: torch.device, folder: Path) -> int:
         return 1
     print(goals_markdown([Goal(**row) for row in found[-1]["rows"]]))
     return 0
-
-
-def _measure_card(
-    machine: Machine, device: torch.device, arguments: argparse.Namespace, argv: Sequence[str], deadline: float
-) -> int:
-    """The goals on a card, saved after every figure; returns the exit code."""
-    record = Record()
-    name = "first" if arguments.bare else "goals"
-    path = _path(machine, name, arguments.out)
-    if arguments.resume and path.is_file():
-        content = json.loads(path.read_text())
-        kept = {name: content[name] for name in ("notes", "begun", "failed", "refused")}
-        record = Record(rows=[Goal(**row) for row in content["rows"]], **kept)
-        record.notes = [note for note in record.notes if not note.endswith(OUT_OF_TIME)]
-
-    def save() -> None:
-        if arguments.json:
-            _write(machine, name, argv, arguments.out, vars(record))
-
-    lines = {name: card_lines()[name] for name in BARE_LINES} if arguments.bare else card_lines()
-    lines = dict(list(lines.items())[:QUICK_LINES]) if arguments.quick else lines
-    whole = measure_card(lines, device, record, save, _say, deadline, arguments.bare, arguments.line_seconds)
-    print(f"\n{goals_table(record.rows, record.notes)}" if record.rows else "\n".join(record.notes), flush=True)
-    if not whole:
-        return HUNG_CODE
-    return int(len(record.begun) < len(lines) or bool(record.failed))
-
-
-def _measure_launch(machine: Machine, device: torch.device, arguments: argparse.Namespace, argv: Sequence[str]) -> None:
-    notes: list[str] = []
-    rows = launch_rows(Session(device, notes))
-    print(f"\n{launch_table(rows, notes)}", flush=True)
-    if arguments.json:
-        print(f"written: {_write(machine, 'launch', argv, arguments.out, {'rows': rows, 'notes': notes})}", flush=True)
-
-
-def _limits_line(limits: Limits) -> str:
-    rates = ", ".join(f"{dtype_name(dtype)} product {rate / 1e9:.0f} GFLOP/s" for dtype, rate in limits.flops.items())
-    return f"this machine's limits, measured now: {rates}, copy {limits.bandwidth / 1e9:.0f} GB/s"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -223,53 +247,18 @@ def main(argv: Sequence[str]) -> int:
     device = torch.device(arguments.device)
     if arguments.readme:
         return _print_readme(device, arguments.out)
-    operators = [operator for operator in ALL if operator in (arguments.operators or ALL)]
-    machine = describe(device)
+    names = [name for name in VERBS if name in (arguments.operators or VERBS)]
+    machine, limits = this_machine(device), None
     print(machine.line(), flush=True)
-    green = [operator for operator in operators if _is_green(operator, device, arguments)]
-    code = int(len(green) < len(operators))
-
-    limits = None
+    green = [name for name in names if _is_green(name, device, arguments)]
     dtypes = {case.dtype for name in green if name in OPERATORS for case in cases_of(name, device, arguments.quick)}
     if dtypes:
         limits = measure_limits(device, sorted(dtypes, key=dtype_name))
-        print(_limits_line(limits), flush=True)
-    steps: list[Goal] = []
-    for operator in green:
-        if operator == "launch":
-            _measure_launch(machine, device, arguments, argv)
-        elif operator == "goals" and device.type == "cuda":
-            code = max(code, _measure_card(machine, device, arguments, argv, start + arguments.seconds))
-        elif operator == "goals" and arguments.quick:
-            print("goals: left out (--quick)", flush=True)
-        elif operator == "goals":
-            code = max(code, _measure_goals(machine, steps, arguments, argv))
-        else:
-            try:
-                table, result = _measure(operator, device, limits, arguments.quick)
-            except StepError as error:
-                print(f"\n{operator}: {error}", flush=True)
-                code = max(code, 1)
-                continue
-            code = max(code, int(bool(result.get("not_timed"))))
-            print(f"\n{table}", flush=True)
-            if arguments.json:
-                print(f"written: {_write(machine, operator, argv, arguments.out, result)}", flush=True)
-            if operator == "step" and device.type == "cpu" and not arguments.quick:
-                steps += step_goals(result["rows"])
+        print(limits.line(), flush=True)
+    command = Command(arguments, argv, device, machine, start + arguments.seconds, limits)
+    codes = [int(len(green) < len(names)), *(VERBS[name](name, command) for name in green)]
     _say(f"{time.perf_counter() - start:.0f} s in all")
-    return code
-
-
-def _measure_goals(machine: Machine, steps: list[Goal], arguments: argparse.Namespace, argv: Sequence[str]) -> int:
-    """The goals on a CPU, with those of the training steps where `step` was measured too; returns the exit code."""
-    not_timed: list[str] = []
-    goals = [*measure_goals(_say, not_timed), *steps]
-    print(f"\n{goals_table(goals, not_timed)}", flush=True)
-    if arguments.json:
-        content = {"rows": goals, "not_timed": not_timed}
-        print(f"written: {_write(machine, 'goals', argv, arguments.out, content)}", flush=True)
-    return int(bool(not_timed))
+    return max(codes)
 
 
 if __name__ == "__main__":

@@ -17,46 +17,26 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from itertools import islice
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from .cases import (
-    CARD_BLOCK,
-    CARD_DECODE,
-    CARD_ERRORS,
-    CARD_KERNEL,
-    CARD_LAYERS,
-    CARD_MODEL,
-    CARD_PREFILL,
-    BlockCase,
-    Case,
-    LoRALinearCase,
-    MultiLoRACase,
-    StepCase,
-)
-from .clock import (
-    WARM_UP_CALLS,
-    Run,
-    Timing,
-    captured,
-    clock_of,
-    graph_pool,
-    main_kernel,
-    require_no_wait,
-    sweep,
-    time_in_turn,
-    wait_for,
-)
-from .gate import Error, block_errors, errors, errors_beside_peft
+from fastlora import ops
+from fastlora.choice import clock
+from fastlora.choice.clock import Clock, Run, Timing
+
+from . import cases
+from .cases import BlockCase, Case, LoRALinearCase, MultiLoRACase, StepCase
+from .device import captured, clock_of, graph_pool, main_kernel, require_no_wait, sweep
+from .gate import CaseError, Error, errors, errors_beside_peft, require_right
 from .goals import Goal
 from .machine import measure_bandwidths
-from .measure import CaseError, require_right
 from .model import measure_model
-from .rivals import FASTLORA, Problem, build, build_for_card, choice, kernels_of
+from .rivals import FASTLORA, build, build_for_card, choice
 
 EAGER, GRAPH = "eager", "CUDA graph"
 SECONDS = 2.0  # of timing, a line and mode
@@ -104,7 +84,7 @@ class Session:
         """
         try:
             result = function(*arguments)
-            wait_for(self.device)
+            clock.wait_for(self.device)
             return result
         except CaseError as error:
             self.notes.append(str(error))
@@ -199,14 +179,28 @@ def _patience(name: str, record: Record, save: Callable[[], object], seconds: fl
 
 def card_lines() -> dict[str, Line]:
     """Every line of the table by its name, what matters most first."""
-    lines: dict[str, Line] = {f"layer {case.K} r {case.R}": partial(layer_line, case=case) for case in CARD_LAYERS}
-    lines["kernel"] = partial(kernel_line, case=CARD_KERNEL)
-    lines["decode"] = partial(decode_line, case=CARD_DECODE)
-    lines["prefill"] = partial(prefill_line, case=CARD_PREFILL)
-    lines |= {f"errors, {case.number_format()}": partial(error_line, case=case) for case in CARD_ERRORS}
-    lines["model"] = partial(model_line, case=CARD_MODEL)
-    lines["block"] = partial(block_line, case=CARD_BLOCK)
-    return lines
+    prefill, block = cases.CARD_PREFILL, cases.CARD_BLOCK
+    layers: dict[str, Line] = {
+        f"layer {case.K} r {case.R}": partial(
+            over_frozen_line, case=case, training=True, targets=LAYER_GOALS[case.K, case.R],
+            what=f"a layer, forward and backward, {case.K} to {case.N}, r {case.R}",
+        )
+        for case in cases.CARD_LAYERS
+    }  # fmt: skip
+    return layers | {
+        "kernel": partial(kernel_line, case=cases.CARD_KERNEL),
+        "decode": partial(decode_line, case=cases.CARD_DECODE),
+        "prefill": partial(
+            over_frozen_line, case=prefill, training=False, targets=PREFILL_GOAL,
+            what=f"prefill, {prefill.B * prefill.T} tokens, {len(prefill.ranks)} adapters mixed",
+        ),
+        **{f"errors, {case.number_format()}": partial(error_line, case=case) for case in cases.CARD_ERRORS},
+        "model": partial(model_line, case=cases.CARD_MODEL),
+        "block": partial(
+            over_frozen_line, case=block, training=True, targets=BLOCK_GOAL,
+            what=f"the seven linear layers of a {block.name}, forward and backward",
+        ),
+    }  # fmt: skip
 
 
 BARE_LINES = ("kernel", "layer 4096 r 16", "decode")  # what is measured first where a card is there for minutes
@@ -216,82 +210,82 @@ def percent_over(ratio: float) -> float:
     return 100 * (ratio - 1)
 
 
-def may_be_tried(session: Session, operator: str) -> list[str]:
+def may_be_tried(session: Session, case: Case | BlockCase) -> list[str]:
     """Plain PyTorch and the kernels of this device that broke no process yet; in a bare session kernels alone, CUDA C++ first."""
-    kernels = kernels_of(operator, session.device)
+    kernels = ops.candidates(case.operator, session.device, case.dtype)
     names = kernels[::-1] if session.bare else ["reference", *kernels]
     return [name for name in names if session.may_run(name, EAGER)]
 
 
-def default_of(case: Case | BlockCase, training: bool, device: torch.device) -> str:
-    """What `choose` takes; of a block's layers, for the one that is hidden by hidden."""
-    if isinstance(case, BlockCase):
-        sizes = case.M, case.hidden, case.hidden, case.R
-        case = LoRALinearCase(case.name, *sizes, case.dtype, case.adapter_dtype, case.dropout_p)
-    return choice(case, training, device)
-
-
 def check(what: str, case: Case | BlockCase, training: bool, implementation: str, device: torch.device) -> Error:
     """The worst of its errors; raises CaseError where one is beyond its bound."""
-    if isinstance(case, BlockCase):
-        return require_right(what, block_errors(case, device, implementation))
     return require_right(what, errors(case, training, implementation, device))
 
 
-def sound_implementations(session: Session, operator: str, case: Case | BlockCase, training: bool) -> list[str]:
+def sound_implementations(session: Session, case: Case | BlockCase, training: bool) -> list[str]:
     """Those that are within their bounds on this very case; in a bare session the first one: Triton's compiler takes longer than all the rest.
 
     Raises:
         CaseError: the one that runs by default is not; in a bare session, none is.
     """
-    sound = []
-    for name in may_be_tried(session, operator):
-        what = f"{operator} {name}, {case.name}, {case.shape(training)}"
+    sound, here = [], f"{case.name}, {case.shape(training)}"
+    for name in may_be_tried(session, case):
+        what = f"{case.operator} {name}, {here}"
         if session.attempt(what, name, check, what, case, training, name, session.device):
             sound.append(name)
             if session.bare:
                 return sound
-    if default_of(case, training, session.device) not in sound:
-        raise CaseError(f"{operator}, {case.name}, {case.shape(training)}: what runs by default is wrong: not timed")
+    if choice(case, training, session.device) not in sound:
+        raise CaseError(f"{case.operator}, {here}: what runs by default is wrong: not timed")
     return sound
 
 
-def all_runs(problem: Problem, training: bool, implementations: Sequence[str]) -> dict[str, Run]:
-    """Every rival, and fastlora once more for each implementation forced."""
-    runs = {name: problem.run(name, training) for name in problem.rivals}
-    return runs | {name: problem.run(FASTLORA, training, name) for name in implementations}
+class Prepared(NamedTuple):
+    """A case whose sound implementations can be timed."""
+
+    case: Case | BlockCase
+    training: bool
+    copies: int
+    runs: dict[str, Run]  # every rival, and each implementation; in a bare session the frozen layer and fastlora alone
+    implementations: list[str]
+    default: str  # what fastlora's figures are of
 
 
-def runs_of(session: Session, problem: Problem, training: bool, implementations: Sequence[str]) -> dict[str, Run]:
-    """The same; in a bare session the frozen layer and the first implementation alone."""
+def prepare(session: Session, case: Case | BlockCase, training: bool) -> Prepared:
+    """Check the case, then build it; raises CaseError as `sound_implementations`."""
+    names, device = sound_implementations(session, case, training), session.device
     if session.bare:
-        ours = problem.run(FASTLORA, training, implementations[0])
-        return {"frozen": problem.run("frozen", training), FASTLORA: ours}
-    return all_runs(problem, training, implementations)
-
-
-def runs_by_default(session: Session, case: Case | BlockCase, training: bool, implementations: Sequence[str]) -> str:
-    """What fastlora's figures are of."""
-    return implementations[0] if session.bare else default_of(case, training, session.device)
+        contest = build(case, training, device)
+        bare = {"frozen": contest.run("frozen", training), FASTLORA: contest.run(FASTLORA, training, names[0])}
+        return Prepared(case, training, contest.copies, bare, names, names[0])
+    if isinstance(case, LoRALinearCase) and training:
+        wide = replace(case, adapter_dtype=torch.float32)
+        what = f"{case.name}, {case.shape(training)}, float32 adapters"
+        check(what, wide, True, choice(wide, True, device), device)
+    if training and isinstance(case, LoRALinearCase | BlockCase):
+        contest = build_for_card(case, device)
+    else:
+        contest = build(case, training, device)
+    default = choice(case, training, device)
+    return Prepared(case, training, contest.copies, contest.runs(training, names), names, default)
 
 
 def times_by_mode(
-    session: Session, what: str, operator: str, runs: Mapping[str, Run], copies: int
-) -> Iterator[tuple[str, dict[str, Timing]]]:
-    """(mode, seconds and ratios of what can run in it), the first run the baseline; a timed call meets every copy once.
+    session: Session, what: str, operator: str, runs: Mapping[str, Run], copies: int, clocks: Mapping[str, Clock], seconds: float
+) -> Iterator[tuple[str, dict[str, Timing]]]:  # fmt: skip
+    """(mode, seconds and ratios of what can run in it) of every mode that has a clock, the first run the baseline; a timed call meets every copy.
 
     Raises:
         CaseError: the baseline or fastlora cannot run.
         BrokenProcessError: something ended the process's use of the device.
     """
-    clock = clock_of(session.device)
-    for mode in (GRAPH,) if session.bare else (EAGER, GRAPH):
+    for mode, of_mode in clocks.items():
         ready: dict[str, Run] = {}
         pool = graph_pool(session.device)
+        what_now = f"{what}, {mode}"
         for name, run in runs.items():
             if not session.may_run(name, mode) or (mode == GRAPH and (operator, name) in UNCAPTURABLE):
                 continue
-            what_now = f"{what}, {mode}"
             prepared = session.attempt(what_now, name, _ready, run, copies, mode, session.device, pool, mode=mode)
             if prepared is not None:
                 ready[name] = prepared
@@ -299,8 +293,8 @@ def times_by_mode(
                 pool = graph_pool(session.device)  # the one of a failed capture takes no other
         for name in (next(iter(runs)), FASTLORA):
             if name not in ready:
-                raise CaseError(f"{what}, {mode}: {name} does not run: not timed")
-        times = time_in_turn(ready, clock, SECONDS)
+                raise CaseError(f"{what_now}: {name} does not run: not timed")
+        times = clock.time_in_turn(ready, of_mode, seconds)
         yield mode, {name: one._replace(seconds=one.seconds / copies) for name, one in times.items()}
 
 
@@ -309,22 +303,18 @@ def _ready(run: Run, copies: int, mode: str, device: torch.device, pool: Any) ->
     if mode == GRAPH:
         require_no_wait(whole, device)
         return captured(whole, device, pool)
-    for turn in range(WARM_UP_CALLS):
+    for turn in range(clock.WARM_UP_CALLS):
         whole(turn)
     return whole
 
 
 def _goal(
-    what: str,
-    case: str,
-    numbers: str,
-    unit: str,
-    targets: tuple[float, float],
+    what: str, case: str, numbers: str, unit: str, targets: tuple[float, float],
     values: Mapping[str, float],  # in that unit: "fastlora", "peft" and others
     seconds: Mapping[str, float],
     runs: str,  # the implementation that fastlora's value is of
     at_least: bool = False,
-) -> Goal:
+) -> Goal:  # fmt: skip
     others = {name: value for name, value in values.items() if name not in ("frozen", "peft", FASTLORA)}
     return Goal(
         what, case, numbers, targets[0], values[FASTLORA], values.get("peft"),
@@ -332,102 +322,63 @@ def _goal(
     )  # fmt: skip
 
 
-def _over_frozen(
-    session: Session, what: str, operator: str, case: Case | BlockCase, training: bool, problem: Problem,
-    implementations: Sequence[str], targets: tuple[float, float],
+def _timed(
+    session: Session, prepared: Prepared, what: str, value: Callable[[Timing], float], targets: tuple[float, float], at_least: bool = False
 ) -> Iterator[Goal]:  # fmt: skip
-    runs = runs_of(session, problem, training, implementations)
-    default = runs_by_default(session, case, training, implementations)
-    for mode, times in times_by_mode(session, what, operator, runs, problem.copies):
-        yield _goal(
-            f"{what} over frozen, {mode}", case.shape(training), case.number_format(), "%", targets,
-            {name: percent_over(one.ratio) for name, one in times.items()},
-            {name: one.seconds for name, one in times.items()}, default,
-        )  # fmt: skip
+    """The goal in each mode; `value`: what a rival's time is in percent."""
+    case, training, copies, runs, _, default = prepared
+    clocks = {mode: clock_of(session.device) for mode in ((GRAPH,) if session.bare else (EAGER, GRAPH))}
+    for mode, times in times_by_mode(session, what, case.operator, runs, copies, clocks, SECONDS):
+        values = {name: value(one) for name, one in times.items()}
+        seconds = {name: one.seconds for name, one in times.items()}
+        sizes = case.shape(training), case.number_format()
+        yield _goal(f"{what}, {mode}", *sizes, "%", targets, values, seconds, default, at_least)
 
 
-def layer_line(session: Session, case: LoRALinearCase) -> Iterator[Goal]:
-    """One layer's forward and backward over the frozen layer's forward and dx."""
-    what = f"a layer, forward and backward, {case.K} to {case.N}, r {case.R}"
-    names = sound_implementations(session, "lora_linear", case, True)
-    wide = replace(case, adapter_dtype=torch.float32)
-    if not session.bare:
-        check(f"{what}, float32 adapters", wide, True, default_of(wide, True, session.device), session.device)
-    problem = build(case, True, session.device) if session.bare else build_for_card(case, session.device)
-    yield from _over_frozen(session, what, "lora_linear", case, True, problem, names, LAYER_GOALS[case.K, case.R])
-
-
-def block_line(session: Session, case: BlockCase) -> Iterator[Goal]:
-    """The seven linear layers of a block, forward and backward, over the frozen ones."""
-    what = f"the seven linear layers of a {case.name}, forward and backward"
-    names = sound_implementations(session, "lora_linear", case, True)
-    problem = build_for_card(case, session.device)
-    yield from _over_frozen(session, what, "lora_linear", case, True, problem, names, BLOCK_GOAL)
-
-
-def prefill_line(session: Session, case: MultiLoRACase) -> Iterator[Goal]:
-    """A mixed batch of many rows, forward, over the frozen layer."""
-    what = f"prefill, {case.B * case.T} tokens, {len(case.ranks)} adapters mixed"
-    names = sound_implementations(session, "multi_lora", case, False)
-    problem = build(case, False, session.device)
-    yield from _over_frozen(session, what, "multi_lora", case, False, problem, names, PREFILL_GOAL)
+def over_frozen_line(
+    session: Session, case: Case | BlockCase, training: bool, what: str, targets: tuple[float, float]
+) -> Iterator[Goal]:
+    """Percent over the frozen layers; in training, over their forward and dx."""
+    what = f"{what} over frozen"
+    return _timed(session, prepare(session, case, training), what, lambda one: percent_over(one.ratio), targets)
 
 
 def decode_line(session: Session, case: MultiLoRACase) -> Iterator[Goal]:
     """A mixed batch of a token each: the bytes that a call must move at least, over this card's bandwidth, in percent of its time."""
-    names = sound_implementations(session, "multi_lora", case, False)
-    problem = build(case, False, session.device)
-    runs = runs_of(session, problem, False, names)
-    default = runs_by_default(session, case, False, names)
+    prepared = prepare(session, case, False)
     bandwidths = measure_bandwidths(session.device)
     least = case.work(False).bytes / max(bandwidths.values())
     rates = ", ".join(f"{name} {rate / 1e9:.0f} GB/s" for name, rate in bandwidths.items())
-    session.notes.append(
-        f"decode: {problem.copies} weights in turn; this device's bandwidth, measured beside it: {rates}"
-    )
-    what = f"decode, batch {case.B}, {len(case.ranks)} adapters mixed"
-    for mode, times in times_by_mode(session, what, "multi_lora", runs, problem.copies):
-        yield _goal(
-            f"{what}, of the bandwidth bound, {mode}", case.shape(False), case.number_format(), "%", DECODE_GOAL,
-            {name: 100 * least / one.seconds for name, one in times.items()},
-            {name: one.seconds for name, one in times.items()}, default, at_least=True,
-        )  # fmt: skip
+    beside = f"this device's bandwidth, measured beside it: {rates}"
+    session.notes.append(f"decode: {prepared.copies} weights in turn; {beside}")
+    what = f"decode, batch {case.B}, {len(case.ranks)} adapters mixed, of the bandwidth bound"
+    return _timed(session, prepared, what, lambda one: 100 * least / one.seconds, DECODE_GOAL, at_least=True)
 
 
 def kernel_line(session: Session, case: LoRALinearCase) -> Iterator[Goal]:
     """The longest kernel of fastlora's forward over the longest of the frozen layer's: what the rank step costs the product."""
-    names = sound_implementations(session, "lora_linear", case, False)
-    problem = build(case, False, session.device)
-    runs = {
-        name: run
-        for name, run in runs_of(session, problem, False, names).items()
-        if name in ("frozen", FASTLORA, *names)
-    }
-    found: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(KERNEL_ROUNDS):
-        for name, run in runs.items():
-            kernel = main_kernel(run, session.device, KERNEL_CALLS)
-            found[name].append(kernel.seconds)
-            if number == 0:
-                session.notes.append(f"main kernel of {name}: {kernel.name[:100]}")
-    default = runs_by_default(session, case, False, names)
-    ratios = {name: statistics.median(map(float.__truediv__, times, found["frozen"])) for name, times in found.items()}
+    *_, runs, names, default = prepare(session, case, False)
+    wanted = [name for name in runs if name in ("frozen", FASTLORA, *names)]
+    in_turn = clock.rounds_in_turn(wanted, lambda name: main_kernel(runs[name], session.device, KERNEL_CALLS))
+    rounds = list(islice(in_turn, KERNEL_ROUNDS))
+    session.notes += [f"main kernel of {name}: {rounds[0][name].name[:100]}" for name in wanted]
+    found = {name: [one[name].seconds for one in rounds] for name in wanted}
     yield _goal(
         "the forward's main kernel over cuBLAS's product", case.shape(False), case.number_format(), "%", KERNEL_GOAL,
-        {name: percent_over(ratio) for name, ratio in ratios.items()},
+        {name: percent_over(clock.median_ratio(times, found["frozen"])) for name, times in found.items()},
         {name: statistics.median(times) for name, times in found.items()}, default,
     )  # fmt: skip
 
 
 def error_line(session: Session, case: LoRALinearCase) -> Iterator[Goal]:
     """The worst of y, dx, dA and dB, each error against float64 over that of PEFT's own layer."""
-    names = may_be_tried(session, "lora_linear")
+    names = may_be_tried(session, case)
     found = errors_beside_peft(case, names, session.device)
     own = found.pop("peft")
     worst = {name: max(error / own[result] for result, error in each.items()) for name, each in found.items()}
     listed = ", ".join(f"{result} {error:.2g}" for result, error in own.items())
     session.notes.append(f"PEFT's errors against float64, {case.number_format()}: {listed}")
-    default = default_of(case, True, session.device)
+    default = choice(case, True, session.device)
     values = {"peft": 1.0, FASTLORA: worst[default], **worst}
     what = f"error against float64 over PEFT's, {case.number_format()}"
     yield _goal(what, case.shape(True), case.number_format(), "", (1.0, 1.0), values, {}, default)

@@ -9,7 +9,7 @@ does (gradients of x, A and B, or of the prompts). float32 adapters on a 16-bit 
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 
@@ -31,24 +31,34 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _two_dtypes(dtype: torch.dtype, adapter_dtype: torch.dtype) -> str:
-    return dtype_name(dtype) if dtype == adapter_dtype else f"{dtype_name(dtype)}, A and B {dtype_name(adapter_dtype)}"
+class LoRACase:
+    """What the cases with low-rank adapters have in common."""
 
+    dtype: torch.dtype
+    adapter_dtype: torch.dtype
+    dropout_p: float  # in training
 
-def _linear_work(M: int, K: int, N: int, adapter: int, rank_rows: int, sizes: tuple[int, int], training: bool) -> Work:
-    """adapter: elements of all A and B; rank_rows: the rows' ranks in all; sizes: bytes of an element of x and of A."""
-    size, adapter_size = sizes
-    flops = 2 * M * K * N + 2 * rank_rows * (K + N)
-    moved = size * (M * K + N * K + M * N) + adapter_size * adapter
-    if training:
-        flops += 2 * M * K * N + 4 * rank_rows * (K + N)
-        # dy, W, x again (for dA), dx; A and B read, their gradients written.
-        moved += size * (M * N + N * K + 2 * M * K) + 2 * adapter_size * adapter
-    return Work(flops, moved)
+    def number_format(self) -> str:
+        base, adapters = dtype_name(self.dtype), dtype_name(self.adapter_dtype)
+        return base if base == adapters else f"{base}, A and B {adapters}"
+
+    def dropout(self, training: bool) -> str:
+        return f" p {self.dropout_p:g}" if training and self.dropout_p else ""
+
+    def linear_work(self, M: int, K: int, N: int, adapter: int, rank_rows: int, training: bool) -> Work:
+        """adapter: elements of all A and B; rank_rows: the rows' ranks in all."""
+        size, adapter_size = self.dtype.itemsize, self.adapter_dtype.itemsize
+        flops = 2 * M * K * N + 2 * rank_rows * (K + N)
+        moved = size * (M * K + N * K + M * N) + adapter_size * adapter
+        if training:
+            flops += 2 * M * K * N + 4 * rank_rows * (K + N)
+            # dy, W, x again (for dA), dx; A and B read, their gradients written.
+            moved += size * (M * N + N * K + 2 * M * K) + 2 * adapter_size * adapter
+        return Work(flops, moved)
 
 
 @dataclass(frozen=True)
-class LoRALinearCase:
+class LoRALinearCase(LoRACase):
     name: str
     M: int
     K: int
@@ -56,24 +66,20 @@ class LoRALinearCase:
     R: int
     dtype: torch.dtype
     adapter_dtype: torch.dtype
-    dropout_p: float = 0.05  # in training
+    dropout_p: float = 0.05
     bias: bool = False
     passes: tuple[str, ...] = BOTH
+    operator: ClassVar[str] = "lora_linear"
 
     def shape(self, training: bool) -> str:
-        dropout = f" p {self.dropout_p:g}" if training and self.dropout_p else ""
-        return f"M {self.M}, {self.K} to {self.N}, R {self.R}{dropout}{', bias' if self.bias else ''}"
-
-    def number_format(self) -> str:
-        return _two_dtypes(self.dtype, self.adapter_dtype)
+        return f"M {self.M}, {self.K} to {self.N}, R {self.R}{self.dropout(training)}{', bias' if self.bias else ''}"
 
     def work(self, training: bool) -> Work:
-        sizes = self.dtype.itemsize, self.adapter_dtype.itemsize
-        return _linear_work(self.M, self.K, self.N, self.R * (self.K + self.N), self.M * self.R, sizes, training)
+        return self.linear_work(self.M, self.K, self.N, self.R * (self.K + self.N), self.M * self.R, training)
 
 
 @dataclass(frozen=True)
-class MultiLoRACase:
+class MultiLoRACase(LoRACase):
     name: str
     B: int
     T: int
@@ -84,6 +90,7 @@ class MultiLoRACase:
     adapter_dtype: torch.dtype
     dropout_p: float = 0.05
     passes: tuple[str, ...] = (FORWARD,)
+    operator: ClassVar[str] = "multi_lora"
 
     def adapters_of_examples(self) -> list[int]:
         """[B]: an adapter each where there are enough, else none and every adapter in turn."""
@@ -91,20 +98,16 @@ class MultiLoRACase:
         return [b % S if self.B <= S else b % (S + 1) - 1 for b in range(self.B)]
 
     def shape(self, training: bool) -> str:
-        dropout = f" p {self.dropout_p:g}" if training and self.dropout_p else ""
         low, high = min(self.ranks), max(self.ranks)
         rank = f"{low}" if low == high else f"{low} to {high}"
-        return f"B {self.B}, T {self.T}, {self.K} to {self.N}, S {len(self.ranks)}, R {rank}{dropout}"
-
-    def number_format(self) -> str:
-        return _two_dtypes(self.dtype, self.adapter_dtype)
+        size = f"B {self.B}, T {self.T}, {self.K} to {self.N}, S {len(self.ranks)}"
+        return f"{size}, R {rank}{self.dropout(training)}"
 
     def work(self, training: bool) -> Work:
-        used = self.adapters_of_examples()
-        adapter = sum(self.ranks[i] for i in set(used) if i >= 0) * (self.K + self.N)
-        rank_rows = self.T * sum(self.ranks[i] for i in used if i >= 0)
-        sizes = self.dtype.itemsize, self.adapter_dtype.itemsize
-        return _linear_work(self.B * self.T, self.K, self.N, adapter, rank_rows, sizes, training)
+        used = [i for i in self.adapters_of_examples() if i >= 0]
+        adapter = sum(self.ranks[i] for i in set(used)) * (self.K + self.N)
+        rank_rows = self.T * sum(self.ranks[i] for i in used)
+        return self.linear_work(self.B * self.T, self.K, self.N, adapter, rank_rows, training)
 
 
 @dataclass(frozen=True)
@@ -119,14 +122,14 @@ class PrefixConcatCase:
     dtype: torch.dtype
     prompt_dtype: torch.dtype
     passes: tuple[str, ...] = BOTH
+    operator: ClassVar[str] = "prefix_concat"
 
     def shape(self, training: bool) -> str:
         return f"B {self.B}, T {self.T}, P {self.P}, D {self.D}{f', S {self.S}' if self.S > 1 else ''}"
 
     def number_format(self) -> str:
-        if self.dtype == self.prompt_dtype:
-            return dtype_name(self.dtype)
-        return f"{dtype_name(self.dtype)}, prompts {dtype_name(self.prompt_dtype)}"
+        base, prompts = dtype_name(self.dtype), dtype_name(self.prompt_dtype)
+        return base if base == prompts else f"{base}, prompts {prompts}"
 
     def work(self, training: bool) -> Work:
         prompts = self.S * self.P * self.D * self.prompt_dtype.itemsize
@@ -192,7 +195,7 @@ class StepCase:
 
 
 @dataclass(frozen=True)
-class BlockCase:
+class BlockCase(LoRACase):
     """The seven linear layers of one Llama block, forward and backward: q, k and v share their x, gate and up theirs."""
 
     name: str
@@ -204,16 +207,19 @@ class BlockCase:
     dtype: torch.dtype
     adapter_dtype: torch.dtype
     dropout_p: float = 0.05
+    operator: ClassVar[str] = "lora_linear"
+
+    def layer(self) -> LoRALinearCase:
+        """The one that is hidden by hidden."""
+        sizes = self.M, self.hidden, self.hidden, self.R
+        return LoRALinearCase(self.name, *sizes, self.dtype, self.adapter_dtype, self.dropout_p)
 
     def shape(self, training: bool) -> str:
-        dropout = f" p {self.dropout_p:g}" if training and self.dropout_p else ""
-        return f"M {self.M}, {self.hidden}, {self.kv_width} and {self.intermediate} wide, R {self.R}{dropout}"
-
-    def number_format(self) -> str:
-        return _two_dtypes(self.dtype, self.adapter_dtype)
+        widths = f"{self.hidden}, {self.kv_width} and {self.intermediate} wide"
+        return f"M {self.M}, {widths}, R {self.R}{self.dropout(training)}"
 
 
-Case = LoRALinearCase | MultiLoRACase | PrefixConcatCase
+Case = LoRALinearCase | MultiLoRACase | PrefixConcatCase  # of one operator
 
 # One forward+backward row of 8B at 512 rows costs a 2-core CPU a second: the CPU's 8B cases have few rows.
 LORA_LINEAR_CPU = (

@@ -6,7 +6,7 @@ The bound is the house's (fastlora/bounds.py), for the same inputs, dropout mask
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,24 +14,20 @@ import torch
 from torch import Tensor, nn
 
 import fastlora
-from fastlora import bounds, functional, ops
+from fastlora import bounds, functional
 from fastlora.frozen import packed
 
+from . import rivals
 from .cases import BOTH, CHECKS, TRAINING, BlockCase, Case, LoRALinearCase, MultiLoRACase, PrefixConcatCase
 from .machine import ROOT, in_checkout
-from .rivals import (
-    SCALE,
-    block_inputs,
-    forced,
-    implementations,
-    make_adapter,
-    make_block,
-    make_prompt_batch,
-    peft_layer,
-    random_tensor,
-)
+from .rivals import Layer, PromptBatch, forced
 
-Compute = Callable[[str, Callable[[Any], Any]], dict[str, Tensor]]
+Results = dict[str, Tensor]
+Compute = Callable[[bool], Results]  # exactly, in float64, or in the working dtype
+
+
+class CaseError(RuntimeError):
+    """An implementation is outside its error bound on a case that was to be timed."""
 
 
 class Error(NamedTuple):
@@ -42,172 +38,147 @@ class Error(NamedTuple):
     eager: float
     bound: float
 
-    @property
-    def within(self) -> bool:
-        return self.error <= self.bound  # not where one is NaN
-
 
 def _double(value: Any) -> Any:
-    """Floating-point tensors in float64, in lists too; anything else as it is."""
-    if isinstance(value, Tensor):
-        return value.detach().double() if value.is_floating_point() else value
-    return [_double(one) for one in value] if isinstance(value, list) else value
+    """Floating-point tensors in float64, in lists too, and trained if they were; anything else as it is."""
+    if isinstance(value, list):
+        return [_double(one) for one in value]
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return value
+    wide = value.detach().double()
+    return nn.Parameter(wide) if value.requires_grad else wide
 
 
-def _lora_linear(case: LoRALinearCase, training: bool, device: torch.device) -> Compute:
-    M, K, N = case.M, case.K, case.N
-    x, dy = (random_tensor(M, width, dtype=case.dtype, device=device) for width in (K, N))
-    weight = random_tensor(N, K, dtype=case.dtype, device=device, scale=K**-0.5)
-    bias = random_tensor(N, dtype=case.dtype, device=device) if case.bias else None
-    packed.register(weight, packed.Budget())  # as `accelerate` does: what is checked is what is timed
-    a, b = (part.detach() for part in make_adapter(K, N, case.R, case.adapter_dtype, device))
-    p = case.dropout_p if training else 0.0
-    seed = torch.tensor(1234567, device=device) if p else None
-
-    def compute(implementation: str, cast: Callable[[Any], Any]) -> dict[str, Tensor]:
-        inputs = [cast(value) for value in (x, weight, bias, a, b)]
-        y, xa, keep = ops.implementation("lora_linear", implementation)(*inputs, SCALE, p, seed)
-        if not training:
-            return {"y": y}
-        x_, weight_, _, a_, b_ = inputs
-        backward = ops.implementation("lora_linear_backward", implementation)
-        dx, da, db = backward(cast(dy), x_, weight_, a_, b_, xa, keep, SCALE, p, True, True, True)
-        return {"y": y, "dx": dx, "da": da, "db": db}
-
-    return compute
+def _and_gradients(outputs: Results, leaves: Mapping[str, Sequence[Tensor]], dy: Sequence[Tensor]) -> Results:
+    """The outputs, and under the name of some leaves their gradients, one after the other."""
+    every = [leaf for some in leaves.values() for leaf in some]
+    grads = iter(torch.autograd.grad(list(outputs.values()), every, list(dy)))
+    found = {name: torch.cat([next(grads).flatten() for _ in some]) for name, some in leaves.items()}
+    return {name: value.detach() for name, value in outputs.items()} | found
 
 
-def _multi_lora(case: MultiLoRACase, training: bool, device: torch.device) -> Compute:
-    M, K, N = case.B * case.T, case.K, case.N
-    x, dy = (random_tensor(M, width, dtype=case.dtype, device=device) for width in (K, N))
-    weight = random_tensor(N, K, dtype=case.dtype, device=device, scale=K**-0.5)
-    adapters = [make_adapter(K, N, rank, case.adapter_dtype, device) for rank in case.ranks]
-    lora_a, lora_b = ([pair[part].detach() for pair in adapters] for part in range(2))
-    S = len(case.ranks)
-    scale, p = [SCALE] * S, [case.dropout_p if training else 0.0] * S
-    seed = torch.tensor(1234567, device=device) if any(p) else None
-    order, offsets = functional.group_rows(torch.tensor(case.adapters_of_examples(), device=device), S).for_rows(M)
+def _linear(case: LoRALinearCase | MultiLoRACase, training: bool, device: torch.device) -> Compute:
+    (layer,) = rivals.make_layers(case, training, device)
+    rest: dict[str, Any] = {"dropout_p": case.dropout_p, "training": training}
+    if isinstance(case, LoRALinearCase):
+        packed.register(layer.weight, packed.Budget())  # as `accelerate` does: what is checked is what is timed
+    else:
+        index = torch.tensor(case.adapters_of_examples(), device=device)
 
-    def compute(implementation: str, cast: Callable[[Any], Any]) -> dict[str, Tensor]:
-        x_, weight_, a_, b_ = (cast(value) for value in (x, weight, lora_a, lora_b))
-        forward = ops.implementation("multi_lora", implementation)
-        y, xa, keep = forward(x_, weight_, None, a_, b_, scale, p, seed, order, offsets)
-        if not training:
-            return {"y": y}
-        backward = ops.implementation("multi_lora_backward", implementation)
-        state = (xa, keep, scale, p, order, offsets)
-        dx, da, db = backward(cast(dy), x_, weight_, a_, b_, *state, True, True, True)
-        return {"y": y, "dx": dx, "da": da, "db": db}
+    def compute(exactly: bool) -> Results:
+        x, weight, bias, lora_a, lora_b, dy = map(_double, layer) if exactly else layer
+        if isinstance(case, LoRALinearCase):
+            y = functional.lora_linear(x, weight, bias, lora_a[0], lora_b[0], rivals.SCALE, **rest)
+        else:
+            y = functional.multi_lora(x, weight, bias, lora_a, lora_b, [rivals.SCALE] * len(lora_a), index, **rest)
+        return _and_gradients({"y": y}, {"dx": [x], "da": lora_a, "db": lora_b}, [dy]) if training else {"y": y}
 
     return compute
 
 
 def _prefix_concat(case: PrefixConcatCase, training: bool, device: torch.device) -> Compute:
-    batch = make_prompt_batch(case, device)
-    prompts = batch.prompts.detach().flatten(0, 1)  # [S P, D]
-    starts = torch.arange(case.S + 1, device=device) * case.P
-    dout = random_tensor(case.B, case.T + case.P, case.D, dtype=case.dtype, device=device)
+    batch = rivals.make_prompt_batch(case, device)
+    dout = rivals.random_tensor(case.B, case.T + case.P, case.D, dtype=case.dtype, device=device)
 
-    def compute(implementation: str, cast: Callable[[Any], Any]) -> dict[str, Tensor]:
-        places = (cast(prompts), starts, case.P, batch.prompt_index, None, batch.input_ids, cast(batch.embedding))
-        forward = ops.implementation("prefix_concat", implementation)
-        embeds, mask, positions, labels, source = forward(*places, batch.attention_mask, None, batch.labels)
-        results = {"embeds": embeds, "attention_mask": mask, "position_ids": positions, "labels": labels}
+    def compute(exactly: bool) -> Results:
+        given = PromptBatch(*map(_double, batch)) if exactly else batch
+        results = rivals.concat_fused(given)()._asdict()
         if training:
-            backward = ops.implementation("prefix_concat_backward", implementation)
-            results["dprompts"], _ = backward(cast(dout), source, len(prompts), case.T, True, False)
+            dy = _double(dout) if exactly else dout
+            results |= _and_gradients({"embeds": results["embeds"]}, {"dprompts": [given.prompts]}, [dy])
         return results
 
     return compute
 
 
-def _error(result: str, value: Tensor, eager: Tensor, exact: Tensor) -> Error:
-    try:
-        found = bounds.compare(value, eager, exact)
-    except ValueError as error:
-        raise RuntimeError(f"{result}: {error}") from error
-    largest = max(bounds.largest_value(exact), torch.finfo(torch.float32).tiny)
-    return Error(result, *(one / largest for one in (found.error, found.eager, found.bound)))
+def _block(case: BlockCase, device: torch.device) -> Compute:
+    """Without dropout; the exact results are PEFT's own."""
+    case = replace(case, dropout_p=0.0)
+    inputs, dy = rivals.block_inputs(case, device)
+    exact = rivals.make_block(case, True, device).double()
+    accelerated = fastlora.accelerate(rivals.make_block(case, True, device))
+
+    def compute(exactly: bool) -> Results:
+        block, given, gradients = (exact, _double(inputs), _double(dy)) if exactly else (accelerated, inputs, dy)
+        leaves = {f"dx{i}": [x] for i, x in enumerate(given)}
+        leaves |= {name: [value] for name, value in block.named_parameters() if value.requires_grad}
+        return _and_gradients({f"y{i}": y for i, y in enumerate(block(*given))}, leaves, gradients)
+
+    return compute
 
 
-def inputs_of(case: Case, training: bool, device: torch.device) -> Compute:
-    """The case's tensors, seeded, behind a function (implementation, cast) -> results by name, of the cast tensors."""
+def results_of(case: Case | BlockCase, training: bool, device: torch.device) -> Compute:
+    """A function that computes every result of the case by name, always of the same tensors and with the same dropout."""
     torch.manual_seed(0)
-    if isinstance(case, LoRALinearCase):
-        return _lora_linear(case, training, device)
-    if isinstance(case, MultiLoRACase):
-        return _multi_lora(case, training, device)
-    return _prefix_concat(case, training, device)
+    if isinstance(case, BlockCase):
+        compute = _block(case, device)
+    elif isinstance(case, PrefixConcatCase):
+        compute = _prefix_concat(case, training, device)
+    else:
+        compute = _linear(case, training, device)
+
+    def seeded(exactly: bool) -> Results:
+        torch.manual_seed(1)
+        with torch.set_grad_enabled(training):
+            return compute(exactly)
+
+    return seeded
 
 
-def errors(case: Case, training: bool, implementation: str, device: torch.device) -> list[Error]:
-    """The errors of every result of a case, in the order in which the results come.
+def errors(
+    case: Case | BlockCase, training: bool, implementation: str | None, device: torch.device
+) -> dict[str, bounds.Errors]:
+    """The errors of every result of a case over the largest value of the exact one. implementation: None for what `choose` says.
 
     Raises:
         fastlora.ops.ImplementationError: the implementation is not here.
     """
-    compute = inputs_of(case, training, device)
-    exact = compute("reference", _double)
-    eager = compute("reference", lambda value: value)
-    values = compute(implementation, lambda value: value)
-    return [_error(result, values[result], eager[result], exact[result]) for result in exact]
+    compute = results_of(case, training, device)
+    exact, eager = (forced(compute, "reference")(exactly) for exactly in (True, False))
+    values = forced(compute, implementation)(False)
+    return {name: _relative(name, values[name], eager[name], exact[name]) for name in exact}
 
 
-def block_errors(case: BlockCase, device: torch.device, implementation: str | None = None) -> list[Error]:
-    """The errors of the accelerated block (by what `choose` says, or by one implementation) without dropout, against PEFT's own in float64.
+def _relative(name: str, value: Tensor, eager: Tensor, exact: Tensor) -> bounds.Errors:
+    try:
+        found = bounds.compare(value, eager, exact)
+    except ValueError as error:
+        raise RuntimeError(f"{name}: {error}") from error
+    largest = max(bounds.largest_value(exact), torch.finfo(torch.float32).tiny)
+    return bounds.Errors(*(one / largest for one in found))
 
-    Eager is the reference in the working dtype.
+
+def require_right(what: str, found: Mapping[str, bounds.Errors]) -> Error:
+    """The worst of the errors: outside its bound if there is one, else the largest.
+
+    Raises:
+        CaseError: it is beyond its bound.
     """
-    case = replace(case, dropout_p=0.0)
-    inputs, gradients = block_inputs(case, device)
-
-    def compute(block: nn.Module, cast: Callable[[Any], Any]) -> dict[str, Tensor]:
-        activations = [cast(value).detach().requires_grad_() for value in inputs]
-        trained = {f"d{name}": value for name, value in block.named_parameters() if value.requires_grad}
-        outputs = block(*activations)
-        grads = torch.autograd.grad(outputs, [*activations, *trained.values()], cast(gradients))
-        names = [*(f"y{i}" for i in range(len(outputs))), *(f"dx{i}" for i in range(len(inputs))), *trained]
-        return dict(zip(names, [*outputs, *grads], strict=True))
-
-    def same(value: Any) -> Any:
-        return value
-
-    exact = compute(make_block(case, True, device).double(), _double)
-    accelerated = fastlora.accelerate(make_block(case, True, device))
-    eager = forced(lambda _: compute(accelerated, same), "reference")(0)
-    values = forced(lambda _: compute(accelerated, same), implementation or ops.forced)(0)
-    return [_error(name, values[name].detach(), eager[name].detach(), exact[name].detach()) for name in exact]
+    name, worst = max(found.items(), key=lambda one: (not one[1].within, one[1].error))
+    if not worst.within:
+        raise CaseError(f"{what}: the error of {name} is {worst.error:.2g}, its bound {worst.bound:.2g}: not timed")
+    return Error(name, worst.error, worst.eager, worst.bound)
 
 
-def errors_beside_peft(
-    case: LoRALinearCase, implementations: Sequence[str], device: torch.device
-) -> dict[str, dict[str, float]]:
-    """||result - exact|| / ||exact|| of PEFT's own layer and of each implementation of the accelerated one, without dropout, by result.
+def errors_beside_peft(case: LoRALinearCase, names: Sequence[str], device: torch.device) -> dict[str, dict[str, float]]:
+    """||result - exact|| / ||exact|| of PEFT's own layer and of each implementation named of the accelerated one, without dropout, by result.
 
     float32 adapters on a 16-bit base run under autocast, as PEFT trains them. Returns {"peft" or an implementation: {"y": ..., "dx": ...}}.
     """
     torch.manual_seed(0)
-    M, K, N = case.M, case.K, case.N
-    x, dy = (random_tensor(M, width, dtype=case.dtype, device=device) for width in (K, N))
-    weight = random_tensor(N, K, dtype=case.dtype, device=device, scale=K**-0.5)
-    pair = make_adapter(K, N, case.R, case.adapter_dtype, device)
+    (own,) = rivals.make_layers(case, True, device)
 
-    def compute(layer: nn.Module, cast: Callable[[Any], Any], autocast: bool) -> dict[str, Tensor]:
-        activation = cast(x).detach().requires_grad_()
-        adapter = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+    def compute(module: nn.Module, one: Layer, autocast: bool) -> Results:
         with torch.autocast(device.type, case.dtype, enabled=autocast):
-            y = layer(activation)
-        grads = torch.autograd.grad(y, [activation, *adapter], cast(dy))
-        return dict(zip(("y", "dx", "da", "db"), (y.detach(), *grads), strict=True))
+            y = module(one.x)
+        return _and_gradients({"y": y}, {"dx": [one.x], "da": one.lora_a, "db": one.lora_b}, [one.dy])
 
-    autocast = case.adapter_dtype != case.dtype
-    layer = peft_layer(weight, None, [pair], 0.0, True)
-    found = {"peft": compute(layer, lambda value: value, autocast)}
+    wide = Layer(*map(_double, own))
+    exact = compute(rivals.peft_layer(wide, 0.0, True), wide, False)
+    layer, autocast = rivals.peft_layer(own, 0.0, True), case.adapter_dtype != case.dtype
+    found = {"peft": compute(layer, own, autocast)}
     fastlora.accelerate(layer)
-    for name in implementations:
-        found[name] = forced(lambda _: compute(layer, lambda value: value, autocast), name)(0)
-    double = [nn.Parameter(_double(one)) for one in pair]
-    exact = compute(peft_layer(_double(weight), None, [(double[0], double[1])], 0.0, True), _double, False)
+    found |= {name: forced(compute, name)(layer, own, autocast) for name in names}
     return {
         name: {
             result: ((value.double() - exact[result]).norm() / exact[result].norm()).item()
@@ -217,21 +188,17 @@ def errors_beside_peft(
     }
 
 
-def worst(found: Sequence[Error]) -> Error:
-    """The one to report: outside its bound if there is one, else the largest."""
-    return max(found, key=lambda error: (not error.within, error.error))
-
-
 def check(operator: str, device: torch.device) -> list[str]:
     """What is wrong with the implementations worth timing, on small, awkward cases against the float64 reference."""
     wrong = []
     for case in CHECKS[operator]:
         for pass_ in BOTH:
-            for implementation in implementations(operator, case, pass_ == TRAINING, device):
-                error = worst(errors(case, pass_ == TRAINING, implementation, device))
-                if not error.within:
-                    what = f"{operator} {implementation}, {case.name}, {pass_}"
-                    wrong.append(f"{what}: error of {error.result} {error.error:.2g}, bound {error.bound:.2g}")
+            training = pass_ == TRAINING
+            for name in rivals.implementations(case, training, device):
+                try:
+                    require_right(f"{operator} {name}, {case.name}, {pass_}", errors(case, training, name, device))
+                except CaseError as error:
+                    wrong.append(str(error))
     return wrong
 
 

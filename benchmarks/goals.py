@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
+from fastlora.choice.clock import time_in_turn
+
 from .cases import GOAL_BLOCKS, GOAL_LAYERS, TRAINING, BlockCase, LoRALinearCase, StepCase, dtype_name
-from .clock import Timing, clock_of, time_in_turn
-from .gate import block_errors, errors
-from .measure import CaseError, require_right
-from .rivals import FASTLORA, Problem, build, build_block, choice
+from .device import clock_of
+from .gate import CaseError, errors, require_right
+from .rivals import FASTLORA, build, choice
 from .step import StepResult
 
 CPU = torch.device("cpu")
@@ -27,12 +28,12 @@ ONE_ROW = {torch.float32: 0.8, torch.bfloat16: 0.7}
 BLOCK = {torch.float32: 0.75, torch.bfloat16: 1.0}
 STEP_TIME, STEP_MEMORY, STEP_RATE = 0.5, 0.6, 0.7
 STEPS = "0.1B"  # what the names of the training steps that have goals begin with
-RIVALS = ("frozen", "packed", "peft", FASTLORA)
+LEFT_OUT = ("merged", "addmm", "compiled")
 
 
 @dataclass(frozen=True)
 class Goal:
-    what: str  # cases of one kind, a row of the README's table
+    what: str  # cases of one kind, a row of the table in benchmarks/README.md
     case: str
     numbers: str
     goal: float | None  # none: shown beside the cases that have one
@@ -61,57 +62,34 @@ def measure_goals(say: Callable[[str], None], not_timed: list[str]) -> Iterator[
     for number, case in enumerate(cases, 1):
         say(f"goals {number}/{len(cases)}: {case.shape(False)}, {case.number_format()}")
         try:
-            yield _block(case) if isinstance(case, BlockCase) else _layer(case)
+            yield _goal(case)
         except CaseError as error:
             not_timed.append(str(error))
 
 
-def _time(problem: Problem, training: bool) -> dict[str, Timing]:
-    runs = {name: problem.run(name, training) for name in RIVALS if name in problem.rivals}
-    return time_in_turn(runs, clock_of(CPU), SECONDS)
-
-
-def _layer(case: LoRALinearCase) -> Goal:
-    training = case.passes == (TRAINING,)
-    found = errors(case, training, choice(case, training, CPU), CPU)
+def _goal(case: LoRALinearCase | BlockCase) -> Goal:
+    training = isinstance(case, BlockCase) or case.passes == (TRAINING,)
+    # A block's layers run what `choose` says of each.
+    implementation = None if isinstance(case, BlockCase) else choice(case, training, CPU)
+    found = errors(case, training, implementation, CPU)
     require_right(f"{case.name}, {case.shape(training)}, {case.number_format()}", found)
-    times = _time(build(case, training, CPU), training)
-    if not training:
-        goal = ONE_ROW[case.dtype] if case.M == 1 else None
-        return _over_frozen("a few rows, forward", case, case.shape(False), goal, times)
-    lora_flops = 1 + 1.5 * case.R * (1 / case.K + 1 / case.N)
-    goal = OVER_FROZEN[case.dtype]
-    if case.dtype != torch.float16:  # whose goal is far from the FLOPs: float32 is the way to it
-        goal *= lora_flops
-    floor = times["packed"].ratio * lora_flops if "packed" in times else None
-    return _over_frozen("a layer, forward and backward", case, case.shape(True), goal, times, floor)
-
-
-def _block(case: BlockCase) -> Goal:
-    require_right(f"{case.name}, {case.number_format()}", block_errors(case, CPU))
-    times = _time(build_block(case, CPU), True)
-    what = "the linear layers of a block, forward and backward"
-    return _over_frozen(what, case, case.shape(True), BLOCK[case.dtype], times)
-
-
-def _over_frozen(
-    what: str,
-    case: LoRALinearCase | BlockCase,
-    shape: str,
-    goal: float | None,
-    times: dict[str, Timing],
-    floor: float | None = None,
-) -> Goal:
+    times = time_in_turn(build(case, training, CPU).runs(training, without=LEFT_OUT), clock_of(CPU), SECONDS)
+    goal: float | None
+    floor = None
+    if isinstance(case, BlockCase):
+        what, goal = "the linear layers of a block, forward and backward", BLOCK[case.dtype]
+    elif training:
+        lora_flops = 1 + 1.5 * case.R * (1 / case.K + 1 / case.N)
+        # float16's goal is far from the FLOPs: float32 is the way to it.
+        of_flops = 1.0 if case.dtype == torch.float16 else lora_flops
+        what, goal = "a layer, forward and backward", OVER_FROZEN[case.dtype] * of_flops
+        floor = times["packed"].ratio * lora_flops if "packed" in times else None
+    else:
+        what, goal = "a few rows, forward", ONE_ROW[case.dtype] if case.M == 1 else None
     return Goal(
-        what=f"{what}, {dtype_name(case.dtype)}",
-        case=shape,
-        numbers=case.number_format(),
-        goal=goal,
-        ours=times[FASTLORA].ratio,
-        peft=times["peft"].ratio,
-        floor=floor,
-        seconds={name: timing.seconds for name, timing in times.items()},
-    )
+        f"{what}, {dtype_name(case.dtype)}", case.shape(training), case.number_format(), goal,
+        times[FASTLORA].ratio, times["peft"].ratio, floor, seconds={name: one.seconds for name, one in times.items()},
+    )  # fmt: skip
 
 
 def step_goals(rows: Sequence[Mapping[str, Any]]) -> Iterator[Goal]:

@@ -44,8 +44,8 @@ exec > >(tee -a "$out/gpu.log") 2>&1
 # A line each: the machine, and the kind of card that tables go by.
 mapfile -t card < <(timeout --kill-after 5 60 "$PYTHON" -c 'import dataclasses, json, torch
 torch.cuda.is_available() or exit("make gpu: torch sees no CUDA card")
-from benchmarks.machine import describe
-machine = describe(torch.device("cuda"))
+from benchmarks.machine import this_machine
+machine = this_machine(torch.device("cuda"))
 print(json.dumps(dataclasses.asdict(machine)), machine.kind, sep="\n")')
 [ ${#card[@]} = 2 ] || { echo "make gpu: the card does not answer"; exit 1; }
 table="$out/${card[1]}.json"
@@ -91,7 +91,7 @@ counters() {
   tool=$(PATH=$PATH:/usr/local/cuda/bin command -v ncu) || { echo "ncu was not found: left out"; return 0; }
   # The clocks are left alone. The last of three calls: two kernels forward, three backward.
   "$tool" --clock-control none --set basic --section MemoryWorkloadAnalysis --section WarpStateStats --section SchedulerStats \
-    --kernel-name 'regex:product|side|round_kernel|sum_kernel' --launch-skip 10 --launch-count 5 "$PYTHON" -m benchmarks.one_call >"$out/counters.txt" || return
+    --kernel-name 'regex:product|side|round_kernel|sum_kernel' --launch-skip 10 --launch-count 5 "$PYTHON" -m benchmarks.probe call >"$out/counters.txt" || return
   grep -E '_kernel|Duration|Throughput' "$out/counters.txt" | head -60
 }
 
@@ -118,7 +118,7 @@ sanitize() {
       # Without torch's caching allocator, so that each tensor has bounds of its own.
       PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout --signal INT --kill-after 5 $((seconds / 4 - 5)) \
         "$tool" --tool "$check" --target-processes application-only --error-exitcode 9 \
-        "$PYTHON" -m benchmarks.sanitize cuda "$implementation" || { code=$?; echo "$check, $implementation: failed ($code)"; }
+        "$PYTHON" -m benchmarks.probe sanitize cuda "$implementation" || { code=$?; echo "$check, $implementation: failed ($code)"; }
     done
   done
   return $code

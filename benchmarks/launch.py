@@ -4,32 +4,19 @@ On a card the same calls as one CUDA graph stand beside it: what is left once no
 """
 
 from dataclasses import dataclass
-from typing import Any
 
-import torch
+from fastlora.choice.clock import HostClock, Timing
 
-from .card_goals import GRAPH, BrokenProcessError, Session, all_runs, may_be_tried
+from .card_goals import EAGER, GRAPH, BrokenProcessError, Session, may_be_tried, times_by_mode
 from .cases import BOTH, LAUNCHES, TRAINING, LoRALinearCase, MultiLoRACase
-from .clock import (
-    WARM_UP_CALLS,
-    HostClock,
-    Run,
-    captured,
-    clock_of,
-    graph_pool,
-    require_no_wait,
-    sweep,
-    time_in_turn,
-)
+from .device import clock_of
+from .gate import CaseError
 from .rivals import build, choice
 
 CALLS = 50  # in a row
-SECONDS = 1.0  # of timing, a case and pass
-LEFT_OUT = {
-    "packed",
-    "merged",
-    "compiled",
-}  # what costs the host as the frozen layer does, and what would compile each of 32 copies
+SECONDS = 1.0  # of timing, a case, pass and mode
+# What costs the host as the frozen layer does, and what would compile each of 32 copies.
+LEFT_OUT = ("packed", "merged", "compiled")
 
 
 @dataclass(frozen=True)
@@ -46,44 +33,20 @@ class LaunchRow:
 def measure_launch(case: LoRALinearCase | MultiLoRACase, pass_: str, session: Session) -> LaunchRow:
     """One case and pass; what cannot run, or cannot be captured, is left out with a note."""
     device, training = session.device, pass_ == TRAINING
-    operator = "lora_linear" if isinstance(case, LoRALinearCase) else "multi_lora"
-    problem = build(case, training, device)
-    runs = all_runs(problem, training, may_be_tried(session, operator))
-    for name in LEFT_OUT & runs.keys():
-        del runs[name]
+    runs = build(case, training, device).runs(training, may_be_tried(session, case), without=LEFT_OUT)
+    clocks = {EAGER: HostClock(device)} | ({GRAPH: clock_of(device)} if device.type == "cuda" else {})
     what = f"{case.name}, {pass_}"
-
-    ready = {name: session.attempt(what, name, _warm, run) for name, run in runs.items()}
-    rows = {name: run for name, run in ready.items() if run is not None}
-    times = time_in_turn(rows, HostClock(device), SECONDS)
-    graphs: dict[str, Run] = {}
-    if device.type == "cuda":
-        pool = graph_pool(device)
-        for name, run in rows.items():
-            graph = session.attempt(f"{what}, {GRAPH}", name, _capture, run, device, pool, mode=GRAPH)
-            graphs |= {} if graph is None else {name: graph}
-    replays = time_in_turn(graphs, clock_of(device), SECONDS) if graphs else {}
-    return LaunchRow(
-        case.name,
-        case.shape(training),
-        case.number_format(),
-        pass_,
-        choice(case, training, device),
-        {name: 1e6 * one.seconds / CALLS for name, one in times.items()},
-        {name: 1e6 * one.seconds / CALLS for name, one in replays.items()},
+    found: dict[str, dict[str, Timing]] = {}
+    try:
+        for mode, times in times_by_mode(session, what, case.operator, runs, CALLS, clocks, SECONDS):
+            found[mode] = times
+    except CaseError as error:  # of a mode that is left out
+        session.notes.append(str(error))
+    called, replayed = (
+        {name: 1e6 * one.seconds for name, one in found.get(mode, {}).items()} for mode in (EAGER, GRAPH)
     )
-
-
-def _warm(run: Run) -> Run:
-    """CALLS of the run in a row."""
-    for turn in range(WARM_UP_CALLS):
-        run(turn)
-    return sweep(run, CALLS)
-
-
-def _capture(run: Run, device: torch.device, pool: Any) -> Run:
-    require_no_wait(run, device)
-    return captured(run, device, pool)
+    implementation = choice(case, training, device)
+    return LaunchRow(case.name, case.shape(training), case.number_format(), pass_, implementation, called, replayed)
 
 
 def launch_rows(session: Session) -> list[LaunchRow]:

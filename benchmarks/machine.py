@@ -3,7 +3,6 @@
 import datetime
 import importlib.metadata
 import os
-import platform
 import re
 import subprocess
 from collections.abc import Iterable
@@ -14,8 +13,10 @@ from typing import NamedTuple
 import torch
 
 from fastlora.choice import table
+from fastlora.choice.clock import Run, time_in_turn
 
-from .clock import Run, clock_of, time_in_turn
+from .cases import dtype_name
+from .device import clock_of
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "fastlora")
 FOLDER = Path(__file__).resolve().parent
@@ -46,6 +47,11 @@ class Limits(NamedTuple):
     flops: dict[torch.dtype, float]  # a second, in a large product of that dtype
     bandwidth: float  # bytes a second, read and written, in a large copy
 
+    def line(self) -> str:
+        """One line for the head of a report."""
+        rates = ", ".join(f"{dtype_name(dtype)} product {rate / 1e9:.0f} GFLOP/s" for dtype, rate in self.flops.items())
+        return f"this machine's limits, measured now: {rates}, copy {self.bandwidth / 1e9:.0f} GB/s"
+
 
 def in_checkout() -> bool:
     """Whether this is a checkout of the project, with its tests, and not an installed package."""
@@ -55,16 +61,6 @@ def in_checkout() -> bool:
 def results_folder() -> Path:
     """Where result files go: benchmarks/results of the checkout, or of the current folder for an installed package."""
     return (FOLDER if in_checkout() else Path.cwd() / "benchmarks") / "results"
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()} ({torch.backends.cpu.get_cpu_capability()})"
-    except OSError:
-        pass  # not Linux: the platform module knows less
-    return platform.processor() or platform.machine()
 
 
 def _commit() -> str:
@@ -88,15 +84,14 @@ def _version(package: str) -> str | None:
         return None
 
 
-def describe(device: torch.device) -> Machine:
+def this_machine(device: torch.device) -> Machine:
     """The machine as it is now."""
     versions = {name: version for name in PACKAGES if (version := _version(name)) is not None}
     versions["torch"] = torch.__version__  # the metadata may lack the build (+cpu, +cu130)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-    kind = table.kind_of(device.type)
-    return Machine(
-        name, device.type, kind, torch.get_num_threads(), versions, _commit(), datetime.date.today().isoformat()
-    )
+    on_cpu = f"{table.machine_name('cpu')} ({torch.backends.cpu.get_cpu_capability()})"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
+    kind, today = table.kind_of(device.type), datetime.date.today().isoformat()
+    return Machine(name, device.type, kind, torch.get_num_threads(), versions, _commit(), today)
 
 
 def last_level_cache() -> int:

@@ -13,9 +13,10 @@ from unittest import mock
 import torch
 
 import fastlora
+from fastlora.choice.clock import Run, time_in_turn
 
 from .cases import StepCase
-from .clock import Run, captured, clock_of, time_in_turn
+from .device import captured, clock_of
 from .step import loss_function, make_batch, make_model
 
 PEFT, EAGER, COMPILED, GRAPH = "peft", "eager", "blocks compiled", "CUDA graph"

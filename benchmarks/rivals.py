@@ -1,15 +1,16 @@
 """Who is timed: every rival of an operator as a plain function of the same tensors.
 
-A problem is one case in memory. Where a few rows meet a large weight, it holds several copies of the weights that
+A contest is one case in memory. Where a few rows meet a large weight, it holds several copies of the weights that
 take turns, as the layers of a model do: a weight that is still in the cache from the last call would flatter
 everyone.
 """
 
 import collections
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import peft
 import torch
@@ -18,10 +19,11 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import functional, ops
+from fastlora.choice.clock import Run
+from fastlora.choice.problems import ROWS_FROM_MEMORY
 from fastlora.operators import lora_linear, prefix_concat
 
 from .cases import BlockCase, Case, LoRALinearCase, MultiLoRACase, PrefixConcatCase
-from .clock import Run
 from .machine import last_level_cache
 
 FASTLORA = "fastlora"
@@ -31,12 +33,12 @@ RIVALS = {  # the first one is the baseline of every ratio
     "prefix_concat": ("frozen", "peft", "compiled", FASTLORA),
 }
 SCALE = 2
-FEW_ROWS = 64  # up to which a layer is bound by reading its weight
 MOST_COPIES = 32
 FROM_MEMORY = 200e6  # bytes of weights that no card's L2 cache holds
 FLOAT32 = "32"  # added to a rival's name: the same with float32 adapters under autocast, PEFT's default
 
 Outputs = Tensor | Sequence[Tensor]
+Result = TypeVar("Result")
 
 
 class Rival(NamedTuple):
@@ -44,7 +46,22 @@ class Rival(NamedTuple):
     leaves: Sequence[Sequence[Tensor]]  # what training differentiates, for each copy; none: it has no backward
 
 
-class Problem(NamedTuple):
+def forced(function: Callable[..., Result], implementation: str | None) -> Callable[..., Result]:
+    """`function` with fastlora's operators forced to use that implementation; None: as it is."""
+    if implementation is None:
+        return function
+
+    def run(*arguments: Any) -> Result:
+        before, ops.forced = ops.forced, implementation
+        try:
+            return function(*arguments)
+        finally:
+            ops.forced = before
+
+    return run
+
+
+class Contest(NamedTuple):
     copies: int
     rivals: dict[str, Rival]  # the first one is the baseline
     dy: Outputs
@@ -64,95 +81,96 @@ class Problem(NamedTuple):
             copy = turn % self.copies
             return torch.autograd.grad(rival.call(copy), rival.leaves[copy], self.dy)
 
-        run = forward_and_backward if training and rival.leaves else forward
-        return run if implementation is None else forced(run, implementation)
+        return forced(forward_and_backward if training and rival.leaves else forward, implementation)
+
+    def runs(
+        self, training: bool, implementations: Sequence[str] = (), without: Collection[str] = ()
+    ) -> dict[str, Run]:
+        """Every rival but those left out, and fastlora once more for each implementation forced."""
+        runs = {name: self.run(name, training) for name in self.rivals if name not in without}
+        return runs | {name: self.run(FASTLORA, training, name) for name in implementations}
 
 
-def forced(run: Callable[[int], Any], implementation: str | None) -> Callable[[int], Any]:
-    """`run` with fastlora's operators forced to use that implementation; None: as `choose` says."""
-
-    def forced_run(turn: int) -> Any:
-        before, ops.forced = ops.forced, implementation
-        try:
-            return run(turn)
-        finally:
-            ops.forced = before
-
-    return forced_run
-
-
-def choice(case: Case, training: bool, device: torch.device) -> str:
-    """The implementation that `choose` takes for the case's forward."""
+def choice(case: Case | BlockCase, training: bool, device: torch.device) -> str:
+    """The implementation that `choose` takes for the case's forward; of a block's layers, for the one that is hidden by hidden."""
 
     def like(rows: int, columns: int) -> Tensor:
         return torch.empty(1, 1, dtype=case.dtype, device=device).expand(rows, columns)
 
     if isinstance(case, PrefixConcatCase):
         return prefix_concat.choose(like(1, case.D), case.B * case.T).implementation
-    weight, dropout = like(case.N, case.K), training and case.dropout_p > 0
-    if isinstance(case, LoRALinearCase):
-        return lora_linear.choose(like(case.M, case.K), weight, dropout).implementation
-    return lora_linear.choose(like(case.B * case.T, case.K), weight, dropout, mixed=True).implementation
+    layer = case.layer() if isinstance(case, BlockCase) else case
+    weight, dropout = like(layer.N, layer.K), training and layer.dropout_p > 0
+    if isinstance(layer, LoRALinearCase):
+        return lora_linear.choose(like(layer.M, layer.K), weight, dropout).implementation
+    return lora_linear.choose(like(layer.B * layer.T, layer.K), weight, dropout, mixed=True).implementation
 
 
-def implementations(operator: str, case: Case, training: bool, device: torch.device) -> list[str]:
+def implementations(case: Case, training: bool, device: torch.device) -> list[str]:
     """The implementations worth timing here: first the one that `choose` takes, then every kernel of this device."""
     chosen = choice(case, training, device)
     if ops.forced is not None:
         return [chosen]
-    return [chosen, *(name for name in kernels_of(operator, device) if name != chosen)]
-
-
-def kernels_of(operator: str, device: torch.device) -> list[str]:
-    """What is there for this device beside plain PyTorch."""
-    names = ("triton", "cuda") if device.type == "cuda" else ("cpu",)
-    return [name for name in names if _is_present(operator, name)]
-
-
-def _is_present(operator: str, implementation: str) -> bool:
-    try:
-        ops.implementation(operator, implementation)
-    except ops.ImplementationError:
-        return False
-    return True
-
-
-def _copies(rows: int, weight_bytes: int, device: torch.device) -> int:
-    if rows > FEW_ROWS:
-        return 1
-    cache = FROM_MEMORY if device.type == "cuda" else 2 * last_level_cache()
-    return min(MOST_COPIES, 1 + int(cache // weight_bytes))
+    return [chosen, *(name for name in ops.candidates(case.operator, device, case.dtype) if name != chosen)]
 
 
 def random_tensor(*shape: int, dtype: torch.dtype, device: torch.device, scale: float = 1.0) -> Tensor:
     return (torch.randn(*shape, device=device) * scale).to(dtype)
 
 
-def make_adapter(K: int, N: int, R: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    a = random_tensor(R, K, dtype=dtype, device=device, scale=K**-0.5)
-    b = random_tensor(N, R, dtype=dtype, device=device, scale=R**-0.5)
-    return nn.Parameter(a), nn.Parameter(b)
+class Layer(NamedTuple):
+    """The tensors of a frozen layer with its adapters; every A and B requires a gradient, and x in training."""
+
+    x: Tensor  # [M, K] or [B, T, K]
+    weight: Tensor  # [N, K]
+    bias: Tensor | None  # [N]
+    lora_a: list[Tensor]  # S of [R_i, K]
+    lora_b: list[Tensor]  # S of [N, R_i]
+    dy: Tensor  # as x, [..., N]
 
 
-def peft_layer(
-    weight: Tensor, bias: Tensor | None, adapters: Sequence[tuple[Tensor, Tensor]], dropout_p: float, training: bool
-) -> nn.Module:
+def make_layers(
+    case: LoRALinearCase | MultiLoRACase, training: bool, device: torch.device, take_turns: bool = False
+) -> list[Layer]:
+    """One layer, or as many as take turns, each with weights of its own, which have x, bias and dy in common."""
+    rows: tuple[int, ...]
+    if isinstance(case, LoRALinearCase):
+        rows, ranks, with_bias = (case.M,), [case.R], case.bias
+    else:
+        rows, ranks, with_bias = (case.B, case.T), [*case.ranks], False
+    K, N, copies = case.K, case.N, 1
+    if take_turns and math.prod(rows) <= ROWS_FROM_MEMORY:
+        cache = FROM_MEMORY if device.type == "cuda" else 2 * last_level_cache()
+        copies = min(MOST_COPIES, 1 + int(cache // (N * K * case.dtype.itemsize)))
+
+    def draw(*shape: int, inner: int = 1, dtype: torch.dtype = case.dtype) -> Tensor:
+        return random_tensor(*shape, dtype=dtype, device=device, scale=inner**-0.5)
+
+    def adapters(*shapes: tuple[int, int]) -> list[Tensor]:
+        return [nn.Parameter(draw(*shape, inner=shape[1], dtype=case.adapter_dtype)) for shape in shapes]
+
+    x, dy = draw(*rows, K).requires_grad_(training), draw(*rows, N)
+    bias = draw(N) if with_bias else None
+    every_a, every_b = [(R, K) for R in ranks], [(N, R) for R in ranks]
+    return [Layer(x, draw(N, K, inner=K), bias, adapters(*every_a), adapters(*every_b), dy) for _ in range(copies)]
+
+
+def peft_layer(one: Layer, dropout_p: float, training: bool) -> nn.Module:
     """PEFT's own lora.Linear over these tensors, its adapters named "0", "1", ..."""
-    base = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    base.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        base.bias = nn.Parameter(bias, requires_grad=False)
+    base = nn.Linear(one.weight.shape[1], one.weight.shape[0], bias=one.bias is not None, device="meta")
+    base.weight = nn.Parameter(one.weight, requires_grad=False)
+    if one.bias is not None:
+        base.bias = nn.Parameter(one.bias, requires_grad=False)
     model: Any = nn.Sequential(collections.OrderedDict(layer=base))
-    for i, (a, _) in enumerate(adapters):
+    for i, (a, b) in enumerate(zip(one.lora_a, one.lora_b, strict=True)):
         config = peft.LoraConfig(r=len(a), lora_alpha=SCALE * len(a), lora_dropout=dropout_p, target_modules=["layer"])
         if i == 0:
             model = peft.get_peft_model(model, config, adapter_name="0", autocast_adapter_dtype=False)
         else:
             model.add_adapter(str(i), config, autocast_adapter_dtype=False)
+        model.base_model.model.layer.get_submodule(f"lora_A.{i}").weight = a
+        model.base_model.model.layer.get_submodule(f"lora_B.{i}").weight = b
     layer: nn.Module = model.base_model.model.layer
-    for i, (a, b) in enumerate(adapters):
-        layer.get_submodule(f"lora_A.{i}").weight = a
-        layer.get_submodule(f"lora_B.{i}").weight = b
     return layer.train(training)
 
 
@@ -224,77 +242,62 @@ class AddmmLinear(nn.Module):
         return y
 
 
-def _lora_linear(case: LoRALinearCase, training: bool, device: torch.device) -> Problem:
-    M, K, N = case.M, case.K, case.N
-    copies = _copies(M, N * K * case.dtype.itemsize, device)
-    weights = [random_tensor(N, K, dtype=case.dtype, device=device, scale=K**-0.5) for _ in range(copies)]
-    adapters = [make_adapter(K, N, case.R, case.adapter_dtype, device) for _ in range(copies)]
-    bias = random_tensor(N, dtype=case.dtype, device=device) if case.bias else None
+def _lora_linear(case: LoRALinearCase, training: bool, device: torch.device) -> Contest:
+    layers = make_layers(case, training, device, take_turns=True)
+    x, _, bias, _, _, dy = layers[0]
     merged = [
-        torch.addmm(w.float(), b.detach().float(), a.detach().float(), alpha=SCALE).to(case.dtype)
-        for w, (a, b) in zip(weights, adapters, strict=True)
+        torch.addmm(one.weight.float(), one.lora_b[0].detach().float(), one.lora_a[0].detach().float(), alpha=SCALE)
+        for one in layers
     ]
-    x = random_tensor(M, K, dtype=case.dtype, device=device).requires_grad_(training)
+    merged = [weight.to(case.dtype) for weight in merged]
     p = case.dropout_p if training else 0.0
-    layers, fused = (
-        [peft_layer(w, bias, [pair], p, training) for w, pair in zip(weights, adapters, strict=True)] for _ in range(2)
-    )
-    compiled = [torch.compile(layer, dynamic=False) for layer in layers]
-    addmm = [AddmmLinear(layer).train(training) for layer in layers]
+    adapted, fused = ([peft_layer(one, p, training) for one in layers] for _ in range(2))
+    compiled = [torch.compile(layer, dynamic=False) for layer in adapted]
+    addmm = [AddmmLinear(layer).train(training) for layer in adapted]
     for layer in fused:
         fastlora.accelerate(layer)
-    dy = random_tensor(M, N, dtype=case.dtype, device=device)
-    only_x = [[x]] * copies
-    all_three = [[x, a, b] for a, b in adapters]
+    only_x = [[x]] * len(layers)
+    all_three = [[x, *one.lora_a, *one.lora_b] for one in layers]
     rivals = {
-        "frozen": Rival(lambda copy: F.linear(x, weights[copy], bias), only_x),
-        "packed": _packed(x, weights, dy if training else None),
+        "frozen": Rival(lambda copy: F.linear(x, layers[copy].weight, bias), only_x),
+        "packed": _packed(x, [one.weight for one in layers], dy if training else None),
         "merged": Rival(lambda copy: F.linear(x, merged[copy], bias), only_x),
         "addmm": Rival(lambda copy: addmm[copy](x), all_three),
-        "peft": Rival(lambda copy: layers[copy](x), all_three),
+        "peft": Rival(lambda copy: adapted[copy](x), all_three),
         "compiled": Rival(lambda copy: compiled[copy](x), all_three),
         FASTLORA: Rival(lambda copy: fused[copy](x), all_three),
     }
     if not _can_pack(case.dtype, device):
         del rivals["packed"]
-    return Problem(copies, rivals, dy)
+    return Contest(len(layers), rivals, dy)
 
 
-class Attention(nn.Module):
-    """The linear layers of a Llama block's attention, without the attention."""
+class Siblings(nn.Module):
+    """Linear layers (in-features, out-features) by name that read one x, but the last of them, which reads another."""
 
-    def __init__(self, hidden: int, kv_width: int) -> None:
+    def __init__(self, **sizes: tuple[int, int]) -> None:
         super().__init__()
-        self.q_proj, self.o_proj = (nn.Linear(hidden, hidden, bias=False) for _ in range(2))
-        self.k_proj, self.v_proj = (nn.Linear(hidden, kv_width, bias=False) for _ in range(2))
+        for name, (K, N) in sizes.items():
+            self.add_module(name, nn.Linear(K, N, bias=False))
 
-    def forward(self, x: Tensor, attended: Tensor) -> tuple[Tensor, ...]:
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x), self.o_proj(attended)
-
-
-class MLP(nn.Module):
-    """The linear layers of a Llama block's MLP, without its activation."""
-
-    def __init__(self, hidden: int, intermediate: int) -> None:
-        super().__init__()
-        self.gate_proj, self.up_proj = (nn.Linear(hidden, intermediate, bias=False) for _ in range(2))
-        self.down_proj = nn.Linear(intermediate, hidden, bias=False)
-
-    def forward(self, x: Tensor, activated: Tensor) -> tuple[Tensor, ...]:
-        return self.gate_proj(x), self.up_proj(x), self.down_proj(activated)
+    def forward(self, x: Tensor, of_last: Tensor) -> list[Tensor]:
+        *shared, last = self.children()
+        return [*(layer(x) for layer in shared), last(of_last)]
 
 
 class Block(nn.Module):
-    """The seven linear layers of a Llama block, each x given from outside."""
+    """The seven linear layers of a Llama block, without attention and activation: each x is given from outside."""
 
     def __init__(self, case: BlockCase) -> None:
         super().__init__()
-        self.self_attn = Attention(case.hidden, case.kv_width)
-        self.mlp = MLP(case.hidden, case.intermediate)
+        square, narrow = (case.hidden, case.hidden), (case.hidden, case.kv_width)
+        wide, back = (case.hidden, case.intermediate), (case.intermediate, case.hidden)
+        self.self_attn = Siblings(q_proj=square, k_proj=narrow, v_proj=narrow, o_proj=square)
+        self.mlp = Siblings(gate_proj=wide, up_proj=wide, down_proj=back)
         self.to(case.dtype).requires_grad_(False)
 
-    def forward(self, x: Tensor, attended: Tensor, normed: Tensor, activated: Tensor) -> tuple[Tensor, ...]:
-        return *self.self_attn(x, attended), *self.mlp(normed, activated)
+    def forward(self, x: Tensor, attended: Tensor, normed: Tensor, activated: Tensor) -> list[Tensor]:
+        return [*self.self_attn(x, attended), *self.mlp(normed, activated)]
 
 
 def make_block(case: BlockCase, with_adapters: bool, device: torch.device) -> nn.Module:
@@ -305,13 +308,8 @@ def make_block(case: BlockCase, with_adapters: bool, device: torch.device) -> nn
     if not with_adapters:
         return block
     names = [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]
-    config = peft.LoraConfig(
-        r=case.R,
-        lora_alpha=SCALE * case.R,
-        lora_dropout=case.dropout_p,
-        target_modules=names,
-        init_lora_weights=False,
-    )
+    alpha, p = SCALE * case.R, case.dropout_p
+    config = peft.LoraConfig(r=case.R, lora_alpha=alpha, lora_dropout=p, target_modules=names, init_lora_weights=False)
     model: Any = peft.get_peft_model(block, config, autocast_adapter_dtype=case.adapter_dtype == torch.float32)
     return model.base_model.model
 
@@ -320,15 +318,7 @@ def block_inputs(case: BlockCase, device: torch.device) -> tuple[list[Tensor], l
     """(the four activations that the layers read, the seven gradients of what they write)."""
     torch.manual_seed(1)
     inputs = [case.hidden] * 3 + [case.intermediate]
-    outputs = [
-        case.hidden,
-        case.kv_width,
-        case.kv_width,
-        case.hidden,
-        case.intermediate,
-        case.intermediate,
-        case.hidden,
-    ]
+    outputs = [case.hidden, *[case.kv_width] * 2, case.hidden, *[case.intermediate] * 2, case.hidden]
     activations, gradients = (
         [random_tensor(case.M, width, dtype=case.dtype, device=device) for width in widths]
         for widths in (inputs, outputs)
@@ -336,9 +326,8 @@ def block_inputs(case: BlockCase, device: torch.device) -> tuple[list[Tensor], l
     return [activation.requires_grad_() for activation in activations], gradients
 
 
-def build_block(case: BlockCase, device: torch.device) -> Problem:
-    """The block in memory, its layers frozen, with PEFT's adapters, by addmm, and accelerated."""
-    torch.compiler.reset()  # as in `build`
+def _block(case: BlockCase, device: torch.device) -> Contest:
+    """In training, its layers frozen, with PEFT's adapters, by addmm, and accelerated."""
     inputs, gradients = block_inputs(case, device)
     blocks = {"frozen": make_block(case, False, device)}
     blocks |= {name: make_block(case, True, device) for name in ("addmm", "peft", FASTLORA)}
@@ -353,11 +342,11 @@ def build_block(case: BlockCase, device: torch.device) -> Problem:
         return Rival(lambda _: block(*inputs), [[*inputs, *trained]])
 
     names = ("frozen", "addmm", "peft", "compiled", FASTLORA)
-    return Problem(1, {name: rival(blocks[name]) for name in names}, gradients)
+    return Contest(1, {name: rival(blocks[name]) for name in names}, gradients)
 
 
-def build_for_card(case: LoRALinearCase | BlockCase, device: torch.device) -> Problem:
-    """A training problem with 16-bit adapters, and PEFT and fastlora also with float32 adapters under autocast, as PEFT trains by default."""
+def build_for_card(case: LoRALinearCase | BlockCase, device: torch.device) -> Contest:
+    """A training contest with 16-bit adapters, and PEFT and fastlora also with float32 adapters under autocast, as PEFT trains by default."""
 
     def under_autocast(rival: Rival) -> Rival:
         def call(copy: int) -> Outputs:
@@ -366,45 +355,34 @@ def build_for_card(case: LoRALinearCase | BlockCase, device: torch.device) -> Pr
 
         return Rival(call, rival.leaves)
 
-    wide, own = (
-        build_block(one, device) if isinstance(one, BlockCase) else build(one, True, device)
-        for one in (replace(case, adapter_dtype=torch.float32), replace(case, adapter_dtype=case.dtype))
-    )
+    wide, own = (build(replace(case, adapter_dtype=dtype), True, device) for dtype in (torch.float32, case.dtype))
     rivals = {name: rival for name, rival in own.rivals.items() if name != "packed"}
     rivals |= {name + FLOAT32: under_autocast(wide.rivals[name]) for name in ("peft", FASTLORA)}
     return own._replace(rivals=rivals)
 
 
-def _multi_lora(case: MultiLoRACase, training: bool, device: torch.device) -> Problem:
-    K, N = case.K, case.N
-    copies = _copies(case.B * case.T, N * K * case.dtype.itemsize, device)
-    weights = [random_tensor(N, K, dtype=case.dtype, device=device, scale=K**-0.5) for _ in range(copies)]
-    adapters = [[make_adapter(K, N, r, case.adapter_dtype, device) for r in case.ranks] for _ in range(copies)]
-    x = random_tensor(case.B, case.T, K, dtype=case.dtype, device=device).requires_grad_(training)
-    p = case.dropout_p if training else 0.0
-    layers = [peft_layer(w, None, group, p, training) for w, group in zip(weights, adapters, strict=True)]
+def _multi_lora(case: MultiLoRACase, training: bool, device: torch.device) -> Contest:
+    layers = make_layers(case, training, device, take_turns=True)
+    x, p = layers[0].x, case.dropout_p if training else 0.0
+    adapted = [peft_layer(one, p, training) for one in layers]
     examples = case.adapters_of_examples()
     names = ["__base__" if i < 0 else str(i) for i in examples]
     # A model groups the rows once per forward, for all its layers.
     groups = functional.group_rows(torch.tensor(examples, device=device), len(case.ranks))
-    every_a = [[a for a, _ in group] for group in adapters]
-    every_b = [[b for _, b in group] for group in adapters]
     scales = [SCALE] * len(case.ranks)
 
     def fused(copy: int) -> Tensor:
-        lora_a, lora_b = every_a[copy], every_b[copy]
-        return functional.multi_lora(
-            x, weights[copy], None, lora_a, lora_b, scales, groups, dropout_p=p, training=training
-        )
+        _, weight, _, lora_a, lora_b, _ = layers[copy]
+        return functional.multi_lora(x, weight, None, lora_a, lora_b, scales, groups, dropout_p=p, training=training)
 
     used = sorted({i for i in examples if i >= 0})  # autograd.grad refuses PEFT's adapters without rows
-    leaves = [[x, *(a[i] for i in used), *(b[i] for i in used)] for a, b in zip(every_a, every_b, strict=True)]
+    leaves = [[x, *(one.lora_a[i] for i in used), *(one.lora_b[i] for i in used)] for one in layers]
     rivals = {
-        "frozen": Rival(lambda copy: F.linear(x, weights[copy]), [[x]] * copies),
-        "peft": Rival(lambda copy: layers[copy](x, adapter_names=names), leaves),
+        "frozen": Rival(lambda copy: F.linear(x, layers[copy].weight), [[x]] * len(layers)),
+        "peft": Rival(lambda copy: adapted[copy](x, adapter_names=names), leaves),
         FASTLORA: Rival(fused, leaves),
     }
-    return Problem(copies, rivals, random_tensor(case.B, case.T, N, dtype=case.dtype, device=device))
+    return Contest(len(layers), rivals, layers[0].dy)
 
 
 class PromptBatch(NamedTuple):
@@ -441,35 +419,32 @@ def _concat_as_peft(batch: PromptBatch) -> tuple[Tensor, Tensor, Tensor]:
     return torch.cat((prompts.to(embeds.dtype), embeds), 1), mask, labels
 
 
-def _concat_fused(batch: PromptBatch) -> Tensor:
-    return functional.prefix_concat(
-        batch.prompts,
-        None,
-        batch.attention_mask,
-        input_ids=batch.input_ids,
-        embedding=batch.embedding,
-        prompt_index=batch.prompt_index,
-        labels=batch.labels,
-    ).embeds
+def concat_fused(batch: PromptBatch) -> Callable[[], functional.Prefixed]:
+    """As fastlora does it."""
+    given = batch._asdict()
+    prompts, mask = given.pop("prompts"), given.pop("attention_mask")
+    return functools.partial(functional.prefix_concat, prompts, None, mask, **given)
 
 
-def _prefix_concat(case: PrefixConcatCase, training: bool, device: torch.device) -> Problem:
+def _prefix_concat(case: PrefixConcatCase, training: bool, device: torch.device) -> Contest:
     batch = make_prompt_batch(case, device)
-    compiled = torch.compile(_concat_as_peft, dynamic=False)
+    compiled, fused = torch.compile(_concat_as_peft, dynamic=False), concat_fused(batch)
     leaves = [[batch.prompts]]
     rivals = {
         "frozen": Rival(lambda _: F.embedding(batch.input_ids, batch.embedding), []),
         "peft": Rival(lambda _: _concat_as_peft(batch)[0], leaves),
         "compiled": Rival(lambda _: compiled(batch)[0], leaves),
-        FASTLORA: Rival(lambda _: _concat_fused(batch), leaves),
+        FASTLORA: Rival(lambda _: fused().embeds, leaves),
     }
-    return Problem(1, rivals, random_tensor(case.B, case.T + case.P, case.D, dtype=case.dtype, device=device))
+    return Contest(1, rivals, random_tensor(case.B, case.T + case.P, case.D, dtype=case.dtype, device=device))
 
 
-def build(case: Case, training: bool, device: torch.device) -> Problem:
-    """The case in memory, seeded, with its rivals."""
+def build(case: Case | BlockCase, training: bool, device: torch.device) -> Contest:
+    """The case in memory, seeded, with its rivals; a block is trained."""
     torch.manual_seed(0)
     torch.compiler.reset()  # a case must not be slowed by the graphs compiled for the cases before it
+    if isinstance(case, BlockCase):
+        return _block(case, device)
     if isinstance(case, LoRALinearCase):
         return _lora_linear(case, training, device)
     if isinstance(case, MultiLoRACase):

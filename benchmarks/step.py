@@ -10,15 +10,16 @@ import statistics
 import time
 import traceback
 from collections import Counter
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import torch
 
 from fastlora import memory, steps
+from fastlora.choice.clock import median_ratio, rounds_in_turn
 from fastlora.data.rows import IGNORE
 
 from .cases import StepCase
@@ -186,11 +187,7 @@ class Worker:
         return answer
 
     def step(self) -> Step:
-        """One optimiser step.
-
-        Raises:
-            StepError: the process failed; the message holds its traceback.
-        """
+        """One optimiser step; raises StepError, with its traceback, where the process failed."""
         answer: Step = self._ask(True)
         return answer
 
@@ -200,10 +197,10 @@ class Worker:
         return answer
 
 
-def require_agreement(case: StepCase, losses: dict[str, list[float]]) -> None:
-    """Raise StepError where first losses differ and dropout cannot be the reason."""
-    peft = losses["peft"][0]
-    for variant, (ours, *_) in losses.items():
+def require_agreement(case: StepCase, losses: dict[str, float]) -> None:
+    """Raise StepError where the variants' first losses differ and dropout cannot be the reason."""
+    peft = losses["peft"]
+    for variant, ours in losses.items():
         if case.dropout_p == 0 and not abs(ours - peft) <= LOSS_TOLERANCE[case.dtype] * abs(peft):
             raise StepError(
                 f"{case.name}: the first loss is {ours:.7g} with {variant}, {peft:.7g} with PEFT: not timed"
@@ -216,28 +213,23 @@ def measure_step(case: StepCase, device: torch.device) -> StepResult:
     Raises:
         StepError: a process failed, or without dropout the first losses differ.
     """
-    seconds: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
-    losses: dict[str, list[float]] = {variant: [] for variant in VARIANTS}
     rate = measure_limits(device, [case.dtype]).flops[case.dtype]
     with ExitStack() as processes:
         workers = {variant: processes.enter_context(Worker(case, variant, device)) for variant in VARIANTS}
-        for number in range(WARM_UP_STEPS + case.rounds):
-            for variant in VARIANTS if number % 2 else VARIANTS[::-1]:
-                step = workers[variant].step()
-                losses[variant].append(step.loss)
-                if number >= WARM_UP_STEPS:
-                    seconds[variant].append(step.seconds)
-            if number == 0:
-                require_agreement(case, losses)
+        in_turn = rounds_in_turn(VARIANTS, lambda variant: workers[variant].step())
+        rounds = [next(in_turn)]
+        require_agreement(case, {variant: step.loss for variant, step in rounds[0].items()})
+        rounds += islice(in_turn, WARM_UP_STEPS - 1 + case.rounds)
         closing = {variant: worker.finish() for variant, worker in workers.items()}
+    seconds = {variant: [one[variant].seconds for one in rounds[WARM_UP_STEPS:]] for variant in VARIANTS}
     medians = {variant: statistics.median(times) for variant, times in seconds.items()}
-    ratios = {variant: _median_ratio(times, seconds["peft"]) for variant, times in seconds.items()}
+    ratios = {variant: median_ratio(times, seconds["peft"]) for variant, times in seconds.items()}
     peaks = {variant: told.peak_bytes for variant, told in closing.items()}
     return StepResult(
         seconds=medians,
         ratio=ratios["fastlora"],
         ratios=ratios,
-        losses=losses,
+        losses={variant: [one[variant].loss for one in rounds] for variant in VARIANTS},
         peak_bytes=peaks,
         memory_ratios={variant: peak / peaks["peft"] for variant, peak in peaks.items() if peak and peaks["peft"]},
         flops=case.flops(),
@@ -246,7 +238,3 @@ def measure_step(case: StepCase, device: torch.device) -> StepResult:
         implementations=closing["fastlora"].implementations,
         rounds=case.rounds,
     )
-
-
-def _median_ratio(times: Sequence[float], baseline: Sequence[float]) -> float:
-    return statistics.median(one / other for one, other in zip(times, baseline, strict=True))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from .cases import StepCase, dtype_name
 from .goals import Goal
 from .launch import LaunchRow
-from .measure import Row
+from .operators import Row
 from .rivals import FASTLORA, RIVALS
 from .step import StepResult
 
@@ -163,7 +163,7 @@ def _legend(goals: Sequence[Goal]) -> list[str]:
 
 
 def goals_markdown(goals: Sequence[Goal]) -> str:
-    """The goals for the README: a line a kind, the best and the worst of its cases."""
+    """The goals for benchmarks/README.md: a line a kind, the best and the worst of its cases."""
 
     def between(values: Iterable[float | None], unit: str) -> str:
         known = sorted(value for value in values if value is not None)

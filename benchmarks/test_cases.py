@@ -11,15 +11,15 @@ import pytest
 import torch
 
 from .cases import OPERATORS, TRAINING, Case, StepCase, cases_of, steps_of
-from .gate import errors, worst
-from .rivals import FASTLORA, RIVALS, Problem, build, implementations
+from .gate import errors, require_right
+from .rivals import FASTLORA, RIVALS, Contest, build, implementations
 from .step import VARIANTS, Worker
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @functools.lru_cache(maxsize=1)  # the rivals of a case follow one another
-def _problem(case: Case, training: bool) -> Problem:
+def _contest(case: Case, training: bool) -> Contest:
     return build(case, training, DEVICE)
 
 
@@ -37,12 +37,12 @@ def _rows() -> list[Any]:
 def test_operator(benchmark: Any, operator: str, case: Case, pass_: str, rival: str) -> None:
     training = pass_ == TRAINING
     if rival == FASTLORA:
-        error = worst(errors(case, training, implementations(operator, case, training, DEVICE)[0], DEVICE))
-        assert error.within, f"error of {error.result} {error.error:.2g}, bound {error.bound:.2g}: not timed"
-    problem = _problem(case, training)
-    if rival not in problem.rivals:
+        chosen = implementations(case, training, DEVICE)[0]
+        require_right(f"{operator} {chosen}", errors(case, training, chosen, DEVICE))
+    contest = _contest(case, training)
+    if rival not in contest.rivals:
         pytest.skip(f"{rival}: not on this device in {case.number_format()}")
-    run, turns = problem.run(rival, training), itertools.count()
+    run, turns = contest.run(rival, training), itertools.count()
 
     def call() -> None:
         run(next(turns))

@@ -1,18 +1,17 @@
-"""The benchmarks measure what they say: the clock's ratios, the work counted, rivals that compute the same, and no
-time on a red gate.
-"""
+"""The benchmarks measure what they say: the work counted, rivals that compute the same, and no time on a red gate."""
 
 import itertools
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as command
-from benchmarks import cases, clock, gate, goals, machine, measure, rivals, step, table
+from benchmarks import cases, device, gate, goals, machine, operators, rivals, step, table
 from benchmarks.cases import (
     BOTH,
     FORWARD,
@@ -24,6 +23,7 @@ from benchmarks.cases import (
     StepCase,
 )
 from fastlora import ops, reference
+from fastlora.choice.clock import Run
 
 CPU = torch.device("cpu")
 TINY = LoRALinearCase("tiny", 5, 24, 16, 3, torch.float32, torch.float32, 0.1)
@@ -37,77 +37,12 @@ TINY_STEP = StepCase("tiny", 32, 64, 1, 2, 1, 64, 2, 8, 4, 0.0, torch.float32, 2
 LIMITS = machine.Limits({torch.float32: 1e11}, 1e10)
 
 
-class FakeClock:
-    """Every run costs what `costs` says, times a factor that grows from call to call; notes who ran and with which
-    turns.
-    """
-
-    def __init__(self, drift: float = 1.0) -> None:
-        self.factor, self.drift = 1.0, drift
-        self.order: list[str] = []
-        self.turns: list[int] = []
-
-    def __call__(self, run: clock.Run, first: int, calls: int) -> float:
-        self.factor *= self.drift
-        self.turns += range(first, first + calls)
-        name, cost = run(first)  # type: ignore[misc]
-        self.order.append(name)
-        return cost * self.factor
-
-
-def fake_runs(**costs: float) -> dict[str, clock.Run]:
-    def make(name: str, cost: float) -> clock.Run:
-        return lambda turn: (name, cost)
-
-    return {name: make(name, cost) for name, cost in costs.items()}
-
-
-def test_clock_gives_medians_over_the_baseline() -> None:
-    times = clock.time_in_turn(fake_runs(base=0.01, double=0.02), FakeClock(), 0.6)
-    assert times["base"] == clock.Timing(0.01, 0.01, 1.0, 20)
-    assert times["double"] == clock.Timing(0.02, 0.02, 2.0, 20)
-
-
-def test_clock_begins_every_round_with_another_and_never_repeats_a_turn() -> None:
-    fake = FakeClock()
-    clock.time_in_turn(fake_runs(a=1.0, b=1.0, c=1.0), fake, 1.0)
-    assert "".join(fake.order[3:]) == "abc" + "bca" + "cab" + "abc" + "bca"  # a warm-up each, then the fewest rounds
-    assert fake.turns == list(range(len(fake.turns)))
-
-
-def test_clock_ratio_survives_a_machine_that_slows_down() -> None:
-    times = clock.time_in_turn(fake_runs(base=0.01, same=0.01), FakeClock(drift=1.01), 2.0)
-    assert times["base"].rounds > 20
-    assert abs(times["same"].ratio - 1) <= 0.011
-
-
-def test_clock_repeats_short_calls_within_a_sample() -> None:
-    fake = FakeClock()
-    times = clock.time_in_turn(fake_runs(short=3e-6), fake, 1.0)
-    assert times["short"].rounds == clock.MOST_ROUNDS
-    assert len(fake.turns) == 2 * clock.WARM_UP_CALLS + 67 * clock.MOST_ROUNDS
-
-
-def test_clock_refuses_nothing_to_time() -> None:
-    with pytest.raises(ValueError, match="runs"):
-        clock.time_in_turn({}, FakeClock(), 1.0)
-    for budget in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match="budget"):
-            clock.time_in_turn(fake_runs(base=1.0), FakeClock(), budget)
-
-
-def test_cpu_clock_is_a_mean_over_calls() -> None:
-    turns: list[int] = []
-    assert 0 < clock.cpu_clock(turns.append, 7, 3) < 1
-    assert turns == [7, 8, 9]
-
-
 def test_peak_of_call_sees_the_memory_of_the_call() -> None:
     def hold(_: int) -> None:
         torch.ones(64 * 2**20, dtype=torch.int8)
 
     hold(0)
-    peak = clock.peak_of_call(hold, CPU)
+    peak = device.peak_of_call(hold, CPU)
     if peak is None:
         pytest.skip("this system does not let a process reset its peak memory")
     assert 63 * 2**20 <= peak <= 80 * 2**20
@@ -120,12 +55,22 @@ def addmm_in_place(_: object, x: torch.Size, y: torch.Size, **__: object) -> int
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("operator", ["lora_linear", "multi_lora"])
-def test_work_counts_the_reference_products(operator: str, training: bool) -> None:
-    case = TINY_CASES[operator]
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_in_place}) as counter:
-        compute = gate.inputs_of(case, training, CPU)
-        compute("reference", lambda value: value)
-    assert case.work(training).flops == counter.get_total_flops()
+def test_work_counts_the_reference_products(operator: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, flops = TINY_CASES[operator], []
+
+    def counted(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*inputs: Any) -> Any:
+            with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_in_place}) as counter:
+                results = function(*inputs)
+            flops.append(counter.get_total_flops())
+            return results
+
+        return run
+
+    for op in (operator, f"{operator}_backward"):
+        monkeypatch.setitem(ops.implementations, (op, "reference"), counted(ops.implementations[op, "reference"]))
+    rivals.forced(gate.results_of(case, training, CPU), "reference")(False)
+    assert len(flops) == 1 + training and case.work(training).flops == sum(flops)
 
 
 def test_work_counts_every_tensor_once() -> None:
@@ -139,10 +84,10 @@ def test_work_counts_every_tensor_once() -> None:
 @pytest.mark.parametrize("operator", cases.OPERATORS)
 def test_rivals_compute_the_same(operator: str, training: bool) -> None:
     case = replace(TINY_CASES[operator], **({} if operator == "prefix_concat" else {"dropout_p": 0.0}))
-    problem = rivals.build(case, training, CPU)
-    assert tuple(problem.rivals) == rivals.RIVALS[operator]
-    for copy in {0, problem.copies - 1}:
-        outputs = {name: problem.rivals[name].call(copy) for name in problem.rivals if name != "compiled"}
+    contest = rivals.build(case, training, CPU)
+    assert tuple(contest.rivals) == rivals.RIVALS[operator]
+    for copy in {0, contest.copies - 1}:
+        outputs = {name: contest.rivals[name].call(copy) for name in contest.rivals if name != "compiled"}
         for name in outputs.keys() - {"frozen", "packed"}:
             torch.testing.assert_close(outputs[name], outputs["peft"])
         if "packed" in outputs:
@@ -150,16 +95,16 @@ def test_rivals_compute_the_same(operator: str, training: bool) -> None:
             assert len(outputs["packed"]) == 1 + training  # y, and dx
         if operator != "prefix_concat":
             assert not torch.allclose(outputs["frozen"], outputs["peft"])
-        for name in {"fastlora", "addmm"} & problem.rivals.keys() if training else ():
-            torch.testing.assert_close(problem.run(name, True)(copy), problem.run("peft", True)(copy))
+        for name in {"fastlora", "addmm"} & contest.rivals.keys() if training else ():
+            torch.testing.assert_close(contest.run(name, True)(copy), contest.run("peft", True)(copy))
 
 
 def test_a_few_rows_meet_weights_that_are_not_in_the_cache() -> None:
     decode = LoRALinearCase("decode", 1, 256, 1024, 2, torch.float32, torch.float32, passes=(FORWARD,))
-    problem = rivals.build(decode, False, CPU)
+    contest = rivals.build(decode, False, CPU)
     weight_bytes = 256 * 1024 * 4
-    assert problem.copies == rivals.MOST_COPIES or problem.copies * weight_bytes > 2 * machine.last_level_cache()
-    outputs = [problem.rivals["frozen"].call(copy) for copy in range(2)]
+    assert contest.copies == rivals.MOST_COPIES or contest.copies * weight_bytes > 2 * machine.last_level_cache()
+    outputs = [contest.rivals["frozen"].call(copy) for copy in range(2)]
     assert not torch.equal(*outputs)
 
 
@@ -186,8 +131,8 @@ def break_lora_linear(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.T
     """Enter a `cpu` implementation whose y is wrong."""
 
     def wrong(*inputs):
-        y, *state = reference.lora_linear(*inputs)
-        return change(y), *state
+        ys, *state = reference.lora_linear(*inputs)
+        return [change(y) for y in ys], *state
 
     monkeypatch.setitem(ops.implementations, ("lora_linear", "cpu"), wrong)
     monkeypatch.setitem(ops.implementations, ("lora_linear_backward", "cpu"), reference.lora_linear_backward)
@@ -197,7 +142,7 @@ def break_lora_linear(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.T
 def test_gate_reports_a_wrong_implementation(monkeypatch, change) -> None:
     break_lora_linear(monkeypatch, change)
     wrong = gate.check("lora_linear", CPU)
-    assert any(line.startswith("lora_linear cpu, odd, forward: error of y") for line in wrong)
+    assert any(line.startswith("lora_linear cpu, odd, forward: the error of y") for line in wrong)
 
 
 def refuse_to_time(*_: object) -> None:
@@ -206,7 +151,7 @@ def refuse_to_time(*_: object) -> None:
 
 def test_nothing_is_timed_where_the_check_fails(monkeypatch, capsys) -> None:
     break_lora_linear(monkeypatch, lambda y: y * 1.001)
-    monkeypatch.setattr(command, "measure", refuse_to_time)
+    monkeypatch.setattr(command, "measure_operator", refuse_to_time)
     monkeypatch.setattr(command, "measure_limits", refuse_to_time)
     assert command.main(["lora_linear", "--quick"]) == 1
     assert "wrong: not timed" in capsys.readouterr().out
@@ -218,7 +163,7 @@ def test_nothing_is_timed_where_the_tests_are_red(monkeypatch, tmp_path, capsys)
     (tmp_path / "tests" / "test_lora_linear.py").write_text("def test_red():\n    assert False\n")
     for module in (machine, gate):
         monkeypatch.setattr(module, "ROOT", tmp_path)
-    monkeypatch.setattr(command, "measure", refuse_to_time)
+    monkeypatch.setattr(command, "measure_operator", refuse_to_time)
     monkeypatch.setattr(command, "measure_limits", refuse_to_time)
     assert command.main(["lora_linear"]) == 1
     assert "the tests are red: not timed" in capsys.readouterr().out
@@ -226,20 +171,20 @@ def test_nothing_is_timed_where_the_tests_are_red(monkeypatch, tmp_path, capsys)
 
 def test_a_case_beyond_its_bound_is_not_timed(monkeypatch) -> None:
     break_lora_linear(monkeypatch, lambda y: y * 1.001)
-    monkeypatch.setattr(measure, "time_in_turn", refuse_to_time)
-    with pytest.raises(measure.CaseError, match=r"tiny, forward: the error of y is .*: not timed"):
-        list(measure.measure("lora_linear", TINY, CPU, LIMITS, 0.01, False, []))
+    monkeypatch.setattr(operators, "time_in_turn", refuse_to_time)
+    with pytest.raises(gate.CaseError, match=r"tiny, forward: the error of y is .*: not timed"):
+        list(operators.measure_operator(TINY, CPU, LIMITS, 0.01, False, []))
 
 
 def test_the_other_cases_are_timed_and_the_command_fails(monkeypatch, capsys) -> None:
-    def one_bad(operator, case, *_):
+    def one_bad(case, *_):
         if case.bias:
-            raise measure.CaseError("bad, forward: not timed")
+            raise gate.CaseError("bad, forward: not timed")
         yield row(0.9, 1.2)
 
     monkeypatch.setattr(command, "cases_of", lambda *_: (replace(TINY, bias=True), TINY))
     monkeypatch.setattr(command, "measure_limits", lambda *_: LIMITS)
-    monkeypatch.setattr(command, "measure", one_bad)
+    monkeypatch.setattr(command, "measure_operator", one_bad)
     assert command.main(["lora_linear", "--no-gate"]) == 1
     printed = capsys.readouterr().out
     assert "case 0.9" in printed
@@ -250,9 +195,9 @@ def test_a_torch_compile_that_fails_is_left_out_and_said() -> None:
     def fail(_: int) -> None:
         raise RuntimeError("no compiler\nand a long story")
 
-    runs: dict[str, clock.Run] = {"peft": print, "compiled": fail}
+    runs: dict[str, Run] = {"peft": print, "compiled": fail}
     notes: list[str] = []
-    measure.compile_or_drop(runs, notes, "tiny, forward")
+    operators.compile_or_drop(runs, notes, "tiny, forward")
     assert list(runs) == ["peft"]
     assert notes == ["tiny, forward: torch.compile fails here, its column is empty: no compiler"]
 
@@ -265,10 +210,10 @@ def test_command_prints_a_table_and_writes_a_file(monkeypatch, tmp_path, capsys,
     monkeypatch.setattr(command, "QUICK_SECONDS", 0.02)
     assert command.main([operator, "--quick", "--json"]) == 0
     printed = capsys.readouterr().out
-    assert machine.describe(CPU).line() in printed.splitlines()[0]
+    assert machine.this_machine(CPU).line() in printed.splitlines()[0]
     (path,) = tmp_path.iterdir()
     assert path.name.endswith(f"-{operator}.json")
-    assert path.name.startswith(machine.describe(CPU).date)
+    assert path.name.startswith(machine.this_machine(CPU).date)
     content = json.loads(path.read_text())
     assert content["command"] == f"python -m benchmarks {operator} --quick --json"
     assert content["machine"]["versions"]["torch"] == torch.__version__
@@ -286,13 +231,13 @@ def test_command_prints_a_table_and_writes_a_file(monkeypatch, tmp_path, capsys,
     assert f"of {chosen} rows" in printed
 
 
-def row(ratio: float, peft: float, chosen: bool = True) -> measure.Row:
+def row(ratio: float, peft: float, chosen: bool = True) -> operators.Row:
     error = gate.Error("y", 1e-7, 1e-7, 3e-7)
     seconds = {"frozen": 1e-3, "merged": 1e-3, "peft": peft * 1e-3, "fastlora": ratio * 1e-3}
     ratios = {"frozen": 1.0, "merged": 1.0, "peft": peft, "fastlora": ratio}
     peaks = {"peft": None, "fastlora": 5 * 2**20}
     name = f"case {ratio}"
-    return measure.Row(
+    return operators.Row(
         name, "M 1", "float32", FORWARD, "cpu", chosen, 9, seconds, ratios, peaks, 10, 10, 0.5, "flops", error
     )
 
@@ -318,15 +263,15 @@ def test_quantities_read_well() -> None:
 
 def test_block_is_seven_layers_whose_shared_x_gets_the_sum_of_their_gradients() -> None:
     case = replace(TINY_BLOCK, dtype=torch.float32, dropout_p=0.0)
-    problem = rivals.build_block(case, CPU)
-    outputs = {name: rival.call(0) for name, rival in problem.rivals.items() if name != "compiled"}
+    contest = rivals.build(case, True, CPU)
+    outputs = {name: rival.call(0) for name, rival in contest.rivals.items() if name != "compiled"}
     assert len(outputs["frozen"]) == 7 and not torch.equal(outputs["frozen"][0], outputs["peft"][0])
     attention = rivals.make_block(case, False, CPU).self_attn
-    dq, dk, dv = problem.dy[:3]
+    dq, dk, dv = contest.dy[:3]
     dx = dq @ attention.q_proj.weight + dk @ attention.k_proj.weight + dv @ attention.v_proj.weight
-    torch.testing.assert_close(problem.run("frozen", True)(0)[0], dx)
+    torch.testing.assert_close(contest.run("frozen", True)(0)[0], dx)
     for name in ("fastlora", "addmm"):
-        torch.testing.assert_close(problem.run(name, True)(0), problem.run("peft", True)(0))
+        torch.testing.assert_close(contest.run(name, True)(0), contest.run("peft", True)(0))
 
 
 def test_goals_are_those_of_the_shape_and_a_wrong_layer_is_not_timed(monkeypatch) -> None:
@@ -415,6 +360,6 @@ def test_a_training_process_that_fails_says_why() -> None:
 @pytest.mark.parametrize("loss", [9.0, float("nan")])
 def test_steps_whose_losses_differ_are_not_timed(loss: float) -> None:
     with pytest.raises(step.StepError, match="tiny: the first loss is"):
-        step.require_agreement(TINY_STEP, {"peft": [4.0], "fastlora": [loss]})
-    step.require_agreement(replace(TINY_STEP, dropout_p=0.1), {"peft": [4.0], "fastlora": [4.1]})
-    step.require_agreement(TINY_STEP, {"peft": [4.0], "fastlora": [4.0000001]})
+        step.require_agreement(TINY_STEP, {"peft": 4.0, "fastlora": loss})
+    step.require_agreement(replace(TINY_STEP, dropout_p=0.1), {"peft": 4.0, "fastlora": 4.1})
+    step.require_agreement(TINY_STEP, {"peft": 4.0, "fastlora": 4.0000001})

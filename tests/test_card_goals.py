@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,11 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import card_goals, cases, launch, machine, model, plot, rivals, sanitize, table
+from benchmarks import card_goals, cases, launch, machine, model, plot, probe, rivals, table
 from benchmarks.card_goals import EAGER, GRAPH, Record, Session
 from benchmarks.cases import BOTH, StepCase
 from benchmarks.goals import Goal
-from fastlora import choice, environment
+from fastlora import choice, environment, ops, reference
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parent.parent
@@ -67,9 +68,9 @@ def tiny(case: Any) -> Any:
 @pytest.fixture
 def lines(monkeypatch: pytest.MonkeyPatch) -> dict[str, card_goals.Line]:
     for name in ("CARD_BLOCK", "CARD_DECODE", "CARD_KERNEL", "CARD_MODEL", "CARD_PREFILL"):
-        monkeypatch.setattr(card_goals, name, tiny(getattr(cases, name)))
-    monkeypatch.setattr(card_goals, "CARD_LAYERS", (tiny(cases.CARD_LAYERS[0]),))
-    monkeypatch.setattr(card_goals, "CARD_ERRORS", tuple(map(tiny, cases.CARD_ERRORS)))
+        monkeypatch.setattr(cases, name, tiny(getattr(cases, name)))
+    monkeypatch.setattr(cases, "CARD_LAYERS", (tiny(cases.CARD_LAYERS[0]),))
+    monkeypatch.setattr(cases, "CARD_ERRORS", tuple(map(tiny, cases.CARD_ERRORS)))
     monkeypatch.setattr(card_goals, "LAYER_GOALS", {(16, 4): (5.0, 12.0)})
     return card_goals.card_lines()
 
@@ -113,7 +114,7 @@ def test_every_line_has_its_goals_eager_and_by_graph(lines) -> None:
         if row.unit == "tokens/s":
             assert row.at_least and row.ours > 0
     decode = next(row for row in record.rows if row.what.startswith("decode"))
-    least = tiny(cases.CARD_DECODE).work(False).bytes / 2e9
+    least = cases.CARD_DECODE.work(False).bytes / 2e9
     assert decode.ours == pytest.approx(100 * least / decode.seconds["fastlora"]) and decode.at_least
     for row in record.rows:
         if row.what.startswith("error"):
@@ -142,7 +143,7 @@ def test_the_first_lines_are_lines_of_the_table() -> None:
 
 def test_a_copy_without_git_is_told_its_commit(monkeypatch) -> None:
     monkeypatch.setenv("FASTLORA_COMMIT", "c0ffee1234")
-    assert machine.describe(CPU).commit == "c0ffee1234"
+    assert machine.this_machine(CPU).commit == "c0ffee1234"
 
 
 def test_a_line_that_never_ends_ends_its_process_and_is_not_begun_again(monkeypatch) -> None:
@@ -200,8 +201,9 @@ def test_what_breaks_the_process_is_left_out_by_the_next_one(lines, monkeypatch)
 
 
 def test_a_wrong_implementation_is_not_timed(lines, monkeypatch) -> None:
-    def wrong(case: Any, training: bool, implementation: str, device: torch.device) -> list[Any]:
-        return [card_goals_errors(case, training, implementation, device)[0]._replace(error=float("nan"))]
+    def wrong(case: Any, training: bool, implementation: str, device: torch.device) -> dict[str, Any]:
+        found = card_goals_errors(case, training, implementation, device)
+        return {"y": found["y"]._replace(error=float("nan"))}
 
     card_goals_errors = card_goals.errors
     monkeypatch.setattr(card_goals, "errors", wrong)
@@ -225,11 +227,11 @@ def test_the_command_writes_the_goals_and_goes_on_from_them(lines, monkeypatch, 
     two = {name: lines[name] for name in ("kernel", "prefill")}
     arguments = command._parse(["goals", "--out", str(tmp_path)])
     monkeypatch.setattr(command, "card_lines", lambda: {"kernel": two["kernel"]})
-    here = replace(command.describe(CPU), device="cuda", kind="some-card-sm90", name="Some Card")
-    assert command._measure_card(here, CPU, arguments, ["goals"], float("inf")) == 0
+    here = replace(command.this_machine(CPU), device="cuda", kind="some-card-sm90", name="Some Card")
+    assert command._goals_on_a_card(command.Command(arguments, ["goals"], CPU, here)) == 0
     monkeypatch.setattr(command, "card_lines", lambda: two)
     arguments.resume = True
-    assert command._measure_card(here, CPU, arguments, ["goals", "--resume"], float("inf")) == 0
+    assert command._goals_on_a_card(command.Command(arguments, ["goals", "--resume"], CPU, here)) == 0
     (path,) = tmp_path.iterdir()
     content = json.loads(path.read_text())
     assert (
@@ -266,7 +268,23 @@ def test_readme_says_what_no_card_has_run() -> None:
 
 
 def test_sanitized_implementations_are_right_here() -> None:
-    assert sanitize.flaws(CPU) == []
+    assert probe.flaws(CPU) == []
+
+
+def test_what_a_profiler_looks_at_is_a_forward_and_a_backward_each_time(monkeypatch) -> None:
+    called: list[str] = []
+
+    def noted(op: str) -> Callable[..., Any]:
+        def run(*given: Any) -> Any:
+            called.append(op)
+            return getattr(reference, op)(*given)
+
+        return run
+
+    for op in ("lora_linear", "lora_linear_backward"):
+        monkeypatch.setitem(ops.implementations, (op, "cpu"), noted(op))
+    rivals.forced(probe.call, "cpu")(CPU, 5, 24)
+    assert called == ["lora_linear", "lora_linear_backward"] * 3
 
 
 def test_make_gpu_needs_no_package_that_only_training_uses() -> None:
@@ -276,7 +294,7 @@ def test_make_gpu_needs_no_package_that_only_training_uses() -> None:
         "for name in ('datasets', 'trl', 'rouge_score', 'pytest_benchmark', 'xdist'):\n"
         "    sys.modules[name] = None\n"
         "import fastlora, fastlora.peft, fastlora.cli, fastlora.environment\n"
-        "from benchmarks import __main__, plot, sanitize, gate, model\n"
+        "from benchmarks import __main__, plot, probe, gate, model\n"
         "fastlora.environment.describe()\n"
     )
     done = subprocess.run(

@@ -1,46 +1,15 @@
-"""Timing that survives a shared machine: rivals run in turn, and the median of their ratios within a round is reported.
-
-A round times every rival once, each round beginning with another one, so that a slow minute, a hot cache or a falling
-clock frequency meets all of them alike. Each call gets a fresh number, its turn, by which a rival picks one of
-several copies of its weights.
-"""
+"""What a device is asked: its clock, its graphs, its longest kernel, the memory of a call."""
 
 import ctypes
-import math
-import statistics
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from fastlora.choice.clock import WARM_UP_CALLS, Clock, HostClock, Run, wait_for
 from fastlora.memory import resident
-
-Run = Callable[[int], object]  # takes the turn
-Clock = Callable[[Run, int, int], float]  # (run, first turn, calls) -> seconds a call
-
-SHORTEST_SAMPLE = 2e-4  # seconds: far above the clock's own cost of about 1e-7
-FEWEST_ROUNDS, MOST_ROUNDS = 5, 301
-WARM_UP_CALLS = 3
-SLOW = 0.05  # seconds: a call whose length is known well enough from its warm-up
-
-
-class Timing(NamedTuple):
-    seconds: float  # median of one call
-    fastest: float
-    ratio: float  # median over the rounds of this call's time over the baseline's in the same round
-    rounds: int
-
-
-def cpu_clock(run: Run, first: int, calls: int) -> float:
-    """Wall-clock seconds a call, the mean of `calls` calls."""
-    start = time.perf_counter()
-    for turn in range(first, first + calls):
-        run(turn)
-    return (time.perf_counter() - start) / calls
 
 
 class CudaClock:
@@ -113,27 +82,6 @@ def require_no_wait(run: Run, device: torch.device) -> None:
         torch.cuda.set_sync_debug_mode(before)
 
 
-class HostClock:
-    """Wall-clock seconds a call of calls that follow one another, until the device has done the last of them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-
-    def __call__(self, run: Run, first: int, calls: int) -> float:
-        wait_for(self._device)
-        start = time.perf_counter()
-        for turn in range(first, first + calls):
-            run(turn)
-        wait_for(self._device)
-        return (time.perf_counter() - start) / calls
-
-
-def wait_for(device: torch.device) -> None:
-    """Return once the device has nothing left to do."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 class Kernel(NamedTuple):
     name: str
     seconds: float  # of one call
@@ -157,43 +105,7 @@ def main_kernel(run: Run, device: torch.device, calls: int) -> Kernel:
 
 def clock_of(device: torch.device) -> Clock:
     """The clock for work on this device."""
-    return CudaClock(device) if device.type == "cuda" else cpu_clock
-
-
-def time_in_turn(runs: Mapping[str, Run], clock: Clock, budget: float) -> dict[str, Timing]:
-    """Time the runs in turn for about `budget` seconds in all; the first of them is the baseline of every ratio.
-
-    Raises:
-        ValueError: there is nothing to time, or the budget is not positive.
-    """
-    if not runs:
-        raise ValueError("runs: got none, expected at least one, the baseline first")
-    if not budget > 0:
-        raise ValueError(f"budget: got {budget}, expected a positive number of seconds")
-    names = list(runs)
-    turn, calls, round_cost = 0, {}, 0.0
-    for name, run in runs.items():
-        estimate = clock(run, turn, WARM_UP_CALLS)
-        turn += WARM_UP_CALLS
-        if estimate < SLOW:
-            estimate = clock(run, turn, WARM_UP_CALLS)
-            turn += WARM_UP_CALLS
-        calls[name] = max(1, math.ceil(SHORTEST_SAMPLE / max(estimate, 1e-9)))
-        round_cost += estimate * calls[name]
-    rounds = min(MOST_ROUNDS, max(FEWEST_ROUNDS, int(budget / round_cost)))
-
-    samples: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds):
-        start = number % len(names)
-        for name in names[start:] + names[:start]:
-            samples[name].append(clock(runs[name], turn, calls[name]))
-            turn += calls[name]
-    return {name: _timing(times, samples[names[0]]) for name, times in samples.items()}
-
-
-def _timing(times: Sequence[float], baseline: Sequence[float]) -> Timing:
-    ratios = [one / of_baseline for one, of_baseline in zip(times, baseline, strict=True)]
-    return Timing(statistics.median(times), min(times), statistics.median(ratios), len(times))
+    return CudaClock(device) if device.type == "cuda" else HostClock(device)
 
 
 def peak_of_call(run: Run, device: torch.device) -> int | None:

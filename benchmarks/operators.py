@@ -1,0 +1,86 @@
+"""One case of an operator measured: the times of every rival, peak memory, how near the machine's limit it comes, the errors."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from fastlora.choice.clock import Run, time_in_turn
+
+from .cases import TRAINING, Case
+from .device import clock_of, peak_of_call
+from .gate import Error, errors, require_right
+from .machine import Limits
+from .rivals import FASTLORA, build, implementations
+
+
+@dataclass(frozen=True)
+class Row:
+    """One case, pass and implementation of fastlora's. Times are medians; ratios are over the frozen layer alone."""
+
+    case: str
+    shape: str
+    numbers: str
+    pass_: str
+    implementation: str
+    chosen: bool  # whether `choose` takes this implementation here
+    rounds: int
+    seconds: dict[str, float]  # rival -> one call; "fastlora" is this row's implementation
+    ratios: dict[str, float]  # rival -> time over the frozen layer's
+    peak_bytes: dict[str, int | None]  # rival -> memory held at the peak of one call
+    flops: int
+    bytes: int
+    limit: float  # the least time that this machine's own rates allow, over fastlora's time
+    bound_by: str  # "flops" or "bytes"
+    error: Error
+
+    def loses(self) -> bool:
+        """Whether plain PyTorch, through PEFT or compiled, computes the same thing faster."""
+        rivals = [time for name, time in self.ratios.items() if name in ("peft", "compiled")]
+        return self.ratios[FASTLORA] > min(rivals)
+
+
+def compile_or_drop(runs: dict[str, Run], notes: list[str], case: str) -> None:
+    """Warm the compiled rival up; where torch.compile cannot run here, leave it out and say why."""
+    try:
+        for turn in range(2):
+            runs["compiled"](turn)
+    except Exception as error:
+        del runs["compiled"]
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        notes.append(f"{case}: torch.compile fails here, its column is empty: {first_line}")
+
+
+def measure_operator(
+    case: Case, device: torch.device, limits: Limits, budget: float, with_compile: bool, notes: list[str]
+) -> Iterator[Row]:
+    """The rows of a case, one for each of its passes and each implementation worth timing; `budget` seconds a pass.
+
+    Raises:
+        CaseError: an implementation's error is beyond its bound; nothing of this pass is timed then.
+    """
+    for pass_ in case.passes:
+        training = pass_ == TRAINING
+        chosen, *others = names = implementations(case, training, device)
+        worst = {}
+        for name in names:
+            found = errors(case, training, name, device)
+            worst[name] = require_right(f"{case.operator} {name}, {case.name}, {pass_}", found)
+        runs = build(case, training, device).runs(training, others, without=() if with_compile else ("compiled",))
+        if "compiled" in runs:
+            compile_or_drop(runs, notes, f"{case.name}, {pass_}")
+        times = time_in_turn(runs, clock_of(device), budget)
+        peaks = {name: peak_of_call(run, device) for name, run in runs.items()}
+        work = case.work(training)
+        least = {"flops": work.flops / limits.flops[case.dtype], "bytes": work.bytes / limits.bandwidth}
+        bound_by = max(least, key=lambda what: least[what])
+        for name in names:
+            own = FASTLORA if name == chosen else name  # as the user gets it, or forced
+            shown = {rival: rival for rival in runs if rival not in others} | {FASTLORA: own}
+            yield Row(
+                case.name, case.shape(training), case.number_format(), pass_, name, name == chosen, times[own].rounds,
+                {rival: times[run].seconds for rival, run in shown.items()},
+                {rival: times[run].ratio for rival, run in shown.items()},
+                {rival: peaks[run] for rival, run in shown.items()},
+                work.flops, work.bytes, least[bound_by] / times[own].seconds, bound_by, worst[name],
+            )  # fmt: skip
