@@ -2,8 +2,10 @@
 
 import itertools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -319,6 +321,16 @@ def test_command_writes_the_goals_and_makes_the_readme_of_them(monkeypatch, tmp_
     assert table.goals_table(GOALS, []) in capsys.readouterr().out
     assert command.main(["--readme"]) == 0
     assert capsys.readouterr().out == table.goals_markdown(GOALS) + "\n"
+
+
+def test_the_readme_has_the_newest_goals_and_every_file(capsys) -> None:
+    folder = Path(command.__file__).parent
+    text = (folder / "README.md").read_text()
+    assert command.main(["--readme", "--out", str(folder / "results")]) == 0
+    assert f"\n\n{capsys.readouterr().out}\n" in text
+    listed = re.findall(r"^\| `(\w+\.\w+)` \|", text, re.MULTILINE)
+    files = {path.name for path in folder.iterdir() if path.suffix in (".py", ".sh")}
+    assert sorted(listed) == sorted(files - {"__init__.py"})
 
 
 @pytest.mark.parametrize("arguments", [["lora"], ["--device", "tpu"], ["--device", "mps"], ["--fast"]])

@@ -1,4 +1,4 @@
-"""README and CONTRIBUTING: the Python runs as it stands, and whatever they name is there: options, targets of make, files."""
+"""README, CONTRIBUTING and benchmarks/README.md: the Python runs as it stands, and whatever they name is there: options, targets of make, files."""
 
 import re
 import warnings
@@ -14,7 +14,7 @@ from fastlora.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-BOTH = README + (ROOT / "CONTRIBUTING.md").read_text()
+ALL = README + "".join((ROOT / name).read_text() for name in ("CONTRIBUTING.md", "benchmarks/README.md"))
 HUB_ID = re.compile(r'(?<=from_pretrained\(")[^"]+')
 FIRST, SECOND = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
@@ -44,18 +44,18 @@ def test_options_are_there() -> None:
     known = {option for one in commands.commands.values() for parameter in one.params for option in parameter.opts}
     for file in ("benchmarks/__main__.py", "benchmarks/gpu.sh"):
         known.update(re.findall(r"--[a-z-]+", (ROOT / file).read_text()))
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", BOTH)) - {"--nproc-per-node"}  # torchrun's
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", ALL)) - {"--nproc-per-node"}  # torchrun's
     assert len(named) > 10 and not named - known
 
 
 def test_targets_of_make_are_there() -> None:
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    named = set(re.findall(r"(?:`|^)make ([a-z]+)", BOTH, re.MULTILINE))
+    named = set(re.findall(r"(?:`|^)make ([a-z]+)", ALL, re.MULTILINE))
     assert len(named) > 5 and not named - {*targets}
 
 
 def test_files_are_there() -> None:
-    named = re.findall(r"`([\w/.]+/[\w.]+\.\w+)", BOTH)
+    named = re.findall(r"`([\w/.]+/[\w.]+\.\w+)", ALL)
     assert len(named) > 10
     for name in named:
         assert (ROOT / name).exists(), name
