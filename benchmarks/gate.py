@@ -20,7 +20,7 @@ from fastlora.frozen import packed
 from . import rivals
 from .cases import BOTH, CHECKS, TRAINING, BlockCase, Case, LoRALinearCase, MultiLoRACase, PrefixConcatCase
 from .machine import ROOT, in_checkout
-from .rivals import Layer, PromptBatch, forced
+from .rivals import LoRALayer, PromptBatch, forced
 
 Results = dict[str, Tensor]
 Compute = Callable[[bool], Results]  # exactly, in float64, or in the working dtype
@@ -168,12 +168,12 @@ def errors_beside_peft(case: LoRALinearCase, names: Sequence[str], device: torch
     torch.manual_seed(0)
     (own,) = rivals.make_layers(case, True, device)
 
-    def compute(module: nn.Module, one: Layer, autocast: bool) -> Results:
+    def compute(module: nn.Module, one: LoRALayer, autocast: bool) -> Results:
         with torch.autocast(device.type, case.dtype, enabled=autocast):
             y = module(one.x)
         return _and_gradients({"y": y}, {"dx": [one.x], "da": one.lora_a, "db": one.lora_b}, [one.dy])
 
-    wide = Layer(*map(_double, own))
+    wide = LoRALayer(*map(_double, own))
     exact = compute(rivals.peft_layer(wide, 0.0, True), wide, False)
     layer, autocast = rivals.peft_layer(own, 0.0, True), case.adapter_dtype != case.dtype
     found = {"peft": compute(layer, own, autocast)}

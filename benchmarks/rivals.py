@@ -118,7 +118,7 @@ def random_tensor(*shape: int, dtype: torch.dtype, device: torch.device, scale: 
     return (torch.randn(*shape, device=device) * scale).to(dtype)
 
 
-class Layer(NamedTuple):
+class LoRALayer(NamedTuple):
     """The tensors of a frozen layer with its adapters; every A and B requires a gradient, and x in training."""
 
     x: Tensor  # [M, K] or [B, T, K]
@@ -131,7 +131,7 @@ class Layer(NamedTuple):
 
 def make_layers(
     case: LoRALinearCase | MultiLoRACase, training: bool, device: torch.device, take_turns: bool = False
-) -> list[Layer]:
+) -> list[LoRALayer]:
     """One layer, or as many as take turns, each with weights of its own, which have x, bias and dy in common."""
     rows: tuple[int, ...]
     if isinstance(case, LoRALinearCase):
@@ -152,10 +152,10 @@ def make_layers(
     x, dy = draw(*rows, K).requires_grad_(training), draw(*rows, N)
     bias = draw(N) if with_bias else None
     every_a, every_b = [(R, K) for R in ranks], [(N, R) for R in ranks]
-    return [Layer(x, draw(N, K, inner=K), bias, adapters(*every_a), adapters(*every_b), dy) for _ in range(copies)]
+    return [LoRALayer(x, draw(N, K, inner=K), bias, adapters(*every_a), adapters(*every_b), dy) for _ in range(copies)]
 
 
-def peft_layer(one: Layer, dropout_p: float, training: bool) -> nn.Module:
+def peft_layer(one: LoRALayer, dropout_p: float, training: bool) -> nn.Module:
     """PEFT's own lora.Linear over these tensors, its adapters named "0", "1", ..."""
     base = nn.Linear(one.weight.shape[1], one.weight.shape[0], bias=one.bias is not None, device="meta")
     base.weight = nn.Parameter(one.weight, requires_grad=False)

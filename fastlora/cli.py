@@ -377,11 +377,11 @@ def tune(
 @command
 def env() -> None:
     """What this machine has, what it lacks, and what that costs."""
-    from fastlora.environment import describe
+    from fastlora.environment import all_findings
 
     table = Table(box=None, show_header=False, pad_edge=False)
     part = ""
-    for finding in describe():
+    for finding in all_findings():
         mark = "yes" if finding.present else "no"
         table.add_row(finding.part if finding.part != part else "", finding.name, mark, finding.detail)
         part = finding.part

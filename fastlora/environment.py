@@ -38,7 +38,7 @@ class Finding(NamedTuple):
     detail: str  # version or description; where absent, what that costs
 
 
-def describe() -> list[Finding]:
+def all_findings() -> list[Finding]:
     """All findings, in the order in which they are printed. Reads no network and changes nothing."""
     return [*_machine(), *_packages(), *_compilers(), *_implementations(), *_measurements()]
 

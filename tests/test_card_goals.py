@@ -261,7 +261,7 @@ def test_the_command_writes_the_goals_and_goes_on_from_them(lines, monkeypatch, 
 def test_readme_says_what_no_card_has_run() -> None:
     assert f"**{environment.card_status()}**" in (ROOT / "README.md").read_text()
     if not torch.cuda.is_available():
-        marks = {one.name: one.detail for one in environment.describe() if one.part == "implementation"}
+        marks = {one.name: one.detail for one in environment.all_findings() if one.part == "implementation"}
         for name in environment.ON_CARDS:
             kinds = ", ".join(environment.cards_of(name))
             assert marks[name].endswith(f"run on {kinds}" if kinds else "no card has run it yet")
@@ -295,7 +295,7 @@ def test_make_gpu_needs_no_package_that_only_training_uses() -> None:
         "    sys.modules[name] = None\n"
         "import fastlora, fastlora.peft, fastlora.cli, fastlora.environment\n"
         "from benchmarks import __main__, plot, probe, gate, model\n"
-        "fastlora.environment.describe()\n"
+        "fastlora.environment.all_findings()\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120

@@ -880,7 +880,7 @@ def test_tune_keeps_its_measurements(machine: Path, timed: list[list[str]]) -> N
     path, found = trial.tune_machine("cpu", progress=False)
     assert path == machine and len(found) == len(table.entries("cpu"))
     assert choose() == "cpu"
-    findings = {one.name: one for one in environment.describe() if one.part == "measurements"}
+    findings = {one.name: one for one in environment.all_findings() if one.part == "measurements"}
     assert findings["cpu"].present and f"{len(found)} measured on this machine" in findings["cpu"].detail
     assert findings["trial"].present and str(machine.parent) in findings["trial"].detail
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from fastlora.environment import describe
+from fastlora.environment import all_findings
 
 MODELS = {"base": "base, before", "lora": "LoRA", "full": "full fine-tuning"}
 METHODS = {"lora": "LoRA", "full": "full fine-tuning"}
@@ -34,7 +34,7 @@ svg { max-width: 100%; height: auto; }
 
 def machine() -> dict[str, str]:
     """Processor, Python and the packages' versions, one line each."""
-    found = {finding.name: finding.detail for finding in describe() if finding.part == "machine"}
+    found = {finding.name: finding.detail for finding in all_findings() if finding.part == "machine"}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
