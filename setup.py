@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 from setuptools.errors import CompileError, OptionError
 
 ROOT = Path(__file__).resolve().parent
@@ -34,6 +35,7 @@ REQUIRED = os.environ.get("FASTLORA_REQUIRE_NATIVE") == "1"
 SANITIZED = os.environ.get("FASTLORA_SANITIZE") == "1"
 CHECKED = os.environ.get("FASTLORA_CUDA_CHECKS") == "1"
 OLDEST_TORCH = (2, 11)
+LINKED = ("benchmarks", "kernels")  # folders beside fastlora that are links in it
 FLAGS = (
     "-O3 -std=c++20 -fPIC -fvisibility=hidden -ffp-contract=fast -DTORCH_TARGET_VERSION=0x020b000000000000ULL".split()
 )
@@ -277,18 +279,26 @@ class BuildNative(build_ext):
             raise CompileError(f"{Path(words[0]).name} failed with exit status {result.returncode}, see above")
 
 
+class SourceArchive(sdist):
+    """Has the links, too, which setuptools leaves out: what is unpacked runs, and is tested and installed, as a checkout is."""
+
+    def make_release_tree(self, base_dir: str, files: list[str]) -> None:
+        super().make_release_tree(base_dir, files)
+        for name in LINKED:
+            Path(base_dir, "fastlora", name).symlink_to(Path("..", name))
+
+
 def packages() -> list[str]:
     """fastlora's own packages, and the two folders beside it that are mapped into it."""
     own = find_packages(str(ROOT), include=["fastlora", "fastlora.*"])
-    mapped = [f"fastlora.{top}" for top in ("kernels", "benchmarks")]
-    return sorted({*own, *mapped})
+    return sorted({*own, *(f"fastlora.{name}" for name in LINKED)})
 
 
 setup(
     packages=packages(),
-    package_dir={"fastlora.kernels": "kernels", "fastlora.benchmarks": "benchmarks"},
+    package_dir={f"fastlora.{name}": name for name in LINKED},
     ext_modules=[]
     if os.environ.get("FASTLORA_BUILD") == "none"
     else [Extension("fastlora._C", [], optional=not REQUIRED)],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "sdist": SourceArchive},
 )

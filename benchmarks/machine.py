@@ -12,13 +12,14 @@ from typing import NamedTuple
 
 import torch
 
+from fastlora import __version__
 from fastlora.choice import table
 from fastlora.choice.clock import Run, time_in_turn
 
 from .cases import dtype_name
 from .device import clock_of
 
-PACKAGES = ("torch", "triton", "transformers", "peft", "fastlora")
+PACKAGES = ("torch", "triton", "transformers", "peft")
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent  # the checkout, or `fastlora` where the package is installed
 
@@ -88,6 +89,7 @@ def this_machine(device: torch.device) -> Machine:
     """The machine as it is now."""
     versions = {name: version for name in PACKAGES if (version := _version(name)) is not None}
     versions["torch"] = torch.__version__  # the metadata may lack the build (+cpu, +cu130)
+    versions["fastlora"] = __version__
     on_cpu = f"{table.machine_name('cpu')} ({torch.backends.cpu.get_cpu_capability()})"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
     kind, today = table.kind_of(device.type), datetime.date.today().isoformat()

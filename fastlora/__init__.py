@@ -9,6 +9,11 @@ without PEFT; `fastlora.functional` holds the three operators; `fastlora train` 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fastlora import distribution
+
+if another := distribution.another():  # asked first: its files could stand in for this package's
+    raise ImportError(another, name="fastlora")
+
 from fastlora import ops
 
 try:
@@ -40,7 +45,7 @@ ops.implement_later("triton", _load_triton)
 if TYPE_CHECKING:
     from fastlora.peft import accelerate, report, restore
 
-__version__ = "0.1.0"
+__version__ = distribution.__version__
 __all__ = [
     "LoRAConv1D",
     "LoRALinear",

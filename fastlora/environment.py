@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from fastlora import ops
+from fastlora import __version__, ops
 from fastlora.choice import table, trial
 
 REQUIRED = ("torch", "transformers", "peft", "accelerate", "safetensors", "tokenizers", "typer")
@@ -24,7 +24,7 @@ OPTIONAL = {
     "trl": "nothing, but for those who train with TRL",
 }
 COMPILERS = {
-    "g++": "the native extension cannot be built: CPUs run plain PyTorch (reference)",
+    "g++": "no native extension can be built here: CPUs run plain PyTorch (reference), unless a wheel brought one",
     "nvcc": "an extension built here has no CUDA C++ kernels: GPUs run Triton's, or plain PyTorch",
 }
 RESULTS = Path(__file__).parent / "benchmarks" / "results"
@@ -68,7 +68,8 @@ def _machine() -> list[Finding]:
 
 
 def _packages() -> list[Finding]:
-    found = [_package(name, "fastlora train does not run") for name in ("fastlora", *REQUIRED)]
+    found = [Finding("package", "fastlora", True, f"{__version__}, in {Path(__file__).parent}")]
+    found += [_package(name, "fastlora train does not run") for name in REQUIRED]
     return found + [_package(name, cost) for name, cost in OPTIONAL.items()]
 
 
@@ -76,7 +77,7 @@ def _package(name: str, cost: str) -> Finding:
     try:
         return Finding("package", name, True, metadata.version(name))
     except metadata.PackageNotFoundError:
-        return Finding("package", name, False, "runs from its source folder" if name == "fastlora" else cost)
+        return Finding("package", name, False, cost)
 
 
 def _compilers() -> list[Finding]:

@@ -29,7 +29,7 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from fastlora import checkpoint, metrics, trainable, writing
+from fastlora import __version__, checkpoint, metrics, trainable, writing
 from fastlora.checkpoint import Checkpoint, CheckpointError
 from fastlora.choice import table
 from fastlora.config import SEEDS, TrainConfig
@@ -308,7 +308,7 @@ class _Run:
         config, rows, plan = self.config, self.data, self.plan
         trained, parameters = _count(self.trained.values()), _count(self.model.parameters())
         lines = {
-            f"fastlora {_version('fastlora')}": f"{config.method}, {config.model}, {parameters:,} parameters",
+            f"fastlora {__version__}": f"{config.method}, {config.model}, {parameters:,} parameters",
             "rows": f"{len(rows.rows):,}" + (f", and {len(rows.dropped):,} dropped" if rows.dropped else ""),
             "steps": f"{plan.steps:,} of {plan.rows_per_step} rows"
             + (f", from step {self.step + 1:,} on" if self.step else ""),
@@ -491,11 +491,11 @@ class _Run:
 
     def _provenance(self) -> dict[str, Any]:
         """What the summary says of where its figures come from."""
-        packages = ("fastlora", "torch", "transformers", "peft", "accelerate")
+        packages = ("torch", "transformers", "peft", "accelerate")
         return {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "base_dtype": table.name_of(self.stored_dtype),
-            "versions": {name: _version(name) for name in packages},
+            "versions": {"fastlora": __version__, **{name: _version(name) for name in packages}},
             **{name: self.setup[name] for name in ("config", "processes", "threads", "device")},
         }
 

@@ -11,7 +11,7 @@ OPERATORS = ("lora_linear", "multi_lora", "prefix_concat")
 
 # From the bottom up; a file imports only from floors below its own, or from its own package.
 FLOORS = (
-    {"bounds", "memory", "reading", "typed", "writing", "choice.clock"},
+    {"bounds", "distribution", "memory", "reading", "typed", "writing", "choice.clock"},
     {"reference", "choice.table"},
     {"ops"},
     {"frozen"},

@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import tomllib
 import zipfile
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +20,16 @@ import torch
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+import fastlora
+
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+FOLDERS = [
+    name
+    for name in (".ci", "benchmarks", "csrc", "docs", "examples", "fastlora", "kernels", "tests")
+    if (ROOT / name).is_dir()
+]
+LARGEST = 12_000_000  # bytes of a wheel or a source archive; `make wheel` holds the wheel with its extension to it
 
 
 def read_setup(monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -40,10 +50,11 @@ def run_setup(folder: Path, *arguments: str, **environment: str) -> subprocess.C
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of what a wheel is made from, without anything built."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
+    for path in ROOT.iterdir():
+        if path.is_file():
+            shutil.copy(path, folder)
     built = shutil.ignore_patterns("*.so", "__pycache__")
-    for name in ("csrc", "fastlora", "kernels", "benchmarks"):
+    for name in FOLDERS:
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=built)
     return folder
 
@@ -56,14 +67,8 @@ def wheel(checkout: Path) -> zipfile.ZipFile:
     return zipfile.ZipFile(path)
 
 
-def test_kernels_is_no_package() -> None:
-    """With an __init__.py transformers takes the folder for Hugging Face's package of that name."""
-    assert not (ROOT / "kernels" / "__init__.py").exists()
-
-
-@pytest.mark.parametrize("name", ["kernels", "benchmarks"])
-def test_links_are_relative(name: str) -> None:
-    assert (ROOT / "fastlora" / name).readlink() == Path("..") / name
+def test_the_link_to_benchmarks_is_relative() -> None:
+    assert (ROOT / "fastlora" / "benchmarks").readlink() == Path("../benchmarks")
 
 
 def test_every_module_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
@@ -74,7 +79,7 @@ def test_every_module_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
         expected |= {f"fastlora/{path.relative_to(ROOT)}" for path in (ROOT / folder).rglob("*.py")}
     assert expected <= names, sorted(expected - names)
     top = {name.split("/")[0] for name in names}
-    assert top == {"fastlora", f"fastlora-{PYPROJECT['project']['version']}.dist-info"}
+    assert top == {"fastlora", f"fastlora_kernels-{fastlora.__version__}.dist-info"}
 
 
 def test_data_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
@@ -88,6 +93,7 @@ def test_data_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     expected = {
         ("" if path.is_relative_to(ROOT / "fastlora") else "fastlora/") + str(path.relative_to(ROOT)) for path in data
     }
+    expected.add("fastlora/py.typed")
     assert expected <= names, sorted(expected - names)
 
 
@@ -96,15 +102,36 @@ def test_the_command_line_is_installed(wheel: zipfile.ZipFile) -> None:
     assert "fastlora = fastlora.cli:main" in wheel.read(entry_points).decode()
 
 
-def test_the_source_archive_can_be_built_from(checkout: Path) -> None:
-    done = run_setup(checkout, "-q", "sdist", "--formats", "zip", "--dist-dir", "archive", FASTLORA_BUILD="none")
+def test_the_source_archive_has_what_the_checkout_has(checkout: Path, wheel: zipfile.ZipFile) -> None:
+    """All of its folders' files, and its links, which tests and editable installations need. The same wheel can be built from it."""
+    done = run_setup(checkout, "-q", "sdist", "--dist-dir", "archive", FASTLORA_BUILD="none")
     assert done.returncode == 0, done.stderr[-2000:]
-    (path,) = (checkout / "archive").glob("*.zip")
-    names = {name.split("/", 1)[1] for name in zipfile.ZipFile(path).namelist()}
-    needed = {"setup.py", "pyproject.toml", "README.md", "LICENSE"}
-    needed |= {str(source.relative_to(ROOT)) for source in (ROOT / "csrc").rglob("*.*")}
-    needed |= {str(kernel.relative_to(ROOT)) for kernel in (ROOT / "kernels").glob("*.py")}
+    (path,) = (checkout / "archive").glob("*.tar.gz")
+    assert path.stat().st_size < LARGEST
+    with tarfile.open(path) as archive:
+        archive.extractall(checkout / "unpacked", filter="data")
+    (unpacked,) = (checkout / "unpacked").iterdir()
+    names = {str(file.relative_to(unpacked)) for file in unpacked.rglob("*") if file.is_file()}
+    needed = {"setup.py", "pyproject.toml", "constraints.txt", "Makefile"}
+    needed |= {f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")} | {"LICENSE"}
+    for folder in FOLDERS:
+        files = (file for file in (checkout / folder).rglob("*") if file.is_file())
+        needed |= {str(file.relative_to(checkout)) for file in files if "__pycache__" not in file.parts}
     assert needed <= names, sorted(needed - names)
+    for name in ("benchmarks", "kernels"):
+        assert (unpacked / "fastlora" / name).readlink() == Path("..") / name
+    done = run_setup(unpacked, "-q", "bdist_wheel", "--dist-dir", "wheel", FASTLORA_BUILD="none")
+    assert done.returncode == 0, done.stderr[-2000:]
+    (again,) = (unpacked / "wheel").glob("*.whl")
+    assert set(zipfile.ZipFile(again).namelist()) == set(wheel.namelist())
+
+
+def test_the_wheel_says_what_it_is(wheel: zipfile.ZipFile) -> None:
+    (name,) = (name for name in wheel.namelist() if name.endswith("/METADATA"))
+    metadata = wheel.read(name).decode()
+    assert metadata.startswith("Metadata-Version: ")
+    assert {"Name: fastlora-kernels", f"Version: {fastlora.__version__}"} <= set(metadata.splitlines())
+    assert wheel.filename and Path(wheel.filename).stat().st_size < LARGEST
 
 
 def test_without_a_compiler(checkout: Path) -> None:
@@ -285,7 +312,11 @@ def pins() -> dict[str, Version]:
 
 def test_the_pinned_versions_are_within_the_ranges() -> None:
     project = PYPROJECT["project"]
-    texts = project["dependencies"] + project["optional-dependencies"]["test"] + PYPROJECT["build-system"]["requires"]
+    texts = [
+        *project["dependencies"],
+        *chain(*project["optional-dependencies"].values()),
+        *PYPROJECT["build-system"]["requires"],
+    ]
     pinned = pins()
     for requirement in map(Requirement, texts):
         assert requirement.name in pinned, f"{requirement.name} is not pinned in constraints.txt"

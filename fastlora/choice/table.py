@@ -17,7 +17,6 @@ import re
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ import torch
 from filelock import FileLock
 
 from fastlora import reading, writing
+from fastlora.distribution import __version__
 from fastlora.typed import check_fields, shown
 
 SCHEMA = 1
@@ -313,12 +313,14 @@ def _today() -> str:
 
 def _identity(device_type: str) -> dict[str, Any]:
     """What a cache must have in common with the process that reads it."""
-    try:
-        version = metadata.version("fastlora")
-    except metadata.PackageNotFoundError:
-        version = "source"
     threads = {"threads": torch.get_num_threads()} if device_type == "cpu" else {}
-    return {"schema": SCHEMA, "kind": kind_of(device_type), "torch": torch.__version__, "fastlora": version, **threads}
+    return {
+        "schema": SCHEMA,
+        "kind": kind_of(device_type),
+        "torch": torch.__version__,
+        "fastlora": __version__,
+        **threads,
+    }
 
 
 def cache_path(device_type: str) -> Path:

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from fastlora import __version__
 from fastlora.environment import all_findings
 
 MODELS = {"base": "base, before", "lora": "LoRA", "full": "full fine-tuning"}
@@ -19,7 +20,7 @@ IN_MEMORY = {"lora": "LoRA, fastlora", "peft": "LoRA, PEFT", "full": "full fine-
 STEPPERS = {"fastlora": "fastlora", "peft": "PEFT + transformers"}
 COLOURS = {"base": "#9aa0a6", "lora": "#1a73e8", "full": "#e8710a", "peft": "#188038", "fastlora": "#1a73e8"}
 ROUGE_NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
-PACKAGES = ("torch", "transformers", "peft", "tokenizers", "rouge-score", "fastlora")
+PACKAGES = ("torch", "transformers", "peft", "tokenizers", "rouge-score")
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #202124; }
@@ -35,12 +36,7 @@ svg { max-width: 100%; height: auto; }
 def machine() -> dict[str, str]:
     """Processor, Python and the packages' versions, one line each."""
     found = {finding.name: finding.detail for finding in all_findings() if finding.part == "machine"}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"  # fastlora itself, run from its source folder
-    return found
+    return {**found, **{package: metadata.version(package) for package in PACKAGES}, "fastlora": __version__}
 
 
 def html(results: dict[str, Any]) -> str:
