@@ -368,7 +368,7 @@ def test_every_expected_error_is_one_line(monkeypatch, error, code):
     def fail() -> None:
         raise error
 
-    monkeypatch.setattr(environment, "describe", fail)
+    monkeypatch.setattr(environment, "all_findings", fail)
     output = run("env", code=code)
     assert output.startswith("fastlora env: ") and output.count("\n") == 1
     assert "=True" not in output and "resume_from" not in output
@@ -381,7 +381,7 @@ def test_a_warning_is_one_line_without_the_source_that_raised_it(monkeypatch):
         logging.getLogger("fastlora").warning("max_length=%d: merge with\ndtype=float32", 3)
         return []
 
-    monkeypatch.setattr(environment, "describe", warn)
+    monkeypatch.setattr(environment, "all_findings", warn)
     before = warnings.showwarning
     told = "fastlora: of two lines; --allow-missing\n--max-length 3: merge with --dtype float32\n"
     assert CliRunner().invoke(app, ["env"]).stderr == told
@@ -389,7 +389,7 @@ def test_a_warning_is_one_line_without_the_source_that_raised_it(monkeypatch):
 
 
 def test_an_error_that_nobody_expects_keeps_its_traceback(monkeypatch):
-    monkeypatch.setattr(environment, "describe", lambda: 1 / 0)
+    monkeypatch.setattr(environment, "all_findings", lambda: 1 / 0)
     assert isinstance(CliRunner().invoke(app, ["env"]).exception, ZeroDivisionError)
 
 
