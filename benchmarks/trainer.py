@@ -1,0 +1,219 @@
+"""python -m benchmarks.trainer MODEL DATA.jsonl: what a user of transformers' Trainer and PEFT gains, on a model and rows of their own.
+
+Four ways to train the same LoRA adapter on the same rows, each in a process of its own, in turn: Trainer and PEFT; the same after
+`fastlora.accelerate(model)`; with `loss=True`; and `fastlora train`. Every step sees the same batch, so that the first losses must agree. A step's
+time is a median over all rounds but for each process's first step; memory is the process's own peak.
+"""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fastlora import memory, metrics, writing
+from fastlora.choice.clock import median_ratio
+
+from .machine import results_folder, this_machine
+
+WAYS = {
+    "trainer": "Trainer + PEFT",
+    "accelerate": "+ `fastlora.accelerate(model)`",
+    "loss": "+ `accelerate(model, loss=True)`",
+    "train": "`fastlora train`",
+}
+RANK, ALPHA, LEARNING_RATE, MAX_LENGTH = 16, 32, 2e-4, 512
+TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # of the first loss, relative
+
+
+class Run(NamedTuple):
+    """One way's steps in one process."""
+
+    seconds: list[float]
+    losses: list[float]
+    peak_bytes: int | None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all ways have in common."""
+
+    model: str
+    rows: list[dict[str, Any]]  # of the data file, one batch
+    steps: int
+    dtype: str
+
+
+def _by_trainer(setting: Setting, way: str) -> Run:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+    import fastlora
+    from fastlora.data.examples import read_examples
+    from fastlora.data.rows import collate, encode
+
+    tokenizer = AutoTokenizer.from_pretrained(setting.model)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = encode(read_examples(_write(setting, folder)), tokenizer, MAX_LENGTH).rows
+        base = AutoModelForCausalLM.from_pretrained(setting.model, dtype=getattr(torch, setting.dtype))
+        torch.manual_seed(0)
+        config = LoraConfig(
+            r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        model = get_peft_model(base, config)
+        if way != "trainer":
+            fastlora.accelerate(model, loss=way == "loss")
+        times: list[float] = []
+
+        class Clock(TrainerCallback):
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                times.append(-time.perf_counter())
+
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                times[-1] += time.perf_counter()
+
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=setting.steps,
+            per_device_train_batch_size=len(rows),
+            learning_rate=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            logging_steps=1,
+            save_strategy="no",
+            report_to=[],
+            remove_unused_columns=False,
+            disable_tqdm=True,
+        )
+        trainer = Trainer(
+            model,
+            arguments,
+            data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
+            train_dataset=rows,
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return Run(times, losses, memory.peak(arguments.device))
+
+
+def _by_command(setting: Setting, way: str) -> Run:
+    from fastlora import train
+    from fastlora.config import TrainConfig
+
+    with tempfile.TemporaryDirectory() as folder:
+        config = TrainConfig(
+            model=setting.model,
+            data=_write(setting, folder),
+            output=Path(folder, "out"),
+            r=RANK,
+            lora_alpha=ALPHA,
+            lora_dropout=0.0,
+            max_steps=setting.steps,
+            batch_size=len(setting.rows),
+            max_length=MAX_LENGTH,
+            lr=LEARNING_RATE,
+            lr_scheduler_type="constant",
+            dtype=setting.dtype,
+        )
+        train.train(config)
+        records = [json.loads(line) for line in Path(folder, "out", metrics.NAME).read_text().splitlines()]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Run([one["seconds"] for one in records], [one["loss"] for one in records], memory.peak(device))
+
+
+def _write(setting: Setting, folder: str) -> Path:
+    path = Path(folder, "rows.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in setting.rows))
+    return path
+
+
+def run(setting: Setting, way: str) -> Run:
+    """Train in one of the WAYS, in this process."""
+    return (_by_command if way == "train" else _by_trainer)(setting, way)
+
+
+def measure(setting: Setting, rounds: int) -> dict[str, Any]:
+    """Seconds, memory and losses of each way, and its ratios to Trainer and PEFT.
+
+    Raises:
+        ValueError: the first losses do not agree.
+    """
+    runs: dict[str, list[Run]] = {way: [] for way in WAYS}
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit this process's memory and its peak
+    for number in range(rounds):
+        for way in WAYS:
+            with ProcessPoolExecutor(1, mp_context=spawn) as process:
+                runs[way].append(process.submit(run, setting, way).result())
+            print(f"round {number + 1} of {rounds}: {WAYS[way]}", file=sys.stderr, flush=True)
+    first = {way: its[0].losses[0] for way, its in runs.items()}
+    for way, loss in first.items():
+        if not abs(loss - first["trainer"]) <= TOLERANCE[setting.dtype] * abs(first["trainer"]):
+            raise ValueError(
+                f"the first loss of {WAYS[way]} is {loss}, of Trainer + PEFT {first['trainer']}: not timed"
+            )
+    seconds = {way: [one for its in all_runs for one in its.seconds[1:]] for way, all_runs in runs.items()}
+    peaks = {way: max((one.peak_bytes or 0) for one in its) for way, its in runs.items()}
+    return {
+        way: {
+            "seconds": statistics.median(seconds[way]),
+            "ratio": median_ratio(seconds[way], seconds["trainer"]),
+            "peak_bytes": peaks[way],
+            "memory_ratio": peaks[way] / peaks["trainer"] if peaks["trainer"] else None,
+            "losses": runs[way][0].losses,
+        }
+        for way in WAYS
+    }
+
+
+def table(found: dict[str, Any]) -> str:
+    """Markdown, a row a way."""
+    lines = ["| | seconds a step | | peak memory | | loss, first and last |", "|---|---|---|---|---|---|"]
+    for way, one in found.items():
+        peak, part = one["peak_bytes"] / 1e9, one["memory_ratio"] or 1.0
+        lines.append(
+            f"| {WAYS[way]} | {one['seconds']:.1f} | {one['ratio']:.2f} × | {peak:.1f} GB | {part:.2f} × |"
+            f" {one['losses'][0]:.3f}, {one['losses'][-1]:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser("python -m benchmarks.trainer", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", help="a folder or a hub id")
+    parser.add_argument("data", type=Path, help="JSONL of prompt and completion, or messages")
+    parser.add_argument("--rows", type=int, default=8, help="of the batch: the file's first ones (default: 8)")
+    parser.add_argument(
+        "--steps", type=int, default=4, help="of each process, the first of them not timed (default: 4)"
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="processes of each way (default: 3)")
+    parser.add_argument("--dtype", choices=list(TOLERANCE), default="bfloat16")
+    parser.add_argument("--out", type=Path, default=results_folder(), help="for DATE-MACHINE-trainer.json")
+    given = parser.parse_args(argv)
+    with given.data.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line, _ in zip(lines, range(given.rows), strict=False)]
+    machine = this_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    found = measure(Setting(given.model, rows, given.steps, given.dtype), given.rounds)
+    content = {
+        "machine": dataclasses.asdict(machine),
+        "command": " ".join(["python -m benchmarks.trainer", *argv]),
+        "ways": found,
+    }
+    given.out.mkdir(parents=True, exist_ok=True)
+    writing.whole(given.out / f"{machine.date}-{machine.slug()}-trainer.json", json.dumps(content, indent=2).encode())
+    print(machine.line())
+    print(table(found))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
