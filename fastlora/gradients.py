@@ -71,10 +71,19 @@ def split(flat: Tensor, like: Sequence[Tensor], wanted: Sequence[bool]) -> list[
     return [part.view_as(one) if wants else None for part, one, wants in zip(parts, like, wanted, strict=True)]
 
 
-def is_eager(x: Tensor) -> bool:
-    """Whether an operator may be called past torch's dispatcher, which saves a small layer a tenth of its time: nobody traces, and x is plain."""
+PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
+PLAIN_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.BackendSelect) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.ADInplaceOrView
+)
+TRACING = ~PLAIN_KEYS.raw_repr()
+"""Of the dispatcher's keys that a thread adds to those of the tensors: modes, tracers, vmap, and whatever else there may come to be."""
+
+
+def is_eager(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether an operator may be called past torch's dispatcher, which saves a small layer a tenth of its time: nobody traces, all are plain."""
     return (
         not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and not torch._C._len_torch_dispatch_stack()
+        and not x.is_meta
+        and PLAIN_TYPES.issuperset(map(type, (x, *others)))
+        and not torch._C._dispatch_tls_local_include_set().raw_repr() & TRACING
     )

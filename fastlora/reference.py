@@ -87,7 +87,8 @@ def draw_keep(x: Tensor, dropout_p: float, seed: Tensor | None, rows: Tensor | s
     """The bits of `keep_mask` for rows of x [M, K]: uint8 [len(rows), keep_bytes(K)], without elements where nothing is dropped."""
     if seed is None or drop_threshold(dropout_p) == 0:
         return x.new_empty(0, dtype=torch.uint8)
-    rows = torch.arange(x.shape[0], device=x.device)[rows]
+    if isinstance(rows, slice):
+        rows = torch.arange(x.shape[0], device=x.device)[rows]
     K = x.shape[1]
     mask = F.pad(keep_mask(seed, rows, K, dropout_p), (0, 8 * keep_bytes(K) - K))
     bits = 1 << torch.arange(8, dtype=torch.uint8, device=x.device)
@@ -188,9 +189,9 @@ def lora_linear_backward(
                 if order is not None:
                     own_dx[rows] = mine
             if need_da:
-                das.append((dxa.T @ dropout(x[rows], dropout_p[i], kept)).to(a.dtype).flatten())
+                das.append((dxa.T @ dropout(x[rows], dropout_p[i], kept)).to(a.dtype).reshape(-1))
             if need_db:
-                dbs.append((d[rows].T @ (xa[g, rows, : a.shape[0]] * scale[i]).to(x.dtype)).to(b.dtype).flatten())
+                dbs.append((d[rows].T @ (xa[g, rows, : a.shape[0]] * scale[i]).to(x.dtype)).to(b.dtype).reshape(-1))
         if need_dx:
             dx = dx + own_dx if g else own_dx
     if need_dx:

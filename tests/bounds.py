@@ -36,10 +36,10 @@ def assert_within_bound_over_inputs(name: str, runs: Iterable[tuple[Tensor, Tens
     assert errors.within, f"{name}: error {errors.error:.3g}, bound {errors.bound:.3g}"
 
 
-def next_seed(device: str, seed: int) -> Tensor:
-    """The dropout seed that fastlora.functional draws first after torch.manual_seed(seed); torch is left seeded."""
+def next_seed(device: str, seed: int, layers: int = 1) -> Tensor:  # [layers]
+    """The dropout seeds that fastlora.functional draws first after torch.manual_seed(seed); torch is left seeded."""
     torch.manual_seed(seed)
-    drawn = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device=device)
+    drawn = torch.randint(0, 2**63 - 1, (layers,), dtype=torch.int64, device=device)
     torch.manual_seed(seed)
     return drawn
 

@@ -206,16 +206,19 @@ def launch_everything() -> None:
         K, N = 4096, 4096
         x, dy, weight, bias = (torch.empty(*shape, dtype=dtype) for shape in ((M, K), (M, N), (N, K), (N,)))
         a, b = torch.empty(R, K, dtype=adapter), torch.empty(N, R, dtype=adapter)
-        seed = torch.zeros((), dtype=torch.int64)
-        _, xa, keep = run("lora_linear", x, weight, bias, a, b, 1.0, dropout_p, seed)
-        if backward:
-            run("lora_linear_backward", dy, x, weight, a, b, xa, keep, 1.0, dropout_p, True, True, True)
-
         order, offsets = torch.empty(M, dtype=torch.int64), torch.empty(5, dtype=torch.int64)
-        adapters, drawn = ([a, a], [b, b]), ([1.0, 1.0], [dropout_p, 0.0])
-        _, xa, keep = run("multi_lora", x, weight, bias, *adapters, *drawn, seed, order, offsets)
+        launch("lora_linear", x, [dy], [weight], [bias], [a], [b], [dropout_p], None, None, backward)
+        launch("multi_lora", x, [dy], [weight], [bias], [a, a], [b, b], [dropout_p, 0.0], order, offsets, backward)
+
+    def launch(
+        case: str, x: Any, dy: Any, weight: Any, bias: Any, a: Any, b: Any, p: Any, order: Any, offsets: Any,
+        backward: bool = True,
+    ) -> None:  # fmt: skip
+        seed, scale = torch.zeros(len(weight), dtype=torch.int64), [1.0] * len(a)
+        _, xa, keep = run(case, x, weight, bias, a, b, scale, p, seed, order, offsets)
         if backward:
-            run("multi_lora_backward", dy, x, weight, *adapters, xa, keep, *drawn, order, offsets, True, True, True)
+            numbers = scale, p, order, offsets
+            run(f"{case}_backward", dy, x, weight, a, b, xa, keep, *numbers, True, True, True)
 
     def launch_shared(dtype: torch.dtype, M: int, R: int, widths: tuple[int, ...]) -> None:
         """The query, key and value of grouped attention."""
@@ -224,15 +227,11 @@ def launch_everything() -> None:
         dy, weight, b = ([torch.empty(*shape) for shape in shapes] for shapes in zip(
             *(((M, N), (N, K), (N, R)) for N in widths), strict=True))  # fmt: skip
         dy, weight = ([one.to(dtype) for one in each] for each in (dy, weight))
-        seed, drawn = torch.zeros(G, dtype=torch.int64), ([1.0] * G, [0.1] * G)
-        bias = [torch.empty(0, dtype=dtype)] * G
-        _, xa, keep = run("lora_linear_shared", x, weight, bias, a, b, *drawn, seed)
-        run("lora_linear_shared_backward", dy, x, weight, a, b, xa, keep, *drawn, True, True, True)
+        bias = [None] * G
+        launch("lora_linear_shared", x, dy, weight, bias, a, b, [0.1] * G, None, None)
         order, offsets = torch.empty(M, dtype=torch.int64), torch.empty(5, dtype=torch.int64)
         every = [one for one in a for _ in range(2)], [one for one in b for _ in range(2)]
-        drawn, sorting = ([1.0] * 2 * G, [0.1] * 2 * G), (order, offsets)
-        _, xa, keep = run("multi_lora_shared", x, weight, bias, *every, *drawn, seed, *sorting)
-        run("multi_lora_shared_backward", dy, x, weight, *every, xa, keep, *drawn, *sorting, True, True, True)
+        launch("multi_lora_shared", x, dy, weight, bias, *every, [0.1] * 2 * G, order, offsets)
 
     # Products need no hands: kernels are compiled for them, and nothing is computed.
     torch.nn.functional.linear = lambda x, weight, bias=None: x.new_empty(x.shape[0], weight.shape[0])

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import fastlora
-from fastlora import functional, losses
+from fastlora import functional
 
 TWICE = "fastlora: .*cannot be differentiated twice .*fastlora.restore"
 TRANSFORMED = "fastlora: a transform of torch.func is at work .*fastlora.restore"
@@ -49,7 +49,7 @@ def _prefix_concat(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def _cross_entropy(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    return losses.linear_cross_entropy(x, weight, None, torch.arange(M))
+    return functional.linear_cross_entropy(x, weight, None, torch.arange(M))
 
 
 FUNCTIONS = [_lora_linear, _shared, _multi_lora, _multi_lora_shared, _frozen_linear, _prefix_concat, _cross_entropy]

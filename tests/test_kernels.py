@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bounds import assert_within_bound, dense, double, gapped, make_layer, transposed
+from lora_arguments import Arguments, detached, one_layer
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed: there are no kernels")
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 
 from fastlora import ops, reference
-from fastlora.choice import measure, table
+from fastlora.choice import measure, problems, table
 from fastlora.functional import RowGroups
 from fastlora.kernels import lora_linear, prefix_concat, tuning
 from fastlora.kernels.philox import draw_keep_mask, drop_threshold, keep_scale, load_keep_mask
@@ -39,10 +40,7 @@ def go(monkeypatch: pytest.MonkeyPatch, way: str) -> None:
 
 def run_lora(implementation: str, layer, scale: float, dropout_p: float, seed: Tensor | None) -> list[Tensor]:
     """y, xa, dx, dA and dB of an implementation."""
-    x, weight, bias, a, b, dy = (None if value is None else value.detach() for value in layer)
-    y, xa, keep = ops.implementation("lora_linear", implementation)(x, weight, bias, a, b, scale, dropout_p, seed)
-    backward = ops.implementation("lora_linear_backward", implementation)
-    return [y, xa, *backward(dy, x, weight, a, b, xa, keep, scale, dropout_p, True, True, True)]
+    return one_layer(layer, scale, dropout_p, seed).both(implementation, [layer.dy.detach()])
 
 
 def assert_right(layer, scale: float, dropout_p: float, seed: Tensor | None) -> list[Tensor]:
@@ -78,22 +76,28 @@ def test_lora_linear_in_many_tiles(monkeypatch, dtype, rank, parts, dropout_p, f
     layer = layer._replace(
         x=gapped(layer.x), weight=transposed(layer.weight), dy=gapped(layer.dy), lora_b=gapped(layer.lora_b)
     )
-    seed = torch.tensor(2**62 + 12345, device=DEVICE)
+    seed = torch.tensor([2**62 + 12345], device=DEVICE)
     first = assert_right(layer, 1.7, dropout_p, seed)
     second = run_lora("triton", layer, 1.7, dropout_p, seed)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def run_shared(implementation: str, layers, dropout_p: list[float], seed: Tensor) -> list[Tensor]:
-    """xa, dx, every dA and dB, and each y; the first layer gives x."""
-    x, a, b = layers[0].x, [layer.lora_a for layer in layers], [layer.lora_b for layer in layers]
-    weight, scale = [layer.weight for layer in layers], [1.0 + i for i in range(len(layers))]
-    bias = [layer.weight.new_empty(0) if layer.bias is None else layer.bias for layer in layers]
-    y, xa, keep = ops.implementation("lora_linear_shared", implementation)(
-        x, weight, bias, a, b, scale, dropout_p, seed
-    )
-    dy, backward = [layer.dy for layer in layers], ops.implementation("lora_linear_shared_backward", implementation)
-    return [xa, *backward(dy, x, weight, a, b, xa, keep, scale, dropout_p, True, True, True), *y]
+def shared_arguments(layers, dropout_p: list[float], seed: Tensor) -> Arguments:
+    """Layers that share the first one's x."""
+    columns = ([getattr(layer, name) for layer in layers] for name in ("weight", "bias", "lora_a", "lora_b"))
+    return Arguments(layers[0].x, *columns, [1.0 + i for i in range(len(layers))], dropout_p, seed).mapped(detached)
+
+
+def assert_arguments_right(arguments: Arguments, dy: list[Tensor], rows: Tensor | None = None) -> list[Tensor]:
+    """Triton's results of the whole operator, within their bounds. rows: of y and dx only these; what each is called goes with its place."""
+    values = arguments.both("triton", dy)
+    eager = arguments.mapped(dense).both("reference", [dense(one) for one in dy])
+    exact = arguments.mapped(double).both("reference", [double(one) for one in dy])
+    for place, (value, near, truth) in enumerate(zip(values, eager, exact, strict=True)):
+        of_rows = rows is not None and place in (*range(len(dy)), len(dy) + 1)
+        picked = (one[rows] if of_rows else one for one in (value, near, truth))
+        assert_within_bound(f"result {place}", *picked)
+    return values
 
 
 @pytest.mark.parametrize(("way", "dtype"), [("fused", torch.float32), ("library", torch.bfloat16)], ids=str)
@@ -105,27 +109,18 @@ def test_layers_that_share_x_in_many_tiles(monkeypatch, way, dtype):
     layers = [make_layer(20, 35, N, R, dtype, bias=N != 9, device=DEVICE) for N, R in ((24, 18), (9, 1), (20, 5))]
     layers = [type(layer)(*(None if one is None else one.detach() for one in layer)) for layer in layers]
     layers[1] = layers[1]._replace(weight=transposed(layers[1].weight), lora_a=gapped(layers[1].lora_a))
-    arguments = [0.3, 0.0, 0.5], torch.tensor([5, 2**40, 2**62 + 1], device=DEVICE)
-    values = run_shared("triton", layers, *arguments)
-    eager, exact = (
-        run_shared("reference", [type(layer)(*map(copied, layer)) for layer in layers], *arguments)
-        for copied in (dense, double)
-    )
-    for name, *results in zip(("xa", "dx", "da", "db", "y", "y", "y"), values, eager, exact, strict=True):
-        assert_within_bound(name, *results)
+    arguments = shared_arguments(layers, [0.3, 0.0, 0.5], torch.tensor([5, 2**40, 2**62 + 1], device=DEVICE))
+    assert_arguments_right(arguments, [layer.dy for layer in layers])
 
 
 @pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=3)), ids=str)
 def test_lora_linear_backward_gives_what_is_needed_and_no_more(needed):
-    x, weight, _, a, b, dy = (
-        None if value is None else value.detach() for value in make_layer(5, 20, 12, 3, device=DEVICE)
-    )
-    xa, keep = torch.randn(5, 3, device=DEVICE), torch.randint(256, (5, 8), dtype=torch.uint8, device=DEVICE)
-    arguments = (dy, x, weight, a, b, xa, keep, 0.5, 0.2)
-    everything = lora_linear.lora_linear_backward(*arguments, True, True, True)
-    for value, full, wanted in zip(
-        lora_linear.lora_linear_backward(*arguments, *needed), everything, needed, strict=True
-    ):
+    layer = make_layer(5, 20, 12, 3, device=DEVICE)
+    arguments = one_layer(layer, 0.5, 0.2)
+    xa, keep = torch.randn(1, 5, 3, device=DEVICE), torch.randint(256, (1, 5, 8), dtype=torch.uint8, device=DEVICE)
+    everything = lora_linear.lora_linear_backward(*arguments.backward_arguments([layer.dy], xa, keep))
+    some = lora_linear.lora_linear_backward(*arguments.backward_arguments([layer.dy], xa, keep, *needed))
+    for value, full, wanted in zip(some, everything, needed, strict=True):
         assert torch.equal(value, full) if wanted else value.numel() == 0
 
 
@@ -139,7 +134,7 @@ def test_rows_of_zeros_and_nan_stay_in_their_rows():
     x = layer.x.detach().clone()
     x[3] = torch.nan
     y, xa, dx, *_ = run_lora("triton", layer._replace(x=x), 1.0, 0.0, None)
-    assert y[3].isnan().all() and xa[3].isnan().all() and dx.isfinite().all()
+    assert y[3].isnan().all() and xa[0, 3].isnan().all() and dx.isfinite().all()
     assert y[torch.arange(20) != 3].isfinite().all()
 
 
@@ -219,30 +214,21 @@ def test_every_tile_is_one_that_a_tensor_core_takes():
             assert all(size >= 16 and size & (size - 1) == 0 for size in sizes), config
 
 
-@pytest.mark.parametrize("op", ["lora_linear", "multi_lora"])
+@pytest.mark.parametrize("op", ["lora_linear", "lora_linear_shared", "multi_lora", "multi_lora_shared"])
 def test_float64_is_refused(op):
     x = torch.zeros(2, 3, dtype=torch.float64, device=DEVICE)
-    with pytest.raises(ops.ImplementationError, match=f"{op}.*float64"):
-        ops.implementation(op, "triton")(
-            x, x, None, x, x, *[None] * (len(ops.SCHEMAS[op].split("->")[0].split(",")) - 5)
-        )
+    layers = [x] * (2 if op.endswith("shared") else 1)
+    with pytest.raises(ops.ImplementationError, match=f"^{op}: .*float64"):
+        ops.implementation(op, "triton")(x, layers, [None] * len(layers), layers, layers, *[None] * 5)
+    with pytest.raises(ops.ImplementationError, match=f"^{op}_backward: .*float64"):
+        ops.implementation(f"{op}_backward", "triton")(layers, x, layers, layers, layers, x, x, *[None] * 7)
 
 
-def run_multi(
-    implementation: str, layers, dropout_p: list[float], seed: Tensor | None, groups: tuple[Tensor, Tensor]
-) -> list[Tensor]:
-    """y, xa, dx, and every dA and dB; the first layer gives x, weight, bias and dy, each layer an adapter."""
-    x, weight, bias, _, _, dy = layers[0]
-    a, b, scale = (
-        [layer.lora_a for layer in layers],
-        [layer.lora_b for layer in layers],
-        [1.0 + i for i in range(len(layers))],
-    )
-    y, xa, keep = ops.implementation("multi_lora", implementation)(
-        x, weight, bias, a, b, scale, dropout_p, seed, *groups
-    )
-    backward = ops.implementation("multi_lora_backward", implementation)
-    return [y, xa, *backward(dy, x, weight, a, b, xa, keep, scale, dropout_p, *groups, True, True, True)]
+def mixed_arguments(layers, adapters, dropout_p: list[float], seed: Tensor, groups: tuple[Tensor, Tensor]) -> Arguments:
+    """layers give what is frozen, the first one x, and `adapters` every A and B, layer after layer."""
+    frozen = [layer.weight for layer in layers], [layer.bias for layer in layers]
+    own = [one.lora_a for one in adapters], [one.lora_b for one in adapters], [1.0 + i for i in range(len(adapters))]
+    return Arguments(layers[0].x, *frozen, *own, dropout_p, seed, *groups).mapped(detached)
 
 
 @pytest.mark.parametrize(("rank", "parts", "few_rows", "way"), [(16, 1, 0, "fused"), (32, 2, 64, "library")])
@@ -259,34 +245,11 @@ def test_multi_lora_in_many_tiles(monkeypatch, dtype, rank, parts, few_rows, way
     )  # nobody has adapters 2 and 3
     groups = RowGroups(index, len(ranks)).for_rows(len(index))
     layers = [make_layer(len(index), 37, 41, R, dtype, device=DEVICE) for R in ranks]
-    layers = [type(layer)(*(value.detach() for value in layer)) for layer in layers]
-    dropout_p, seed = [0.1, 0.0, 0.5, 0.3, 1.0], torch.tensor(2**60 + 1, device=DEVICE)
-    values = run_multi("triton", layers, dropout_p, seed, groups)
-    eager, exact = (
-        run_multi("reference", [type(layer)(*map(copied, layer)) for layer in layers], dropout_p, seed, groups)
-        for copied in (dense, double)
-    )
+    dropout_p, seed = [0.1, 0.0, 0.5, 0.3, 1.0], torch.tensor([2**60 + 1], device=DEVICE)
+    arguments = mixed_arguments(layers[:1], layers, dropout_p, seed, groups)
     wrong = (index < -1) | (index >= len(ranks))
-    for name, value, near, truth in zip(OUTPUTS, values, eager, exact, strict=True):
-        if name in ("y", "dx"):
-            assert value[wrong].isnan().all()
-            value, near, truth = value[~wrong], near[~wrong], truth[~wrong]
-        assert_within_bound(name, value, near, truth)
-
-
-def run_multi_shared(
-    implementation: str, layers, adapters, dropout_p: list[float], seed: Tensor, groups: tuple[Tensor, Tensor]
-) -> list[Tensor]:
-    """xa, dx, every dA and dB, and each y; layers give what is frozen and dy, the first one x, and `adapters` every A and B, layer after layer."""
-    x, weight = layers[0].x, [layer.weight for layer in layers]
-    bias = [layer.weight.new_empty(0) if layer.bias is None else layer.bias for layer in layers]
-    a, b = [one.lora_a for one in adapters], [one.lora_b for one in adapters]
-    scale = [1.0 + i for i in range(len(adapters))]
-    y, xa, keep = ops.implementation("multi_lora_shared", implementation)(
-        x, weight, bias, a, b, scale, dropout_p, seed, *groups
-    )
-    dy, backward = [layer.dy for layer in layers], ops.implementation("multi_lora_shared_backward", implementation)
-    return [xa, *backward(dy, x, weight, a, b, xa, keep, scale, dropout_p, *groups, True, True, True), *y]
+    y, _, dx, *_ = assert_arguments_right(arguments, [layers[0].dy], rows=~wrong)
+    assert y[wrong].isnan().all() and dx[wrong].isnan().all()
 
 
 @pytest.mark.parametrize(("way", "few_rows", "dtype"), [
@@ -303,43 +266,30 @@ def test_multi_lora_of_layers_that_share_x_in_many_tiles(monkeypatch, way, few_r
     widths, ranks = (24, 9), ((3, 18, 1), (5, 2, 20))
     made = [[make_layer(len(index), 35, N, R, dtype, bias=N != 9, device=DEVICE) for R in own]
             for N, own in zip(widths, ranks, strict=True)]  # fmt: skip
-    made = [[type(one)(*(None if value is None else value.detach() for value in one)) for one in own] for own in made]
     layers, adapters = [own[0] for own in made], [one for own in made for one in own]
     layers[1] = layers[1]._replace(weight=transposed(layers[1].weight), dy=gapped(layers[1].dy))
     adapters[4] = adapters[4]._replace(lora_a=gapped(adapters[4].lora_a))
-    rest = [0.3, 0.0, 0.5, 0.0, 0.0, 0.0], torch.tensor([5, 2**62 + 1], device=DEVICE), groups
-    values = run_multi_shared("triton", layers, adapters, *rest)
-    eager, exact = (
-        run_multi_shared(
-            "reference", *([type(one)(*map(copied, one)) for one in ones] for ones in (layers, adapters)), *rest
-        )
-        for copied in (dense, double)
-    )
-    for name, *results in zip(("xa", "dx", "da", "db", "y", "y"), values, eager, exact, strict=True):
-        assert_within_bound(name, *results)
+    drawn = [0.3, 0.0, 0.5, 0.0, 0.0, 0.0], torch.tensor([5, 2**62 + 1], device=DEVICE)
+    assert_arguments_right(mixed_arguments(layers, adapters, *drawn, groups), [layer.dy for layer in layers])
 
 
 def test_one_adapter_for_all_rows_is_lora_linear():
     layer = make_layer(21, 40, 24, 5, device=DEVICE)
     groups = RowGroups(torch.zeros(21, dtype=torch.int64, device=DEVICE), 1).for_rows(21)
-    seed = torch.tensor(99, device=DEVICE)
-    plain = type(layer)(*(value.detach() for value in layer))
-    for name, one, many in zip(
-        OUTPUTS,
-        run_lora("triton", layer, 1.0, 0.2, seed),
-        run_multi("triton", [plain], [0.2], seed, groups),
-        strict=True,
-    ):
-        torch.testing.assert_close(many.view_as(one), one, rtol=1e-5, atol=1e-5, msg=name)
+    seed = torch.tensor([99], device=DEVICE)
+    alone = run_lora("triton", layer, 1.0, 0.2, seed)
+    mixed = mixed_arguments([layer], [layer], [0.2], seed, groups).both("triton", [layer.dy])
+    for name, one, many in zip(OUTPUTS, alone, mixed, strict=True):
+        torch.testing.assert_close(many, one, rtol=1e-5, atol=1e-5, msg=name)
 
 
 def test_tuning_measures_both_ways_and_the_faster_one_is_taken(monkeypatch):
     """The product in Triton, or left to torch's library: each is checked, and the choice lasts through a checkpoint."""
     times = {"triton fused": 0.9, "triton library": 0.5}
     monkeypatch.setattr(ops, "candidates", lambda op, device, dtype: ["triton"])
-    monkeypatch.setattr(measure, "SHAPES", {"small": (40, 24)})
+    monkeypatch.setitem(problems.SHAPES, "small", (40, 24))
     monkeypatch.setattr(measure, "ratios", lambda functions, *_: {name: times[name] for name in list(functions)[1:]})
-    problem = measure.Problem("lora_linear", torch.float32, 8, "small", False)
+    problem = problems.Problem("lora_linear", torch.float32, 8, "small", False)
     found = measure.one_class(problem, torch.device(DEVICE), 0.0)
     assert [(one.op, one.ratio, one.way) for one in found] == [
         ("lora_linear", 0.5, "library"),

@@ -1,6 +1,5 @@
 """lora_linear: y = x Wᵀ + b + s d(x) Aᵀ Bᵀ, every implementation against the float64 reference, forward and backward."""
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,16 +18,14 @@ from bounds import (
     gradients,
     make_layer,
     next_seed,
-    print_accepted,
-    run_apart,
     transposed,
 )
-from conftest import implementations
+from lora_arguments import one_layer
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastlora import functional, ops, reference
-from fastlora.functional import lora_linear, lora_linear_shared
+from fastlora import functional, reference
+from fastlora.functional import lora_linear
 
 OPERATOR = "lora_linear"
 SCALE = 1.7
@@ -36,13 +33,9 @@ SCALE = 1.7
 
 def exactly(layer: Layer, scale: float, dropout_p: float, seed: Tensor | None) -> list[Tensor]:
     """y, dx, da, db in float64 by the reference."""
-    dy = double(layer.dy)
-    x, weight, bias, lora_a, lora_b = (double(tensor) for tensor in layer[:5])
-    y, *state = reference.lora_linear(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed)
-    return [
-        y,
-        *reference.lora_linear_backward(dy, x, weight, lora_a, lora_b, *state, scale, dropout_p, True, True, True),
-    ]
+    arguments = one_layer(Layer(*map(double, layer)), scale, dropout_p, seed)
+    y, _, *grads = arguments.both("reference", [double(layer.dy)])
+    return [y, *grads]
 
 
 def eagerly(layer: Layer, scale: float, dropout_p: float, seed: Tensor | None) -> list[Tensor]:
@@ -162,15 +155,21 @@ def test_leading_dimensions(device: str, implementation: str, shape: tuple[int, 
 def test_only_what_is_needed(device: str, implementation: str, wanted: tuple[bool, bool, bool]) -> None:
     """Each gradient alone is the one of the full backward, and what is not wanted has no elements."""
     layer = make_layer(13, 24, 16, 4, device=device)
-    seed = next_seed(device, 1)
-    x, weight, bias, lora_a, lora_b, dy = (tensor.detach() for tensor in layer)
-    _, *state = ops.implementation("lora_linear", implementation)(x, weight, bias, lora_a, lora_b, SCALE, 0.1, seed)
-    backward = ops.implementation("lora_linear_backward", implementation)
-    everything = backward(dy, x, weight, lora_a, lora_b, *state, SCALE, 0.1, True, True, True)
-    for need, some, full in zip(
-        wanted, backward(dy, x, weight, lora_a, lora_b, *state, SCALE, 0.1, *wanted), everything, strict=True
-    ):
-        assert torch.equal(some, full) if need else some.numel() == 0
+    arguments = one_layer(layer, SCALE, 0.1, next_seed(device, 1))
+    _, *state = arguments.forward(implementation)
+    everything = arguments.backward(implementation, [layer.dy], *state)
+    some = arguments.backward(implementation, [layer.dy], *state, *wanted)
+    for need, part, full in zip(wanted, some, everything, strict=True):
+        assert torch.equal(part, full) if need else part.numel() == 0
+
+
+def test_gradients_of_a_and_b_are_flat(device: str, implementation: str) -> None:
+    """In their adapter's dtype, which may be wider than x's."""
+    layer = make_layer(5, 24, 16, 4, torch.bfloat16, torch.float32, device=device)
+    arguments = one_layer(layer, SCALE)
+    dx, da, db = arguments.backward(implementation, [layer.dy], *arguments.forward(implementation)[1:])
+    assert dx.shape == (5, 24) and dx.dtype == torch.bfloat16
+    assert da.shape == (4 * 24,) and db.shape == (16 * 4,) and da.dtype == db.dtype == torch.float32
 
 
 @pytest.mark.parametrize("wanted", ["x", "lora_a", "lora_b"])
@@ -211,12 +210,11 @@ def test_on_meta() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_xa(device: str, implementation: str, dtype: torch.dtype) -> None:
     """xa leaves in float32, within the bound: the backward of any other implementation may read it."""
-    layer = make_layer(13, 65, 16, 4, dtype, device=device)
-    seed = next_seed(device, 1)
-    inputs = [tensor.detach() for tensor in layer[:5]]
-    _, xa, _ = ops.implementation("lora_linear", implementation)(*inputs, SCALE, 0.1, seed)
-    _, exact, _ = reference.lora_linear(*(tensor.double() for tensor in inputs), SCALE, 0.1, seed)
-    _, eager, _ = reference.lora_linear(*inputs, SCALE, 0.1, seed)
+    arguments = one_layer(make_layer(13, 65, 16, 4, dtype, device=device), SCALE, 0.1, next_seed(device, 1))
+    _, xa, _ = arguments.forward(implementation)
+    _, exact, _ = arguments.mapped(double).forward("reference")
+    _, eager, _ = arguments.forward("reference")
+    assert xa.shape == (1, 13, 4) and xa.dtype == torch.float32
     assert_within_bound("xa", xa, eager, exact)
 
 
@@ -226,15 +224,14 @@ def test_keep(device: str, implementation: str, K: int, dtype: torch.dtype) -> N
     """keep holds the reference's mask, bit by bit; backward reads no bit beyond the last column."""
     layer = make_layer(13, K, 16, 4, dtype, device=device)
     seed = next_seed(device, 1)
-    x, weight, bias, lora_a, lora_b, dy = (tensor.detach() for tensor in layer)
-    forward, backward = (ops.implementation(op, implementation) for op in ("lora_linear", "lora_linear_backward"))
-    _, xa, keep = forward(x, weight, bias, lora_a, lora_b, SCALE, 0.3, seed)
+    arguments = one_layer(layer, SCALE, 0.3, seed)
+    _, xa, keep = arguments.forward(implementation)
     mask = reference.keep_mask(seed, torch.arange(13, device=device), K, 0.3)
-    assert keep.dtype == torch.uint8 and keep.shape == (13, reference.keep_bytes(K))
-    assert torch.equal(reference.read_keep(keep, K), mask)
+    assert keep.dtype == torch.uint8 and keep.shape == (1, 13, reference.keep_bytes(K))
+    assert torch.equal(reference.read_keep(keep[0], K), mask)
     grads, others = (
-        backward(dy, x, weight, lora_a, lora_b, xa, bits, SCALE, 0.3, True, True, True)
-        for bits in (keep, flip_unread(keep, torch.ones_like(mask)))
+        arguments.backward(implementation, [layer.dy], xa, bits)
+        for bits in (keep, flip_unread(keep, torch.ones_like(mask)[None]))
     )
     assert all(torch.equal(grad, other) for grad, other in zip(grads, others, strict=True))
 
@@ -242,13 +239,12 @@ def test_keep(device: str, implementation: str, K: int, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("rows", [2, 13])
 def test_keep_has_no_elements_where_nothing_is_dropped(device: str, implementation: str, rows: int) -> None:
     """Without a seed or with a p that rounds to 0; a backward that is given such a keep drops nothing, whatever p is."""
-    x, weight, bias, lora_a, lora_b, dy = (tensor.detach() for tensor in make_layer(rows, 24, 16, 4, device=device))
-    forward, backward = (ops.implementation(op, implementation) for op in ("lora_linear", "lora_linear_backward"))
-    results = []
+    layer, results = make_layer(rows, 24, 16, 4, device=device), []
     for p, seed in ((0.3, None), (1e-7, next_seed(device, 1)), (0.0, None)):
-        y, xa, keep = forward(x, weight, bias, lora_a, lora_b, SCALE, p, seed)
+        arguments = one_layer(layer, SCALE, p, seed)
+        [y], xa, keep = arguments.forward(implementation)
         assert keep.dtype == torch.uint8 and keep.shape == (0,)
-        results.append([y, xa, *backward(dy, x, weight, lora_a, lora_b, xa, keep, SCALE, p, True, True, True)])
+        results.append([y, xa, *arguments.backward(implementation, [layer.dy], xa, keep)])
     for one, other, plain in zip(*results, strict=True):
         assert torch.equal(one, plain) and torch.equal(other, plain)
 
@@ -363,14 +359,14 @@ def test_gradcheck(device: str, bias: bool, dropout_p: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_opcheck(device: str, dtype: torch.dtype) -> None:
     layer = make_layer(5, 16, 12, 4, dtype, torch.float32, device=device)
-    x, weight, bias, lora_a, lora_b, dy = (tensor.detach() for tensor in layer)
-    seed = next_seed(device, 0)
-    torch.library.opcheck(torch.ops.fastlora.lora_linear.default, (x, weight, bias, lora_a, lora_b, SCALE, 0.1, seed))
-    xa, keep = torch.randn(5, 4, device=device), torch.full((5, 8), 77, dtype=torch.uint8, device=device)
+    for seed in (next_seed(device, 0), None):
+        arguments = one_layer(layer, SCALE, 0.1, seed)
+        torch.library.opcheck(torch.ops.fastlora.lora_linear.default, arguments.raw())
+    xa, keep = torch.randn(1, 5, 4, device=device), torch.full((1, 5, 8), 77, dtype=torch.uint8, device=device)
     for need in ((True, True, True), (False, True, False)):
         torch.library.opcheck(
             torch.ops.fastlora.lora_linear_backward.default,
-            (dy, x, weight, lora_a, lora_b, xa, keep, SCALE, 0.1, *need),
+            arguments.backward_arguments([layer.dy], xa, keep, *need),
         )
 
 
@@ -405,250 +401,3 @@ def test_a_result_may_be_written_into() -> None:
         y += 1
         (grad,) = torch.autograd.grad(torch.relu_(y).sum(), x)
         assert torch.equal(grad, expected)
-
-
-def right_arguments() -> dict[str, Any]:
-    x, weight, bias, lora_a, lora_b, _ = make_layer(6, 16, 12, 4)
-    return {"x": x, "weight": weight, "bias": bias, "lora_a": lora_a, "lora_b": lora_b, "scale": 2.0, "dropout_p": 0.1}
-
-
-NAN, INF = float("nan"), float("inf")
-WRONG: dict[str, tuple[str, dict[str, Any]]] = {
-    "x: a list": ("x", {"x": [1.0]}),
-    "x: None": ("x", {"x": None}),
-    "x: integers": ("x", {"x": torch.ones(6, 16, dtype=torch.int64)}),
-    "x: no dimension": ("x", {"x": torch.tensor(1.0)}),
-    "x: on meta": ("weight", {"x": torch.ones(6, 16, device="meta")}),
-    "x: another K": ("weight", {"x": torch.ones(6, 15)}),
-    "weight: None": ("weight", {"weight": None}),
-    "weight: 1-D": ("weight", {"weight": torch.ones(16)}),
-    "weight: no dimension": ("weight", {"weight": torch.tensor(1.0)}),
-    "weight: transposed": ("weight", {"weight": torch.ones(16, 12)}),
-    "weight: dtype": ("weight", {"weight": torch.ones(12, 16, dtype=torch.float16)}),
-    "weight: quantised": ("weight", {"weight": torch.ones(12, 16, dtype=torch.int8)}),
-    "weight: on meta": ("weight", {"weight": torch.ones(12, 16, device="meta")}),
-    "weight: requires grad": ("weight", {"weight": torch.ones(12, 16, requires_grad=True)}),
-    "bias: a number": ("bias", {"bias": 1.0}),
-    "bias: 2-D": ("bias", {"bias": torch.ones(1, 12)}),
-    "bias: another N": ("bias", {"bias": torch.ones(11)}),
-    "bias: dtype": ("bias", {"bias": torch.ones(12, dtype=torch.float64)}),
-    "bias: on meta": ("bias", {"bias": torch.ones(12, device="meta")}),
-    "bias: requires grad": ("bias", {"bias": torch.ones(12, requires_grad=True)}),
-    "lora_a: None": ("lora_a", {"lora_a": None}),
-    "lora_a: 1-D": ("lora_a", {"lora_a": torch.ones(16)}),
-    "lora_a: another K": ("lora_a", {"lora_a": torch.ones(4, 15)}),
-    "lora_a: rank 0": ("lora_a", {"lora_a": torch.ones(0, 16), "lora_b": torch.ones(12, 0)}),
-    "lora_a: dtype": ("lora_a", {"lora_a": torch.ones(4, 16).bfloat16(), "lora_b": torch.ones(12, 4).bfloat16()}),
-    "lora_a: integers": ("lora_a", {"lora_a": torch.ones(4, 16).int()}),
-    "lora_a: on meta": ("lora_a", {"lora_a": torch.ones(4, 16, device="meta")}),
-    "lora_b: None": ("lora_b", {"lora_b": None}),
-    "lora_b: another rank": ("lora_b", {"lora_b": torch.ones(12, 5)}),
-    "lora_b: another N": ("lora_b", {"lora_b": torch.ones(11, 4)}),
-    "lora_b: 3-D": ("lora_b", {"lora_b": torch.ones(12, 4, 1)}),
-    "lora_b: dtype": ("lora_b", {"lora_b": torch.ones(12, 4).bfloat16()}),
-    "lora_b: on meta": ("lora_b", {"lora_b": torch.ones(12, 4, device="meta")}),
-    "scale: None": ("scale", {"scale": None}),
-    "scale: a string": ("scale", {"scale": "2"}),
-    "scale: a tensor": ("scale", {"scale": torch.tensor(2.0)}),
-    "scale: NaN": ("scale", {"scale": NAN}),
-    "scale: infinite": ("scale", {"scale": -INF}),
-    "dropout_p: negative": ("dropout_p", {"dropout_p": -0.1}),
-    "dropout_p: above 1": ("dropout_p", {"dropout_p": 1.1}),
-    "dropout_p: NaN": ("dropout_p", {"dropout_p": NAN}),
-    "dropout_p: None": ("dropout_p", {"dropout_p": None}),
-}
-
-
-CAST_AWAY = {"weight: dtype", "bias: dtype", "lora_a: dtype", "lora_b: dtype"}
-
-
-@pytest.mark.parametrize(("name", "changes"), WRONG.values(), ids=WRONG)
-def test_wrong_arguments(name: str, changes: dict[str, Any]) -> None:
-    with pytest.raises((TypeError, ValueError), match=rf"^{name}: .*expected"):
-        lora_linear(**{**right_arguments(), **changes})
-
-
-@pytest.mark.parametrize("case", [case for case in WRONG if case not in CAST_AWAY])
-def test_wrong_arguments_under_autocast(case: str) -> None:
-    """What autocast does not cast is as wrong as without it."""
-    name, changes = WRONG[case]
-    with torch.autocast("cpu", torch.bfloat16), pytest.raises((TypeError, ValueError), match=rf"^{name}: .*expected"):
-        lora_linear(**{**right_arguments(), **changes})
-
-
-WRONG_RAW = {
-    case: (name, changes)
-    for case, (name, changes) in WRONG.items()
-    if name not in ("scale", "dropout_p") and not case.endswith(("None", "on meta", "requires grad"))
-}
-WRONG_SEED = {
-    "seed: dtype": ("seed", {"seed": torch.tensor(1, dtype=torch.int32)}),
-    "seed: empty": ("seed", {"seed": torch.ones(0, dtype=torch.int64)}),
-}
-WRONG_BACKWARD = {
-    "dy: another N": ("dy", {"dy": torch.ones(6, 11)}),
-    "dy: another M": ("dy", {"dy": torch.ones(5, 12)}),
-    "dy: 1-D": ("dy", {"dy": torch.ones(12)}),
-    "dy: dtype": ("dy", {"dy": torch.ones(6, 12).bfloat16()}),
-    "xa: another rank": ("xa", {"xa": torch.ones(6, 3)}),
-    "xa: another M": ("xa", {"xa": torch.ones(5, 4)}),
-    "xa: dtype": ("xa", {"xa": torch.ones(6, 4).bfloat16()}),
-    "keep: dtype": ("keep", {"keep": torch.ones(6, 8, dtype=torch.bool)}),
-    "keep: another M": ("keep", {"keep": torch.ones(5, 8, dtype=torch.uint8)}),
-    "keep: too few bytes": ("keep", {"keep": torch.ones(6, 2, dtype=torch.uint8)}),
-    "keep: 3-D": ("keep", {"keep": torch.ones(1, 6, 8, dtype=torch.uint8)}),
-    "keep: a seed": ("keep", {"keep": torch.tensor(1)}),
-}
-WRONG_SHARED_KEEP = {
-    "keep: dtype": ("keep", {"keep": torch.ones(1, 6, 8)}),
-    "keep: one layer's": ("keep", {"keep": torch.ones(6, 8, dtype=torch.uint8)}),
-    "keep: another G": ("keep", {"keep": torch.ones(2, 6, 8, dtype=torch.uint8)}),
-    "keep: another M": ("keep", {"keep": torch.ones(1, 5, 8, dtype=torch.uint8)}),
-    "keep: too few bytes": ("keep", {"keep": torch.ones(1, 6, 7, dtype=torch.uint8)}),
-}
-
-
-def call_the_native_operators_wrongly() -> None:
-    right = {name: value.detach() if isinstance(value, Tensor) else value for name, value in right_arguments().items()}
-    seed = {"seed": torch.tensor(1)}
-    print_accepted("lora_linear_cpu", {**right, **seed}, WRONG_RAW | WRONG_SEED)
-    forward = {name: value for name, value in right.items() if name not in ("bias", "scale", "dropout_p")}
-    bits = {"xa": torch.ones(6, 4), "keep": torch.ones(6, 8, dtype=torch.uint8)}
-    need = {"need_dx": True, "need_da": True, "need_db": True}
-    rest = {**bits, "scale": 2.0, "dropout_p": 0.1, **need}
-    wrong = {case: (name, changes) for case, (name, changes) in WRONG_RAW.items() if name != "bias"}
-    print_accepted("lora_linear_backward_cpu", {"dy": torch.ones(6, 12), **forward, **rest}, wrong | WRONG_BACKWARD)
-    listed = {name: [value] for name, value in forward.items() if name != "x"}
-    shared = {"dy": [torch.ones(6, 12)], "x": forward["x"], **listed, "xa": bits["xa"], "keep": bits["keep"][None]}
-    right = {**shared, "scale": [2.0], "dropout_p": [0.1], **need}
-    print_accepted("lora_linear_shared_backward_cpu", right, WRONG_SHARED_KEEP)
-
-
-@pytest.mark.skipif("cpu" not in implementations(OPERATOR, "cpu"), reason="the native extension is not built")
-def test_wrong_arguments_to_the_native_operators() -> None:
-    """They raise, naming the argument, also when no one checks before them; none ends the process."""
-    assert run_apart("test_lora_linear", call_the_native_operators_wrongly) == ""
-
-
-class Shared(NamedTuple):
-    M: int
-    K: int
-    layers: tuple[tuple[int, int], ...]  # N_i, R_i
-    dtype: torch.dtype = torch.float32
-    adapter_dtype: torch.dtype | None = None
-    dropout_p: float | list[float] = 0.1
-    bias: bool = True
-
-
-SHARED = (
-    Shared(37, 65, ((33, 3), (51, 8), (90, 1))),
-    Shared(130, 200, ((96, 16), (40, 16)), dropout_p=0.0, bias=False),
-    Shared(70, 129, ((64, 5), (31, 12), (64, 9)), torch.bfloat16, torch.float32, [0.0, 0.5, 0.1]),
-    Shared(3, 64, ((48, 8), (48, 4)), torch.bfloat16, dropout_p=0.0),
-    Shared(19, 96, ((40, 7),), torch.float16, dropout_p=0.2),
-    Shared(0, 16, ((8, 2), (8, 2))),
-)
-
-
-@pytest.mark.parametrize("case", SHARED, ids=str)
-def test_layers_that_share_x(case: Shared, device: str, implementation: str) -> None:
-    inputs = [
-        [make_layer(case.M, case.K, N, R, case.dtype, case.adapter_dtype, case.bias, device) for N, R in case.layers]
-        for _ in inputs_of(implementation)
-    ]
-    for number, results in enumerate(zip(*(compare_shared(case, layers, device) for layers in inputs), strict=True)):
-        assert_within_bound_over_inputs(f"result {number}", results)
-
-
-def compare_shared(case: Shared, layers: list[Layer], device: str) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Every y, dx, every da and db: the value, eager's and the exact one."""
-    x = layers[0].x
-    layers = [layer._replace(x=x) for layer in layers]
-    p = case.dropout_p if isinstance(case.dropout_p, list) else [case.dropout_p] * len(layers)
-    scales = [SCALE / (1 + i) for i in range(len(layers))]
-    seeds = [None] * len(layers)
-    if max(p) > 0:
-        torch.manual_seed(1)
-        seeds = list(torch.randint(0, 2**63 - 1, (len(layers),), dtype=torch.int64, device=device))
-        torch.manual_seed(1)
-    columns = list(zip(*layers, strict=True))
-    ys = lora_linear_shared(x, columns[1], columns[2], columns[3], columns[4], scales, dropout_p=case.dropout_p)
-    leaves = [x, *columns[3], *columns[4]]
-    grads = torch.autograd.grad(ys, leaves, columns[5])
-    eager = [eagerly(*one) for one in zip(layers, scales, p, seeds, strict=True)]
-    exact = [exactly(*one) for one in zip(layers, scales, p, seeds, strict=True)]
-
-    def arranged(results: list[list[Tensor]]) -> list[Tensor]:
-        y, dx, da, db = zip(*results, strict=True)
-        return [*y, functools.reduce(torch.add, dx), *da, *db]
-
-    values = [*(y.detach() for y in ys), *grads]
-    near = [one.detach() for one in arranged(eager)]
-    return list(zip(values, near, arranged(exact), strict=True))
-
-
-def shared_arguments(device: str) -> tuple[list[Any], list[float], Tensor]:
-    """x, weights, biases, A and B of three layers on 13 rows of 65; their dropout, the first one's none, and their seeds."""
-    layers = [make_layer(13, 65, N, R, device=device) for N, R in ((24, 3), (16, 5), (33, 8))]
-    columns = ([getattr(one, name).detach() for one in layers] for name in ("weight", "bias", "lora_a", "lora_b"))
-    return [layers[0].x.detach(), *columns], [0.0, 0.5, 0.1], torch.tensor([3, 4, 2**40], device=device)
-
-
-def test_keep_of_layers_that_share_x(device: str, implementation: str) -> None:
-    """Each layer has the mask of its own seed; backward reads neither bits beyond the last column nor those of the layer that drops nothing."""
-    (x, weight, bias, *adapters), p, seed = shared_arguments(device)
-    scale = [1.0, -2.0, 0.5]
-    _, xa, keep = torch.ops.fastlora.lora_linear_shared(x, weight, bias, *adapters, scale, p, seed)
-    assert keep.dtype == torch.uint8 and keep.shape == (3, 13, 16)
-    rows, read = torch.arange(13, device=device), torch.ones(3, 13, 65, dtype=torch.bool)
-    read[0] = False
-    for i in (1, 2):
-        assert torch.equal(reference.read_keep(keep[i], 65), reference.keep_mask(seed[i], rows, 65, p[i]))
-    dy = [torch.randn(13, len(one), device=device) for one in weight]
-    grads, others = (
-        torch.ops.fastlora.lora_linear_shared_backward(dy, x, weight, *adapters, xa, bits, scale, p, True, True, True)
-        for bits in (keep, flip_unread(keep, read))
-    )
-    assert all(torch.equal(grad, other) for grad, other in zip(grads, others, strict=True))
-    for dropless, none in (([0.3] * 3, None), ([1e-7] * 3, seed)):
-        _, _, keep = torch.ops.fastlora.lora_linear_shared(x, weight, bias, *adapters, scale, dropless, none)
-        assert keep.dtype == torch.uint8 and keep.shape == (0,)
-
-
-def test_opcheck_of_layers_that_share_x(device: str) -> None:
-    (x, weight, bias, *adapters), p, seed = shared_arguments(device)
-    forward, backward = torch.ops.fastlora.lora_linear_shared, torch.ops.fastlora.lora_linear_shared_backward
-    torch.library.opcheck(forward.default, (x, weight, bias, *adapters, [2.0] * 3, p, seed))
-    _, xa, keep = forward(x, weight, bias, *adapters, [2.0] * 3, p, seed)
-    dy = [torch.randn(13, len(one), device=device) for one in weight]
-    arguments = (dy, x, weight, *adapters, xa, keep, [2.0] * 3, p)
-    torch.library.opcheck(backward.default, (*arguments, True, True, True))
-
-
-def test_layers_that_share_x_repeat_bitwise(device: str, implementation: str) -> None:
-    layers = [make_layer(100, 129, N, 7, device=device)._replace() for N in (64, 33)]
-    x = layers[0].x
-    arguments = [[getattr(layer, name) for layer in layers] for name in ("weight", "bias", "lora_a", "lora_b")]
-
-    def run() -> tuple[Tensor, ...]:
-        torch.manual_seed(5)
-        ys = lora_linear_shared(x, *arguments, [1.0, 2.0], dropout_p=0.3)
-        return *ys, *torch.autograd.grad(ys, [x, *arguments[2], *arguments[3]], [layer.dy for layer in layers])
-
-    for first, second in zip(run(), run(), strict=True):
-        assert torch.equal(first, second)
-
-
-def test_layers_that_share_x_name_the_wrong_one() -> None:
-    one, other = make_layer(4, 8, 6, 2), make_layer(4, 8, 5, 2)
-    with pytest.raises(ValueError, match=r"lora_a\[1\]: got float32 \[2, 9\]"):
-        lora_linear_shared(
-            one.x,
-            [one.weight, other.weight],
-            [None, None],
-            [one.lora_a, torch.ones(2, 9)],
-            [one.lora_b, other.lora_b],
-            [1.0, 1.0],
-        )
-    with pytest.raises(ValueError, match="lora_b: got '1 entries', expected one for each of the 2 weights"):
-        lora_linear_shared(one.x, [one.weight] * 2, [None] * 2, [one.lora_a] * 2, [one.lora_b], [1.0, 1.0])

@@ -16,16 +16,14 @@ from bounds import (
     gradients,
     make_layer,
     next_seed,
-    print_accepted,
-    run_apart,
     transposed,
 )
-from conftest import implementations
+from lora_arguments import Arguments, detached
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fastlora import ops, reference
-from fastlora.functional import RowGroups, group_rows, lora_linear, multi_lora, multi_lora_shared, raise_pending
+from fastlora import reference
+from fastlora.functional import RowGroups, group_rows, lora_linear, multi_lora, raise_pending
 
 OPERATOR = "multi_lora"
 
@@ -71,6 +69,15 @@ def make_mixed(
     )
 
 
+def arguments_of(mixed: Mixed, seed: Tensor | None = None, index: Tensor | RowGroups | None = None) -> Arguments:
+    """What the operator gets. index: another one."""
+    index = mixed.index if index is None else index
+    groups = index if isinstance(index, RowGroups) else group_rows(index, len(mixed.lora_a))
+    frozen = mixed.x, [mixed.weight], [mixed.bias]
+    adapters = mixed.lora_a, mixed.lora_b, mixed.scale, mixed.dropout_p
+    return Arguments(*frozen, *adapters, seed, *groups.for_rows(len(mixed.x))).mapped(detached)
+
+
 def fused(mixed: Mixed) -> list[Tensor]:
     """y, dx, every dA, every dB."""
     x, weight, bias, lora_a, lora_b, scale, index, dropout_p, dy = mixed
@@ -97,16 +104,8 @@ def eagerly(mixed: Mixed, seed: Tensor | None) -> list[Tensor]:
 
 def exactly(mixed: Mixed, seed: Tensor | None) -> list[Tensor]:
     """The same in float64 by the reference."""
-    x, weight, bias, dy = (double(tensor) for tensor in (mixed.x, mixed.weight, mixed.bias, mixed.dy))
-    lora_a, lora_b = ([tensor.detach().double() for tensor in tensors] for tensors in (mixed.lora_a, mixed.lora_b))
-    numbers, sorting = (mixed.scale, mixed.dropout_p), group_rows(mixed.index, len(lora_a)).for_rows(len(x))
-    y, *state = reference.multi_lora(x, weight, bias, lora_a, lora_b, *numbers, seed, *sorting)
-    dx, da, db = reference.multi_lora_backward(
-        dy, x, weight, lora_a, lora_b, *state, *numbers, *sorting, True, True, True
-    )
-    das = [grad.view_as(a) for grad, a in zip(da.split([a.numel() for a in lora_a]), lora_a, strict=True)]
-    dbs = [grad.view_as(b) for grad, b in zip(db.split([b.numel() for b in lora_b]), lora_b, strict=True)]
-    return [y, dx, *das, *dbs]
+    y, _, *grads = arguments_of(mixed, seed).mapped(double).both("reference", [mixed.dy.double()])
+    return [y, *grads]
 
 
 def inputs_of(implementation: str) -> range:
@@ -232,47 +231,53 @@ def test_on_meta() -> None:
 def test_invalid_rows_become_nan(device: str, implementation: str) -> None:
     """Where an index cannot be read back, its rows are NaN and no other row is touched; nothing is read out of bounds."""
     mixed = make_mixed([0, 1, 0, 1], [3, 8], dropout=False, device=device)
-    x, weight, bias, dy = (tensor.detach() for tensor in (mixed.x, mixed.weight, mixed.bias, mixed.dy))
-    lora_a, lora_b = ([tensor.detach() for tensor in tensors] for tensors in (mixed.lora_a, mixed.lora_b))
-    numbers = mixed.scale, [0.0, 0.0]
-    sorting = RowGroups(torch.tensor([0, 7, -2, 1], device=device), 2).for_rows(4)
-    forward = ops.implementation("multi_lora", implementation)
-    y, *state = forward(x, weight, bias, lora_a, lora_b, *numbers, None, *sorting)
-    expected = multi_lora(x, weight, bias, lora_a, lora_b, mixed.scale, mixed.index)
+    arguments = arguments_of(mixed, index=RowGroups(torch.tensor([0, 7, -2, 1], device=device), 2))
+    [y], *state = arguments.forward(implementation)
+    expected = multi_lora(*mixed[:7])
     assert y[1:3].isnan().all()
     torch.testing.assert_close(y[[0, 3]], expected[[0, 3]])
-    backward = ops.implementation("multi_lora_backward", implementation)
-    dx, da, db = backward(dy, x, weight, lora_a, lora_b, *state, *numbers, *sorting, True, True, True)
+    dx, da, db = arguments.backward(implementation, [mixed.dy], *state)
     assert dx[1:3].isnan().all() and dx[[0, 3]].isfinite().all() and da.isfinite().all() and db.isfinite().all()
 
 
 def test_keep(device: str, implementation: str) -> None:
     """keep holds the reference's mask of the rows that drop something, whose bits alone backward reads, and none beyond the last column."""
     mixed = make_mixed(SHUFFLED, [1, 8, 3, 17], device=device)
-    x, weight, bias, dy = (tensor.detach() for tensor in (mixed.x, mixed.weight, mixed.bias, mixed.dy))
-    lora_a, lora_b = ([tensor.detach() for tensor in tensors] for tensors in (mixed.lora_a, mixed.lora_b))
-    forward, backward = (ops.implementation(op, implementation) for op in ("multi_lora", "multi_lora_backward"))
-    p, seed, sorting = [0.5, 0.3, 0.0, 0.1], next_seed(device, 1), group_rows(mixed.index, 4).for_rows(len(x))
-    _, xa, keep = forward(x, weight, bias, lora_a, lora_b, mixed.scale, p, seed, *sorting)
-    assert keep.dtype == torch.uint8 and keep.shape == (len(x), 8)
-    read = torch.zeros_like(x, dtype=torch.bool)
+    mixed = mixed._replace(dropout_p=[0.5, 0.3, 0.0, 0.1])
+    seed, M = next_seed(device, 1), len(SHUFFLED)
+    arguments = arguments_of(mixed, seed)
+    _, xa, keep = arguments.forward(implementation)
+    assert keep.dtype == torch.uint8 and keep.shape == (1, M, 8) and xa.shape == (1, M, 17)
+    read = torch.zeros(1, M, 33, dtype=torch.bool, device=device)
     for i in (0, 1, 3):
         (rows,) = torch.nonzero(mixed.index == i, as_tuple=True)
-        assert torch.equal(reference.read_keep(keep[rows], 33), reference.keep_mask(seed, rows, 33, p[i]))
-        read[rows] = True
+        expected = reference.keep_mask(seed, rows, 33, mixed.dropout_p[i])
+        assert torch.equal(reference.read_keep(keep[0, rows], 33), expected)
+        read[0, rows] = True
     grads, others = (
-        backward(dy, x, weight, lora_a, lora_b, xa, bits, mixed.scale, p, *sorting, True, True, True)
-        for bits in (keep, flip_unread(keep, read))
+        arguments.backward(implementation, [mixed.dy], xa, bits) for bits in (keep, flip_unread(keep, read))
     )
     assert all(torch.equal(grad, other) for grad, other in zip(grads, others, strict=True))
-    base_only = group_rows(torch.full_like(mixed.index, -1), 4).for_rows(len(x))
-    for chances, numbers, rows, shape in (
-        (p, seed, base_only, (len(x), 8)),
-        (p, None, sorting, (0,)),
-        ([1e-7] * 4, seed, sorting, (0,)),
+    base_only = arguments_of(mixed, seed, torch.full_like(mixed.index, -1))
+    for given, shape in (
+        (base_only, (1, M, 8)),
+        (arguments._replace(seed=None), (0,)),
+        (arguments._replace(dropout_p=[1e-7] * 4), (0,)),
     ):
-        _, _, keep = forward(x, weight, bias, lora_a, lora_b, mixed.scale, chances, numbers, *rows)
+        _, _, keep = given.forward(implementation)
         assert keep.dtype == torch.uint8 and keep.shape == shape
+
+
+def test_xa(device: str, implementation: str) -> None:
+    """float32, of each row's own adapter, and zeros beyond its rank and where it has none: the backward of any other implementation may read it."""
+    mixed = make_mixed(SHUFFLED, [1, 8, 3, 17], device=device)
+    arguments = arguments_of(mixed, next_seed(device, 1))
+    _, xa, _ = arguments.forward(implementation)
+    assert xa.dtype == torch.float32
+    for row, i in enumerate(SHUFFLED):
+        assert not xa[0, row, (1, 8, 3, 17)[i] if i >= 0 else 0 :].any()
+    _, exact, _ = arguments.mapped(double).forward("reference")
+    assert_within_bound_over_inputs("xa", [(xa, arguments.forward("reference")[1], exact)])
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: only there an index is not read back")
@@ -376,17 +381,12 @@ def test_gradcheck(device: str, bias: bool) -> None:
 
 def test_opcheck(device: str) -> None:
     mixed = make_mixed([1, -1, 0, 1], [2, 1, 3], device=device)
-    x, weight, bias, dy = (tensor.detach() for tensor in (mixed.x, mixed.weight, mixed.bias, mixed.dy))
-    lora_a, lora_b = ([tensor.detach() for tensor in tensors] for tensors in (mixed.lora_a, mixed.lora_b))
-    numbers, sorting = (mixed.scale, mixed.dropout_p), group_rows(mixed.index, 3).for_rows(4)
-    torch.library.opcheck(
-        torch.ops.fastlora.multi_lora.default,
-        (x, weight, bias, lora_a, lora_b, *numbers, next_seed(device, 0), *sorting),
-    )
-    xa, keep = torch.randn(4, 3, device=device), torch.full((4, 8), 77, dtype=torch.uint8, device=device)
+    arguments = arguments_of(mixed, next_seed(device, 0))
+    torch.library.opcheck(torch.ops.fastlora.lora_linear.default, arguments.raw())
+    xa, keep = torch.randn(1, 4, 3, device=device), torch.full((1, 4, 8), 77, dtype=torch.uint8, device=device)
     for need in ((True, True, True), (False, True, False)):
-        arguments = (dy, x, weight, lora_a, lora_b, xa, keep, *numbers, *sorting, *need)
-        torch.library.opcheck(torch.ops.fastlora.multi_lora_backward.default, arguments)
+        given = arguments.backward_arguments([mixed.dy], xa, keep, *need)
+        torch.library.opcheck(torch.ops.fastlora.lora_linear_backward.default, given)
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["index", "groups"])
@@ -401,330 +401,3 @@ def test_compiles_whole(device: str, grouped: bool) -> None:
         assert torch.equal(y, expected)
         for grad, want in zip(gradients(y, inputs, mixed.dy), gradients(expected, inputs, mixed.dy), strict=True):
             assert torch.equal(grad, want)
-
-
-# Layers that share x: each has S adapters of its own, a row has the same number in all.
-
-
-def make_shared(
-    index: list[int], ranks: list[list[int]], widths: list[int], dropout: bool = True, **options: Any
-) -> list[Mixed]:
-    """One Mixed a layer, with one x; without `dropout` in the second layer anywhere, and a bias in all but the first."""
-    layers = [
-        make_mixed(index, own, N=N, dropout=dropout and g != 1, bias=g > 0, **options)
-        for g, (own, N) in enumerate(zip(ranks, widths, strict=True))
-    ]
-    return [layer._replace(x=layers[0].x) for layer in layers]
-
-
-def columns_of(layers: list[Mixed]) -> dict[str, list[Any]]:
-    return {name: [getattr(layer, name) for layer in layers] for name in Mixed._fields}
-
-
-def fused_shared(layers: list[Mixed], index: Tensor | RowGroups | None = None) -> list[Tensor]:
-    """Every y, dx, every dA and every dB."""
-    c = columns_of(layers)
-    ys = multi_lora_shared(
-        c["x"][0], c["weight"], c["bias"], c["lora_a"], c["lora_b"], c["scale"], c["index"][0] if index is None else index,
-        dropout_p=c["dropout_p"],
-    )  # fmt: skip
-    leaves = [c["x"][0], *(one for own in (*c["lora_a"], *c["lora_b"]) for one in own)]
-    return [*ys, *torch.autograd.grad(ys, leaves, c["dy"])]
-
-
-def arranged(results: list[list[Tensor]], S: int) -> list[Tensor]:
-    """The layers' y, dx, dA and dB (`fused`) in the order of `fused_shared`."""
-    das, dbs = ([grad for own in results for grad in own[begin:][:S]] for begin in (2, 2 + S))
-    return [*(own[0] for own in results), sum(own[1] for own in results[1:]) + results[0][1], *das, *dbs]
-
-
-SHARED: dict[str, dict[str, Any]] = {
-    "three layers": {"index": SHUFFLED, "ranks": [[1, 8, 3, 17]] * 3, "widths": [24, 8, 8]},
-    "other ranks": {"index": SHUFFLED, "ranks": [[1, 8, 3, 17], [20, 2, 5, 1]], "widths": [24, 40]},
-    "no dropout": {"index": SHUFFLED, "ranks": [[4, 4, 4, 4]] * 2, "widths": [16, 16], "dropout": False},
-    "one layer": {"index": [1, -1, 0], "ranks": [[3, 8]], "widths": [12]},
-    "no rows": {"index": [], "ranks": [[4, 2]] * 2, "widths": [8, 8]},
-    "many rows, bfloat16": {
-        "index": [i // 20 - 1 for i in range(90)],
-        "ranks": [[16, 8, 5, 1]] * 2,
-        "widths": [70, 33],
-        "K": 130,
-        "dtype": torch.bfloat16,
-        "adapter_dtype": torch.float32,
-    },
-}
-
-
-@pytest.mark.parametrize("case", SHARED.values(), ids=SHARED)
-def test_layers_that_share_x(device: str, implementation: str, case: dict[str, Any]) -> None:
-    inputs = [make_shared(**case, device=device) for _ in inputs_of(implementation)]
-    for number, results in enumerate(zip(*(compare_shared(layers, device) for layers in inputs), strict=True)):
-        assert_within_bound_over_inputs(f"result {number}", results)
-
-
-def compare_shared(layers: list[Mixed], device: str) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Each result of `fused_shared`, with eager's and the exact one."""
-    S, seeds = len(layers[0].scale), [None] * len(layers)
-    if any(p for layer in layers for p in layer.dropout_p):
-        torch.manual_seed(1)
-        seeds = list(torch.randint(0, 2**63 - 1, (len(layers),), dtype=torch.int64, device=device))
-        torch.manual_seed(1)
-    values = fused_shared(layers)
-    eager, exact = (
-        arranged([compute(*one) for one in zip(layers, seeds, strict=True)], S) for compute in (eagerly, exactly)
-    )
-    return [(value.detach(), near.detach(), right) for value, near, right in zip(values, eager, exact, strict=True)]
-
-
-def test_layers_that_share_x_repeat_bitwise(device: str, implementation: str) -> None:
-    layers = make_shared([i % 4 - 1 for i in range(70)], [[16, 8, 5]] * 2, [24, 9], device=device)
-    runs = []
-    for index in (layers[0].index, group_rows(layers[0].index, 3)):
-        torch.manual_seed(0)
-        runs.append(fused_shared(layers, index))
-    for first, second in zip(*runs, strict=True):
-        assert torch.equal(first, second)
-
-
-def test_invalid_rows_of_layers_that_share_x(device: str, implementation: str) -> None:
-    layers = make_shared([0, 1, 0, 1], [[3, 8]] * 2, [24, 8], dropout=False, device=device)
-    groups = RowGroups(torch.tensor([0, 7, -2, 1], device=device), 2)
-    y0, y1, dx, *grads = fused_shared(layers, groups)
-    for tensor in (y0, y1, dx):
-        assert tensor[1:3].isnan().all() and tensor[[0, 3]].isfinite().all()
-    assert all(grad.isfinite().all() for grad in grads)
-
-
-def shared_arguments(device: str) -> tuple[list[Any], list[Any], list[Tensor], tuple[Tensor, Tensor]]:
-    """x, weights, biases, A and B; scales, probabilities and seeds; dy; order and offsets. Two layers, the second drops nothing."""
-    layers = make_shared(SHUFFLED, [[1, 8, 3, 17], [2, 4, 6, 1]], [24, 9], device=device)
-    c = columns_of(layers)
-    every = {name: [one for own in c[name] for one in own] for name in ("lora_a", "lora_b", "scale", "dropout_p")}
-    lists = [[one.detach() for one in every[name]] for name in ("lora_a", "lora_b")]
-    bias = [layers[0].x.new_empty(0) if one is None else one for one in c["bias"]]
-    numbers = [every["scale"], every["dropout_p"], torch.tensor([3, 2**40], device=device)]
-    sorting = group_rows(layers[0].index, 4).for_rows(len(SHUFFLED))
-    return [layers[0].x.detach(), c["weight"], bias, *lists], numbers, c["dy"], sorting
-
-
-def test_keep_of_layers_that_share_x(device: str, implementation: str) -> None:
-    """A layer's bits are those of its own seed; backward reads neither those of rows that drop nothing nor those beyond the last column."""
-    (x, weight, bias, *adapters), (scale, p, seed), dy, sorting = shared_arguments(device)
-    _, xa, keep = torch.ops.fastlora.multi_lora_shared(x, weight, bias, *adapters, scale, p, seed, *sorting)
-    M, K = x.shape
-    assert xa.shape == (2, M, 17) and keep.dtype == torch.uint8 and keep.shape == (2, M, reference.keep_bytes(K))
-    read = torch.zeros(2, M, K, dtype=torch.bool, device=device)
-    index = torch.tensor(SHUFFLED, device=device)
-    for i in (1, 3):
-        (rows,) = torch.nonzero(index == i, as_tuple=True)
-        assert torch.equal(reference.read_keep(keep[0, rows], K), reference.keep_mask(seed[0], rows, K, p[i]))
-        read[0, rows] = True
-    backward = torch.ops.fastlora.multi_lora_shared_backward
-    grads, others = (
-        backward(dy, x, weight, *adapters, xa, bits, scale, p, *sorting, True, True, True)
-        for bits in (keep, flip_unread(keep, read))
-    )
-    assert all(torch.equal(grad, other) for grad, other in zip(grads, others, strict=True))
-    _, _, keep = torch.ops.fastlora.multi_lora_shared(x, weight, bias, *adapters, scale, p, None, *sorting)
-    assert keep.dtype == torch.uint8 and keep.shape == (0,)
-
-
-def test_opcheck_of_layers_that_share_x(device: str) -> None:
-    (x, weight, bias, *adapters), (scale, p, seed), dy, sorting = shared_arguments(device)
-    forward, backward = torch.ops.fastlora.multi_lora_shared, torch.ops.fastlora.multi_lora_shared_backward
-    torch.library.opcheck(forward.default, (x, weight, bias, *adapters, scale, p, seed, *sorting))
-    _, xa, keep = forward(x, weight, bias, *adapters, scale, p, seed, *sorting)
-    for need in ((True, True, True), (False, False, True)):
-        arguments = (dy, x, weight, *adapters, xa, keep, scale, p, *sorting, *need)
-        torch.library.opcheck(backward.default, arguments)
-
-
-def test_layers_that_share_x_name_the_wrong_one() -> None:
-    layers = make_shared([0, 1, 0], [[4, 2]] * 2, [12, 6], K=16)
-    c = columns_of(layers)
-    right = {name: c[name] for name in ("weight", "bias", "lora_a", "lora_b", "scale")}
-    short = [c["lora_a"][1][0], torch.ones(2, 15)]
-    for changes, message in (
-        ({"lora_a": [c["lora_a"][0], short]}, r"^lora_a\[1\]\[1\]: got float32 \[2, 15\]"),
-        ({"lora_b": [c["lora_b"][0]]}, "^lora_b: got '1 entries', expected one for each of the 2 weights"),
-        ({"scale": [[1.0, 1.0], [1.0]]}, r"^scale\[1\]: "),
-        ({"dropout_p": [0.1, [0.1, 2.0]]}, r"^dropout_p\[1\]\[1\]: "),
-        (
-            {name: [c[name][0], c[name][1][:1]] for name in ("lora_a", "lora_b", "scale")},
-            r"^lora_a\[1\]: got '1 adapters', expected 2, as lora_a\[0\] has",
-        ),
-        ({"index": torch.tensor([0, 2, 0])}, "^index: "),
-    ):
-        arguments = {**right, "index": layers[0].index, **changes}
-        with pytest.raises((IndexError, ValueError), match=message):
-            multi_lora_shared(layers[0].x, **arguments)
-
-
-NAN, INF = float("nan"), float("inf")
-
-
-def right_arguments() -> dict[str, Any]:
-    mixed = make_mixed([0, 1, -1, 1, 0, 0], [4, 2], K=16, N=12)
-    return {**mixed._asdict(), "dy": None}
-
-
-def adapters(*shapes: tuple[int, int], dtype: torch.dtype = torch.float32, device: str = "cpu") -> list[Tensor]:
-    return [torch.ones(shape, dtype=dtype, device=device) for shape in shapes]
-
-
-A, B = ((4, 16), (2, 16)), ((12, 4), (12, 2))
-WRONG: dict[str, tuple[str, dict[str, Any]]] = {
-    "x: a list": ("x", {"x": [1.0]}),
-    "x: integers": ("x", {"x": torch.ones(6, 16, dtype=torch.int64)}),
-    "x: no dimension": ("x", {"x": torch.tensor(1.0)}),
-    "x: on meta": ("weight", {"x": torch.ones(6, 16, device="meta")}),
-    "x: another K": ("weight", {"x": torch.ones(6, 15)}),
-    "x: another M": ("index", {"x": torch.ones(7, 16)}),
-    "weight: None": ("weight", {"weight": None}),
-    "weight: transposed": ("weight", {"weight": torch.ones(16, 12)}),
-    "weight: dtype": ("weight", {"weight": torch.ones(12, 16, dtype=torch.float16)}),
-    "weight: on meta": ("weight", {"weight": torch.ones(12, 16, device="meta")}),
-    "weight: requires grad": ("weight", {"weight": torch.ones(12, 16, requires_grad=True)}),
-    "bias: another N": ("bias", {"bias": torch.ones(11)}),
-    "bias: requires grad": ("bias", {"bias": torch.ones(12, requires_grad=True)}),
-    "lora_a: None": ("lora_a", {"lora_a": None}),
-    "lora_a: a tensor": ("lora_a", {"lora_a": torch.ones(2, 4, 16)}),
-    "lora_a: empty": ("lora_a", {"lora_a": [], "lora_b": [], "scale": []}),
-    "lora_a: None inside": ("lora_a[1]", {"lora_a": [torch.ones(4, 16), None]}),
-    "lora_a: another K": ("lora_a[1]", {"lora_a": adapters((4, 16), (2, 15))}),
-    "lora_a: 1-D": ("lora_a[0]", {"lora_a": [torch.ones(16), torch.ones(2, 16)]}),
-    "lora_a: rank 0": ("lora_a[1]", {"lora_a": adapters((4, 16), (0, 16)), "lora_b": adapters((12, 4), (12, 0))}),
-    "lora_a: dtype": (
-        "lora_a[0]",
-        {"lora_a": adapters(*A, dtype=torch.float16), "lora_b": adapters(*B, dtype=torch.float16)},
-    ),
-    "lora_a: on meta": ("lora_a[0]", {"lora_a": adapters(*A, device="meta")}),
-    "lora_b: a tensor": ("lora_b", {"lora_b": torch.ones(2, 12, 4)}),
-    "lora_b: too few": ("lora_b", {"lora_b": adapters((12, 4))}),
-    "lora_b: another rank": ("lora_b[1]", {"lora_b": adapters((12, 4), (12, 4))}),
-    "lora_b: another N": ("lora_b[0]", {"lora_b": adapters((11, 4), (11, 2))}),
-    "lora_b: dtype": ("lora_b[0]", {"lora_b": adapters(*B, dtype=torch.float64)}),
-    "scale: a number": ("scale", {"scale": 1.0}),
-    "scale: a tensor": ("scale", {"scale": torch.ones(2)}),
-    "scale: too many": ("scale", {"scale": [1.0, 1.0, 1.0]}),
-    "scale: NaN": ("scale[1]", {"scale": [1.0, NAN]}),
-    "scale: infinite": ("scale[0]", {"scale": [INF, 1.0]}),
-    "scale: a tensor inside": ("scale[0]", {"scale": [torch.tensor(1.0), 1.0]}),
-    "index: None": ("index", {"index": None}),
-    "index: a list": ("index", {"index": [0, 1, -1, 1, 0, 0]}),
-    "index: floats": ("index", {"index": torch.zeros(6)}),
-    "index: bools": ("index", {"index": torch.zeros(6, dtype=torch.bool)}),
-    "index: too long": ("index", {"index": torch.zeros(12, dtype=torch.int64)}),
-    "index: no dimension": ("index", {"index": torch.tensor(0)}),
-    "index: 2-D": ("index", {"index": torch.zeros(6, 1, dtype=torch.int64)}),
-    "index: too large": ("index", {"index": torch.tensor([0, 1, 2, 0, 0, 0])}),
-    "index: below -1": ("index", {"index": torch.tensor([0, 1, -2, 0, 0, 0])}),
-    "index: far out of range": ("index", {"index": torch.tensor([0, 1, 2**62, 0, 0, 0])}),
-    "index: on meta": ("index", {"index": torch.zeros(6, dtype=torch.int64, device="meta")}),
-    "index: groups of other adapters": ("index", {"index": RowGroups(torch.zeros(6, dtype=torch.int64), 3)}),
-    "index: groups of other rows": ("index", {"index": RowGroups(torch.zeros(4, dtype=torch.int64), 2)}),
-    "index: groups of no rows": ("index", {"index": RowGroups(torch.zeros(0, dtype=torch.int64), 2)}),
-    "index: groups on meta": ("index", {"index": RowGroups(torch.zeros(6, dtype=torch.int64, device="meta"), 2)}),
-    "dropout_p: None": ("dropout_p", {"dropout_p": None}),
-    "dropout_p: a tensor": ("dropout_p", {"dropout_p": torch.tensor(0.1)}),
-    "dropout_p: too few": ("dropout_p", {"dropout_p": [0.1]}),
-    "dropout_p: above 1": ("dropout_p[1]", {"dropout_p": [0.1, 1.1]}),
-    "dropout_p: NaN": ("dropout_p", {"dropout_p": NAN}),
-    "dropout_p: a string inside": ("dropout_p[0]", {"dropout_p": ["0.1", 0.1]}),
-}
-
-
-def expect_named(name: str, arguments: dict[str, Any]) -> None:
-    start = name.replace("[", r"\[").replace("]", r"\]")
-    with pytest.raises((IndexError, TypeError, ValueError), match=rf"^{start}(\[\d+\])?: .*expected"):
-        multi_lora(**{key: value for key, value in arguments.items() if key != "dy"})
-
-
-@pytest.mark.parametrize(("name", "changes"), WRONG.values(), ids=WRONG)
-def test_wrong_arguments(name: str, changes: dict[str, Any]) -> None:
-    expect_named(name, {**right_arguments(), **changes})
-
-
-@pytest.mark.parametrize("case", [case for case in WRONG if case != "weight: dtype"])
-def test_wrong_arguments_under_autocast(case: str) -> None:
-    name, changes = WRONG[case]
-    with torch.autocast("cpu", torch.bfloat16):
-        expect_named(name, {**right_arguments(), **changes})
-
-
-def test_groups_must_fit_the_examples() -> None:
-    """Groups of 2 examples are none for an x of 4 examples, though 2 divides its number of rows."""
-    mixed = make_mixed([0] * 12, [4, 2], K=16, N=12)
-    with pytest.raises(ValueError, match="^index: "):
-        multi_lora(mixed.x.view(4, 3, 16), *mixed[1:6], group_rows(torch.tensor([0, 1]), 2))
-
-
-@pytest.mark.parametrize(("dtype", "adapters"), [(torch.uint8, 2), (torch.int8, 200), (torch.int32, 2)])
-def test_an_index_of_any_integers(dtype: torch.dtype, adapters: int) -> None:
-    """Also of those that do not reach from -1 to the number of adapters."""
-    order, offsets = group_rows(torch.tensor([1, 0, 1], dtype=dtype), adapters).for_rows(3)
-    assert order.tolist() == [1, 0, 2] and offsets.tolist()[:4] == [0, 0, 1, 3]
-
-
-@pytest.mark.parametrize("adapters", [0, -1, 1.5, None], ids=str)
-def test_group_rows_wants_a_number_of_adapters(adapters: Any) -> None:
-    with pytest.raises((TypeError, ValueError), match="^adapters: "):
-        group_rows(torch.zeros(3, dtype=torch.int64), adapters)
-
-
-def call_the_native_operators_wrongly() -> None:
-    mixed = make_mixed([0, 1, -1, 1, 0, 0], [4, 2], K=16, N=12)
-    order, offsets = group_rows(mixed.index, 2).for_rows(6)
-    numbers = {"scale": [1.0, 2.0], "dropout_p": [0.1, 0.0]}
-    sorting = {"order": order, "offsets": offsets}
-    tensors = {
-        "x": mixed.x.detach(),
-        "weight": mixed.weight,
-        "bias": mixed.bias,
-        "lora_a": adapters(*A),
-        "lora_b": adapters(*B),
-    }
-    wrong = {
-        case: (name.partition("[")[0], changes)
-        for case, (name, changes) in WRONG.items()
-        if name.partition("[")[0] not in ("index", "scale", "dropout_p")
-        and not case.endswith(("None", "on meta", "requires grad"))
-    }
-    wrong |= {
-        "scale: too few": ("scale", {"scale": [1.0]}),
-        "dropout_p: too few": ("dropout_p", {"dropout_p": [0.1]}),
-        "order: too short": ("order", {"order": order[:5]}),
-        "order: dtype": ("order", {"order": order.int()}),
-        "order: too large": ("order", {"order": order + 1}),
-        "order: negative": ("order", {"order": order - 1}),
-        "offsets: too short": ("offsets", {"offsets": offsets[:4]}),
-        "offsets: dtype": ("offsets", {"offsets": offsets.float()}),
-        "offsets: beyond the rows": ("offsets", {"offsets": offsets * 1000}),
-        "offsets: falling": ("offsets", {"offsets": offsets.flip(0)}),
-    }
-    wrong_seed = {"seed: dtype": ("seed", {"seed": torch.tensor(1, dtype=torch.int32)})}
-    print_accepted("multi_lora_cpu", {**tensors, **numbers, "seed": torch.tensor(1), **sorting}, wrong | wrong_seed)
-    wrong = {case: change for case, change in wrong.items() if change[0] != "bias"}
-    wrong |= {
-        "dy: another N": ("dy", {"dy": torch.ones(6, 11)}),
-        "dy: another M": ("dy", {"dy": torch.ones(5, 12)}),
-        "dy: dtype": ("dy", {"dy": torch.ones(6, 12).bfloat16()}),
-        "xa: another rank": ("xa", {"xa": torch.ones(6, 3)}),
-        "xa: another M": ("xa", {"xa": torch.ones(5, 4)}),
-        "xa: dtype": ("xa", {"xa": torch.ones(6, 4).bfloat16()}),
-        "keep: dtype": ("keep", {"keep": torch.ones(6, 8, dtype=torch.int8)}),
-        "keep: another M": ("keep", {"keep": torch.ones(5, 8, dtype=torch.uint8)}),
-        "keep: too few bytes": ("keep", {"keep": torch.ones(6, 2, dtype=torch.uint8)}),
-        "keep: 1-D": ("keep", {"keep": torch.ones(48, dtype=torch.uint8)}),
-    }
-    del tensors["bias"]
-    need = {"need_dx": True, "need_da": True, "need_db": True}
-    state = {"xa": torch.ones(6, 4), "keep": torch.ones(6, 8, dtype=torch.uint8)}
-    right = {"dy": torch.ones(6, 12), **tensors, **state, **numbers, **sorting, **need}
-    print_accepted("multi_lora_backward_cpu", right, wrong)
-
-
-@pytest.mark.skipif("cpu" not in implementations(OPERATOR, "cpu"), reason="the native extension is not built")
-def test_wrong_arguments_to_the_native_operators() -> None:
-    """They raise, naming the argument, also when no one checks before them; none ends the process."""
-    assert run_apart("test_multi_lora", call_the_native_operators_wrongly) == ""

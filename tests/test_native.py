@@ -6,10 +6,22 @@ have no wider one. The equations themselves are tested, for every implementation
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
-from bounds import INPUTS, assert_within_bound_over_inputs, dense, double, gapped, make_layer, run_apart, transposed
+from bounds import (
+    INPUTS,
+    Layer,
+    assert_within_bound_over_inputs,
+    dense,
+    double,
+    gapped,
+    make_layer,
+    run_apart,
+    transposed,
+)
+from lora_arguments import Arguments, one_layer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -27,15 +39,10 @@ pytestmark = pytest.mark.skipif(
 
 
 def run(
-    op: str, layer: tuple, scale: float, p: float, seed: Tensor | None, implementation: str = "cpu", **changes: Tensor
+    layer: tuple, scale: float, p: float, seed: Tensor | None, implementation: str = "cpu", xa: Tensor | None = None
 ) -> list[Tensor]:
     """y, xa, dx, da, db of a `bounds.Layer`, computed without autograd."""
-    x, weight, bias, lora_a, lora_b, dy = (None if t is None else t.detach() for t in layer)
-    forward, backward = (ops.implementation(name, implementation) for name in (op, f"{op}_backward"))
-    y, xa, keep = forward(x, weight, bias, lora_a, lora_b, scale, p, seed)
-    xa_given = changes.get("xa", xa)
-    grads = backward(dy, x, weight, lora_a, lora_b, xa_given, keep, scale, p, True, True, True)
-    return [y, xa, *grads]
+    return one_layer(layer, scale, p, seed).both(implementation, [layer[5].detach()], xa)
 
 
 def assert_near_reference(layer: tuple, p: float, got: list[Tensor], seed: Tensor) -> None:
@@ -50,15 +57,20 @@ def assert_near_reference_over_inputs(runs: list[list[tuple[Tensor, Tensor, Tens
 def beside_reference(layer: tuple, p: float, got: list[Tensor], seed: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     """What `run` got, each result with eager's and the exact one."""
     dtype = layer[0].dtype
-    exact = run("lora_linear", tuple(double(t) for t in layer), 1.5, p, seed, "reference")
-    narrow = tuple(None if t is None else dense(t).to(dtype) for t in layer)
+    exact = run(Layer(*map(double, layer)), 1.5, p, seed, "reference")
+    narrow = Layer(*(None if t is None else dense(t).to(dtype) for t in layer))
     # In 16 bits the backward may round the exact xa once; in float32 eager has its own, with the error of its own sums.
-    eager_given = run("lora_linear", narrow, 1.5, p, seed, "reference", xa=exact[1].to(dtype))
-    eager = run("lora_linear", narrow, 1.5, p, seed, "reference") if dtype is torch.float32 else eager_given
+    eager_given = run(narrow, 1.5, p, seed, "reference", xa=exact[1].to(dtype))
+    eager = run(narrow, 1.5, p, seed, "reference") if dtype is torch.float32 else eager_given
     # And the backward by itself: both are given the exact xa, so that the bound is of its own roundings alone.
-    got_given = run("lora_linear", layer, 1.5, p, seed, xa=exact[1].to(got[1].dtype))
+    got_given = run(layer, 1.5, p, seed, xa=exact[1].to(got[1].dtype))
     values, near, right = ([*one, last[-1]] for one, last in ((got, got_given), (eager, eager_given), (exact, exact)))
     return [(value, n.to(value.dtype), r) for value, n, r in zip(values, near, right, strict=True)]
+
+
+def update(y: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
+    """xa and keep; adds to y what lora_linear adds to frozen products, of rows that all have the same adapters."""
+    return torch.ops.fastlora.lora_update_cpu(y, *args, None, None)
 
 
 def check_masks() -> None:
@@ -70,23 +82,21 @@ def check_masks() -> None:
         (2**63 - 1, 1 / 65536, 40, 256),
         (1 << 40, 0.95, 1, 9),
     ):
-        drawn = torch.tensor(seed)
+        drawn = torch.tensor([seed])
         mask = reference.keep_mask(drawn, torch.arange(M), K, p)
         factor = torch.tensor(reference.keep_scale(p), dtype=torch.float32)
         expected = torch.where(mask, factor, 0.0)
-        x, frozen = torch.ones(M, K), torch.zeros(M, K)
-        _, xa, keep = torch.ops.fastlora.lora_linear_cpu(
-            x, frozen, None, torch.eye(K), torch.zeros(M, K), 1.0, p, drawn
-        )
-        assert torch.equal(xa, expected), f"forward, seed {seed}"
-        assert torch.equal(reference.read_keep(keep, K), mask), f"keep, seed {seed}"
+        x, y = torch.ones(M, K), torch.zeros(M, M)
+        xa, keep = update([y], x, [torch.eye(K)], [torch.zeros(M, K)], [1.0], [p], drawn)
+        assert torch.equal(xa[0], expected) and not y.any(), f"forward, seed {seed}"
+        assert torch.equal(reference.read_keep(keep[0], K), mask), f"keep, seed {seed}"
         # dxa is the identity where dy and B are: dA = d(x), and dx = d'(A).
-        one = torch.eye(M)
-        dx, da, _ = torch.ops.fastlora.lora_linear_backward_cpu(
-            one, x, frozen, x, one, torch.zeros(M, M), keep, 1.0, p, True, True, False
+        one, dx = torch.eye(M), torch.zeros(M, K)
+        da, _ = torch.ops.fastlora.lora_update_backward_cpu(
+            dx, [one], x, [x], [one], torch.zeros(1, M, M), keep, [1.0], [p], None, None, True, False
         )
         assert torch.equal(dx, expected), f"dx, seed {seed}"
-        assert torch.equal(da, expected), f"da, seed {seed}"
+        assert torch.equal(da.view(M, K), expected), f"da, seed {seed}"
 
 
 def check_conversions() -> None:
@@ -101,12 +111,12 @@ def check_conversions() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
         one = torch.ones(1, 1)
-        _, xa, _ = torch.ops.fastlora.lora_linear_cpu(x, one.to(dtype), None, one, one, 1.0, 0.0, None)
-        assert torch.equal(xa.nan_to_num(1.25), flushed(x.float(), dtype).nan_to_num(1.25))
+        xa, _ = update([torch.zeros_like(x)], x, [one], [one], [1.0], [0.0], None)
+        assert torch.equal(xa[0].nan_to_num(1.25), flushed(x.float(), dtype).nan_to_num(1.25))
         finite = x[x.isfinite()][:, None]
         for scale in (1 / 3, 3.0, 2.0**-14):
-            frozen = torch.zeros(1, 1, dtype=dtype)
-            y, _, _ = torch.ops.fastlora.lora_linear_cpu(finite, frozen, None, one, one, scale, 0.0, None)
+            y = torch.zeros_like(finite)
+            update([y], finite, [one], [one], [scale], [0.0], None)
             product = flushed(finite.float(), dtype) * torch.tensor(scale, dtype=torch.float32)
             assert torch.equal(y, flushed(product, dtype).to(dtype))
 
@@ -114,13 +124,13 @@ def check_conversions() -> None:
 def check_layers() -> None:
     torch.manual_seed(0)
     inputs = 1 if os.environ.get("QEMU") else INPUTS  # an emulated CPU takes a minute for one
-    seed = torch.tensor(20_000_000_000)
+    seed = torch.tensor([20_000_000_000])
     for M, K, N, R in SHAPES:
         for dtype, adapter in ((torch.float32, None), (torch.bfloat16, torch.float32), (torch.float16, None)):
             layers = [make_layer(M, K, N, R, dtype, adapter) for _ in range(inputs)]
             for p in (0.0, 0.1):
                 assert_near_reference_over_inputs(
-                    [beside_reference(one, p, run("lora_linear", one, 1.5, p, seed), seed) for one in layers]
+                    [beside_reference(one, p, run(one, 1.5, p, seed), seed) for one in layers]
                 )
 
 
@@ -128,10 +138,10 @@ def check_far_rows() -> None:
     """Rows more than 2**31 elements apart; the memory between them is never touched."""
     far = torch.empty(2**31 + 64, dtype=torch.bfloat16).as_strided((2, 40), (2**31 + 8, 1))
     layer = make_layer(2, 40, 24, 4, torch.bfloat16)
-    near = run("lora_linear", layer, 1.5, 0.3, torch.tensor(3))
+    near = run(layer, 1.5, 0.3, torch.tensor([3]))
     with torch.no_grad():
         far.copy_(layer.x)
-    for got, right in zip(run("lora_linear", layer._replace(x=far), 1.5, 0.3, torch.tensor(3)), near, strict=True):
+    for got, right in zip(run(layer._replace(x=far), 1.5, 0.3, torch.tensor([3])), near, strict=True):
         assert torch.equal(got, right)
 
 
@@ -194,12 +204,12 @@ def threads():
 
 def assert_right_twice(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Within the bound, and equal to the bit when computed again."""
-    seed, layers = torch.tensor(99), [make_layer(*shape, dtype) for _ in range(INPUTS if shape[0] == 1 else 1)]
-    results = [run("lora_linear", layer, 1.5, 0.2, seed) for layer in layers]
+    seed, layers = torch.tensor([99]), [make_layer(*shape, dtype) for _ in range(INPUTS if shape[0] == 1 else 1)]
+    results = [run(layer, 1.5, 0.2, seed) for layer in layers]
     assert_near_reference_over_inputs(
         [beside_reference(layer, 0.2, got, seed) for layer, got in zip(layers, results, strict=True)]
     )
-    for once, again in zip(results[0], run("lora_linear", layers[0], 1.5, 0.2, seed), strict=True):
+    for once, again in zip(results[0], run(layers[0], 1.5, 0.2, seed), strict=True):
         assert torch.equal(once, again)
 
 
@@ -266,31 +276,26 @@ def test_a_mixed_batch_is_its_adapters(threads) -> None:
     x, weight, bias, dy = (t.detach() for t in (base.x, base.weight, base.bias, base.dy))
     for count in (1, 2, 3):
         threads(count)
-        y, xa, keep = torch.ops.fastlora.multi_lora_cpu(
-            x, weight, bias, a, b, [1.5] * 3, [0.0] * 3, None, order, offsets
-        )
-        dx, da, db = torch.ops.fastlora.multi_lora_backward_cpu(
-            dy, x, weight, a, b, xa, keep, [1.5] * 3, [0.0] * 3, order, offsets, True, True, True
-        )
-        das, dbs = da.split([m.numel() for m in a]), db.split([m.numel() for m in b])
+        mixed = Arguments(x, [weight], [bias], a, b, [1.5] * 3, [0.0] * 3, None, order, offsets)
+        y, xa, dx, *grads = mixed.both("cpu", [dy])
         for i in range(3):
             mine = index == i
-            layer = (x[mine], weight, bias, a[i], b[i], dy[mine])
-            got = [y[mine], xa[mine, : ranks[i]], dx[mine], das[i].view_as(a[i]), dbs[i].view_as(b[i])]
-            assert_near_reference(layer, 0.0, got, torch.tensor(0))
-            assert not xa[mine, ranks[i] :].any()
+            layer = Layer(x[mine], weight, bias, a[i], b[i], dy[mine])
+            got = [y[mine], xa[:, mine, : ranks[i]], dx[mine], grads[i], grads[3 + i]]
+            assert_near_reference(layer, 0.0, got, torch.tensor([0]))
+            assert not xa[0, mine, ranks[i] :].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_layouts(dtype: torch.dtype) -> None:
     """Gaps and transposition change nothing: not even a bit, but for the products that torch itself does."""
     layer = make_layer(20, 70, 50, 6, dtype)
-    seed = torch.tensor(11)
-    dense = run("lora_linear", layer, 1.5, 0.1, seed)
+    seed = torch.tensor([11])
+    dense = run(layer, 1.5, 0.1, seed)
     loose = layer._replace(
         x=gapped(layer.x), dy=transposed(layer.dy), lora_a=transposed(layer.lora_a), lora_b=gapped(layer.lora_b)
     )
-    got = run("lora_linear", loose, 1.5, 0.1, seed)
+    got = run(loose, 1.5, 0.1, seed)
     assert_near_reference(layer, 0.1, got, seed)
     for one, other in zip(dense[1::2], got[1::2], strict=True):  # xa and da
         assert torch.equal(one, other)
@@ -298,25 +303,20 @@ def test_layouts(dtype: torch.dtype) -> None:
 
 def test_a_keep_with_gaps() -> None:
     layer = make_layer(20, 70, 50, 6)
-    x, weight, bias, lora_a, lora_b, dy = (tensor.detach() for tensor in layer)
-    _, xa, keep = torch.ops.fastlora.lora_linear_cpu(x, weight, bias, lora_a, lora_b, 1.5, 0.1, torch.tensor(11))
-    wide = torch.cat((~keep, keep), 1)
-    backward = torch.ops.fastlora.lora_linear_backward_cpu
-    for loose in (wide[:, keep.shape[1] :], keep.T.contiguous().T):
-        grads, others = (
-            backward(dy, x, weight, lora_a, lora_b, xa, bits, 1.5, 0.1, True, True, True) for bits in (keep, loose)
-        )
+    arguments = one_layer(layer, 1.5, 0.1, torch.tensor([11]))
+    _, xa, keep = arguments.forward("cpu")
+    wide = torch.cat((~keep, keep), 2)
+    for loose in (wide[:, :, keep.shape[2] :], keep.mT.contiguous().mT):
+        grads, others = (arguments.backward("cpu", [layer.dy], xa, bits) for bits in (keep, loose))
         assert all(torch.equal(one, other) for one, other in zip(grads, others, strict=True))
 
 
 def test_nothing_is_dropped_or_everything() -> None:
     layer = make_layer(4, 40, 24, 3)
-    seed = torch.tensor(1)
-    for one, other in zip(
-        run("lora_linear", layer, 1.5, 0.0, seed), run("lora_linear", layer, 1.5, 0.0, None), strict=True
-    ):
+    seed = torch.tensor([1])
+    for one, other in zip(run(layer, 1.5, 0.0, seed), run(layer, 1.5, 0.0, None), strict=True):
         assert torch.equal(one, other)
-    _, xa, _, da, db = run("lora_linear", layer, 1.5, 1.0, seed)
+    _, xa, _, da, db = run(layer, 1.5, 1.0, seed)
     assert not xa.any() and not da.any() and not db.any()
 
 
@@ -324,10 +324,8 @@ def test_a_dropped_infinity_is_zero() -> None:
     """As torch.where has it, not inf · 0."""
     x = torch.full((64, 16), torch.inf)
     keep = reference.keep_mask(torch.tensor(4), torch.arange(64), 16, 0.5)
-    _, xa, _ = torch.ops.fastlora.lora_linear_cpu(
-        x, torch.zeros(2, 16), None, torch.ones(1, 16), torch.zeros(2, 1), 1.0, 0.5, torch.tensor(4)
-    )
-    assert torch.equal(xa[:, 0].isinf(), keep.any(1)) and not xa.isnan().any()
+    xa, _ = update([torch.zeros(64, 2)], x, [torch.ones(1, 16)], [torch.zeros(2, 1)], [1.0], [0.5], torch.tensor([4]))
+    assert torch.equal(xa[0, :, 0].isinf(), keep.any(1)) and not xa.isnan().any()
 
 
 def test_it_says_what_it_is() -> None:

@@ -1,9 +1,12 @@
 """The law itself: the equations against plain loops, and the dropout's bits against the published generator."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from bounds import flip_unread, make_layer
+from lora_arguments import Arguments, one_layer
 
 from fastlora import reference
 
@@ -114,26 +117,53 @@ def test_lora_linear_by_hand() -> None:
         torch.tensor([0.5, 0.0, -1.0]),
     )
     lora_a, lora_b = torch.tensor([[2.0, -1.0]]), torch.tensor([[1.0], [2.0], [0.0]])
-    y, xa, _ = reference.lora_linear(x, weight, bias, torch.tensor([[2.0, 1.0]]), lora_b, 10.0, 0.0, None)
-    assert xa.tolist() == [[4.0]] and y.tolist() == [[51.5, 97.0, 1.0]]
-    y, xa, _ = reference.lora_linear(x, weight, bias, lora_a, lora_b, 10.0, 0.0, None)
-    assert xa.tolist() == [[0.0]] and y.tolist() == [[11.5, 17.0, 1.0]]
+    arguments = Arguments(x, [weight], [bias], [torch.tensor([[2.0, 1.0]])], [lora_b], [10.0], [0.0])
+    [y], xa, _ = reference.lora_linear(*arguments)
+    assert xa.tolist() == [[[4.0]]] and y.tolist() == [[51.5, 97.0, 1.0]]
+    [y], xa, _ = reference.lora_linear(*arguments._replace(lora_a=[lora_a]))
+    assert xa.tolist() == [[[0.0]]] and y.tolist() == [[11.5, 17.0, 1.0]]
+    # Both at once: layers that share x, the second without a bias.
+    both = Arguments(
+        x, [weight] * 2, [bias, None], [torch.tensor([[2.0, 1.0]]), lora_a], [lora_b] * 2, [10.0] * 2, [0.0] * 2
+    )
+    ys, xa, _ = reference.lora_linear(*both)
+    assert xa.tolist() == [[[4.0]], [[0.0]]] and [y.tolist() for y in ys] == [[[51.5, 97.0, 1.0]], [[11.0, 17.0, 2.0]]]
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])
 def test_lora_linear_backward_is_the_gradient(dropout_p: float) -> None:
     """The written backward against autograd through the written forward, in float64."""
     layer = make_layer(7, 11, 5, 3, torch.float64)
-    seed = torch.tensor(99)
+    seed = torch.tensor([99])
     dropped = reference.dropout(layer.x, dropout_p, reference.draw_keep(layer.x, dropout_p, seed))
     y = layer.x @ layer.weight.T + layer.bias + 1.7 * (dropped @ layer.lora_a.T) @ layer.lora_b.T
     expected = torch.autograd.grad(y, (layer.x, layer.lora_a, layer.lora_b), layer.dy)
-    x, weight, bias, lora_a, lora_b, dy = (tensor.detach() for tensor in layer)
-    forward, xa, keep = reference.lora_linear(x, weight, bias, lora_a, lora_b, 1.7, dropout_p, seed)
+    forward, _, *grads = one_layer(layer, 1.7, dropout_p, seed).both("reference", [layer.dy])
     torch.testing.assert_close(forward, y.detach())
-    grads = reference.lora_linear_backward(dy, x, weight, lora_a, lora_b, xa, keep, 1.7, dropout_p, True, True, True)
     for grad, want in zip(grads, expected, strict=True):
         torch.testing.assert_close(grad, want)
+
+
+def test_layers_that_share_x_are_lora_linear_layer_by_layer() -> None:
+    """Each layer's part of the state and of the gradients is its own; dx is the sum; of ranks that differ the widest counts."""
+    layers = [make_layer(7, 11, N, R, torch.float64, bias=N != 4) for N, R in ((5, 3), (4, 1), (6, 2))]
+    layers = [layer._replace(x=layers[0].x) for layer in layers]
+    numbers, seed = ([0.5, 2.0, -1.0], [0.5, 0.0, 0.3]), torch.tensor([5, 6, 2**40])
+    alone = [one_layer(*one, seed[g : g + 1]) for g, one in enumerate(zip(layers, *numbers, strict=True))]
+    columns = ([own[0] for own in column] for column in zip(*(one[1:5] for one in alone), strict=True))
+    together = Arguments(alone[0].x, *columns, *numbers, seed)
+    dy = [layer.dy for layer in layers]
+    *ys, xa, dx, a0, a1, a2, b0, b1, b2 = together.both("reference", dy)
+    _, _, keep = reference.lora_linear(*together)
+    sum_of_dx = torch.zeros_like(dx)
+    for g, (y, grads) in enumerate(zip(ys, ((a0, b0), (a1, b1), (a2, b2)), strict=True)):
+        own_y, own_xa, own_dx, *own_grads = alone[g].both("reference", [dy[g]])
+        rank, sum_of_dx = own_xa.shape[2], sum_of_dx + own_dx
+        torch.testing.assert_close([y, xa[g, :, :rank], *grads], [own_y, own_xa[0], *own_grads])
+        assert not xa[g, :, rank:].any()
+        own_keep = reference.lora_linear(*alone[g])[2]
+        assert torch.equal(keep[g], own_keep[0]) if numbers[1][g] else own_keep.numel() == 0
+    torch.testing.assert_close(dx, sum_of_dx)
 
 
 def test_multi_lora_is_lora_linear_row_by_row() -> None:
@@ -141,21 +171,93 @@ def test_multi_lora_is_lora_linear_row_by_row() -> None:
     M, K, N, ranks = 9, 12, 6, (1, 4, 3)
     layers = [make_layer(M, K, N, rank, torch.float64) for rank in ranks]
     x, weight, bias = layers[0].x.detach(), layers[0].weight, layers[0].bias
-    index, seed = torch.tensor([2, -1, 0, 0, 2, 1, -1, 2, 0]), torch.tensor(5)
+    index, seed = torch.tensor([2, -1, 0, 0, 2, 1, -1, 2, 0]), torch.tensor([5])
     scales, probabilities = [0.5, 2.0, -1.0], [0.5, 0.0, 0.3]
     order = torch.argsort(index, stable=True)
     offsets = torch.searchsorted(index[order], torch.arange(-1, 5))
     lora_a, lora_b = [layer.lora_a.detach() for layer in layers], [layer.lora_b.detach() for layer in layers]
-    y, xa, keep = reference.multi_lora(x, weight, bias, lora_a, lora_b, scales, probabilities, seed, order, offsets)
+    numbers = scales, probabilities, seed, order, offsets
+    [y], xa, keep = reference.lora_linear(x, [weight], [bias], lora_a, lora_b, *numbers)
     for row, i in enumerate(index.tolist()):
         if i == -1:
             torch.testing.assert_close(y[row], x[row] @ weight.T + bias)
-            assert not xa[row].any()
+            assert not xa[0, row].any()
             continue
-        alone, alone_xa, alone_keep = reference.lora_linear(
-            x, weight, bias, lora_a[i], lora_b[i], scales[i], probabilities[i], seed
+        [alone], alone_xa, alone_keep = reference.lora_linear(
+            *Arguments(x, [weight], [bias], [lora_a[i]], [lora_b[i]], [scales[i]], [probabilities[i]], seed)
         )
         torch.testing.assert_close(y[row], alone[row])
-        torch.testing.assert_close(xa[row, : ranks[i]], alone_xa[row])
-        assert not xa[row, ranks[i] :].any()
-        assert not probabilities[i] or torch.equal(keep[row], alone_keep[row])
+        torch.testing.assert_close(xa[0, row, : ranks[i]], alone_xa[0, row])
+        assert not xa[0, row, ranks[i] :].any()
+        assert not probabilities[i] or torch.equal(keep[0, row], alone_keep[0, row])
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["one layer", "two layers"])
+def test_the_backward_of_mixed_rows_is_the_gradient(shared: bool) -> None:
+    """Against autograd through each row's own equation, in float64; an adapter without rows gets zeros."""
+    made = [make_layer(6, 7, 5, rank, torch.float64) for rank in (1, 3, 2, 2, 1, 4)][: 6 if shared else 3]
+    G, index = 2 if shared else 1, torch.tensor([2, -1, 0, 2, 0, -1])  # nobody has adapter 1
+    x, seed = made[0].x, torch.tensor([5, 2**40])[:G]
+    scales, p = [0.5, 2.0, -1.0] * G, [0.5, 0.0, 0.3] * G
+    ys = []
+    for g in range(G):
+        rows = []
+        for row, i in enumerate(index.tolist()):
+            y = x[row] @ made[g].weight.T
+            if i >= 0:
+                j, number = g * 3 + i, torch.tensor([row])
+                kept = reference.draw_keep(x, p[j], seed[g], number)
+                y = y + scales[j] * reference.dropout(x[row][None], p[j], kept)[0] @ made[j].lora_a.T @ made[j].lora_b.T
+            rows.append(y)
+        ys.append(torch.stack(rows))
+    leaves = [x, *(one.lora_a for one in made), *(one.lora_b for one in made)]
+    dy = [made[g].dy for g in range(G)]
+    expected = torch.autograd.grad(ys, leaves, dy, materialize_grads=True)
+    order = torch.argsort(index, stable=True)
+    sorting = order, torch.searchsorted(index[order], torch.arange(-1, 5))
+    frozen = [one.weight for one in made[:G]], [None] * G
+    adapters = [one.lora_a.detach() for one in made], [one.lora_b.detach() for one in made]
+    arguments = Arguments(x.detach(), *frozen, *adapters, scales, p, seed, *sorting)
+    *forward, _, dx, _ = arguments.both("reference", dy)[: G + 3]
+    torch.testing.assert_close([*forward, dx], [*(y.detach() for y in ys), expected[0]])
+    for grad, want in zip(arguments.both("reference", dy)[G + 2 :], expected[1:], strict=True):
+        torch.testing.assert_close(grad, want)
+
+
+def test_the_loss_of_labels_by_hand() -> None:
+    """Two words whose logits differ by log 3: probabilities of 3/4 and 1/4."""
+    hidden, weight = torch.tensor([[1.0], [1.0]]), torch.tensor([[math.log(3)], [0.0]])
+    labels = torch.tensor([0, 1])
+    loss, highest, total, dhidden = reference.linear_cross_entropy(hidden, weight, None, labels, True)
+    torch.testing.assert_close(loss, torch.tensor(2 * math.log(4) - math.log(3)))
+    torch.testing.assert_close(highest, torch.full((2, 1), math.log(3)))
+    torch.testing.assert_close(total, torch.full((2, 1), 4 / 3))
+    torch.testing.assert_close(dhidden, torch.tensor([[-0.25], [0.75]]) * math.log(3))
+    dweight, dbias = reference.linear_cross_entropy_backward(
+        torch.tensor(2.0), hidden, weight, torch.zeros(2), labels, highest, total
+    )
+    torch.testing.assert_close(dbias, torch.tensor([1.0, -1.0]))
+    torch.testing.assert_close(dweight, torch.tensor([[1.0], [-1.0]]))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_the_gradients_of_the_loss_are_autograds(with_bias: bool) -> None:
+    """Through torch's own cross_entropy, in float64."""
+    hidden, weight, bias = (
+        torch.randn(*shape, dtype=torch.float64).requires_grad_() for shape in ((6, 4), (9, 4), (9,))
+    )
+    labels = torch.tensor([0, 8, 3, 3, 5, 1])
+    logits = torch.nn.functional.linear(hidden, weight, bias if with_bias else None)
+    expected = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    leaves = [hidden, weight, *([bias] if with_bias else [])]
+    dloss = torch.tensor(0.37, dtype=torch.float64)
+    wanted = torch.autograd.grad(expected, leaves, dloss)
+    h, w, b = (one.detach() for one in (hidden, weight, bias))
+    given = h, w, b if with_bias else None, labels
+    loss, highest, total, dhidden = reference.linear_cross_entropy(*given, True)
+    torch.testing.assert_close(loss, expected.detach())
+    found = [dhidden * dloss, *reference.linear_cross_entropy_backward(dloss, *given, highest, total)]
+    for one, want in zip(found, wanted, strict=False):
+        torch.testing.assert_close(one, want)
+    assert with_bias or found[2].numel() == 0
+    assert reference.linear_cross_entropy(*given, False)[3].numel() == 0

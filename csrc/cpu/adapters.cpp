@@ -501,7 +501,6 @@ Batch check_adapters(
     const std::optional<Tensor>& offsets) {
   check_rows(x);
   const size_t S = adapters.a.size(), G = out.size();
-  STD_TORCH_CHECK(G >= 1, "y: got no layer, expected at least one");
   STD_TORCH_CHECK(S >= 1, "lora_a: got no adapter, expected at least one");
   STD_TORCH_CHECK(S % G == 0 && (order || S == G), "lora_a: got ", S, " adapters for ", G, " layers, expected ", order ? "as many" : "one", " for each");
   STD_TORCH_CHECK(adapters.b.size() == S, "lora_b: got ", adapters.b.size(), " adapters, expected ", S);

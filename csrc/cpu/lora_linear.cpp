@@ -13,6 +13,7 @@ namespace {
 /// Raises unless each is [M, N] in x's dtype; the N of all.
 std::vector<int64_t> check_outputs(const std::vector<Tensor>& outputs, const std::string& name, const Tensor& x) {
   check_shape(x, "x", {ANY, ANY});
+  STD_TORCH_CHECK(!outputs.empty(), name, ": got no layer, expected at least one");
   std::vector<int64_t> columns;
   for (size_t g = 0; g < outputs.size(); ++g) {
     const std::string one = name + (outputs.size() == 1 ? "" : "[" + std::to_string(g) + "]");

@@ -149,7 +149,7 @@ def lora_linear(
         if all(map(_is_dense, weight)):
             return *_few_rows_of_layers(x, weight, bias, lora_a, lora_b, scale, order, offsets), NOTHING_DROPPED
     x = x if x.stride(1) == 1 else x.contiguous()
-    ys = [multiply(x, w, b, backward=False) for w, b in zip(weight, bias, strict=True)]
+    ys = [frozen_linear(x, w, b) for w, b in zip(weight, bias, strict=True)]
     return ys, *_update(ys, x, lora_a, lora_b, scale, dropout_p, seed, order, offsets)
 
 
@@ -179,7 +179,7 @@ def lora_linear_backward(
     """reference.py::lora_linear_backward on a CPU."""
     dx = None
     for d, w in zip(dy if need_dx else (), weight, strict=False):
-        part = multiply(d, w.t(), None, backward=True)
+        part = frozen_linear_backward(d, w)
         dx = part if dx is None else dx.add_(part)
     da, db = _update_backward(dx, dy, x, lora_a, lora_b, xa, keep, scale, dropout_p, order, offsets, need_da, need_db)
     return x.new_empty(0) if dx is None else dx, da, db

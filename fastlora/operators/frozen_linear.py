@@ -69,7 +69,7 @@ class FrozenLinearFunction(torch.autograd.Function):
     def backward(ctx, saved, dy):
         (weight,) = saved
         rows = rows_of(dy)
-        call = run_backward if is_eager(rows) else torch.ops.fastlora.frozen_linear_backward
+        call = run_backward if is_eager(rows, weight) else torch.ops.fastlora.frozen_linear_backward
         with checks.without_autocast(dy.device):
             return shaped(call(rows, weight), dy), None, None
 
@@ -77,7 +77,7 @@ class FrozenLinearFunction(torch.autograd.Function):
 def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """y [..., N] without a gradient, past the dispatcher where nobody traces."""
     rows = rows_of(x)
-    return shaped((run if is_eager(rows) else torch.ops.fastlora.frozen_linear)(rows, weight, bias), x)
+    return shaped((run if is_eager(rows, weight, bias) else torch.ops.fastlora.frozen_linear)(rows, weight, bias), x)
 
 
 def frozen_linear(

@@ -68,7 +68,7 @@ ops.define("linear_cross_entropy_backward", BACKWARD_SCHEMA, run_backward, _fake
 class LinearCrossEntropyFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels):  # [n, D], [V, D], [V], [n] -> sum of losses, scalar
-        call = run if is_eager(hidden) else torch.ops.fastlora.linear_cross_entropy
+        call = run if is_eager(hidden, weight, bias, labels) else torch.ops.fastlora.linear_cross_entropy
         loss, highest, total, dhidden = call(hidden, weight, bias, labels, ctx.needs_input_grad[0])
         ctx.save_for_backward(hidden, weight, bias, labels, highest, total, dhidden)
         return loss
@@ -81,7 +81,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         dx = (dhidden * dloss).to(hidden.dtype) if need_hidden else None
         if not any(need_head):
             return dx, None, None, None
-        call = run_backward if is_eager(hidden) else torch.ops.fastlora.linear_cross_entropy_backward
+        call = run_backward if is_eager(dloss, hidden, weight, bias, labels) else torch.ops.fastlora.linear_cross_entropy_backward
         with checks.without_autocast(hidden.device):
             dweight, dbias = call(dloss, hidden, weight, bias, labels, highest, total)
         return dx, dweight, None if bias is None else dbias, None

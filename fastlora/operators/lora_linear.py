@@ -185,6 +185,8 @@ for _suffix, _schema, _run, _shapes in (
     ("_backward", BACKWARD_SCHEMA, run_backward, _fake_backward),
 ):
     ops.define(f"lora_linear{_suffix}", _schema, _run, _shapes, cases=[case + _suffix for case in CASES.values()])
+# Many backwards at once (torch.autograd.grad's is_grads_batched): torch has rules for what the reference calls, and none for lists.
+ops.library.impl("lora_linear_backward", reference.lora_linear_backward, "Batched")
 
 
 # ---- gradients
@@ -192,8 +194,12 @@ for _suffix, _schema, _run, _shapes in (
 
 class LoRALinearFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, scale, dropout_p, seed, order, offsets, *adapters):
-        """x [..., K] -> G of y [..., N_g]; adapters: every A, then every B."""
+    def forward(ctx, x, weight, bias, scale, dropout_p, seed, *rest):
+        """x [..., K] -> G of y [..., N_g]; the rest: order, offsets, then every A, then every B.
+
+        Where nothing requires a gradient torch's compiler leaves ctx out if the other arguments are as many as these parameters: there are more.
+        """
+        order, offsets, *adapters = rest
         half = len(adapters) // 2
         ys, xa, keep = _forward(
             x, weight, bias, adapters[:half], adapters[half:], scale, dropout_p, seed, order, offsets
@@ -220,7 +226,7 @@ class LoRALinearFunction(torch.autograd.Function):
             for d, w in zip(dy, weight, strict=True)
         ]
         rows = rows_of(x)
-        call = run_backward if is_eager(rows) else torch.ops.fastlora.lora_linear_backward
+        call = run_backward if is_eager(*dys, rows, *tensors) else torch.ops.fastlora.lora_linear_backward
         with checks.without_autocast(x.device):
             dx, da, db = call(
                 dys, rows, weight, lora_a, lora_b, xa, keep, ctx.scale, ctx.dropout_p, order, offsets, *need
@@ -232,13 +238,9 @@ class LoRALinearFunction(torch.autograd.Function):
 def _forward(
     x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], *rest: Any
 ) -> tuple[Sequence[Tensor], Tensor, Tensor]:  # fmt: skip
-    """`run` on x [..., K], past the dispatcher where nobody traces: gradients.py's rows_of, is_eager and shaped, without their calls."""
+    """`run` on x [..., K], past the dispatcher where nobody traces: gradients.py's rows_of and shaped, without their calls."""
     rows = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x[None]
-    if (
-        not torch.compiler.is_compiling()
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and not torch._C._len_torch_dispatch_stack()
-    ):
+    if is_eager(x, *weight, *bias, *lora_a, *lora_b):
         ys, xa, keep = run(rows, weight, bias, lora_a, lora_b, *rest)
     else:
         none = x.new_empty(0)
