@@ -7,28 +7,35 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OPERATORS = ("lora_linear", "multi_lora", "prefix_concat")
+OPERATORS = ("frozen_linear", "linear_cross_entropy", "lora_linear", "prefix_concat")
+MIXED = "multi_lora"  # the half of lora_linear's kernels whose rows have adapters of their own
+KERNELS = (
+    "lora_linear",
+    MIXED,
+    "prefix_concat",
+)  # frozen_linear is frozen/'s, linear_cross_entropy is blocks of frozen_linear
 
 # From the bottom up; a file imports only from floors below its own, or from its own package.
 FLOORS = (
-    {"bounds", "distribution", "memory", "reading", "typed", "writing", "choice.clock"},
-    {"reference", "choice.table"},
-    {"ops"},
-    {"frozen"},
-    {"kernels", "_C"},
-    {"choice.measure"},
-    {"functional", "choice.trial"},
-    {"layers", "groups"},
-    {"peft"},
-    {"fastlora"},  # the package itself
-    {"adapters", "data", "checkpoint", "metrics", "environment"},
-    {"losses", "config", "models"},
-    {"generation", "steps"},
-    {"evaluation", "merge", "trainable"},
-    {"train"},
-    {"demo", "benchmarks"},
-    {"cli"},
-    {"__main__"},
+    ("bounds", "checks", "choice.clock", "distribution", "memory", "reading", "typed", "writing"),
+    ("reference", "gradients", "choice.table"),
+    ("ops",),
+    ("frozen",),
+    ("_C", "kernels", "native", "choice.problems"),
+    ("operators",),
+    ("choice.measure",),
+    ("functional", "choice.trial"),
+    ("layers",),
+    ("peft",),
+    ("fastlora",),  # the package itself
+    ("adapters", "data", "checkpoint", "metrics", "environment"),
+    ("language_model_loss", "config", "models"),
+    ("generation", "steps"),
+    ("evaluation", "merge", "trainable"),
+    ("train",),
+    ("demo", "benchmarks"),
+    ("cli",),
+    ("__main__",),
 )
 FLOOR_OF = {name: number for number, floor in enumerate(FLOORS) for name in floor}
 
@@ -85,19 +92,33 @@ def test_imports_point_down(path: Path) -> None:
         assert name == part or FLOOR_OF[name] < FLOOR_OF[part], f"line {line} imports {name}, which is not below {part}"
 
 
+def first_column() -> list[str]:
+    """Of CONTRIBUTING's table, from the top down. csrc is the source of _C; the package and its __main__ only hand out what the others have."""
+    told = [floor for floor in reversed(FLOORS) if not {"fastlora", "__main__"} & set(floor)]
+    return [", ".join("csrc" if name == "_C" else name for name in floor) for floor in told]
+
+
 def test_the_law_tells_of_every_floor() -> None:
-    """CONTRIBUTING's table, from the top down; a line that begins with spaces goes on with the one above."""
+    """A line that begins with spaces goes on with the one above. `python tests/test_floors.py` prints the first column."""
     _, table, _ = (ROOT / "CONTRIBUTING.md").read_text().split("```\n", 2)
-    told = [re.split(r"  +", line)[0].split(", ") for line in table.splitlines() if not line.startswith(" ")]
-    # csrc is the source of _C; the package and its __main__ only hand out what the others have.
-    names = [{"_C" if name == "csrc" else name for name in floor} for floor in told]
-    assert names == [floor for floor in reversed(FLOORS) if not floor & {"fastlora", "__main__"}]
+    assert [re.split(r"  +", line)[0] for line in table.splitlines() if not line.startswith(" ")] == first_column()
 
 
 def test_the_walk_sees_imports() -> None:
     """The rule above is about something: the known arrows are found."""
     assert {name for _, name in imports_of(ROOT / "fastlora" / "ops.py")} == {"reference", "choice.table"}
-    assert {"functional", "ops"} <= {name for _, name in imports_of(ROOT / "fastlora" / "peft.py")}
+    assert {"checks", "frozen", "operators"} <= {name for _, name in imports_of(ROOT / "fastlora/peft/layers.py")}
+    of_operators = {name for path in (ROOT / "fastlora/operators").glob("*.py") for _, name in imports_of(path)}
+    assert of_operators == {
+        "operators",
+        "checks",
+        "choice.problems",
+        "choice.table",
+        "frozen",
+        "gradients",
+        "ops",
+        "reference",
+    }
     assert len(sources()) > 10
 
 
@@ -113,19 +134,21 @@ def test_the_walk_sees_imports() -> None:
         ("benchmarks/gate.py", "from .cases import CHECKS", "benchmarks"),
         ("benchmarks/gate.py", "from ..cli import main", "cli"),
         ("kernels/tiles.py", "from ..functional import lora_linear", "functional"),
-        ("fastlora/ops.py", "def late():\n    import fastlora.language_model_loss", "losses"),
+        ("fastlora/ops.py", "def late():\n    import fastlora.language_model_loss", "language_model_loss"),
         ("fastlora/ops.py", "from benchmarks import cases", "benchmarks"),
+        ("fastlora/frozen/products.py", "from ..operators.lora_linear import run", "operators"),
+        ("fastlora/operators/lora_linear.py", "from . import frozen_linear", "operators"),
     ],
 )
 def test_the_walk_sees_every_spelling(file: str, line: str, name: str) -> None:
     assert [found for _, found in imports_of(ROOT / file, line)] == [name]
 
 
-@pytest.mark.parametrize("operator", OPERATORS)
-def test_kernels_stand_apart(operator: str) -> None:
+@pytest.mark.parametrize("stem", KERNELS)
+def test_kernels_stand_apart(stem: str) -> None:
     """An operator's kernels import no other operator's and not the reference; what they share has files with names of their own."""
-    others = [stem for stem in OPERATORS if stem != operator]
-    tree = ast.parse((ROOT / "kernels" / f"{operator}.py").read_text())
+    others = {*OPERATORS, *KERNELS} - {stem}
+    tree = ast.parse((ROOT / "kernels" / f"{stem}.py").read_text())
     modules = [
         f"{node.module}.{alias.name}"
         for node in ast.walk(tree)
@@ -140,10 +163,9 @@ def test_kernels_stand_apart(operator: str) -> None:
 
 def test_shared_kernel_files_import_no_operator() -> None:
     for path in (ROOT / "kernels").glob("*.py"):
-        if path.stem not in OPERATORS:
-            assert not re.search(rf"^\s*(from|import) .*\b({'|'.join(OPERATORS)})\b", path.read_text(), re.MULTILINE), (
-                path.name
-            )
+        if path.stem not in KERNELS:
+            stems = "|".join({*OPERATORS, *KERNELS})
+            assert not re.search(rf"^\s*(from|import) .*\b({stems})\b", path.read_text(), re.MULTILINE), path.name
 
 
 def native_files() -> list[Path]:
@@ -156,7 +178,7 @@ def test_native_files_stand_apart(path: Path) -> None:
     for included in re.findall(r'#include "([^"]+)"', path.read_text()):
         stem, _, suffix = Path(included).name.partition(".")
         its_own = stem == path.stem or path.name == "register.cpp"
-        assert suffix in ("h", "hpp", "cuh") and (stem not in OPERATORS or its_own), included
+        assert suffix in ("h", "hpp", "cuh") and (stem not in {*OPERATORS, *KERNELS} or its_own), included
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc/cuda").glob("*.*")), ids=lambda path: path.name)
@@ -183,6 +205,20 @@ def test_files_have_names() -> None:
 
 
 def test_each_operator_is_one_stem_everywhere() -> None:
+    def defined(path: str) -> set[str]:
+        return set(re.findall(r"^def (\w+)\(", (ROOT / path).read_text(), re.MULTILINE))
+
+    assert {path.stem for path in (ROOT / "fastlora/operators").glob("*.py")} == {*OPERATORS, "__init__"}
     for operator in OPERATORS:
-        for path in (f"kernels/{operator}.py", f"csrc/cpu/{operator}.cpp", f"tests/test_{operator}.py"):
-            assert (ROOT / path).is_file(), path
+        assert {operator, f"{operator}_backward"} <= defined("fastlora/reference.py"), operator
+        assert operator in defined(f"fastlora/operators/{operator}.py"), operator
+    paths = [f"tests/test_{stem}.py" for stem in {*OPERATORS, *KERNELS}]
+    paths += [f"{folder}/{stem}.{suffix}" for stem in KERNELS
+              for folder, suffix in (("kernels", "py"), ("csrc/cuda", "cu"), ("csrc/cuda", "h"))]  # fmt: skip
+    paths += [f"csrc/cpu/{stem}.cpp" for stem in KERNELS if stem != MIXED]
+    for path in paths:
+        assert (ROOT / path).is_file(), path
+
+
+if __name__ == "__main__":
+    print("\n".join(first_column()))
