@@ -72,15 +72,10 @@ def split(flat: Tensor, like: Sequence[Tensor], wanted: Sequence[bool]) -> list[
 
 
 PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
-
-
-def _key(name: str) -> torch._C.DispatchKeySet:
-    return torch._C.DispatchKeySet(torch._C._parse_dispatch_key(name))
-
-
-PLAIN_KEYS = frozenset(
-    keys.raw_repr() for keys in (_key("BackendSelect") | _key("ADInplaceOrView"), _key("BackendSelect"))
+_SELECT, _VIEWS = (
+    torch._C.DispatchKeySet(key) for key in (torch._C.DispatchKey.BackendSelect, torch._C.DispatchKey.ADInplaceOrView)
 )
+PLAIN_KEYS = frozenset(((_SELECT | _VIEWS).raw_repr(), _SELECT.raw_repr()))
 """What a thread adds to the tensors' own keys in the dispatcher, the latter in inference mode; modes, tracers and vmap would show there."""
 
 _thread_keys = torch._C._dispatch_tls_local_include_set
