@@ -30,7 +30,7 @@ struct Copy {
   int size, bytes;
 };
 
-/// A thread's asynchronous instructions: those of the group that is not ended, and the groups that are not waited for.
+/// A thread's asynchronous instructions: those of the set that is not ended, and the sets that are not waited for.
 template <class Instruction>
 struct Pending {
   std::vector<Instruction> open;
@@ -161,7 +161,7 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   std::copy(sum.d, sum.d + 4, d);
 }
 
-inline void group_sync(int id, int threads) { emulated::meet(id, threads); }
+inline void team_sync(int id, int threads) { emulated::meet(id, threads); }
 
 // Hopper's. Boxes arrive when their barrier is waited for, products are computed when they are waited for, both no earlier.
 
@@ -265,7 +265,7 @@ inline uint64_t operand(const void* shared, int apart) {
 template <class T, bool ACROSS, int SIZE>
 void multiply_operands(float (&d)[SIZE], uint64_t a, uint64_t b, int add) {
   const auto number = [](uint16_t bits) { return static_cast<float>(std::bit_cast<T>(bits)); };
-  if (!thread_state().products_begun) emulated::fail("a product before its group's begin_products");
+  if (!thread_state().products_begun) emulated::fail("a product before its set's begin_products");
   if (OperandProduct::between_rows(a) || OperandProduct::between_rows(b)) emulated::fail("an operand that begins between eight rows");
   thread_state().products.open.push_back({d, SIZE, a, b, ACROSS, add != 0, number});
 }

@@ -1,6 +1,6 @@
 // Row by row, y = x Wᵀ + b + s_i xa B_iᵀ with xa = d_i(x) A_iᵀ, where i is the row's adapter;  dxa = s_i dy B_i;  dx = dy W + d_i'(dxa A_i);
 // dA_i = dxaᵀ d_i(x) and dB_i = s_i dyᵀ xa over the adapter's rows, in bfloat16 and float16.
-// The equations are fastlora/reference.py::multi_lora and multi_lora_backward.
+// The equations are fastlora/reference.py::lora_linear and lora_linear_backward, where there is an order.
 //
 //     forward     up to 64 rows                                     multi_lora.cuh
 //                 A_i and B_i rounded, padded, side by side         multi_round_kernel

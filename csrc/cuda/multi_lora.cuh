@@ -25,7 +25,7 @@
 #include <algorithm>
 #include <type_traits>
 
-#include "groups.cuh"
+#include "rows_by_adapter.cuh"
 
 namespace fastlora {
 namespace {
@@ -100,7 +100,7 @@ struct MultiShrink {
   int K, span, padded;  // span: columns a part, a multiple of STEP
   unsigned* arrived;    // set to 0 for the kernel that follows
   int counters;
-  Groups groups;
+  RowsByAdapter groups;
   Adapters adapters;
 };
 
@@ -110,7 +110,7 @@ struct Places {
 };
 
 /// Tile `tile` of all adapters' tiles of 16 places, each of one group. The whole warp asks.
-__device__ Places places_of(const Groups& groups, int64_t tile) {
+__device__ Places places_of(const RowsByAdapter& groups, int64_t tile) {
   const int lane = threadIdx.x % 32;
   int64_t before = 0;
   for (int base = 1; base <= groups.count; base += 32) {
@@ -254,7 +254,7 @@ struct MultiLinear {
   int splits, span;   // of K; span: a multiple of STEP
   float* sums;        // [tiles, splits, ROWS, COLUMNS], where there are splits
   unsigned* arrived;  // [tiles]
-  Groups groups;
+  RowsByAdapter groups;
   Adapters adapters;
 };
 
@@ -317,7 +317,7 @@ __global__ void __launch_bounds__(THREADS, 2) multi_linear_kernel(const __grid_c
   constexpr int ROWS = S::ROWS, COLUMNS = S::COLUMNS, STAGES = S::STAGES;
   unsigned char* const queue = shared_memory();
   int* const group_of = reinterpret_cast<int*>(queue + S::QUEUE);  // of each place
-  const Groups& groups = task.groups;
+  const RowsByAdapter& groups = task.groups;
   const int thread = threadIdx.x, warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
   const int64_t row_tiles = divide_up(groups.M, ROWS), column_tiles = max(divide_up(task.N, COLUMNS), 1), tiles = row_tiles * column_tiles;
   const int64_t tile = blockIdx.x % tiles, first = tile % row_tiles * ROWS;
@@ -568,7 +568,7 @@ void few_rows(const MultiLoraForward& given, cudaStream_t stream) {
   unsigned char* const base = static_cast<unsigned char*>(given.workspace);
   float *const xa_sums = reinterpret_cast<float*>(base), *const sums = reinterpret_cast<float*>(base + plan.sums);
   unsigned* const arrived = reinterpret_cast<unsigned*>(base + plan.arrived);
-  const Groups groups{layer.order, layer.offsets, layer.M, static_cast<int>(layer.S)};
+  const RowsByAdapter groups{layer.order, layer.offsets, layer.M, static_cast<int>(layer.S)};
   const Adapters adapters = adapters_of(layer, reinterpret_cast<StoredAdapter*>(base + plan.table), stream);
   const T* const x = static_cast<const T*>(layer.x);
   const int N = static_cast<int>(layer.N), K = static_cast<int>(layer.K), R = static_cast<int>(layer.R);

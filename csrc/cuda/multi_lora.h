@@ -15,7 +15,7 @@ struct LoraAdapter {
   double scale, dropout_p;
 };
 
-/// One frozen layer, its input and S adapters, as fastlora/reference.py::multi_lora takes them.
+/// One frozen layer, its input and S adapters, as fastlora/reference.py::lora_linear takes them with an order.
 struct MultiLora {
   int64_t M, K, N, S, R;  // R: the largest rank
   Dtype dtype;            // of x, weight, bias, y, dy and dx: BFLOAT16 or FLOAT16

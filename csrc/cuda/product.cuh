@@ -89,7 +89,7 @@ __device__ inline float2 read_two(const Product<T, G>& task, int row, int column
   return make_float2(static_cast<float>(two[0]), static_cast<float>(two[1]));
 }
 
-/// Which columns of a row a rank step counts for, as bits from `column` on, to the end of a group of 64, for rows some steps below `row`.
+/// Which columns of a row a rank step counts for, as bits from `column` on, to the end of the 64 that it is among, for rows some steps below `row`.
 template <class T, class G, bool BACK>
 struct KeptRows {
   const Product<T, G>& task;

@@ -47,7 +47,7 @@ __device__ void round(const Rounding<T>& matrix) {
 }
 
 template <class T, class G, int RANK>
-__global__ void __launch_bounds__(GROUP, 4) side_kernel(const __grid_constant__ Sides<T, G> sides) {
+__global__ void __launch_bounds__(TEAM, 4) side_kernel(const __grid_constant__ Sides<T, G> sides) {
   side_tile<T, RANK, SHRINKS | GRADS | DROPS>(sides, blockIdx.x, shared_memory(), 1);
 }
 
@@ -75,7 +75,7 @@ template <class T, class G>
 void launch_sides(const Sides<T, G>& sides, cudaStream_t stream) {
   if (sides.tiles() == 0) return;
   const auto kernel = padded_rank(sides.R) == 16 ? side_kernel<T, G, 16> : side_kernel<T, G, RANKS>;
-  launch(kernel, dim3(sides.tiles()), dim3(GROUP), QUEUE, stream, sides);
+  launch(kernel, dim3(sides.tiles()), dim3(TEAM), QUEUE, stream, sides);
 }
 
 template <class T, class G, bool BACK, bool ACROSS>

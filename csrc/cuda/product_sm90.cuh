@@ -1,9 +1,9 @@
 // The product with the frozen weight on Hopper (sm_90a), and the thin products beside it in the same launch: wgmma on tiles that the copy engine
-// brings into a queue of stages. The grid is persistent, a block a multiprocessor, and a block is three groups of four warps:
+// brings into a queue of stages. The grid is persistent, a block a multiprocessor, and a block is three warpgroups:
 //
 //     sides       three warps take the thin products' tiles in their order, from all blocks together, while the tensor cores are busy elsewhere
 //     producer    the fourth warp asks for tiles; before those of a rank step it waits until its rows are shrunk
-//     consumers   two groups, each 64 rows of the tile of 128 x 256
+//     consumers   two warpgroups, each 64 rows of the tile of 128 x 256
 //
 // A shrinking tile waits for nothing and all of them are handed out before any tile that waits for them, so whoever waits, waits for warps that
 // are at work: nothing depends on which blocks run at the same time.
@@ -26,9 +26,9 @@ constexpr int LEFT = HEIGHT * DEPTH * 2, RIGHT = WIDTH * DEPTH * 2;  // bytes of
 constexpr int TOLD = 256;  // bytes of barriers, a number, and what is told of stages
 constexpr int SHARED = STAGES * (LEFT + RIGHT) + QUEUE + TOLD;
 constexpr int SIDE_BARRIER = 1;
-// Registers a thread. At the start all have 168; wgmma with 256 columns does not compile with fewer than 154, so four groups would be too many.
+// Registers a thread. At the start all have 168; wgmma with 256 columns does not compile with fewer than 154, so four warpgroups would be too many.
 constexpr int OTHER_REGISTERS = 120, CONSUMER_REGISTERS = 192;
-static_assert(GROUP + 32 == WARPGROUP && OTHER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * 168);
+static_assert(TEAM + 32 == WARPGROUP && OTHER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * 168);
 
 /// How far the thin products are: zeros at first.
 struct Progress {
@@ -254,7 +254,7 @@ __device__ void take_sides(const Fused<T, G>& task) {
   const int thread = threadIdx.x;
   for (;;) {
     if (thread == 0) *number = static_cast<int>(atomicAdd(task.progress.taken(), 1u));
-    group_sync(SIDE_BARRIER, GROUP);
+    team_sync(SIDE_BARRIER, TEAM);
     const int mine = *number;  // the next is written after the barriers of this one
     if (mine >= task.side_tiles) return;
     if (mine < task.first_tiles) {
@@ -262,13 +262,13 @@ __device__ void take_sides(const Fused<T, G>& task) {
       if (!shrinks) continue;
       fence_copy_engine();
       __threadfence();
-      group_sync(SIDE_BARRIER, GROUP);
+      team_sync(SIDE_BARRIER, TEAM);
       const int row = thread < SHRINK_ROWS ? shrunk_rows(queue())[thread] : task.product.M;
       if (row < task.product.M) release_add(task.progress.of_row(row), 1);
       if (thread == 0) release_add(task.progress.shrunk(), 1);
     } else if constexpr (BACK) {
       if (thread == 0) wait_for_all_shrunk(task, mine);
-      group_sync(SIDE_BARRIER, GROUP);
+      team_sync(SIDE_BARRIER, TEAM);
       side_tile<T, RANK, GRADS | DROPS>(task.last, mine - task.first_tiles, queue(), SIDE_BARRIER);
     }
   }
@@ -287,7 +287,7 @@ __device__ void run(const Fused<T, G>& task) {
   const int warpgroup = threadIdx.x / WARPGROUP;
   if (warpgroup == 0) {
     give_registers<OTHER_REGISTERS>();
-    if (threadIdx.x < GROUP) {
+    if (threadIdx.x < TEAM) {
       take_sides<T, G, BACK, RANK>(task);
     } else {
       produce<T, G, BACK, ACROSS>(task);

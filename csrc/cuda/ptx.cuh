@@ -81,9 +81,9 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, int
 }
 /// Brings a line of global memory into the second-level cache.
 __device__ __forceinline__ void prefetch(const void* global) { asm volatile("prefetch.global.L2 [%0];" ::"l"(global)); }
-/// Ends a group of copies of this thread.
+/// Ends a set of copies of this thread.
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-/// Waits for this thread's copies, all but the newest PENDING groups.
+/// Waits for this thread's copies, all but the newest PENDING sets.
 template <int PENDING>
 __device__ __forceinline__ void wait_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"); }
 
@@ -113,7 +113,7 @@ __device__ __forceinline__ void multiply<__half>(float (&d)[4], const uint32_t (
 }
 
 /// The barrier `id` of `threads` threads of the block.
-__device__ __forceinline__ void group_sync(int id, int threads) { asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+__device__ __forceinline__ void team_sync(int id, int threads) { asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // Hopper's: the copy engine, which brings tiles; barriers in shared memory that count its bytes; products of four warps from shared memory.
 
@@ -247,11 +247,11 @@ __device__ __forceinline__ uint64_t operand(const void* shared, int apart) {
   return (shared_address(shared) & 0x3FFFF) >> 4 | static_cast<uint64_t>(apart >> 4) << 16 | (EIGHT_ROWS >> 4) << 32 | SWIZZLE_128;
 }
 
-/// Before the first product of a group: registers and shared memory are as the code says.
+/// Before the first product of a set: registers and shared memory are as the code says.
 __device__ __forceinline__ void begin_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-/// Ends a group of products.
+/// Ends a set of products.
 __device__ __forceinline__ void commit_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-/// Waits for all but the newest PENDING groups.
+/// Waits for all but the newest PENDING sets.
 template <int PENDING>
 __device__ __forceinline__ void wait_products() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"); }
 

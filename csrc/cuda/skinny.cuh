@@ -1,4 +1,4 @@
-// The two thin products of an adapter, each a tile by a group of three warps: x aᵀ with few columns, and pᵀ x with few rows.
+// The two thin products of an adapter, each a tile by a team of three warps: x aᵀ with few columns, and pᵀ x with few rows.
 //
 // Both are bound by reading x, so x goes from memory to the lane that multiplies it, 16 bytes at a time, with hardly a barrier and no exchange: a
 // sum may take its terms in any order, so a lane's own columns (or rows) are called the depths that the tensor core expects of it. Shared memory
@@ -11,14 +11,14 @@
 
 namespace fastlora {
 
-constexpr int WARPS = 3;                // a group; on Hopper the fourth of its warp group brings tiles
-constexpr int GROUP = 32 * WARPS;       // threads
-constexpr int QUEUE = 16 * GROUP * 16;  // bytes of shared memory a group
-constexpr int SHRINK_ROWS = 16;         // of a tile of x aᵀ
-constexpr int SHRINK_STEP = 128;        // columns of x that a warp takes at a time; the rows of `a` are padded with zeros to a multiple of it
-constexpr int GRAD_COLUMNS = 64;        // of a tile of pᵀ x
-constexpr int GRAD_STEP = 16 * WARPS;   // rows of x that a group takes at a time
-constexpr int RANKS = 16 * WARPS;       // at most in one tile; beyond, x is read again
+constexpr int WARPS = 3;               // a team; on Hopper the fourth of its warpgroup brings tiles
+constexpr int TEAM = 32 * WARPS;       // threads
+constexpr int QUEUE = 16 * TEAM * 16;  // bytes of shared memory a team
+constexpr int SHRINK_ROWS = 16;        // of a tile of x aᵀ
+constexpr int SHRINK_STEP = 128;       // columns of x that a warp takes at a time; the rows of `a` are padded with zeros to a multiple of it
+constexpr int GRAD_COLUMNS = 64;       // of a tile of pᵀ x
+constexpr int GRAD_STEP = 16 * WARPS;  // rows of x that a team takes at a time
+constexpr int RANKS = 16 * WARPS;      // at most in one tile; beyond, x is read again
 
 template <class I>
 constexpr __host__ __device__ I divide_up(I a, std::type_identity_t<I> b) { return (a + b - 1) / b; }
@@ -35,7 +35,7 @@ inline float factor_of(double p) {
   return kept ? static_cast<float>(65536.0 / kept) : 0.f;
 }
 
-/// Eight decisions of fastlora/reference.py::keep_mask, bit j for column 8 * group + j. counter = row * ceil(columns / 8) + group.
+/// Eight decisions of fastlora/reference.py::keep_mask, bit j for column 8 * eight + j. counter = row * ceil(columns / 8) + eight.
 __device__ inline uint32_t draw(uint64_t seed, uint64_t counter, uint32_t threshold) {
   uint32_t c0 = static_cast<uint32_t>(counter), c1 = static_cast<uint32_t>(counter >> 32), c2 = 0, c3 = 0;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
@@ -88,7 +88,7 @@ struct Piece {
   int slot;               // of this piece among all that are not the first of their adapter
 };
 
-/// Whose the rows are: all one adapter's, group 1, each at its own place, as in lora_linear. What takes a G takes this or ManyAdapters (groups.cuh).
+/// Whose the rows are: all one adapter's, group 1, each at its own place, as in lora_linear. What takes a G takes this or ManyAdapters (rows_by_adapter.cuh).
 struct OneAdapter {
   static constexpr bool MANY = false;
   Adapter adapter;
@@ -145,7 +145,7 @@ __device__ inline int* shrunk_rows(unsigned char* queue) { return reinterpret_ca
 template <class T, int WIDTH, bool DRAWS, class G>
 __device__ void shrink_tile(const Shrink<T, G>& task, int tile, int first_rank, unsigned char* queue, int barrier) {
   constexpr int EARLY = WIDTH == 16 ? 2 : 3;  // loads of `a` before the bits are drawn, which hides them
-  const int thread = threadIdx.x % GROUP, warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
+  const int thread = threadIdx.x % TEAM, warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
   const Piece piece = task.groups.piece(tile, SHRINK_ROWS);
   const Adapter& adapter = task.groups.of(piece.group);
   const int steps = first_rank < adapter.R && piece.begin < piece.end ? divide_up(task.K, SHRINK_STEP) : 0;
@@ -153,7 +153,7 @@ __device__ void shrink_tile(const Shrink<T, G>& task, int tile, int first_rank, 
   const T* const rows[2] = {task.x + row[0] * task.x_stride, task.x + row[1] * task.x_stride};
   const int columns[2] = {row[0] < task.M ? task.K : 0, row[1] < task.M ? task.K : 0};
   const bool draws = DRAWS && task.keep && task.groups.drops(adapter);
-  const auto place = [&](int step, int i) { return queue + ((step / WARPS % 2 * 8 + i) * GROUP + thread) * 16; };
+  const auto place = [&](int step, int i) { return queue + ((step / WARPS % 2 * 8 + i) * TEAM + thread) * 16; };
   const auto fetch = [&](int step) {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
@@ -211,7 +211,7 @@ __device__ void shrink_tile(const Shrink<T, G>& task, int tile, int first_rank, 
     }
   }
   wait_copies<0>();
-  group_sync(barrier, GROUP);  // the queue becomes the place where the warps' sums meet
+  team_sync(barrier, TEAM);  // the queue becomes the place where the warps' sums meet
 
   float* const meeting = reinterpret_cast<float*>(queue);  // [WARPS, 16 places, WIDTH]
   int* const met_rows = shrunk_rows(queue);
@@ -224,11 +224,11 @@ __device__ void shrink_tile(const Shrink<T, G>& task, int tile, int first_rank, 
       *reinterpret_cast<float2*>(to) = make_float2(sum[j][2 * half], sum[j][2 * half + 1]);
     }
   }
-  group_sync(barrier, GROUP);
+  team_sync(barrier, TEAM);
   if (thread < SHRINK_ROWS && met_rows[thread] < task.M) task.groups.note(met_rows[thread], piece.group);
   const Adapter& again = task.groups.of(piece.group);  // or it keeps registers all along
   const float factor = draws ? again.factor : 1.f;
-  for (int i = thread; i < SHRINK_ROWS * WIDTH / 2; i += GROUP) {
+  for (int i = thread; i < SHRINK_ROWS * WIDTH / 2; i += TEAM) {
     const int m = met_rows[i * 2 / WIDTH], r = first_rank + i * 2 % WIDTH;
     float total[2] = {};
     for (int from = 0; from < WARPS; ++from) {
@@ -249,7 +249,7 @@ __device__ void shrink_tile(const Shrink<T, G>& task, int tile, int first_rank, 
     if (r < task.R) out[0] = r < again.R ? factor * total[0] : 0.f;
     if (r + 1 < task.R) out[1] = r + 1 < again.R ? factor * total[1] : 0.f;
   }
-  group_sync(barrier, GROUP);  // before the queue is filled again
+  team_sync(barrier, TEAM);  // before the queue is filled again
 }
 
 /// sums[part] = pᵀ d(x) over a part of an adapter's places, a tile of 64 columns; without the factor of d.
@@ -277,16 +277,16 @@ template <class T, int WIDTH, bool MASKS, class G>
 __device__ void gradient_tile(const Gradient<T, G>& task, int number, int block, int first_rank, unsigned char* queue, int barrier) {
   constexpr int STAGES = 3;
   constexpr bool ALONE = WIDTH == 16;  // each warp reads only what it has fetched itself
-  const int thread = threadIdx.x % GROUP, warp = thread / 32, g = thread % 32 / 4, t = thread % 4, lane = thread % 32;
+  const int thread = threadIdx.x % TEAM, warp = thread / 32, g = thread % 32 / 4, t = thread % 4, lane = thread % 32;
   const int column = block * GRAD_COLUMNS + g * 8, bytes = bytes_inside(task.columns - column);
   const Piece part = task.groups.piece(number, task.span);
   const Adapter& adapter = task.groups.of(part.group);
-  if (first_rank >= adapter.R || part.begin >= part.end) return group_sync(barrier, GROUP);
+  if (first_rank >= adapter.R || part.begin >= part.end) return team_sync(barrier, TEAM);
   const int begin = part.begin, end = part.end, steps = divide_up(end - begin, GRAD_STEP), keep_stride = divide_up(task.columns, 64) * 8;
   uint32_t sums_begin = static_cast<uint32_t>(sums_row(adapter, part.number, part.slot, task.ranks, task.R));
   forget(sums_begin);  // or what it is made of keeps more registers all along
   const bool masks = MASKS && task.keep && task.groups.drops(adapter);
-  const auto place = [&](int step, int i, int of_warp) { return queue + ((step % STAGES * 5 + i) * GROUP + of_warp * 32 + lane) * 16; };
+  const auto place = [&](int step, int i, int of_warp) { return queue + ((step % STAGES * 5 + i) * TEAM + of_warp * 32 + lane) * 16; };
   typename G::FourRows rows;  // of the step that is fetched next: their numbers may have to come from memory first
   const auto fetch = [&](int step) {
     const int first = begin + step * GRAD_STEP + warp * 16 + t * 4;
@@ -311,7 +311,7 @@ __device__ void gradient_tile(const Gradient<T, G>& task, int number, int block,
   for (int step = 0; step < STAGES - 1; ++step) fetch(step);
   for (int step = 0; step < steps; ++step) {
     wait_copies<STAGES - 2>();
-    if constexpr (!ALONE) group_sync(barrier, GROUP);  // all copies of this step are there, and the step before is read
+    if constexpr (!ALONE) team_sync(barrier, TEAM);  // all copies of this step are there, and the step before is read
     fetch(step + STAGES - 1);
 #pragma unroll
     for (int share = 0; share < (ALONE ? 1 : WARPS); ++share) {
@@ -335,7 +335,7 @@ __device__ void gradient_tile(const Gradient<T, G>& task, int number, int block,
     }
   }
   wait_copies<0>();
-  group_sync(barrier, GROUP);
+  team_sync(barrier, TEAM);
 
   // sum[j] holds ranks g and g + 8, columns 16 t + j and 16 t + 8 + j of the block.
   const int stride = round_up(task.columns, GRAD_COLUMNS);
@@ -350,14 +350,14 @@ __device__ void gradient_tile(const Gradient<T, G>& task, int number, int block,
     }
   }
   if constexpr (ALONE) {
-    group_sync(barrier, GROUP);
-    for (int i = thread; i < 16 * GRAD_COLUMNS; i += GROUP) {
+    team_sync(barrier, TEAM);
+    for (int i = thread; i < 16 * GRAD_COLUMNS; i += TEAM) {
       float total = 0;
       for (int from = 0; from < WARPS; ++from) total += meeting[from * 16 * GRAD_COLUMNS + i];
       sums[i / GRAD_COLUMNS * stride + i % GRAD_COLUMNS] = total;
     }
   }
-  group_sync(barrier, GROUP);  // before the queue is filled again
+  team_sync(barrier, TEAM);  // before the queue is filled again
 }
 
 /// Tiles of both products in the order in which they are to be taken, by turns `shrinks_a_turn` of the one and `grads_a_turn` of the other: where

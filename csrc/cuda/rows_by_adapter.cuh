@@ -1,6 +1,6 @@
-// Which rows are an adapter's, as fastlora/reference.py::multi_lora is told: groups are numbered 0 (rows of the base alone), 1 to S (adapter i is
-// group i + 1) and S + 1 (rows whose adapter does not exist). Group g has the sorted places offsets[g] : offsets[g + 1], order[place] is the row.
-// All is found on the card.
+// Which rows are an adapter's, as fastlora/reference.py::lora_linear is told by order and offsets. An adapter's rows are a group, and nothing else is:
+// groups are numbered 0 (rows of the base alone), 1 to S (adapter i is group i + 1) and S + 1 (rows whose adapter does not exist). Group g has the
+// sorted places offsets[g] : offsets[g + 1], order[place] is the row. All is found on the card.
 #pragma once
 
 #include "product.cuh"
@@ -8,7 +8,7 @@
 namespace fastlora {
 
 /// The rows of each group. Numbers that cannot be are moved to the nearest that can, or the row is left alone.
-struct Groups {
+struct RowsByAdapter {
   const int64_t *order, *offsets;
   int64_t M;
   int count;  // adapters
@@ -36,7 +36,7 @@ struct Groups {
 
 /// Rows of many adapters: what OneAdapter is for one. The pieces of group g, `size` places each, are numbered from begin(g) / size + g on: no two
 /// groups have a number in common, some numbers are nobody's, and none depends on how many pieces other groups have. Likewise its padded places.
-struct ManyAdapters : Groups {
+struct ManyAdapters : RowsByAdapter {
   static constexpr bool MANY = true;
   const Adapter* adapters;  // [S]
   int* group_of_row;        // [M padded to ROW_BLOCK]: what is noted; before, 0, and NO_ROW beyond M
@@ -44,7 +44,7 @@ struct ManyAdapters : Groups {
   static constexpr int NO_ROW = -1;
   static int pieces(int64_t M, int64_t S, int size) { return static_cast<int>(M / size + S + 2); }
 
-  __device__ int begin(int group) const { return static_cast<int>(Groups::begin(group)); }
+  __device__ int begin(int group) const { return static_cast<int>(RowsByAdapter::begin(group)); }
 
   __device__ Piece piece(int number, int size) const {
     int group = 0;
@@ -65,7 +65,7 @@ struct ManyAdapters : Groups {
   __device__ bool drops(const Adapter& adapter) const { return adapter.threshold != 0; }
 
   __device__ int row(const Piece& piece, int place) const {
-    const int64_t row = place < piece.end ? Groups::row(place) : -1;
+    const int64_t row = place < piece.end ? RowsByAdapter::row(place) : -1;
     return static_cast<int>(row < 0 ? M : row);
   }
 
