@@ -158,7 +158,8 @@ def objects(folder: Path, torch: Path, cuda: Cuda | str) -> Iterator[Unit]:
     if with_cuda:
         for source in sources("csrc/cuda/*.cu"):
             yield Unit("compile_cuda", folder / f"{Path(source).stem}.cuda.o", source, [])
-        yield Unit("compile", folder / "register.cuda.o", "csrc/cuda/register.cpp", [])
+        for source in sources("csrc/cuda/*.cpp"):
+            yield Unit("compile", folder / f"{Path(source).stem}.cuda.o", source, [])
 
 
 def sources(pattern: str) -> list[str]:
@@ -212,7 +213,7 @@ class BuildNative(build_ext):
             nvcc = [str(cuda.home / "bin/nvcc"), f"-ccbin={compiler[0]}", f"--threads={len(targets)}"]
             checks = ["-DFASTLORA_CUDA_CHECKS"] if CHECKED else []
             rules["compile_cuda"] = [*nvcc, *CUDA_FLAGS, *checks, *targets]
-            # libtorch loads libtorch_cuda where there is one: register.cpp finds the current stream there, and names nothing else in it.
+            # libtorch loads libtorch_cuda where there is one: register.h finds the current stream there, and names nothing else in it.
             # The static runtime stays ours: torch has another.
             libraries += [
                 f"-L{cuda.libraries}",

@@ -47,4 +47,19 @@ inline void check_cpu(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.is_cpu(), name, ": got a tensor on another device, expected one on the CPU");
 }
 
+/// Raises unless the tensor is where `like` is.
+inline void check_device(const Tensor& tensor, const char* name, const Tensor& like) {
+  if (tensor.is_cpu() == like.is_cpu() && (tensor.is_cpu() || tensor.get_device_index() == like.get_device_index())) return;
+  const auto place = [](const Tensor& one) { return one.is_cpu() ? "the CPU" : "device " + std::to_string(one.get_device_index()); };
+  STD_TORCH_CHECK(false, name, ": got a tensor on ", place(tensor), ", expected one on ", place(like), " as the other tensors");
+}
+
+/// Raises unless the tensor has these sizes and one of these dtypes, and is where `like` is.
+inline void check(
+    const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes, std::initializer_list<ScalarType> dtypes, const Tensor& like) {
+  check_device(tensor, name, like);
+  check_shape(tensor, name, sizes);
+  check_dtype(tensor, name, dtypes);
+}
+
 }  // namespace fastlora

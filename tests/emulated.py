@@ -64,7 +64,7 @@ def build(sources: Sequence[Path]) -> Path:
 
 def load() -> ctypes.CDLL:
     """Load the operators into this process; the library's `emulated_descending(1)` turns the order of the threads round."""
-    path = str(build([*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/cuda/register.cpp"]))
+    path = str(build([path for end in ("cu", "cpp") for path in sorted((ROOT / "csrc/cuda").glob(f"*.{end}"))]))
     torch.ops.load_library(path)
     return ctypes.CDLL(path)
 

@@ -218,7 +218,8 @@ def test_the_build_plan_has_every_kernel(monkeypatch: pytest.MonkeyPatch, tmp_pa
     assert len({unit.output for unit in with_cuda}) == len(with_cuda)
     assert {unit.source for unit in with_cuda} - {unit.source for unit in without} == {
         *kernels,
-        "csrc/cuda/register.cpp",
+        "csrc/cuda/register_lora_linear.cpp",
+        "csrc/cuda/register_prefix_concat.cpp",
     }
 
 

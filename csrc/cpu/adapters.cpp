@@ -242,14 +242,14 @@ void sum_parts(const float* parts, int64_t count, int64_t size, float* total) {
   });
 }
 
-/// Dropout's bits [layers, M, bits_stride], or none.
+/// Dropout's bits [layers, M, keep_bytes], or none.
 using Keep = std::optional<Tensor>;
 
 /// Room for the bits of rows of `columns` elements, where something is dropped.
 Keep new_keep(const Tensor& like, int64_t columns, const Batch& batch) {
   const bool drops = std::any_of(batch.segments.begin(), batch.segments.end(), [](const Segment& segment) { return segment.threshold != 0; });
   if (!drops) return std::nullopt;
-  return torch::stable::new_empty(like, std::array<int64_t, 3>{batch.layers, like.size(0), bits_stride(columns)}, ScalarType::Byte);
+  return torch::stable::new_empty(like, std::array<int64_t, 3>{batch.layers, like.size(0), keep_bytes(columns)}, ScalarType::Byte);
 }
 
 Rows rows_of(const Tensor& v, const Batch& batch, const Keep& keep) {
@@ -259,7 +259,7 @@ Rows rows_of(const Tensor& v, const Batch& batch, const Keep& keep) {
   rows.stride = v.stride(0);
   rows.order = batch.order;
   rows.keep = keep ? keep->const_data_ptr<uint8_t>() : nullptr;
-  rows.keep_stride = bits_stride(v.size(1));
+  rows.keep_stride = keep_bytes(v.size(1));
   return rows;
 }
 
@@ -329,7 +329,7 @@ void read(const Tensor& v, const Batch& batch, const Adapters& adapters, const K
 Tensor project(const Tensor& x, const Batch& batch, const Adapters& adapters, const Keep& keep) {
   const Tensor xa = new_projection(x, batch);
   const Stack panels = pack_a(adapters, read_format(x));
-  const Draw pass{x.size(1), batch.order, keep ? static_cast<uint8_t*>(keep->mutable_data_ptr()) : nullptr, bits_stride(x.size(1))};
+  const Draw pass{x.size(1), batch.order, keep ? static_cast<uint8_t*>(keep->mutable_data_ptr()) : nullptr, keep_bytes(x.size(1))};
   read(x, batch, adapters, keep, {&panels, &xa, nullptr, nullptr}, [&](const Segments& segments, const Cell& cell) {
     if (keep) kernels().draw(pass, segments, cell);
   });
@@ -408,37 +408,9 @@ Adapters Adapters::of_layer(int64_t layer) const {
 
 namespace {
 
-void check_rows(const Tensor& x) {
-  check_cpu(x, "x");
-  check_shape(x, "x", {ANY, ANY});
-  check_dtype(x, "x", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
-}
-
-}  // namespace
-
-void check_base(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
-  check_rows(x);
-  const int64_t K = x.size(1);
-  check_cpu(weight, "weight");
-  check_shape(weight, "weight", {ANY, K});
-  check_dtype(weight, "weight", {x.scalar_type()});
-  if (bias) {
-    check_cpu(*bias, "bias");
-    check_shape(*bias, "bias", {weight.size(0)});
-    check_dtype(*bias, "bias", {x.scalar_type()});
-  }
-}
-
-namespace {
-
 /// The bounds [S + 1] of the adapters' places: adapter i has bounds[i] to bounds[i + 1]. Raises unless order and offsets are the reference's.
-std::vector<int64_t> check_order(const Tensor& order, const Tensor& offsets, int64_t M, int64_t S) {
-  check_cpu(order, "order");
-  check_shape(order, "order", {M});
-  check_dtype(order, "order", {ScalarType::Long});
-  check_cpu(offsets, "offsets");
-  check_shape(offsets, "offsets", {S + 3});
-  check_dtype(offsets, "offsets", {ScalarType::Long});
+std::vector<int64_t> bounds_of(const Tensor& order, const Tensor& offsets) {
+  const int64_t M = order.numel(), S = offsets.numel() - 3;
   const Tensor dense_offsets = torch::stable::contiguous(offsets);
   const int64_t* rows = order.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < M; ++i) {
@@ -449,21 +421,6 @@ std::vector<int64_t> check_order(const Tensor& order, const Tensor& offsets, int
   for (int64_t i = 0; i < S + 2; ++i) ascends = ascends && bounds[i] <= bounds[i + 1];
   STD_TORCH_CHECK(ascends, "offsets: got numbers that do not ascend from 0 to ", M);
   return {bounds + 1, bounds + S + 2};
-}
-
-void check_adapter(const Tensor& x, int64_t N, const Adapters& adapters, size_t i) {
-  const std::string which = adapters.a.size() == 1 ? "" : "[" + std::to_string(i) + "]";
-  const std::string a = "lora_a" + which, b = "lora_b" + which;
-  check_cpu(adapters.a[i], a.c_str());
-  check_shape(adapters.a[i], a.c_str(), {ANY, x.size(1)});
-  STD_TORCH_CHECK(adapters.a[i].size(0) >= 1, a, ": got ", describe(adapters.a[i]), ", expected a rank of at least 1");
-  check_dtype(adapters.a[i], a.c_str(), {x.scalar_type(), ScalarType::Float});
-  check_dtype(adapters.a[i], a.c_str(), {adapters.a[0].scalar_type()});
-  check_cpu(adapters.b[i], b.c_str());
-  check_shape(adapters.b[i], b.c_str(), {N, adapters.a[i].size(0)});
-  check_dtype(adapters.b[i], b.c_str(), {adapters.a[0].scalar_type()});
-  const double p = adapters.dropout_p[i];
-  STD_TORCH_CHECK(p >= 0 && p <= 1, "dropout_p", which, ": got ", p, ", expected a probability between 0 and 1");
 }
 
 /// One segment an adapter of each layer, `bounds` of its rows in every layer.
@@ -496,28 +453,15 @@ Batch split_rows(const Adapters& adapters, int64_t M, const std::vector<int64_t>
 
 }  // namespace
 
-Batch check_adapters(
+Batch checked_batch(
     const Tensor& x, const std::vector<int64_t>& out, const Adapters& adapters, const std::optional<Tensor>& order,
     const std::optional<Tensor>& offsets) {
-  check_rows(x);
-  const size_t S = adapters.a.size(), G = out.size();
-  STD_TORCH_CHECK(S >= 1, "lora_a: got no adapter, expected at least one");
-  STD_TORCH_CHECK(S % G == 0 && (order || S == G), "lora_a: got ", S, " adapters for ", G, " layers, expected ", order ? "as many" : "one", " for each");
-  STD_TORCH_CHECK(adapters.b.size() == S, "lora_b: got ", adapters.b.size(), " adapters, expected ", S);
-  STD_TORCH_CHECK(adapters.scale.size() == S, "scale: got ", adapters.scale.size(), " numbers, expected ", S);
-  STD_TORCH_CHECK(adapters.dropout_p.size() == S, "dropout_p: got ", adapters.dropout_p.size(), " numbers, expected ", S);
-  for (size_t i = 0; i < S; ++i) check_adapter(x, out[i / (S / G)], adapters, i);
-  if (adapters.seed) {
-    check_cpu(*adapters.seed, "seed");
-    check_dtype(*adapters.seed, "seed", {ScalarType::Long});
-    STD_TORCH_CHECK(
-        adapters.seed->numel() == adapters.layers, "seed: got ", describe(*adapters.seed), ", expected ", G, G == 1 ? " element" : " elements");
-  }
+  check_adapters(x, out, adapters.a, adapters.b, adapters.scale, adapters.dropout_p, order, offsets);
+  check_seed(adapters.seed, adapters.layers, x);
   const int64_t M = x.size(0);
   if (!order) return split_rows(adapters, M, {0, M}, order);
-  STD_TORCH_CHECK(offsets.has_value(), "offsets: got none, expected them beside order");
   const Tensor dense_order = torch::stable::contiguous(*order);
-  return split_rows(adapters, M, check_order(dense_order, *offsets, M, adapters.each()), dense_order);
+  return split_rows(adapters, M, bounds_of(dense_order, *offsets), dense_order);
 }
 
 void Batch::poison_invalid(const Tensor& of_rows) const {

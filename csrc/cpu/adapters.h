@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../check.h"
+#include "../check_lora_linear.h"
 #include "adapter_passes.h"
 
 namespace fastlora {
@@ -23,8 +23,7 @@ inline Kind kind_of(const Tensor& tensor) {
   }
 }
 
-/// Bytes of a row of dropout's bits.
-inline int64_t bits_stride(int64_t columns) { return (columns + COLUMN_UNIT - 1) / COLUMN_UNIT * (COLUMN_UNIT / 8); }
+static_assert(COLUMN_UNIT % 64 == 0);  // what keep_bytes rounds up to
 
 inline float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
@@ -41,16 +40,13 @@ struct Adapters {
   std::vector<double> scale;
   std::vector<double> dropout_p;
   std::optional<Tensor> seed;  // a forward's, [G] int64
-  std::optional<Tensor> keep;  // a backward's [G, M, bits_stride]: what the forward has drawn; none of the two: nothing is dropped
+  std::optional<Tensor> keep;  // a backward's [G, M, keep_bytes]: what the forward has drawn; none of the two: nothing is dropped
 
   int64_t each() const { return static_cast<int64_t>(a.size()) / layers; }  // S
   int64_t all_ranks() const;   // sum R_i
   int64_t most_ranks() const;  // max R_i
   Adapters of_layer(int64_t layer) const;  // without its seed and keep
 };
-
-/// Raises unless x [M, K], weight [N, K] and bias [N] fit together.
-void check_base(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias);
 
 /// Who has which rows of x.
 struct Batch {
@@ -67,14 +63,14 @@ struct Batch {
 };
 
 /// Raises unless the adapters fit x, rows of out[g] columns in layer g, and one another; order and offsets as in the reference, or neither.
-Batch check_adapters(
+Batch checked_batch(
     const Tensor& x, const std::vector<int64_t>& out, const Adapters& adapters, const std::optional<Tensor>& order,
     const std::optional<Tensor>& offsets);
 
 /// Room for what a pass over v [M, L] projects, [layers, M, ranks] float32; zeros where the pass does not write all of it.
 Tensor new_projection(const Tensor& v, const Batch& batch);
 
-/// y[g] += s_i xa_i B_iᵀ with xa_i = d_i(x) A_iᵀ, for the rows of each segment; xa and keep [layers, M, bits_stride], without elements if none drops.
+/// y[g] += s_i xa_i B_iᵀ with xa_i = d_i(x) A_iᵀ, for the rows of each segment; xa and keep [layers, M, keep_bytes], without elements if none drops.
 std::tuple<Tensor, Tensor> add_updates(const std::vector<Tensor>& y, const Tensor& x, const Adapters& adapters, const Batch& batch);
 
 /// dx += d_i'(dxa_i A_i), where there is a dx; every dA_i and every dB_i one after the other; one that is not needed has no elements.

@@ -93,6 +93,7 @@ Tensor multiply(const Tensor& x, const Tensor& weight, const std::optional<Tenso
 
 /// x, its rows dense; raises unless the kernel takes it and the weight.
 Tensor checked_rows(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  check_cpu(x, "x");
   check_base(x, weight, bias);
   const bool few = x.size(0) >= 1 && x.size(0) <= FEW_ROWS && x.size(1) >= 1, dense = weight.stride(1) == 1 || weight.stride(0) == 1;
   STD_TORCH_CHECK(few && dense, "x: got ", describe(x), ", expected 1 to ", FEW_ROWS, " rows and a weight without gaps");
@@ -112,7 +113,7 @@ std::tuple<Tensor, Tensor> few_rows_mixed_cpu(
     const std::vector<double>& scale, const std::optional<Tensor>& order, const std::optional<Tensor>& offsets) {
   const Tensor rows = checked_rows(x, weight, bias);
   const Adapters adapters{1, lora_a, lora_b, scale, std::vector<double>(lora_a.size(), 0.0), std::nullopt, std::nullopt};
-  const Batch batch = check_adapters(rows, {weight.size(0)}, adapters, order, offsets);
+  const Batch batch = checked_batch(rows, {weight.size(0)}, adapters, order, offsets);
   const Updates updates = project(rows, adapters, batch);
   const Tensor y = multiply(rows, weight, bias, &updates, kind_of(lora_a[0]));
   batch.poison_invalid(y);

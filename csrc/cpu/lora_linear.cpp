@@ -11,15 +11,13 @@ namespace fastlora {
 namespace {
 
 /// Raises unless each is [M, N] in x's dtype; the N of all.
-std::vector<int64_t> check_outputs(const std::vector<Tensor>& outputs, const std::string& name, const Tensor& x) {
-  check_shape(x, "x", {ANY, ANY});
+std::vector<int64_t> check_outputs(const std::vector<Tensor>& outputs, const char* name, const Tensor& x) {
+  check_cpu(x, "x");
+  check(x, "x", {ANY, ANY}, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half}, x);
   STD_TORCH_CHECK(!outputs.empty(), name, ": got no layer, expected at least one");
   std::vector<int64_t> columns;
   for (size_t g = 0; g < outputs.size(); ++g) {
-    const std::string one = name + (outputs.size() == 1 ? "" : "[" + std::to_string(g) + "]");
-    check_cpu(outputs[g], one.c_str());
-    check_shape(outputs[g], one.c_str(), {x.size(0), ANY});
-    check_dtype(outputs[g], one.c_str(), {x.scalar_type()});
+    check(outputs[g], numbered(name, g, outputs.size()).c_str(), {x.size(0), ANY}, {x.scalar_type()}, x);
     columns.push_back(outputs[g].size(1));
   }
   return columns;
@@ -37,7 +35,7 @@ std::tuple<Tensor, Tensor> lora_update_cpu(
     const std::optional<Tensor>& seed,                                       // [G]
     const std::optional<Tensor>& order, const std::optional<Tensor>& offsets) {
   const Adapters adapters{static_cast<int64_t>(y.size()), lora_a, lora_b, scale, dropout_p, seed, std::nullopt};
-  const Batch batch = check_adapters(x, check_outputs(y, "y", x), adapters, order, offsets);
+  const Batch batch = checked_batch(x, check_outputs(y, "y", x), adapters, order, offsets);
   for (const Tensor& one : y) check_written(one, "y");
   return add_updates(y, x, adapters, batch);
 }
@@ -47,26 +45,17 @@ std::tuple<Tensor, Tensor> lora_update_backward_cpu(
     const std::vector<Tensor>& dy,    // G of [M, N_g]
     const Tensor& x, const std::vector<Tensor>& lora_a, const std::vector<Tensor>& lora_b,
     const Tensor& xa,    // [G, M, max R_gi] float32
-    const Tensor& keep,  // [G, M, bits_stride] uint8, or no elements
+    const Tensor& keep,  // [G, M, keep_bytes] uint8, or no elements
     const std::vector<double>& scale, const std::vector<double>& dropout_p, const std::optional<Tensor>& order,
     const std::optional<Tensor>& offsets, bool need_da, bool need_db) {
   const int64_t G = static_cast<int64_t>(dy.size());
   Adapters adapters{G, lora_a, lora_b, scale, dropout_p, std::nullopt, std::nullopt};
   const std::vector<int64_t> columns = check_outputs(dy, "dy", x);
-  check_cpu(keep, "keep");
-  check_dtype(keep, "keep", {ScalarType::Byte});
-  if (keep.numel() != 0) {
-    check_shape(keep, "keep", {G, x.size(0), bits_stride(x.size(1))});
-    adapters.keep = torch::stable::contiguous(keep);
-  }
-  const Batch batch = check_adapters(x, columns, adapters, order, offsets);
-  check_cpu(xa, "xa");
-  check_shape(xa, "xa", {G, x.size(0), batch.ranks});
-  check_dtype(xa, "xa", {ScalarType::Float});
+  if (keep.numel() != 0) adapters.keep = torch::stable::contiguous(keep);
+  const Batch batch = checked_batch(x, columns, adapters, order, offsets);
+  check_saved(xa, keep, G, batch.ranks, x);
   if (dx) {
-    check_cpu(*dx, "dx");
-    check_shape(*dx, "dx", {x.size(0), x.size(1)});
-    check_dtype(*dx, "dx", {x.scalar_type()});
+    check(*dx, "dx", {x.size(0), x.size(1)}, {x.scalar_type()}, x);
     check_written(*dx, "dx");
   }
   return add_updates_backward(dx ? &*dx : nullptr, dy, x, adapters, xa, batch, need_da, need_db);

@@ -15,7 +15,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../check.h"
+#include "../check_prefix_concat.h"
 
 namespace fastlora {
 namespace {
@@ -25,22 +25,10 @@ using torch::stable::parallel_for;
 
 constexpr int64_t GRAIN = 1 << 15;  // bytes worth a thread
 
-void check_integers(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
-  check_cpu(tensor, name);
-  check_shape(tensor, name, sizes);
-  check_dtype(tensor, name, {ScalarType::Long});
-}
-
-void check_floats(const Tensor& tensor, const char* name, std::initializer_list<int64_t> sizes) {
-  check_cpu(tensor, name);
-  check_shape(tensor, name, sizes);
-  check_dtype(tensor, name, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double});
-}
+constexpr std::initializer_list<ScalarType> FLOATS = {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double};
 
 /// The starts of the prompts, which must ascend from 0 to the rows of `prompts`, none longer than max_prompt.
 std::vector<int64_t> check_starts(const Tensor& starts, int64_t prompt_rows, int64_t max_prompt) {
-  check_integers(starts, "starts", {ANY});
-  STD_TORCH_CHECK(starts.numel() >= 2, "starts: got ", describe(starts), ", expected at least one prompt");
   const Tensor dense = contiguous(starts);
   const int64_t* begin = dense.const_data_ptr<int64_t>();
   const std::vector<int64_t> values(begin, begin + dense.numel());
@@ -168,27 +156,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_concat_cpu(
     const Tensor& attention_mask,             // [B, T]
     const std::optional<Tensor>& position_ids,  // [B, T]
     const std::optional<Tensor>& labels) {      // [B, T]
-  check_floats(prompts, "prompts", {ANY, ANY});
   check_cpu(attention_mask, "attention_mask");
-  check_shape(attention_mask, "attention_mask", {ANY, ANY});
-  STD_TORCH_CHECK(max_prompt >= 0, "max_prompt: got ", max_prompt, ", expected at least 0");
-  const int64_t B = attention_mask.size(0), T = attention_mask.size(1), W = T + max_prompt, prompt_rows = prompts.size(0);
+  const Tensor& table = check_prefix_concat(
+      prompts, starts, max_prompt, prompt_index, embeds, input_ids, embedding, attention_mask, position_ids, labels, FLOATS);
+  const int64_t B = attention_mask.size(0), T = attention_mask.size(1), W = T + max_prompt, D = prompts.size(1), prompt_rows = prompts.size(0);
   const std::vector<int64_t> begins = check_starts(starts, prompt_rows, max_prompt);
-  check_integers(prompt_index, "prompt_index", {B});
-  if (embeds) {
-    check_floats(*embeds, "embeds", {B, T, ANY});
-  } else {
-    STD_TORCH_CHECK(input_ids && embedding, "embeds: got none, expected a tensor, or input_ids together with embedding");
-    check_integers(*input_ids, "input_ids", {B, T});
-    check_floats(*embedding, "embedding", {ANY, ANY});
-    STD_TORCH_CHECK(embedding->size(0) >= 1, "embedding: got ", describe(*embedding), ", expected at least one row");
-  }
-  const Tensor& table = embeds ? *embeds : *embedding;
-  const int64_t D = table.size(table.dim() - 1);
-  const char* tokens_name = embeds ? "embeds" : "embedding";
-  STD_TORCH_CHECK(prompts.size(1) == D, "prompts: got ", describe(prompts), ", expected rows of ", D, " as in ", tokens_name);
-  if (position_ids) check_integers(*position_ids, "position_ids", {B, T});
-  if (labels) check_integers(*labels, "labels", {B, T});
 
   const Tensor real = contiguous(torch::stable::to(attention_mask, ScalarType::Bool));
   const Tensor index = contiguous(prompt_index);
@@ -288,10 +260,8 @@ std::tuple<Tensor, Tensor> prefix_concat_backward_cpu(
     const Tensor& dout,    // [B, W, D]
     const Tensor& source,  // [B, W]
     int64_t prompt_rows, int64_t tokens, bool need_prompts, bool need_embeds) {
-  check_floats(dout, "dout", {ANY, ANY, ANY});
-  check_integers(source, "source", {dout.size(0), dout.size(1)});
-  STD_TORCH_CHECK(prompt_rows >= 0, "prompt_rows: got ", prompt_rows, ", expected at least 0");
-  STD_TORCH_CHECK(tokens >= 0, "tokens: got ", tokens, ", expected at least 0");
+  check_cpu(dout, "dout");
+  check_prefix_concat_backward(dout, source, prompt_rows, tokens, FLOATS);
   const Tensor dense = contiguous(dout), places = contiguous(source);
   const int64_t* from = places.const_data_ptr<int64_t>();
   const int64_t most = prompt_rows + dout.size(0) * tokens;

@@ -14,6 +14,7 @@ Tensor product_cpu(
     const Tensor& x,                      // [M, K]
     const Tensor& weight,                 // [N, K], dense by row or by column
     const std::optional<Tensor>& bias) {  // [N]
+  check_cpu(x, "x");
   check_base(x, weight, bias);
   check_dtype(x, "x", {ScalarType::Float});
   const int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
