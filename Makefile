@@ -38,7 +38,7 @@ sanitize: $(VENV)/test-ready
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" && \
 		$(abspath $(BIN)/python) -c 'import fastlora._C' && \
 		$(abspath $(BIN)/python) -m pytest -q -x --capture=sys -k 'not cpu-reference and not cpu-triton' \
-			$(addprefix ../../tests/test_,$(addsuffix .py,lora_linear multi_lora prefix_concat native product packed cuda_emulated cuda_lora_linear cuda_multi_lora cuda_by_column))
+			$(addprefix ../../tests/test_,$(addsuffix .py,lora_linear multi_lora prefix_concat native product packed $(addprefix cuda_,emulated prefix_concat layers lora_linear multi_lora by_column)))
 
 emulate: $(VENV)/test-ready
 	@test -n "$(QEMU)" || { echo "make emulate needs qemu-x86_64, as in Debian's qemu-user: none was found (set QEMU=...)"; exit 1; }
@@ -61,7 +61,7 @@ imitate-avx512: export MKL_ENABLE_INSTRUCTIONS = AVX512
 imitate-avx512: ISA := avx512
 imitate-amx: export AMX_FAULT = 1
 imitate-amx: ISA := avx512bf16
-imitate-amx: MORE := kernels cuda_lora_linear cuda_emulated
+imitate-amx: MORE := kernels cuda_lora_linear cuda_layers cuda_prefix_concat
 
 .PHONY: $(IMITATED)
 imitate: $(VENV)/test-ready

@@ -12,11 +12,11 @@ import pytest
 import test_cuda_multi_lora
 import torch
 from bounds import Layer, assert_within_bound, double, make_layer, next_seed
-from test_cuda_lora_linear import SCALE, Case, spaced
+from test_cuda_lora_linear import CUDA, NUMBERS, REFERENCE, SCALE, Case, run_layer, spaced
 from test_cuda_multi_lora import LONG, make, make_backward, mixed
 from torch import Tensor
 
-from fastlora import LoRAConv1D, operators, ops, reference
+from fastlora import LoRAConv1D, operators, ops
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -55,20 +55,11 @@ def test_lora_linear(capability: None, case: Case) -> None:
     layer = Layer(*(None if tensor is None else tensor.detach() for tensor in make_layer(*sizes)))
     seed = next_seed("cpu", 1) if dropout_p else None
 
-    def run(forward: Callable[..., Any], backward: Callable[..., Any], layer: Layer) -> list[Tensor]:
-        x, weight, bias, lora_a, lora_b, dy = layer
-        y, xa, keep = forward(x, weight, bias, lora_a, lora_b, SCALE, dropout_p, seed)
-        return [y, xa, *backward(dy, x, weight, lora_a, lora_b, xa, keep, SCALE, dropout_p, True, True, True)]
-
-    found = run(
-        torch.ops.fastlora.lora_linear_cuda,
-        torch.ops.fastlora.lora_linear_backward_cuda,
-        layer._replace(weight=by_column(layer.weight)),
-    )
-    eager = run(reference.lora_linear, reference.lora_linear_backward, layer)
-    exact = run(reference.lora_linear, reference.lora_linear_backward, Layer(*map(double, layer)))
-    for name, value, near, right in zip(("y", "xa", "dx", "da", "db"), found, eager, exact, strict=True):
-        assert_within_bound(name, value, near, right)
+    found = run_layer(CUDA, layer._replace(weight=by_column(layer.weight)), dropout_p, seed)
+    eager = run_layer(REFERENCE, layer, dropout_p, seed)
+    exact = run_layer(REFERENCE, Layer(*map(double, layer)), dropout_p, seed)
+    for name in NUMBERS:
+        assert_within_bound(name, found[name], eager[name], exact[name])
 
 
 def check_multi_lora(given: test_cuda_multi_lora.Arguments) -> None:
@@ -124,23 +115,20 @@ def test_no_copy_of_a_weight_that_can_be_read(
     card: ctypes.CDLL, rows: int, layout: Callable[[Tensor], Tensor], K: int, N: int, expected: int
 ) -> None:
     x, weight, _, lora_a, lora_b, dy = (tensor.detach() for tensor in make_layer(rows, K, N, 4, BF16))
-    x, weight, dy = spaced(x), layout(weight), spaced(dy)
-
-    def lora_linear() -> None:
-        _, xa, keep = torch.ops.fastlora.lora_linear_cuda(x, weight, None, lora_a, lora_b, SCALE, 0.0, None)
-        torch.ops.fastlora.lora_linear_backward_cuda(
-            dy, x, weight, lora_a, lora_b, xa, keep, SCALE, 0.0, True, True, True
-        )
-
+    layer = Layer(spaced(x), layout(weight), None, lora_a, lora_b, spaced(dy))
     sorting = torch.arange(rows), torch.tensor([0, 0, rows, rows])
 
+    def lora_linear() -> None:
+        run_layer(CUDA, layer)
+
     def multi_lora() -> None:
-        _, xa, keep = torch.ops.fastlora.multi_lora_cuda(
-            x, weight, None, [lora_a], [lora_b], [SCALE], [0.0], None, *sorting
-        )
-        torch.ops.fastlora.multi_lora_backward_cuda(
+        x, weight, bias, lora_a, lora_b, dy = layer
+        given = test_cuda_multi_lora.Arguments(x, weight, bias, [lora_a], [lora_b], [SCALE], [0.0], None, *sorting)
+        _, xa, keep = test_cuda_multi_lora.run(given)
+        given = test_cuda_multi_lora.Backward(
             dy, x, weight, [lora_a], [lora_b], xa, keep, [SCALE], [0.0], *sorting, True, True, True
         )
+        test_cuda_multi_lora.run_backward(*given)
 
     assert (copies(lora_linear), copies(multi_lora)) == (expected, expected)
 
@@ -173,6 +161,9 @@ def test_a_weight_that_would_be_copied_is_left_to_pytorch(monkeypatch: pytest.Mo
     }
     assert {key for key, choice in chosen.items() if choice.implementation != "cuda"} == {(45, True)}
     assert chosen[45, True].reason.startswith("CUDA C++ would copy the weight [45, 64] in every call: ")
-    for choose in (ops.choose_multi_lora, lambda *given: operators.lora_linear.choose_shared(*given)[0]):
+    for choose in (
+        lambda *given: operators.lora_linear.choose(*given, mixed=True),
+        lambda *given: operators.lora_linear.choose_shared(*given)[0],
+    ):
         assert choose(x, x.new_zeros(64, 45).T).implementation == "reference"
         assert choose(x, x.new_zeros(1, 1).expand(45, 64)).implementation == "cuda"  # a size without a layout

@@ -6,16 +6,16 @@ from typing import Any
 
 import pytest
 import test_cuda_by_column
-import test_cuda_emulated
+import test_cuda_layers
 import test_cuda_lora_linear
 import test_cuda_multi_lora
 import torch
 from bounds import Layer, assert_within_bound, double, make_layer
-from test_cuda_lora_linear import Case
+from test_cuda_lora_linear import CUDA, NUMBERS, REFERENCE, SCALE, Case, run_layer
 from torch import Tensor
 
 from fastlora import functional, operators, ops, reference
-from fastlora.choice import measure, table, trial
+from fastlora.choice import problems, table, trial
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available() or ("lora_linear", "cuda") not in ops.implementations,
@@ -23,7 +23,6 @@ pytestmark = pytest.mark.skipif(
 )
 
 BF16, F32 = torch.bfloat16, torch.float32
-SCALE = 1.7
 LARGE = {
     "4096": Case(1024, 4096, 4096, 16, BF16, F32, dropout_p=0.1),
     "wide": Case(257, 4096, 14336, 64, BF16, F32, dropout_p=0.05),
@@ -39,24 +38,6 @@ def to_card(value: Any) -> Any:
     return [to_card(one) for one in value] if isinstance(value, list) else value
 
 
-def run(layer: Layer, dropout_p: float, seed: Tensor | None, forward: Any, backward: Any) -> list[Tensor]:
-    """y, xa, keep, dx, da, db."""
-    x, weight, bias, lora_a, lora_b, dy = layer
-    y, xa, keep = forward(x, weight, bias, lora_a, lora_b, SCALE, dropout_p, seed)
-    grads = backward(dy, x, weight, lora_a, lora_b, xa, keep, SCALE, dropout_p, True, True, True)
-    return [y, xa, keep, *grads]
-
-
-def by_cuda(layer: Layer, dropout_p: float, seed: Tensor | None) -> list[Tensor]:
-    return run(
-        layer, dropout_p, seed, torch.ops.fastlora.lora_linear_cuda, torch.ops.fastlora.lora_linear_backward_cuda
-    )
-
-
-def by_reference(layer: Layer, dropout_p: float, seed: Tensor | None) -> list[Tensor]:
-    return run(layer, dropout_p, seed, reference.lora_linear, reference.lora_linear_backward)
-
-
 def on_card(case: Case) -> tuple[Layer, float, Tensor | None]:
     *sizes, dropout_p = case
     seed = torch.tensor(7, device="cuda") if dropout_p else None
@@ -70,16 +51,14 @@ def check_lora_linear(case: Case, lay: Callable[[Tensor], Tensor] = lambda weigh
     """`lay`: how the frozen weight lies, for the kernels."""
     layer, dropout_p, seed = on_card(case)
     laid = layer._replace(weight=to_card(lay(layer.weight.cpu())))
-    found, eager = by_cuda(laid, dropout_p, seed), by_reference(layer, dropout_p, seed)
-    exact = by_reference(Layer(*map(double, layer)), dropout_p, seed)
-    for name, value, near, right in zip(("y", "xa", "keep", "dx", "da", "db"), found, eager, exact, strict=True):
-        if name == "keep":
-            assert value.shape == near.shape
-            if value.numel():
-                K = layer.x.shape[1]
-                assert torch.equal(reference.read_keep(value, K), reference.read_keep(near, K))
-        else:
-            assert_within_bound(name, value, near, right)
+    found, eager = run_layer(CUDA, laid, dropout_p, seed), run_layer(REFERENCE, layer, dropout_p, seed)
+    exact = run_layer(REFERENCE, Layer(*map(double, layer)), dropout_p, seed)
+    for name in NUMBERS:
+        assert_within_bound(name, found[name], eager[name], exact[name])
+    kept, K = [results["keep"] for results in (found, eager)], layer.x.shape[1]
+    assert kept[0].shape == kept[1].shape
+    if kept[0].numel():
+        assert torch.equal(*(reference.read_keep(keep, K) for keep in kept))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -97,39 +76,38 @@ def test_a_weight_that_lies_by_column(case: Case) -> None:
 
 def test_odd_sizes_with_gaps() -> None:
     layer = Layer(*map(to_card, test_cuda_lora_linear.odd_layer()))
-    found, eager = by_cuda(layer, 0.0, None), by_reference(layer, 0.0, None)
-    exact = by_reference(Layer(*map(double, layer)), 0.0, None)
-    for name, value, near, right in zip(("y", "xa", "keep", "dx", "da", "db"), found, eager, exact, strict=True):
-        if name != "keep":
-            assert_within_bound(name, value, near, right)
+    found, eager = run_layer(CUDA, layer), run_layer(REFERENCE, layer)
+    exact = run_layer(REFERENCE, Layer(*map(double, layer)))
+    for name in NUMBERS:
+        assert_within_bound(name, found[name], eager[name], exact[name])
 
 
 def test_two_runs_and_a_graph_are_equal() -> None:
     """Bitwise: sums have one order, whoever comes first."""
     problem = on_card(LARGE["4096"])
-    once = by_cuda(*problem)
+    once = run_layer(CUDA, *problem)
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
-        by_cuda(*problem)
+        run_layer(CUDA, *problem)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = by_cuda(*problem)
+        captured = run_layer(CUDA, *problem)
     for _ in range(2):
         graph.replay()
-        for first, second in zip(once, captured, strict=True):
-            assert torch.equal(first, second)
+        for name, first in once.items():
+            assert torch.equal(first, captured[name]), name
 
 
-QUERY_KEY_VALUE = test_cuda_emulated.Shared(
+QUERY_KEY_VALUE = test_cuda_layers.Shared(
     1024, 4096, ((4096, 16), (1024, 16), (1024, 16)), BF16, F32, dropout_p=(0.1, 0.0, 0.1)
 )
-SHARED = {**test_cuda_emulated.SHARED, "query, key, value": QUERY_KEY_VALUE}
+SHARED = {**test_cuda_layers.SHARED, "query, key, value": QUERY_KEY_VALUE}
 
 
 @pytest.mark.parametrize("case", SHARED.values(), ids=SHARED)
-def test_layers_that_share_x(case: test_cuda_emulated.Shared) -> None:
-    test_cuda_emulated.check_shared(case, to_card)
+def test_layers_that_share_x(case: test_cuda_layers.Shared) -> None:
+    test_cuda_layers.check_shared(case, to_card)
 
 
 LONG = test_cuda_multi_lora.sequences((3, 700), (0, 1500), (-1, 300), (1, 1000), (7, 96), (2, 500))
@@ -145,6 +123,10 @@ LARGE_MULTI_LORA = {
 }
 
 
+def multi_lora_backward(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return test_cuda_multi_lora.backward_of_layer(CUDA[1], *given)
+
+
 MULTI_LORA_CASES = {**test_cuda_multi_lora.CASES, **test_cuda_multi_lora.MANY, **LARGE_MULTI_LORA}
 MULTI_LORA_GRADIENTS = {**test_cuda_multi_lora.GRADIENTS, **LARGE_MULTI_LORA}
 
@@ -152,8 +134,8 @@ MULTI_LORA_GRADIENTS = {**test_cuda_multi_lora.GRADIENTS, **LARGE_MULTI_LORA}
 def check_multi_lora(case: dict[str, Any], lay: Callable[[Tensor], Tensor] = lambda weight: weight) -> None:
     made = test_cuda_multi_lora.make(**case)
     given = test_cuda_multi_lora.Arguments(*map(to_card, made))
-    y, xa, _ = torch.ops.fastlora.multi_lora_cuda(*given._replace(weight=to_card(lay(made.weight))))
-    eager_y, eager_xa, _ = reference.multi_lora(*given)
+    y, xa, _ = test_cuda_multi_lora.of_layer(CUDA[0], given._replace(weight=to_card(lay(made.weight))))
+    eager_y, eager_xa, _ = test_cuda_multi_lora.by_reference(given)
     exact_y, exact_xa, _ = test_cuda_multi_lora.exact(given)
     valid = ~exact_y.isnan().all(1)
     assert y[~valid].isnan().all()
@@ -178,7 +160,7 @@ def test_multi_lora_by_column(case: dict[str, Any]) -> None:
     check_multi_lora(case, test_cuda_by_column.by_column)
     given = on_card_backward(case)
     laid = given._replace(weight=to_card(test_cuda_by_column.by_column(given.weight.cpu())))
-    test_cuda_multi_lora.check_backward(laid, given, run=torch.ops.fastlora.multi_lora_backward_cuda)
+    test_cuda_multi_lora.check_backward(laid, given, run=multi_lora_backward)
 
 
 def on_card_backward(case: dict[str, Any]) -> test_cuda_multi_lora.Backward:
@@ -188,12 +170,12 @@ def on_card_backward(case: dict[str, Any]) -> test_cuda_multi_lora.Backward:
 
 @pytest.mark.parametrize("case", MULTI_LORA_GRADIENTS.values(), ids=MULTI_LORA_GRADIENTS)
 def test_multi_lora_backward(case: dict[str, Any]) -> None:
-    test_cuda_multi_lora.check_backward(on_card_backward(case), run=torch.ops.fastlora.multi_lora_backward_cuda)
+    test_cuda_multi_lora.check_backward(on_card_backward(case), run=multi_lora_backward)
 
 
 def test_two_runs_of_multi_lora_backward_are_equal() -> None:
     given = on_card_backward(LARGE_MULTI_LORA["4096"])
-    once, again = (torch.ops.fastlora.multi_lora_backward_cuda(*given) for _ in range(2))
+    once, again = (multi_lora_backward(*given) for _ in range(2))
     for first, second in zip(once, again, strict=True):
         assert torch.equal(first.nan_to_num(), second.nan_to_num())
 
@@ -210,15 +192,13 @@ def test_gradients_by_autograd(monkeypatch: pytest.MonkeyPatch) -> None:
         return [y.detach(), *torch.autograd.grad(y, inputs, dy.view(4, 12, 40))]
 
     torch.manual_seed(0)
-    seed = torch.randint(0, 2**63 - 1, (), dtype=torch.int64, device="cuda")
-    exact = by_reference(Layer(*map(double, layer)), 0.1, seed)
+    seed = torch.randint(0, 2**63 - 1, (1,), dtype=torch.int64, device="cuda")
+    right = run_layer(REFERENCE, Layer(*map(double, layer)), 0.1, seed)
     monkeypatch.setattr(ops, "forced", "reference")
     eager = gradients()
     monkeypatch.setattr(ops, "forced", "cuda")
-    for name, value, near, right in zip(
-        ("y", "dx", "da", "db"), gradients(), eager, [exact[0], *exact[3:]], strict=True
-    ):
-        assert_within_bound(name, value, near, right.view(value.shape))
+    for name, value, near in zip(("y", "dx", "da", "db"), gradients(), eager, strict=True):
+        assert_within_bound(name, value, near, right[name].view(value.shape))
 
 
 FAULTY = """
@@ -243,7 +223,7 @@ def test_a_kernel_that_faults_is_refused_and_this_process_goes_on(
     monkeypatch.setattr(ops, "forced", None)
     monkeypatch.setattr(table, "SHIPPED", tmp_path)
     monkeypatch.setattr(trial, "ANSWER", FAULTY)
-    monkeypatch.setitem(measure.LINEAR_ROWS, "cuda", (64,))
+    monkeypatch.setitem(problems.LINEAR_ROWS, "cuda", (64,))
     table.load_state(None)
     weight = torch.ones(8, 8, device="cuda", dtype=BF16)
     with pytest.warns(UserWarning, match="cuda is refused for lora_linear: .*CUDA error"):

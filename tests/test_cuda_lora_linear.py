@@ -14,9 +14,10 @@ import torch
 from bounds import Layer, assert_within_bound, dense, double, gapped, make_layer, next_seed, transposed
 from torch import Tensor
 
-from fastlora import reference
+from fastlora import native, reference
 
 SCALE = 1.7
+NUMBERS = ("y", "xa", "dx", "da", "db")
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 pytestmark = pytest.mark.skipif(not emulated.available(), reason="needs a C++20 compiler")
@@ -143,22 +144,38 @@ def run(
     return Results(*(tensor if tensor is None else whole(tensor) for tensor in (y, xa, keep, *grads)))
 
 
-def by_reference(layer: Layer, dropout_p: float, seed: Tensor | None) -> list[Tensor]:
-    """y, xa, dx, da, db."""
+CUDA = native.lora_linear_cuda, torch.ops.fastlora.lora_linear_backward_cuda
+REFERENCE = reference.lora_linear, reference.lora_linear_backward
+
+
+def run_layer(
+    functions: tuple[Callable[..., Any], Callable[..., Any]],
+    layer: Layer,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    lay: Callable[[Tensor], Tensor] = lambda keep: keep,
+) -> dict[str, Tensor]:
+    """By name y, xa [M, R], keep, dx, da, db: what an operator's forward and backward give for one layer with one adapter.
+
+    lay: how keep lies, for the backward.
+    """
     x, weight, bias, lora_a, lora_b, dy = layer
-    y, xa, keep = reference.lora_linear(x, weight, bias, lora_a, lora_b, SCALE, dropout_p, seed)
-    grads = reference.lora_linear_backward(dy, x, weight, lora_a, lora_b, xa, keep, SCALE, dropout_p, True, True, True)
-    return [y, xa, *grads]
+    (forward, backward), numbers = functions, ([SCALE], [dropout_p])
+    seeds = None if seed is None else seed.view(1)
+    [y], xa, keep = forward(x, [weight], [bias], [lora_a], [lora_b], *numbers, seeds, None, None)
+    saved = xa, lay(keep)
+    dx, da, db = backward([dy], x, [weight], [lora_a], [lora_b], *saved, *numbers, None, None, True, True, True)
+    return {"y": y, "xa": xa[0], "keep": keep, "dx": dx, "da": da.view(lora_a.shape), "db": db.view(lora_b.shape)}
 
 
 def check(card: ctypes.CDLL, layer: Layer, dropout_p: float) -> None:
     layer = Layer(*(None if tensor is None else tensor.detach() for tensor in layer))
     seed = next_seed("cpu", 1) if dropout_p else None
     got = run(card, layer, dropout_p, seed)
-    exact = by_reference(Layer(*map(double, layer)), dropout_p, seed)
-    eager = by_reference(Layer(*map(dense, layer)), dropout_p, seed)
-    for name, near, right in zip(("y", "xa", "dx", "da", "db"), eager, exact, strict=True):
-        assert_within_bound(name, getattr(got, name), near, right)
+    exact = run_layer(REFERENCE, Layer(*map(double, layer)), dropout_p, seed)
+    eager = run_layer(REFERENCE, Layer(*map(dense, layer)), dropout_p, seed)
+    for name in NUMBERS:
+        assert_within_bound(name, getattr(got, name), eager[name], exact[name])
     if seed is not None:
         M, K = layer.x.shape
         bits = (got.keep[:, :, None] >> torch.arange(8, dtype=torch.uint8)) & 1

@@ -1,4 +1,4 @@
-"""csrc/cuda/multi_lora.cu on an emulated card (emulated.py): forward and backward against the float64 reference, group by group.
+"""csrc/cuda/multi_lora.cu on an emulated card (emulated.py): forward and backward against the float64 reference, adapter by adapter.
 
 Every test runs with the threads and blocks in ascending and in descending order. The emulated card has 16 multiprocessors for few rows, where small
 N splits K, and 2 for many.
@@ -44,7 +44,7 @@ def capability(request: pytest.FixtureRequest, card: ctypes.CDLL) -> Iterator[No
 
 
 class Arguments(NamedTuple):
-    """What the forward takes, in its order."""
+    """What the forward takes of one layer, in its order."""
 
     x: Tensor
     weight: Tensor
@@ -84,18 +84,31 @@ def make(
     )
 
 
+def of_layer(function: Callable[..., Any], given: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    """y [M, N], xa [M, R], keep [M, bytes] or no elements."""
+    x, weight, bias, *adapters, seed, order, offsets = given
+    seeds = None if seed is None else seed.flatten()
+    [y], xa, keep = function(x, [weight], [bias], *adapters, seeds, order, offsets)
+    assert xa.shape[0] == 1
+    return y, xa[0], keep[0] if keep.numel() else keep
+
+
 def run(given: Arguments) -> tuple[Tensor, Tensor, Tensor]:
-    return emulated.operators()["multi_lora", "cuda"](*given)
+    return of_layer(emulated.operators()["multi_lora", "cuda"], given)
+
+
+def by_reference(given: Arguments) -> tuple[Tensor, Tensor, Tensor]:
+    return of_layer(reference.lora_linear, given)
 
 
 def exact(given: Arguments) -> tuple[Tensor, Tensor, Tensor]:
     x, weight, bias = map(double, given[:3])
     lists = ([double(tensor) for tensor in tensors] for tensors in given[3:5])
-    return reference.multi_lora(x, weight, bias, *lists, *given[5:])
+    return by_reference(Arguments(x, weight, bias, *lists, *given[5:]))
 
 
 class Backward(NamedTuple):
-    """What the backward takes, in its order."""
+    """What the backward takes of one layer, in its order."""
 
     dy: Tensor
     x: Tensor
@@ -116,23 +129,32 @@ class Backward(NamedTuple):
 def make_backward(given: Arguments) -> Backward:
     """With what the reference's forward leaves, and bits of dropout that nobody reads flipped."""
     x, weight, _, lora_a, lora_b, scale, dropout_p, _, order, offsets = given
-    y, xa, keep = reference.multi_lora(*given)
+    y, xa, keep = by_reference(given)
     if keep.numel():
         keep = flip_unread(keep, rows_that_drop(given)[:, None].expand(x.shape))
     return Backward(torch.randn_like(y), x, weight, lora_a, lora_b, xa, keep, scale, dropout_p, order, offsets)
 
 
+def backward_of_layer(function: Callable[..., Any], *given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dy, x, weight, lora_a, lora_b, xa, keep, *rest = given
+    return function([dy], x, [weight], lora_a, lora_b, xa[None], keep[None] if keep.numel() else keep, *rest)
+
+
 def run_backward(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return emulated.operators()["multi_lora_backward", "cuda"](*given)
+    return backward_of_layer(emulated.operators()["multi_lora_backward", "cuda"], *given)
+
+
+def backward_by_reference(*given: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return backward_of_layer(reference.lora_linear_backward, *given)
 
 
 def check_backward(given: Backward, expected: Backward | None = None, run: Callable[..., Any] = run_backward) -> None:
     """`expected`: the same numbers in another layout, for the reference."""
     expected = expected or given
-    eager = reference.multi_lora_backward(*expected)
+    eager = backward_by_reference(*expected)
     lists = {name: [double(tensor) for tensor in getattr(expected, name)] for name in ("lora_a", "lora_b")}
     tensors = {name: double(getattr(expected, name)) for name in ("dy", "x", "weight", "xa")}
-    right = reference.multi_lora_backward(*expected._replace(**lists, **tensors))
+    right = backward_by_reference(*expected._replace(**lists, **tensors))
     dx, da, db = run(*given)
     valid = ~right[0].isnan().all(1)
     assert dx[~valid].isnan().all()
@@ -159,7 +181,7 @@ def check(given: Arguments, expected: Arguments | None = None) -> None:
     """`expected`: the same numbers in another layout, for the reference."""
     expected = expected or given
     y, xa, keep = run(given)
-    eager_y, eager_xa, eager_keep = reference.multi_lora(*expected)
+    eager_y, eager_xa, eager_keep = by_reference(expected)
     exact_y, exact_xa, _ = exact(expected)
     valid = ~exact_y.isnan().all(1)
     assert y[~valid].isnan().all()

@@ -10,7 +10,7 @@ import pytest
 import test_cuda_compile
 import torch
 from bounds import make_layer
-from test_cuda_lora_linear import SCALE
+from test_cuda_lora_linear import CUDA, SCALE
 
 pytestmark = pytest.mark.skipif(not emulated.available(), reason="needs a C++20 compiler")
 
@@ -57,7 +57,8 @@ def test_a_build_for_tests_looks_at_the_clock(tmp_path: Path) -> None:
 
 def run() -> torch.Tensor:
     x, weight, bias, lora_a, lora_b, _ = (tensor.detach() for tensor in make_layer(140, 72, 264, 4, torch.bfloat16))
-    return torch.ops.fastlora.lora_linear_cuda(x, weight, bias, lora_a, lora_b, SCALE, 0.0, None)[0]
+    forward, _ = CUDA
+    return forward(x, [weight], [bias], [lora_a], [lora_b], [SCALE], [0.0], None, None, None)[0][0]
 
 
 @pytest.mark.parametrize("lost", [0, 5, 13])
