@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -51,7 +51,7 @@ class Setting:
     model: str
     rows: list[dict[str, Any]]  # of the data file, one batch
     steps: int
-    dtype: str
+    dtype: Literal["float32", "bfloat16"]
 
 
 def _by_trainer(setting: Setting, way: str) -> Run:

@@ -304,14 +304,8 @@ def lora_linear(
         ValueError: a shape, dtype, device, rank, scale or probability does not fit, or weight or bias requires a gradient.
         fastlora.ops.ImplementationError: FASTLORA_IMPL names an implementation that cannot run.
     """
-    checks.check_floats(x, "x")
-    cast = checks.autocast_dtype(x)
-    checks.check_base(x, weight, bias, autocast=cast is not None)
-    _check_adapter(x, cast or x.dtype, weight.shape[0], lora_a, lora_b, scale)
-    checks.check_probability(dropout_p, "dropout_p")
-    checks.check_transforms(x, weight, bias, lora_a, lora_b)
-    p = float(dropout_p) if training else 0.0
-    return compute(x, [weight], [bias], [lora_a], [lora_b], [float(scale)], [p], cast=cast)[0]
+    own = [[lora_a]], [[lora_b]], [[scale]], [[dropout_p]]
+    return _compute_checked(x, [weight], [bias], own, training, lambda g, i: "")[0]
 
 
 def lora_linear_shared(
@@ -332,20 +326,11 @@ def lora_linear_shared(
     Raises:
         TypeError, ValueError: as `lora_linear`; the message names the layer, as in lora_a[2].
     """
-    checks.check_floats(x, "x")
-    cast = checks.autocast_dtype(x)
     G = len(weight)
     p = [dropout_p] * G if isinstance(dropout_p, (int, float)) else list(dropout_p)
     _check_one_a_layer(G, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b, scale=scale, dropout_p=p)
-    for i in range(G):
-        checks.check_base(x, weight[i], bias[i], autocast=cast is not None)
-        _check_adapter(x, cast or x.dtype, weight[i].shape[0], lora_a[i], lora_b[i], scale[i], f"[{i}]")
-        checks.check_probability(p[i], f"dropout_p[{i}]")
-        if lora_a[i].dtype != lora_a[0].dtype:
-            raise wrong(f"lora_a[{i}]", lora_a[i], f"the dtype of lora_a[0], {lora_a[0].dtype}")
-    checks.check_transforms(x, *weight, *bias, *lora_a, *lora_b)
-    p = [float(one) if training else 0.0 for one in p]
-    return list(compute(x, list(weight), list(bias), lora_a, lora_b, [float(s) for s in scale], p, cast=cast))
+    own = [[[one] for one in column] for column in (lora_a, lora_b, scale, p)]
+    return list(_compute_checked(x, weight, bias, own, training, lambda g, i: f"[{g}]"))
 
 
 def multi_lora(
@@ -370,13 +355,8 @@ def multi_lora(
         TypeError, ValueError: as `lora_linear`; the message names the adapter, as in lora_a[2].
         IndexError: an index is out of range (on a CUDA device raised by a later call; those rows become NaN).
     """
-    checks.check_floats(x, "x")
-    cast = checks.autocast_dtype(x)
-    checks.check_base(x, weight, bias, autocast=cast is not None)
-    scales, p = _check_adapters(x, cast or x.dtype, weight.shape[0], lora_a, lora_b, scale, dropout_p, training)
-    checks.check_transforms(x, weight, bias, *lora_a, *lora_b)
-    rows = _rows_of_index(x, index, len(lora_a))
-    return compute(x, [weight], [bias], lora_a, lora_b, scales, p, rows, cast)[0]
+    own = [[column] for column in _adapter_lists(lora_a, lora_b, scale, dropout_p)]
+    return _compute_checked(x, [weight], [bias], own, training, lambda g, i: f"[{i}]", index)[0]
 
 
 def multi_lora_shared(
@@ -399,26 +379,15 @@ def multi_lora_shared(
     Raises:
         TypeError, ValueError, IndexError: as `multi_lora`; the message names the layer, then the adapter, as in lora_a[1][2].
     """
-    checks.check_floats(x, "x")
-    cast = checks.autocast_dtype(x)
     G = len(weight)
-    each = [dropout_p] * G if isinstance(dropout_p, (int, float)) else list(dropout_p)
-    _check_one_a_layer(G, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b, scale=scale, dropout_p=each)
-    scales, p = [], []
+    p = [dropout_p] * G if isinstance(dropout_p, (int, float)) else list(dropout_p)
+    _check_one_a_layer(G, weight=weight, bias=bias, lora_a=lora_a, lora_b=lora_b, scale=scale, dropout_p=p)
+    layers = zip(lora_a, lora_b, scale, p, strict=True)
+    every = list(zip(*(_adapter_lists(*own, of=f"[{g}]") for g, own in enumerate(layers)), strict=True))
     for g in range(G):
-        checks.check_base(x, weight[g], bias[g], autocast=cast is not None)
-        own = lora_a[g], lora_b[g], scale[g], each[g], training
-        own_scales, own_p = _check_adapters(x, cast or x.dtype, weight[g].shape[0], *own, of=f"[{g}]")
         if len(lora_a[g]) != len(lora_a[0]):
             raise wrong(f"lora_a[{g}]", f"{len(lora_a[g])} adapters", f"{len(lora_a[0])}, as lora_a[0] has")
-        if lora_a[g][0].dtype != lora_a[0][0].dtype:
-            raise wrong(f"lora_a[{g}][0]", lora_a[g][0], f"the dtype of lora_a[0][0], {lora_a[0][0].dtype}")
-        scales += own_scales
-        p += own_p
-    every_a, every_b = ([one for own in column for one in own] for column in (lora_a, lora_b))
-    checks.check_transforms(x, *weight, *bias, *every_a, *every_b)
-    rows = _rows_of_index(x, index, len(lora_a[0]))
-    return list(compute(x, list(weight), list(bias), every_a, every_b, scales, p, rows, cast))
+    return list(_compute_checked(x, weight, bias, every, training, lambda g, i: f"[{g}][{i}]", index))
 
 
 def _check_one_a_layer(layers: int, **lists: Sequence[Any]) -> None:
@@ -449,10 +418,8 @@ def _check_adapter(
     checks.check_number(scale, f"scale{which}")
 
 
-def _check_adapters(
-    x: Tensor, dtype: torch.dtype, N: int, lora_a: Any, lora_b: Any, scale: Any, dropout_p: Any, training: bool, of: str = ""
-) -> tuple[list[float], list[float]]:  # fmt: skip
-    """Raise unless S adapters fit x, as dtype, and N; returns their scales and probabilities. `of` stands behind the names: [1], a layer."""
+def _adapter_lists(lora_a: Any, lora_b: Any, scale: Any, dropout_p: Any, of: str = "") -> tuple[Sequence[Any], ...]:
+    """Lists with an entry an adapter of one layer. `of` stands behind the names: [1], a layer."""
     for name, values in (("lora_a", lora_a), ("lora_b", lora_b), ("scale", scale)):
         if isinstance(values, Tensor) or not isinstance(values, Sequence):
             raise wrong_type(name + of, values, "a list with one entry an adapter")
@@ -463,19 +430,47 @@ def _check_adapters(
         raise wrong(f"lora_b{of}", f"{len(lora_b)} entries", f"{S}, one for each lora_a")
     if len(scale) != S:
         raise wrong(f"scale{of}", list(scale), f"{S} numbers, one for each lora_a")
-    for i in range(S):
-        _check_adapter(x, dtype, N, lora_a[i], lora_b[i], scale[i], f"{of}[{i}]")
-        if lora_a[i].dtype != lora_a[0].dtype:
-            raise wrong(f"lora_a{of}[{i}]", lora_a[i], f"the dtype of lora_a{of}[0], {lora_a[0].dtype}")
     if isinstance(dropout_p, (int, float)):
         dropout_p = [dropout_p] * S
     if isinstance(dropout_p, Tensor) or not isinstance(dropout_p, Sequence):
         raise wrong_type(f"dropout_p{of}", dropout_p, "a probability, or a list with one an adapter")
     if len(dropout_p) != S:
         raise wrong(f"dropout_p{of}", list(dropout_p), f"one probability, or {S}, one for each adapter")
-    for i, p in enumerate(dropout_p):
-        checks.check_probability(p, f"dropout_p{of}[{i}]")
-    return [float(s) for s in scale], [float(p) if training else 0.0 for p in dropout_p]
+    return lora_a, lora_b, scale, dropout_p
+
+
+def _compute_checked(
+    x: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    adapters: Sequence[Sequence[Sequence[Any]]],
+    training: bool,
+    of: Callable[[int, int], str],
+    *index: Any,
+) -> Sequence[Tensor]:
+    """`compute`, after all arguments were found to fit.
+
+    adapters: every A, B, scale and probability, by layer and adapter. of: what stands behind the names of a layer's adapter. index: of a mixed batch.
+    """
+    checks.check_floats(x, "x")
+    cast = checks.autocast_dtype(x)
+    every_a: list[Tensor] = []
+    every_b: list[Tensor] = []
+    scales, p = [], []
+    for g, (w, c) in enumerate(zip(weight, bias, strict=True)):
+        checks.check_base(x, w, c, autocast=cast is not None)
+        for i, (a, b, s, q) in enumerate(zip(*(column[g] for column in adapters), strict=True)):
+            _check_adapter(x, cast or x.dtype, w.shape[0], a, b, s, of(g, i))
+            checks.check_probability(q, f"dropout_p{of(g, i)}")
+            if every_a and a.dtype != every_a[0].dtype:
+                raise wrong(f"lora_a{of(g, i)}", a, f"the dtype of lora_a{of(0, 0)}, {every_a[0].dtype}")
+            every_a.append(a)
+            every_b.append(b)
+            scales.append(float(s))
+            p.append(float(q) if training else 0.0)
+    checks.check_transforms(x, *weight, *bias, *every_a, *every_b)
+    rows = _rows_of_index(x, index[0], len(adapters[0][0])) if index else None
+    return compute(x, list(weight), list(bias), every_a, every_b, scales, p, rows, cast)
 
 
 # ---- whose rows are whose
