@@ -113,15 +113,13 @@ def attach(model: nn.Module) -> None:
         ValueError: there is none.
     """
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and _takes_labels(type(module)) and output_embedding(module) is not None:
+        if isinstance(module, PreTrainedModel) and output_embedding(module) is not None:
             if KEY not in module.__dict__:
                 kind: Any = type(module)
                 module.__class__ = with_loss(kind)
             module.__dict__[KEY] = State()
             return
-    raise ValueError(
-        f"loss=True: {type(model).__name__} has no transformers model with a language model's head, whose forward takes labels"
-    )
+    raise ValueError(f"loss=True: {type(model).__name__} has no transformers model with a language model's head in it")
 
 
 def detach(module: nn.Module) -> None:
@@ -137,13 +135,14 @@ _plain: dict[type, type] = {}
 @functools.cache
 def with_loss(plain: Any) -> type:
     """The class derived from a transformers model's. Its name is the same: transformers writes it into a saved model's config, and looks it up."""
-    names = list(inspect.signature(plain.forward).parameters)[1:]
+    parameters = list(inspect.signature(plain.forward).parameters.values())[1:]
+    names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
 
     @functools.wraps(plain.forward)  # Trainer reads the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         # There is no state where somebody has kept this method over `restore`, as accelerate's wrapper does.
         state = self.__dict__.get(KEY)
-        if state is None or torch.compiler.is_compiling():
+        if state is None or torch.compiler.is_compiling() or len(args) > len(names):
             return plain.forward(self, *args, **kwargs)
         return _forward(self, plain, state, {**dict(zip(names, args, strict=False)), **kwargs})
 
@@ -160,10 +159,6 @@ def with_loss(plain: Any) -> type:
 
 def _new(plain: type) -> Any:
     return object.__new__(with_loss(plain))
-
-
-def _takes_labels(kind: Any) -> bool:
-    return "labels" in inspect.signature(kind.forward).parameters
 
 
 def _forward(model: Any, plain: Any, state: State, given: dict[str, Any]) -> Any:
@@ -215,8 +210,6 @@ def _run(model: Any, plain: Any, head: Any, given: dict[str, Any], *, fused: boo
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE) if shifted is None else shifted
     rows = _Labelled(head, labels, targets, fused=fused)
     out = plain.forward(rows.stand_in(model), **given)
-    if not isinstance(out, ModelOutput):
-        raise UnfitError(f"the model returns a {type(out).__name__}")
     return type(out)(**{**out, "logits": None})
 
 
@@ -250,6 +243,8 @@ def _choose(model: Any, plain: Any, head: Any, like: Tensor) -> tuple[str, str]:
     try:
         with undisturbed(model):
             own = plain.forward(model, **given)
+            if not isinstance(own, ModelOutput):
+                return ALL, f"the model returns a {type(own).__name__}"
             path, reason = choose_path(head, own.logits[labels != IGNORE], rows_of)
             if path == ALL:
                 return path, reason
