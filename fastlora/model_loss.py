@@ -47,11 +47,12 @@ class State:
     reason: str = ""  # why no faster path
     own: str | None = None  # why the last call ran the model's own forward, where the path is another
 
-    def describe(self) -> tuple[str, str]:
-        """(path, reason), for people."""
+    def describe(self, replaced: bool) -> tuple[str, str]:
+        """(path, reason), for people. replaced: somebody has put another forward before the model's, as TRL and Liger do."""
         last = "" if self.own is None else f"; its last call was the model's own: {self.own}"
         if self.path is None:
-            return "all", last.removeprefix("; ") or "not called yet, unless compiled"
+            never = f"not called yet, unless compiled{', or by the forward that was put before it' * replaced}"
+            return ALL, last.removeprefix("; ") or never
         if self.path == ALL:
             return ALL, f"the model's own loss: {self.reason}{last}"
         how = "a block of the vocabulary at a time" if self.path == FUSED else self.reason
@@ -223,7 +224,7 @@ def _decoded(model: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def _choose(model: Any, plain: Any, head: Any, like: Tensor) -> tuple[str, str]:
-    """(path, reason), by a few tokens a row of the batch: some layers are told of its rows, as in PEFT's mixed batches."""
+    """(path, reason), by a few tokens for each row of the batch: some adapters have been told of its rows, as aLoRA's are."""
     if model.loss_function is not ForCausalLMLoss:
         return ALL, f"its loss function is {getattr(model.loss_function, '__name__', model.loss_function)}"
     drawn = torch.Generator().manual_seed(0)
@@ -243,7 +244,7 @@ def _choose(model: Any, plain: Any, head: Any, like: Tensor) -> tuple[str, str]:
     try:
         with undisturbed(model):
             own = plain.forward(model, **given)
-            if not isinstance(own, ModelOutput):
+            if not issubclass(type(own), ModelOutput):
                 return ALL, f"the model returns a {type(own).__name__}"
             path, reason = choose_path(head, own.logits[labels != IGNORE], rows_of)
             if path == ALL:

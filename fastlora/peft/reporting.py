@@ -59,7 +59,7 @@ def report(model: nn.Module) -> Report:
         if isinstance(module, (LoraLayer, FrozenLinear)):
             found.append(LayerReport(name, *_explain(module, compiled)))
         elif model_loss.KEY in module.__dict__:
-            path, reason = module.__dict__[model_loss.KEY].describe()
+            path, reason = module.__dict__[model_loss.KEY].describe(replaced="forward" in module.__dict__)
             reason = f"{NOT_OBSERVED}; in its last eager call {reason}" if compiled else reason
             found.append(LayerReport(f"{name}.loss".lstrip("."), path, reason))
     return found
