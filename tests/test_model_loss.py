@@ -1,69 +1,41 @@
 """`accelerate(model, loss=True)`: the model's own loss and gradients, from its labelled tokens' logits only; everything else as it was."""
 
 import copy
+import inspect
+import io
 import pickle
 import sys
 import threading
 import types
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-import tiny
 import torch
-import torch.distributed as dist
 from bounds import INPUTS, assert_within_bound, assert_within_bound_over_inputs
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from test_language_model_loss import MODELS as WITH_LOSS_ALONE
+from test_language_model_loss import SIZES, VOCABULARY, Shuffled, process_group, trained  # noqa: F401  (a fixture)
+from test_linear_cross_entropy import LargestResult
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
     BartForConditionalGeneration,
-    CohereConfig,
-    CohereForCausalLM,
     DynamicCache,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
     MixtralConfig,
     MixtralForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
 )
 
 import fastlora
 
-VOCABULARY = 83
-SIZES: dict[str, Any] = {**tiny.SIZES, "vocab_size": VOCABULARY, "num_key_value_heads": 2, "initializer_range": 0.3}
-GPT2 = {
-    "vocab_size": VOCABULARY,
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "resid_pdrop": 0,
-    "embd_pdrop": 0,
-    "attn_pdrop": 0,
-}
-T5 = {
-    "vocab_size": VOCABULARY,
-    "d_model": 32,
-    "d_ff": 48,
-    "d_kv": 8,
-    "num_layers": 2,
-    "num_heads": 4,
-    "dropout_rate": 0,
-}
-HALF = {"layers": 1, "ffn_dim": 48, "attention_heads": 4}
-BART = {f"{half}_{name}": count for half in ("encoder", "decoder") for name, count in HALF.items()}
-BART |= {"vocab_size": VOCABULARY, "d_model": 32, "max_position_embeddings": 64, "dropout": 0}
+BART = {"vocab_size": VOCABULARY, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "dropout": 0}
 MOE = {
     "num_local_experts": 4,
     "experts_implementation": "eager",
@@ -71,13 +43,8 @@ MOE = {
     "router_aux_loss_coef": 0.5,
 }
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
-    "llama": (lambda: LlamaForCausalLM(LlamaConfig(**SIZES)), "fused"),
-    "llama-tied": (lambda: LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)), "fused"),
-    "gpt2": (lambda: GPT2LMHeadModel(GPT2Config(**GPT2)), "fused"),
-    "cohere-scale": (lambda: CohereForCausalLM(CohereConfig(**SIZES)), "fused"),
+    **WITH_LOSS_ALONE,
     "mixtral-balance": (lambda: MixtralForCausalLM(MixtralConfig(**SIZES, **MOE)), "fused"),
-    "gemma2-softcap": (lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8)), "labelled"),
-    "t5": (lambda: T5ForConditionalGeneration(T5Config(**T5, decoder_start_token_id=0)), "fused"),
     "bart-bias": (lambda: BartForConditionalGeneration(BartConfig(**BART)), "labelled"),
 }
 
@@ -103,10 +70,6 @@ def batch(seed: int = 3) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     parameters = trained(model)
     found = torch.autograd.grad(loss, list(parameters.values()), materialize_grads=True)
@@ -115,7 +78,7 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
 
 def path_of(model: nn.Module) -> tuple[str, str]:
     """(path, reason) of the loss, as `report` tells them."""
-    [line] = [line for line in fastlora.report(model) if line.name.split(".")[-1] == "loss"]
+    [line] = [line for line in fastlora.report(model) if line.name.rpartition(".")[2] == "loss"]
     return line[1:]
 
 
@@ -185,6 +148,14 @@ def test_arguments_may_come_by_place():
     names = list(LlamaForCausalLM.forward.__wrapped__.__code__.co_varnames)
     places = [given.get(name) for name in names[1 : names.index("labels") + 1]]
     assert torch.allclose(fastlora.accelerate(model, loss=True)(*places).loss, own)
+    assert path_of(model)[0] == "fused"
+
+
+def test_a_decoders_input_may_be_given():
+    model, given = build("t5"), {**batch(), "decoder_input_ids": batch(1)["input_ids"]}
+    own = model(**given).loss
+    assert not torch.allclose(own, model(**batch()).loss)
+    assert torch.allclose(fastlora.accelerate(model, loss=True)(**given).loss, own)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2-softcap"])
@@ -196,17 +167,6 @@ def test_a_batch_without_labels(name):
     assert model(**given).loss.isnan()
     loss = model(**given, num_items_in_batch=4).loss
     assert loss == 0 and not any(gradient.any() for gradient in gradients(model, loss).values())
-
-
-class LargestResult(TorchDispatchMode):
-    elements = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(value, Tensor) and value._base is None:
-                self.elements = max(self.elements, value.numel())
-        return result
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2-softcap"])
@@ -258,20 +218,17 @@ def test_without_gradients_or_labels_logits_stay():
     assert path_of(model) == ("fused", "logits of labelled tokens only, a block of the vocabulary at a time")
 
 
+def test_what_torch_wants_beside_the_values_is_the_models_own():
+    model = fastlora.accelerate(build("llama"), loss=True)
+    with forward_ad.dual_level():
+        assert model(**batch()).logits is not None
+    assert "forward-mode differentiation is on" in path_of(model)[1]
+
+
 def test_generate_is_the_models_own():
     model, prompt = build("llama"), batch()["input_ids"][:1, :4]
     own = model.generate(prompt, max_new_tokens=6, do_sample=False)
     assert torch.equal(fastlora.accelerate(model, loss=True).generate(prompt, max_new_tokens=6, do_sample=False), own)
-
-
-class Shuffled(LlamaForCausalLM):
-    """Its logits depend on other positions' logits."""
-
-    def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
-        out = super().forward(*args, **kwargs)
-        out.logits = out.logits + out.logits.mean(1, keepdim=True)
-        out.loss = None if labels is None else self.loss_function(out.logits, labels, self.config.vocab_size)
-        return out
 
 
 class Penalised(LlamaForCausalLM):
@@ -285,12 +242,20 @@ class Penalised(LlamaForCausalLM):
 
 
 class Relabelled(LlamaForCausalLM):
-    """Not all labels count for it."""
+    """Not all labels count for it, in long rows or in all."""
+
+    always = True
 
     def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
-        return super().forward(
-            *args, labels=None if labels is None else labels.masked_fill(labels < 40, -100), **kwargs
-        )
+        if labels is not None and (self.always or labels.shape[1] == 12):
+            labels = labels.masked_fill(labels < 40, -100)
+        return super().forward(*args, labels=labels, **kwargs)
+
+
+class RelabelledLate(Relabelled):
+    """Which its first few tokens do not show."""
+
+    always = False
 
 
 class Listed(LlamaForCausalLM):
@@ -305,6 +270,7 @@ class Listed(LlamaForCausalLM):
         (Shuffled, "not the model's position by position"),
         (Penalised, "loss is not its labelled tokens' cross entropy"),
         (Relabelled, "changes its labels"),
+        (RelabelledLate, "changes its labels"),
         (Listed, "returns a list"),
     ],
 )
@@ -312,7 +278,9 @@ def test_other_models_keep_their_own_loss(kind, reason):
     torch.manual_seed(0)
     model = kind(LlamaConfig(**SIZES)).train()
     own = model(**batch())
-    ours = fastlora.accelerate(model, loss=True)(**batch())
+    fastlora.accelerate(model, loss=True)
+    assert model(batch()["input_ids"]) is not None
+    ours = model(**batch())
     assert all(torch.equal(one, other) for one, other in zip(ours, own, strict=True) if isinstance(own, list))
     assert isinstance(own, list) or (torch.equal(ours.loss, own.loss) and torch.equal(ours.logits, own.logits))
     assert path_of(model)[0] == "all" and reason in path_of(model)[1]
@@ -366,26 +334,28 @@ def test_the_class_is_the_same_by_name(tmp_path):
     for name in ("__name__", "__qualname__", "__module__", "__doc__"):
         assert getattr(kind, name) == getattr(LlamaForCausalLM, name)
     assert type(fastlora.accelerate(build("llama"), loss=True)) is kind
+    assert inspect.signature(model.forward) == inspect.signature(build("llama").forward)
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(again) is LlamaForCausalLM and again.config.architectures == ["LlamaForCausalLM"]
     assert model.can_generate() and torch.equal(again.lm_head.weight, model.lm_head.weight)
 
 
-def pickled(model: Any, folder: Path) -> Any:
+def pickled(model: Any) -> Any:
     return pickle.loads(pickle.dumps(model))
 
 
-def saved(model: Any, folder: Path) -> Any:
-    torch.save(model, folder / "model.pt")
-    return torch.load(folder / "model.pt", weights_only=False)
+def saved(model: Any) -> Any:
+    file = io.BytesIO()
+    torch.save(model, file)
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [lambda model, folder: copy.deepcopy(model), pickled, saved])
-def test_a_copy_has_its_own_weights_and_the_loss(copied, tmp_path):
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
+def test_a_copy_has_its_own_weights_and_the_loss(copied):
     model = fastlora.accelerate(build("llama"), loss=True)
     before = model(**batch()).loss
-    other = copied(model, tmp_path)
+    other = copied(model)
     assert type(other) is type(model) and path_of(other) == path_of(model)
     with torch.no_grad():
         model.lm_head.weight.zero_()
@@ -476,19 +446,12 @@ def test_a_model_compiled_as_a_whole_keeps_its_own_loss():
     assert_same_losses_in_training(model, plain, torch.compile(model, backend="eager"))
 
 
-@pytest.fixture
-def process_group(tmp_path) -> Iterator[None]:
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
-
-
 @pytest.mark.usefixtures("process_group")
 def test_ddp():
     model, plain = both()
     assert_same_losses_in_training(model, plain, DistributedDataParallel(model))
-    full = fastlora.accelerate(build("llama-tied"), loss=True)
-    assert_same_losses_in_training(full, build("llama-tied"), DistributedDataParallel(full))
+    full = fastlora.accelerate(build("qwen2-tied"), loss=True)
+    assert_same_losses_in_training(full, build("qwen2-tied"), DistributedDataParallel(full))
     assert path_of(model)[0] == path_of(full)[0] == "fused"
 
 
