@@ -1,6 +1,7 @@
 """The loss of a language model on its labelled tokens, with no [tokens, vocabulary] tensor where the model allows that."""
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from fastlora.checks import is_hooked
-from fastlora.data.rows import IGNORE
 from fastlora.operators.linear_cross_entropy import LOGITS_AT_ONCE, linear_cross_entropy
 
 
@@ -29,7 +29,10 @@ def _float32_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
 
 
+IGNORE = -100  # cross entropy's ignore_index: a label that does not count
 FUSED, LABELLED, ALL = "fused", "labelled", "all"
+UNFIT = (IndexError, RuntimeError, TypeError, ValueError)
+"""What a model raises that cannot do with a part of its logits."""
 PROBE_TOKENS = 16
 STRETCHED_LOGIT = 100.0  # beyond what a head gives in training; any soft cap shows there
 
@@ -68,8 +71,8 @@ class LanguageModelLoss:
                 are its input's own tokens; an encoder-decoder's are the decoder's tokens.
         """
         inputs, counted, labels = self._inputs(batch)
-        head = _output_embedding(self._inner)
-        if self.path is None or (self.path == FUSED and _obstacle(head)):
+        head = output_embedding(self._inner)
+        if self.path is None or (self.path == FUSED and head_obstacle(head)):
             self.path, self.reason = self._choose(head, inputs)
         if self.path == ALL:
             return cross_entropy(self.model(**inputs).logits[counted], labels)
@@ -96,34 +99,42 @@ class LanguageModelLoss:
         if head is None:
             return ALL, "the model names no output embedding"
         probe, counted = _probe(inputs)
-        with _undisturbed(self._inner):
+        with undisturbed(self._inner):
             own = self._inner(**probe).logits[counted]  # [n, V]
-            try:
-                if not _equal(_rows_of(self._inner, head, probe, counted), own):
-                    return ALL, "the head's logits are not the model's position by position"
-            except (IndexError, RuntimeError, TypeError, ValueError) as error:
-                return ALL, f"the model cannot do with a part of its logits: {error}"
-            obstacle = _obstacle(head)
-            if obstacle is not None:
-                return LABELLED, obstacle
-            for factor in (1.0, STRETCHED_LOGIT / max(own.abs().max().item(), 1e-3)):
-                theirs = _rows_of(self._inner, head, probe, counted, factor=factor)
-                try:
-                    hidden = _rows_of(self._inner, head, probe, counted, factor=factor, without_head=True)
-                    ours = F.linear(hidden, head.weight, head.bias)
-                except (IndexError, RuntimeError, TypeError, ValueError) as error:
-                    return LABELLED, f"the model changes the logits after its head: {error}"
-                if not _equal(ours, theirs):
-                    return LABELLED, "the model changes the logits after its head"
-        return FUSED, ""
+            return choose_path(head, own, functools.partial(_rows_of, self._inner, head, probe, counted))
 
 
-def _output_embedding(model: Any) -> Any:
+def choose_path(head: Any, own: Tensor, rows_of: Callable[..., Tensor]) -> tuple[str, str]:
+    """(path, reason) by the logits of a few positions.
+
+    own: [n, V], the model's own logits of these positions among others.
+    rows_of: takes factor and without_head, as `_rows_of` does; what the model gives for these positions alone.
+    """
+    try:
+        if not equal(rows_of(), own):
+            return ALL, "the head's logits are not the model's position by position"
+    except UNFIT as error:
+        return ALL, f"the model cannot do with a part of its logits: {error}"
+    obstacle = head_obstacle(head)
+    if obstacle is not None:
+        return LABELLED, obstacle
+    for factor in (1.0, STRETCHED_LOGIT / max(own.abs().max().item(), 1e-3)):
+        theirs = rows_of(factor=factor)
+        try:
+            ours = F.linear(rows_of(factor=factor, without_head=True), head.weight, head.bias)
+        except UNFIT as error:
+            return LABELLED, f"the model changes the logits after its head: {error}"
+        if not equal(ours, theirs):
+            return LABELLED, "the model changes the logits after its head"
+    return FUSED, ""
+
+
+def output_embedding(model: Any) -> Any:
     get = getattr(model, "get_output_embeddings", None)
     return get() if get else None
 
 
-def _obstacle(head: nn.Module) -> str | None:
+def head_obstacle(head: nn.Module) -> str | None:
     """Why the head is more than a product with its weight, or None as far as one can see without its values."""
     if not isinstance(head, nn.Linear) or next(head.children(), None) is not None:
         return f"the head is a {type(head).__name__}"
@@ -179,14 +190,14 @@ def _probe(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
     return probe, counted
 
 
-def _equal(logits: Tensor, expected: Tensor) -> bool:
+def equal(logits: Tensor, expected: Tensor) -> bool:
     """Whether logits are the same but for rounding; NaN is not."""
     bound = max(4 * torch.finfo(expected.dtype).eps, 1e-3) * expected.abs().max()
     return logits.shape == expected.shape and bool((logits - expected).abs().max() <= bound)
 
 
 @contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
+def undisturbed(model: nn.Module) -> Iterator[None]:
     """The model in eval mode and uncompiled; afterwards every module's mode is as before."""
     modes = {module: module.training for module in model.modules()}
     model.eval()

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora.data.rows import IGNORE
-from fastlora.language_model_loss import LanguageModelLoss
+from fastlora.language_model_loss import IGNORE, LanguageModelLoss
 
 Batch = dict[str, Tensor]  # input_ids, attention_mask, labels, each [B, T]
 

@@ -34,8 +34,8 @@ from fastlora.checkpoint import Checkpoint, CheckpointError
 from fastlora.choice import table
 from fastlora.config import SEEDS, TrainConfig
 from fastlora.data.examples import read_examples
-from fastlora.data.rows import IGNORE, Encoded, Row, batches, collate, encode, pad_token_id
-from fastlora.language_model_loss import LanguageModelLoss
+from fastlora.data.rows import Encoded, Row, batches, collate, encode, pad_token_id
+from fastlora.language_model_loss import IGNORE, LanguageModelLoss
 from fastlora.models import load_tokenizer, require_positions, resolve_dtype
 from fastlora.typed import listed
 

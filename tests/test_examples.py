@@ -12,7 +12,8 @@ import torch
 from tokenizers import processors
 
 from fastlora.data.examples import BadLine, DataError, Example, parse_line, read_examples
-from fastlora.data.rows import IGNORE, TRUNCATIONS, Row, collate, cut_prompt, encode, encode_prompt
+from fastlora.data.rows import TRUNCATIONS, Row, collate, cut_prompt, encode, encode_prompt
+from fastlora.language_model_loss import IGNORE
 
 GOOD = b'{"prompt": "a", "completion": "b"}\n'
 GENERATION_TEMPLATE = (

@@ -9,7 +9,8 @@ import pytest
 import tokenizer_kinds as kinds
 
 from fastlora.data.examples import DataError, Example
-from fastlora.data.rows import IGNORE, Row, encode, encode_prompt, turn_end
+from fastlora.data.rows import Row, encode, encode_prompt, turn_end
+from fastlora.language_model_loss import IGNORE
 
 KINDS = {
     "byte-level": lambda: kinds.byte_level(add_prefix_space=False, template="<s> $A"),

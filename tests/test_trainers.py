@@ -1,4 +1,4 @@
-"""transformers' Trainer and TRL's SFTTrainer train an accelerated PEFT model as they train an unaccelerated one."""
+"""transformers' Trainer and TRL's SFTTrainer train an accelerated model as they train an unaccelerated one."""
 
 import importlib.util
 import json
@@ -28,11 +28,13 @@ def data(tmp_path_factory) -> Path:
     return tiny.save_data(tmp_path_factory.mktemp("data") / "train.jsonl", 32)
 
 
-def peft_model(base: Path, accelerated: bool) -> Any:
+def a_model(base: Path, full: bool, how: dict[str, bool] | None) -> Any:
+    """how: the options of `accelerate`; None: as transformers and PEFT made it."""
     torch.manual_seed(0)
     config = LoraConfig(r=4, lora_alpha=8, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config)
-    return fastlora.accelerate(model) if accelerated else model
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = model if full else get_peft_model(model, config)
+    return model if how is None else fastlora.accelerate(model, **how)
 
 
 OPTIONS: dict[str, Any] = {
@@ -53,42 +55,77 @@ def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def assert_same_training(plain: Any, accelerated: Any) -> None:
+def assert_same_training(plain: Any, accelerated: Any, tolerance: float = 1e-3) -> None:
     expected, got = losses(plain), losses(accelerated)
     layers = fastlora.report(accelerated.model)
     assert layers and all(layer.implementation != "peft" for layer in layers)
     assert len(got) == STEPS and expected[-1] < expected[0]
     # The same numbers but for the order of the sums, which eight steps of Adam amplify.
-    assert all(abs(a - b) <= 1e-3 * b for a, b in zip(got, expected, strict=True)), (got, expected)
+    assert all(abs(a - b) <= tolerance * b for a, b in zip(got, expected, strict=True)), (got, expected)
 
 
-def test_transformers_trainer(base, data, tmp_path):
+def accuracy(predictions: Any) -> dict[str, float]:
+    counted = predictions.label_ids[:, 1:] != -100
+    right = predictions.predictions.argmax(-1)[:, :-1] == predictions.label_ids[:, 1:]
+    return {"accuracy": float(right[counted].mean())}
+
+
+LOSS = {"loss": True}
+BATCHES = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("how", "full", "path", "options"),
+    [
+        pytest.param({}, False, None, {}, id="layers"),
+        pytest.param(LOSS, False, "fused", {}, id="loss"),
+        pytest.param(LOSS, True, "fused", BATCHES, id="full-in-small-batches"),
+        pytest.param(LOSS, False, "fused", {"bf16": True, **BATCHES}, id="autocast"),
+        pytest.param(LOSS, False, "fused", {"gradient_checkpointing": True}, id="checkpointing"),
+        pytest.param(LOSS, False, "all", {"label_smoothing_factor": 0.1}, id="smoothing"),
+    ],
+)
+def test_transformers_trainer(base, data, tmp_path, how, full, path, options):
+    """An evaluation's metrics read logits; without metrics, it has its loss alone."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows = encode(read_examples(data), tokenizer, 64).rows
+    tolerance = 0.02 if options.get("bf16") else 1e-3
 
-    def trainer(accelerated: bool) -> Trainer:
+    def trainer(how: dict[str, bool] | None) -> Trainer:
         arguments = TrainingArguments(
-            output_dir=str(tmp_path / str(accelerated)), remove_unused_columns=False, **OPTIONS
+            output_dir=str(tmp_path / str(how)), remove_unused_columns=False, **{**OPTIONS, **options}
         )
-        model = peft_model(base, accelerated)
         return Trainer(
-            model, arguments, data_collator=lambda batch: collate(batch, tokenizer.pad_token_id), train_dataset=rows
+            a_model(base, full, how),
+            arguments,
+            data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
+            train_dataset=rows,
+            eval_dataset=rows[:8],
+            compute_metrics=accuracy,
         )
 
-    assert_same_training(trainer(False), trainer(True))
+    plain, ours = trainer(None), trainer(how)
+    assert_same_training(plain, ours, tolerance)
+    if path is not None:
+        assert [line.implementation for line in fastlora.report(ours.model) if line.name.endswith("loss")] == [path]
+    for _ in range(2):
+        expected, got = plain.evaluate(), ours.evaluate()
+        assert abs(got["eval_loss"] - expected["eval_loss"]) <= 10 * tolerance * expected["eval_loss"]
+        assert abs(got.get("eval_accuracy", 0) - expected.get("eval_accuracy", 0)) <= 0.1
+        plain.compute_metrics = ours.compute_metrics = None
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
-def test_trl_sft_trainer(base, data, tmp_path):
+@pytest.mark.parametrize("how", [{}, LOSS], ids=["layers", "loss"])
+def test_trl_sft_trainer(base, data, tmp_path, how):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     rows = [json.loads(line) for line in data.read_text().splitlines()]
 
-    def trainer(accelerated: bool) -> SFTTrainer:
-        arguments = SFTConfig(output_dir=str(tmp_path / str(accelerated)), max_length=64, bf16=False, **OPTIONS)
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        model = peft_model(base, accelerated)
-        return SFTTrainer(model, arguments, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    def trainer(how: dict[str, bool] | None) -> SFTTrainer:
+        arguments = SFTConfig(output_dir=str(tmp_path / str(how)), max_length=64, bf16=False, **OPTIONS)
+        dataset, tokenizer = Dataset.from_list(rows), AutoTokenizer.from_pretrained(base)
+        return SFTTrainer(a_model(base, False, how), arguments, train_dataset=dataset, processing_class=tokenizer)
 
-    assert_same_training(trainer(False), trainer(True))
+    assert_same_training(trainer(None), trainer(how))

@@ -28,10 +28,10 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from torch import Tensor
 
 from fastlora.data.examples import BadLine, DataError, Example, Message, Prompt
+from fastlora.language_model_loss import IGNORE
 
 logger = logging.getLogger("fastlora")
 
-IGNORE = -100  # cross entropy's ignore_index: a label that does not count
 Truncation = Literal["prompt", "completion", "drop"]  # what a row that is too long loses, see above
 TRUNCATIONS = get_args(Truncation)
 SHOWN_CHARACTERS = 400  # of a row in a warning

@@ -7,6 +7,8 @@ obstacles    what a layer is about to compute, or what stands in the way
 siblings     layers that share x
 layers       the classes that layers are swapped to
 reporting    what computes each layer, and why
+
+What swaps the model's loss is not PEFT's matter: model_loss.py.
 """
 
 import functools
@@ -18,7 +20,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from fastlora import ops
+from fastlora import model_loss, ops
 from fastlora.checks import is_hooked
 from fastlora.choice import trial
 from fastlora.frozen import packed
@@ -51,7 +53,9 @@ def _frozen_layers(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def accelerate(model: nn.Module, *, frozen: bool = False, pack_budget: int | None = None) -> nn.Module:
+def accelerate(
+    model: nn.Module, *, frozen: bool = False, loss: bool = False, pack_budget: int | None = None
+) -> nn.Module:
     """Make a PEFT LoRA model faster, in place, with the same results; returns the model.
 
     Swaps the class of every `peft.tuners.lora.Linear` that can be fused (nn.Linear or Conv1D underneath, frozen, plain LoRA) to a
@@ -59,6 +63,14 @@ def accelerate(model: nn.Module, *, frozen: bool = False, pack_budget: int | Non
     (siblings.py). Call it again after new layers were added; `restore` undoes it.
 
     frozen: also swap every plain frozen nn.Linear without an adapter, such as lm_head; the model then needs no LoRA layers.
+    loss: also swap the class of the transformers model with the language model's head. In training mode with gradients on,
+    `model(**batch).loss` then comes from the logits of labelled tokens only, a block of the vocabulary at a time
+    (operators/linear_cross_entropy.py), and `logits` is None. In eval mode, without gradients or without labels the model runs as before and
+    returns its logits, which an evaluation's metrics read. The loss is the labelled tokens' mean, or with `num_items_in_batch` their sum over
+    that; what the model adds to it is added still. The first batch decides, by comparing a few tokens' logits and loss with the model's own,
+    whether the model allows it in full, in part or not; `report` says so. The model needs no LoRA layers: full fine-tuning can have the loss alone.
+    A model that is compiled as a whole keeps its own loss: compile its layers. TRL's SFTTrainer has a fused head of its own, which stays; its
+    versions from before that read the logits, and get them.
     pack_budget: bytes that packed copies of frozen weights may take on a CPU, 0 for none; None: a sixteenth of the machine's memory. A
     copy is made by the first product for which it was measured to pay on this kind of machine; `report` names those that did not fit. A write to
     a frozen weight is seen, by whatever hand (packed.py). A weight that another module has, too, such as a tied embedding, has no copies.
@@ -71,7 +83,7 @@ def accelerate(model: nn.Module, *, frozen: bool = False, pack_budget: int | Non
     PEFT's `unload` and `merge_and_unload` restore the model first: what they return has nothing of fastlora's.
 
     Raises:
-        ValueError: the model has nothing to accelerate, or pack_budget is no number of bytes.
+        ValueError: the model has nothing to accelerate, or no head where its loss is to be, or pack_budget is no number of bytes.
         fastlora.ops.ImplementationError: FASTLORA_IMPL names nothing that this machine can run.
     Warns:
         UserWarning: not one of the LoRA layers could be fused.
@@ -80,12 +92,14 @@ def accelerate(model: nn.Module, *, frozen: bool = False, pack_budget: int | Non
     budget = packed.Budget(pack_budget)
     layers = list(_lora_layers(model))
     plain = _frozen_layers(model) if frozen else []
-    if not layers and not frozen:
+    if not layers and not frozen and not loss:
         raise ValueError("model: has no PEFT LoRA layers, expected the result of peft.get_peft_model with a LoraConfig")
-    if not layers and not plain:
+    if not layers and not plain and not loss:
         raise ValueError(
             "model: has no LoRA layers and no frozen nn.Linear, expected one (model.requires_grad_(False) freezes)"
         )
+    if loss:
+        model_loss.attach(model)
     for _, layer in layers:
         restore_layer(layer.base_layer)  # of a layer that got its adapter since the last call
         if type(layer) is not FusedLinear and obstacles.swap_obstacle(layer) is None:
@@ -149,6 +163,7 @@ def restore(model: nn.Module) -> nn.Module:
     """Undo `accelerate`, in place, and free the packed copies; returns the model."""
     for module in model.modules():
         siblings.leave(module)
+        model_loss.detach(module)
         restore_layer(module)
         if isinstance(module, BaseTuner):
             for name in UNLOADING:

@@ -7,7 +7,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastlora import ops
+from fastlora import model_loss, ops
 from fastlora.frozen import products
 from fastlora.operators import frozen_linear, lora_linear
 from fastlora.peft import obstacles, siblings
@@ -23,10 +23,12 @@ def linear_weight(base: nn.Module) -> Tensor:  # [N, K]
 
 
 class LayerReport(NamedTuple):
-    """One LoRA layer, or one frozen layer that was swapped: what computes it and why.
+    """One LoRA layer, one frozen layer that was swapped, or the loss: what computes it and why.
 
+    name: the layer's in the model; the loss's is that of the transformers model that computes it, and `loss`.
     implementation: one of `ops.IMPLEMENTATIONS`, that of the last call ("reference" where that was PEFT's own forward), or "peft" where the class
         was not swapped. Before any call it is a guess, for 512 rows. Calls that torch.compile has compiled are not observed.
+        The loss's is `fused`, `labelled` or `all`, as of LanguageModelLoss.
     """
 
     name: str
@@ -46,16 +48,21 @@ class Report(list[LayerReport]):
 
 
 def report(model: nn.Module) -> Report:
-    """What computes each LoRA layer of the model and each frozen layer that was swapped, and why; print it for a table.
+    """What computes each LoRA layer of the model, each frozen layer that was swapped, and the loss if it was, and why; print it for a table.
 
     It tells of the last call that was not compiled, and what differs from it: calls before, and what stands in the way of the next.
     """
     prefixes = tuple(f"{name}." if name else "" for name, module in model.named_modules() if _is_compiled(module))
-    return Report(
-        LayerReport(name, *_explain(module, compiled=f"{name}.".startswith(prefixes)))
-        for name, module in model.named_modules()
-        if isinstance(module, (LoraLayer, FrozenLinear))
-    )
+    found = Report()
+    for name, module in model.named_modules():
+        compiled = f"{name}.".startswith(prefixes)
+        if isinstance(module, (LoraLayer, FrozenLinear)):
+            found.append(LayerReport(name, *_explain(module, compiled)))
+        elif model_loss.KEY in module.__dict__:
+            path, reason = module.__dict__[model_loss.KEY].describe(replaced="forward" in module.__dict__)
+            reason = f"{NOT_OBSERVED}; in its last eager call {reason}" if compiled else reason
+            found.append(LayerReport(f"{name}.loss".lstrip("."), path, reason))
+    return found
 
 
 def _is_compiled(module: nn.Module) -> bool:
