@@ -57,5 +57,12 @@ def test_the_table_is_of_medians_without_the_first_step(
     monkeypatch.setattr(trainer, "own_process", Here)
     monkeypatch.setattr(trainer, "run", lambda _, way: trainer.Run([99.0, seconds[way]], [3.0, 2.5], 2 * 10**9))
     found = trainer.measure(setting, 3)
-    assert {way: one["ratio"] for way, one in found.items()} == {"trainer": 1, "accelerate": 0.5, "loss": 0.5, "train": 0.25}
-    assert trainer.table(found).splitlines()[-1] == "| `fastlora train` | 1.0 | 0.25 × | 2.0 GB | 1.00 × | 3.000, 2.500 |"
+    assert {way: one["ratio"] for way, one in found.items()} == {
+        "trainer": 1,
+        "accelerate": 0.5,
+        "loss": 0.5,
+        "train": 0.25,
+    }
+    assert (
+        trainer.table(found).splitlines()[-1] == "| `fastlora train` | 1.0 | 0.25 × | 2.0 GB | 1.00 × | 3.000, 2.500 |"
+    )
