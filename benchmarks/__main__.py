@@ -19,11 +19,9 @@ from typing import Any
 
 import torch
 
-from fastlora import writing
-
 from . import gate
 from .card_goals import BARE_LINES, HUNG_CODE, OUT_OF_TIME, Record, Session, card_lines, measure_card
-from .cases import OPERATORS, cases_of, dtype_name, steps_of
+from .cases import OPERATORS, cases_of, dtype_name
 from .goals import Goal, measure_goals, step_goals
 from .launch import launch_rows
 from .machine import Limits, Machine, measure_limits, results_folder, this_machine
@@ -73,46 +71,26 @@ def _say(text: str) -> None:
 
 def _is_green(name: str, device: torch.device, arguments: argparse.Namespace) -> bool:
     """Run the gate of an operator, or of a training step, and say what it was; what else is measured is checked case by case."""
-
-    def say(text: str) -> None:
-        print(f"{name}: {text}", flush=True)
-
+    wrong: list[str] = []
+    tests = None if arguments.quick else gate.tests_of(name)
     if arguments.no_gate:
-        say("the tests were not run (--no-gate)")
+        said = "the tests were not run (--no-gate)"
+    elif tests is not None:
+        print(f"{name}: running {tests}", flush=True)
+        if gate.run_tests(tests):
+            return True
+        said, wrong = "the tests are red: not timed", [tests]
+    elif name == "step":
+        said = "no tests were run; without dropout the losses must agree"
+    elif name in OPERATORS:
+        wrong = gate.check(name, device)
+        reason = "--quick" if arguments.quick else "its tests are not here"
+        outcome = "wrong: not timed" if wrong else "all within their bounds"
+        said = f"the tests were not run ({reason}); every implementation against the float64 reference: {outcome}"
+    else:
         return True
-    if gate.has_tests(name) and not arguments.quick:
-        say(f"running tests/test_{gate.test_stem(name)}.py")
-        green = gate.run_tests(name)
-        if not green:
-            say("the tests are red: not timed")
-        return green
-    if name == "step":
-        say("no tests were run; without dropout the losses must agree")
-    if name not in OPERATORS:
-        return True
-    wrong = gate.check(name, device)
-    reason = "--quick" if arguments.quick else "its tests are not here"
-    outcome = "wrong: not timed" if wrong else "all within their bounds"
-    say(f"the tests were not run ({reason}); every implementation against the float64 reference: {outcome}")
-    for line in wrong:
-        print(f"  {line}", flush=True)
+    print("\n  ".join([f"{name}: {said}", *wrong]), flush=True)
     return not wrong
-
-
-def _jsonable(value: Any) -> Any:
-    """For json: dtypes by name, dataclasses and named tuples as objects."""
-    if isinstance(value, torch.dtype):
-        return dtype_name(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        # pass_ is "pass", which Python keeps for itself
-        return {field.name.rstrip("_"): _jsonable(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    if hasattr(value, "_asdict"):
-        return _jsonable(value._asdict())
-    if isinstance(value, dict):
-        return {_jsonable(key): _jsonable(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_jsonable(entry) for entry in value]
-    return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,21 +105,14 @@ class Command:
     limits: Limits | None = None  # None where no operator is timed
     steps: list[Goal] = dataclasses.field(default_factory=list)  # the goals of the training steps that were measured
 
-    def path(self, name: str) -> Path:
-        return Path(self.arguments.out) / f"{self.machine.date}-{self.machine.slug()}-{name}.json"
-
-    def write(self, name: str, result: dict[str, Any]) -> None:
-        line = " ".join(["python -m benchmarks", *self.argv])
-        content = {"operator": name, "command": line, "machine": self.machine, **result}
-        self.path(name).parent.mkdir(parents=True, exist_ok=True)
-        writing.whole(self.path(name), (json.dumps(_jsonable(content), indent=1) + "\n").encode())
+    def write(self, name: str, result: dict[str, Any]) -> Path:
+        return self.machine.write(self.arguments.out, name, ["python -m benchmarks", *self.argv], result)
 
     def show(self, name: str, table: str, result: dict[str, Any]) -> None:
         """Print the table, and write the result where that was asked for."""
         print(f"\n{table}", flush=True)
         if self.arguments.json:
-            self.write(name, result)
-            print(f"written: {self.path(name)}", flush=True)
+            print(f"written: {self.write(name, result)}", flush=True)
 
 
 def _operator(name: str, command: Command) -> int:
@@ -149,14 +120,13 @@ def _operator(name: str, command: Command) -> int:
     assert limits is not None  # measured where there is an operator to time
     cases = cases_of(name, command.device, quick)
     budget = (QUICK_SECONDS if quick else SECONDS[name]) / sum(len(case.passes) for case in cases)
-    rows: list[Row] = []
     notes: list[str] = ["torch.compile was left out (--quick)"] if quick else []
+    rows: list[Row] = []
     not_timed: list[str] = []
     for number, case in enumerate(cases, 1):
         _say(f"{name} {number}/{len(cases)}: {case.name}")
         try:
-            for row in measure_operator(case, command.device, limits, budget, not quick, notes):
-                rows.append(row)
+            rows.extend(measure_operator(case, command.device, limits, budget, not quick, notes))
         except gate.CaseError as error:
             not_timed.append(str(error))
     result = {"limits": limits, "rows": rows, "notes": notes, "not_timed": not_timed}
@@ -167,7 +137,7 @@ def _operator(name: str, command: Command) -> int:
 def _steps(name: str, command: Command) -> int:
     quick, found = command.arguments.quick, []
     try:
-        for case in steps_of(command.device, quick):
+        for case in cases_of(name, command.device, quick):
             _say(f"step: {case.name}, {dtype_name(case.dtype)}")
             found.append((case, measure_step(case, command.device)))
     except StepError as error:
@@ -197,8 +167,9 @@ def _goals_on_a_card(command: Command) -> int:
     """Saved after every figure."""
     arguments, record = command.arguments, Record()
     name = "first" if arguments.bare else "goals"
-    if arguments.resume and command.path(name).is_file():
-        content = json.loads(command.path(name).read_text())
+    path = command.machine.path(arguments.out, name)
+    if arguments.resume and path.is_file():
+        content = json.loads(path.read_text())
         kept = {part: content[part] for part in ("notes", "begun", "failed", "refused")}
         record = Record(rows=[Goal(**row) for row in content["rows"]], **kept)
         record.notes = [note for note in record.notes if not note.endswith(OUT_OF_TIME)]

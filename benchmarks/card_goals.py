@@ -31,8 +31,8 @@ from fastlora.choice.clock import Clock, Run, Timing
 
 from . import cases
 from .cases import BlockCase, Case, LoRALinearCase, MultiLoRACase, StepCase
-from .device import captured, clock_of, graph_pool, main_kernel, require_no_wait, sweep
-from .gate import CaseError, Error, errors, errors_beside_peft, require_right
+from .device import captured, clock_of, graph_pool, main_kernel, require_no_wait
+from .gate import CaseError, errors_beside_peft, require_right
 from .goals import Goal
 from .machine import measure_bandwidths
 from .model import measure_model
@@ -206,20 +206,11 @@ def card_lines() -> dict[str, Line]:
 BARE_LINES = ("kernel", "layer 4096 r 16", "decode")  # what is measured first where a card is there for minutes
 
 
-def percent_over(ratio: float) -> float:
-    return 100 * (ratio - 1)
-
-
 def may_be_tried(session: Session, case: Case | BlockCase) -> list[str]:
     """Plain PyTorch and the kernels of this device that broke no process yet; in a bare session kernels alone, CUDA C++ first."""
     kernels = ops.candidates(case.operator, session.device, case.dtype)
     names = kernels[::-1] if session.bare else ["reference", *kernels]
     return [name for name in names if session.may_run(name, EAGER)]
-
-
-def check(what: str, case: Case | BlockCase, training: bool, implementation: str, device: torch.device) -> Error:
-    """The worst of its errors; raises CaseError where one is beyond its bound."""
-    return require_right(what, errors(case, training, implementation, device))
 
 
 def sound_implementations(session: Session, case: Case | BlockCase, training: bool) -> list[str]:
@@ -231,7 +222,7 @@ def sound_implementations(session: Session, case: Case | BlockCase, training: bo
     sound, here = [], f"{case.name}, {case.shape(training)}"
     for name in may_be_tried(session, case):
         what = f"{case.operator} {name}, {here}"
-        if session.attempt(what, name, check, what, case, training, name, session.device):
+        if session.attempt(what, name, require_right, case, training, name, session.device, what):
             sound.append(name)
             if session.bare:
                 return sound
@@ -247,7 +238,6 @@ class Prepared(NamedTuple):
     training: bool
     copies: int
     runs: dict[str, Run]  # every rival, and each implementation; in a bare session the frozen layer and fastlora alone
-    implementations: list[str]
     default: str  # what fastlora's figures are of
 
 
@@ -255,19 +245,18 @@ def prepare(session: Session, case: Case | BlockCase, training: bool) -> Prepare
     """Check the case, then build it; raises CaseError as `sound_implementations`."""
     names, device = sound_implementations(session, case, training), session.device
     if session.bare:
-        contest = build(case, training, device)
+        contest = build(case, training, device, ["frozen", FASTLORA])
         bare = {"frozen": contest.run("frozen", training), FASTLORA: contest.run(FASTLORA, training, names[0])}
-        return Prepared(case, training, contest.copies, bare, names, names[0])
+        return Prepared(case, training, contest.copies, bare, names[0])
     if isinstance(case, LoRALinearCase) and training:
         wide = replace(case, adapter_dtype=torch.float32)
         what = f"{case.name}, {case.shape(training)}, float32 adapters"
-        check(what, wide, True, choice(wide, True, device), device)
+        require_right(wide, True, choice(wide, True, device), device, what)
     if training and isinstance(case, LoRALinearCase | BlockCase):
         contest = build_for_card(case, device)
     else:
         contest = build(case, training, device)
-    default = choice(case, training, device)
-    return Prepared(case, training, contest.copies, contest.runs(training, names), names, default)
+    return Prepared(case, training, contest.copies, contest.runs(training, names), choice(case, training, device))
 
 
 def times_by_mode(
@@ -299,7 +288,12 @@ def times_by_mode(
 
 
 def _ready(run: Run, copies: int, mode: str, device: torch.device, pool: Any) -> Run:
-    whole = sweep(run, copies)
+    """A timed call is a run of every copy of the weights once, as the layers of a model follow one another."""
+
+    def whole(turn: int) -> None:
+        for number in range(turn * copies, (turn + 1) * copies):
+            run(number)
+
     if mode == GRAPH:
         require_no_wait(whole, device)
         return captured(whole, device, pool)
@@ -326,7 +320,7 @@ def _timed(
     session: Session, prepared: Prepared, what: str, value: Callable[[Timing], float], targets: tuple[float, float], at_least: bool = False
 ) -> Iterator[Goal]:  # fmt: skip
     """The goal in each mode; `value`: what a rival's time is in percent."""
-    case, training, copies, runs, _, default = prepared
+    case, training, copies, runs, default = prepared
     clocks = {mode: clock_of(session.device) for mode in ((GRAPH,) if session.bare else (EAGER, GRAPH))}
     for mode, times in times_by_mode(session, what, case.operator, runs, copies, clocks, SECONDS):
         values = {name: value(one) for name, one in times.items()}
@@ -340,7 +334,7 @@ def over_frozen_line(
 ) -> Iterator[Goal]:
     """Percent over the frozen layers; in training, over their forward and dx."""
     what = f"{what} over frozen"
-    return _timed(session, prepare(session, case, training), what, lambda one: percent_over(one.ratio), targets)
+    return _timed(session, prepare(session, case, training), what, lambda one: 100 * (one.ratio - 1), targets)
 
 
 def decode_line(session: Session, case: MultiLoRACase) -> Iterator[Goal]:
@@ -357,15 +351,15 @@ def decode_line(session: Session, case: MultiLoRACase) -> Iterator[Goal]:
 
 def kernel_line(session: Session, case: LoRALinearCase) -> Iterator[Goal]:
     """The longest kernel of fastlora's forward over the longest of the frozen layer's: what the rank step costs the product."""
-    *_, runs, names, default = prepare(session, case, False)
-    wanted = [name for name in runs if name in ("frozen", FASTLORA, *names)]
+    *_, runs, default = prepare(session, case, False)
+    wanted = [name for name in runs if name in ("frozen", FASTLORA, *may_be_tried(session, case))]
     in_turn = clock.rounds_in_turn(wanted, lambda name: main_kernel(runs[name], session.device, KERNEL_CALLS))
     rounds = list(islice(in_turn, KERNEL_ROUNDS))
     session.notes += [f"main kernel of {name}: {rounds[0][name].name[:100]}" for name in wanted]
     found = {name: [one[name].seconds for one in rounds] for name in wanted}
     yield _goal(
         "the forward's main kernel over cuBLAS's product", case.shape(False), case.number_format(), "%", KERNEL_GOAL,
-        {name: percent_over(clock.median_ratio(times, found["frozen"])) for name, times in found.items()},
+        {name: 100 * (clock.median_ratio(times, found["frozen"]) - 1) for name, times in found.items()},
         {name: statistics.median(times) for name, times in found.items()}, default,
     )  # fmt: skip
 

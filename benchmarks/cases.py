@@ -9,7 +9,7 @@ does (gradients of x, A and B, or of the prompts). float32 adapters on a 16-bit 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 
@@ -209,11 +209,6 @@ class BlockCase(LoRACase):
     dropout_p: float = 0.05
     operator: ClassVar[str] = "lora_linear"
 
-    def layer(self) -> LoRALinearCase:
-        """The one that is hidden by hidden."""
-        sizes = self.M, self.hidden, self.hidden, self.R
-        return LoRALinearCase(self.name, *sizes, self.dtype, self.adapter_dtype, self.dropout_p)
-
     def shape(self, training: bool) -> str:
         widths = f"{self.hidden}, {self.kv_width} and {self.intermediate} wide"
         return f"M {self.M}, {widths}, R {self.R}{self.dropout(training)}"
@@ -221,62 +216,90 @@ class BlockCase(LoRACase):
 
 Case = LoRALinearCase | MultiLoRACase | PrefixConcatCase  # of one operator
 
-# One forward+backward row of 8B at 512 rows costs a 2-core CPU a second: the CPU's 8B cases have few rows.
-LORA_LINEAR_CPU = (
-    LoRALinearCase("0.1B gate_proj", 512, 576, 1536, 16, float32, float32),
-    LoRALinearCase("odd", 37, 1001, 769, 3, float32, float32, 0.1, bias=True),
-    LoRALinearCase("0.1B gate_proj, decode", 1, 576, 1536, 16, float32, float32, passes=(FORWARD,)),
-    LoRALinearCase("8B q_proj, decode", 1, 4096, 4096, 16, bfloat16, bfloat16, passes=(FORWARD,)),
-    LoRALinearCase("8B down_proj, decode", 4, 14336, 4096, 16, bfloat16, float32, passes=(FORWARD,)),
-    LoRALinearCase("0.1B gate_proj", 512, 576, 1536, 16, bfloat16, float32),
-    LoRALinearCase("0.1B down_proj", 512, 1536, 576, 64, float32, float32),
-    LoRALinearCase("8B k_proj", 512, 4096, 1024, 16, bfloat16, bfloat16),
-    LoRALinearCase("8B q_proj", 64, 4096, 4096, 16, float32, float32),
-)
-LORA_LINEAR_CUDA = (
-    LoRALinearCase("8B q_proj", 8192, 4096, 4096, 16, bfloat16, bfloat16, 0.1),
-    LoRALinearCase("odd", 1001, 1003, 769, 3, bfloat16, bfloat16, 0.1, bias=True),
-    LoRALinearCase("8B q_proj, decode", 1, 4096, 4096, 16, bfloat16, bfloat16, passes=(FORWARD,)),
-    LoRALinearCase("8B down_proj, decode", 16, 14336, 4096, 16, bfloat16, bfloat16, passes=(FORWARD,)),
-    LoRALinearCase("8B q_proj", 8192, 4096, 4096, 16, bfloat16, float32, 0.1),
-    LoRALinearCase("8B k_proj", 8192, 4096, 1024, 16, bfloat16, bfloat16, 0.1),
-    LoRALinearCase("8B gate_proj", 8192, 4096, 14336, 16, bfloat16, bfloat16, 0.1),
-    LoRALinearCase("8B down_proj", 8192, 14336, 4096, 64, bfloat16, bfloat16, 0.1),
-    LoRALinearCase("70B q_proj", 8192, 8192, 8192, 16, bfloat16, bfloat16, 0.1),
-    LoRALinearCase("0.1B gate_proj", 8192, 576, 1536, 16, float32, float32, 0.1),
-)
-
 EIGHT = (16,) * 8
 MIXED = (4, 8, 8, 16, 16, 32, 64, 1)
-MULTI_LORA_CPU = (
-    MultiLoRACase("0.1B gate_proj, decode", 8, 1, 576, 1536, EIGHT, float32, float32),
-    MultiLoRACase("odd", 5, 7, 1001, 769, (3, 1, 20), float32, float32, 0.1, BOTH),
-    MultiLoRACase("0.1B gate_proj, decode", 32, 1, 576, 1536, EIGHT, bfloat16, bfloat16),
-    MultiLoRACase("8B q_proj, decode", 8, 1, 4096, 4096, MIXED, bfloat16, bfloat16),
-    MultiLoRACase("0.1B gate_proj", 8, 128, 576, 1536, EIGHT, float32, float32, passes=BOTH),
-    MultiLoRACase("0.1B gate_proj", 8, 128, 576, 1536, MIXED, bfloat16, float32, passes=BOTH),
-)
-MULTI_LORA_CUDA = (
-    MultiLoRACase("8B q_proj, decode", 8, 1, 4096, 4096, EIGHT, bfloat16, bfloat16),
-    MultiLoRACase("odd", 5, 7, 1003, 769, (3, 1, 20), bfloat16, bfloat16, 0.1, BOTH),
-    MultiLoRACase("8B q_proj, decode", 64, 1, 4096, 4096, MIXED, bfloat16, bfloat16),
-    MultiLoRACase("8B down_proj, decode", 64, 1, 14336, 4096, EIGHT, bfloat16, bfloat16),
-    MultiLoRACase("8B q_proj", 8, 1024, 4096, 4096, MIXED, bfloat16, bfloat16, 0.1, BOTH),
-    MultiLoRACase("8B q_proj", 8, 1024, 4096, 4096, EIGHT, bfloat16, float32, 0.1, BOTH),
-)
 
-PREFIX_CONCAT_CPU = (
-    PrefixConcatCase("0.1B", 8, 128, 1, 100, 576, 49152, float32, float32),
-    PrefixConcatCase("odd", 3, 37, 1, 7, 65, 1001, float32, float32),
-    PrefixConcatCase("0.1B, a prompt each", 8, 128, 4, 100, 576, 49152, float32, float32),
-    PrefixConcatCase("8B", 4, 256, 1, 20, 4096, 32768, bfloat16, float32),
-)
-PREFIX_CONCAT_CUDA = (
-    PrefixConcatCase("8B", 16, 1024, 1, 100, 4096, 128256, bfloat16, float32),
-    PrefixConcatCase("odd", 3, 37, 1, 7, 65, 1001, bfloat16, bfloat16),
-    PrefixConcatCase("8B, a prompt each", 16, 1024, 4, 100, 4096, 128256, bfloat16, bfloat16),
-    PrefixConcatCase("0.1B", 8, 128, 1, 100, 576, 49152, float32, float32),
-)
+# One forward+backward row of 8B at 512 rows costs a 2-core CPU a second: the CPU's 8B cases have few rows.
+CASES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {  # on a CPU, on a GPU
+    "lora_linear": (
+        (
+            LoRALinearCase("0.1B gate_proj", 512, 576, 1536, 16, float32, float32),
+            LoRALinearCase("odd", 37, 1001, 769, 3, float32, float32, 0.1, bias=True),
+            LoRALinearCase("0.1B gate_proj, decode", 1, 576, 1536, 16, float32, float32, passes=(FORWARD,)),
+            LoRALinearCase("8B q_proj, decode", 1, 4096, 4096, 16, bfloat16, bfloat16, passes=(FORWARD,)),
+            LoRALinearCase("8B down_proj, decode", 4, 14336, 4096, 16, bfloat16, float32, passes=(FORWARD,)),
+            LoRALinearCase("0.1B gate_proj", 512, 576, 1536, 16, bfloat16, float32),
+            LoRALinearCase("0.1B down_proj", 512, 1536, 576, 64, float32, float32),
+            LoRALinearCase("8B k_proj", 512, 4096, 1024, 16, bfloat16, bfloat16),
+            LoRALinearCase("8B q_proj", 64, 4096, 4096, 16, float32, float32),
+        ),
+        (
+            LoRALinearCase("8B q_proj", 8192, 4096, 4096, 16, bfloat16, bfloat16, 0.1),
+            LoRALinearCase("odd", 1001, 1003, 769, 3, bfloat16, bfloat16, 0.1, bias=True),
+            LoRALinearCase("8B q_proj, decode", 1, 4096, 4096, 16, bfloat16, bfloat16, passes=(FORWARD,)),
+            LoRALinearCase("8B down_proj, decode", 16, 14336, 4096, 16, bfloat16, bfloat16, passes=(FORWARD,)),
+            LoRALinearCase("8B q_proj", 8192, 4096, 4096, 16, bfloat16, float32, 0.1),
+            LoRALinearCase("8B k_proj", 8192, 4096, 1024, 16, bfloat16, bfloat16, 0.1),
+            LoRALinearCase("8B gate_proj", 8192, 4096, 14336, 16, bfloat16, bfloat16, 0.1),
+            LoRALinearCase("8B down_proj", 8192, 14336, 4096, 64, bfloat16, bfloat16, 0.1),
+            LoRALinearCase("70B q_proj", 8192, 8192, 8192, 16, bfloat16, bfloat16, 0.1),
+            LoRALinearCase("0.1B gate_proj", 8192, 576, 1536, 16, float32, float32, 0.1),
+        ),
+    ),
+    "multi_lora": (
+        (
+            MultiLoRACase("0.1B gate_proj, decode", 8, 1, 576, 1536, EIGHT, float32, float32),
+            MultiLoRACase("odd", 5, 7, 1001, 769, (3, 1, 20), float32, float32, 0.1, BOTH),
+            MultiLoRACase("0.1B gate_proj, decode", 32, 1, 576, 1536, EIGHT, bfloat16, bfloat16),
+            MultiLoRACase("8B q_proj, decode", 8, 1, 4096, 4096, MIXED, bfloat16, bfloat16),
+            MultiLoRACase("0.1B gate_proj", 8, 128, 576, 1536, EIGHT, float32, float32, passes=BOTH),
+            MultiLoRACase("0.1B gate_proj", 8, 128, 576, 1536, MIXED, bfloat16, float32, passes=BOTH),
+        ),
+        (
+            MultiLoRACase("8B q_proj, decode", 8, 1, 4096, 4096, EIGHT, bfloat16, bfloat16),
+            MultiLoRACase("odd", 5, 7, 1003, 769, (3, 1, 20), bfloat16, bfloat16, 0.1, BOTH),
+            MultiLoRACase("8B q_proj, decode", 64, 1, 4096, 4096, MIXED, bfloat16, bfloat16),
+            MultiLoRACase("8B down_proj, decode", 64, 1, 14336, 4096, EIGHT, bfloat16, bfloat16),
+            MultiLoRACase("8B q_proj", 8, 1024, 4096, 4096, MIXED, bfloat16, bfloat16, 0.1, BOTH),
+            MultiLoRACase("8B q_proj", 8, 1024, 4096, 4096, EIGHT, bfloat16, float32, 0.1, BOTH),
+        ),
+    ),
+    "prefix_concat": (
+        (
+            PrefixConcatCase("0.1B", 8, 128, 1, 100, 576, 49152, float32, float32),
+            PrefixConcatCase("odd", 3, 37, 1, 7, 65, 1001, float32, float32),
+            PrefixConcatCase("0.1B, a prompt each", 8, 128, 4, 100, 576, 49152, float32, float32),
+            PrefixConcatCase("8B", 4, 256, 1, 20, 4096, 32768, bfloat16, float32),
+        ),
+        (
+            PrefixConcatCase("8B", 16, 1024, 1, 100, 4096, 128256, bfloat16, float32),
+            PrefixConcatCase("odd", 3, 37, 1, 7, 65, 1001, bfloat16, bfloat16),
+            PrefixConcatCase("8B, a prompt each", 16, 1024, 4, 100, 4096, 128256, bfloat16, bfloat16),
+            PrefixConcatCase("0.1B", 8, 128, 1, 100, 576, 49152, float32, float32),
+        ),
+    ),
+    "step": (
+        (
+            StepCase("small Llama", 256, 768, 4, 4, 2, 8192, 4, 128, 16, 0.0, float32, 5),
+            StepCase("0.1B Llama, 10 layers", 576, 1536, 10, 9, 3, 49152, 4, 256, 16, 0.05, float32, 7),
+            StepCase("0.1B Llama, 10 layers", 576, 1536, 10, 9, 3, 49152, 4, 256, 16, 0.05, bfloat16, 7),
+        ),
+        (
+            StepCase("small Llama", 256, 768, 4, 4, 2, 8192, 4, 128, 16, 0.0, float32, 11),
+            StepCase("1B Llama", 2048, 8192, 16, 32, 8, 128256, 4, 1024, 16, 0.1, bfloat16, 11),
+        ),
+    ),
+}
+OPERATORS = ("lora_linear", "multi_lora", "prefix_concat")
+QUICK_CASES, QUICK_STEPS = 2, 1  # the first of each list
+
+
+def cases_of(name: str, device: torch.device, quick: bool = False) -> tuple[Any, ...]:
+    """The cases of one of OPERATORS, or the training steps, on this kind of device."""
+    on_cpu, on_cuda = CASES[name]
+    cases = on_cuda if device.type == "cuda" else on_cpu
+    return cases[: QUICK_STEPS if name == "step" else QUICK_CASES] if quick else cases
+
 
 # What the goals of a layer on a CPU are checked on: one row, many rows, narrow and wide, low and high rank.
 GOAL_SIZES = (  # M, K, N, R
@@ -329,38 +352,6 @@ LAUNCHES = (
     LoRALinearCase("small layer", 4, 128, 128, 8, bfloat16, float32, 0.1),
     MultiLoRACase("small layer, 8 adapters", 4, 1, 128, 128, (8,) * 8, bfloat16, bfloat16),
 )
-
-STEP_CPU = (
-    StepCase("small Llama", 256, 768, 4, 4, 2, 8192, 4, 128, 16, 0.0, float32, 5),
-    StepCase("0.1B Llama, 10 layers", 576, 1536, 10, 9, 3, 49152, 4, 256, 16, 0.05, float32, 7),
-    StepCase("0.1B Llama, 10 layers", 576, 1536, 10, 9, 3, 49152, 4, 256, 16, 0.05, bfloat16, 7),
-)
-STEP_CUDA = (
-    StepCase("small Llama", 256, 768, 4, 4, 2, 8192, 4, 128, 16, 0.0, float32, 11),
-    StepCase("1B Llama", 2048, 8192, 16, 32, 8, 128256, 4, 1024, 16, 0.1, bfloat16, 11),
-)
-
-CASES: dict[str, tuple[tuple[Case, ...], tuple[Case, ...]]] = {  # on a CPU, on a GPU
-    "lora_linear": (LORA_LINEAR_CPU, LORA_LINEAR_CUDA),
-    "multi_lora": (MULTI_LORA_CPU, MULTI_LORA_CUDA),
-    "prefix_concat": (PREFIX_CONCAT_CPU, PREFIX_CONCAT_CUDA),
-}
-OPERATORS = tuple(CASES)
-QUICK_CASES = 2  # the first of each list
-
-
-def cases_of(operator: str, device: torch.device, quick: bool = False) -> tuple[Case, ...]:
-    """The cases of one of OPERATORS on this kind of device."""
-    on_cpu, on_cuda = CASES[operator]
-    cases = on_cuda if device.type == "cuda" else on_cpu
-    return cases[:QUICK_CASES] if quick else cases
-
-
-def steps_of(device: torch.device, quick: bool = False) -> tuple[StepCase, ...]:
-    """The training steps measured on this kind of device."""
-    cases = STEP_CUDA if device.type == "cuda" else STEP_CPU
-    return cases[:1] if quick else cases
-
 
 # Small and awkward: what each implementation is checked on where the project's tests are not at hand.
 CHECKS: dict[str, tuple[Case, ...]] = {

@@ -32,16 +32,6 @@ class CudaClock:
         return total / calls
 
 
-def sweep(run: Run, calls: int) -> Run:
-    """A run of that many turns in a row: every copy of the weights once, as the layers of a model follow one another."""
-
-    def run_all(turn: int) -> None:
-        for number in range(turn * calls, (turn + 1) * calls):
-            run(number)
-
-    return run_all
-
-
 def graph_pool(device: torch.device) -> Any:
     """Memory that graphs share which are replayed one after the other and whose results nobody keeps."""
     return torch.cuda.graph_pool_handle() if device.type == "cuda" else None

@@ -6,31 +6,28 @@ The bound is the house's (fastlora/bounds.py), for the same inputs, dropout mask
 import importlib.util
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import fastlora
-from fastlora import bounds, functional
-from fastlora.frozen import packed
+from fastlora import bounds
 
 from . import rivals
-from .cases import BOTH, CHECKS, TRAINING, BlockCase, Case, LoRALinearCase, MultiLoRACase, PrefixConcatCase
+from .cases import BOTH, CHECKS, TRAINING, BlockCase, Case, LoRALinearCase
 from .machine import ROOT, in_checkout
-from .rivals import LoRALayer, PromptBatch, forced
+from .rivals import FASTLORA, Contest, build, forced
 
 Results = dict[str, Tensor]
-Compute = Callable[[bool], Results]  # exactly, in float64, or in the working dtype
 
 
 class CaseError(RuntimeError):
     """An implementation is outside its error bound on a case that was to be timed."""
 
 
-class Error(NamedTuple):
+@dataclass(frozen=True)
+class Error:
     """The worst of an implementation's results, its errors divided by the largest value of the exact result."""
 
     result: str  # "y", "dx", "da", ...
@@ -39,90 +36,24 @@ class Error(NamedTuple):
     bound: float
 
 
-def _double(value: Any) -> Any:
-    """Floating-point tensors in float64, in lists too, and trained if they were; anything else as it is."""
-    if isinstance(value, list):
-        return [_double(one) for one in value]
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return value
-    wide = value.detach().double()
-    return nn.Parameter(wide) if value.requires_grad else wide
-
-
-def _and_gradients(outputs: Results, leaves: Mapping[str, Sequence[Tensor]], dy: Sequence[Tensor]) -> Results:
-    """The outputs, and under the name of some leaves their gradients, one after the other."""
+def results_of(contest: Contest, name: str, training: bool) -> Results:
+    """Every result of a rival by name, always with the same dropout: its outputs, and in training their gradients."""
+    rival = contest.rivals[name]
+    torch.manual_seed(1)
+    with torch.set_grad_enabled(training):
+        given = rival.call(0) if rival.every is None else rival.every()
+    if isinstance(given, Tensor):
+        outputs = {"y": given}
+    else:
+        outputs = dict(given) if isinstance(given, Mapping) else {f"y{i}": y for i, y in enumerate(given)}
+    if not training:
+        return outputs
+    (leaves,) = rival.leaves
+    differentiable = [value for value in outputs.values() if value.requires_grad]
     every = [leaf for some in leaves.values() for leaf in some]
-    grads = iter(torch.autograd.grad(list(outputs.values()), every, list(dy)))
-    found = {name: torch.cat([next(grads).flatten() for _ in some]) for name, some in leaves.items()}
-    return {name: value.detach() for name, value in outputs.items()} | found
-
-
-def _linear(case: LoRALinearCase | MultiLoRACase, training: bool, device: torch.device) -> Compute:
-    (layer,) = rivals.make_layers(case, training, device)
-    rest: dict[str, Any] = {"dropout_p": case.dropout_p, "training": training}
-    if isinstance(case, LoRALinearCase):
-        packed.register(layer.weight, packed.Budget())  # as `accelerate` does: what is checked is what is timed
-    else:
-        index = torch.tensor(case.adapters_of_examples(), device=device)
-
-    def compute(exactly: bool) -> Results:
-        x, weight, bias, lora_a, lora_b, dy = map(_double, layer) if exactly else layer
-        if isinstance(case, LoRALinearCase):
-            y = functional.lora_linear(x, weight, bias, lora_a[0], lora_b[0], rivals.SCALE, **rest)
-        else:
-            y = functional.multi_lora(x, weight, bias, lora_a, lora_b, [rivals.SCALE] * len(lora_a), index, **rest)
-        return _and_gradients({"y": y}, {"dx": [x], "da": lora_a, "db": lora_b}, [dy]) if training else {"y": y}
-
-    return compute
-
-
-def _prefix_concat(case: PrefixConcatCase, training: bool, device: torch.device) -> Compute:
-    batch = rivals.make_prompt_batch(case, device)
-    dout = rivals.random_tensor(case.B, case.T + case.P, case.D, dtype=case.dtype, device=device)
-
-    def compute(exactly: bool) -> Results:
-        given = PromptBatch(*map(_double, batch)) if exactly else batch
-        results = rivals.concat_fused(given)()._asdict()
-        if training:
-            dy = _double(dout) if exactly else dout
-            results |= _and_gradients({"embeds": results["embeds"]}, {"dprompts": [given.prompts]}, [dy])
-        return results
-
-    return compute
-
-
-def _block(case: BlockCase, device: torch.device) -> Compute:
-    """Without dropout; the exact results are PEFT's own."""
-    case = replace(case, dropout_p=0.0)
-    inputs, dy = rivals.block_inputs(case, device)
-    exact = rivals.make_block(case, True, device).double()
-    accelerated = fastlora.accelerate(rivals.make_block(case, True, device))
-
-    def compute(exactly: bool) -> Results:
-        block, given, gradients = (exact, _double(inputs), _double(dy)) if exactly else (accelerated, inputs, dy)
-        leaves = {f"dx{i}": [x] for i, x in enumerate(given)}
-        leaves |= {name: [value] for name, value in block.named_parameters() if value.requires_grad}
-        return _and_gradients({f"y{i}": y for i, y in enumerate(block(*given))}, leaves, gradients)
-
-    return compute
-
-
-def results_of(case: Case | BlockCase, training: bool, device: torch.device) -> Compute:
-    """A function that computes every result of the case by name, always of the same tensors and with the same dropout."""
-    torch.manual_seed(0)
-    if isinstance(case, BlockCase):
-        compute = _block(case, device)
-    elif isinstance(case, PrefixConcatCase):
-        compute = _prefix_concat(case, training, device)
-    else:
-        compute = _linear(case, training, device)
-
-    def seeded(exactly: bool) -> Results:
-        torch.manual_seed(1)
-        with torch.set_grad_enabled(training):
-            return compute(exactly)
-
-    return seeded
+    grads = iter(torch.autograd.grad(differentiable, every, contest.dy))
+    found = {gradient: torch.cat([next(grads).flatten() for _ in some]) for gradient, some in leaves.items()}
+    return {output: value.detach() for output, value in outputs.items()} | found
 
 
 def errors(
@@ -130,30 +61,35 @@ def errors(
 ) -> dict[str, bounds.Errors]:
     """The errors of every result of a case over the largest value of the exact one. implementation: None for what `choose` says.
 
+    A block is checked without dropout, for its exact results are PEFT's own.
+
     Raises:
         fastlora.ops.ImplementationError: the implementation is not here.
     """
-    compute = results_of(case, training, device)
-    exact, eager = (forced(compute, "reference")(exactly) for exactly in (True, False))
-    values = forced(compute, implementation)(False)
-    return {name: _relative(name, values[name], eager[name], exact[name]) for name in exact}
+    judge = FASTLORA
+    if isinstance(case, BlockCase):
+        case, judge = replace(case, dropout_p=0.0), "peft"
+    wide = build(case, training, device, [judge], to_check=True, exactly=True)
+    right = forced(results_of, "reference")(wide, judge, training)
+    contest = build(case, training, device, [FASTLORA], to_check=True)
+    eager, values = (forced(results_of, name)(contest, FASTLORA, training) for name in ("reference", implementation))
+    found = {}
+    for name, exact in right.items():
+        largest = max(bounds.largest_value(exact), torch.finfo(torch.float32).tiny)
+        one = bounds.compare(values[name], eager[name], exact)
+        found[name] = bounds.Errors(*(each / largest for each in one))
+    return found
 
 
-def _relative(name: str, value: Tensor, eager: Tensor, exact: Tensor) -> bounds.Errors:
-    try:
-        found = bounds.compare(value, eager, exact)
-    except ValueError as error:
-        raise RuntimeError(f"{name}: {error}") from error
-    largest = max(bounds.largest_value(exact), torch.finfo(torch.float32).tiny)
-    return bounds.Errors(*(one / largest for one in found))
-
-
-def require_right(what: str, found: Mapping[str, bounds.Errors]) -> Error:
-    """The worst of the errors: outside its bound if there is one, else the largest.
+def require_right(
+    case: Case | BlockCase, training: bool, implementation: str | None, device: torch.device, what: str
+) -> Error:
+    """The worst of the errors: outside its bound if there is one, else the largest. what: who computes which case, for the message.
 
     Raises:
         CaseError: it is beyond its bound.
     """
+    found = errors(case, training, implementation, device)
     name, worst = max(found.items(), key=lambda one: (not one[1].within, one[1].error))
     if not worst.within:
         raise CaseError(f"{what}: the error of {name} is {worst.error:.2g}, its bound {worst.bound:.2g}: not timed")
@@ -165,20 +101,13 @@ def errors_beside_peft(case: LoRALinearCase, names: Sequence[str], device: torch
 
     float32 adapters on a 16-bit base run under autocast, as PEFT trains them. Returns {"peft" or an implementation: {"y": ..., "dx": ...}}.
     """
-    torch.manual_seed(0)
-    (own,) = rivals.make_layers(case, True, device)
-
-    def compute(module: nn.Module, one: LoRALayer, autocast: bool) -> Results:
-        with torch.autocast(device.type, case.dtype, enabled=autocast):
-            y = module(one.x)
-        return _and_gradients({"y": y}, {"dx": [one.x], "da": one.lora_a, "db": one.lora_b}, [one.dy])
-
-    wide = LoRALayer(*map(_double, own))
-    exact = compute(rivals.peft_layer(wide, 0.0, True), wide, False)
-    layer, autocast = rivals.peft_layer(own, 0.0, True), case.adapter_dtype != case.dtype
-    found = {"peft": compute(layer, own, autocast)}
-    fastlora.accelerate(layer)
-    found |= {name: forced(compute, name)(layer, own, autocast) for name in names}
+    case = replace(case, dropout_p=0.0)
+    exact = results_of(build(case, True, device, ["peft"], to_check=True, exactly=True), "peft", True)
+    contest = build(case, True, device, ["peft", FASTLORA], to_check=True)
+    if case.adapter_dtype != case.dtype:
+        contest = rivals.under_autocast(contest, case.dtype, device)
+    found = {"peft": results_of(contest, "peft", True)}
+    found |= {name: forced(results_of, name)(contest, FASTLORA, True) for name in names}
     return {
         name: {
             result: ((value.double() - exact[result]).norm() / exact[result].norm()).item()
@@ -196,24 +125,19 @@ def check(operator: str, device: torch.device) -> list[str]:
             training = pass_ == TRAINING
             for name in rivals.implementations(case, training, device):
                 try:
-                    require_right(f"{operator} {name}, {case.name}, {pass_}", errors(case, training, name, device))
+                    require_right(case, training, name, device, f"{operator} {name}, {case.name}, {pass_}")
                 except CaseError as error:
                     wrong.append(str(error))
     return wrong
 
 
-def has_tests(operator: str) -> bool:
-    """Whether the operator's own tests can be run: a checkout with pytest."""
-    present = (ROOT / "tests" / f"test_{test_stem(operator)}.py").is_file()
-    return in_checkout() and present and importlib.util.find_spec("pytest") is not None
+def tests_of(operator: str) -> str | None:
+    """The file of its own tests, where they can be run: in a checkout with pytest. A step's are those of what `accelerate` does to a PEFT model."""
+    name = f"tests/test_{'peft' if operator == 'step' else operator}.py"
+    here = in_checkout() and (ROOT / name).is_file() and importlib.util.find_spec("pytest") is not None
+    return name if here else None
 
 
-def test_stem(operator: str) -> str:
-    """The stem of the operator's test file; a training step is tested as what `accelerate` does to a PEFT model."""
-    return "peft" if operator == "step" else operator
-
-
-def run_tests(operator: str) -> bool:
-    """Run the operator's tests in a process of their own; whether they are green."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", f"tests/test_{test_stem(operator)}.py"]
-    return subprocess.run(command, cwd=ROOT, check=False).returncode == 0
+def run_tests(tests: str) -> bool:
+    """Run a file of tests in a process of its own; whether they are green."""
+    return subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", tests], cwd=ROOT, check=False).returncode == 0

@@ -17,8 +17,8 @@ from fastlora.choice.clock import time_in_turn
 
 from .cases import GOAL_BLOCKS, GOAL_LAYERS, TRAINING, BlockCase, LoRALinearCase, StepCase, dtype_name
 from .device import clock_of
-from .gate import CaseError, errors, require_right
-from .rivals import FASTLORA, build, choice
+from .gate import CaseError, require_right
+from .rivals import FASTLORA, build, choice, rivals_of
 from .step import StepResult
 
 CPU = torch.device("cpu")
@@ -71,9 +71,10 @@ def _goal(case: LoRALinearCase | BlockCase) -> Goal:
     training = isinstance(case, BlockCase) or case.passes == (TRAINING,)
     # A block's layers run what `choose` says of each.
     implementation = None if isinstance(case, BlockCase) else choice(case, training, CPU)
-    found = errors(case, training, implementation, CPU)
-    require_right(f"{case.name}, {case.shape(training)}, {case.number_format()}", found)
-    times = time_in_turn(build(case, training, CPU).runs(training, without=LEFT_OUT), clock_of(CPU), SECONDS)
+    what = f"{case.name}, {case.shape(training)}, {case.number_format()}"
+    require_right(case, training, implementation, CPU, what)
+    contest = build(case, training, CPU, rivals_of(case, CPU, without=LEFT_OUT))
+    times = time_in_turn(contest.runs(training), clock_of(CPU), SECONDS)
     goal: float | None
     floor = None
     if isinstance(case, BlockCase):

@@ -11,7 +11,7 @@ from .card_goals import EAGER, GRAPH, BrokenProcessError, Session, may_be_tried,
 from .cases import BOTH, LAUNCHES, TRAINING, LoRALinearCase, MultiLoRACase
 from .device import clock_of
 from .gate import CaseError
-from .rivals import build, choice
+from .rivals import build, choice, rivals_of
 
 CALLS = 50  # in a row
 SECONDS = 1.0  # of timing, a case, pass and mode
@@ -33,20 +33,18 @@ class LaunchRow:
 def measure_launch(case: LoRALinearCase | MultiLoRACase, pass_: str, session: Session) -> LaunchRow:
     """One case and pass; what cannot run, or cannot be captured, is left out with a note."""
     device, training = session.device, pass_ == TRAINING
-    runs = build(case, training, device).runs(training, may_be_tried(session, case), without=LEFT_OUT)
+    contest = build(case, training, device, rivals_of(case, device, without=LEFT_OUT))
+    runs = contest.runs(training, may_be_tried(session, case))
     clocks = {EAGER: HostClock(device)} | ({GRAPH: clock_of(device)} if device.type == "cuda" else {})
     what = f"{case.name}, {pass_}"
     found: dict[str, dict[str, Timing]] = {}
     try:
-        for mode, times in times_by_mode(session, what, case.operator, runs, CALLS, clocks, SECONDS):
-            found[mode] = times
+        found.update(times_by_mode(session, what, case.operator, runs, CALLS, clocks, SECONDS))
     except CaseError as error:  # of a mode that is left out
         session.notes.append(str(error))
-    called, replayed = (
-        {name: 1e6 * one.seconds for name, one in found.get(mode, {}).items()} for mode in (EAGER, GRAPH)
-    )
-    implementation = choice(case, training, device)
-    return LaunchRow(case.name, case.shape(training), case.number_format(), pass_, implementation, called, replayed)
+    times = ({name: 1e6 * one.seconds for name, one in found.get(mode, {}).items()} for mode in (EAGER, GRAPH))
+    default = choice(case, training, device)
+    return LaunchRow(case.name, case.shape(training), case.number_format(), pass_, default, *times)
 
 
 def launch_rows(session: Session) -> list[LaunchRow]:

@@ -2,17 +2,18 @@
 
 import datetime
 import importlib.metadata
+import json
 import os
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import torch
 
-from fastlora import __version__
+from fastlora import __version__, writing
 from fastlora.choice import table
 from fastlora.choice.clock import Run, time_in_turn
 
@@ -22,6 +23,15 @@ from .device import clock_of
 PACKAGES = ("torch", "triton", "transformers", "peft")
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent  # the checkout, or `fastlora` where the package is installed
+
+
+def _plain(value: Any) -> Any:
+    """For json: a dtype by its name, a dataclass as an object."""
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
+    return {
+        name.rstrip("_"): field for name, field in vars(value).items()
+    }  # pass_ is "pass", which Python keeps for itself
 
 
 @dataclass(frozen=True)
@@ -39,18 +49,28 @@ class Machine:
         versions = ", ".join(f"{name} {version}" for name, version in self.versions.items())
         return f"{self.name}, {self.threads} CPU threads, {versions}, commit {self.commit}, {self.date}"
 
-    def slug(self) -> str:
-        """The name for a file name: lower case, hyphens."""
-        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+    def path(self, folder: Path, name: str) -> Path:
+        """The file in the folder for what is measured under that name: DATE-MACHINE-NAME.json, in lower case, with hyphens."""
+        slug = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+        return folder / f"{self.date}-{slug}-{name}.json"
+
+    def write(self, folder: Path, name: str, command: Sequence[str], result: Mapping[str, Any]) -> Path:
+        """Write what was found into its file, whole; returns it."""
+        path = self.path(folder, name)
+        content = {"operator": name, "command": " ".join(command), "machine": self, **result}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writing.whole(path, (json.dumps(content, indent=1, default=_plain) + "\n").encode())
+        return path
 
 
-class Limits(NamedTuple):
-    flops: dict[torch.dtype, float]  # a second, in a large product of that dtype
+@dataclass(frozen=True)
+class Limits:
+    flops: dict[str, float]  # a second, in a large product of a dtype, by its name
     bandwidth: float  # bytes a second, read and written, in a large copy
 
     def line(self) -> str:
         """One line for the head of a report."""
-        rates = ", ".join(f"{dtype_name(dtype)} product {rate / 1e9:.0f} GFLOP/s" for dtype, rate in self.flops.items())
+        rates = ", ".join(f"{dtype} product {rate / 1e9:.0f} GFLOP/s" for dtype, rate in self.flops.items())
         return f"this machine's limits, measured now: {rates}, copy {self.bandwidth / 1e9:.0f} GB/s"
 
 
@@ -126,7 +146,7 @@ def measure_limits(device: torch.device, dtypes: Iterable[torch.dtype], budget: 
     flops = {}
     for dtype in dtypes:
         times = time_in_turn(_product(size, dtype, device), clock, budget)
-        flops[dtype] = 2 * size**3 / min(timing.fastest for timing in times.values())
+        flops[dtype_name(dtype)] = 2 * size**3 / min(timing.fastest for timing in times.values())
     return Limits(flops, measure_bandwidths(device, budget)["copy"])
 
 

@@ -7,11 +7,11 @@ import torch
 
 from fastlora.choice.clock import Run, time_in_turn
 
-from .cases import TRAINING, Case
+from .cases import TRAINING, Case, dtype_name
 from .device import clock_of, peak_of_call
-from .gate import Error, errors, require_right
+from .gate import Error, require_right
 from .machine import Limits
-from .rivals import FASTLORA, build, implementations
+from .rivals import FASTLORA, build, implementations, rivals_of
 
 
 @dataclass(frozen=True)
@@ -62,17 +62,16 @@ def measure_operator(
     for pass_ in case.passes:
         training = pass_ == TRAINING
         chosen, *others = names = implementations(case, training, device)
-        worst = {}
-        for name in names:
-            found = errors(case, training, name, device)
-            worst[name] = require_right(f"{case.operator} {name}, {case.name}, {pass_}", found)
-        runs = build(case, training, device).runs(training, others, without=() if with_compile else ("compiled",))
+        what = f"{case.name}, {pass_}"
+        worst = {name: require_right(case, training, name, device, f"{case.operator} {name}, {what}") for name in names}
+        timed = rivals_of(case, device, without=() if with_compile else ("compiled",))
+        runs = build(case, training, device, timed).runs(training, others)
         if "compiled" in runs:
-            compile_or_drop(runs, notes, f"{case.name}, {pass_}")
+            compile_or_drop(runs, notes, what)
         times = time_in_turn(runs, clock_of(device), budget)
         peaks = {name: peak_of_call(run, device) for name, run in runs.items()}
         work = case.work(training)
-        least = {"flops": work.flops / limits.flops[case.dtype], "bytes": work.bytes / limits.bandwidth}
+        least = {"flops": work.flops / limits.flops[dtype_name(case.dtype)], "bytes": work.bytes / limits.bandwidth}
         bound_by = max(least, key=lambda what: least[what])
         for name in names:
             own = FASTLORA if name == chosen else name  # as the user gets it, or forced

@@ -29,15 +29,13 @@ def bars(axes: Any, title: str, unit: str, values: Mapping[str, float], goal: fl
 
 def charts(content: Mapping[str, Any]) -> list[tuple[str, str, dict[str, float], float | None]]:
     """(title, unit, value of each rival, goal) of everything in a result file that can be drawn."""
-    if content["operator"] == "goals":
-        rows = [row for row in content["rows"] if row["rivals"] or row["peft"] is not None]
-        ours = [
-            {**row["rivals"], FASTLORA: row["ours"]} | ({} if row["peft"] is None else {"peft": row["peft"]})
-            for row in rows
-        ]
-        return [(row["what"], row["unit"] or "ratio", one, row["goal"]) for row, one in zip(rows, ours, strict=True)]
     found: list[tuple[str, str, dict[str, float], float | None]] = []
     for row in content["rows"]:
+        if content["operator"] == "goals":
+            values = row["rivals"] | ({} if row["peft"] is None else {"peft": row["peft"]})
+            if values:
+                found.append((row["what"], row["unit"] or "ratio", {**values, FASTLORA: row["ours"]}, row["goal"]))
+            continue
         for how, values in (("a call", row["microseconds"]), ("replayed", row["graph_microseconds"])):
             if values:
                 found.append((f"{row['case']}, {row['numbers']}, {row['pass']}, {how}", "microseconds", values, None))

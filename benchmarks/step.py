@@ -10,19 +10,20 @@ import statistics
 import time
 import traceback
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import torch
 
 from fastlora import memory, steps
-from fastlora.choice.clock import median_ratio, rounds_in_turn
+from fastlora.choice.clock import median_ratio, rounds_in_turn, wait_for
 from fastlora.data.rows import IGNORE
 
-from .cases import StepCase
+from .cases import StepCase, dtype_name
 from .machine import measure_limits
 
 VARIANTS = ("peft", "fastlora", "unpacked")
@@ -105,16 +106,6 @@ def make_batch(case: StepCase, number: int, device: torch.device) -> dict[str, t
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def _imported(device: torch.device) -> int | None:
-    """The peak of this process once everything is imported."""
-    import transformers.models.llama.modeling_llama  # noqa: F401
-
-    import fastlora.language_model_loss
-    import fastlora.peft  # noqa: F401
-
-    return memory.peak(device)
-
-
 def loss_function(model: Any, variant: str) -> Any:
     """What gives a batch's mean loss a labelled token, as each variant's user would compute it."""
     if variant == "peft":
@@ -122,79 +113,73 @@ def loss_function(model: Any, variant: str) -> Any:
     return steps.mean_loss(model)
 
 
-def _closing(model: Any, variant: str, device: torch.device, imported: int | None) -> Closing:
-    peak = memory.peak(device)
-    beyond = None if peak is None or imported is None else peak - imported
-    if variant == "peft":
-        return Closing(beyond, {})
-    from fastlora.peft import report
+class Training:
+    """A variant in the process that is its own."""
 
-    return Closing(beyond, dict(Counter(layer.implementation for layer in report(model))))
+    def __init__(self, case: StepCase, variant: str, device: torch.device) -> None:
+        import transformers.models.llama.modeling_llama  # noqa: F401
+
+        import fastlora.language_model_loss
+        import fastlora.peft  # noqa: F401
+
+        self.case, self.variant, self.device, self.steps = case, variant, device, 0
+        self.imported = memory.peak(device)
+        self.model = make_model(case, variant, device)
+        self.loss_of = loss_function(self.model, variant)
+        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(trainable, lr=1e-4)
+
+    def step(self) -> Step:
+        batch = make_batch(self.case, self.steps, self.device)
+        self.steps += 1
+        start = time.perf_counter()
+        loss = steps.take_step(self.optimizer, self.loss_of, batch)  # waits for the forward only
+        wait_for(self.device)
+        return Step(time.perf_counter() - start, loss)
+
+    def closing(self) -> Closing:
+        from fastlora.peft import report
+
+        peak = memory.peak(self.device)
+        beyond = None if peak is None or self.imported is None else peak - self.imported
+        layers = [] if self.variant == "peft" else report(self.model)
+        return Closing(beyond, dict(Counter(layer.implementation for layer in layers)))
 
 
-def _serve(pipe: Connection, case: StepCase, variant: str, device_name: str) -> None:
-    """The life of a training process: a Step for every True that it is sent, at the first False its Closing."""
-    try:
-        device = torch.device(device_name)
-        imported = _imported(device)
-        model = make_model(case, variant, device)
-        loss_of = loss_function(model, variant)
-        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(trainable, lr=1e-4)
-        number = 0
-        while pipe.recv():
-            batch = make_batch(case, number, device)
-            number += 1
-            start = time.perf_counter()
-            value = steps.take_step(optimizer, loss_of, batch)  # waits for the forward only
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            pipe.send(Step(time.perf_counter() - start, value))
-        pipe.send(_closing(model, variant, device, imported))
-    except Exception:
-        pipe.send(StepError(f"{variant}, {case.name}:\n{traceback.format_exc()}"))
+_here: dict[str, Training] = {}  # the one of this process
 
 
-class Worker:
+def _begin(*given: Any) -> None:
+    _here["training"] = Training(*given)
+
+
+def _go_on(what: str) -> Any:
+    return getattr(_here["training"], what)()
+
+
+def own_process() -> ProcessPoolExecutor:
+    """A process for one way to train, in a `with` block; a fork would inherit this one's memory and its peak."""
+    return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+
+
+class Worker(ExitStack):
     """A training process; use it in a `with` block."""
 
     def __init__(self, case: StepCase, variant: str, device: torch.device) -> None:
-        spawn = multiprocessing.get_context("spawn")  # a fork would inherit the parent's memory and its peak
-        self._pipe, theirs = spawn.Pipe()
-        self._process = spawn.Process(target=_serve, args=(theirs, case, variant, str(device)), daemon=True)
-        self._process.start()
-        theirs.close()
+        super().__init__()
+        self._name = f"{variant}, {case.name}"
+        self._process = self.enter_context(own_process())
+        self._begun = self._process.submit(_begin, case, variant, device)
 
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._pipe.close()
-        self._process.join(timeout=10)
-        if self._process.is_alive():
-            self._process.terminate()
-            self._process.join()
-
-    def _ask(self, go_on: bool) -> Any:
+    def ask(self, what: str) -> Any:
+        """A "step" of the optimiser, or after the last one the "closing"; raises StepError, with its traceback, where the process failed."""
         try:
-            self._pipe.send(go_on)
-            answer = self._pipe.recv()
-        except (EOFError, BrokenPipeError):
-            self._process.join()
-            raise StepError(f"a training process ended with {self._process.exitcode} (out of memory?)") from None
-        if isinstance(answer, StepError):
-            raise answer
-        return answer
-
-    def step(self) -> Step:
-        """One optimiser step; raises StepError, with its traceback, where the process failed."""
-        answer: Step = self._ask(True)
-        return answer
-
-    def finish(self) -> Closing:
-        """Peak memory and implementations, after the last step."""
-        answer: Closing = self._ask(False)
-        return answer
+            self._begun.result()
+            return self._process.submit(_go_on, what).result()
+        except BrokenProcessPool as error:
+            raise StepError(f"{self._name}: {error} (out of memory?)") from None
+        except Exception as error:
+            raise StepError(f"{self._name}:\n{''.join(traceback.format_exception(error))}") from None
 
 
 def require_agreement(case: StepCase, losses: dict[str, float]) -> None:
@@ -213,14 +198,14 @@ def measure_step(case: StepCase, device: torch.device) -> StepResult:
     Raises:
         StepError: a process failed, or without dropout the first losses differ.
     """
-    rate = measure_limits(device, [case.dtype]).flops[case.dtype]
+    rate = measure_limits(device, [case.dtype]).flops[dtype_name(case.dtype)]
     with ExitStack() as processes:
         workers = {variant: processes.enter_context(Worker(case, variant, device)) for variant in VARIANTS}
-        in_turn = rounds_in_turn(VARIANTS, lambda variant: workers[variant].step())
-        rounds = [next(in_turn)]
+        in_turn = rounds_in_turn(VARIANTS, lambda variant: workers[variant].ask("step"))
+        rounds: list[dict[str, Step]] = [next(in_turn)]
         require_agreement(case, {variant: step.loss for variant, step in rounds[0].items()})
         rounds += islice(in_turn, WARM_UP_STEPS - 1 + case.rounds)
-        closing = {variant: worker.finish() for variant, worker in workers.items()}
+        closing: dict[str, Closing] = {variant: worker.ask("closing") for variant, worker in workers.items()}
     seconds = {variant: [one[variant].seconds for one in rounds[WARM_UP_STEPS:]] for variant in VARIANTS}
     medians = {variant: statistics.median(times) for variant, times in seconds.items()}
     ratios = {variant: median_ratio(times, seconds["peft"]) for variant, times in seconds.items()}

@@ -6,25 +6,24 @@ time is a median over all rounds but for each process's first step; memory is th
 """
 
 import argparse
-import dataclasses
 import json
-import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
 
-from fastlora import memory, metrics, writing
+from fastlora import memory, metrics
 from fastlora.choice.clock import median_ratio
 
 from .machine import results_folder, this_machine
+from .step import own_process
 
 WAYS = {
     "trainer": "Trainer + PEFT",
@@ -32,7 +31,9 @@ WAYS = {
     "loss": "+ `accelerate(model, loss=True)`",
     "train": "`fastlora train`",
 }
-RANK, ALPHA, LEARNING_RATE, MAX_LENGTH = 16, 32, 2e-4, 512
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ADAPTER: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
+LEARNING_RATE, MAX_LENGTH = 2e-4, 512
 TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # of the first loss, relative
 
 
@@ -54,7 +55,7 @@ class Setting:
     dtype: Literal["float32", "bfloat16"]
 
 
-def _by_trainer(setting: Setting, way: str) -> Run:
+def _by_trainer(setting: Setting, way: str, folder: Path, data: Path) -> tuple[list[float], list[float]]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
@@ -63,83 +64,68 @@ def _by_trainer(setting: Setting, way: str) -> Run:
     from fastlora.data.rows import collate, encode
 
     tokenizer = AutoTokenizer.from_pretrained(setting.model)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = encode(read_examples(_write(setting, folder)), tokenizer, MAX_LENGTH).rows
-        base = AutoModelForCausalLM.from_pretrained(setting.model, dtype=getattr(torch, setting.dtype))
-        torch.manual_seed(0)
-        config = LoraConfig(
-            r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
-        model = get_peft_model(base, config)
-        if way != "trainer":
-            fastlora.accelerate(model, loss=way == "loss")
-        times: list[float] = []
+    rows = encode(read_examples(data), tokenizer, MAX_LENGTH).rows
+    base = AutoModelForCausalLM.from_pretrained(setting.model, dtype=getattr(torch, setting.dtype))
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **ADAPTER))
+    if way != "trainer":
+        fastlora.accelerate(model, loss=way == "loss")
+    times: list[float] = []
 
-        class Clock(TrainerCallback):
-            def on_step_begin(self, *_: Any, **__: Any) -> None:
-                times.append(-time.perf_counter())
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            times.append(-time.perf_counter())
 
-            def on_step_end(self, *_: Any, **__: Any) -> None:
-                times[-1] += time.perf_counter()
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            times[-1] += time.perf_counter()
 
-        arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=setting.steps,
-            per_device_train_batch_size=len(rows),
-            learning_rate=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            logging_steps=1,
-            save_strategy="no",
-            report_to=[],
-            remove_unused_columns=False,
-            disable_tqdm=True,
-        )
-        trainer = Trainer(
-            model,
-            arguments,
-            data_collator=lambda batch: collate(batch, tokenizer.pad_token_id),
-            train_dataset=rows,
-            callbacks=[Clock()],
-        )
-        trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    return Run(times, losses, memory.peak(arguments.device))
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=setting.steps,
+        per_device_train_batch_size=len(rows),
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+    together = partial(collate, pad=tokenizer.pad_token_id)
+    trainer = Trainer(model, arguments, data_collator=together, train_dataset=rows, callbacks=[Clock()])
+    trainer.train()
+    return times, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def _by_command(setting: Setting, way: str) -> Run:
+def _by_command(setting: Setting, _: str, folder: Path, data: Path) -> tuple[list[float], list[float]]:
     from fastlora import train
     from fastlora.config import TrainConfig
 
-    with tempfile.TemporaryDirectory() as folder:
-        config = TrainConfig(
-            model=setting.model,
-            data=_write(setting, folder),
-            output=Path(folder, "out"),
-            r=RANK,
-            lora_alpha=ALPHA,
-            lora_dropout=0.0,
-            max_steps=setting.steps,
-            batch_size=len(setting.rows),
-            max_length=MAX_LENGTH,
-            lr=LEARNING_RATE,
-            lr_scheduler_type="constant",
-            dtype=setting.dtype,
-        )
-        train.train(config)
-        records = [json.loads(line) for line in Path(folder, "out", metrics.NAME).read_text().splitlines()]
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Run([one["seconds"] for one in records], [one["loss"] for one in records], memory.peak(device))
-
-
-def _write(setting: Setting, folder: str) -> Path:
-    path = Path(folder, "rows.jsonl")
-    path.write_text("".join(json.dumps(row) + "\n" for row in setting.rows))
-    return path
+    config = TrainConfig(
+        model=setting.model,
+        data=data,
+        output=folder / "out",
+        max_steps=setting.steps,
+        batch_size=len(setting.rows),
+        max_length=MAX_LENGTH,
+        lr=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        dtype=setting.dtype,
+        **ADAPTER,
+    )
+    train.train(config)
+    records = [json.loads(line) for line in (folder / "out" / metrics.NAME).read_text().splitlines()]
+    return [one["seconds"] for one in records], [one["loss"] for one in records]
 
 
 def run(setting: Setting, way: str) -> Run:
     """Train in one of the WAYS, in this process."""
-    return (_by_command if way == "train" else _by_trainer)(setting, way)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = folder / "rows.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in setting.rows))
+        found = (_by_command if way == "train" else _by_trainer)(setting, way, folder, data)
+    return Run(*found, memory.peak(DEVICE))
 
 
 def measure(setting: Setting, rounds: int) -> dict[str, Any]:
@@ -149,10 +135,9 @@ def measure(setting: Setting, rounds: int) -> dict[str, Any]:
         ValueError: the first losses do not agree.
     """
     runs: dict[str, list[Run]] = {way: [] for way in WAYS}
-    spawn = multiprocessing.get_context("spawn")  # a fork would inherit this process's memory and its peak
     for number in range(rounds):
         for way in WAYS:
-            with ProcessPoolExecutor(1, mp_context=spawn) as process:
+            with own_process() as process:
                 runs[way].append(process.submit(run, setting, way).result())
             print(f"round {number + 1} of {rounds}: {WAYS[way]}", file=sys.stderr, flush=True)
     first = {way: its[0].losses[0] for way, its in runs.items()}
@@ -201,16 +186,10 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(argv)
     with given.data.open(encoding="utf-8") as lines:
         rows = [json.loads(line) for line, _ in zip(lines, range(given.rows), strict=False)]
-    machine = this_machine(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    machine = this_machine(DEVICE)
     found = measure(Setting(given.model, rows, given.steps, given.dtype), given.rounds)
-    content = {
-        "machine": dataclasses.asdict(machine),
-        "command": " ".join(["python -m benchmarks.trainer", *argv]),
-        "ways": found,
-    }
-    given.out.mkdir(parents=True, exist_ok=True)
-    writing.whole(given.out / f"{machine.date}-{machine.slug()}-trainer.json", json.dumps(content, indent=2).encode())
     print(machine.line())
+    machine.write(given.out, "trainer", ["python -m benchmarks.trainer", *argv], {"ways": found})
     print(table(found))
     return 0
 

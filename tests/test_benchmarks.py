@@ -36,7 +36,7 @@ TINY_CASES = {
 }
 TINY_BLOCK = BlockCase("tiny", 7, 24, 40, 8, 3, torch.bfloat16, torch.float32)
 TINY_STEP = StepCase("tiny", 32, 64, 1, 2, 1, 64, 2, 8, 4, 0.0, torch.float32, 2)
-LIMITS = machine.Limits({torch.float32: 1e11}, 1e10)
+LIMITS = machine.Limits({"float32": 1e11}, 1e10)
 
 
 def test_peak_of_call_sees_the_memory_of_the_call() -> None:
@@ -71,7 +71,7 @@ def test_work_counts_the_reference_products(operator: str, training: bool, monke
 
     for op in (operator, f"{operator}_backward"):
         monkeypatch.setitem(ops.implementations, (op, "reference"), counted(ops.implementations[op, "reference"]))
-    rivals.forced(gate.results_of(case, training, CPU), "reference")(False)
+    rivals.build(case, training, CPU, ["fastlora"]).run("fastlora", training, "reference")(0)
     assert len(flops) == 1 + training and case.work(training).flops == sum(flops)
 
 
@@ -263,12 +263,14 @@ def test_quantities_read_well() -> None:
     assert [table.mebibytes(value) for value in (None, 2**19, 300 * 2**20)] == ["-", "0.5", "300"]
 
 
-def test_block_is_seven_layers_whose_shared_x_gets_the_sum_of_their_gradients() -> None:
+def test_block_is_seven_layers_whose_shared_x_gets_the_sum_of_their_gradients(monkeypatch) -> None:
     case = replace(TINY_BLOCK, dtype=torch.float32, dropout_p=0.0)
+    block = rivals.make_layer(case, True, CPU)
+    monkeypatch.setattr(rivals, "make_layer", lambda *_: block)
     contest = rivals.build(case, True, CPU)
     outputs = {name: rival.call(0) for name, rival in contest.rivals.items() if name != "compiled"}
     assert len(outputs["frozen"]) == 7 and not torch.equal(outputs["frozen"][0], outputs["peft"][0])
-    attention = rivals.make_block(case, False, CPU).self_attn
+    attention = block.self_attn
     dq, dk, dv = contest.dy[:3]
     dx = dq @ attention.q_proj.weight + dk @ attention.k_proj.weight + dv @ attention.v_proj.weight
     torch.testing.assert_close(contest.run("frozen", True)(0)[0], dx)
@@ -366,7 +368,7 @@ def test_a_training_process_that_fails_says_why() -> None:
         step.Worker(replace(TINY_STEP, R=0), "peft", CPU) as worker,
         pytest.raises(step.StepError, match=r"peft, tiny:(.|\n)*ValueError"),
     ):
-        worker.step()
+        worker.ask("step")
 
 
 @pytest.mark.parametrize("loss", [9.0, float("nan")])

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import card_goals, cases, launch, machine, model, plot, probe, rivals, table
+from benchmarks import card_goals, cases, gate, launch, machine, model, plot, probe, rivals, table
 from benchmarks.card_goals import EAGER, GRAPH, Record, Session
 from benchmarks.cases import BOTH, StepCase
 from benchmarks.goals import Goal
@@ -62,7 +62,7 @@ def tiny(case: Any) -> Any:
         }
     if getattr(case, "T", 1) > 1:
         sizes["T"] = 3
-    return replace(case, **{name: size for name, size in sizes.items() if hasattr(case, name)})
+    return replace(case, **{name: size for name, size in sizes.items() if name in vars(case)})
 
 
 @pytest.fixture
@@ -205,8 +205,8 @@ def test_a_wrong_implementation_is_not_timed(lines, monkeypatch) -> None:
         found = card_goals_errors(case, training, implementation, device)
         return {"y": found["y"]._replace(error=float("nan"))}
 
-    card_goals_errors = card_goals.errors
-    monkeypatch.setattr(card_goals, "errors", wrong)
+    card_goals_errors = gate.errors
+    monkeypatch.setattr(gate, "errors", wrong)
     record = Record()
     assert card_goals.measure_card({"prefill": lines["prefill"]}, CPU, record, lambda: None, print, float("inf"))
     assert record.rows == [] and record.failed == ["prefill"]

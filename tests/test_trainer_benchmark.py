@@ -44,7 +44,7 @@ class Here:
 
 def test_a_loss_that_differs_is_not_timed(setting: trainer.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = {"trainer": 1.0, "accelerate": 1.0, "loss": 1.01, "train": 1.0}
-    monkeypatch.setattr(trainer, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(trainer, "own_process", Here)
     monkeypatch.setattr(trainer, "run", lambda _, way: trainer.Run([9.0, 1.0, 1.0], [losses[way]], 10))
     with pytest.raises(ValueError, match=r"the first loss of .*loss=True.* is 1.01, of Trainer \+ PEFT 1.0: not timed"):
         trainer.measure(setting, 1)
@@ -54,7 +54,7 @@ def test_the_table_is_of_medians_without_the_first_step(
     setting: trainer.Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seconds = {"trainer": 4.0, "accelerate": 2.0, "loss": 2.0, "train": 1.0}
-    monkeypatch.setattr(trainer, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(trainer, "own_process", Here)
     monkeypatch.setattr(trainer, "run", lambda _, way: trainer.Run([99.0, seconds[way]], [3.0, 2.5], 2 * 10**9))
     found = trainer.measure(setting, 3)
     assert {way: one["ratio"] for way, one in found.items()} == {
