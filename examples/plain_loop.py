@@ -16,18 +16,19 @@ from fastlora.data.examples import Example, read_examples
 from fastlora.data.rows import batches, collate, encode, pad_token_id
 from fastlora.demo import BASE_MODEL
 from fastlora.demo.tasks import generate
+from fastlora.models import default_device
 
 
 def train(name: str, batch_list: list[dict[str, torch.Tensor]], lr: float, accelerated: bool) -> list[float]:
     torch.manual_seed(0)  # the same first adapter both times; without dropout, so the losses can be compared
-    base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(default_device())
     model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).train()
     if accelerated:
         fastlora.accelerate(model)
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=lr)
     losses, began = [], time.perf_counter()
     for batch in batch_list:
-        loss = model(**batch).loss
+        loss = model(**{key: one.to(base.device) for key, one in batch.items()}).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -51,11 +51,18 @@ def test_each_is_short_and_says_how_it_is_run() -> None:
         assert f"\npython examples/{path.name}" in text, path.name
 
 
+def reported(capsys: pytest.CaptureFixture[str]) -> dict[str, str]:
+    """The implementations that a script has printed, by layer."""
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.startswith("base_model.")]
+    return {name: implementation for name, implementation, *_ in lines}
+
+
 def test_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert_falls(run("trainer", "--output", tmp_path / "out"))
     assert_trained_adapter(tmp_path / "out", BASE_MODEL)
-    report = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("base_model.")]
-    assert len(report) == 28 and "peft" not in report
+    layers = reported(capsys)
+    assert layers.pop("base_model.model.loss") == "fused"
+    assert len(layers) == 28 and "peft" not in layers.values()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
@@ -65,8 +72,8 @@ def test_sft_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     losses = run("sft_trainer", "--data", tmp_path / "train.jsonl", "--output", tmp_path / "out", "--steps", "16")
     assert_falls(losses)
     assert_trained_adapter(tmp_path / "out", BASE_MODEL)
-    report = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("base_model.")]
-    assert len(report) == 28 and "peft" not in report
+    layers = reported(capsys)
+    assert len(layers) == 28 and "peft" not in layers.values()
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["shipped", "own-model-and-rows"])

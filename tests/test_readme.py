@@ -1,22 +1,31 @@
-"""README, CONTRIBUTING and benchmarks/README.md: the Python runs as it stands, and whatever they name is there: options, targets of make, files."""
+"""README, CONTRIBUTING, benchmarks/README.md and docs/: the Python runs as it stands, and whatever they name is there: options, targets of make,
+files, links, and what CONTRIBUTING's last table says to look for in a file.
+"""
 
 import re
 import warnings
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import tiny
 import torch
+from peft import LoraConfig, get_peft_model
 from typer.main import get_command
 
+import fastlora
 from fastlora.cli import app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-ALL = README + "".join((ROOT / name).read_text() for name in ("CONTRIBUTING.md", "benchmarks/README.md"))
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [*(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")), *DOCS]
+ALL = "".join(page.read_text() for page in PAGES)
+MOST_LINES = 120  # of a page in docs/
 HUB_ID = re.compile(r'(?<=from_pretrained\(")[^"]+')
-FIRST, SECOND = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PYTHON = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+FIRST, SECOND = PYTHON.findall(README)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -41,10 +50,14 @@ def test_modules_and_operators_run() -> None:
 
 def test_options_are_there() -> None:
     commands: Any = get_command(app)
-    known = {option for one in commands.commands.values() for parameter in one.params for option in parameter.opts}
+    every = [parameter for one in commands.commands.values() for parameter in one.params]
+    known = {option for one in every for option in (*one.opts, *one.secondary_opts)}
     for file in ("benchmarks/__main__.py", "benchmarks/gpu.sh"):
         known.update(re.findall(r"--[a-z-]+", (ROOT / file).read_text()))
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", ALL)) - {"--nproc-per-node"}  # torchrun's
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", ALL)) - {
+        "--nproc-per-node",
+        "--config",
+    }  # torchrun's and torchtune's
     assert len(named) > 10 and not named - known
 
 
@@ -59,3 +72,58 @@ def test_files_are_there() -> None:
     assert len(named) > 10
     for name in named:
         assert (ROOT / name).exists(), name
+
+
+def test_links_lead_to_something() -> None:
+    found = [(page, link) for page in PAGES for link in re.findall(r"\]\(([^)]+)\)", page.read_text())]
+    assert {page.name for page, _ in found} >= {"README.md", *(page.name for page in DOCS)}
+    for page, link in found:
+        file, _, heading = link.partition("#")
+        assert not heading and (page.parent / file).exists(), f"{page.name}: {link}"
+
+
+def test_every_page_and_example_is_linked() -> None:
+    linked = {
+        (page.parent / link).resolve() for page in PAGES for link in re.findall(r"\]\(([^)#]+)", page.read_text())
+    }
+    assert len(DOCS) == 5 and {page.resolve() for page in DOCS} <= linked
+    assert {path.resolve() for path in (ROOT / "examples").glob("*.py")} <= linked
+
+
+def test_the_pages_are_short_and_their_python_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    config = LoraConfig(target_modules="all-linear")
+    known = {"fastlora": fastlora, "model": get_peft_model(tiny.llama(), config)}
+    for page in DOCS:
+        text = page.read_text()
+        assert len(text.splitlines()) <= MOST_LINES, page.name
+        for block in PYTHON.findall(text):
+            exec(block, known)
+    assert "layers.1.mlp.down_proj" in capsys.readouterr().out
+
+
+def test_the_drawing_is_one() -> None:
+    """Each row's number is that of its boxes, and of its letters."""
+    drawing = ElementTree.parse(ROOT / "docs/passes.svg").getroot()
+    rows, boxes = [], 0
+    for element in drawing:
+        text = element.text or ""
+        if element.get("class") == "n":
+            rows.append((boxes, len(text), len(element.get("x", "").split())))
+        elif element.tag.endswith("path"):
+            boxes += element.get("d", "").count("M")
+        else:
+            boxes = 0
+    numbers = re.findall(r">(?:PEFT|fastlora, \w+): (\d+)<", (ROOT / "docs/passes.svg").read_text())
+    assert rows == [(int(number),) * 3 for number in numbers] and len(rows) == 6
+
+
+def test_every_question_is_answered_by_a_file_that_has_it() -> None:
+    _, table = (ROOT / "CONTRIBUTING.md").read_text().split("## Where is ...?\n")
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|") and "?" in line]
+    assert len(rows) == 10
+    for question, answer in rows:
+        paths = re.findall(r"`(\w[\w/.-]*/[\w.-]+)`", answer)
+        assert paths and all((ROOT / path).exists() for path in paths), question
+        for path, names in re.findall(r"`([\w/.-]+\.\w+)`, (`[^`]+`(?: and `\w+`)?)", answer):
+            for name in re.findall(r"`([^`]+)`", names):
+                assert name in (ROOT / path).read_text(), f"{path}: {name}"
