@@ -36,6 +36,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 LARGEST_RANK, MOST_LAYERS = 1 << 16, 1 << 12  # what a config may ask to be allocated
 DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8}  # bytes an element; I64 is a saved BatchNorm's count
+WRAPPERS = re.compile(r"\.(base_layer|original_module|modules_to_save)(?=\.)")  # PEFT's, in a name of the base's
 PATIENCE = 10.0  # seconds that a config's regular expressions may take on a model's names
 
 
@@ -71,7 +72,15 @@ def read(folder: str | Path) -> Adapter:
             tensor of another dtype, empty, not finite, or of a rank that the config does not have.
     """
     folder = Path(folder)
-    _require_files(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"adapter={folder}: there is no such folder")
+    for name in (CONFIG, WEIGHTS):
+        if not (folder / name).is_file():
+            holds_model = (folder / "config.json").is_file() and name == CONFIG
+            hint = f"; it holds a model, and is used as model={folder}" if holds_model else ""
+            raise FileNotFoundError(
+                f"adapter={folder}: expected an adapter folder in PEFT's format, there is no {name}{hint}"
+            )
     config = _read_config(folder / CONFIG)
     _check_header(folder / WEIGHTS)
     try:
@@ -86,18 +95,6 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG).is_file()
 
 
-def _require_files(folder: Path) -> None:
-    if not folder.is_dir():
-        raise FileNotFoundError(f"adapter={folder}: there is no such folder")
-    for name in (CONFIG, WEIGHTS):
-        if not (folder / name).is_file():
-            holds_model = (folder / "config.json").is_file() and name == CONFIG
-            hint = f"; it holds a model, and is used as model={folder}" if holds_model else ""
-            raise FileNotFoundError(
-                f"adapter={folder}: expected an adapter folder in PEFT's format, there is no {name}{hint}"
-            )
-
-
 def _read_config(file: Path) -> Any:
     try:
         values = reading.json_file(file)
@@ -106,7 +103,9 @@ def _read_config(file: Path) -> Any:
     values.pop("runtime_config", None)  # PEFT writes none, and ignores one
     if values.get("peft_type") != "LORA":
         raise AdapterError(file, "peft_type", f"expected 'LORA', got {shown(values.get('peft_type'))}")
-    types_of, make = _lora_config()
+    from peft import LoraConfig  # takes seconds to import
+
+    types_of = _json_types(LoraConfig)
     unknown = sorted(values.keys() - types_of.keys())
     if unknown:  # written by another PEFT
         logger.warning(
@@ -114,24 +113,23 @@ def _read_config(file: Path) -> Any:
         )
         values = {name: value for name, value in values.items() if name in types_of}
     for name, value in values.items():
-        problem = _problem(name, value, types_of)
-        if problem:
-            raise AdapterError(file, name, f"{problem}, got {shown(value)}")
+        is_usable, wanted = RANGES.get(name, (lambda _: True, ""))
+        if not fits(value, types_of[name]):
+            raise AdapterError(file, name, f"expected {spelt(types_of[name])}, got {shown(value)}")
+        if not is_usable(value):
+            raise AdapterError(file, name, f"expected {wanted}, got {shown(value)}")
     try:
-        return make(values)
+        return LoraConfig(**values)
     except Exception as error:  # PEFT checks little: AttributeError, KeyError, ...
         raise AdapterError(file, None, f"PEFT does not take it: {error}") from error
 
 
 @functools.cache
-def _lora_config() -> tuple[dict[str, Any], Callable[[dict[str, Any]], Any]]:
-    """The type that every field of a LoraConfig has in JSON, and how to make one. Cached: peft takes seconds to import."""
-    from peft import LoraConfig
-
-    types_of = {name: _in_json(hint) for name, hint in get_type_hints(LoraConfig).items()}
+def _json_types(config_class: type) -> dict[str, Any]:
+    """The type that every field of a LoraConfig has in JSON."""
+    types_of = {name: _in_json(hint) for name, hint in get_type_hints(config_class).items()}
     # PEFT's own annotations are too narrow for what it writes: alphas with a fraction, "pissa_niter_16".
-    types_of.update({"lora_alpha": float, "init_lora_weights": bool | str})
-    return types_of, lambda values: LoraConfig(**values)
+    return types_of | {"lora_alpha": float, "init_lora_weights": bool | str}
 
 
 def _in_json(hint: Any) -> Any:
@@ -143,30 +141,6 @@ def _in_json(hint: Any) -> Any:
     return dict if is_dataclass(hint) else hint
 
 
-def _problem(name: str, value: Any, types_of: Mapping[str, Any]) -> str | None:
-    """What is wrong with a config's value."""
-    if not fits(value, types_of[name]):
-        return f"expected {spelt(types_of[name])}"
-    if name == "r" and not _is_rank(value):
-        return f"expected a rank from 1 to {LARGEST_RANK:,}"
-    if name == "rank_pattern" and not all(_is_rank(rank) for rank in (value or {}).values()):
-        return f"expected ranks from 1 to {LARGEST_RANK:,}"
-    if name == "lora_alpha" and not is_number(value):
-        return "expected a number that float32 holds"
-    if name == "alpha_pattern" and not all(is_number(alpha) for alpha in (value or {}).values()):
-        return "expected numbers that float32 holds"
-    if name == "lora_dropout" and not 0 <= value < 1:
-        return "expected a probability of at least 0 and less than 1"
-    if name == "trainable_token_indices":
-        tokens = chain.from_iterable(value.values() if isinstance(value, dict) else [value or []])
-        if any(token < 0 for token in tokens):
-            return "expected tokens, 0 or more"
-    if name == "layer_replication" and value:
-        if any(start < 0 for start, _ in value) or not 0 < sum(end - start for start, end in value) <= MOST_LAYERS:
-            return f"expected ranges of at most {MOST_LAYERS:,} layers together"
-    return None
-
-
 def _is_rank(value: Any) -> bool:
     return type(value) is int and 1 <= value <= LARGEST_RANK
 
@@ -174,6 +148,28 @@ def _is_rank(value: Any) -> bool:
 def is_number(value: Any) -> bool:
     """Whether a lora_alpha can be used."""
     return type(value) in (int, float) and abs(value) <= torch.finfo(torch.float32).max
+
+
+def _are_tokens(value: list[int] | dict[str, list[int]] | None) -> bool:
+    by_name = value.values() if isinstance(value, dict) else [value or []]
+    return all(token >= 0 for token in chain.from_iterable(by_name))
+
+
+def _are_ranges(value: list[tuple[int, int]] | None) -> bool:
+    within = 0 < sum(end - start for start, end in value or [(0, 1)]) <= MOST_LAYERS
+    return within and all(start >= 0 for start, _ in value or ())
+
+
+RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "r": (_is_rank, f"a rank from 1 to {LARGEST_RANK:,}"),
+    "rank_pattern": (lambda ranks: all(map(_is_rank, (ranks or {}).values())), f"ranks from 1 to {LARGEST_RANK:,}"),
+    "lora_alpha": (is_number, "a number that float32 holds"),
+    "alpha_pattern": (lambda alphas: all(map(is_number, (alphas or {}).values())), "numbers that float32 holds"),
+    "lora_dropout": (lambda p: 0 <= p < 1, "a probability of at least 0 and less than 1"),
+    "trainable_token_indices": (_are_tokens, "tokens, 0 or more"),
+    "layer_replication": (_are_ranges, f"ranges of at most {MOST_LAYERS:,} layers together"),
+}
+"""What a config's value must be, beyond its type."""
 
 
 def _check_header(file: Path) -> None:
@@ -191,22 +187,16 @@ def _check_header(file: Path) -> None:
             raise AdapterError(file, None, str(error)) from error
     header.pop("__metadata__", None)
     end = 0
-    for key, entry in sorted(header.items(), key=_begin):
-        begin, end_ = _offsets(file, size, key, entry)
+    for begin, stop, key in sorted((*_offsets(file, size, key, entry), key) for key, entry in header.items()):
         if begin != end:
             raise AdapterError(
                 file, key, f"its bytes begin at {shown(begin)}, expected {end:,}, where the tensor before ends"
             )
-        end = end_
+        end = stop
     if end != size - 8 - length:
         raise AdapterError(
             file, None, f"expected {end:,} bytes of tensors, got {size - 8 - length:,}: cut off, or grown"
         )
-
-
-def _begin(item: tuple[str, Any]) -> int:
-    offsets = item[1].get("data_offsets") if isinstance(item[1], dict) else None
-    return offsets[0] if isinstance(offsets, list) and offsets and type(offsets[0]) is int else -1
 
 
 def _offsets(file: Path, size: int, key: str, entry: Any) -> tuple[int, int]:
@@ -216,7 +206,7 @@ def _offsets(file: Path, size: int, key: str, entry: Any) -> tuple[int, int]:
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in DTYPES:
         raise AdapterError(file, key, f"expected one of the dtypes {', '.join(DTYPES)}, got {shown(entry['dtype'])}")
     for name in ("shape", "data_offsets"):
-        if not isinstance(entry[name], list) or not all(type(number) is int and number >= 0 for number in entry[name]):
+        if not fits(entry[name], list[int]) or min(entry[name], default=0) < 0:
             raise AdapterError(file, key, f"{name}: expected numbers from 0, got {shown(entry[name])}")
     numbers, shape = entry["data_offsets"], entry["shape"]
     bytes_ = DTYPES[entry["dtype"]]
@@ -289,14 +279,17 @@ def check(adapter: Adapter, model: nn.Module, *, allow_missing: bool = False) ->
     if given.keys() - expected.keys() - embeddings:
         given = _renamed(given, empty_model)
     for key in [key for key in given if key not in expected and key in embeddings]:
-        if not _is_own(given.pop(key), _base_tensor(model, key)):
+        name = WRAPPERS.sub("", key.removeprefix("base_model.model."))
+        tensor, own = given.pop(key), dict(model.named_parameters(remove_duplicate=False)).get(name)
+        # The model's own, or what the model's own is, rounded.
+        if own is None or tensor.shape != own.shape or not torch.equal(tensor.to(own), own.detach()):
             raise AdapterError(
                 file, key, "an embedding of another base: it differs from the model's, which an adapter may not change"
             )
     unknown = sorted(given.keys() - expected.keys())
     missing = sorted(expected.keys() - given.keys())
-    hint = f"; missing are {listed(missing)}" if unknown and missing else ""
     if unknown:
+        hint = f"; missing are {listed(missing)}" if missing else ""
         raise AdapterError(
             file, None, f"{len(unknown)} keys that are none of this adapter's on this model: {listed(unknown)}{hint}"
         )
@@ -387,16 +380,6 @@ def _check_tokens(adapter: Adapter, empty_model: Any) -> None:
                 raise AdapterError(adapter.folder / CONFIG, "trainable_token_indices", problem)
 
 
-def _base_tensor(model: nn.Module, key: str) -> Tensor | None:
-    name = re.sub(r"\.(base_layer|original_module|modules_to_save)(?=\.)", "", key.removeprefix("base_model.model."))
-    return dict(model.named_parameters(remove_duplicate=False)).get(name)
-
-
-def _is_own(tensor: Tensor, own: Tensor | None) -> bool:
-    """Whether a tensor of the file is the model's own, or the model's own is it, rounded."""
-    return own is not None and tensor.shape == own.shape and torch.equal(tensor.to(own), own.detach())
-
-
 def load(
     model: Any, adapters: Mapping[str, Adapter], *, is_trainable: bool = False, allow_missing: bool = False
 ) -> Any:
@@ -437,12 +420,9 @@ def _require_an_untouched_base(adapter: Adapter) -> None:
         "kasa_config": getattr(config, "kasa_config", None) is not None,
         "layer_replication": config.layer_replication is not None,
     }
-    for key, writes in found.items():
-        if writes:
-            problem = (
-                f"{shown(getattr(config, key))} changes the base itself: expected no other adapter on the same model"
-            )
-            raise AdapterError(adapter.folder / CONFIG, key, problem)
+    for key in [key for key, writes in found.items() if writes]:
+        problem = f"{shown(getattr(config, key))} changes the base itself: expected no other adapter on the same model"
+        raise AdapterError(adapter.folder / CONFIG, key, problem)
 
 
 def _with_adapter(model: Any, name: str, config: Any, **options: Any) -> Any:

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from hashlib import file_digest, sha256
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -95,11 +96,9 @@ def save(output: Path, step: int, fill: Callable[[Path], None]) -> None:
 
 def clear(output: Path, after: int = 0) -> None:
     """Remove the checkpoints of later steps than `after`, and what a killed process left half-written."""
-    writing.remove_unfinished(output)
-    writing.remove_unfinished(output / "checkpoints")
-    for step in steps(output):
-        if step > after:
-            writing.remove(folder(output, step))
+    unfinished = [*output.glob(f"{writing.UNFINISHED}*"), *output.glob(f"checkpoints/{writing.UNFINISHED}*")]
+    for path in [*unfinished, *(folder(output, step) for step in steps(output) if step > after)]:
+        writing.remove(path)
 
 
 def read(path: Path) -> Checkpoint:
@@ -129,7 +128,13 @@ def verify(path: Path) -> None:
         raise CheckpointError(
             f"{path / MANIFEST} is missing: the checkpoint is damaged, or of an earlier version of fastlora, which wrote none"
         )
-    digests = _read_manifest(path / MANIFEST)
+    manifest = _read_json(path / MANIFEST)
+    step: Any = manifest.get("step")
+    digests: Any = manifest.get("files")
+    # Written anew it has the same bytes, or some have changed.
+    whole = fits(step, int) and fits(digests, dict[str, str])
+    if not whole or _manifest(step, digests) != (path / MANIFEST).read_bytes():
+        raise CheckpointError(f"{path / MANIFEST} is damaged: its own SHA-256 is not the one it has")
     found = _names(path)
     for name in sorted(digests.keys() ^ found):
         what = "is missing" if name in digests else "is none of the checkpoint's files"
@@ -161,17 +166,6 @@ def _manifest(step: int, digests: dict[str, str]) -> bytes:
     return (json.dumps({**content, "sha256": own}, indent=2) + "\n").encode()
 
 
-def _read_manifest(path: Path) -> dict[str, str]:
-    content = _read_json(path)
-    step: Any = content.get("step")
-    digests: Any = content.get("files")
-    whole = fits(step, int) and fits(digests, dict[str, str])
-    # Written anew it has the same bytes, or some have changed.
-    if not whole or _manifest(step, digests) != path.read_bytes():
-        raise CheckpointError(f"{path} is damaged: its own SHA-256 is not the one it has")
-    return digests
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return reading.json_file(path)
@@ -195,32 +189,38 @@ def _read_state(path: Path, processes: int) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and pickle raise what they like
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-    if not isinstance(state, dict) or set(state) != STATE:
-        raise CheckpointError(f"{path}: expected the keys {', '.join(sorted(STATE))}")
-    _check_optimizer(path, state["optimizer"])
+    _require_keys(f"{path}", state, *sorted(STATE))
+    optimizer, rng = state["optimizer"], state["rng"]
+    _require_keys(f"{path}: optimizer", optimizer, "state", "param_groups")
+    for name, value, hint, expected in (
+        ("optimizer.state", optimizer["state"], dict[int, dict[str, Tensor]], "tensors by parameter and name"),
+        ("optimizer.param_groups", optimizer["param_groups"], list[dict[str, Any]], "a list of groups"),
+        ("tuned", state["tuned"], dict[str, list[list[Any]]], "measurements by device"),
+    ):
+        if not fits(value, hint):
+            raise CheckpointError(f"{path}: {name}: expected {expected}")
     if not fits(state["scheduler"], dict[str, Any]):
         raise CheckpointError(f"{path}: scheduler: expected a state, got {shown(state['scheduler'])}")
-    if not isinstance(state["rng"], list) or len(state["rng"]) != processes:
+    if not isinstance(rng, list) or len(rng) != processes:
         raise CheckpointError(f"{path}: rng: expected a list of {processes}, one a process")
-    for number, one in enumerate(state["rng"]):
+    for number, one in enumerate(rng):
         _check_rng(f"{path}: rng[{number}]", one)
-    _check_tuned(path, state["tuned"])
+    for entry in chain.from_iterable(state["tuned"].values()):
+        try:
+            table.checked(table.Measurement(*entry))
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path}: tuned: {error}") from None
     return state
 
 
-def _check_optimizer(path: Path, state: Any) -> None:
-    if not isinstance(state, dict) or set(state) != {"state", "param_groups"}:
-        raise CheckpointError(f"{path}: optimizer: expected the keys state, param_groups")
-    if not fits(state["state"], dict[int, dict[str, Tensor]]):
-        raise CheckpointError(f"{path}: optimizer.state: expected tensors by parameter and name")
-    if not fits(state["param_groups"], list[dict[str, Any]]):
-        raise CheckpointError(f"{path}: optimizer.param_groups: expected a list of groups")
+def _require_keys(where: str, value: Any, *keys: str) -> None:
+    if not isinstance(value, dict) or set(value) != set(keys):
+        raise CheckpointError(f"{where}: expected the keys {', '.join(keys)}")
 
 
 def _check_rng(where: str, state: Any) -> None:
     """Try a process's generators on some that nobody uses."""
-    if not isinstance(state, dict) or set(state) != {"python", "numpy", "torch", "cuda"}:
-        raise CheckpointError(f"{where}: expected the keys python, numpy, torch, cuda")
+    _require_keys(where, state, "python", "numpy", "torch", "cuda")
     tries: dict[str, Callable[[Any], Any]] = {
         "python": random.Random().setstate,
         "numpy": numpy.random.RandomState().set_state,
@@ -236,17 +236,6 @@ def _check_rng(where: str, state: Any) -> None:
     cuda = state["cuda"]
     if cuda is not None and not (isinstance(cuda, Tensor) and cuda.dtype is torch.uint8 and cuda.dim() == 1):
         raise CheckpointError(f"{where}.cuda: no state of a generator")
-
-
-def _check_tuned(path: Path, state: Any) -> None:
-    if not fits(state, dict[str, list[list[Any]]]):
-        raise CheckpointError(f"{path}: tuned: expected measurements by device")
-    for entries in state.values():
-        for entry in entries:
-            try:
-                table.checked(table.Measurement(*entry))
-            except (TypeError, ValueError) as error:
-                raise CheckpointError(f"{path}: tuned: {error}") from None
 
 
 def rng_state() -> dict[str, Any]:

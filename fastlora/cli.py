@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.main import get_command
 
+from fastlora import __version__
 from fastlora.config import Dtype, TrainConfig
 from fastlora.data.rows import Truncation
 
@@ -37,8 +38,6 @@ app = typer.Typer(
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        from fastlora import __version__
-
         print(f"fastlora {__version__}")
         raise typer.Exit()
 
@@ -59,7 +58,6 @@ DtypeOption = Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU that c
 AllowMissingOption = Annotated[
     bool, typer.Option("--allow-missing", help="Take an adapter that lacks tensors: those are as PEFT begins.")
 ]
-MaxLengthOption = Annotated[int, OPTIONS["max_length"]]
 NewTokensOption = Annotated[int, typer.Option(min=1, help="Length of an answer, at most.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Rows a batch.")]
 
@@ -75,7 +73,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         messages.addHandler(handler)
         try:
             with warnings.catch_warnings():
-                warnings.showwarning = _show_warning
+                warnings.showwarning = _say
                 function(*args, **kwargs)
         except KeyboardInterrupt as interrupt:
             _fail(name, _as_options(str(interrupt)) or "interrupted", 130)
@@ -96,9 +94,9 @@ def _exit_code(error: Exception) -> int | None:
 
     from fastlora.ops import ImplementationError
 
-    if isinstance(error, (ValueError, TypeError, OSError, ImportError, ImplementationError, SafetensorError)):
-        return 2
-    if str(error).startswith("Symlink loop"):  # pathlib's RuntimeError, an OSError from Python 3.13 on
+    expected = (ValueError, TypeError, OSError, ImportError, ImplementationError, SafetensorError)
+    # pathlib's RuntimeError, an OSError from Python 3.13 on
+    if isinstance(error, expected) or str(error).startswith("Symlink loop"):
         return 2
     ours = type(error).__module__.partition(".")[0] == "fastlora"
     return 1 if ours or _is_out_of_memory(error) else None
@@ -141,12 +139,9 @@ class _Messages(logging.Handler):
         _say(record.getMessage())
 
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    _say(str(message))  # without the line of source that raised it
-
-
-def _say(text: str) -> None:
-    print(_as_options(" ".join(text.split())), file=sys.stderr)
+def _say(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A message on one line; a warning's without the line of source that raised it."""
+    print(_as_options(" ".join(str(message).split())), file=sys.stderr)
 
 
 def _quiet() -> None:
@@ -197,7 +192,7 @@ def train(**options: Any) -> None:
     options["target_modules"] = _module_names(options["target_modules"])
     result = train(TrainConfig(**options))
     if os.environ.get("RANK", "0") == "0":  # one summary, however many processes torchrun started
-        _print_table("fastlora train", asdict(result))
+        _print_values("fastlora train", asdict(result))
 
 
 def _module_names(text: str) -> str | list[str]:
@@ -218,7 +213,7 @@ def eval_(
         Path | None, typer.Option(help="Adapter folder; without one the base model is measured.")
     ] = None,
     batch_size: BatchOption = 8,
-    max_length: MaxLengthOption = 512,
+    max_length: Annotated[int, OPTIONS["max_length"]] = 512,
     truncation: Annotated[Truncation, OPTIONS["truncation"]] = "prompt",
     max_new_tokens: NewTokensOption = 64,
     generations: Annotated[bool, typer.Option(help="Also let the model answer: exact match and ROUGE.")] = True,
@@ -253,7 +248,7 @@ def eval_(
     if as_json:
         print(json.dumps(asdict(result)))
     else:
-        _print_table("fastlora eval", {**asdict(result), "rows": f"{result.rows:,}, the same for every figure"})
+        _print_values("fastlora eval", {**asdict(result), "rows": f"{result.rows:,}, the same for every figure"})
 
 
 @command
@@ -338,7 +333,7 @@ def merge(
     from fastlora.merge import merge
 
     report = merge(model, adapter, output, dtype=dtype, overwrite=overwrite, allow_missing=allow_missing)
-    _print_table("fastlora merge", asdict(report))
+    _print_values("fastlora merge", asdict(report))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
@@ -363,14 +358,13 @@ def tune(
     if not seconds >= 0:
         raise ValueError(f"seconds={seconds}: expected 0 or more")
     path, found = tune_machine(device, output, seconds=seconds)
-    table = Table(
-        "operator", "dtype", "weight", "rows", "dropout", "implementation", "of plain PyTorch's time", box=None
-    )
+    rows = []
     for one in sorted(found):
         verdict = "failed its check" if one.ratio is None else f"{one.ratio:.2f}"
         dropout = "yes" if one.dropout else "no"
-        table.add_row(one.op, one.dtype, one.size, str(one.rows), dropout, one.implementation, verdict)
-    _console().print(table)
+        rows.append((one.op, one.dtype, one.size, str(one.rows), dropout, one.implementation, verdict))
+    headings = ("operator", "dtype", "weight", "rows", "dropout", "implementation", "of plain PyTorch's time")
+    _print_table(rows, headings)
     print(f"written to {path}" if path else "not kept")
 
 
@@ -379,13 +373,12 @@ def env() -> None:
     """What this machine has, what it lacks, and what that costs."""
     from fastlora.environment import all_findings
 
-    table = Table(box=None, show_header=False, pad_edge=False)
-    part = ""
+    rows, part = [], ""
     for finding in all_findings():
         mark = "yes" if finding.present else "no"
-        table.add_row(finding.part if finding.part != part else "", finding.name, mark, finding.detail)
+        rows.append((finding.part if finding.part != part else "", finding.name, mark, finding.detail))
         part = finding.part
-    _console().print(table)
+    _print_table(rows)
 
 
 @command
@@ -397,12 +390,8 @@ def demo(output: Annotated[Path, typer.Option(help="Folder for report.html and t
     demo.main(output)
 
 
-def _print_table(title: str, values: dict[str, Any]) -> None:
-    table = Table(title=title, title_justify="left", show_header=False, box=None)
-    for name, value in values.items():
-        if value not in (None, {}):
-            table.add_row(name, _shown(value))
-    _console().print(table)
+def _print_values(title: str, values: dict[str, Any]) -> None:
+    _print_table([(name, _shown(value)) for name, value in values.items() if value not in (None, {})], title=title)
 
 
 def _shown(value: Any) -> str:
@@ -415,9 +404,12 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-def _console() -> Console:
+def _print_table(rows: Iterable[Sequence[str]], headings: Sequence[str] = (), title: str | None = None) -> None:
+    table = Table(*headings, title=title, title_justify="left", show_header=bool(headings), box=None)
+    for row in rows:
+        table.add_row(*row)
     # Where nobody looks (a pipe, a log) rich would cut lines at 80 columns.
-    return Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False)
+    Console(width=None if sys.stdout.isatty() else 200, markup=False, highlight=False).print(table)
 
 
 def main() -> None:

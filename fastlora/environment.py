@@ -46,14 +46,10 @@ def all_findings() -> list[Finding]:
 def _machine() -> list[Finding]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     capability = torch.backends.cpu.get_cpu_capability()
+    cpu = f"{table.machine_name('cpu')}, {cores} cores usable, {torch.get_num_threads()} torch threads, {capability}"
     findings = [
         Finding("machine", "python", True, f"{platform.python_version()} on {platform.platform()}"),
-        Finding(
-            "machine",
-            "cpu",
-            True,
-            f"{table.machine_name('cpu')}, {cores} cores usable, {torch.get_num_threads()} torch threads, {capability}",
-        ),
+        Finding("machine", "cpu", True, cpu),
     ]
     if not torch.cuda.is_available():
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU build"
@@ -69,15 +65,12 @@ def _machine() -> list[Finding]:
 
 def _packages() -> list[Finding]:
     found = [Finding("package", "fastlora", True, f"{__version__}, in {Path(__file__).parent}")]
-    found += [_package(name, "fastlora train does not run") for name in REQUIRED]
-    return found + [_package(name, cost) for name, cost in OPTIONAL.items()]
-
-
-def _package(name: str, cost: str) -> Finding:
-    try:
-        return Finding("package", name, True, metadata.version(name))
-    except metadata.PackageNotFoundError:
-        return Finding("package", name, False, cost)
+    for name, cost in {**dict.fromkeys(REQUIRED, "fastlora train does not run"), **OPTIONAL}.items():
+        try:
+            found.append(Finding("package", name, True, metadata.version(name)))
+        except metadata.PackageNotFoundError:
+            found.append(Finding("package", name, False, cost))
+    return found
 
 
 def _compilers() -> list[Finding]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from fastlora.data.rows import batches, collate, encode, pad_token_id, require_c
 from fastlora.generation import answer, leave_room
 from fastlora.language_model_loss import LanguageModelLoss
 from fastlora.models import evaluating, positions
+
+ROUGE = ("rouge1", "rouge2", "rougeL")
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,8 @@ def evaluate(
         prompts = [example.prompt for example in encoded.examples]
         answers = answer(model, tokenizer, prompts, ids, max_new_tokens, batch_size)
         matches = exact_match(answers, references)
-        try:
+        with suppress(ModuleNotFoundError):  # as the result says
             scores = rouge(answers, references)
-        except ModuleNotFoundError:
-            pass  # as the result says
     return EvalResult(
         rows=len(encoded.rows),
         dropped_rows=len(encoded.dropped),
@@ -93,9 +94,7 @@ def evaluate(
         loss=mean,
         perplexity=perplexity,
         exact_match=matches,
-        rouge1=scores.get("rouge1"),
-        rouge2=scores.get("rouge2"),
-        rougeL=scores.get("rougeL"),
+        **{name: scores.get(name) for name in ROUGE},
     )
 
 
@@ -113,6 +112,6 @@ def rouge(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(names := ("rouge1", "rouge2", "rougeL"))
+    scorer = RougeScorer(ROUGE)
     scores = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
-    return {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in names}
+    return {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in ROUGE}

@@ -3,12 +3,11 @@
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
-from torch import Tensor
 
 from fastlora.data.examples import BadLine, Prompt
 from fastlora.data.rows import batches, cut_prompt, encode_prompt, pad_token_id, require_count, turn_end
@@ -76,12 +75,17 @@ def answer(
 ) -> list[str]:
     """Answers to `prompts`, whose tokens are `ids`."""
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # rows of like length share a batch: less padding
-    answers = [""] * len(ids)
+    answers, pad = [""] * len(ids), pad_token_id(tokenizer)
     options = _greedy(model, tokenizer, max_new_tokens, prompts)
     with evaluating(model), _answering_as(model, adapter_name):
         for batch in batches(by_length, batch_size):
-            inputs = _pad_left([ids[i] for i in batch], pad_token_id(tokenizer), model.device)
-            out = model.generate(**inputs, **options)[:, inputs["input_ids"].shape[1] :]
+            width = max(len(ids[i]) for i in batch)
+            filling = [width - len(ids[i]) for i in batch]  # on the left
+            inputs = torch.tensor(
+                [[pad] * n + ids[i] for i, n in zip(batch, filling, strict=True)], device=model.device
+            )
+            mask = torch.tensor([[0] * n + [1] * (width - n) for n in filling], device=model.device)
+            out = model.generate(input_ids=inputs, attention_mask=mask, **options)[:, width:]
             for i, text in zip(batch, tokenizer.batch_decode(out, skip_special_tokens=True), strict=True):
                 answers[i] = text
     return answers
@@ -123,13 +127,6 @@ def _greedy(model: Any, tokenizer: Any, max_new_tokens: int, prompts: Sequence[P
     }
 
 
-def _pad_left(rows: list[list[int]], pad: int, device: torch.device) -> dict[str, Tensor]:
-    width = max(len(row) for row in rows)
-    ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 @contextmanager
 def _answering_as(model: Any, adapter_name: str | None) -> Iterator[None]:
     adapters = list(getattr(model, "peft_config", {}))
@@ -144,11 +141,9 @@ def _answering_as(model: Any, adapter_name: str | None) -> Iterator[None]:
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     active = model.active_adapters
     try:
-        if adapter_name == BASE:
-            with model.disable_adapter():
-                yield
-        else:
-            model.base_model.set_adapter(adapter_name)
+        with model.disable_adapter() if adapter_name == BASE else nullcontext():
+            if adapter_name != BASE:
+                model.base_model.set_adapter(adapter_name)
             yield
     finally:
         model.base_model.set_adapter(active)

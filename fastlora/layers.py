@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastlora import functional
 from fastlora.functional import Prefixed, RowGroups
 
-Layer = TypeVar("Layer", bound=nn.Linear)
+Layer = TypeVar("Layer", bound=nn.Module)
 
 BASE = "__base__"
 """The adapter name that means no adapter, as in PEFT's `adapter_names`."""
@@ -26,31 +26,40 @@ def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
 
+def _require_counts(**counts: Any) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"{name}: got {value!r}, expected an integer of at least 1")
+
+
 def _check_options(r: int, lora_dropout: float) -> None:
-    if not isinstance(r, int) or r < 1:
-        raise ValueError(f"r: got {r!r}, expected an integer of at least 1")
+    _require_counts(r=r)
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout: got {lora_dropout!r}, expected a probability of at least 0 and less than 1")
 
 
-def _new_adapter(r: int, in_features: int, out_features: int, weight: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
-    """A [R, K] Kaiming-uniform and B [N, R] zero, as PEFT begins; float32 beside a 16-bit weight, the weight's dtype else."""
+def _new_adapter(r: int, weight: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
+    """A [R, K] Kaiming-uniform and B [N, R] zero, as PEFT begins; float32 beside a 16-bit weight [N, K], the weight's dtype else."""
+    out_features, in_features = weight.shape
     dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
     lora_a = torch.empty(r, in_features, dtype=dtype, device=weight.device)
     nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
     return nn.Parameter(lora_a), nn.Parameter(torch.zeros(out_features, r, dtype=dtype, device=weight.device))
 
 
-def _around(cls: type[Layer], linear: nn.Linear) -> Layer:
-    """A bare layer of the class that shares the linear's Parameters, frozen."""
+def _around(cls: type[Layer], base: Any, **sizes: int) -> Layer:
+    """A bare layer of the class, of those sizes, that shares the base's Parameters, frozen."""
+    layer: Any = cls.__new__(cls)
+    nn.Module.__init__(layer)
+    vars(layer).update(sizes)
+    layer.weight, layer.bias = base.weight, base.bias
+    return layer.requires_grad_(False).train(base.training)
+
+
+def _around_linear(cls: type[Layer], linear: nn.Linear) -> Layer:
     if not isinstance(linear, nn.Linear):
         raise TypeError(f"linear: got {type(linear).__name__}, expected an nn.Linear")
-    layer = cls.__new__(cls)
-    nn.Module.__init__(layer)
-    layer.in_features, layer.out_features = linear.in_features, linear.out_features
-    layer.weight, layer.bias = linear.weight, linear.bias
-    layer.requires_grad_(False)
-    return layer
+    return _around(cls, linear, in_features=linear.in_features, out_features=linear.out_features)
 
 
 class _Mergeable(nn.Module):
@@ -67,17 +76,15 @@ class _Mergeable(nn.Module):
     lora_B: nn.Parameter  # [N, R]
     _aside: tuple[nn.ParameterList, ...]  # of the original weight; a tuple keeps it out of the layer's own parameters
 
-    def _add_adapter(
-        self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool, in_features: int, out_features: int
-    ) -> None:
+    def _add_adapter(self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> Self:
+        """The layer itself, with a new adapter beside its weight."""
         _check_options(r, lora_dropout)
-        self.r = r
-        self.lora_alpha = lora_alpha
-        self.lora_dropout = lora_dropout
-        self.use_rslora = use_rslora
+        self.requires_grad_(False)
+        self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
         self.scaling = lora_scaling(r, lora_alpha, use_rslora)
-        self.lora_A, self.lora_B = _new_adapter(r, in_features, out_features, self.weight)
+        self.lora_A, self.lora_B = _new_adapter(r, self._weight_as_linear())
         self._aside = ()
+        return self
 
     def _weight_as_linear(self) -> Tensor:
         """The weight as [N, K]."""
@@ -153,8 +160,7 @@ class LoRALinear(_Mergeable, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
-        self.requires_grad_(False)
-        self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, in_features, out_features)
+        self._add_adapter(r, lora_alpha, lora_dropout, use_rslora)
 
     @classmethod
     def from_linear(
@@ -171,9 +177,7 @@ class LoRALinear(_Mergeable, nn.Linear):
             TypeError: not an nn.Linear.
             ValueError: r is below 1 or lora_dropout is no probability below 1.
         """
-        layer = _around(cls, linear)
-        layer._add_adapter(r, lora_alpha, lora_dropout, use_rslora, linear.in_features, linear.out_features)
-        return layer.train(linear.training)
+        return _around_linear(cls, linear)._add_adapter(r, lora_alpha, lora_dropout, use_rslora)
 
     def extra_repr(self) -> str:
         return f"{nn.Linear.extra_repr(self)}, {self._options()}"
@@ -194,10 +198,9 @@ class LoRAConv1D(_Mergeable):
     ) -> None:
         super().__init__()
         self.nf, self.nx = nf, nx
-        self.weight = nn.Parameter(torch.empty(nx, nf), requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(nf), requires_grad=False)
-        nn.init.normal_(self.weight, std=0.02)
-        self._add_adapter(r, lora_alpha, lora_dropout, use_rslora, nx, nf)
+        self.weight = nn.Parameter(torch.empty(nx, nf).normal_(std=0.02))
+        self.bias = nn.Parameter(torch.zeros(nf))
+        self._add_adapter(r, lora_alpha, lora_dropout, use_rslora)
 
     @classmethod
     def from_conv1d(
@@ -214,13 +217,8 @@ class LoRAConv1D(_Mergeable):
         fits = isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter) and weight.dim() == 2
         if not fits or bias.shape != weight.shape[1:]:
             raise TypeError(f"conv: got {type(conv).__name__}, expected a Conv1D with weight [K, N] and bias [N]")
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)
-        layer.nx, layer.nf = weight.shape
-        layer.weight, layer.bias = weight, bias
-        layer.requires_grad_(False)
-        layer._add_adapter(r, lora_alpha, lora_dropout, use_rslora, layer.nx, layer.nf)
-        return layer.train(conv.training)
+        layer = _around(cls, conv, nx=weight.shape[0], nf=weight.shape[1])
+        return layer._add_adapter(r, lora_alpha, lora_dropout, use_rslora)
 
     def _weight_as_linear(self) -> Tensor:
         return self.weight.t()
@@ -247,12 +245,13 @@ class MultiLoRALinear(nn.Linear):
         super().__init__(in_features, out_features, bias, device, dtype)
         self._begin()
 
-    def _begin(self) -> None:
+    def _begin(self) -> Self:
         self.requires_grad_(False)
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
         self.scaling: dict[str, float] = {}
         self.lora_dropout: dict[str, float] = {}
+        return self
 
     @classmethod
     def from_linear(cls, linear: nn.Linear) -> Self:
@@ -261,9 +260,7 @@ class MultiLoRALinear(nn.Linear):
         Raises:
             TypeError: not an nn.Linear.
         """
-        layer = _around(cls, linear)
-        layer._begin()
-        return layer.train(linear.training)
+        return _around_linear(cls, linear)._begin()
 
     @property
     def adapters(self) -> list[str]:
@@ -281,7 +278,7 @@ class MultiLoRALinear(nn.Linear):
         _check_options(r, lora_dropout)
         if not name or name == BASE or "." in name or name in self.scaling:
             raise ValueError(f"name: got {name!r}, expected a new name without dots, other than {BASE!r}")
-        self.lora_A[name], self.lora_B[name] = _new_adapter(r, self.in_features, self.out_features, self.weight)
+        self.lora_A[name], self.lora_B[name] = _new_adapter(r, self.weight)
         self.scaling[name] = lora_scaling(r, lora_alpha, use_rslora)
         self.lora_dropout[name] = lora_dropout
 
@@ -347,13 +344,7 @@ class SoftPrompt(nn.Module):
     ) -> None:
         """Begins uniform in ±0.5, as the paper's random initialisation."""
         super().__init__()
-        for value, name in (
-            (num_virtual_tokens, "num_virtual_tokens"),
-            (token_dim, "token_dim"),
-            (num_prompts, "num_prompts"),
-        ):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: got {value!r}, expected an integer of at least 1")
+        _require_counts(num_virtual_tokens=num_virtual_tokens, token_dim=token_dim, num_prompts=num_prompts)
         rows = torch.empty(num_prompts, num_virtual_tokens, token_dim, device=device, dtype=dtype)
         self.prompt_embeddings = nn.Parameter(rows.uniform_(-0.5, 0.5))
 

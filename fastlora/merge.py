@@ -1,7 +1,6 @@
 """Fold an adapter into its base's weights, and say what rounding to the weights' dtype cost."""
 
 import copy
-import importlib
 import logging
 import warnings
 from collections.abc import Mapping
@@ -70,7 +69,6 @@ def merge(
     """
     output = Path(output)
     base = model or base_of([adapters.read(adapter)])
-    writing.require_folder(output)
     writing.require_apart(output, adapter=adapter, model=base)
     with writing.locked(output):
         writing.require_files(output)
@@ -183,8 +181,9 @@ def fold(peft_model: Any) -> tuple[Any, Errors]:
 
 def _merge_tokens(peft_model: Any) -> None:
     """Rows that PEFT's trainable_token_indices replace."""
-    tokens = importlib.import_module("peft.tuners.trainable_tokens").TrainableTokensLayer
-    for layer in [module for module in peft_model.modules() if isinstance(module, tokens)]:
+    from peft.tuners.trainable_tokens import TrainableTokensLayer
+
+    for layer in [module for module in peft_model.modules() if isinstance(module, TrainableTokensLayer)]:
         names = [name for name in layer.active_adapters if name in layer.token_indices]
         if names:
             layer._check_overlapping_tokens(names)
@@ -193,9 +192,10 @@ def _merge_tokens(peft_model: Any) -> None:
 
 
 def _merge_layers(peft_model: Any) -> Errors:
-    lora = importlib.import_module("peft.tuners.lora")
-    wrapper = importlib.import_module("peft.utils.other").AuxiliaryTrainingWrapper
-    layers = {name: module for name, module in peft_model.named_modules() if isinstance(module, lora.LoraLayer)}
+    from peft.tuners.lora import LoraLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers: dict[str, Any] = {name: one for name, one in peft_model.named_modules() if isinstance(one, LoraLayer)}
     variants = [name for name, layer in layers.items() if getattr(layer, "lora_variant", {})]
     if variants:
         raise TypeError(
@@ -204,7 +204,9 @@ def _merge_layers(peft_model: Any) -> Errors:
         )
     errors = Errors()
     for name, layer in layers.items():
-        if isinstance(layer.base_layer, wrapper):  # LoRA over a head that follows an embedding's trainable tokens
+        if isinstance(
+            layer.base_layer, AuxiliaryTrainingWrapper
+        ):  # LoRA over a head that follows an embedding's trainable tokens
             layer.base_layer = layer.base_layer.unload_and_optionally_merge_module(True, False, None)
         base, weight_name = layer.get_base_layer(), getattr(layer, "parameter_name", "weight")
         weight = getattr(base, weight_name, None)
@@ -214,14 +216,13 @@ def _merge_layers(peft_model: Any) -> Errors:
             )
         for adapter in [one for one in layer.active_adapters if one in layer.scaling]:
             # One layer at a time, so that a second copy of one weight is all that merging costs.
-            update = layer.get_delta_weight(adapter)
-            weight = _added(f"{name}.{weight_name}", getattr(base, weight_name), update, errors)
-            setattr(base, weight_name, weight)
+            updates = {weight_name: layer.get_delta_weight(adapter)}
             if layer.lora_bias.get(adapter):
-                step = layer.lora_B[adapter].bias * layer.scaling[adapter]
+                updates["bias"] = layer.lora_B[adapter].bias * layer.scaling[adapter]
                 if base.bias is None:
                     raise TypeError(f"adapter: {name} has a bias in its update (lora_bias) and none in its base")
-                base.bias = _added(f"{name}.bias", base.bias, step, errors)
+            for changed, update in updates.items():
+                setattr(base, changed, _added(f"{name}.{changed}", getattr(base, changed), update, errors))
             layer.merged_adapters.append(adapter)
             errors.layers += 1
     return errors
@@ -229,8 +230,8 @@ def _merge_layers(peft_model: Any) -> Errors:
 
 def _added(name: str, weight: Tensor, update: Tensor, errors: Errors) -> nn.Parameter:
     """weight + update, computed in float32 and rounded once, as a Parameter of its own."""
-    merged = (weight.float() if weight.dtype != torch.float64 else weight) + update
-    merged = merged.to(weight.dtype)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    merged = (weight.to(wide) + update).to(weight.dtype)
     if not merged.isfinite().all():
         raise ValueError(f"adapter: {name} would become infinite or NaN in {weight.dtype}")
     rows = max(1, BLOCK // max(1, weight[0].numel()))
@@ -238,9 +239,9 @@ def _added(name: str, weight: Tensor, update: Tensor, errors: Errors) -> nn.Para
         exact = old.double() + added.double()
         difference = part.double() - exact
         errors.largest = max(errors.largest, difference.abs().max().item())
-        errors.difference += _square(difference)
-        errors.weight += _square(exact)
-        errors.update += _square(added.double())
+        errors.difference += difference.square().sum().item()
+        errors.weight += exact.square().sum().item()
+        errors.update += added.double().square().sum().item()
     return nn.Parameter(merged, requires_grad=False)
 
 
@@ -289,10 +290,6 @@ def _can_say_untied(config: Any) -> bool:
         return False
     _say_untied(as_is)
     return as_is.to_dict() == read_back.to_dict()
-
-
-def _square(tensor: Tensor) -> float:
-    return tensor.square().sum().item()
 
 
 def _probes(model: Any) -> Tensor:

@@ -3,7 +3,6 @@
 import io
 import json
 from collections.abc import Mapping, Sequence
-from os import fsync
 from pathlib import Path
 from typing import Any
 
@@ -14,30 +13,13 @@ NAME = "metrics.jsonl"
 NUMBERS = ("loss", "grad_norm", "learning_rate", "epoch", "tokens_per_second", "seconds")  # and the step
 
 
-class Log:
-    """metrics.jsonl, open for more. A line is in the file as soon as `add` returns."""
-
-    def __init__(self, output: Path) -> None:
-        # Unbuffered: what a full disk did not take is not tried again, at the end, in place of the error that is on its way.
-        self._path = output / NAME
-        self._file = self._path.open("ab", buffering=0)
-
-    def __enter__(self) -> "Log":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def add(self, record: Mapping[str, float]) -> None:
-        line = (json.dumps(record) + "\n").encode()
-        with writing.plain_errors(self._path):
-            while line:
-                line = line[self._file.write(line) or 0 :]
-
-    def force(self) -> None:
-        """Have all lines on the disk."""
-        with writing.plain_errors(self._path):
-            fsync(self._file.fileno())
+def add(output: Path, record: Mapping[str, float]) -> None:
+    """One more line, which is in the file as soon as this returns, and on the disk by `writing.force`."""
+    line, path = (json.dumps(record) + "\n").encode(), output / NAME
+    # Unbuffered: what a full disk did not take is not tried again, at the end, in place of the error that is on its way.
+    with writing.plain_errors(path), path.open("ab", buffering=0) as file:
+        while line:
+            line = line[file.write(line) or 0 :]
 
 
 def read(output: Path, step: int | None = None) -> list[dict[str, float]]:

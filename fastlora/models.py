@@ -9,19 +9,13 @@ from typing import Any
 import torch
 from accelerate import PartialState
 
-from fastlora.adapters import Adapter, is_adapter
-from fastlora.adapters import load as load_adapters
-from fastlora.adapters import read as read_adapter
+from fastlora import adapters as adapter_files
+from fastlora.adapters import Adapter
 from fastlora.data.rows import Row
 from fastlora.layers import BASE
 from fastlora.typed import fits, listed, shown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def default_device() -> torch.device:
-    """The device that training uses, too: this process's GPU if there is one, unless ACCELERATE_USE_CPU is set."""
-    return PartialState().device
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype | None:
@@ -59,14 +53,19 @@ def load_base(path: str, dtype: torch.dtype | None, device: torch.device) -> Any
             " (transformers' trainers take it, with fastlora.accelerate)"
         )
     with _named(path, "the model"):
-        stored_or = "auto" if dtype is None else dtype
         options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told below
         with _without_report():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=stored_or, trust_remote_code=False, **options
+                path, dtype=dtype or "auto", trust_remote_code=False, **options
             )
     model, found = loaded
-    _require_weights(path, found)
+    # Weights that transformers has made up: the files have none for them, or of another shape.
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"model={path}: its files lack {len(missing)} of the model's weights: {listed(missing)}")
+    for name, stored, expected in sorted(found["mismatched_keys"]):
+        raise ValueError(
+            f"model={path}: {name}: its files have shape {list(stored)}, expected {list(expected)} as config.json says"
+        )
     ends = model.generation_config.eos_token_id
     if not fits(ends, int | list[int] | None):
         raise ValueError(f"model={path}: generation_config.json: eos_token_id: expected tokens, got {shown(ends)}")
@@ -76,6 +75,7 @@ def load_base(path: str, dtype: torch.dtype | None, device: torch.device) -> Any
 @contextmanager
 def _without_report() -> Iterator[None]:
     """Silence transformers' table of missing weights, of many lines, where an error of one line follows."""
+
     log = logging.getLogger("transformers.modeling_utils")
 
     def is_heard(record: logging.LogRecord) -> bool:
@@ -87,17 +87,6 @@ def _without_report() -> Iterator[None]:
         yield
     finally:
         log.removeFilter(is_heard)
-
-
-def _require_weights(path: str, found: Mapping[str, Any]) -> None:
-    """Refuse a model some of whose weights transformers has made up: the files have none for them, or of another shape."""
-    missing = sorted(found["missing_keys"])
-    if missing:
-        raise ValueError(f"model={path}: its files lack {len(missing)} of the model's weights: {listed(missing)}")
-    for name, stored, expected in sorted(found["mismatched_keys"]):
-        raise ValueError(
-            f"model={path}: {name}: its files have shape {list(stored)}, expected {list(expected)} as config.json says"
-        )
 
 
 def load_tokenizer(path: str) -> Any:
@@ -140,7 +129,7 @@ def _base_config(path: str) -> Any:
     from transformers import AutoConfig
 
     folder = Path(path)
-    if is_adapter(folder):
+    if adapter_files.is_adapter(folder):
         raise ValueError(
             f"model={path}: the folder holds an adapter, expected a base model; it is used as adapter={path}"
         )
@@ -209,14 +198,15 @@ def load_model(
             raise ValueError(
                 f"adapter name {name!r}: torch's modules have something of that name, expected another one"
             )
-    device = default_device()
+    # As in training: this process's GPU if there is one, unless ACCELERATE_USE_CPU is set.
+    device = PartialState().device
     chosen = resolve_dtype(dtype, device)
-    read = {name: read_adapter(folder) for name, folder in adapters.items()}
+    read = {name: adapter_files.read(folder) for name, folder in adapters.items()}
     base = path or base_of(read.values())
     tokenizer = load_tokenizer(base)
     model = load_base(base, chosen, device)
     if read:
-        model = load_adapters(model, read, allow_missing=allow_missing).requires_grad_(False)
+        model = adapter_files.load(model, read, allow_missing=allow_missing).requires_grad_(False)
         if accelerate:
             from fastlora import peft
 

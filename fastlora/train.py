@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from importlib import metadata
@@ -101,24 +101,19 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         trainable.require_compiler()
     writing.require_apart(output, model=str(config.model))
     accelerator = Accelerator(mixed_precision="no")
-    if not accelerator.is_main_process:
-        return _train(config, progress, accelerator)
-    with writing.locked(output):  # by one process for all
-        _require_free(config)
-        return _train(config, progress, accelerator)
-
-
-def _train(config: TrainConfig, progress: bool, accelerator: Accelerator) -> TrainResult:
-    saved = _newest(config) if config.resume else None
-    tokenizer = load_tokenizer(str(config.model))
-    data = encode(read_examples(config.data), tokenizer, config.max_length, config.truncation)
-    run = _Run(config, data, tokenizer, accelerator, saved)
-    if progress:
-        run.announce()
-    run.claim_output()
-    with _stop_signals() as stop:
-        run.loop(stop, progress)
-    return run.finish()
+    with writing.locked(output) if accelerator.is_main_process else nullcontext():  # by one process for all
+        if accelerator.is_main_process:
+            _require_free(config)
+        saved = _newest(config) if config.resume else None
+        tokenizer = load_tokenizer(str(config.model))
+        data = encode(read_examples(config.data), tokenizer, config.max_length, config.truncation)
+        run = _Run(config, data, tokenizer, accelerator, saved)
+        if progress:
+            run.announce()
+        run.claim_output()
+        with _stop_signals() as stop:
+            run.loop(stop, progress)
+        return run.finish()
 
 
 def _require_free(config: TrainConfig) -> None:
@@ -137,20 +132,18 @@ def _require_free(config: TrainConfig) -> None:
     # All that is left by a run that ended before its first checkpoint; an empty one by a run that ended in its first step.
     if metrics.NAME in held and (config.resume or not (output / metrics.NAME).stat().st_size):
         held.remove(metrics.NAME)
-    if config.resume:
-        if held:
-            raise FileExistsError(
-                f"output={output} has no checkpoint to resume from, and holds {listed(held)}: overwrite=True replaces them"
-            )
-    elif steps:
-        raise FileExistsError(
-            f"output={output} has checkpoints up to step {steps[-1]}:"
+    problem = ""
+    if steps:
+        problem = (
+            f"has checkpoints up to step {steps[-1]}:"
             " resume=True goes on from there, overwrite=True removes them and starts again"
         )
+    elif held and config.resume:
+        problem = f"has no checkpoint to resume from, and holds {listed(held)}: overwrite=True replaces them"
     elif held:
-        raise FileExistsError(
-            f"output={output} holds {listed(held)}: expected a folder of its own, or overwrite=True to replace them"
-        )
+        problem = f"holds {listed(held)}: expected a folder of its own, or overwrite=True to replace them"
+    if problem:
+        raise FileExistsError(f"output={output} {problem}")
 
 
 def _newest(config: TrainConfig) -> Checkpoint | None:
@@ -170,21 +163,12 @@ def _newest(config: TrainConfig) -> Checkpoint | None:
     try:
         return checkpoint.read(checkpoint.folder(output, newest))
     except CheckpointError as error:
-        whole = next((step for step in reversed(older) if _is_whole(checkpoint.folder(output, step))), None)
-        way_out = (
-            "no other checkpoint is whole: overwrite=True starts again"
-            if whole is None
-            else f"the one before it is whole: resume_from={whole} goes on from there"
-        )
+        way_out = "no other checkpoint is whole: overwrite=True starts again"
+        for step in older:
+            with suppress(CheckpointError):
+                checkpoint.verify(checkpoint.folder(output, step))
+                way_out = f"the one before it is whole: resume_from={step} goes on from there"
         raise CheckpointError(f"{error}; {way_out}") from error
-
-
-def _is_whole(folder: Path) -> bool:
-    try:
-        checkpoint.verify(folder)
-    except CheckpointError:
-        return False
-    return True
 
 
 class _Plan:
@@ -209,12 +193,11 @@ class _Plan:
 
     def batches(self, rows: Sequence[Row], process: int) -> list[Sequence[Row]]:
         """The rows of a step as the batches of one process; every process gets as many batches as the others."""
-        shared = batches(rows, self.config.batch_size * self.processes)
-        return [rows[process :: self.processes] or [_without_labels(rows[0])] for rows in shared]
-
-
-def _without_labels(row: Row) -> Row:
-    return Row(row.input_ids, [IGNORE] * len(row.labels))
+        # Where there are too few, one process has a row of which nothing counts.
+        return [
+            part[process :: self.processes] or [Row(part[0].input_ids, [IGNORE] * len(part[0].labels))]
+            for part in batches(rows, self.config.batch_size * self.processes)
+        ]
 
 
 class _Run:
@@ -331,22 +314,18 @@ class _Run:
             mininterval=0.1 if sys.stderr.isatty() else 2.0,  # seconds; a log keeps every line
             disable=not (progress and self.accelerator.is_main_process),
         )
-        opened = metrics.Log(self.output) if self.accelerator.is_main_process else nullcontext()
         first = self.step
-        with bar, opened as log:
+        with bar:
             while self.step < self.plan.steps:
                 record, stopped = self._train_step(stop, check_gradients=self.step == first)
-                if log:
+                if self.accelerator.is_main_process:
                     with self._writing(metrics.NAME):
-                        log.add(record)
+                        metrics.add(self.output, record)
                 bar.set_postfix_str(
                     f"loss {record['loss']:.4f}, {record['tokens_per_second']:.0f} tokens/s", refresh=False
                 )
                 bar.update()
                 if stopped or self.step % self.config.save_steps == 0 or self.step == self.plan.steps:
-                    if log:
-                        with self._writing(metrics.NAME):
-                            log.force()
                     self._save_checkpoint()
                 if stopped and self.step < self.plan.steps:
                     raise TrainingInterrupted(
@@ -390,21 +369,18 @@ class _Run:
         labelled = sum(row.labelled for row in rows)
         total = torch.zeros((), device=self.accelerator.device)
         parts = self.plan.batches(rows, self.accelerator.process_index)
+        casts = self.config.method == "full" and self.dtype != torch.float32
+        autocast = torch.autocast(total.device.type, self.dtype) if casts else nullcontext()
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 batch = collate(part, pad_token_id(self.tokenizer))
                 batch = {name: value.to(total.device) for name, value in batch.items()}
-                with self._autocast():
+                with autocast:
                     loss = self.loss(batch) / labelled
                 self.accelerator.backward(loss * self.plan.processes)  # DDP takes the mean over processes
             total += loss.detach()
         return total
-
-    def _autocast(self) -> Any:
-        if self.config.method == "full" and self.dtype != torch.float32:
-            return torch.autocast(self.accelerator.device.type, self.dtype)
-        return nullcontext()
 
     def _check_gradients(self) -> None:
         reached = [name for name, p in self.trained.items() if p.grad is not None and bool(p.grad.count_nonzero())]
@@ -420,6 +396,8 @@ class _Run:
     def _save_checkpoint(self) -> None:
         rng = gather_object([checkpoint.rng_state()])
         if self.accelerator.is_main_process:
+            with self._writing(metrics.NAME):
+                writing.force(self.output / metrics.NAME)
             with self._writing("the checkpoint"):
                 checkpoint.save(self.output, self.step, lambda folder: self._write_checkpoint(folder, rng))
         self.accelerator.wait_for_everyone()
@@ -431,12 +409,10 @@ class _Run:
             yield
         except OSError as error:
             steps = checkpoint.steps(self.output)
-            way_out = (
-                f"resume=True goes on from {checkpoint.folder(self.output, steps[-1])}" if steps else "start again"
-            )
+            last = f"resume=True goes on from {checkpoint.folder(self.output, steps[-1])}" if steps else "start again"
             raise TrainingError(
                 f"step {self.step}: {what} cannot be written: {error.strerror or error}: {error.filename or self.output}"
-                f" ({writing.free(self.output)}); mend that, then {way_out}"
+                f" ({writing.free(self.output)}); mend that, then {last}"
             ) from error
 
     def _write_checkpoint(self, folder: Path, rng: list[dict[str, Any]]) -> None:

@@ -95,8 +95,7 @@ def _add_adapter(model: Any, config: TrainConfig, resume_from: Path | None) -> A
     if resume_from:
         model = adapters.load(model, {"default": adapters.read(resume_from)}, is_trainable=True)
     else:
-        names = ("r", "lora_alpha", "lora_dropout", "use_rslora")
-        options = {name: getattr(config, name) for name in names}
+        options = {name: getattr(config, name) for name in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
         options["target_modules"] = targets(model, config.target_modules)
         try:
             model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
@@ -141,9 +140,5 @@ def implementations(model: Any, config: TrainConfig) -> dict[str, int]:
     from fastlora.peft import report
     from fastlora.peft.reporting import NOT_OBSERVED
 
-    return dict(
-        Counter(
-            layer.implementation + f" ({NOT_OBSERVED})" * layer.reason.startswith(NOT_OBSERVED)
-            for layer in report(model)
-        )
-    )
+    guess = f" ({NOT_OBSERVED})"
+    return dict(Counter(one.implementation + guess * one.reason.startswith(NOT_OBSERVED) for one in report(model)))

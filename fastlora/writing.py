@@ -41,9 +41,14 @@ def locked(folder: Path) -> Iterator[None]:
 
     Raises:
         BlockingIOError: another process holds it.
-        OSError: it cannot be made, or not be written into.
+        NotADirectoryError: it, or what it is to be made in, is a file.
+        PermissionError, OSError: it cannot be made, or not be written into.
     """
-    require_folder(folder)
+    there = _there(folder)
+    if not there.is_dir():
+        raise NotADirectoryError(f"output={folder}: expected a folder, {there} is a file")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"output={folder}: {there} may not be written to")
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     lock = FileLock(folder / LOCK)
     try:
@@ -70,6 +75,11 @@ def locked(folder: Path) -> Iterator[None]:
                 break
 
 
+def _there(path: Path) -> Path:
+    """What there is of a path: itself, or the folder nearest around it."""
+    return next(one for one in (path, *path.absolute().parents) if one.exists())
+
+
 def make(folder: Path) -> None:
     """Make a folder and those around it, each entered on the disk."""
     if not folder.is_dir():
@@ -87,33 +97,18 @@ def require_apart(output: Path, **sources: str | Path) -> None:
     """
     for name, source in sources.items():
         folder = Path(source)
-        if not folder.is_dir():  # a hub id: a folder of that name would be taken for it
-            clash = folder.resolve() in (output.resolve(), *output.resolve().parents)
-        else:
-            clash = _is_one_of(folder, output) or _is_one_of(output, folder)
-        if clash:
+        # A hub id is no folder: one of that name would be taken for it.
+        if _is_one_of(folder, output) or (folder.is_dir() and _is_one_of(output, folder)):
             raise ValueError(
                 f"output={output}: expected a folder apart from {name}={source}, which nothing may overwrite"
             )
 
 
-def require_folder(output: Path) -> None:
-    """
-    Raises:
-        NotADirectoryError: OUTPUT, or what it is to be made in, is a file.
-        PermissionError: it may not be written to.
-    """
-    there = next(path for path in (output, *output.absolute().parents) if path.exists())
-    if not there.is_dir():
-        raise NotADirectoryError(f"output={output}: expected a folder, {there} is a file")
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise PermissionError(f"output={output}: {there} may not be written to")
-
-
 def _is_one_of(folder: Path, path: Path) -> bool:
-    """Whether a folder is a path or lies around it; by what the disk says, since links and mounts give it many names."""
-    path = path.resolve()
-    return any(one.exists() and folder.exists() and one.samefile(folder) for one in (path, *path.parents))
+    """Whether a folder is a path or lies around it, by name and by what the disk says: links and mounts give it many names."""
+    path, name = path.resolve(), folder.resolve()
+    around = (path, *path.parents)
+    return name in around or any(one.exists() and folder.exists() and one.samefile(folder) for one in around)
 
 
 def require_files(output: Path) -> None:
@@ -162,18 +157,12 @@ def filled(parent: Path, fill: Callable[[Path], None]) -> Path:
 
 
 def publish(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Put the adapter or model that `fill` writes into a folder, in place of the one that is there.
+    """Put the adapter or model that `fill` writes into a locked folder, in place of the one that is there.
 
     A kill in between leaves a folder that nothing takes for an adapter or a model, never one of old and new files. Where `fill` fails, all is
     as it was.
     """
-    is_new = not folder.exists()
-    try:
-        scratch = filled(folder, fill)
-    except BaseException:
-        if is_new and folder.is_dir() and not any(folder.iterdir()):
-            folder.rmdir()
-        raise
+    scratch = filled(folder, fill)
     new = {path.name for path in scratch.iterdir()}
     for name in HEADS:
         (folder / name).unlink(missing_ok=True)
@@ -199,17 +188,10 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process left half-written."""
-    for path in folder.glob(f"{UNFINISHED}*"):
-        remove(path)
-
-
 def free(path: Path) -> str:
     """For people: how much room there is on the disk that a path lies on."""
     try:
-        there = next(one for one in (path, *path.absolute().parents) if one.exists())
-        return f"{shutil.disk_usage(there).free:,} bytes free"
+        return f"{shutil.disk_usage(_there(path)).free:,} bytes free"
     except OSError:
         return "its disk is gone"
 

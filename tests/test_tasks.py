@@ -8,8 +8,8 @@ from random import Random
 import pytest
 
 from fastlora.data.examples import read_examples
-from fastlora.data.templates import Template, TemplateSet
 from fastlora.demo.tasks import TASKS, TaskExample, generate, main, split_of
+from fastlora.demo.wordings import Template, TemplateSet
 from fastlora.demo.words import DAYS, PEOPLE, number_in_words
 
 

@@ -84,10 +84,10 @@ def read_examples(path: str | Path) -> list[Example]:
 
 
 def _require_text(beginning: bytes, path: Path) -> None:
-    for kinds, hint in ((COMPRESSED, ": unpack it first"), (OTHER_FILES, "")):
-        for magic, kind in kinds.items():
-            if beginning.startswith(magic):
-                raise ValueError(f"data: {path} is {kind}, expected JSON lines in UTF-8{hint}")
+    for magic, kind in (COMPRESSED | OTHER_FILES).items():
+        if beginning.startswith(magic):
+            hint = ": unpack it first" if magic in COMPRESSED else ""
+            raise ValueError(f"data: {path} is {kind}, expected JSON lines in UTF-8{hint}")
 
 
 def parse_line(line: bytes, source: str = "") -> Example:

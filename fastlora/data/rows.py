@@ -20,6 +20,7 @@ import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from os.path import commonprefix
 from typing import Any, Literal, get_args
 
@@ -211,9 +212,7 @@ def _encode_marked(
         completion = _continue(tokenizer, before, prompt, whole)
         rest = next((n for n, mark in enumerate(reversed(counted)) if mark), 0)  # behind what counts
         rest = rest if completion[len(completion) - rest :] == ids[len(ids) - rest :] else 0
-        same = next(
-            (i for i, (a, b) in enumerate(zip(ids, prompt, strict=False)) if a != b), min(len(ids), len(prompt))
-        )
+        same = len(commonprefix((ids, prompt)))
         counted = counted[:same] + [False] * (len(prompt) - same) + [True] * (len(completion) - rest) + [False] * rest
         ids = prompt + completion
     if ids[: len(prompt)] == prompt:
@@ -258,9 +257,9 @@ def _marks(messages: list[Message], whole: str, tokenizer: Any) -> list[bool]:
 
 
 def _runs(counted: Sequence[bool]) -> list[tuple[int, int]]:
-    starts = [i for i, mark in enumerate(counted) if mark and not (i and counted[i - 1])]
-    stops = [i + 1 for i, mark in enumerate(counted) if mark and not (i + 1 < len(counted) and counted[i + 1])]
-    return list(zip(starts, stops, strict=True))
+    """Where each run of marks starts and stops."""
+    edges = [i for i, (a, b) in enumerate(pairwise([False, *counted, False])) if a != b]
+    return list(zip(edges[::2], edges[1::2], strict=True))
 
 
 def _special_ids(tokenizer: Any) -> set[int]:
@@ -388,10 +387,7 @@ def _template(tokenizer: Any) -> str:
 
 def pad_token_id(tokenizer: Any) -> int:
     """The token that fills rows up. The attention mask hides it, so the end token serves where there is none for it."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    return 0
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)
 
 
 def collate(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:

@@ -13,6 +13,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from fastlora import metrics, writing
+from fastlora.layers import BASE
+
 BASE_MODEL = Path(__file__).parents[1] / "assets" / "base"
 TRAIN_DATA = Path("data", "train.jsonl")  # the first file that a demo writes
 SEED = 0
@@ -40,8 +43,6 @@ def main(output: Path, base: Path = BASE_MODEL) -> dict[str, Any]:
         FileExistsError: an adapter or model lies there that is no earlier demo's.
         BlockingIOError: another demo writes there.
     """
-    from fastlora import writing
-
     with writing.locked(output):
         theirs = [name for name in LR if writing.results(output / name)]
         if theirs and not (output / TRAIN_DATA).exists():
@@ -52,8 +53,7 @@ def main(output: Path, base: Path = BASE_MODEL) -> dict[str, Any]:
 
 
 def _run(output: Path, base: Path) -> dict[str, Any]:
-    # Imported here: the base model's training needs this package, and none of the below.
-    from fastlora import writing
+    # Imported here: who only draws examples needs this package, and waits for none of the below.
     from fastlora.demo import report
     from fastlora.demo.steps import compare_steps
 
@@ -115,18 +115,15 @@ def _options(method: str, base: Path, data: Path, output: Path) -> dict[str, Any
 
 def _train_both(output: Path, base: Path, data: Path) -> dict[str, dict[str, Any]]:
     """What the training of each method reports, with the losses of all its steps."""
-    from fastlora import metrics
     from fastlora.config import TrainConfig
     from fastlora.train import train
 
     methods = {}
     for method in LR:
-        folder = output / method
-        options = _options(method, base, data, folder)
+        options = _options(method, base, data, output / method)
         # One checkpoint, at the end: save_steps lies past it.
         result = train(TrainConfig(**options, epochs=EPOCHS, batch_size=BATCH_SIZE, save_steps=10_000))
-        losses = [record["loss"] for record in metrics.read(folder)]
-        methods[method] = {**asdict(result), "losses": losses}
+        methods[method] = {**asdict(result), "losses": [one["loss"] for one in metrics.read(output / method)]}
     return methods
 
 
@@ -147,31 +144,20 @@ def _score_all(output: Path, base: Path) -> dict[str, Any]:
     """ROUGE and exact match of the base, of LoRA and of full fine-tuning, and a few dialogues with their answers."""
     from fastlora.demo.tasks import ADAPTED_TASK, BASE_TASKS, answers, generate
     from fastlora.evaluation import exact_match, rouge
-    from fastlora.layers import BASE
     from fastlora.models import load_model
 
     adapted, tokenizer = load_model(str(base), {"lora": output / "lora"}, dtype="float32")
     full, _ = load_model(str(output / "full"), dtype="float32")
     models = {"base": (adapted, BASE), "lora": (adapted, "lora"), "full": (full, None)}
-    dialogues = generate(ADAPTED_TASK, TEST_DIALOGUES, SEED, "test")
-    references = [example.completion.strip() for example in dialogues]
-    others = {task: generate(task, TEST_EXAMPLES, SEED, "test") for task in BASE_TASKS}
+    asked = {ADAPTED_TASK: generate(ADAPTED_TASK, TEST_DIALOGUES, SEED, "test")}
+    asked |= {task: generate(task, TEST_EXAMPLES, SEED, "test") for task in BASE_TASKS}
+    expected = {task: [example.completion.strip() for example in examples] for task, examples in asked.items()}
     scores: dict[str, Any] = {"rouge": {}, "exact_match": {}}
-    summaries = {}
+    samples = [{"prompt": one.prompt, "reference": one.completion.strip()} for one in asked[ADAPTED_TASK][:SAMPLES]]
     for name, (model, adapter) in models.items():
-        summaries[name] = answers(model, tokenizer, dialogues, adapter)
-        scores["rouge"][name] = rouge(summaries[name], references)
-        matches = {ADAPTED_TASK: exact_match(summaries[name], references)}
-        for task, examples in others.items():
-            given = answers(model, tokenizer, examples, adapter)
-            matches[task] = exact_match(given, [example.completion for example in examples])
-        scores["exact_match"][name] = matches
-    scores["samples"] = [
-        {
-            "prompt": dialogues[index].prompt,
-            "reference": references[index],
-            **{name: summaries[name][index] for name in models},
-        }
-        for index in range(SAMPLES)
-    ]
-    return scores
+        given = {task: answers(model, tokenizer, examples, adapter) for task, examples in asked.items()}
+        scores["rouge"][name] = rouge(given[ADAPTED_TASK], expected[ADAPTED_TASK])
+        scores["exact_match"][name] = {task: exact_match(given[task], expected[task]) for task in asked}
+        for sample, summary in zip(samples, given[ADAPTED_TASK], strict=False):
+            sample[name] = summary
+    return {**scores, "samples": samples}

@@ -20,6 +20,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cross_entropy
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from fastlora.demo.tasks import BASE_TASKS, TASKS, answers, generate
@@ -129,18 +130,14 @@ def batches(tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> Iterat
         rng.shuffle(rows)
         by_length = sorted(rows[: CHUNK * BATCH], key=lambda row: len(row[0]))
         for index in rng.sample(range(CHUNK), CHUNK)[: steps - start]:
-            yield _padded(by_length[index * BATCH : (index + 1) * BATCH], tokenizer.pad_token_id)
-
-
-def _padded(rows: list[tuple[list[int], int]], pad: int) -> Batch:
-    width = max(len(ids) for ids, _ in rows)
-    tokens = torch.full((len(rows), width), pad)
-    weights = torch.zeros(len(rows), width)
-    for row, (ids, prompt_length) in enumerate(rows):
-        tokens[row, : len(ids)] = torch.tensor(ids)
-        weights[row, :prompt_length] = PROMPT_WEIGHT
-        weights[row, prompt_length : len(ids)] = 1.0
-    return tokens, weights
+            ids, prompt_lengths = zip(*by_length[index * BATCH : (index + 1) * BATCH], strict=True)
+            tokens = pad_sequence(
+                [torch.tensor(row) for row in ids], batch_first=True, padding_value=tokenizer.pad_token_id
+            )
+            weights = (tokens != tokenizer.pad_token_id).float()
+            for row, length in enumerate(prompt_lengths):
+                weights[row, :length] = PROMPT_WEIGHT
+            yield tokens, weights
 
 
 def weighted_loss(model: LlamaForCausalLM, tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
@@ -166,6 +163,7 @@ def pretrain(output: Path, steps: int, seed: int, threads: int, save_every: int 
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, betas=(0.9, 0.95), weight_decay=0.05, fused=True)
     warmup = max(1, int(WARMUP * steps))
     schedule = transformers.get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+    held_out = {task: generate(task, EVALUATED, seed=0, split="test") for task in BASE_TASKS}
     started, tokens_seen = time.perf_counter(), 0
     record: dict[str, Any] = {}
     for step, (tokens, weights) in enumerate(batches(tokenizer, steps, seed), start=1):
@@ -193,38 +191,18 @@ def pretrain(output: Path, steps: int, seed: int, threads: int, save_every: int 
                 "loss": round(loss.item(), 4),
                 "parameters": model.num_parameters(),
                 "tasks": list(BASE_TASKS),
-                "exact_match": held_out_exact_match(model, tokenizer),
-                "versions": _versions(),
+                "exact_match": {
+                    task: exact_match(answers(model, tokenizer, examples), [one.completion for one in examples])
+                    for task, examples in held_out.items()
+                },
+                "versions": {one.__name__: one.__version__ for one in (torch, transformers, tokenizers)}
+                | {"python": platform.python_version(), "machine": platform.machine()},
             }
-            _save(model, tokenizer, record, output)
+            copy.deepcopy(model).bfloat16().save_pretrained(output)
+            tokenizer.save_pretrained(output)
+            (output / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             print(json.dumps(record["exact_match"]), flush=True)
     return record
-
-
-def held_out_exact_match(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> dict[str, float]:
-    """Exact match of greedy answers on held-out examples, by task."""
-    scores = {}
-    for task in BASE_TASKS:
-        examples = generate(task, EVALUATED, seed=0, split="test")
-        scores[task] = exact_match(answers(model, tokenizer, examples), [one.completion for one in examples])
-    return scores
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "tokenizers": tokenizers.__version__,
-        "machine": platform.machine(),
-    }
-
-
-def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any], output: Path) -> None:
-    smaller = copy.deepcopy(model).bfloat16()
-    smaller.save_pretrained(output)
-    tokenizer.save_pretrained(output)
-    (output / "training.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -236,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
-    pretrain(options.output, options.steps, options.seed, options.threads)
+    pretrain(**vars(options))
 
 
 if __name__ == "__main__":

@@ -16,9 +16,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from fastlora.data.templates import TemplateSet
-from fastlora.demo import wordings
 from fastlora.demo.dialogues import dialogue
+from fastlora.demo.wordings import TemplateSet, of_task
 from fastlora.demo.words import (
     ASPECTS,
     BLAME,
@@ -83,7 +82,7 @@ def generate(task: str, count: int, seed: int, split: str = "train") -> list[Tas
 
 
 def _sentiment(rng: Random) -> tuple[str, dict[str, str]]:
-    label = rng.choice(wordings.SENTIMENT.options)
+    label = rng.choice(of_task("sentiment").options)
     venue, city = rng.choice(VENUES), rng.choice(CITIES)
     if label == "neutral":
         fact = rng.choice(("is open on {}", "opens at ten on {}", "is closed on {}", "was built on a {}"))
@@ -136,12 +135,8 @@ def _arithmetic(rng: Random) -> tuple[str, dict[str, str]]:
 
 
 def _translation(rng: Random) -> tuple[str, dict[str, str]]:
-    record = {
-        "name": rng.choice(PEOPLE),
-        "item": rng.choice(GOODS),
-        "colour": rng.choice(COLOURS),
-        "count": rng.randint(1, 99),
-    }
+    drawn = {name: rng.choice(words) for name, words in {"name": PEOPLE, "item": GOODS, "colour": COLOURS}.items()}
+    record = {**drawn, "count": rng.randint(1, 99)}
     csv = ",".join(str(value) for value in record.values())
     pairs = "; ".join(f"{key} = {value}" for key, value in record.items())
     return csv, {"pairs": pairs, "json": json.dumps(record), "csv": csv}
@@ -188,34 +183,25 @@ def _reading(rng: Random) -> tuple[str, dict[str, str]]:
 
 def _description(rng: Random) -> tuple[str, dict[str, str]]:
     verb, past = rng.choice(tuple(DEEDS.items()))
-    fields = {
-        "person": rng.choice(PEOPLE),
-        "thing": rng.choice(GOODS),
-        "place": rng.choice(CITIES),
-        "day": rng.choice(DAYS),
-    }
-    pairs = [
-        f"who: {fields['person']}",
-        f"verb: {verb}",
-        f"what: {fields['thing']}",
-        f"where: {fields['place']}",
-        f"when: {fields['day']}",
-    ]
+    person, thing, place, day = (rng.choice(words) for words in (PEOPLE, GOODS, CITIES, DAYS))
+    pairs = [f"who: {person}", f"verb: {verb}", f"what: {thing}", f"where: {place}", f"when: {day}"]
     rng.shuffle(pairs)
-    content = " ".join((*fields.values(), verb))  # in one order, so that a shuffle does not make a new content
+    content = " ".join((person, thing, place, day, verb))  # in one order: a shuffle does not make a new content
+    fields = {"person": person, "thing": thing, "place": place, "day": day}
     return content, {**fields, "past": past, "facts": "; ".join(pairs)}
 
 
-TASKS = {
-    "summarization": Task(dialogue, wordings.SUMMARIZATION),
-    "sentiment": Task(_sentiment, wordings.SENTIMENT),
-    "extraction": Task(_extraction, wordings.EXTRACTION),
-    "arithmetic": Task(_arithmetic, wordings.ARITHMETIC),
-    "translation": Task(_translation, wordings.TRANSLATION),
-    "ordering": Task(_ordering, wordings.ORDERING),
-    "reading": Task(_reading, wordings.READING),
-    "description": Task(_description, wordings.DESCRIPTION),
+DRAWN_BY = {
+    "summarization": dialogue,
+    "sentiment": _sentiment,
+    "extraction": _extraction,
+    "arithmetic": _arithmetic,
+    "translation": _translation,
+    "ordering": _ordering,
+    "reading": _reading,
+    "description": _description,
 }
+TASKS = {task: Task(draw, of_task(task)) for task, draw in DRAWN_BY.items()}
 ADAPTED_TASK = "summarization"
 BASE_TASKS = tuple(task for task in TASKS if task != ADAPTED_TASK)
 

@@ -1,107 +1,49 @@
-"""How each of the demo's tasks is asked, in five wordings or six."""
+"""Instruction templates: how one task is asked in several ways, as FLAN does. `wordings.toml` has them.
 
-from fastlora.data.templates import Template, TemplateSet
+A template is a pair of format strings. The same content (its fields) can be rendered by any template of its task, so
+that a model learns the task and not one wording of it. A completion always begins with one space: byte-level BPE
+writes a word in a running text as " word", and a completion must use the same token as the prompt it copies from.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+TABLES = tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))
+"""The templates by task, and what is said in the dialogues."""
 
 
-def _same_completion(completion: str, *prompts: str) -> tuple[Template, ...]:
-    return tuple(Template(prompt, completion) for prompt in prompts)
+@dataclass(frozen=True)
+class Template:
+    """One wording: format strings whose names are the fields of the task's content."""
+
+    prompt: str
+    completion: str
+
+    def render(self, fields: Mapping[str, str]) -> tuple[str, str]:
+        """The prompt and the completion for these fields; KeyError names a field that is missing."""
+        return self.prompt.format_map(fields), " " + self.completion.format_map(fields)
 
 
-SUMMARIZATION = TemplateSet(
-    _same_completion(
-        "{summary}",
-        "Summarize the following conversation.\n\n{dialogue}\n\nSummary:",
-        "{dialogue}\n\nWhat was the conversation about? Summary:",
-        "Read the dialogue and say briefly what was agreed.\n\n{dialogue}\n\nSummary:",
-        "Dialogue:\n{dialogue}\n\nWrite a short summary.\nSummary:",
-        "Here is a chat between two people.\n\n{dialogue}\n\nIn short:",
-        "{dialogue}\n\nSum up the chat above.\nSummary:",
+@dataclass(frozen=True)
+class TemplateSet:
+    """All wordings of one task. With ``options``, a template may use {options}: the answers allowed, shuffled."""
+
+    templates: tuple[Template, ...]
+    options: tuple[str, ...] = ()
+
+    def draw(self, fields: Mapping[str, str], rng: Random) -> tuple[str, str]:
+        """Render ``fields`` with one template, both it and the order of the options drawn from ``rng``."""
+        template = rng.choice(self.templates)
+        if not self.options:
+            return template.render(fields)
+        shuffled = rng.sample(self.options, len(self.options))
+        return template.render({**fields, "options": "OPTIONS:\n" + "\n".join(f"- {option}" for option in shuffled)})
+
+
+def of_task(task: str) -> TemplateSet:
+    return TemplateSet(
+        tuple(Template(*pair) for pair in TABLES[task]["templates"]), tuple(TABLES[task].get("options", ()))
     )
-)
-
-SENTIMENT = TemplateSet(
-    _same_completion(
-        "{label}",
-        "Review: {text}\nIs this review positive, negative or neutral?\nAnswer:",
-        "{text}\n\nWhat is the sentiment of this text?\n{options}\nAnswer:",
-        "What does the writer feel?\n{options}\nText: {text}\nAnswer:",
-        "Choose the sentiment of the text.\n\n{text}\n\n{options}\nSentiment:",
-        "Text: {text}\nSentiment:",
-        'How would you rate "{text}"?\n{options}\nAnswer:',
-    ),
-    options=("positive", "negative", "neutral"),
-)
-
-EXTRACTION = TemplateSet(
-    (
-        Template(
-            "{text}\n\nList the person, the thing, the place and the day.\nAnswer:", "{person}, {thing}, {place}, {day}"
-        ),
-        Template(
-            "Find the person, the place and the day.\nText: {text}\nAnswer:",
-            "person: {person}; place: {place}; day: {day}",
-        ),
-        Template("Text: {text}\nWhich city is named in the text?\nAnswer:", "{place}"),
-        Template("{text}\n\nWho is the text about?\nAnswer:", "{person}"),
-        Template("What thing is named in this text?\n{text}\nAnswer:", "the {thing}"),
-        Template("Extract the day and the city.\n\n{text}\n\nEntities:", "{day}, {place}"),
-    )
-)
-
-ARITHMETIC = TemplateSet(
-    _same_completion(
-        "{result}",
-        "What is {expression}?\nAnswer:",
-        "Work out {expression}.\nAnswer:",
-        "{story} {question}\nAnswer:",
-        "Solve the problem.\n\n{story}\n{question}\nAnswer:",
-        "{expression} =",
-        "Question: {question} {story}\nAnswer:",
-    )
-)
-
-TRANSLATION = TemplateSet(
-    (
-        Template("Write the record as JSON.\n\n{pairs}\n\nJSON:", "{json}"),
-        Template("{json}\n\nWrite this JSON as a record line.\nRecord:", "{pairs}"),
-        Template("Record: {pairs}\nTurn it into a CSV row.\nCSV:", "{csv}"),
-        Template("Columns: name,item,colour,count\nRow: {csv}\nWrite the row as JSON.\nJSON:", "{json}"),
-        Template("Columns: name,item,colour,count\nRow: {csv}\nWrite the row as a record line.\nRecord:", "{pairs}"),
-        Template("From JSON to CSV: {json}\nCSV:", "{csv}"),
-    )
-)
-
-ORDERING = TemplateSet(
-    (
-        Template("Sort from the smallest to the largest: {numbers}\nAnswer:", "{ascending}"),
-        Template("Sort from the largest to the smallest: {numbers}\nAnswer:", "{descending}"),
-        Template("Numbers: {numbers}\nWhich is the largest?\nAnswer:", "{largest}"),
-        Template("{numbers}\n\nWhich of these numbers is the smallest?\nAnswer:", "{smallest}"),
-        Template("{numbers}\n\nPut these numbers in order, smallest first.\nOrdered:", "{ascending}"),
-        Template("Count down: {numbers}\nOrdered:", "{descending}"),
-    )
-)
-
-READING = TemplateSet(
-    _same_completion(
-        "{answer}",
-        "{story}\n\nQuestion: {question}\nAnswer:",
-        "Read the story and answer the question.\n\n{story}\n\n{question}\nAnswer:",
-        "Answer the question from the story.\nQuestion: {question}\nStory: {story}\nAnswer:",
-        "Story: {story}\n{question}\nAnswer:",
-        "{question}\n\n{story}\n\nAnswer:",
-    )
-)
-
-DESCRIPTION = TemplateSet(
-    (
-        Template(
-            "{facts}\n\nWrite one sentence with these facts.\nSentence:",
-            "{person} {past} the {thing} in {place} on {day}.",
-        ),
-        Template("Facts: {facts}\nSentence:", "{person} {past} the {thing} in {place} on {day}."),
-        Template("Begin with the day.\n{facts}\nSentence:", "On {day}, {person} {past} the {thing} in {place}."),
-        Template("Leave out the city.\n{facts}\nSentence:", "{person} {past} the {thing} on {day}."),
-        Template("Say who did what.\n{facts}\nSentence:", "{person} {past} the {thing}."),
-    )
-)
