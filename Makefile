@@ -17,6 +17,8 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csr
 QEMU ?= $(shell command -v qemu-x86_64 || command -v qemu-x86_64-static)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
+OF_OPERATORS := lora_linear lora_linear_shared multi_lora multi_lora_shared
+
 .PHONY: demo test fuzz sanitize emulate imitate gpu wheel docs lint bench base clean
 
 demo: $(VENV)/ready
@@ -38,7 +40,7 @@ sanitize: $(VENV)/test-ready
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" && \
 		$(abspath $(BIN)/python) -c 'import fastlora._C' && \
 		$(abspath $(BIN)/python) -m pytest -q -x --capture=sys -k 'not cpu-reference and not cpu-triton' \
-			$(addprefix ../../tests/test_,$(addsuffix .py,lora_linear multi_lora prefix_concat native product packed $(addprefix cuda_,emulated prefix_concat layers lora_linear multi_lora by_column)))
+			$(addprefix ../../tests/test_,$(addsuffix .py,$(OF_OPERATORS) prefix_concat native product packed $(addprefix cuda_,emulated prefix_concat layers lora_linear multi_lora by_column)))
 
 emulate: $(VENV)/test-ready
 	@test -n "$(QEMU)" || { echo "make emulate needs qemu-x86_64, as in Debian's qemu-user: none was found (set QEMU=...)"; exit 1; }
@@ -71,7 +73,7 @@ $(IMITATED): $(VENV)/test-ready
 	@echo "$@"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider \
 		-k 'not triton and not opcheck and (bound or layout or gaps or strides or tiles or share_x or near or instruction_set and $(ISA))' \
-		$(addprefix tests/test_,$(addsuffix .py,lora_linear multi_lora native product packed losses $(MORE)))
+		$(addprefix tests/test_,$(addsuffix .py,$(OF_OPERATORS) linear_cross_entropy language_model_loss native product packed $(MORE)))
 
 gpu:
 	PYTHON=$(or $(PYTHON),python3) bash benchmarks/gpu.sh

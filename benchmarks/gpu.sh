@@ -68,7 +68,7 @@ test_() {
   local within=$PWD
   [ ! -d "$checked/fastlora" ] || within=$checked
   "$PYTHON" benchmarks/card_tests.py --out "$out" --within "$within" --seconds $((seconds - 5)) -k 'cuda or test_kernels' \
-    tests/test_{cuda_card,lora_linear,multi_lora,prefix_concat,kernels}.py
+    tests/test_{cuda_card,lora_linear,lora_linear_shared,multi_lora,multi_lora_shared,prefix_concat,kernels}.py
 }
 
 # goals SECONDS LINE_SECONDS ARGUMENT...: where something breaks the process, or hangs, another one goes on without it.
