@@ -16,12 +16,13 @@ from fastlora.data.examples import Example, read_examples
 from fastlora.data.rows import batches, collate, encode, pad_token_id
 from fastlora.demo import BASE_MODEL
 from fastlora.demo.tasks import generate
-from fastlora.models import default_device
 
 
 def train(name: str, batch_list: list[dict[str, torch.Tensor]], lr: float, accelerated: bool) -> list[float]:
     torch.manual_seed(0)  # the same first adapter both times; without dropout, so the losses can be compared
-    base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(default_device())
+    base = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).to(
+        torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    )
     model = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")).train()
     if accelerated:
         fastlora.accelerate(model)
