@@ -1,4 +1,4 @@
-"""python -m benchmarks.plot FOLDER: a PNG beside each result file of the goals on a card, and of the cost of a call."""
+"""python -m benchmarks.plot FOLDER: a PNG beside each result file of the goals on a card, and of the cost of a call; and trainer.py's."""
 
 import json
 import sys
@@ -29,6 +29,12 @@ def bars(axes: Any, title: str, unit: str, values: Mapping[str, float], goal: fl
 
 def charts(content: Mapping[str, Any]) -> list[tuple[str, str, dict[str, float], float | None]]:
     """(title, unit, value of each rival, goal) of everything in a result file that can be drawn."""
+    if content["operator"] == "trainer":
+        ways = content["ways"]
+        return [
+            ("a training step", "seconds", {way["name"]: way["seconds"] for way in ways}, None),
+            ("peak memory", "GB", {way["name"]: way["peak_bytes"] / 1e9 for way in ways}, None),
+        ]
     found: list[tuple[str, str, dict[str, float], float | None]] = []
     for row in content["rows"]:
         if content["operator"] == "goals":

@@ -22,14 +22,15 @@ import torch
 from fastlora import memory, metrics
 from fastlora.choice.clock import median_ratio
 
+from . import plot
 from .machine import results_folder, this_machine
 from .step import own_process
 
 WAYS = {
     "trainer": "Trainer + PEFT",
-    "accelerate": "+ `fastlora.accelerate(model)`",
-    "loss": "+ `accelerate(model, loss=True)`",
-    "train": "`fastlora train`",
+    "accelerate": "Trainer + PEFT + `fastlora.accelerate(model)`",
+    "loss": "the same with `fastlora.accelerate(model, loss=True)`",
+    "train": "`fastlora train`, the same adapter and rows",
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ADAPTER: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
@@ -128,8 +129,8 @@ def run(setting: Setting, way: str) -> Run:
     return Run(*found, memory.peak(DEVICE))
 
 
-def measure(setting: Setting, rounds: int) -> dict[str, Any]:
-    """Seconds, memory and losses of each way, and its ratios to Trainer and PEFT.
+def measure(setting: Setting, rounds: int) -> list[dict[str, Any]]:
+    """Of each way its name, seconds, memory and losses, and its ratios to Trainer and PEFT.
 
     Raises:
         ValueError: the first losses do not agree.
@@ -148,8 +149,9 @@ def measure(setting: Setting, rounds: int) -> dict[str, Any]:
             )
     seconds = {way: [one for its in all_runs for one in its.seconds[1:]] for way, all_runs in runs.items()}
     peaks = {way: max((one.peak_bytes or 0) for one in its) for way, its in runs.items()}
-    return {
-        way: {
+    return [
+        {
+            "name": WAYS[way].replace("`", ""),
             "seconds": statistics.median(seconds[way]),
             "ratio": median_ratio(seconds[way], seconds["trainer"]),
             "peak_bytes": peaks[way],
@@ -157,16 +159,16 @@ def measure(setting: Setting, rounds: int) -> dict[str, Any]:
             "losses": runs[way][0].losses,
         }
         for way in WAYS
-    }
+    ]
 
 
-def table(found: dict[str, Any]) -> str:
+def table(found: Sequence[dict[str, Any]]) -> str:
     """Markdown, a row a way."""
     lines = ["| | seconds a step | | peak memory | | loss, first and last |", "|---|---|---|---|---|---|"]
-    for way, one in found.items():
+    for name, one in zip(WAYS.values(), found, strict=True):
         peak, part = one["peak_bytes"] / 1e9, one["memory_ratio"] or 1.0
         lines.append(
-            f"| {WAYS[way]} | {one['seconds']:.1f} | {one['ratio']:.2f} × | {peak:.1f} GB | {part:.2f} × |"
+            f"| {name} | {one['seconds']:.1f} | {one['ratio']:.2f} × | {peak:.1f} GB | {part:.2f} × |"
             f" {one['losses'][0]:.3f}, {one['losses'][-1]:.3f} |"
         )
     return "\n".join(lines)
@@ -189,8 +191,8 @@ def main(argv: Sequence[str]) -> int:
     machine = this_machine(DEVICE)
     found = measure(Setting(given.model, rows, given.steps, given.dtype), given.rounds)
     print(machine.line())
-    machine.write(given.out, "trainer", ["python -m benchmarks.trainer", *argv], {"ways": found})
-    print(table(found))
+    path = machine.write(given.out, "trainer", ["python -m benchmarks.trainer", *argv], {"ways": found})
+    print(f"{table(found)}\nwritten: {path}, {plot.draw(path)}")
     return 0
 
 
