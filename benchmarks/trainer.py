@@ -28,9 +28,9 @@ from .step import own_process
 
 WAYS = {
     "trainer": "Trainer + PEFT",
-    "accelerate": "Trainer + PEFT + `fastlora.accelerate(model)`",
-    "loss": "the same with `fastlora.accelerate(model, loss=True)`",
-    "train": "`fastlora train`, the same adapter and rows",
+    "accelerate": "with `fastlora.accelerate(model)`",
+    "loss": "with `fastlora.accelerate(model, loss=True)`",
+    "train": "`fastlora train` in their place",
 }
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ADAPTER: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}

@@ -60,7 +60,7 @@ def test_the_table_is_of_medians_without_the_first_step(
     assert [one["ratio"] for one in found] == [1, 0.5, 0.5, 0.25]
     assert (
         trainer.table(found).splitlines()[-1]
-        == "| `fastlora train`, the same adapter and rows | 1.0 | 0.25 × | 2.0 GB | 1.00 × | 3.000, 2.500 |"
+        == "| `fastlora train` in their place | 1.0 | 0.25 × | 2.0 GB | 1.00 × | 3.000, 2.500 |"
     )
     pytest.importorskip("matplotlib", reason="no matplotlib on this machine")
     step, memory = plot.charts({"operator": "trainer", "ways": found})
