@@ -124,8 +124,8 @@ def _message(error: Exception) -> str:
 
 def _as_options(text: str) -> str:
     """A message of the library, which names its arguments, in the words of the command line: name=True is --name, name=X is --name X."""
-    group: Any = get_command(app)
-    options = {option.name: option.opts[0] for one in group.commands.values() for option in one.params}
+    commands: Any = get_command(app)
+    options = {option.name: option.opts[0] for one in commands.commands.values() for option in one.params}
     name = f"({'|'.join(options)})"
     text = re.sub(rf"^{name}(?=: )", lambda found: options[found[1]], text)
     text = re.sub(rf"(?<![\w/.-]){name}=True\b", lambda found: options[found[1]], text)

@@ -57,8 +57,8 @@ def keep_mask(seed: Tensor, rows: Tensor, K: int, dropout_p: float) -> Tensor:
     column // 8 in the low 64 bits. Half-word j (low half first) of the 128 bits decides column 8 * (column // 8) + j: kept where it is
     >= drop_threshold(p). `rows` [M] int64 holds row numbers of the whole x.
     """
-    groups = (K + 7) // 8
-    counter = rows[:, None] * groups + torch.arange(groups, device=rows.device)  # [M, groups]
+    eights = (K + 7) // 8
+    counter = rows[:, None] * eights + torch.arange(eights, device=rows.device)  # [M, eights]
     c0, c1 = counter & WORD, (counter >> 32) & WORD
     c2, c3 = torch.zeros_like(c0), torch.zeros_like(c0)
     key = seed.reshape(())
@@ -68,9 +68,9 @@ def keep_mask(seed: Tensor, rows: Tensor, K: int, dropout_p: float) -> Tensor:
         p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
         c0, c1, c2, c3 = ((p1 >> 32) & WORD) ^ c1 ^ k0, p1 & WORD, ((p0 >> 32) & WORD) ^ c3 ^ k1, p0 & WORD
         k0, k1 = (k0 + 0x9E3779B9) & WORD, (k1 + 0xBB67AE85) & WORD
-    words = torch.stack((c0, c1, c2, c3), -1)  # [M, groups, 4]
-    halves = torch.stack((words & 0xFFFF, words >> 16), -1)  # [M, groups, 4, 2]
-    return (halves.reshape(len(rows), groups * 8) >= drop_threshold(dropout_p))[:, :K]
+    words = torch.stack((c0, c1, c2, c3), -1)  # [M, eights, 4]
+    halves = torch.stack((words & 0xFFFF, words >> 16), -1)  # [M, eights, 4, 2]
+    return (halves.reshape(len(rows), eights * 8) >= drop_threshold(dropout_p))[:, :K]
 
 
 def drops(dropout_p: Sequence[float], seed: Tensor | None) -> bool:

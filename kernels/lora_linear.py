@@ -1,6 +1,6 @@
 """y = x Wᵀ + b + s xa Bᵀ with xa = d(x) Aᵀ, and its gradients, in Triton; the equation is `fastlora.reference.lora_linear`.
 
-Layers that share x are computed together; a layer alone is a group of one.
+Layers that share x are computed together; a layer alone is one of one.
 
     forward     xa = d(x) Aᵀ      one launch: the layers that read a tile of x are neighbours in the grid, so that the card's memory gives it once;
                                   the mask is drawn here and stored as bits; a long sum is split and added in order

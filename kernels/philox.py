@@ -27,12 +27,12 @@ def row_bytes(columns):
 
 
 @triton.jit
-def draw_bits(seed_ptr, rows, groups, columns, threshold):
-    """Eight decisions a group of eight columns: int32 [len(rows), len(groups)], bit j set where column 8 * group + j is kept.
+def draw_bits(seed_ptr, rows, eights, columns, threshold):
+    """Eight decisions an eight of columns: int32 [len(rows), len(eights)], bit j set where column 8 * eight + j is kept.
 
-    key = seed, counter = row * ceil(columns / 8) + group; half-word j of the 128 bits decides bit j. `rows` is int64.
+    key = seed, counter = row * ceil(columns / 8) + eight; half-word j of the 128 bits decides bit j. `rows` is int64.
     """
-    counter = rows[:, None] * tl.cdiv(columns, 8) + groups[None, :]
+    counter = rows[:, None] * tl.cdiv(columns, 8) + eights[None, :]
     low, high = counter.to(tl.uint32), (counter >> 32).to(tl.uint32)
     zero = tl.zeros_like(low)
     words = tl.philox(tl.load(seed_ptr), low, high, zero, zero)
@@ -56,18 +56,18 @@ def draw_keep_mask(seed_ptr, keep_ptr, rows, inside, first_column, columns, thre
 
     The bits of the rows that are `inside` are stored, where there is a `keep_ptr`.
     """
-    groups = first_column // 8 + tl.arange(0, BLOCK // 8)
-    bits = draw_bits(seed_ptr, rows, groups, columns, threshold)
+    eights = first_column // 8 + tl.arange(0, BLOCK // 8)
+    bits = draw_bits(seed_ptr, rows, eights, columns, threshold)
     if keep_ptr is not None:
-        mask = inside[:, None] & (groups < row_bytes(columns))[None, :]
-        tl.store(keep_ptr + rows[:, None] * row_bytes(columns) + groups[None, :], bits.to(tl.uint8), mask=mask)
+        mask = inside[:, None] & (eights < row_bytes(columns))[None, :]
+        tl.store(keep_ptr + rows[:, None] * row_bytes(columns) + eights[None, :], bits.to(tl.uint8), mask=mask)
     return _spread(bits, BLOCK)
 
 
 @triton.jit
 def load_keep_mask(keep_ptr, rows, inside, first_column, columns, BLOCK: tl.constexpr):
     """`draw_keep_mask` from the bits that it stored; False for rows that are not `inside`."""
-    groups = first_column // 8 + tl.arange(0, BLOCK // 8)
-    mask = inside[:, None] & (groups < row_bytes(columns))[None, :]
-    bits = tl.load(keep_ptr + rows[:, None] * row_bytes(columns) + groups[None, :], mask=mask, other=0)
+    eights = first_column // 8 + tl.arange(0, BLOCK // 8)
+    mask = inside[:, None] & (eights < row_bytes(columns))[None, :]
+    bits = tl.load(keep_ptr + rows[:, None] * row_bytes(columns) + eights[None, :], mask=mask, other=0)
     return _spread(bits.to(tl.int32), BLOCK)

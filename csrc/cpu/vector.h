@@ -245,13 +245,13 @@ inline void draw_some(uint64_t seed, uint32_t threshold, uint64_t counter, uint8
 }
 
 /// Bit `column` of a row's bits says whether dropout keeps that element. Writes the columns begin to end of one row (begin a multiple of 64), and
-/// whole vectors of philox. `groups` is ceil(columns of a row / 8).
-inline void draw_keep(uint64_t seed, uint32_t threshold, int64_t row, int64_t groups, int64_t begin, int64_t end, uint8_t* keep) {
+/// whole vectors of philox. `eights` is ceil(columns of a row / 8).
+inline void draw_keep(uint64_t seed, uint32_t threshold, int64_t row, int64_t eights, int64_t begin, int64_t end, uint8_t* keep) {
   if (threshold > 65535) {  // keeps nothing
     for (int64_t column = begin; column < end; column += 8) keep[column / 8] = 0;
     return;
   }
-  const auto counter = [&](int64_t column) { return static_cast<uint64_t>(row * groups + column / 8); };
+  const auto counter = [&](int64_t column) { return static_cast<uint64_t>(row * eights + column / 8); };
   int64_t column = begin;
   for (; column + 4 * DECISIONS <= end; column += 4 * DECISIONS) draw_some<4>(seed, threshold, counter(column), keep + column / 8);
   for (; column < end; column += DECISIONS) draw_some<1>(seed, threshold, counter(column), keep + column / 8);

@@ -18,7 +18,7 @@ Call = tuple[Any, ...]  # the arguments of an operator
 SHAPES = {"small": (1024, 1024), "large": (2048, 2048)}  # K, N
 LINEAR_ROWS = {"cpu": (1, 8, 64, 512), "cuda": table.ROWS}
 FEWEST_ROWS_DROPPED = 64  # dropout only happens in training, so it is measured from here on
-ADAPTERS, GROUP, TOKENS = 4, 2, 64  # of a mixed batch; layers that share x; tokens of a row of a batch
+ADAPTERS, SIBLINGS, TOKENS = 4, 2, 64  # of a mixed batch; layers that share x; tokens of a row of a batch
 # Bytes of weights that take turns where rows are few, as a model's layers do: a cached one would flatter.
 FROM_MEMORY = 2**27
 ROWS_FROM_MEMORY = 64

@@ -23,7 +23,16 @@ from torch import Tensor
 from fastlora import checks, ops, reference
 from fastlora.checks import wrong, wrong_type
 from fastlora.choice import problems, table
-from fastlora.choice.problems import ADAPTERS, GROUP, Call, Draw, Measured, linear_classes, mixed_rows, weights_in_turn
+from fastlora.choice.problems import (
+    ADAPTERS,
+    SIBLINGS,
+    Call,
+    Draw,
+    Measured,
+    linear_classes,
+    mixed_rows,
+    weights_in_turn,
+)
 from fastlora.gradients import differentiable_once, is_eager, rows_of, shaped, split
 from fastlora.ops import Choice
 
@@ -561,7 +570,7 @@ def calls(
 ) -> dict[str, list[Call]]:
     """Arguments of a case and of its backward (choice/problems.py)."""
     case, draw = CASES[shared, mixed], Draw(dtype, device)
-    G, S = GROUP if shared else 1, ADAPTERS if mixed else 1
+    G, S = SIBLINGS if shared else 1, ADAPTERS if mixed else 1
     x, weight, dy = draw.linear(M, K, N)
     # In float32, as PEFT has them.
     lora_a = [draw.normal(RANK, K, scale=K**-0.5, dtype=torch.float32) for _ in range(G * S)]
