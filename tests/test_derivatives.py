@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_peft import IDS, peft_model
+from peft_models import IDS, peft_model
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 

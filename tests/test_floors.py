@@ -205,6 +205,11 @@ def test_files_have_names() -> None:
         assert not nameless & set(re.split(r"[_.]", path.name.lower())), path
 
 
+def test_no_test_file_is_too_long_to_have_one_subject() -> None:
+    lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "tests").glob("test_*.py")}
+    assert {name: number for name, number in lines.items() if number > 500} == {}
+
+
 def test_each_operator_is_one_stem_everywhere() -> None:
     def defined(path: str) -> set[str]:
         return set(re.findall(r"^def (\w+)\(", (ROOT / path).read_text(), re.MULTILINE))

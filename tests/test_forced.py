@@ -8,7 +8,7 @@ import pytest
 import torch
 from bounds import run_apart
 from conftest import implementations
-from test_peft import IDS, assert_as_near_as, peft_model, run
+from peft_models import IDS, assert_as_near_as, peft_model, run
 
 import fastlora
 

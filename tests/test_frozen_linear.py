@@ -1,4 +1,4 @@
-"""frozen_linear: y = x Wᵀ + b, every implementation by its name; what multiplies on a CPU, and its copies, are test_packed.py's."""
+"""frozen_linear: y = x Wᵀ + b, every implementation by its name; its ways on a CPU are test_frozen_products.py's, its copies test_packed.py's."""
 
 from typing import NamedTuple
 

@@ -401,3 +401,14 @@ def test_compiles_whole(device: str, grouped: bool) -> None:
         assert torch.equal(y, expected)
         for grad, want in zip(gradients(y, inputs, mixed.dy), gradients(expected, inputs, mixed.dy), strict=True):
             assert torch.equal(grad, want)
+
+
+def test_row_groups_that_another_thread_clears() -> None:
+    class Cleared(dict[int, Any]):
+        def __setitem__(self, key: int, value: Any) -> None:
+            self.clear()
+
+    index = group_rows(torch.tensor([0, -1, 0]), 1)
+    expected = index.for_rows(6)
+    index._by_rows = Cleared()
+    assert all(torch.equal(one, other) for one, other in zip(index.for_rows(6), expected, strict=True))

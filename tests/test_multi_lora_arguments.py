@@ -1,11 +1,9 @@
-"""multi_lora's arguments: wrong ones are named, by the functions and by the native operators, under autocast too."""
+"""multi_lora's arguments: wrong ones are named, by the functions, under autocast too."""
 
 from typing import Any
 
 import pytest
 import torch
-from bounds import print_accepted, run_apart
-from conftest import implementations
 from test_multi_lora import make_mixed
 from test_multi_lora_shared import columns_of, make_shared
 from torch import Tensor
@@ -122,76 +120,6 @@ def test_an_index_of_any_integers(dtype: torch.dtype, adapters: int) -> None:
 def test_group_rows_wants_a_number_of_adapters(adapters: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="^adapters: "):
         group_rows(torch.zeros(3, dtype=torch.int64), adapters)
-
-
-def call_the_native_operators_wrongly() -> None:
-    mixed = make_mixed([0, 1, -1, 1, 0, 0], [4, 2], K=16, N=12)
-    order, offsets = group_rows(mixed.index, 2).for_rows(6)
-    numbers = {"scale": [1.0, 2.0], "dropout_p": [0.1, 0.0]}
-    sorting = {"order": order, "offsets": offsets}
-    base = {"x": mixed.x.detach(), "weight": mixed.weight, "bias": mixed.bias}
-    tensors = {"x": base["x"], "lora_a": adapters(*A), "lora_b": adapters(*B)}
-    wrong = {
-        case: (name.partition("[")[0], changes)
-        for case, (name, changes) in WRONG.items()
-        if name.partition("[")[0] not in ("index", "scale", "dropout_p")
-        and not case.endswith(("None", "on meta", "requires grad"))
-    }
-    wrong |= {
-        "scale: too few": ("scale", {"scale": [1.0]}),
-        "order: too short": ("order", {"order": order[:5]}),
-        "order: dtype": ("order", {"order": order.int()}),
-        "order: too large": ("order", {"order": order + 1}),
-        "order: negative": ("order", {"order": order - 1}),
-        "offsets: too short": ("offsets", {"offsets": offsets[:4]}),
-        "offsets: dtype": ("offsets", {"offsets": offsets.float()}),
-        "offsets: beyond the rows": ("offsets", {"offsets": offsets * 1000}),
-        "offsets: falling": ("offsets", {"offsets": offsets.flip(0)}),
-        "offsets: none": ("offsets", {"offsets": None}),
-        "order: none": ("lora_a", {"order": None}),
-    }
-    few = {**base, "lora_a": tensors["lora_a"], "lora_b": tensors["lora_b"], "scale": [1.0, 2.0]}
-    print_accepted("few_rows_mixed_cpu", {**few, **sorting}, wrong)
-    wrong = {case: change for case, change in wrong.items() if change[0] not in ("weight", "bias")}
-    wrong |= {
-        "x: another K": ("lora_a", {"x": torch.ones(6, 15)}),
-        "dropout_p: too few": ("dropout_p", {"dropout_p": [0.1]}),
-        "dropout_p: above 1": ("dropout_p", {"dropout_p": [0.1, 1.1]}),
-        "lora_b: another N": ("lora_b", {"lora_b": adapters((11, 4), (11, 2))}),
-    }
-    wrong_y = {
-        "y: another N": ("lora_b", {"y": [torch.ones(6, 11)]}),
-        "y: another M": ("y", {"y": [torch.ones(5, 12)]}),
-        "y: dtype": ("y", {"y": [torch.ones(6, 12).bfloat16()]}),
-        "y: more layers than adapters": ("lora_a", {"y": [torch.ones(6, 12)] * 3}),
-        "seed: dtype": ("seed", {"seed": torch.tensor([1], dtype=torch.int32)}),
-        "seed: of two layers": ("seed", {"seed": torch.tensor([1, 2])}),
-    }
-    right = {"y": [torch.ones(6, 12)], **tensors, **numbers, "seed": torch.tensor([1]), **sorting}
-    print_accepted("lora_update_cpu", right, wrong | wrong_y)
-    wrong |= {
-        "dy: another N": ("lora_b", {"dy": [torch.ones(6, 11)]}),
-        "dy: another M": ("dy", {"dy": [torch.ones(5, 12)]}),
-        "dy: dtype": ("dy", {"dy": [torch.ones(6, 12).bfloat16()]}),
-        "xa: another rank": ("xa", {"xa": torch.ones(1, 6, 3)}),
-        "xa: another M": ("xa", {"xa": torch.ones(1, 5, 4)}),
-        "xa: dtype": ("xa", {"xa": torch.ones(1, 6, 4).bfloat16()}),
-        "keep: dtype": ("keep", {"keep": torch.ones(1, 6, 8, dtype=torch.int8)}),
-        "keep: another M": ("keep", {"keep": torch.ones(1, 5, 8, dtype=torch.uint8)}),
-        "keep: too few bytes": ("keep", {"keep": torch.ones(1, 6, 2, dtype=torch.uint8)}),
-        "keep: 1-D": ("keep", {"keep": torch.ones(48, dtype=torch.uint8)}),
-        "dx: another K": ("dx", {"dx": torch.ones(6, 15)}),
-    }
-    state = {"xa": torch.ones(1, 6, 4), "keep": torch.ones(1, 6, 8, dtype=torch.uint8)}
-    need = {"need_da": True, "need_db": True}
-    given = {"dx": torch.ones(6, 16), "dy": [torch.ones(6, 12)], **tensors, **state, **numbers, **sorting, **need}
-    print_accepted("lora_update_backward_cpu", given, wrong)
-
-
-@pytest.mark.skipif("cpu" not in implementations("multi_lora", "cpu"), reason="the native extension is not built")
-def test_wrong_arguments_to_the_native_operators() -> None:
-    """They raise, naming the argument, also when no one checks before them; none ends the process."""
-    assert run_apart("test_multi_lora_arguments", call_the_native_operators_wrongly) == ""
 
 
 def test_layers_that_share_x_name_the_wrong_one() -> None:

@@ -22,6 +22,7 @@ from bounds import (
     transposed,
 )
 from lora_arguments import Arguments, one_layer
+from test_product import check_shapes
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -170,6 +171,7 @@ def test_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("FASTLORA_ISA", isa)
     monkeypatch.setenv("EXPECTED_ISA", isa)
     run_apart("test_native", check_instruction_set)
+    run_apart("test_product", check_shapes)
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

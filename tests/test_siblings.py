@@ -1,4 +1,4 @@
-"""Layers that share x: found by name, computed together, and left alone as soon as they turn out not to share."""
+"""peft/siblings.py: layers that share x are found by name, computed together, and left alone as soon as they turn out not to share."""
 
 import copy
 import gc
@@ -15,9 +15,17 @@ import pytest
 import torch
 from conftest import implementations
 from torch import Tensor, nn
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import fastlora
-from fastlora import functional, operators, ops
+from fastlora import operators, ops
 from fastlora.choice import table
 
 WIDTH = 16
@@ -435,17 +443,6 @@ def test_a_thread_that_dissolves_leaves_nothing_behind_in_another() -> None:
     assert group._here.pending is None and not attention._forward_hooks
 
 
-def test_row_groups_that_another_thread_clears() -> None:
-    class Cleared(dict[int, Any]):
-        def __setitem__(self, key: int, value: Any) -> None:
-            self.clear()
-
-    index = functional.group_rows(torch.tensor([0, -1, 0]), 1)
-    expected = index.for_rows(6)
-    index._by_rows = Cleared()
-    assert all(torch.equal(one, other) for one, other in zip(index.for_rows(6), expected, strict=True))
-
-
 def test_restore_leaves_no_hooks() -> None:
     model = fastlora.accelerate(make_model())
     fastlora.restore(fastlora.accelerate(model))
@@ -482,15 +479,6 @@ def shared_names(model: Any, **options: Any) -> set[str]:
 
 
 def test_models_of_known_shapes() -> None:
-    from transformers import (
-        GPT2Config,
-        GPT2LMHeadModel,
-        Qwen2Config,
-        Qwen2ForCausalLM,
-        T5Config,
-        T5ForConditionalGeneration,
-    )
-
     ids = torch.randint(64, (2, 5))
     small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "vocab_size": 64}
     qwen = Qwen2ForCausalLM(Qwen2Config(num_attention_heads=2, num_key_value_heads=1, **small))

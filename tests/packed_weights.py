@@ -1,0 +1,96 @@
+"""Frozen weights with packed copies of every dtype that oneDNN multiplies, in whatever products: what the tests of fastlora/frozen share."""
+
+import gc
+from collections.abc import Iterator, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bounds import assert_within_bound_over_inputs, dense, double, gradients
+from torch import Tensor, nn
+
+from fastlora import ops, reference
+from fastlora.choice import table
+from fastlora.frozen import packed, products
+from fastlora.frozen.packed import Budget
+from fastlora.functional import frozen_linear
+
+FLOATS = pytest.mark.parametrize("dtype", ops.KERNEL_DTYPES, ids=["float32", "bfloat16", "float16"])
+NEEDS_COPIES = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available() or packed._fingerprint is None,
+    reason="weights have copies only where torch has oneDNN and the extension is built",
+)
+few_rows, product, packs_here = products._few_rows, products._product, packed.packs
+
+
+def always_packed(dtype: torch.dtype) -> bool:
+    """Copies of float32, too: its products are large enough at any size."""
+    return dtype is torch.float32 or packs_here(dtype)
+
+
+def large(dtype: torch.dtype, rows: int, work: int) -> bool:
+    """A rule by which a large product is oneDNN's without a copy, too."""
+    return work >= 2**23 and always_packed(dtype)
+
+
+@pytest.fixture(autouse=True)
+def eagerly_packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(packed, "packs", always_packed)
+    monkeypatch.setattr(products, "_takes_plain", large)
+    monkeypatch.setattr(table, "forced_way", "packed")
+    monkeypatch.setattr(products, "_few_rows", None)  # the native products have no copies
+    monkeypatch.setattr(products, "_product", None)
+    yield
+    if packed._by_key:
+        gc.collect()
+    assert not packed._by_key, "a weight outlived its test"
+
+
+def frozen(N: int, K: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    return nn.Parameter((torch.randn(N, K) / K**0.5).to(dtype), requires_grad=False)
+
+
+def check(x: Tensor, weight: Tensor, bias: Tensor | None = None, more: Sequence[Tensor] = ()) -> None:
+    """Both products are within the bound, with whatever copies there are. more: further x, over which errors are taken, too."""
+    forward, backward = zip(*(beside_eager(one, weight, bias) for one in (x, *more)), strict=True)
+    assert_within_bound_over_inputs("y", forward)
+    assert_within_bound_over_inputs("dx", backward)
+
+
+def beside_eager(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """y, and dx: each with eager's and the exact one."""
+    x = x.detach().requires_grad_()
+    dy = torch.randn(x.shape[0], weight.shape[0]).to(x.dtype)
+    alone = dense(x)
+    y, eager = frozen_linear(x, weight, bias), F.linear(alone, dense(weight), dense(bias))
+    exact = reference.frozen_linear(double(x), double(weight), double(bias))
+    (dx,), (eager_dx,) = gradients(y, [x], dy), gradients(eager, [alone], dy)
+    exact_dx = reference.frozen_linear_backward(double(dy), double(weight))
+    return [(y.detach(), eager.detach(), exact), (dx, eager_dx, exact_dx)]
+
+
+def check_now(weight: Tensor) -> None:
+    check(torch.randn(5, weight.shape[1]).to(weight.dtype), weight)
+
+
+def layer_with_copies(budget: Budget) -> nn.Linear:
+    layer = nn.Linear(16, 12, bias=False).requires_grad_(False)
+    packed.attach(layer, budget)
+    check_now(layer.weight)
+    assert budget.held == 2 * layer.weight.nbytes
+    return layer
+
+
+class Special(nn.Parameter):
+    """A class of tensors that nobody here knows."""
+
+
+def unseen_element(weight: Tensor) -> int:
+    """The number of an element in the first half of the first row that the fingerprint does not read."""
+    seen = packed._fingerprint(weight)
+    for i in range(weight.shape[1] // 2):
+        other = weight.detach().clone()
+        other[0, i] += 1
+        if packed._fingerprint(other) == seen:
+            return i
+    raise AssertionError("it reads every element")

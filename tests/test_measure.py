@@ -1,0 +1,142 @@
+"""choice/measure.py: what is wrong is refused for good, what is right passes, and times are taken in turn. No test depends on a real time."""
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bounds import gradients, make_layer
+from measurements import ON_A_CPU, a_machine, choose, half_times, needs_native, restart, small_weights  # noqa: F401  (fixtures)
+from torch import Tensor
+
+from fastlora import functional, ops
+from fastlora.choice import measure, problems, table, trial
+
+
+def wrong_value(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y, xa, keep = ops.reference.lora_linear(*args)
+    return [one + 1e-3 for one in y], xa, keep
+
+
+def wrong_nan(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y, xa, keep = ops.reference.lora_linear(*args)
+    y[0][-1, -1] = torch.nan
+    return y, xa, keep
+
+
+def wrong_mask(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *others, seed, order, offsets = args
+    return ops.reference.lora_linear(*others, seed if seed is None else seed + 1, order, offsets)
+
+
+def wrong_dtype(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y, xa, keep = ops.reference.lora_linear(*args)
+    return [one.double() for one in y], xa, keep
+
+
+def wrong_keep(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    y, xa, keep = ops.reference.lora_linear(*args)
+    return y, xa, ~keep
+
+
+def wrong_and_loud(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    raise RuntimeError("illegal instruction")
+
+
+@needs_native
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (wrong_value, "the error of result 0 is 0.001"),
+        (wrong_nan, "the error of result 0 is nan"),
+        (wrong_mask, "the error of result 0"),
+        (wrong_keep, "the error of result 2 is 1"),
+        (wrong_dtype, "result 0 is torch.float64"),
+        (wrong_and_loud, "it raises RuntimeError: illegal instruction"),
+    ],
+)
+def test_a_wrong_implementation_is_refused_for_good(
+    wrong: Callable[..., Any], message: str, machine: Path, timed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "implementations", ops.implementations | {("lora_linear", "cpu"): wrong})
+    with pytest.warns(UserWarning, match=f"cpu is refused for lora_linear: .*{message}"):
+        trial.try_out(small_weights())
+    for _ in range(2):
+        assert choose(1) == choose(512) == "reference"
+        assert choose(backward=True) == "cpu"  # its backward is right
+        restart()  # the cache remembers
+    layer = make_layer(3, 4, 5, 2)
+    x, *lists = (one.detach() for one in layer[:5])
+    [expected], *_ = ops.reference.lora_linear(x, *([one] for one in lists), [2.0], [0.0], None, None, None)
+    y = functional.lora_linear(*layer[:5], 2.0)
+    assert torch.equal(y, expected)
+    assert all(grad.isfinite().all() for grad in gradients(y, [layer.x, layer.lora_a], layer.dy))
+
+
+@needs_native
+def test_what_fails_in_one_size_is_used_in_none(
+    machine: Path, timed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in sizes where it was right before: another way of the same implementation has none of its times."""
+    monkeypatch.setitem(table.WAYS, ("cpu", "lora_linear"), ("good", "late"))
+    native = ops.implementations["lora_linear", "cpu"]
+    monkeypatch.setattr(measure, "ratios", lambda functions, *_: dict.fromkeys(functions, 0.5) | {"cpu late": 0.4})
+
+    def late(x: Tensor, *args: Any) -> Any:
+        return (wrong_value if table.forced_way == "late" and len(x) == 64 else native)(x, *args)
+
+    monkeypatch.setattr(ops, "implementations", ops.implementations | {("lora_linear", "cpu"): late})
+    with pytest.warns(UserWarning, match="cpu late is refused for lora_linear"):
+        trial.try_out(small_weights())
+    ways = {(one.op, one.rows): one.way for one in table.entries("cpu")}
+    both = ("lora_linear", "good"), ("lora_linear_backward", "late")
+    assert ways == {(op, rows): way for op, way in both for rows in (1, 8, 64)}
+
+
+@needs_native
+@pytest.mark.parametrize("dtype", ops.KERNEL_DTYPES)
+@pytest.mark.parametrize("op", ON_A_CPU)
+def test_right_implementations_pass(op: str, dtype: torch.dtype, timed: list[list[str]], machine: Path) -> None:
+    for problem in problems.listed("cpu", [op], [dtype], ["small"]):
+        found = measure.one_class(problem, torch.device("cpu"), 0.0)
+        assert [one.op for one in found] == [op, f"{op}_backward"]
+        assert all(one.checked and one.ratio == 0.5 and one.rows == problem.rows for one in found)
+
+
+class FakeTime:
+    """A clock that only the timed functions move."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[tuple[str, int]] = []
+
+    def function(self, name: str, seconds: float) -> Callable[[int], None]:
+        def run(copy: int) -> None:
+            self.now += seconds
+            self.calls.append((name, copy))
+
+        return run
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeTime]:
+    fake = FakeTime()
+    monkeypatch.setattr(time, "perf_counter", lambda: fake.now)
+    yield fake
+
+
+def test_times_are_taken_in_turn(clock: FakeTime) -> None:
+    functions = {"reference": clock.function("reference", 1.1e-4), "cpu": clock.function("cpu", 7.7e-5)}
+    found = measure.ratios(functions, [(0,), (1,)], torch.device("cpu"), 0.01)
+    assert found == {"cpu": pytest.approx(0.7)}
+    # One call each, the other one on both weights, one call each again; then what fills the shortest sample, in turn.
+    assert "".join(name[0] for name, _ in clock.calls[:21]) == "rc" + "cc" + "rc" + "rrccc" + "cccrr" + "rrccc"
+    assert [copy for _, copy in clock.calls[:21]] == [turn % 2 for turn in range(21)]
+
+
+def test_a_long_call_is_timed_once(clock: FakeTime) -> None:
+    functions = {"reference": clock.function("reference", 10.0), "cpu": clock.function("cpu", 1.0)}
+    assert measure.ratios(functions, [(0,)], torch.device("cpu"), 0.01) == {"cpu": pytest.approx(0.1)}
+    assert len(clock.calls) == 2
