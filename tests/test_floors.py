@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-OPERATORS = ("frozen_linear", "linear_cross_entropy", "lora_linear", "prefix_concat")
+OPERATORS = sorted(path.stem for path in (ROOT / "fastlora/operators").glob("[a-z]*.py"))
 MIXED = "multi_lora"  # the half of lora_linear's kernels whose rows have adapters of their own
 KERNELS = (
     "lora_linear",

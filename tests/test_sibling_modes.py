@@ -1,0 +1,198 @@
+"""What a family's waiting results depend on beside x: the mode, the plan, the thread's parent; and by which names siblings are found."""
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from test_siblings import WIDTH, Attention, assert_near, attention_of, count_shared, make_model, outcome, reasons
+from torch import Tensor, nn
+
+import fastlora
+from fastlora import ops
+from fastlora.peft import siblings
+from fastlora.peft.siblings import KEY, find_families, like_rows
+
+X = torch.arange(7.0 * WIDTH).view(7, WIDTH) / 100
+
+
+def family_of(model: Any) -> Any:
+    return attention_of(model).q_proj.__dict__[KEY]
+
+
+def test_each_layer_keeps_the_adapter_that_is_active_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    model.add_adapter(
+        "other", peft.LoraConfig(r=3, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
+    )
+    attention_of(model).k_proj.set_adapter("other")
+    expected = outcome(model, X)
+    calls = count_shared(fastlora.accelerate(model) and monkeypatch)
+    assert_near(outcome(model, X), expected)
+    assert calls == [3] and family_of(model).dissolved is None
+
+
+def test_a_layer_with_two_adapters_or_with_none_keeps_the_family_from_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    model.add_adapter(
+        "other", peft.LoraConfig(r=3, target_modules=["q_proj", "k_proj", "v_proj"], init_lora_weights=False)
+    )
+    fastlora.accelerate(model)
+    calls = count_shared(monkeypatch)
+    for names in (["default", "other"], []):
+        attention_of(model).v_proj.set_adapter(names)
+        model(X)
+    assert calls == [] and family_of(model).dissolved is None
+    attention_of(model).v_proj.set_adapter(["other"])
+    model(X)
+    assert calls == [3]
+
+
+def test_adapters_of_other_dtypes_keep_the_family_from_running(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model().bfloat16()
+    for part in ("lora_A", "lora_B"):
+        getattr(attention_of(model).v_proj, part).float()
+    fastlora.accelerate(model)
+    calls = count_shared(monkeypatch)
+    model(X.bfloat16())
+    assert calls == [] and family_of(model).dissolved is None
+
+
+def test_one_adapter_for_all_rows_does_not_ask_what_runs_mixed_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fastlora.accelerate(make_model())
+    monkeypatch.setattr(siblings.Family, "_runs_mixed", staticmethod(lambda *_: False))
+    calls = count_shared(monkeypatch)
+    model(X)
+    assert calls == [3]
+
+
+@pytest.mark.parametrize("change", ["weight", "scaling"])
+def test_what_changed_between_two_layers_is_not_taken_from_before(change: str) -> None:
+    model = make_model()
+    attention = attention_of(model)
+
+    def between() -> None:
+        if change == "weight":
+            attention.k_proj.lora_B["default"].weight = nn.Parameter(torch.ones(8, 4))
+        else:
+            attention.k_proj.scaling["default"] = 5.0
+
+    between()
+    expected = model(X)
+    fastlora.accelerate(model)
+    attention.k_proj.scaling["default"] = 2.0
+    attention.between = between
+    torch.testing.assert_close(model(X), expected)
+    assert family_of(model).dissolved == "k_proj was called in another mode"
+
+
+class Sees(Attention):
+    """Tells what its family holds as its layers are called."""
+
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        here = self.q_proj.__dict__[KEY]._here
+        self.waiting = []
+        for name in ("q_proj", "k_proj", "v_proj"):
+            getattr(self, name)(x)
+            self.waiting.append(None if here.pending is None else sorted(here.pending.results))
+        self.inside = here.in_parent
+        return x
+
+
+def seeing_model() -> Any:
+    model = make_model()
+    attention_of(model).__class__ = Sees
+    return fastlora.accelerate(model)
+
+
+def test_each_result_is_given_out_once() -> None:
+    model = seeing_model()
+    for _ in range(2):
+        model(X)
+        assert attention_of(model).waiting == [[1, 2], [2], None] and attention_of(model).inside
+        assert not family_of(model)._here.in_parent and family_of(model)._here.pending is None
+
+
+def test_an_inference_tensor_is_computed_alone() -> None:
+    model = seeing_model()
+    with torch.inference_mode():
+        model(X.clone())
+    assert attention_of(model).waiting == [None] * 3
+
+
+def test_a_family_that_was_dissolved_stays_so() -> None:
+    model = seeing_model()
+    hooks = len(attention_of(model)._forward_hooks), len(attention_of(model)._forward_pre_hooks)
+    family_of(model).dissolve("for a test")
+    assert hooks == (1, 1) and not attention_of(model)._forward_hooks and not attention_of(model)._forward_pre_hooks
+    assert family_of(model).hooks == ()
+    model(X)
+    assert attention_of(model).waiting == [None] * 3
+    assert all("its group with" in reason and "was dissolved: for a test" in reason for reason in reasons(model))
+
+
+def test_a_copied_parent_has_a_family_of_its_copied_layers() -> None:
+    model = seeing_model()
+    twin = copy.deepcopy(model)
+    assert family_of(twin) is not family_of(model) and family_of(twin).parent is attention_of(twin)
+    assert all(layer.__dict__[KEY] is family_of(twin) for layer in family_of(twin).layers)
+    twin(X)
+    assert attention_of(twin).waiting == [[1, 2], [2], None]
+
+
+def test_leaving_takes_a_family_apart() -> None:
+    model = seeing_model()
+    siblings.leave(attention_of(model).k_proj)
+    siblings.leave(attention_of(model).k_proj)
+    assert KEY not in attention_of(model).k_proj.__dict__ and not attention_of(model)._forward_hooks
+
+
+def test_a_forced_reference_is_told_as_shared_but_not_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fastlora.accelerate(make_model())
+    monkeypatch.setattr(ops, "forced", "reference")
+    model(X)
+    assert all("x shared with" in reason and "read once" not in reason for reason in reasons(model))
+
+
+def parent(**widths: int) -> nn.Module:
+    found = nn.Module()
+    for name, width in widths.items():
+        found.add_module(name, nn.Linear(width, 4))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("path", "widths", "expected"),
+    [
+        ("self_attn", {"q_proj": 8, "k_proj": 8, "v_proj": 8}, [("q_proj", "k_proj", "v_proj")]),
+        ("self_attn", {"q_proj": 8, "v_proj": 8, "o_proj": 8}, [("q_proj", "v_proj")]),
+        ("encoder_attn", {"q_proj": 8, "k_proj": 8, "v_proj": 8}, [("k_proj", "v_proj")]),
+        ("cross_attn", {"q_proj": 8, "k_proj": 8}, []),
+        ("self_attn", {"q_proj": 8}, []),
+        ("self_attn", {"q_proj": 8, "k_proj": 6, "v_proj": 8}, []),
+        ("mlp", {"gate_proj": 8, "up_proj": 8, "q": 8, "k": 8}, [("gate_proj", "up_proj"), ("q", "k")]),
+    ],
+)
+def test_siblings_are_found_by_name(path: str, widths: dict[str, int], expected: list[tuple[str, ...]]) -> None:
+    model = nn.Module()
+    model.add_module("layers", nn.ModuleList([nn.Module()]))
+    model.layers[0].add_module(path, parent(**widths))
+    found = list(find_families(model, lambda layer: isinstance(layer, nn.Linear), lambda *_: []))
+    assert [family.names for family in found] == expected
+    for family in found:
+        assert family.layers == tuple(getattr(family.parent, name) for name in family.names)
+        assert len(family.hooks) == 2
+
+
+def test_members_alone_are_found() -> None:
+    model = parent(q=8, k=8, v=8)
+    [family] = find_families(model, lambda layer: layer is not model.k, lambda *_: [])
+    assert family.names == ("q", "v")
+
+
+def test_rows_without_memory() -> None:
+    rows = like_rows((2, 3, WIDTH), torch.ones(4, WIDTH, dtype=torch.float64), torch.bfloat16)
+    assert rows.shape == (6, WIDTH) and rows.dtype is torch.bfloat16
+    assert rows.untyped_storage().nbytes() == 2
+    assert like_rows((WIDTH,), torch.ones(4, WIDTH), torch.float32).shape == (1, WIDTH)
