@@ -352,6 +352,7 @@ def linear_cross_entropy(
 
     highest is a row's largest z, total its sum of exp(z - highest); softmax is rounded to h's dtype before it meets W.
     """
+    hidden = readable_rows(hidden)
     logits = _logits(hidden, weight, bias)
     highest = logits.amax(1, keepdim=True)
     total = (logits - highest).exp().sum(1, keepdim=True)
@@ -368,6 +369,7 @@ def linear_cross_entropy_backward(
     dloss: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, highest: Tensor, total: Tensor
 ) -> tuple[Tensor, Tensor]:  # dweight [V, D], dbias [V] or no elements
     """dz = (softmax(z) - one-hot) dloss, rounded to h's dtype before it meets h;  dW = dzᵀ h;  db = the sum of dz over the rows."""
+    hidden = readable_rows(hidden)
     dlogits = (_logits(hidden, weight, bias) - highest).exp() * (dloss / total)
     dlogits = dlogits.scatter_add(1, labels[:, None], -dloss.to(dlogits.dtype).expand(len(labels), 1))
     dweight = (dlogits.to(hidden.dtype).T @ hidden).to(weight.dtype)
