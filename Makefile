@@ -7,7 +7,7 @@
 # make fuzz    a million hostile files for each reader: adapters, checkpoints, data, tables (about 35 minutes)
 # make wheel   in dist/, a source archive and a CPU wheel for this Python that needs no compiler, tried out by a demo (a minute on 2 cores, and the demo)
 # make docs    the public modules' documentation, as HTML in build/docs
-# make mutants    changes to operators, siblings, obstacles and measurements that no test notices, a sample of 300 (about half an hour)
+# make mutants    changes to operators, siblings, obstacles and measurements that no test notices, a sample of 300 (about half an hour); MUTANTS: other options
 # make lint    ruff and mypy      make bench    the benchmarks on this CPU      make base    train the shipped base model again
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
@@ -29,8 +29,9 @@ demo: $(VENV)/ready
 test: $(VENV)/test-ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile tests
 
+mutants: MUTANTS ?= --sample 300
 mutants: $(VENV)/test-ready
-	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py --sample 300 --jobs 2
+	OMP_NUM_THREADS=1 $(BIN)/python tests/mutants.py $(MUTANTS)
 
 fuzz: $(VENV)/test-ready
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py

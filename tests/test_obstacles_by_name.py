@@ -84,12 +84,26 @@ def test_transforms_of_torch() -> None:
     assert all(isinstance(one, str) for one in found) and isinstance(plan_of(layer), Plan)
 
 
+def test_what_a_compiler_shows_is_taken_for_what_it_stands_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch.export traces with tensors of a class of its own; and nothing that is traced can drop a copy."""
+    layer, x = make_layer(), ROWS.as_subclass(type("Traced", (Tensor,), {}))
+    dropped: list[Tensor] = []
+    monkeypatch.setattr(obstacles.packed, "drop", dropped.append)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert isinstance(plan_of(layer, x), Plan)
+    layer.base_layer.weight.requires_grad_()
+    assert isinstance(plan_of(layer), str) and dropped == []
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: False)
+    assert isinstance(plan_of(layer), str) and dropped == [layer.base_layer.weight]
+
+
 def test_autocast_lets_other_dtypes_in() -> None:
     layer = make_layer(dtype=torch.bfloat16)
     give(layer, torch.ones(R, K), torch.ones(N, R))
     assert plan_of(layer) == "x is float32 [3, 8] on cpu and the weight bfloat16 [6, 8] on cpu"
     with torch.autocast("cpu", torch.bfloat16):
         assert isinstance(plan_of(layer), Plan)
+        assert isinstance(plan_of(make_layer(dtype=torch.bfloat16)), Plan)  # its adapter is bfloat16, as x will be
     assert isinstance(plan_of(layer, ROWS.bfloat16()), Plan)  # the adapter's float32 suits any x
 
 
@@ -175,6 +189,17 @@ def test_the_base_layer(case: str) -> None:
     layer = make_layer()
     change(layer.base_layer)
     assert plan_of(layer) == swap_obstacle(layer) == obstacle
+
+
+def test_a_base_weight_that_is_no_parameter_or_a_hook_beside_another_obstacle() -> None:
+    layer = make_layer()
+    weight = layer.base_layer.weight.detach()
+    del layer.base_layer.weight
+    layer.base_layer.weight = weight  # as in DataParallel's replicas
+    assert isinstance(plan_of(layer), Plan) and swap_obstacle(layer) is None
+    weight.requires_grad_()
+    hook(layer.base_layer)
+    assert plan_of(layer) == "the base weight or bias is trained"
 
 
 def test_a_base_layer_may_lack_a_bias_or_be_a_class_with_linears_forward() -> None:

@@ -1,18 +1,22 @@
 """What `report` says word by word of a layer in each state: called or not, compiled or not, before and from now on."""
 
+import copy
+from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
 import torch
+from measurements import needs_native
 from test_siblings import WIDTH, attention_of, make_model, reasons
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import fastlora
-from fastlora import ops
+from fastlora import model_loss, ops
 from fastlora.choice import table
-from fastlora.peft import FusedLinear
+from fastlora.operators import frozen_linear, lora_linear
+from fastlora.peft import FusedLinear, siblings
 from fastlora.peft.layers import SEEN
 from fastlora.peft.reporting import LayerReport, Report, linear_weight
 
@@ -108,6 +112,10 @@ def test_compiled(called: bool, merged: bool) -> None:
     assert reason_of(model) == f"compiled: not observed; {expected}"
 
 
+def test_a_model_that_torch_compile_has_wrapped() -> None:
+    assert reason_of(torch.compile(alone(), backend="eager")).startswith("compiled: not observed; a guess, ")
+
+
 @pytest.mark.parametrize("called", [False, True])
 def test_siblings_where_compiled(called: bool) -> None:
     model = fastlora.accelerate(make_model())
@@ -151,6 +159,69 @@ def test_the_guess_counts_on_siblings_only_where_one_adapter_is_active() -> None
     assert all("could not run" in reason for reason in reasons(model))
 
 
+def test_an_adapter_that_is_not_used_stands_in_nobodys_way_but_a_mixed_batchs() -> None:
+    model = alone()
+    model.add_adapter("second", model.peft_config["default"])
+    layer = model.base_model.model[0]
+    layer.lora_A["second"].register_forward_hook(lambda *_: None)
+    assert "hook" not in reason_of(model)
+    layer(X)
+    assert "hook" not in reason_of(model)
+    layer(X, adapter_names=["default"] * 7)
+    assert reason_of(model).endswith("; from now on PEFT's own forward: adapter 'second' carries a hook")
+
+
+def test_the_choice_is_asked_as_the_last_call_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For siblings where the family ran and still would; else for the layer alone."""
+    asked: list[tuple[str, Any]] = []
+    for name in ("choose", "choose_shared"):
+        own = getattr(lora_linear, name)
+
+        def noting(x: Any, weight: Any, *rest: Any, own: Any = own, name: str = name, **mode: Any) -> Any:
+            asked.append((name, weight))
+            return own(x, weight, *rest, **mode)
+
+        monkeypatch.setattr(lora_linear, name, noting)
+
+    def how(model: nn.Module) -> set[tuple[str, int]]:
+        asked.clear()
+        reasons(model)
+        first = [(name, weight) for name, weight in asked if name == "choose_shared"] or asked
+        return {(name, id(weight)) for name, weight in first}
+
+    model = fastlora.accelerate(make_model())
+    attention_of(model).compile(backend="eager")
+    assert {name for name, _ in how(model)} == {"choose"}  # before any call
+    model = fastlora.accelerate(make_model())
+    layers = [getattr(attention_of(model), name) for name in ("q_proj", "k_proj", "v_proj")]
+    each = {("choose", id(layer.base_layer.weight)) for layer in layers}
+    with torch.inference_mode():
+        model(X.clone())
+    assert how(model) == each
+    model(X)
+    assert how(model) == {("choose_shared", id(layers[0].base_layer.weight))}
+    twin = copy.deepcopy(layers[1])  # without its family, and with what its last call was
+    assert "x read" not in reason_of(twin)
+    layers[0].__dict__[siblings.KEY].dissolve("for a test")
+    assert how(model) == each
+
+
+@needs_native
+def test_what_multiplies_on_a_cpu_is_told_where_the_cpus_own_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = alone()
+    for forced in ("cpu", "reference"):
+        monkeypatch.setattr(ops, "forced", forced)
+        model(X)
+        assert ("; x Wᵀ by native C++, a few rows" in reason_of(model)) is (forced == "cpu")
+
+
+def test_a_frozen_layers_choice_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked, choose = frozen_called(), [], frozen_linear.choose
+    monkeypatch.setattr(frozen_linear, "choose", lambda *case: asked.append(case[2]) or choose(*case))
+    reason_of(model)
+    assert asked == [False, True]  # forward, then backward
+
+
 def test_a_layer_that_was_not_swapped() -> None:
     model = make_model()
     assert set(fastlora.report(model)) == {
@@ -182,6 +253,18 @@ def test_another_backward_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     table.choices.clear()
     implementation, reason = fastlora.report(model)[0][1:]
     assert ("; backward reference: " in reason) is (implementation != "reference")
+
+
+def test_the_loss_tells_its_own_reason() -> None:
+    model = nn.Sequential(nn.Linear(3, 3))
+    loss = SimpleNamespace(describe=lambda replaced: ("fused", f"replaced: {replaced}"))
+    model[0].__dict__[model_loss.KEY] = loss
+    assert fastlora.report(model) == [("0.loss", "fused", "replaced: False")]
+    model[0].forward = model[0].forward
+    assert fastlora.report(model) == [("0.loss", "fused", "replaced: True")]
+    assert fastlora.report(model[0])[0].name == "loss"
+    model.compile(backend="eager")
+    assert fastlora.report(model)[0].reason == "compiled: not observed; in its last eager call replaced: True"
 
 
 def test_of_two_layers_one_is_compiled() -> None:

@@ -6,7 +6,17 @@ from typing import Any
 import peft
 import pytest
 import torch
-from test_siblings import WIDTH, Attention, assert_near, attention_of, count_shared, make_model, outcome, reasons
+from test_siblings import (
+    WIDTH,
+    Attention,
+    assert_near,
+    attention_of,
+    count_shared,
+    make_mixed_model,
+    make_model,
+    outcome,
+    reasons,
+)
 from torch import Tensor, nn
 
 import fastlora
@@ -67,6 +77,37 @@ def test_one_adapter_for_all_rows_does_not_ask_what_runs_mixed_batches(monkeypat
     assert calls == [3]
 
 
+def test_a_mixed_batch_of_adapters_that_one_layer_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, attention = make_mixed_model()
+    fastlora.accelerate(model)
+    asked: list[Any] = []
+    monkeypatch.setattr(siblings.Family, "_runs_mixed", staticmethod(lambda *case: asked.append(case) or True))
+    calls = count_shared(monkeypatch)
+    for names, together in (["other", "default"], [3]), (["query", "default"], [3]), (["other", "other"], [3, 3]):
+        expected = [
+            layer(X[:2], adapter_names=names) for layer in (attention.q_proj, attention.k_proj, attention.v_proj)
+        ]
+        found = attention(X[:2], adapter_names=names)
+        torch.testing.assert_close(found, torch.cat(expected, -1))
+        assert calls == together
+    assert family_of(model).dissolved is None
+    assert all("x read once with " in reason or "x shared with " in reason for reason in reasons(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        attention(X[:2], adapter_names=["other", "default"])
+    assert asked.pop()[2] is torch.bfloat16
+    assert [(len(plans), len(x), dtype) for plans, x, dtype in asked] == [(3, 2, torch.float32)] * 2
+
+
+def test_dropout_does_not_keep_a_mixed_batch_from_running_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model(dropout=0.5)
+    model.add_adapter("other", model.peft_config["default"])
+    fastlora.accelerate(model)
+    monkeypatch.setattr(siblings.Family, "_runs_mixed", staticmethod(lambda *_: True))
+    calls = count_shared(monkeypatch)
+    attention_of(model)(X[:2], adapter_names=["other", "default"])
+    assert calls == [3]
+
+
 @pytest.mark.parametrize("change", ["weight", "scaling"])
 def test_what_changed_between_two_layers_is_not_taken_from_before(change: str) -> None:
     model = make_model()
@@ -98,6 +139,32 @@ class Sees(Attention):
             self.waiting.append(None if here.pending is None else sorted(here.pending.results))
         self.inside = here.in_parent
         return x
+
+
+class MissesLast(Attention):
+    def forward(self, x: Tensor, **options: Any) -> Tensor:
+        return self.q_proj(x).sum() + self.k_proj(x).sum() + self.v_proj(x.clone()).sum()
+
+
+def test_a_miss_of_the_last_layer_is_told_as_that() -> None:
+    model = make_model()
+    attention_of(model).__class__ = MissesLast
+    fastlora.accelerate(model)(X)
+    assert family_of(model).dissolved == "v_proj was called with another x"
+    assert family_of(model)._here.pending is None  # x is free
+
+
+def test_the_first_layer_tells_what_runs_a_mixed_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, attention = make_mixed_model()
+    fastlora.accelerate(model)
+    asked: list[Any] = []
+    monkeypatch.setattr(
+        siblings.lora_linear, "choose_shared", lambda *case, **mode: asked.append((case, mode)) or (None, False)
+    )
+    attention(X, adapter_names=["other"] * 7)
+    (rows, weight, dropout), mode = asked[0]
+    assert rows.shape == X.shape and weight is attention.q_proj.base_layer.weight
+    assert dropout is False and mode == {"mixed": True}
 
 
 def seeing_model() -> Any:
