@@ -208,6 +208,22 @@ def test_a_copied_parent_has_a_family_of_its_copied_layers() -> None:
     assert attention_of(twin).waiting == [[1, 2], [2], None]
 
 
+def test_hooks_that_a_compiler_traces_leave_the_family_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fastlora.accelerate(make_model())
+    family, attention = family_of(model), attention_of(model)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        siblings._when_parent_begins(family, attention, ())
+        assert not family._here.in_parent
+    siblings._when_parent_begins(family, attention, ())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        siblings._when_parent_returns(family, attention, (), X)
+        assert family._here.in_parent
+    siblings._when_parent_returns(family, attention, (), X)
+    assert not family._here.in_parent and family.dissolved is None
+
+
 def test_leaving_takes_a_family_apart() -> None:
     model = seeing_model()
     siblings.leave(attention_of(model).k_proj)
