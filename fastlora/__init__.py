@@ -3,7 +3,7 @@
     y = x Wᵀ + b + s · d(x) Aᵀ Bᵀ, W and b frozen
 
 `fastlora.accelerate(model)` speeds up a PEFT LoRA model in place; `LoRALinear`, `MultiLoRALinear` and `SoftPrompt` are modules for models
-without PEFT; `fastlora.functional` holds the three operators; `fastlora train` is the thin training loop.
+without PEFT; `fastlora.functional` holds the operators; `fastlora train` is the thin training loop.
 """
 
 import importlib

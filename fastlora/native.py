@@ -28,13 +28,13 @@ def functions(implementation: str, key: str) -> dict[tuple[str, str], Callable[.
     """What csrc has registered of the operators for "cpu" or "cuda" under a dispatch key, as `ops.implementations` has it."""
     registered = {name: ops.native(f"{name}_{implementation}", key) for name in ops.SCHEMAS}
     found = {name: function for name, function in registered.items() if function is not None}
-    forward, backward = (
-        (products.lora_linear, products.lora_linear_backward) if implementation == "cpu" else (lora_linear_cuda, None)
-    )
-    if "lora_linear" in found or (implementation == "cpu" and ops.native("lora_update_cpu") is not None):
-        backward = backward or found["lora_linear_backward"]
-        for case in CASES[implementation]:
-            found |= {case: forward, f"{case}_backward": backward}
+    pair: tuple[Any, ...] = ()
+    if implementation == "cpu" and ops.native("lora_update_cpu") is not None:
+        pair = products.lora_linear, products.lora_linear_backward
+    elif "lora_linear" in found:
+        pair = lora_linear_cuda, found["lora_linear_backward"]
+    for case in CASES[implementation] if pair else ():
+        found[case], found[f"{case}_backward"] = pair
     return {(name, implementation): function for name, function in found.items()}
 
 
