@@ -6,12 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from packed_weights import NEEDS_COPIES
 from peft_models import IDS, peft_model
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 import fastlora
 from fastlora import functional
+from fastlora.frozen import packed
 
 TWICE = "fastlora: .*cannot be differentiated twice .*fastlora.restore"
 TRANSFORMED = "fastlora: a transform of torch.func is at work .*fastlora.restore"
@@ -133,9 +135,12 @@ def test_a_gradient_penalty_on_a_model_is_refused() -> None:
     gradient.square().sum().backward()
 
 
-def test_torch_func_on_an_accelerated_model_is_pefts() -> None:
-    """functional_call with a gradient, jvp over all parameters, and vmap over layers."""
+@pytest.mark.parametrize("copies", [False, pytest.param(True, marks=NEEDS_COPIES)], ids=["", "copies"])
+def test_torch_func_on_an_accelerated_model_is_pefts(copies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """functional_call with a gradient, jvp over all parameters, and vmap over layers; where weights may have copies, too."""
+    monkeypatch.setattr(packed, "packs", lambda dtype: copies)
     ours, plain = accelerated_and_plain()
+    assert bool(packed._by_key) == copies
 
     def results(model: Any) -> list[Tensor]:
         def loss(parameters: dict[str, Tensor]) -> Tensor:

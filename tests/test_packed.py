@@ -6,7 +6,9 @@ import pickle
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
@@ -122,6 +124,24 @@ def test_what_cannot_have_a_copy_is_left_out() -> None:
     for weight in others:
         packed.register(weight, Budget())
     assert not packed._by_key
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.functionalize])
+def test_what_a_transform_wraps_is_no_place(transform: Callable[..., Any]) -> None:
+    """Of class Tensor, but without a storage that may be asked for: nothing is found, and nothing is lost."""
+    layer, budget = layer_with_copies(Budget()), Budget()
+
+    def see(weight: Tensor) -> Tensor:
+        assert not packed.register(weight.detach(), budget) and packed.release(weight) is None
+        assert packed.find(weight) is None and weight not in packed.Places([layer.weight, weight])
+        packed.drop(weight)
+        trained = weight.detach().clone()
+        trained.grad = torch.zeros_like(trained)
+        torch.optim.SGD([trained]).step()
+        return weight.sum()
+
+    transform(see)(layer.weight.detach()[None] if transform is torch.func.vmap else layer.weight.detach())
+    assert packed.held_bytes() == 2 * layer.weight.nbytes
 
 
 def test_a_freed_storage_is_no_place() -> None:

@@ -82,9 +82,13 @@ def _key_of(weight: Tensor) -> Key:
     return weight.untyped_storage()._cdata, weight.storage_offset(), n, k, down, right, weight.dtype
 
 
+_has_storage = torch._C._has_storage  # not what a transform of torch.func wraps, whose class is Tensor all the same
+
+
 def _is_plain(tensor: Any) -> bool:
     """Whether it is a matrix in memory, and no quantised, sharded or other special tensor."""
-    return type(tensor) in (nn.Parameter, Tensor) and tensor.layout == torch.strided and tensor.dim() == 2
+    plain = type(tensor) in (nn.Parameter, Tensor) and tensor.layout == torch.strided and tensor.dim() == 2
+    return plain and _has_storage(tensor)
 
 
 class Places:
@@ -243,7 +247,7 @@ def _drop_what_was_trained(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     trained = {
         parameter.untyped_storage()._cdata
         for parameter in parameters
-        if parameter.layout is torch.strided and not nn.parameter.is_lazy(parameter)
+        if parameter.layout is torch.strided and not nn.parameter.is_lazy(parameter) and _has_storage(parameter)
     }
     with _lock:
         for registered in _by_key.values():
@@ -279,7 +283,7 @@ def copy_bytes(weight: Tensor) -> int:
 
 def find(weight: Tensor) -> Registered | None:
     """What is registered for a weight, or for another tensor over the same elements, without copies that are not of what is there now."""
-    registered = _by_key.get(_key_of(weight)) if _by_key else None
+    registered = _by_key.get(_key_of(weight)) if _by_key and _is_plain(weight) else None
     if registered is None:
         return None
     if weight.requires_grad or weight.is_inference() or not _holds(weight.untyped_storage(), registered.key):
