@@ -128,7 +128,7 @@ def test_what_cannot_have_a_copy_is_left_out() -> None:
 
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.functionalize])
 def test_what_a_transform_wraps_is_no_place(transform: Callable[..., Any]) -> None:
-    """Of class Tensor, but without a storage that may be asked for: nothing is found, and nothing is lost."""
+    """Of class Tensor, but without memory of its own: nothing is found, and nothing is lost."""
     layer, budget = layer_with_copies(Budget()), Budget()
 
     def see(weight: Tensor) -> Tensor:

@@ -82,13 +82,14 @@ def _key_of(weight: Tensor) -> Key:
     return weight.untyped_storage()._cdata, weight.storage_offset(), n, k, down, right, weight.dtype
 
 
-_has_storage = torch._C._has_storage  # not what a transform of torch.func wraps, whose class is Tensor all the same
+# A transform of torch.func makes such tensors: of class Tensor, without memory.
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def _is_plain(tensor: Any) -> bool:
     """Whether it is a matrix in memory, and no quantised, sharded or other special tensor."""
     plain = type(tensor) in (nn.Parameter, Tensor) and tensor.layout == torch.strided and tensor.dim() == 2
-    return plain and _has_storage(tensor)
+    return plain and not _is_wrapped(tensor)
 
 
 class Places:
@@ -247,7 +248,7 @@ def _drop_what_was_trained(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     trained = {
         parameter.untyped_storage()._cdata
         for parameter in parameters
-        if parameter.layout is torch.strided and not nn.parameter.is_lazy(parameter) and _has_storage(parameter)
+        if parameter.layout is torch.strided and not nn.parameter.is_lazy(parameter) and not _is_wrapped(parameter)
     }
     with _lock:
         for registered in _by_key.values():
