@@ -44,7 +44,7 @@ FLAGS = (
 SANITIZER_FLAGS = (
     "-O0 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize=vptr -fno-sanitize-recover=all".split()
 )
-# The passes are compiled once for each; the machine picks one at run time.
+# csrc/cpu/kernels.cpp is compiled once for each; the machine picks one at run time.
 INSTRUCTION_SETS = {"portable": []}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c".split()
@@ -150,7 +150,7 @@ def objects(folder: Path, torch: Path, cuda: Cuda | str) -> Iterator[Unit]:
     yield Unit("compile", folder / "module.o", "csrc/module.cpp", [*headers, compiled_in])
     for source in sources("csrc/cpu/*.cpp"):
         name = Path(source).stem
-        if name == "adapter_passes":
+        if name == "kernels":
             for isa, flags in INSTRUCTION_SETS.items():
                 yield Unit("compile", folder / f"{name}_{isa}.o", source, [f"-DFASTLORA_ISA={isa}", *flags])
         else:

@@ -2,7 +2,7 @@
 // The schemas are defined by fastlora/ops.py, which must be imported first.
 #include <pybind11/pybind11.h>
 
-#include "cpu/adapter_passes.h"
+#include "cpu/kernels.h"
 
 namespace py = pybind11;
 

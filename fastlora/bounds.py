@@ -61,3 +61,9 @@ def compare(value: Tensor, eager: Tensor, exact: Tensor) -> Errors:
 def over_inputs(found: Iterable[Errors]) -> Errors:
     """The same result's errors over several inputs as one: the largest of each, NaN if one is."""
     return Errors(*torch.tensor(list(found), dtype=torch.float64).max(0).values.tolist())
+
+
+def nearly_equal(found: Tensor, expected: Tensor) -> bool:
+    """Whether two ways to compute a model's values differ by rounding alone; NaN is never equal."""
+    bound = max(4 * torch.finfo(expected.dtype).eps, 1e-3) * expected.abs().max()
+    return found.shape == expected.shape and bool((found - expected).abs().max() <= bound)

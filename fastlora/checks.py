@@ -79,12 +79,16 @@ def check_base(x: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -
             raise wrong("bias", bias, f"x's dtype {x.dtype}")
         if bias.device != x.device:
             raise wrong("bias", bias, f"x's device {x.device}")
-    if torch.is_grad_enabled():
-        for value, name in ((weight, "weight"), (bias, "bias")):
-            if value is not None and value.requires_grad:
-                raise ValueError(
-                    f"{name}: requires a gradient, expected a frozen tensor (call {name}.requires_grad_(False))"
-                )
+    check_frozen(weight=weight, bias=bias)
+
+
+def check_frozen(**named: Tensor | None) -> None:
+    """None of them requires a gradient, which would not be computed."""
+    for name, value in named.items():
+        if value is not None and value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{name}: requires a gradient, expected a frozen tensor (call {name}.requires_grad_(False))"
+            )
 
 
 class _Pending(NamedTuple):

@@ -7,6 +7,10 @@
     frozen_linear           y = x Wᵀ + b
     prefix_concat           rows [P ; x] with mask, positions and labels
     linear_cross_entropy    the loss of labels under logits h Wᵀ + b
+    attention               softmax(scale q kᵀ) v within segments of tokens
+    rms_norm                x w / sqrt(mean(x²) + eps)
+    rotary                  queries and keys turned by the angles of their positions
+    swiglu                  silu(gate) up
 
 Arguments are checked before any memory is touched; every error names the argument, what it is, and what was expected.
 
@@ -15,6 +19,7 @@ where a backward is differentiated again.
 """
 
 from fastlora.checks import raise_pending
+from fastlora.operators.attention import attention
 from fastlora.operators.frozen_linear import frozen_linear
 from fastlora.operators.linear_cross_entropy import linear_cross_entropy
 from fastlora.operators.lora_linear import (
@@ -26,10 +31,14 @@ from fastlora.operators.lora_linear import (
     multi_lora_shared,
 )
 from fastlora.operators.prefix_concat import Prefixed, prefix_concat
+from fastlora.operators.rms_norm import rms_norm
+from fastlora.operators.rotary import rotary
+from fastlora.operators.swiglu import swiglu
 
 __all__ = [
     "Prefixed",
     "RowGroups",
+    "attention",
     "frozen_linear",
     "group_rows",
     "linear_cross_entropy",
@@ -39,4 +48,7 @@ __all__ = [
     "multi_lora_shared",
     "prefix_concat",
     "raise_pending",
+    "rms_norm",
+    "rotary",
+    "swiglu",
 ]

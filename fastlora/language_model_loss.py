@@ -11,8 +11,11 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from fastlora import packing
+from fastlora.bounds import nearly_equal
 from fastlora.checks import is_hooked
 from fastlora.operators.linear_cross_entropy import LOGITS_AT_ONCE, linear_cross_entropy
+from fastlora.packing import UNFIT
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -31,8 +34,6 @@ def _float32_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 IGNORE = -100  # cross entropy's ignore_index: a label that does not count
 FUSED, LABELLED, ALL = "fused", "labelled", "all"
-UNFIT = (IndexError, RuntimeError, TypeError, ValueError)
-"""What a model raises that cannot do with a part of its logits."""
 PROBE_TOKENS = 16
 STRETCHED_LOGIT = 100.0  # beyond what a head gives in training; any soft cap shows there
 
@@ -47,6 +48,8 @@ class LanguageModelLoss:
         labelled   the model's own head, and what the model does after it, on the labelled positions only
         all        the model's own logits of all positions
 
+    A padded batch is run without its padding where packing.py finds that the model gives the same then.
+
     Compile a model's layers, not the whole model: its forward must stay Python's, so that the head can be told its rows.
 
     Args:
@@ -55,12 +58,14 @@ class LanguageModelLoss:
     Attributes:
         path: fused, labelled or all; None before the first call.
         reason: why no faster path was taken.
+        packs: whether padding is left out.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model: Any = model
         self.path: str | None = None
         self.reason = ""
+        self.packs = False
         self._inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
 
     def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
@@ -74,6 +79,9 @@ class LanguageModelLoss:
         head = output_embedding(self._inner)
         if self.path is None or (self.path == FUSED and head_obstacle(head)):
             self.path, self.reason = self._choose(head, inputs)
+        real = packing.real_tokens(inputs) if self.packs else None
+        if real is not None and not bool((counted & ~real).any()):
+            inputs, counted = packing.pack(inputs, real), counted[real][None]
         if self.path == ALL:
             return cross_entropy(self.model(**inputs).logits[counted], labels)
         rows = _rows_of(self.model, head, inputs, counted, without_head=self.path == FUSED)
@@ -101,6 +109,8 @@ class LanguageModelLoss:
         probe, counted = _probe(inputs)
         with undisturbed(self._inner):
             own = self._inner(**probe).logits[counted]  # [n, V]
+            if not self._inner.config.is_encoder_decoder:
+                self.packs = packing.is_exact(lambda **given: self._inner(**given).logits, own.shape[1])
             return choose_path(head, own, functools.partial(_rows_of, self._inner, head, probe, counted))
 
 
@@ -111,7 +121,7 @@ def choose_path(head: Any, own: Tensor, rows_of: Callable[..., Tensor]) -> tuple
     rows_of: takes factor and without_head, as `_rows_of` does; what the model gives for these positions alone.
     """
     try:
-        if not equal(rows_of(), own):
+        if not nearly_equal(rows_of(), own):
             return ALL, "the head's logits are not the model's position by position"
     except UNFIT as error:
         return ALL, f"the model cannot do with a part of its logits: {error}"
@@ -124,7 +134,7 @@ def choose_path(head: Any, own: Tensor, rows_of: Callable[..., Tensor]) -> tuple
             ours = F.linear(rows_of(factor=factor, without_head=True), head.weight, head.bias)
         except UNFIT as error:
             return LABELLED, f"the model changes the logits after its head: {error}"
-        if not equal(ours, theirs):
+        if not nearly_equal(ours, theirs):
             return LABELLED, "the model changes the logits after its head"
     return FUSED, ""
 
@@ -188,12 +198,6 @@ def _probe(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
     counted = torch.zeros_like(probe.get("decoder_input_ids", probe["input_ids"]), dtype=torch.bool)
     counted[:, ::2] = True
     return probe, counted
-
-
-def equal(logits: Tensor, expected: Tensor) -> bool:
-    """Whether logits are the same but for rounding; NaN is not."""
-    bound = max(4 * torch.finfo(expected.dtype).eps, 1e-3) * expected.abs().max()
-    return logits.shape == expected.shape and bool((logits - expected).abs().max() <= bound)
 
 
 @contextmanager

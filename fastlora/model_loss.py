@@ -19,20 +19,22 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.utils import ModelOutput
 
+from fastlora import packing
+from fastlora.bounds import nearly_equal
 from fastlora.checks import transform_obstacle
 from fastlora.language_model_loss import (
     ALL,
     FUSED,
     IGNORE,
-    UNFIT,
     choose_path,
     cross_entropy,
-    equal,
     head_obstacle,
     output_embedding,
     undisturbed,
 )
 from fastlora.operators.linear_cross_entropy import linear_cross_entropy
+from fastlora.packing import UNFIT
+from fastlora.swap import derive, undo
 
 KEY = "_fastlora_loss"
 """Under which a model's `__dict__` has its State."""
@@ -45,6 +47,7 @@ class State:
 
     path: str | None = None  # language_model_loss.py's; None before the first call
     reason: str = ""  # why no faster path
+    packs: bool = False  # whether padding is left out
     own: str | None = None  # why the last call ran the model's own forward, where the path is another
 
     def describe(self, replaced: bool) -> tuple[str, str]:
@@ -125,17 +128,13 @@ def attach(model: nn.Module) -> None:
 
 def detach(module: nn.Module) -> None:
     """Give a module its class back, if it was swapped."""
-    if module.__dict__.pop(KEY, None) is not None and type(module) in _plain:
-        module.__class__ = _plain[type(module)]
-
-
-_plain: dict[type, type] = {}
-"""The class that each derived class was derived from."""
+    if module.__dict__.pop(KEY, None) is not None:
+        undo(module)
 
 
 @functools.cache
 def with_loss(plain: Any) -> type:
-    """The class derived from a transformers model's. Its name is the same: transformers writes it into a saved model's config, and looks it up."""
+    """The class derived from a transformers model's."""
     parameters = list(inspect.signature(plain.forward).parameters.values())[1:]
     names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
 
@@ -147,19 +146,7 @@ def with_loss(plain: Any) -> type:
             return plain.forward(self, *args, **kwargs)
         return _forward(self, plain, state, {**dict(zip(names, args, strict=False)), **kwargs})
 
-    def reduce(self: Any, protocol: Any) -> Any:
-        """A copy or pickle finds the class by the plain one: nobody finds it by name."""
-        made, args, *rest = plain.__reduce_ex__(self, max(2, int(protocol)))
-        return (_new, (plain,), *rest) if type(self) is derived else (made, args, *rest)
-
-    own = {name: vars(plain)[name] for name in ("__doc__", "__module__", "__qualname__") if name in vars(plain)}
-    derived: type = type(plain.__name__, (plain,), {**own, "forward": forward, "__reduce_ex__": reduce})
-    _plain[derived] = plain
-    return derived
-
-
-def _new(plain: type) -> Any:
-    return object.__new__(with_loss(plain))
+    return derive(plain, with_loss, forward=forward)
 
 
 def _forward(model: Any, plain: Any, state: State, given: dict[str, Any]) -> Any:
@@ -171,9 +158,10 @@ def _forward(model: Any, plain: Any, state: State, given: dict[str, Any]) -> Any
         head = output_embedding(model)
         if state.path is None or (state.path == FUSED and head_obstacle(head)):
             state.path, state.reason = _choose(model, plain, head, labels)
+            state.packs = state.path != ALL and _packs(model, plain)
         if state.path != ALL:
             try:
-                return _run(model, plain, head, given, fused=state.path == FUSED)
+                return _run(model, plain, head, given, fused=state.path == FUSED, packs=state.packs)
             except UnfitError as error:
                 state.path, state.reason = ALL, str(error)
     return plain.forward(model, **given)
@@ -200,7 +188,7 @@ def _call_obstacle(model: Any, given: dict[str, Any]) -> str | None:
     return transform_obstacle()
 
 
-def _run(model: Any, plain: Any, head: Any, given: dict[str, Any], *, fused: bool) -> Any:
+def _run(model: Any, plain: Any, head: Any, given: dict[str, Any], *, fused: bool, packs: bool = False) -> Any:
     """The model's own output, without logits."""
     labels, shifted = given["labels"], given.get("shift_labels")
     if model.config.is_encoder_decoder:
@@ -209,6 +197,10 @@ def _run(model: Any, plain: Any, head: Any, given: dict[str, Any], *, fused: boo
         loss = rows.loss(out.logits, labels)
         return type(out)(**{**out, "loss": loss, "logits": None})
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE) if shifted is None else shifted
+    real = packing.real_tokens(given) if packs else None
+    if real is not None and not bool((targets[~real] != IGNORE).any()):
+        given, targets = packing.pack(given, real), targets[real][None]
+        labels = given["labels"]
     rows = _Labelled(head, labels, targets, fused=fused)
     out = plain.forward(rows.stand_in(model), **given)
     return type(out)(**{**out, "logits": None})
@@ -220,6 +212,16 @@ def _decoded(model: Any, given: dict[str, Any]) -> dict[str, Any]:
     if rest.get("decoder_input_ids") is None and rest.get("decoder_inputs_embeds") is None:
         rest["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(given["labels"])
     return rest
+
+
+def _packs(model: Any, plain: Any) -> bool:
+    """Whether padding may be left out: nobody sees the places of tokens, since there are no logits."""
+    config = model.config
+    if config.is_encoder_decoder or config.output_hidden_states or getattr(config, "output_router_logits", False):
+        return False
+    with undisturbed(model):
+        words = config.get_text_config(decoder=True).vocab_size
+        return packing.is_exact(lambda **given: plain.forward(model, **given).logits, words)
 
 
 @torch.no_grad()
@@ -252,6 +254,6 @@ def _choose(model: Any, plain: Any, head: Any, like: Tensor) -> tuple[str, str]:
             ours = _run(model, plain, head, given, fused=path == FUSED)
     except UNFIT as error:
         return ALL, f"the model cannot do with a part of its logits: {error}"
-    if ours.loss is None or not equal(ours.loss, own.loss):
+    if ours.loss is None or not nearly_equal(ours.loss, own.loss):
         return ALL, "the model's loss is not its labelled tokens' cross entropy"
     return path, reason

@@ -378,4 +378,114 @@ def linear_cross_entropy_backward(
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [n, V], in float32 or wider
     logits = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
-    return logits.to(torch.promote_types(hidden.dtype, torch.float32))
+    return _wide(logits)
+
+
+def rms_norm(
+    x: Tensor,  # [M, D]
+    weight: Tensor,  # [D], frozen
+    eps: float,
+) -> tuple[Tensor, Tensor]:  # y [M, D], rstd [M] in float32 or wider
+    """y = x rstd w with rstd = 1 / sqrt(mean(x²) + eps) (Zhang and Sennrich 2019, Root Mean Square Layer Normalization, equation 4).
+
+    Computed in float32 or wider, and rounded once to x's dtype.
+    """
+    wide = _wide(x)
+    rstd = (wide.square().mean(1) + eps).rsqrt()
+    return (wide * rstd[:, None] * _wide(weight)).to(x.dtype), rstd
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor) -> Tensor:  # dx [M, D]
+    """dx = rstd (g - n mean(g n)) with n = x rstd and g = dy w; rounded once to x's dtype."""
+    g, normal = _wide(dy) * _wide(weight), _wide(x) * rstd[:, None]
+    return (rstd[:, None] * (g - normal * (g * normal).mean(1, keepdim=True))).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:  # y [M, F]
+    """y = gate σ(gate) up (Shazeer 2020, GLU Variants Improve Transformer, equation 5): in float32 or wider, rounded once."""
+    return (F.silu(_wide(gate)) * _wide(up)).to(gate.dtype)
+
+
+def swiglu_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:  # dgate, dup [M, F]
+    """dup = dy gate σ;  dgate = dy up σ (1 + gate (1 - σ)), with σ = σ(gate): in float32 or wider, rounded once."""
+    d, g = _wide(dy), _wide(gate)
+    sigmoid = g.sigmoid()
+    dgate = d * _wide(up) * (sigmoid + g * sigmoid * (1 - sigmoid))
+    return dgate.to(gate.dtype), (d * g * sigmoid).to(up.dtype)
+
+
+def rotary(
+    q: Tensor,  # [B, H, T, D], D even
+    k: Tensor,  # [B, its own H, T, D]
+    cos: Tensor,  # [B or 1, T, D]
+    sin: Tensor,
+    inverse: bool,
+) -> tuple[Tensor, Tensor]:  # as q and k, a token's heads together in memory
+    """y = x cos + (-x2, x1) sin of each head's x = (x1, x2) (Su et al. 2021, RoFormer, section 3.4.2, with the halves for its pairs).
+
+    inverse: of a gradient, the transpose: dx = dy cos + (dy2 sin2, -dy1 sin1). In float32 or wider, rounded once.
+    """
+    return _turn(q, cos, sin, inverse), _turn(k, cos, sin, inverse)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    wide, cos, sin = _wide(x).transpose(1, 2), _wide(cos)[:, :, None], _wide(sin)[:, :, None]
+    (first, second), (first_sin, second_sin) = wide.chunk(2, -1), sin.chunk(2, -1)
+    turned = (second * second_sin, -first * first_sin) if inverse else (-second * first_sin, first * second_sin)
+    return (wide * cos + torch.cat(turned, -1)).to(x.dtype).contiguous().transpose(1, 2)
+
+
+def attention(
+    q: Tensor,  # [T, H, D]
+    k: Tensor,  # [T, a divisor of H, D]: as many heads of q in a row share one of k and v
+    v: Tensor,
+    starts: Tensor,  # [segments + 1] int64 on the CPU: tokens starts[i] : starts[i + 1] see one another, and no others
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor]:  # out [T, H, D], lse [T, H] in float32 or wider
+    """out = softmax(scale q kᵀ) v within each segment (Vaswani et al. 2017, Attention Is All You Need, equation 1); causal: none sees later tokens.
+
+    Computed in float32 or wider, and rounded once. lse is log sum exp of a token's scores.
+    """
+    outs, lses = [], []
+    for rows, keys, values in zip(*(_heads(one, q, starts) for one in (q, k, v)), strict=True):
+        scores = _scores(rows, keys, scale, causal)
+        lses.append(scores.logsumexp(-1).T)
+        outs.append((scores.softmax(-1) @ values).transpose(0, 1))
+    return torch.cat(outs).to(q.dtype), torch.cat(lses)
+
+
+def attention_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, scale: float, causal: bool
+) -> tuple[Tensor, Tensor, Tensor]:  # dq, dk, dv
+    """dV = Pᵀ dout;  dS = P (dout Vᵀ - rowsum(dout out));  dq = scale dS K;  dk = scale dSᵀ q: of P = exp(scale q kᵀ - lse).
+
+    Heads of q that share a head of k and v add up there. In float32 or wider, rounded once.
+    """
+    dqs, dks, dvs = [], [], []
+    parts = (_heads(one, q, starts) for one in (q, k, v, dout, out, lse[..., None]))
+    for rows, keys, values, d, o, log_sum in zip(*parts, strict=True):
+        p = (_scores(rows, keys, scale, causal) - log_sum).exp()
+        ds = p * (d @ values.transpose(1, 2) - (d * o).sum(-1, keepdim=True)) * scale
+        dqs.append((ds @ keys).transpose(0, 1))
+        dks.append((ds.transpose(1, 2) @ rows).transpose(0, 1))
+        dvs.append((p.transpose(1, 2) @ d).transpose(0, 1))
+    dk, dv = (torch.cat(one).unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype) for one in (dks, dvs))
+    return torch.cat(dqs).to(q.dtype), dk, dv
+
+
+def _heads(
+    x: Tensor, q: Tensor, starts: Tensor
+) -> list[Tensor]:  # [T, its own heads, D] -> of each segment [H, tokens, D]
+    wide = _wide(x).repeat_interleave(q.shape[1] // x.shape[1], 1).transpose(0, 1)
+    return list(wide.split(starts.diff().tolist(), 1))
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:  # [H, tokens, tokens]
+    scores = scale * (q @ k.transpose(1, 2))
+    later = scores.new_ones(scores.shape[1:], dtype=torch.bool).triu(1)
+    return scores.masked_fill(later, -torch.inf) if causal else scores
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

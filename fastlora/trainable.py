@@ -104,7 +104,7 @@ def _add_adapter(model: Any, config: TrainConfig, resume_from: Path | None) -> A
     if config.accelerate:
         from fastlora.peft import accelerate
 
-        accelerate(model, frozen=True, pack_budget=config.pack_budget)
+        accelerate(model, frozen=True, fuse=True, pack_budget=config.pack_budget)
     return model
 
 
@@ -137,8 +137,7 @@ def implementations(model: Any, config: TrainConfig) -> dict[str, int]:
         from peft.tuners.lora import LoraLayer
 
         return {"peft": sum(isinstance(module, LoraLayer) for module in model.modules())}
-    from fastlora.peft import report
-    from fastlora.peft.reporting import NOT_OBSERVED
+    from fastlora.peft.reporting import NOT_OBSERVED, layers
 
     guess = f" ({NOT_OBSERVED})"
-    return dict(Counter(one.implementation + guess * one.reason.startswith(NOT_OBSERVED) for one in report(model)))
+    return dict(Counter(one.implementation + guess * one.reason.startswith(NOT_OBSERVED) for one in layers(model)))

@@ -81,7 +81,7 @@ void pack_pairs(const Source& from, uint32_t* to, int64_t stride) {
   });
 }
 
-enum class Panels { FLOATS, DOTS, PAIRS };  // what adapter_passes.h asks for: float32; bfloat16 by row; bfloat16 with two ranks beside
+enum class Panels { FLOATS, DOTS, PAIRS };  // what kernels.h asks for: float32; bfloat16 by row; bfloat16 with two ranks beside
 
 Panels read_format(const Tensor& v) { return takes_dots(v) ? Panels::DOTS : Panels::FLOATS; }
 Panels add_format(const Tensor& v) { return takes_dots(v) ? Panels::PAIRS : Panels::FLOATS; }

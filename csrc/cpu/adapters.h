@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "../check_lora_linear.h"
-#include "adapter_passes.h"
+#include "kernels.h"
 
 namespace fastlora {
 

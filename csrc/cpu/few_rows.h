@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "adapter_passes.h"
+#include "kernels.h"
 #include "vector.h"
 
 namespace fastlora::FASTLORA_ISA {

@@ -1,5 +1,5 @@
 // Which of the compiled instruction sets runs: the widest that the machine has, or the one that FASTLORA_ISA names.
-#include "adapter_passes.h"
+#include "kernels.h"
 
 #include <torch/headeronly/util/Exception.h>
 

@@ -5,7 +5,7 @@
 // Matrix Multiplication, 2008.) An element is the sum of the sums of DEPTH_BLOCK products each, one block after the other, whoever computes it.
 #pragma once
 
-#include "adapter_passes.h"
+#include "kernels.h"
 #include "few_rows.h"
 #include "vector.h"
 

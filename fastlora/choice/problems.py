@@ -55,6 +55,11 @@ def linear_classes(device_type: str, dtype: torch.dtype, sizes: Sequence[str]) -
     return [one for one in every if not one[2] or one[0] >= FEWEST_ROWS_DROPPED]
 
 
+def row_classes(device_type: str, dtype: torch.dtype, sizes: Sequence[str]) -> Iterable[tuple[int, str, bool]]:
+    """Those of what is computed row by row: a few, in the caches, and in memory."""
+    return (8, "small", False), (512, "small", False), (4096, "large", False)
+
+
 def tensors_of(results: Any, call: Call) -> list[Tensor]:
     """All that an operator returns: one tensor, or several."""
     return [results] if isinstance(results, Tensor) else list(results)

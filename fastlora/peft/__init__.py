@@ -8,7 +8,7 @@ siblings     layers that share x
 layers       the classes that layers are swapped to
 reporting    what computes each layer, and why
 
-What swaps the model's loss is not PEFT's matter: model_loss.py.
+What swaps the model's loss, or what stands between its layers, is not PEFT's matter: model_loss.py, fusion.py.
 """
 
 import functools
@@ -20,7 +20,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from fastlora import model_loss, ops
+from fastlora import fusion, model_loss, ops
 from fastlora.checks import is_hooked
 from fastlora.choice import trial
 from fastlora.frozen import packed
@@ -54,7 +54,7 @@ def _frozen_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def accelerate(
-    model: nn.Module, *, frozen: bool = False, loss: bool = False, pack_budget: int | None = None
+    model: nn.Module, *, frozen: bool = False, loss: bool = False, fuse: bool = False, pack_budget: int | None = None
 ) -> nn.Module:
     """Make a PEFT LoRA model faster, in place, with the same results; returns the model.
 
@@ -71,6 +71,9 @@ def accelerate(
     whether the model allows it in full, in part or not; `report` says so. The model needs no LoRA layers: full fine-tuning can have the loss alone.
     A model that is compiled as a whole keeps its own loss: compile its layers. TRL's SFTTrainer has a fused head of its own, which stays; its
     versions from before that read the logits, and get them.
+    fuse: also swap the classes of a Llama-like model's norms, gated MLPs and attention, as far as they compute what our operators do, which a few
+    random numbers decide (fusion.py): RMSNorm, SwiGLU, rotary embeddings, and on a CPU the attention that transformers leaves to torch. With
+    `loss=True` a padded batch then runs without its padding, where a small batch shows that the model gives the same (packing.py).
     pack_budget: bytes that packed copies of frozen weights may take on a CPU, 0 for none; None: a sixteenth of the machine's memory. A
     copy is made by the first product for which it was measured to pay on this kind of machine; `report` names those that did not fit. A write to
     a frozen weight is seen, by whatever hand (packed.py). A weight that another module has, too, such as a tied embedding, has no copies.
@@ -92,14 +95,16 @@ def accelerate(
     budget = packed.Budget(pack_budget)
     layers = list(_lora_layers(model))
     plain = _frozen_layers(model) if frozen else []
-    if not layers and not frozen and not loss:
+    if not layers and not frozen and not loss and not fuse:
         raise ValueError("model: has no PEFT LoRA layers, expected the result of peft.get_peft_model with a LoraConfig")
-    if not layers and not plain and not loss:
+    if not layers and not plain and not loss and not fuse:
         raise ValueError(
             "model: has no LoRA layers and no frozen nn.Linear, expected one (model.requires_grad_(False) freezes)"
         )
     if loss:
         model_loss.attach(model)
+    if fuse:
+        fusion.attach(model)
     for _, layer in layers:
         restore_layer(layer.base_layer)  # of a layer that got its adapter since the last call
         if type(layer) is not FusedLinear and obstacles.swap_obstacle(layer) is None:
@@ -125,7 +130,7 @@ def accelerate(
             f"fastlora.accelerate fused none of {len(layers)} LoRA layers: {obstacles.swap_obstacle(layers[0][1])}",
             stacklevel=2,
         )
-    trial.try_out(_weights_by_operator(model))
+    trial.try_out({**_weights_by_operator(model), **fusion.weights(model)})
     return model
 
 
@@ -164,6 +169,7 @@ def restore(model: nn.Module) -> nn.Module:
     for module in model.modules():
         siblings.leave(module)
         model_loss.detach(module)
+        fusion.detach(module)
         restore_layer(module)
         if isinstance(module, BaseTuner):
             for name in UNLOADING:

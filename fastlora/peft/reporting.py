@@ -7,7 +7,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastlora import model_loss, ops
+from fastlora import fusion, model_loss, ops
 from fastlora.frozen import products
 from fastlora.operators import frozen_linear, lora_linear
 from fastlora.peft import obstacles, siblings
@@ -23,12 +23,13 @@ def linear_weight(base: nn.Module) -> Tensor:  # [N, K]
 
 
 class LayerReport(NamedTuple):
-    """One LoRA layer, one frozen layer that was swapped, or the loss: what computes it and why.
+    """One LoRA layer, one frozen layer that was swapped, the loss, or parts of a model that are alike: what computes it and why.
 
     name: the layer's in the model; the loss's is that of the transformers model that computes it, and `loss`.
     implementation: one of `ops.IMPLEMENTATIONS`, that of the last call ("reference" where that was PEFT's own forward), or "peft" where the class
         was not swapped. Before any call it is a guess, for 512 rows. Calls that torch.compile has compiled are not observed.
-        The loss's is `fused`, `labelled` or `all`, as of LanguageModelLoss.
+        The loss's is `fused`, `labelled` or `all`, as of LanguageModelLoss. That of norms, MLPs and attention (fusion.py), which are told together,
+        is "transformers" where they run their own forward.
     """
 
     name: str
@@ -48,12 +49,17 @@ class Report(list[LayerReport]):
 
 
 def report(model: nn.Module) -> Report:
-    """What computes each LoRA layer of the model, each frozen layer that was swapped, and the loss if it was, and why; print it for a table.
+    """What computes each LoRA layer of the model, each frozen layer that was swapped, the loss and what was fused, and why; print it for a table.
 
     It tells of the last call that was not compiled, and what differs from it: calls before, and what stands in the way of the next.
     """
+    return Report([*layers(model), *(LayerReport(*one) for one in fusion.describe(model))])
+
+
+def layers(model: nn.Module) -> list[LayerReport]:
+    """`report`, without the parts that are told together."""
     prefixes = tuple(f"{name}." if name else "" for name, module in model.named_modules() if _is_compiled(module))
-    found = Report()
+    found = []
     for name, module in model.named_modules():
         compiled = f"{name}.".startswith(prefixes)
         if isinstance(module, (LoraLayer, FrozenLinear)):

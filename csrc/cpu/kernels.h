@@ -1,0 +1,204 @@
+// What kernels.cpp has, which is compiled once per instruction set: no torch here. Each works on a part of the problem, alone and in a fixed order; who
+// calls it splits the work and sums the parts.
+//
+// First the passes over a big activation that the adapters' part of a layer is made of, each reading it once:
+//
+//     read    v [M, L] -> projected = d(v) Pᵀ [M, R]  and  gradient = cᵀ d(v) [R, L], either or both
+//     add     v [M, L] += s d'(c P)
+//
+// with a panel P [R, L] (A, or Bᵀ), coefficients c [M, R], and dropout's mask as one bit an element, which `draw` draws. The rows of v may each
+// have an adapter of their own, and v may be shared by several layers. A cell is a range of rows and a range of columns.
+//
+// Panels and coefficients are float32; or, where v is bfloat16 and the instruction set has dot products of it (`dots`), bfloat16: a read's
+// panel by row, an add's with two ranks side by side (pairs [ceil(R / 2), L] of 32 bits). COEFFICIENT_UNIT bfloat16 coefficients are read at a
+// time.
+#pragma once
+
+#include <cstdint>
+
+namespace fastlora {
+
+enum class Kind { FLOAT32, BFLOAT16, FLOAT16 };
+
+/// The rows of one adapter of one layer, in sorted order, and its places among what adapters and layers have one after the other.
+struct Segment {
+  int64_t begin, end;  // places in the order of rows
+  int64_t rank;
+  int64_t first_row;   // of its layer, in coefficients, projections and bits of several
+  int64_t panel_row;   // its first row in the stacked panels [sum R_i, L]
+  int64_t pair_row;    // and where ranks lie in pairs [sum ceil(R_i / 2), L]
+  uint64_t seed;
+  uint32_t threshold;   // half-words below it are dropped; 0: no dropout
+  float factor;         // of a kept element in a read with dropout; of everything that is added
+};
+
+struct Segments {
+  const Segment* first;
+  int64_t count;
+};
+
+/// What both passes share.
+struct Rows {
+  Kind kind;
+  bool dots;
+  int64_t stride;        // elements from one row of v to the next
+  const int64_t* order;  // the row at each place; null: row i is at place i
+  const uint8_t* keep;   // rows of keep_stride bytes, bit l of a row for column l; null: nothing is dropped
+  int64_t keep_stride;
+  const void* panel;     // a read's may be null: nothing is projected
+  int64_t panel_stride;
+  const void* coefficients;  // a read's may be null: there is no gradient
+  int64_t coefficient_stride;
+};
+
+struct Read : Rows {
+  const void* v;
+  float* projected;  // [layers, M, projected_stride], by row
+  int64_t projected_stride;
+  float* gradient;  // [sum R_i, gradient_stride], added to
+  int64_t gradient_stride;
+};
+
+struct Add : Rows {
+  void* v;
+};
+
+/// The mask of reference.py::keep_mask for rows of `width` columns.
+struct Draw {
+  int64_t width;
+  const int64_t* order;
+  uint8_t* keep;
+  int64_t keep_stride;
+};
+
+constexpr int64_t COLUMN_UNIT = 64;      // cells begin at a multiple of this; panels and rows of bits are padded to one
+constexpr int64_t COEFFICIENT_UNIT = 8;
+
+struct Cell {
+  int64_t begin, end;  // places
+  int64_t column_begin, column_end;
+};
+
+/// y [rows, N] = x Wᵀ + b, and + xa_i B_iᵀ where a row has an adapter; for 1 to FEW_ROWS rows, each read of W serving all of them.
+struct FewRows {
+  Kind kind;
+  int64_t rows, in;       // K
+  const void* x;          // [rows, K], a row every x_stride elements
+  int64_t x_stride;
+  const void* weight;     // [N, K], a row every weight_stride elements; or a column, where `by_column`
+  int64_t weight_stride;
+  bool by_column;
+  const void* bias;       // [N] or null
+  void* y;                // [rows, N] of `kind`; or, where `wide`, of float
+  int64_t y_stride;
+  bool wide;
+  Kind adapter_kind;
+  const float* xa;        // [rows, xa_stride], scaled; null: no adapters
+  int64_t xa_stride;
+  const void* const* lora_b;  // B_i [N, R_i] of each row, dense; null for a row without an adapter
+  const int64_t* rank;        // R_i of each row
+};
+
+constexpr int64_t FEW_ROWS = 8;
+
+/// y [M, N] = x Wᵀ + b for many rows, in float32.
+struct Product {
+  int64_t rows, in, out;  // M, K, N
+  const float* x;         // a row every x_stride elements
+  int64_t x_stride;
+  const float* weight;    // [N, K], a row every weight_stride elements; or a column, where `by_column`
+  int64_t weight_stride;
+  bool by_column;
+  const float* bias;      // [N] or null
+  float* y;               // dense
+};
+
+constexpr int64_t PRODUCT_DEPTH = 2048;  // of K that a panel of W has at most: it stays in the second-level cache
+constexpr int64_t PANEL_COLUMNS = 64;    // of y, at most
+
+/// y [rows, width] = x rstd w with rstd = 1 / sqrt(mean(x²) + eps); or from dy the gradient dx, in y's place.
+struct RmsNorm {
+  Kind kind;
+  int64_t width;
+  const void* x;  // a row every x_stride elements
+  int64_t x_stride;
+  const void* weight;  // [width], dense
+  float eps;
+  const void* dy;  // a gradient's; a row every dy_stride elements
+  int64_t dy_stride;
+  float* rstd;  // [rows]: the forward's, which the gradient reads
+  void* y;      // dense
+};
+
+/// y [rows, width] = silu(gate) up; or from dy the gradients dgate, in y's place, and dup.
+struct Swiglu {
+  Kind kind;
+  int64_t width;
+  const void* gate;  // rows every so many elements
+  int64_t gate_stride;
+  const void* up;
+  int64_t up_stride;
+  const void* dy;  // a gradient's
+  int64_t dy_stride;
+  void* y;  // dense
+  void* dup;
+};
+
+/// y = x cos + turned(x) sin of every head's row [width], where turned(x) is (-x2, x1) of x's halves (x1, x2); or, inverse, the gradient's transpose.
+struct Rotary {
+  Kind kind;
+  int64_t tokens, heads, width;
+  const void* x;        // [batch, heads, tokens, width]
+  int64_t x_stride[3];  // of batch, head, token
+  const void* cosines;  // [batch, tokens, width]
+  const void* sines;
+  int64_t angle_stride[2];  // of batch, token; of both
+  bool inverse;
+  void* y;  // [batch, tokens, heads, width], dense
+};
+
+/// out = softmax(scale q kᵀ) v among the tokens of one segment, whose heads share the keys of theirs; or from dout the gradients.
+struct Attention {
+  Kind kind;
+  int64_t heads, kv_heads, width;  // H, a multiple of kv_heads; D
+  float scale;
+  bool causal;
+  const void* q;        // [tokens, heads, width]
+  int64_t q_stride[2];  // of token, head
+  const void* k;        // [tokens, kv_heads, width]
+  int64_t k_stride[2];
+  const void* v;
+  int64_t v_stride[2];
+  void* out;   // dense, as all below; the forward's
+  float* lse;  // [tokens, heads], the forward's
+  const void* dout;
+  void* dq;
+  void* dk;
+  void* dv;
+};
+
+struct Kernels {
+  const char* isa;
+  bool dots;
+  void (*draw)(const Draw&, const Segments&, const Cell&);
+  void (*read)(const Read&, const Segments&, const Cell&);
+  void (*add)(const Add&, const Segments&, const Cell&);
+  void (*narrow)(const float* from, int64_t count, uint16_t* to);                       // to bfloat16
+  void (*few_rows)(const FewRows&, int64_t column_begin, int64_t column_end);           // columns of y
+  int64_t (*product_tiles)(const Product&);  // down the first columns of y, then the next
+  void (*product)(const Product&, int64_t tile_begin, int64_t tile_end, float* panel);  // room for PANEL_COLUMNS · min(K + 15, PRODUCT_DEPTH)
+  void (*rms_norm)(const RmsNorm&, int64_t row_begin, int64_t row_end);
+  void (*rms_norm_backward)(const RmsNorm&, int64_t row_begin, int64_t row_end);
+  void (*swiglu)(const Swiglu&, int64_t row_begin, int64_t row_end);
+  void (*swiglu_backward)(const Swiglu&, int64_t row_begin, int64_t row_end);
+  // The tokens begin to end of one segment, with one head of keys. The room that each needs, in floats.
+  int64_t (*attention_room)(int64_t tokens, int64_t width, bool backward);
+  void (*attention)(const Attention&, int64_t begin, int64_t end, int64_t kv_head, float* room);
+  void (*attention_backward)(const Attention&, int64_t begin, int64_t end, int64_t kv_head, float* room);
+  void (*rotary)(const Rotary&, int64_t place_begin, int64_t place_end);  // tokens, row by row of the batch
+};
+
+/// The kernels for the instruction set that this machine has, or that FASTLORA_ISA (portable, avx2, avx512, avx512bf16) names.
+const Kernels& kernels();
+
+}  // namespace fastlora

@@ -1,0 +1,304 @@
+"""What stands between the linear layers of a Llama-like model, in fewer passes: what `accelerate(model, fuse=True)` puts in.
+
+    norm         x w / sqrt(mean(x²) + eps)           operators/rms_norm.py
+    mlp          down(silu(gate(x)) up(x))            operators/swiglu.py, between the layers
+    attention    rotary embeddings, and attention     operators/rotary.py and attention.py, where transformers would call torch's
+
+A module's class is swapped where what it computes, on a few random numbers, is what the operator computes: names prove nothing, since Gemma's
+norm adds one to its weight. Attention runs the model's own forward, as it is, but for two names in it. What an operator does not cover in some
+call (a trained norm, another dtype, dropout, a mask, a cache) runs the module's own forward; so does what torch.compile traces, which fuses too.
+"""
+
+import functools
+import types
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from fastlora import checks, ops, reference
+from fastlora.bounds import nearly_equal
+from fastlora.operators.attention import AttentionFunction, compute
+from fastlora.operators.rms_norm import rms_norm
+from fastlora.operators.rotary import rotary
+from fastlora.operators.swiglu import swiglu
+from fastlora.swap import derive, is_derived, undo
+
+ROTARY, INTERFACES = "apply_rotary_pos_emb", "ALL_ATTENTION_FUNCTIONS"
+"""How the attentions of transformers call what turns their queries and keys, and the table of what attends."""
+
+ROWS, WIDTH = 3, 8  # of the random numbers
+SEEN = "_fastlora_fused"
+"""Under which a part's `__dict__` has its last call, for `report`."""
+
+
+class Seen(NamedTuple):
+    """The last call of a part."""
+
+    rows: int  # tokens
+    elements: int  # of x, of the gate, or of the queries
+    dtype: torch.dtype
+    device: torch.device
+    obstacle: str | None  # why it ran the module's own forward
+
+
+def _note(module: nn.Module, x: Tensor, width: int, obstacle: str | None) -> None:
+    """width: elements of a token."""
+    if not torch.compiler.is_compiling():
+        module.__dict__[SEEN] = Seen(x.numel() // max(width, 1), x.numel(), x.dtype, x.device, obstacle)
+
+
+def _obstacle(*tensors: Any) -> str | None:
+    """Why no operator may run on these, or None: they are alike, and nobody traces or transforms."""
+    first = tensors[0]
+    if torch.compiler.is_compiling():
+        return "compiled"
+    if not all(isinstance(one, Tensor) and one.dtype == first.dtype and one.device == first.device for one in tensors):
+        return f"it is given {' and '.join(map(checks.shown, tensors))}"
+    return checks.transform_obstacle()
+
+
+def _drawn(*shape: int, like: Tensor | None = None) -> Tensor:
+    """Random numbers, the same each time."""
+    numbers = torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
+    return numbers if like is None else numbers.to(like)
+
+
+@functools.cache
+def with_norm(plain: Any) -> type:
+    """The class derived from a root mean square norm's."""
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        weight = self._parameters["weight"]
+        obstacle = "its weight is trained" if weight.requires_grad else _obstacle(hidden_states, weight)
+        _note(self, hidden_states, len(weight), obstacle)
+        if obstacle is not None:
+            return plain.forward(self, hidden_states)
+        return rms_norm(hidden_states, weight, _eps(self))
+
+    return derive(plain, with_norm, forward=forward)
+
+
+def _eps(norm: Any) -> Any:
+    return getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+
+
+def _is_norm(module: Any) -> bool:
+    weight = module._parameters.get("weight")
+    if len(module._parameters) != 1 or module._modules or weight is None or weight.dim() != 1 or not _eps(module):
+        return False
+    x = _drawn(ROWS, len(weight), like=weight)
+    return nearly_equal(type(module).forward(module, x), reference.rms_norm(x, weight, _eps(module))[0])
+
+
+@functools.cache
+def with_mlp(plain: Any) -> type:
+    """The class derived from a gated MLP's."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return plain.forward(self, x)
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        obstacle = _obstacle(gate, up)
+        _note(self, gate, gate.shape[-1], obstacle)
+        return self.down_proj(swiglu(gate, up) if obstacle is None else self.act_fn(gate) * up)
+
+    return derive(plain, with_mlp, forward=forward)
+
+
+def _is_mlp(module: Any) -> bool:
+    if {"gate_proj", "up_proj", "down_proj", "act_fn"} != module._modules.keys() or module._parameters:
+        return False
+    gate, up = _drawn(ROWS, WIDTH) * 4, _drawn(ROWS, WIDTH) + 1
+    layers = {"gate_proj": lambda _: gate, "up_proj": lambda _: up, "down_proj": lambda y: y}
+    twin = object.__new__(type(module))
+    twin.__dict__.update(module.__dict__, _modules={**module._modules, **layers})
+    return nearly_equal(type(module).forward(twin, gate), reference.swiglu(gate, up))
+
+
+@functools.cache
+def with_attention(plain: Any) -> type:
+    """The class derived from an attention's: its own forward, in which two names mean something else."""
+    own = plain.forward
+    meanings = {ROTARY: _Rotary(own.__globals__[ROTARY]), INTERFACES: _Interfaces(own.__globals__[INTERFACES])}
+    ours = types.FunctionType(
+        own.__code__, {**own.__globals__, **meanings}, own.__name__, own.__defaults__, own.__closure__
+    )
+    ours.__kwdefaults__ = own.__kwdefaults__
+
+    @functools.wraps(own)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return (own if torch.compiler.is_compiling() else ours)(self, *args, **kwargs)
+
+    return derive(plain, with_attention, forward=forward)
+
+
+def _is_attention(module: Any) -> bool:
+    own = type(module).forward
+    if not isinstance(own, types.FunctionType) or not {ROTARY, INTERFACES} <= set(own.__code__.co_names):
+        return False
+    if getattr(module, "sliding_window", None) is not None:
+        return False
+    q, k, cos, sin = (
+        _drawn(2, 3, ROWS, WIDTH),
+        _drawn(2, 1, ROWS, WIDTH),
+        _drawn(2, ROWS, WIDTH),
+        _drawn(2, ROWS, WIDTH),
+    )
+    turned = own.__globals__[ROTARY](q, k, cos, sin)
+    return all(map(nearly_equal, turned, reference.rotary(q, k, cos, sin, False)))
+
+
+class _Rotary:
+    """In the place of a model's `apply_rotary_pos_emb`."""
+
+    def __init__(self, own: Callable[..., Any]) -> None:
+        self.own = own
+
+    def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **options: Any) -> Any:
+        fits = not more and not options and q.dim() == 4 and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]
+        if not fits or cos.requires_grad or sin.requires_grad or _obstacle(q, k, cos, sin) is not None:
+            return self.own(q, k, cos, sin, *more, **options)
+        return rotary(q, k, cos, sin)
+
+
+class _Interfaces:
+    """In the place of transformers' table of attentions: torch's is ours where that fits."""
+
+    def __init__(self, own: Any) -> None:
+        self.own = own
+
+    def get_interface(self, name: str, default: Any) -> Any:
+        found = self.own.get_interface(name, default)
+        return attend if found is sdpa_attention_forward else found
+
+
+def attend(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """As transformers' sdpa_attention_forward, of q [B, H, T, D], k and v: by our operator where nothing is masked but what comes later.
+
+    options: cu_seq_lens_q [segments + 1] says which of a batch's one row of tokens see one another; the mask then says nothing.
+
+    Raises:
+        ValueError: there is a cu_seq_lens_q, and more that the operator has not.
+    """
+    starts = options.get("cu_seq_lens_q")
+    obstacle = _attention_obstacle(query, key, value, None if starts is not None else attention_mask, options)
+    _note(module, query, query.shape[1] * query.shape[3], obstacle)
+    if obstacle is not None:
+        if starts is not None:
+            raise ValueError(f"cu_seq_lens_q: rows without padding cannot be attended to: {obstacle}")
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    B, H, T, D = query.shape
+    causal = options.get("is_causal")
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    starts = torch.arange(0, B * T + 1, T) if starts is None else starts.to("cpu", torch.int64)
+    rows = (one.transpose(1, 2).reshape(B * T, one.shape[1], D) for one in (query, key, value))
+    given = (*rows, starts, options.get("scaling") or D**-0.5, causal)
+    grad = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
+    out = AttentionFunction.apply(*given) if grad else compute(*given)[0]
+    return out.view(B, T, H, D), None
+
+
+PLAIN_OPTIONS = ("scaling", "is_causal", "dropout", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+IGNORED_OPTIONS = ("position_ids", "use_cache", "num_items_in_batch", "output_attentions", "output_hidden_states")
+
+
+def _attention_obstacle(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
+) -> str | None:
+    """Why torch attends in the operator's place, or None."""
+    if mask is not None:
+        return "there is a mask"
+    if options.get("dropout"):
+        return "attention has dropout"
+    more = [
+        name
+        for name, one in options.items()
+        if one is not None and one is not False and name not in (*PLAIN_OPTIONS, *IGNORED_OPTIONS)
+    ]
+    if more:
+        return f"it is given {', '.join(more)}"
+    if query.device.type != "cpu":
+        return f"torch has its own on {query.device.type} devices"
+    obstacle = _obstacle(query, key, value)
+    if obstacle is not None:
+        return obstacle
+    if query.shape[2] != key.shape[2] or query.shape[3] != value.shape[3] or query.shape[0] != key.shape[0]:
+        return "there are other keys than queries"
+    return None
+
+
+class Part(NamedTuple):
+    fits: Callable[[Any], bool]  # whether a module is what its class's name says
+    derived: Callable[[Any], type]  # the class that it is swapped to
+    ops: tuple[str, ...]  # that its forward calls; the first gives its name to what is told
+
+
+PARTS = {
+    "RMSNorm": Part(_is_norm, with_norm, ("rms_norm",)),
+    "MLP": Part(_is_mlp, with_mlp, ("swiglu",)),
+    "Attention": Part(_is_attention, with_attention, ("attention", "rotary")),
+}
+"""By how transformers' names of their classes end."""
+
+
+def _parts(model: nn.Module) -> Iterator[tuple[Part, nn.Module]]:
+    for module in model.modules():
+        for ending, part in PARTS.items():
+            if type(module).__name__.endswith(ending):
+                yield part, module
+
+
+@torch.no_grad()
+def attach(model: nn.Module) -> None:
+    """Swap the classes of the model's parts, as far as they are what we think they are."""
+    for part, module in _parts(model):
+        if not is_derived(module) and part.fits(module):
+            module.__class__ = part.derived(type(module))
+
+
+def detach(module: nn.Module) -> None:
+    """Give a part its class back, if it was swapped."""
+    if any(type(module).__name__.endswith(ending) for ending in PARTS):
+        undo(module)
+        module.__dict__.pop(SEEN, None)
+
+
+def weights(model: nn.Module) -> dict[str, list[Tensor]]:
+    """For each operator that the swapped parts call, tensors of their dtype and device (choice/trial.py)."""
+    found: dict[str, list[Tensor]] = defaultdict(list)
+    for part, module in _parts(model):
+        if is_derived(module):
+            for op in part.ops:
+                found[op].append(next(module.parameters()))
+    return found
+
+
+def describe(model: nn.Module) -> list[tuple[str, str, str]]:
+    """(which parts, implementation, reason), for people, where some part of the model was swapped: of their last calls, alike ones together."""
+    alike: dict[tuple[str, str, str], int] = defaultdict(int)
+    parts = list(_parts(model))
+    for part, module in parts if any(is_derived(module) for _, module in parts) else []:
+        alike[type(module).__name__, *_explain(part, module)] += 1
+    return [(f"{count} x {name}", implementation, reason) for (name, implementation, reason), count in alike.items()]
+
+
+def _explain(part: Part, module: nn.Module) -> tuple[str, str]:
+    if not is_derived(module):
+        return "transformers", f"its own forward: it computes something else than {part.ops[0]}"
+    seen: Seen | None = module.__dict__.get(SEEN)
+    if seen is None:
+        return "transformers", "not called yet, unless compiled"
+    if seen.obstacle is not None:
+        return "transformers", f"its own forward: {seen.obstacle}"
+    try:
+        like = torch.empty(0, dtype=seen.dtype, device=seen.device)
+        implementation, reason, _ = ops.choose(part.ops[0], like, seen.rows, seen.elements, dropout=False)
+    except ops.ImplementationError as error:
+        return str(ops.forced), f"cannot run: {error}"
+    return implementation, f"{part.ops[0]}, {seen.rows} rows: {reason}"

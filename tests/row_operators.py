@@ -1,0 +1,64 @@
+"""What the tests of operators that work on plain tensors have in common: the bound, and that nothing depends on who watches."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from bounds import INPUTS, assert_within_bound_over_inputs, dense, double
+from torch import Tensor
+
+Function = Callable[..., Any]
+Values = Callable[[], Sequence[Tensor]]
+
+
+def results(function: Function, inputs: Sequence[Tensor], trained: Sequence[int]) -> list[Tensor]:
+    """What a function returns, and the gradients of the trained inputs for a fixed dy."""
+    given = [one.detach().requires_grad_(i in trained) for i, one in enumerate(inputs)]
+    found = function(*given)
+    outputs = list(found) if isinstance(found, tuple) else [found]
+    drawn = torch.Generator().manual_seed(0)
+    dys = [torch.randn(one.shape, generator=drawn).to(one) for one in outputs]
+    grads = torch.autograd.grad(outputs, [given[i] for i in trained], dys, materialize_grads=True)
+    return [one.detach() for one in (*outputs, *grads)]
+
+
+def check_bound(
+    function: Function, eager: Function, draw: Values, trained: Sequence[int], layout: Function = lambda one: one
+) -> None:
+    """Every result and gradient is as near to float64's as twice eager's."""
+    runs = []
+    for _ in range(INPUTS):
+        inputs = [layout(one) for one in draw()]
+        found = results(function, inputs, trained)
+        plain = results(eager, [dense(one) for one in inputs], trained)
+        exact = results(eager, [double(one) for one in inputs], trained)
+        runs.append(list(zip(found, plain, exact, strict=True)))
+    for number, of_one in enumerate(zip(*runs, strict=True)):
+        assert_within_bound_over_inputs(f"result {number}", of_one)
+
+
+def check_repeats(function: Function, draw: Values, trained: Sequence[int]) -> None:
+    """Two runs are equal, to the last bit."""
+    torch.use_deterministic_algorithms(False)  # the tests' own setting must not be what makes it so
+    inputs = draw()
+    first, second = (results(function, inputs, trained) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+def check_compiles(function: Function, draw: Values, trained: Sequence[int]) -> None:
+    """In one graph, with the same results."""
+    torch.compiler.reset()
+    inputs = draw()
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for found, expected in zip(results(compiled, inputs, trained), results(function, inputs, trained), strict=True):
+        assert torch.equal(found, expected)
+    torch.compiler.reset()
+
+
+def check_on_meta(function: Function, draw: Values, trained: Sequence[int]) -> None:
+    """Shapes, strides and dtypes without memory, the gradients too."""
+    inputs = draw()
+    expected = results(function, inputs, trained)
+    found = results(function, [one.to("meta") if one.is_floating_point() else one for one in inputs], trained)
+    for one, other in zip(found, expected, strict=True):
+        assert one.is_meta and (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
