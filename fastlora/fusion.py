@@ -149,7 +149,7 @@ def _is_attention(module: Any) -> bool:
         _drawn(2, ROWS, WIDTH),
     )
     turned = own.__globals__[ROTARY](q, k, cos, sin)
-    return all(map(nearly_equal, turned, reference.rotary(q, k, cos, sin, False)))
+    return all(map(nearly_equal, turned, reference.rotary(q, k, cos, sin)))
 
 
 class _Rotary:

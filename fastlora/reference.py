@@ -419,20 +419,25 @@ def rotary(
     k: Tensor,  # [B, its own H, T, D]
     cos: Tensor,  # [B or 1, T, D]
     sin: Tensor,
-    inverse: bool,
 ) -> tuple[Tensor, Tensor]:  # as q and k, a token's heads together in memory
     """y = x cos + (-x2, x1) sin of each head's x = (x1, x2) (Su et al. 2021, RoFormer, section 3.4.2, with the halves for its pairs).
 
-    inverse: of a gradient, the transpose: dx = dy cos + (dy2 sin2, -dy1 sin1). In float32 or wider, rounded once.
+    In float32 or wider, rounded once.
     """
-    return _turn(q, cos, sin, inverse), _turn(k, cos, sin, inverse)
+    return _turn(q, cos, sin, 1), _turn(k, cos, sin, 1)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
-    wide, cos, sin = _wide(x).transpose(1, 2), _wide(cos)[:, :, None], _wide(sin)[:, :, None]
-    (first, second), (first_sin, second_sin) = wide.chunk(2, -1), sin.chunk(2, -1)
-    turned = (second * second_sin, -first * first_sin) if inverse else (-second * first_sin, first * second_sin)
-    return (wide * cos + torch.cat(turned, -1)).to(x.dtype).contiguous().transpose(1, 2)
+def rotary_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """The transpose: dx = dy cos + (dy2 sin2, -dy1 sin1). In float32 or wider, rounded once."""
+    swapped = sin.roll(sin.shape[-1] // 2, -1)
+    return _turn(dq, cos, swapped, -1), _turn(dk, cos, swapped, -1)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
+    wide = _wide(x).transpose(1, 2)  # [B, T, H, D]
+    first, second = wide.chunk(2, -1)
+    turned = wide * _wide(cos)[:, :, None] + torch.cat((-second, first), -1) * _wide(sign * sin)[:, :, None]
+    return turned.to(x.dtype).contiguous().transpose(1, 2)
 
 
 def attention(

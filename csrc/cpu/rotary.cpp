@@ -1,4 +1,5 @@
-// Queries and keys turned by the angles of their positions, and the gradient, which is turned back. The equation is fastlora/reference.py::rotary.
+// Queries and keys turned by the angles of their positions, and the gradient, which is turned back. The equations are fastlora/reference.py::rotary and
+// rotary_backward.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
@@ -25,11 +26,7 @@ Tensor turned(const Tensor& x, const Tensor& cosines, const Tensor& sines, bool 
   return torch::stable::transpose(y, 1, 2);
 }
 
-std::tuple<Tensor, Tensor> rotary_cpu(
-    const Tensor& q,        // [B, H, T, D]
-    const Tensor& k,        // [B, H of its own, T, D]
-    const Tensor& cosines,  // [B or 1, T, D]
-    const Tensor& sines, bool inverse) {
+std::tuple<Tensor, Tensor> both(const Tensor& q, const Tensor& k, const Tensor& cosines, const Tensor& sines, bool inverse) {
   check_cpu(q, "q");
   check(q, "q", {ANY, ANY, ANY, ANY}, FLOATS, q);
   check(k, "k", {q.size(0), ANY, q.size(2), q.size(3)}, {q.scalar_type()}, q);
@@ -41,8 +38,23 @@ std::tuple<Tensor, Tensor> rotary_cpu(
   return {turned(q, cosine, sine, inverse), turned(k, cosine, sine, inverse)};
 }
 
+std::tuple<Tensor, Tensor> rotary_cpu(
+    const Tensor& q,        // [B, H, T, D]
+    const Tensor& k,        // [B, H of its own, T, D]
+    const Tensor& cosines,  // [B or 1, T, D]
+    const Tensor& sines) {
+  return both(q, k, cosines, sines, false);
+}
+
+std::tuple<Tensor, Tensor> rotary_backward_cpu(const Tensor& dq, const Tensor& dk, const Tensor& cosines, const Tensor& sines) {
+  return both(dq, dk, cosines, sines, true);
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) { m.impl("rotary_cpu", TORCH_BOX(&rotary_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
+  m.impl("rotary_cpu", TORCH_BOX(&rotary_cpu));
+  m.impl("rotary_backward_cpu", TORCH_BOX(&rotary_backward_cpu));
+}
 
 }  // namespace fastlora

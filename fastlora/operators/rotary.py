@@ -1,6 +1,6 @@
 """y = x cos + (-x2, x1) sin: queries and keys turned by the angles of their positions, both in one call; the gradient is turned back.
 
-The equation, for the gradient with `inverse`, is fastlora/reference.py::rotary.
+The equation and its gradient are fastlora/reference.py::rotary and rotary_backward.
 """
 
 import torch
@@ -15,35 +15,43 @@ from fastlora.gradients import differentiable_once, is_eager
 HEAD = 64  # columns of a head, where it is measured
 
 
-def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+def run(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """reference.py::rotary, by the implementation that was chosen."""
     choice = ops.choose("rotary", q, q.shape[0] * q.shape[2], q.numel(), dropout=False)
-    return ops.implementations["rotary", choice.implementation](q, k, cos, sin, inverse)
+    return ops.implementations["rotary", choice.implementation](q, k, cos, sin)
 
 
-def _fake(q, k, cos, sin, inverse):
+def run_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """reference.py::rotary_backward, by the implementation that was chosen."""
+    choice = ops.choose("rotary_backward", dq, dq.shape[0] * dq.shape[2], dq.numel(), dropout=False)
+    return ops.implementations["rotary_backward", choice.implementation](dq, dk, cos, sin)
+
+
+def _fake(q, k, cos, sin):
     return tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q, k))
 
 
-ops.define("rotary", "(Tensor q, Tensor k, Tensor cos, Tensor sin, bool inverse) -> (Tensor, Tensor)", run, _fake)
+ops.define("rotary", "(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor, Tensor)", run, _fake)
+ops.define("rotary_backward", "(Tensor dq, Tensor dk, Tensor cos, Tensor sin) -> (Tensor, Tensor)", run_backward, _fake)
 
 
 class RotaryFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, cos, sin):
         ctx.save_for_backward(cos, sin)
-        return compute(q, k, cos, sin, False)
+        return compute(q, k, cos, sin)
 
     @staticmethod
     @differentiable_once
     def backward(ctx, saved, dq, dk):
         cos, sin = saved
-        return *compute(dq, dk, cos, sin, True), None, None
+        call = run_backward if is_eager(dq, dk, cos, sin) else torch.ops.fastlora.rotary_backward
+        return *call(dq, dk, cos, sin), None, None
 
 
-def compute(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+def compute(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Without a gradient, past the dispatcher where nobody traces."""
-    return (run if is_eager(q, k, cos, sin) else torch.ops.fastlora.rotary)(q, k, cos, sin, inverse)
+    return (run if is_eager(q, k, cos, sin) else torch.ops.fastlora.rotary)(q, k, cos, sin)
 
 
 def rotary(
@@ -77,15 +85,15 @@ def rotary(
     checks.check_transforms(q, k, cos, sin)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad):
         return RotaryFunction.apply(q, k, cos, sin)
-    return compute(q, k, cos, sin, False)
+    return compute(q, k, cos, sin)
 
 
 def calls(M: int, K: int, _: int, dtype: torch.dtype, device: torch.device, dropout: bool) -> dict[str, list[Call]]:
-    """Arguments of the operator (choice/problems.py); its backward is itself."""
+    """Arguments of the operator and of its backward (choice/problems.py)."""
     draw = Draw(dtype, device)
     q, k = (draw.normal(1, M, K // HEAD, HEAD).transpose(1, 2) for _ in range(2))
     cos, sin = draw.normal(1, M, HEAD), draw.normal(1, M, HEAD)
-    return {"rotary": [(q, k, cos, sin, False)]}
+    return {"rotary": [(q, k, cos, sin)], "rotary_backward": [(q, k, cos, sin)]}
 
 
 problems.operators["rotary"] = Measured(calls, row_classes, tensors_of)
