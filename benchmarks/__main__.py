@@ -3,8 +3,8 @@
 Runs the tests of each operator named (all by default), and times it only if they are green: fastlora against the
 frozen layer alone, PEFT, PEFT under torch.compile, torch's products and the merged weight. `goals` fills the table of
 what fastlora wants to reach on this kind of device (on a CPU, `step` adds its rows), `launch` says what a call of a
-small layer costs the host. Exit codes: 0 done, 1 something was wrong and was not timed, 2 wrong arguments, 3 (goals on
-a card) something broke this process: `--resume` goes on in another one, without it.
+small layer costs the host. Exit codes: 0 done, 1 something was wrong and was not timed, 2 wrong arguments, 3 (goals)
+something broke this process: `--resume` goes on in another one, without it.
 """
 
 import argparse
@@ -13,30 +13,30 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import gate
-from .card_goals import BARE_LINES, HUNG_CODE, OUT_OF_TIME, Record, Session, card_lines, measure_card
+from .card_goals import BARE_LINES, card_lines
 from .cases import OPERATORS, cases_of, dtype_name
-from .goals import Goal, measure_goals, step_goals
-from .launch import launch_rows
+from .goals import HUNG_CODE, OUT_OF_TIME, Goal, Line, Record, cpu_lines, measure_lines, step_goals
+from .launch import launch_lines
 from .machine import Limits, Machine, measure_limits, results_folder, this_machine
 from .operators import Row, measure_operator
+from .session import Session
 from .step import StepError, measure_step
-from .table import goals_markdown, goals_table, launch_table, operator_table, step_table
+from .table import goals_markdown, goals_table, operator_table, step_table
 
-SECONDS = {"lora_linear": 30.0, "multi_lora": 30.0, "prefix_concat": 16.0}  # of timing alone, on all cases
 QUICK_SECONDS = 4.0
 QUICK_LINES = 1  # of the goals on a card
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks", description="Test fastlora's operators, then time them.")
-    add, card = parser.add_argument, "goals on a card:"
+    add = parser.add_argument
     add("operators", nargs="*", metavar="operator", help=f"{', '.join(VERBS)} (default: all)")
     add("--quick", action="store_true", help="the first cases only, a short check, no torch.compile: a minute")
     add("--json", action="store_true", help="write DATE-MACHINE-OPERATOR.json")
@@ -44,10 +44,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--device", default="cpu", help="cpu (default) or cuda")
     add("--no-gate", action="store_true", help="do not run the tests (each case is still checked)")
     add("--readme", action="store_true", help="only print benchmarks/README.md's table of the newest result file")
-    add("--seconds", type=float, default=math.inf, help=f"{card} begin nothing after that long")
-    add("--bare", action="store_true", help=f"{card} three of them, of fastlora alone, as CUDA graphs: half a minute")
-    add("--line-seconds", type=float, default=math.inf, help=f"{card} end the process where one takes longer")
-    add("--resume", action="store_true", help=f"{card} go on from today's result file")
+    add("--seconds", type=float, default=math.inf, help="goals: begin nothing after that long")
+    add("--bare", action="store_true", help="goals on a card: three, of fastlora alone, as CUDA graphs")
+    add("--line-seconds", type=float, default=math.inf, help="goals: end the process where one takes longer")
+    add("--resume", action="store_true", help="goals: go on from today's result file")
     arguments = parser.parse_args(argv)
     arguments.json |= arguments.out is not None
     arguments.out = arguments.out or results_folder()
@@ -60,6 +60,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         parser.error(f"--device: got {arguments.device!r}, expected cpu or cuda")
+    if arguments.bare and device.type == "cpu":
+        parser.error("--bare: measures goals on a card: expected --device cuda")
     if device.type == "cuda" and not arguments.readme and not torch.cuda.is_available():
         parser.error(f"--device: got {arguments.device!r}, but torch {torch.__version__} finds no CUDA device")
     return arguments
@@ -116,21 +118,21 @@ class Command:
 
 
 def _operator(name: str, command: Command) -> int:
-    quick, limits = command.arguments.quick, command.limits
+    quick, limits, session = command.arguments.quick, command.limits, Session(command.device)
     assert limits is not None  # measured where there is an operator to time
     cases = cases_of(name, command.device, quick)
-    budget = (QUICK_SECONDS if quick else SECONDS[name]) / sum(len(case.passes) for case in cases)
-    notes: list[str] = ["torch.compile was left out (--quick)"] if quick else []
+    budget = (QUICK_SECONDS if quick else OPERATORS[name].seconds) / sum(len(case.passes) for case in cases)
+    session.notes += ["torch.compile was left out (--quick)"] if quick else []
     rows: list[Row] = []
     not_timed: list[str] = []
     for number, case in enumerate(cases, 1):
         _say(f"{name} {number}/{len(cases)}: {case.name}")
         try:
-            rows.extend(measure_operator(case, command.device, limits, budget, not quick, notes))
+            rows.extend(measure_operator(case, session, limits, budget, not quick))
         except gate.CaseError as error:
             not_timed.append(str(error))
-    result = {"limits": limits, "rows": rows, "notes": notes, "not_timed": not_timed}
-    command.show(name, operator_table(name, rows, [*notes, *not_timed]), result)
+    result = {"limits": limits, "rows": rows, "notes": session.notes, "not_timed": not_timed}
+    command.show(name, operator_table(name, rows, [*session.notes, *not_timed]), result)
     return int(bool(not_timed))
 
 
@@ -152,21 +154,19 @@ def _steps(name: str, command: Command) -> int:
 
 def _goals(name: str, command: Command) -> int:
     """On a CPU with those of the training steps, where `step` was measured, too."""
-    if command.device.type == "cuda":
-        return _goals_on_a_card(command)
-    if command.arguments.quick:
+    quick, on_card = command.arguments.quick, command.machine.device == "cuda"
+    if quick and not on_card:
         print("goals: left out (--quick)", flush=True)
         return 0
-    not_timed: list[str] = []
-    goals = [*measure_goals(_say, not_timed), *command.steps]
-    command.show(name, goals_table(goals, not_timed), {"rows": goals, "not_timed": not_timed})
-    return int(bool(not_timed))
+    lines = card_lines() if on_card else cpu_lines(command.steps)
+    if command.arguments.bare:
+        return _lines("first", {line: lines[line] for line in BARE_LINES}, command)
+    return _lines(name, dict(list(lines.items())[: QUICK_LINES if quick else None]), command)
 
 
-def _goals_on_a_card(command: Command) -> int:
+def _lines(name: str, lines: Mapping[str, Line], command: Command) -> int:
     """Saved after every figure."""
     arguments, record = command.arguments, Record()
-    name = "first" if arguments.bare else "goals"
     path = command.machine.path(arguments.out, name)
     if arguments.resume and path.is_file():
         content = json.loads(path.read_text())
@@ -178,19 +178,10 @@ def _goals_on_a_card(command: Command) -> int:
         if arguments.json:
             command.write(name, vars(record))
 
-    lines = {line: card_lines()[line] for line in BARE_LINES} if arguments.bare else card_lines()
-    lines = dict(list(lines.items())[:QUICK_LINES]) if arguments.quick else lines
     limits = command.deadline, arguments.bare, arguments.line_seconds
-    whole = measure_card(lines, command.device, record, save, _say, *limits)
+    whole = measure_lines(lines, command.device, record, save, _say, *limits)
     print(f"\n{goals_table(record.rows, record.notes)}" if record.rows else "\n".join(record.notes), flush=True)
     return int(len(record.begun) < len(lines) or bool(record.failed)) if whole else HUNG_CODE
-
-
-def _launch(name: str, command: Command) -> int:
-    notes: list[str] = []
-    rows = launch_rows(Session(command.device, notes))
-    command.show(name, launch_table(rows, notes), {"rows": rows, "notes": notes})
-    return 0
 
 
 # What can be asked for, in the order in which it is measured; each returns an exit code.
@@ -198,7 +189,7 @@ VERBS: dict[str, Callable[[str, Command], int]] = {
     **dict.fromkeys(OPERATORS, _operator),
     "step": _steps,
     "goals": _goals,
-    "launch": _launch,
+    "launch": lambda name, command: _lines(name, launch_lines(), command),
 }
 
 

@@ -8,6 +8,7 @@ measured in one or both passes: "forward" as inference runs it (no dropout, no g
 does (gradients of x, A and B, or of the prompts). float32 adapters on a 16-bit base are PEFT's default.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -31,19 +32,46 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class LoRACase:
-    """What the cases with low-rank adapters have in common."""
+def dropout(p: float) -> str:
+    return f" p {p:g}" if p else ""
 
+
+def llama_layers(hidden: int, kv_width: int, intermediate: int) -> dict[str, tuple[int, int]]:
+    """(in-features, out-features) of the seven linear layers of a Llama block, those of attention first."""
+    square, narrow, wide = (hidden, hidden), (hidden, kv_width), (hidden, intermediate)
+    attention = {"q_proj": square, "k_proj": narrow, "v_proj": narrow, "o_proj": square}
+    return attention | {"gate_proj": wide, "up_proj": wide, "down_proj": (intermediate, hidden)}
+
+
+class Case(ABC):
+    """A size of an operator, or of several, in which its rivals are timed."""
+
+    name: str
     dtype: torch.dtype
-    adapter_dtype: torch.dtype
-    dropout_p: float  # in training
+    adapter_dtype: torch.dtype  # of what is trained
+    passes: tuple[str, ...]
+    operator: ClassVar[str]  # one of OPERATORS
+    trained: ClassVar[str] = "A and B"
+
+    @abstractmethod
+    def shape(self, training: bool) -> str:
+        """The sizes in words, with what is dropped in training."""
+
+    def work(self, training: bool) -> Work:
+        raise NotImplementedError(f"work: of {self.name} it is not counted")
 
     def number_format(self) -> str:
-        base, adapters = dtype_name(self.dtype), dtype_name(self.adapter_dtype)
-        return base if base == adapters else f"{base}, A and B {adapters}"
+        base, trained = dtype_name(self.dtype), dtype_name(self.adapter_dtype)
+        return base if base == trained else f"{base}, {self.trained} {trained}"
+
+
+class LoRACase(Case):
+    """What the cases with low-rank adapters have in common."""
+
+    dropout_p: float  # in training
 
     def dropout(self, training: bool) -> str:
-        return f" p {self.dropout_p:g}" if training and self.dropout_p else ""
+        return dropout(self.dropout_p * training)
 
     def linear_work(self, M: int, K: int, N: int, adapter: int, rank_rows: int, training: bool) -> Work:
         """adapter: elements of all A and B; rank_rows: the rows' ranks in all."""
@@ -111,7 +139,7 @@ class MultiLoRACase(LoRACase):
 
 
 @dataclass(frozen=True)
-class PrefixConcatCase:
+class PrefixConcatCase(Case):
     name: str
     B: int
     T: int
@@ -120,19 +148,16 @@ class PrefixConcatCase:
     D: int
     V: int
     dtype: torch.dtype
-    prompt_dtype: torch.dtype
+    adapter_dtype: torch.dtype
     passes: tuple[str, ...] = BOTH
     operator: ClassVar[str] = "prefix_concat"
+    trained: ClassVar[str] = "prompts"
 
     def shape(self, training: bool) -> str:
         return f"B {self.B}, T {self.T}, P {self.P}, D {self.D}{f', S {self.S}' if self.S > 1 else ''}"
 
-    def number_format(self) -> str:
-        base, prompts = dtype_name(self.dtype), dtype_name(self.prompt_dtype)
-        return base if base == prompts else f"{base}, prompts {prompts}"
-
     def work(self, training: bool) -> Work:
-        prompts = self.S * self.P * self.D * self.prompt_dtype.itemsize
+        prompts = self.S * self.P * self.D * self.adapter_dtype.itemsize
         moved = prompts + self.B * (2 * self.T + self.P) * self.D * self.dtype.itemsize
         if training:  # the prompts' part of the gradient, summed over the batch; the embedding is frozen
             moved += prompts + self.B * self.P * self.D * self.dtype.itemsize
@@ -140,7 +165,7 @@ class PrefixConcatCase:
 
 
 @dataclass(frozen=True)
-class StepCase:
+class StepCase(Case):
     """One step of a Llama of this size with random weights, LoRA on all linear layers, half of each row prompt unless told."""
 
     name: str
@@ -157,41 +182,37 @@ class StepCase:
     dtype: torch.dtype
     rounds: int
     prompt_part: float = 0.5
+    adapter_dtype: torch.dtype = float32  # PEFT's default
 
     @property
     def prompt(self) -> int:
         """Tokens of a row that carry no label."""
         return int(self.tokens * self.prompt_part)
 
+    def layer(self) -> dict[str, tuple[int, int]]:
+        return llama_layers(self.hidden, self.hidden // self.heads * self.kv_heads, self.intermediate)
+
     def weight_bytes(self) -> int:
         """Of the frozen weights alone: the linear layers, the embeddings and the head."""
-        kv = self.hidden // self.heads * self.kv_heads
-        layer = 2 * self.hidden**2 + 2 * self.hidden * kv + 3 * self.hidden * self.intermediate
+        layer = sum(K * N for K, N in self.layer().values())
         return self.dtype.itemsize * (self.layers * layer + 2 * self.vocabulary * self.hidden)
 
     def flops(self) -> int:
         """Of the matrix products that a step must compute, forward and backward: the linear layers (a frozen weight has no gradient, nor
         have the embeddings), the adapters, attention up to the diagonal, and the head on the positions whose next token is labelled."""
-        head = self.hidden // self.heads
-        kv = self.kv_heads * head
-        first = [(self.hidden, self.hidden), (self.hidden, kv), (self.hidden, kv)]  # q, k, v
-        rest = [(self.hidden, self.hidden), *[(self.hidden, self.intermediate)] * 2, (self.intermediate, self.hidden)]
-        M = self.batch * self.tokens
-        total = 0
-        for layer in range(self.layers):
-            for K, N in (*first, *rest):
-                total += 4 * M * K * N + 6 * M * self.R * (K + N)
-            if layer == 0:  # no dx: what is below is frozen
-                total -= sum(2 * M * K * N + 2 * M * self.R * K for K, N in first)
+        M, layer = self.batch * self.tokens, self.layer()
+        total = self.layers * sum(4 * M * K * N + 6 * M * self.R * (K + N) for K, N in layer.values())
+        for name in ("q_proj", "k_proj", "v_proj"):  # of the first layer, no dx: what is below is frozen
+            K, N = layer[name]
+            total -= 2 * M * K * N + 2 * M * self.R * K
         pairs = self.tokens * (self.tokens + 1) // 2
-        total += self.layers * 6 * 2 * self.batch * self.heads * pairs * head
+        total += self.layers * 6 * 2 * self.batch * pairs * self.hidden
         labelled = self.batch * (self.tokens - self.prompt)
         return total + 4 * labelled * self.hidden * self.vocabulary
 
-    def shape(self) -> str:
-        dropout = f" p {self.dropout_p:g}" if self.dropout_p else ""
+    def shape(self, training: bool = True) -> str:
         size = f"hidden {self.hidden}, {self.layers} layers, V {self.vocabulary}"
-        return f"{size}, {self.batch} x {self.tokens} tokens, R {self.R}{dropout}"
+        return f"{size}, {self.batch} x {self.tokens} tokens, R {self.R}{dropout(self.dropout_p)}"
 
 
 @dataclass(frozen=True)
@@ -207,22 +228,35 @@ class BlockCase(LoRACase):
     dtype: torch.dtype
     adapter_dtype: torch.dtype
     dropout_p: float = 0.05
+    passes: tuple[str, ...] = (TRAINING,)
     operator: ClassVar[str] = "lora_linear"
+
+    def layers(self) -> dict[str, tuple[int, int]]:
+        return llama_layers(self.hidden, self.kv_width, self.intermediate)
 
     def shape(self, training: bool) -> str:
         widths = f"{self.hidden}, {self.kv_width} and {self.intermediate} wide"
         return f"M {self.M}, {widths}, R {self.R}{self.dropout(training)}"
 
 
-Case = LoRALinearCase | MultiLoRACase | PrefixConcatCase  # of one operator
+class Cases(NamedTuple):
+    """Of an operator, or of the training step."""
+
+    on_cpu: tuple[Any, ...]
+    on_cuda: tuple[Any, ...]
+    quick: int = 2  # the first ones of each, where there is little time
+    seconds: float = 30.0  # of timing alone, on all cases
+    checks: tuple[Case, ...] = ()
+    """Small and awkward: what each implementation is checked on where the project's tests are not at hand; one is called "odd"."""
+
 
 EIGHT = (16,) * 8
 MIXED = (4, 8, 8, 16, 16, 32, 64, 1)
 
 # One forward+backward row of 8B at 512 rows costs a 2-core CPU a second: the CPU's 8B cases have few rows.
-CASES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {  # on a CPU, on a GPU
-    "lora_linear": (
-        (
+OPERATORS: dict[str, Cases] = {
+    "lora_linear": Cases(
+        on_cpu=(
             LoRALinearCase("0.1B gate_proj", 512, 576, 1536, 16, float32, float32),
             LoRALinearCase("odd", 37, 1001, 769, 3, float32, float32, 0.1, bias=True),
             LoRALinearCase("0.1B gate_proj, decode", 1, 576, 1536, 16, float32, float32, passes=(FORWARD,)),
@@ -233,7 +267,7 @@ CASES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {  # on a CPU, on a 
             LoRALinearCase("8B k_proj", 512, 4096, 1024, 16, bfloat16, bfloat16),
             LoRALinearCase("8B q_proj", 64, 4096, 4096, 16, float32, float32),
         ),
-        (
+        on_cuda=(
             LoRALinearCase("8B q_proj", 8192, 4096, 4096, 16, bfloat16, bfloat16, 0.1),
             LoRALinearCase("odd", 1001, 1003, 769, 3, bfloat16, bfloat16, 0.1, bias=True),
             LoRALinearCase("8B q_proj, decode", 1, 4096, 4096, 16, bfloat16, bfloat16, passes=(FORWARD,)),
@@ -245,9 +279,17 @@ CASES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {  # on a CPU, on a 
             LoRALinearCase("70B q_proj", 8192, 8192, 8192, 16, bfloat16, bfloat16, 0.1),
             LoRALinearCase("0.1B gate_proj", 8192, 576, 1536, 16, float32, float32, 0.1),
         ),
+        checks=(
+            LoRALinearCase("no rows", 0, 64, 48, 8, float32, float32),
+            LoRALinearCase("one row", 1, 65, 48, 1, float32, float32, bias=True),
+            LoRALinearCase("odd", 37, 65, 51, 3, float32, float32, 0.1, bias=True),
+            LoRALinearCase("wide rank", 130, 257, 96, 129, float32, float32),
+            LoRALinearCase("bfloat16", 67, 256, 160, 16, bfloat16, bfloat16, 0.1),
+            LoRALinearCase("float32 adapters", 67, 256, 160, 16, bfloat16, float32, 0.1),
+        ),
     ),
-    "multi_lora": (
-        (
+    "multi_lora": Cases(
+        on_cpu=(
             MultiLoRACase("0.1B gate_proj, decode", 8, 1, 576, 1536, EIGHT, float32, float32),
             MultiLoRACase("odd", 5, 7, 1001, 769, (3, 1, 20), float32, float32, 0.1, BOTH),
             MultiLoRACase("0.1B gate_proj, decode", 32, 1, 576, 1536, EIGHT, bfloat16, bfloat16),
@@ -255,7 +297,7 @@ CASES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {  # on a CPU, on a 
             MultiLoRACase("0.1B gate_proj", 8, 128, 576, 1536, EIGHT, float32, float32, passes=BOTH),
             MultiLoRACase("0.1B gate_proj", 8, 128, 576, 1536, MIXED, bfloat16, float32, passes=BOTH),
         ),
-        (
+        on_cuda=(
             MultiLoRACase("8B q_proj, decode", 8, 1, 4096, 4096, EIGHT, bfloat16, bfloat16),
             MultiLoRACase("odd", 5, 7, 1003, 769, (3, 1, 20), bfloat16, bfloat16, 0.1, BOTH),
             MultiLoRACase("8B q_proj, decode", 64, 1, 4096, 4096, MIXED, bfloat16, bfloat16),
@@ -263,42 +305,51 @@ CASES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {  # on a CPU, on a 
             MultiLoRACase("8B q_proj", 8, 1024, 4096, 4096, MIXED, bfloat16, bfloat16, 0.1, BOTH),
             MultiLoRACase("8B q_proj", 8, 1024, 4096, 4096, EIGHT, bfloat16, float32, 0.1, BOTH),
         ),
+        checks=(
+            MultiLoRACase("odd", 5, 7, 65, 51, (3, 1, 20), float32, float32, 0.1, BOTH),
+            MultiLoRACase("one token", 9, 1, 128, 96, EIGHT, float32, float32, passes=BOTH),
+            MultiLoRACase("float32 adapters", 9, 13, 256, 160, MIXED, bfloat16, float32, 0.1, BOTH),
+        ),
     ),
-    "prefix_concat": (
-        (
+    "prefix_concat": Cases(
+        on_cpu=(
             PrefixConcatCase("0.1B", 8, 128, 1, 100, 576, 49152, float32, float32),
             PrefixConcatCase("odd", 3, 37, 1, 7, 65, 1001, float32, float32),
             PrefixConcatCase("0.1B, a prompt each", 8, 128, 4, 100, 576, 49152, float32, float32),
             PrefixConcatCase("8B", 4, 256, 1, 20, 4096, 32768, bfloat16, float32),
         ),
-        (
+        on_cuda=(
             PrefixConcatCase("8B", 16, 1024, 1, 100, 4096, 128256, bfloat16, float32),
             PrefixConcatCase("odd", 3, 37, 1, 7, 65, 1001, bfloat16, bfloat16),
             PrefixConcatCase("8B, a prompt each", 16, 1024, 4, 100, 4096, 128256, bfloat16, bfloat16),
             PrefixConcatCase("0.1B", 8, 128, 1, 100, 576, 49152, float32, float32),
         ),
-    ),
-    "step": (
-        (
-            StepCase("small Llama", 256, 768, 4, 4, 2, 8192, 4, 128, 16, 0.0, float32, 5),
-            StepCase("0.1B Llama, 10 layers", 576, 1536, 10, 9, 3, 49152, 4, 256, 16, 0.05, float32, 7),
-            StepCase("0.1B Llama, 10 layers", 576, 1536, 10, 9, 3, 49152, 4, 256, 16, 0.05, bfloat16, 7),
-        ),
-        (
-            StepCase("small Llama", 256, 768, 4, 4, 2, 8192, 4, 128, 16, 0.0, float32, 11),
-            StepCase("1B Llama", 2048, 8192, 16, 32, 8, 128256, 4, 1024, 16, 0.1, bfloat16, 11),
+        seconds=16.0,
+        checks=(
+            PrefixConcatCase("odd", 3, 37, 1, 7, 65, 101, float32, float32),
+            PrefixConcatCase("a prompt each", 6, 11, 4, 5, 32, 101, bfloat16, float32),
         ),
     ),
 }
-OPERATORS = ("lora_linear", "multi_lora", "prefix_concat")
-QUICK_CASES, QUICK_STEPS = 2, 1  # the first of each list
+STEP = Cases(
+    on_cpu=(
+        StepCase("small Llama", 256, 768, 4, 4, 2, 8192, 4, 128, 16, 0.0, float32, 5),
+        StepCase("0.1B Llama, 10 layers", 576, 1536, 10, 9, 3, 49152, 4, 256, 16, 0.05, float32, 7),
+        StepCase("0.1B Llama, 10 layers", 576, 1536, 10, 9, 3, 49152, 4, 256, 16, 0.05, bfloat16, 7),
+    ),
+    on_cuda=(
+        StepCase("small Llama", 256, 768, 4, 4, 2, 8192, 4, 128, 16, 0.0, float32, 11),
+        StepCase("1B Llama", 2048, 8192, 16, 32, 8, 128256, 4, 1024, 16, 0.1, bfloat16, 11),
+    ),
+    quick=1,
+)
 
 
 def cases_of(name: str, device: torch.device, quick: bool = False) -> tuple[Any, ...]:
     """The cases of one of OPERATORS, or the training steps, on this kind of device."""
-    on_cpu, on_cuda = CASES[name]
-    cases = on_cuda if device.type == "cuda" else on_cpu
-    return cases[: QUICK_STEPS if name == "step" else QUICK_CASES] if quick else cases
+    cases = STEP if name == "step" else OPERATORS[name]
+    found = cases.on_cuda if device.type == "cuda" else cases.on_cpu
+    return found[: cases.quick] if quick else found
 
 
 # What the goals of a layer on a CPU are checked on: one row, many rows, narrow and wide, low and high rank.
@@ -352,24 +403,3 @@ LAUNCHES = (
     LoRALinearCase("small layer", 4, 128, 128, 8, bfloat16, float32, 0.1),
     MultiLoRACase("small layer, 8 adapters", 4, 1, 128, 128, (8,) * 8, bfloat16, bfloat16),
 )
-
-# Small and awkward: what each implementation is checked on where the project's tests are not at hand.
-CHECKS: dict[str, tuple[Case, ...]] = {
-    "lora_linear": (
-        LoRALinearCase("no rows", 0, 64, 48, 8, float32, float32),
-        LoRALinearCase("one row", 1, 65, 48, 1, float32, float32, bias=True),
-        LoRALinearCase("odd", 37, 65, 51, 3, float32, float32, 0.1, bias=True),
-        LoRALinearCase("wide rank", 130, 257, 96, 129, float32, float32),
-        LoRALinearCase("bfloat16", 67, 256, 160, 16, bfloat16, bfloat16, 0.1),
-        LoRALinearCase("float32 adapters", 67, 256, 160, 16, bfloat16, float32, 0.1),
-    ),
-    "multi_lora": (
-        MultiLoRACase("odd", 5, 7, 65, 51, (3, 1, 20), float32, float32, 0.1, BOTH),
-        MultiLoRACase("one token", 9, 1, 128, 96, EIGHT, float32, float32, passes=BOTH),
-        MultiLoRACase("float32 adapters", 9, 13, 256, 160, MIXED, bfloat16, float32, 0.1, BOTH),
-    ),
-    "prefix_concat": (
-        PrefixConcatCase("odd", 3, 37, 1, 7, 65, 101, float32, float32),
-        PrefixConcatCase("a prompt each", 6, 11, 4, 5, 32, 101, bfloat16, float32),
-    ),
-}

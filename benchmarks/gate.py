@@ -15,7 +15,7 @@ from torch import Tensor
 from fastlora import bounds
 
 from . import rivals
-from .cases import BOTH, CHECKS, TRAINING, BlockCase, Case, LoRALinearCase
+from .cases import BOTH, OPERATORS, TRAINING, BlockCase, Case, LoRALinearCase
 from .machine import ROOT, in_checkout
 from .rivals import FASTLORA, Contest, build, forced
 
@@ -56,9 +56,7 @@ def results_of(contest: Contest, name: str, training: bool) -> Results:
     return {output: value.detach() for output, value in outputs.items()} | found
 
 
-def errors(
-    case: Case | BlockCase, training: bool, implementation: str | None, device: torch.device
-) -> dict[str, bounds.Errors]:
+def errors(case: Case, training: bool, implementation: str | None, device: torch.device) -> dict[str, bounds.Errors]:
     """The errors of every result of a case over the largest value of the exact one. implementation: None for what `choose` says.
 
     A block is checked without dropout, for its exact results are PEFT's own.
@@ -81,9 +79,7 @@ def errors(
     return found
 
 
-def require_right(
-    case: Case | BlockCase, training: bool, implementation: str | None, device: torch.device, what: str
-) -> Error:
+def require_right(case: Case, training: bool, implementation: str | None, device: torch.device, what: str) -> Error:
     """The worst of the errors: outside its bound if there is one, else the largest. what: who computes which case, for the message.
 
     Raises:
@@ -120,7 +116,7 @@ def errors_beside_peft(case: LoRALinearCase, names: Sequence[str], device: torch
 def check(operator: str, device: torch.device) -> list[str]:
     """What is wrong with the implementations worth timing, on small, awkward cases against the float64 reference."""
     wrong = []
-    for case in CHECKS[operator]:
+    for case in OPERATORS[operator].checks:
         for pass_ in BOTH:
             training = pass_ == TRAINING
             for name in rivals.implementations(case, training, device):

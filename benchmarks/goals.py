@@ -7,21 +7,24 @@ the layers of a block together    float32 0.75, bfloat16 1.0
 one training step, over PEFT's    0.5 of the time, 0.6 of the memory, 70 % of the machine's own product rate
 """
 
+import gc
+import math
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
-from fastlora.choice.clock import time_in_turn
-
-from .cases import GOAL_BLOCKS, GOAL_LAYERS, TRAINING, BlockCase, LoRALinearCase, StepCase, dtype_name
-from .device import clock_of
-from .gate import CaseError, require_right
+from .cases import GOAL_BLOCKS, GOAL_LAYERS, TRAINING, BlockCase, Case, StepCase, dtype_name
+from .gate import require_right
 from .rivals import FASTLORA, build, choice, rivals_of
+from .session import BrokenProcessError, Session, answers, first_line, seconds_of
 from .step import StepResult
 
-CPU = torch.device("cpu")
 SECONDS = 2.0  # of timing, a case
 OVER_FROZEN = {torch.float32: 0.75, torch.bfloat16: 0.97, torch.float16: 0.35}
 ONE_ROW = {torch.float32: 0.8, torch.bfloat16: 0.7}
@@ -29,6 +32,8 @@ BLOCK = {torch.float32: 0.75, torch.bfloat16: 1.0}
 STEP_TIME, STEP_MEMORY, STEP_RATE = 0.5, 0.6, 0.7
 STEPS = "0.1B"  # what the names of the training steps that have goals begin with
 LEFT_OUT = ("merged", "addmm", "compiled")
+HUNG_CODE = 3  # of a process that is at its end: another one can go on from the record
+OUT_OF_TIME = "not timed: out of time"
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,22 @@ class Goal:
     rivals: dict[str, float] = field(default_factory=dict)  # others than fastlora and PEFT
     implementation: str = ""  # what fastlora ran, where one thing did
 
+    @classmethod
+    def of(
+        cls, what: str, case: Case, training: bool, unit: str,
+        values: Mapping[str, float],  # in that unit: fastlora's, PEFT's and others'
+        seconds: Mapping[str, float],
+        implementation: str = "",
+        targets: tuple[float | None, float | None] = (None, None),  # the goal, and what is wanted first
+        **more: Any,
+    ) -> "Goal":  # fmt: skip
+        """Of what was timed beside one another."""
+        others = {name: value for name, value in values.items() if name not in ("peft", FASTLORA)}
+        return cls(
+            what, case.shape(training), case.number_format(), targets[0], values[FASTLORA], values.get("peft"), unit=unit,
+            seconds=dict(seconds), first_step=targets[1], rivals=others, implementation=implementation, **more,
+        )  # fmt: skip
+
     def is_met(self) -> bool | None:
         if self.goal is None:
             return None
@@ -56,25 +77,93 @@ class Goal:
         return None if self.goal is None else self.ours / self.goal
 
 
-def measure_goals(say: Callable[[str], None], not_timed: list[str]) -> Iterator[Goal]:
-    """Check and time what has a goal, but for training steps; what is beyond its error bound goes to `not_timed`."""
-    cases: tuple[LoRALinearCase | BlockCase, ...] = (*GOAL_LAYERS, *GOAL_BLOCKS)
-    for number, case in enumerate(cases, 1):
-        say(f"goals {number}/{len(cases)}: {case.shape(False)}, {case.number_format()}")
+Line = Callable[[Session], Iterator[Goal]]
+
+
+@dataclass
+class Record:
+    """What was found so far: the result file holds it after every figure, and another process can go on from there."""
+
+    rows: list[Goal] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    begun: list[str] = field(default_factory=list)  # lines that were measured, or failed
+    failed: list[str] = field(default_factory=list)  # those of them that have no figure
+    refused: list[str] = field(default_factory=list)  # as Session's
+
+
+def measure_lines(
+    lines: Mapping[str, Line], device: torch.device, record: Record, save: Callable[[], object], say: Callable[[str], None],
+    deadline: float, bare: bool = False, line_seconds: float = math.inf,
+) -> bool:  # fmt: skip
+    """Measure what the record lacks, and save after every figure; False where this process can do no more and another one should go on.
+
+    deadline: in seconds of time.perf_counter; no line is begun after it.
+    line_seconds: a line that takes longer, as one whose kernel never ends, ends this process with HUNG_CODE, in which nothing else could.
+    """
+    for name in [name for name in lines if name not in record.begun]:
+        if time.perf_counter() > deadline:
+            record.notes.append(f"{name}: {OUT_OF_TIME}")
+            continue
+        record.begun.append(name)
+        say(f"goals {len(record.begun)}/{len(lines)}: {name}")
+        before = len(record.rows)
+        patience = _patience(name, record, save, line_seconds)
         try:
-            yield _goal(case)
-        except CaseError as error:
-            not_timed.append(str(error))
+            for goal in lines[name](Session(device, record.notes, frozenset(record.refused), bare)):
+                record.rows.append(goal)
+                save()
+        except BrokenProcessError as error:
+            record.notes.append(f"{name}: {error}")
+            record.refused.append(error.culprit)
+            record.begun.remove(name)  # without the culprit it can be measured
+            del record.rows[before:]
+        except Exception as error:  # whatever it is, the other lines can do without this one
+            record.notes.append(f"{name}: {first_line(error)}")
+            record.failed.append(name)
+        finally:
+            patience.cancel()
+        save()
+        if not answers(device):
+            return False
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    save()
+    return True
 
 
-def _goal(case: LoRALinearCase | BlockCase) -> Goal:
-    training = isinstance(case, BlockCase) or case.passes == (TRAINING,)
+def _patience(name: str, record: Record, save: Callable[[], object], seconds: float) -> threading.Timer:
+    """Ends the process after so many seconds, unless cancelled."""
+
+    def end() -> None:
+        record.notes.append(f"{name}: ended after {seconds:.0f} s, with its process")
+        record.failed.append(name)
+        save()
+        os._exit(HUNG_CODE)
+
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), end)
+    timer.daemon = True
+    timer.start()
+    return timer
+
+
+def cpu_lines(steps: Sequence[Goal] = ()) -> dict[str, Line]:
+    """Every layer and block that has a goal on a CPU, by its sizes; and the goals of the training steps, which were measured before."""
+    lines: dict[str, Line] = {
+        f"{case.name}, {case.shape(TRAINING in case.passes)}, {case.number_format()}": partial(_over_frozen, case=case)
+        for case in (*GOAL_LAYERS, *GOAL_BLOCKS)
+    }
+    return lines | ({"training steps": lambda _: iter(steps)} if steps else {})
+
+
+def _over_frozen(session: Session, case: Any) -> Iterator[Goal]:
+    training, device = TRAINING in case.passes, session.device
     # A block's layers run what `choose` says of each.
-    implementation = None if isinstance(case, BlockCase) else choice(case, training, CPU)
+    implementation = None if isinstance(case, BlockCase) else choice(case, training, device)
     what = f"{case.name}, {case.shape(training)}, {case.number_format()}"
-    require_right(case, training, implementation, CPU, what)
-    contest = build(case, training, CPU, rivals_of(case, CPU, without=LEFT_OUT))
-    times = time_in_turn(contest.runs(training), clock_of(CPU), SECONDS)
+    require_right(case, training, implementation, device, what)
+    contest = build(case, training, device, rivals_of(case, device, without=LEFT_OUT))
+    times = session.times(what, case, contest.runs(training), SECONDS)
     goal: float | None
     floor = None
     if isinstance(case, BlockCase):
@@ -87,10 +176,9 @@ def _goal(case: LoRALinearCase | BlockCase) -> Goal:
         floor = times["packed"].ratio * lora_flops if "packed" in times else None
     else:
         what, goal = "a few rows, forward", ONE_ROW[case.dtype] if case.M == 1 else None
-    return Goal(
-        f"{what}, {dtype_name(case.dtype)}", case.shape(training), case.number_format(), goal,
-        times[FASTLORA].ratio, times["peft"].ratio, floor, seconds={name: one.seconds for name, one in times.items()},
-    )  # fmt: skip
+    ratios = {name: times[name].ratio for name in (FASTLORA, "peft")}
+    what = f"{what}, {dtype_name(case.dtype)}"
+    yield Goal.of(what, case, training, "", ratios, seconds_of(times), targets=(goal, None), floor=floor)
 
 
 def step_goals(rows: Sequence[Mapping[str, Any]]) -> Iterator[Goal]:

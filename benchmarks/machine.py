@@ -7,20 +7,23 @@ import os
 import re
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastlora import __version__, writing
 from fastlora.choice import table
 from fastlora.choice.clock import Run, time_in_turn
+from fastlora.frozen import packed
 
 from .cases import dtype_name
 from .device import clock_of
 
-PACKAGES = ("torch", "triton", "transformers", "peft")
+PACKAGES = ("triton", "transformers", "peft")
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent  # the checkout, or `fastlora` where the package is installed
 
@@ -29,9 +32,8 @@ def _plain(value: Any) -> Any:
     """For json: a dtype by its name, a dataclass as an object."""
     if isinstance(value, torch.dtype):
         return dtype_name(value)
-    return {
-        name.rstrip("_"): field for name, field in vars(value).items()
-    }  # pass_ is "pass", which Python keeps for itself
+    # pass_ is "pass", which Python keeps for itself.
+    return {name.rstrip("_"): field for name, field in vars(value).items()}
 
 
 @dataclass(frozen=True)
@@ -98,17 +100,12 @@ def _commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def this_machine(device: torch.device) -> Machine:
     """The machine as it is now."""
-    versions = {name: version for name in PACKAGES if (version := _version(name)) is not None}
-    versions["torch"] = torch.__version__  # the metadata may lack the build (+cpu, +cu130)
+    versions = {"torch": str(torch.__version__)}  # whose metadata may lack the build (+cpu, +cu130)
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     versions["fastlora"] = __version__
     on_cpu = f"{table.machine_name('cpu')} ({torch.backends.cpu.get_cpu_capability()})"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
@@ -125,15 +122,24 @@ def last_level_cache() -> int:
     return max(sizes, default=0) or 32 * 2**20
 
 
+def packs(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether oneDNN multiplies here by weights of this dtype that it has laid out."""
+    here = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return here and (dtype == torch.float32 or (dtype == torch.bfloat16 and packed.suits_onednn(dtype)))
+
+
+def packed_product(x: Tensor, weight: Tensor) -> Run:
+    """x [M, K] and weight [N, K] -> [M, N], on a copy of the weight that oneDNN has laid out."""
+    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
+    return lambda _: torch.ops.mkldnn._linear_pointwise(x, laid_out, None, "none", [], "")
+
+
 def _product(size: int, dtype: torch.dtype, device: torch.device) -> dict[str, Run]:
     x, w = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(x)
     runs: dict[str, Run] = {"torch.mm": lambda _: torch.mm(x, w, out=out)}
-    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available():
-        # torch multiplies float32 by MKL and packs bfloat16 anew each time; where oneDNN with a packed weight is faster, this is the limit.
-        packed = torch.ops.mkldnn._reorder_linear_weight(w, size)
-        runs["oneDNN"] = lambda _: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-    return runs
+    # torch multiplies float32 by MKL and packs bfloat16 anew each time; where oneDNN with a packed weight is faster, this is the limit.
+    return runs | ({"oneDNN": packed_product(x, w)} if packs(dtype, device) else {})
 
 
 def measure_limits(device: torch.device, dtypes: Iterable[torch.dtype], budget: float = 1.5) -> Limits:

@@ -1,32 +1,43 @@
-"""One training step of a small Llama: PEFT + transformers against fastlora as its training loop uses it, each in a fresh process.
+"""A training step, of a small Llama: PEFT + transformers against fastlora as its training loop uses it, each in a fresh process.
 
 fastlora is `accelerate(model, frozen=True)` and `LanguageModelLoss`; "unpacked" is the same without packed copies. The
 processes take turns, so that all meet the same machine; each tells its own peak memory, counted from the end of its
 imports. All start from the same weights and see the same batches, so that without dropout their losses agree.
+
+Of a model that fills a card there is one process and one set of weights, as PEFT runs it and then accelerated: variants follow one another,
+each is warmed up, then timed, and the median kept. Nothing is downloaded.
 """
 
+import gc
 import multiprocessing
 import statistics
 import time
 import traceback
 from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
 
+import fastlora
 from fastlora import memory, steps
-from fastlora.choice.clock import median_ratio, rounds_in_turn, wait_for
+from fastlora.choice.clock import Run, median_ratio, rounds_in_turn, time_in_turn, wait_for
 from fastlora.data.rows import IGNORE
 
 from .cases import StepCase, dtype_name
+from .device import captured, clock_of
 from .machine import measure_limits
+from .session import EAGER, GRAPH, first_line
 
 VARIANTS = ("peft", "fastlora", "unpacked")
+COMPILED = "blocks compiled"
+STEP_SECONDS = 0.5  # of timing there, a round: time_in_turn makes at least five rounds
 WARM_UP_STEPS = 1
 LOSS_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
@@ -98,6 +109,12 @@ def make_model(case: StepCase, variant: str, device: torch.device) -> Any:
     return model
 
 
+def make_optimizer(model: Any, **options: Any) -> torch.optim.Optimizer:
+    """Of what is trained."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trainable, lr=1e-4, **options)
+
+
 def make_batch(case: StepCase, number: int, device: torch.device) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(number)
     ids = torch.randint(case.vocabulary, (case.batch, case.tokens), generator=generator).to(device)
@@ -126,8 +143,7 @@ class Training:
         self.imported = memory.peak(device)
         self.model = make_model(case, variant, device)
         self.loss_of = loss_function(self.model, variant)
-        trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trainable, lr=1e-4)
+        self.optimizer = make_optimizer(self.model)
 
     def step(self) -> Step:
         batch = make_batch(self.case, self.steps, self.device)
@@ -182,14 +198,28 @@ class Worker(ExitStack):
             raise StepError(f"{self._name}:\n{''.join(traceback.format_exception(error))}") from None
 
 
-def require_agreement(case: StepCase, losses: dict[str, float]) -> None:
-    """Raise StepError where the variants' first losses differ and dropout cannot be the reason."""
-    peft = losses["peft"]
-    for variant, ours in losses.items():
-        if case.dropout_p == 0 and not abs(ours - peft) <= LOSS_TOLERANCE[case.dtype] * abs(peft):
-            raise StepError(
-                f"{case.name}: the first loss is {ours:.7g} with {variant}, {peft:.7g} with PEFT: not timed"
-            )
+def require_agreement(losses: Mapping[str, float], tolerance: float, what: str) -> None:
+    """Raise StepError where one's first loss is not that of the one that comes first. tolerance: relative."""
+    (baseline, right), *others = losses.items()
+    for name, loss in others:
+        if not abs(loss - right) <= tolerance * abs(right):
+            raise StepError(f"{what}: the first loss of {name} is {loss:.7g}, of {baseline} {right:.7g}: not timed")
+
+
+class Compared(NamedTuple):
+    """Ways to train beside the one that comes first."""
+
+    seconds: dict[str, float]  # median of a step
+    ratios: dict[str, float]  # over the first one's, median over the rounds
+    memory_ratios: dict[str, float]  # empty where the system does not tell
+
+
+def compare(seconds: Mapping[str, Sequence[float]], peaks: Mapping[str, int | None]) -> Compared:
+    """Of each step's seconds, and of bytes."""
+    first, least = next(iter(seconds.values())), next(iter(peaks.values()))
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    ratios = {name: median_ratio(times, first) for name, times in seconds.items()}
+    return Compared(medians, ratios, {name: peak / least for name, peak in peaks.items() if peak and least})
 
 
 def measure_step(case: StepCase, device: torch.device) -> StepResult:
@@ -203,23 +233,83 @@ def measure_step(case: StepCase, device: torch.device) -> StepResult:
         workers = {variant: processes.enter_context(Worker(case, variant, device)) for variant in VARIANTS}
         in_turn = rounds_in_turn(VARIANTS, lambda variant: workers[variant].ask("step"))
         rounds: list[dict[str, Step]] = [next(in_turn)]
-        require_agreement(case, {variant: step.loss for variant, step in rounds[0].items()})
+        if case.dropout_p == 0:  # else the masks differ, and so do the losses
+            first = {variant: step.loss for variant, step in rounds[0].items()}
+            require_agreement(first, LOSS_TOLERANCE[case.dtype], case.name)
         rounds += islice(in_turn, WARM_UP_STEPS - 1 + case.rounds)
         closing: dict[str, Closing] = {variant: worker.ask("closing") for variant, worker in workers.items()}
     seconds = {variant: [one[variant].seconds for one in rounds[WARM_UP_STEPS:]] for variant in VARIANTS}
-    medians = {variant: statistics.median(times) for variant, times in seconds.items()}
-    ratios = {variant: median_ratio(times, seconds["peft"]) for variant, times in seconds.items()}
     peaks = {variant: told.peak_bytes for variant, told in closing.items()}
+    compared = compare(seconds, peaks)
     return StepResult(
-        seconds=medians,
-        ratio=ratios["fastlora"],
-        ratios=ratios,
+        **compared._asdict(),
+        ratio=compared.ratios["fastlora"],
         losses={variant: [one[variant].loss for one in rounds] for variant in VARIANTS},
         peak_bytes=peaks,
-        memory_ratios={variant: peak / peaks["peft"] for variant, peak in peaks.items() if peak and peaks["peft"]},
         flops=case.flops(),
         product_rate=rate,
-        of_product_rate={variant: case.flops() / time / rate for variant, time in medians.items()},
+        of_product_rate={variant: case.flops() / time / rate for variant, time in compared.seconds.items()},
         implementations=closing["fastlora"].implementations,
         rounds=case.rounds,
     )
+
+
+def measure_model(case: StepCase, device: torch.device, notes: list[str]) -> Iterator[tuple[str, float]]:
+    """(variant, seconds a step): PEFT's own, accelerated, with each block through torch.compile, and as one CUDA graph.
+
+    A variant that does not fit, compile or capture is left out with a note.
+    """
+    if device.type == "cuda":
+        held = torch.cuda.get_device_properties(device).total_memory
+        if held < 2 * case.weight_bytes():  # activations and their gradients take as much again
+            notes.append(
+                f"{case.name}: skipped: needs {2 * case.weight_bytes() / 2**30:.0f} GiB, this card has {held / 2**30:.0f}"
+            )
+            return
+    model = make_model(case, "peft", device)
+    batch = make_batch(case, 0, device)
+    del batch["attention_mask"]  # all ones, which transformers would ask the card about in each step
+    optimizer = make_optimizer(model, fused=True, capturable=device.type == "cuda")
+    clock = clock_of(device)
+    for variant in ("peft", EAGER, COMPILED, GRAPH):
+        try:
+            step = _prepare(variant, model, batch, optimizer)
+            with _unpacked():
+                step(0)
+                run = captured(step, device) if variant == GRAPH else step
+                seconds = time_in_turn({variant: run}, clock, STEP_SECONDS * case.rounds)[variant].seconds
+            yield variant, seconds
+        except RuntimeError as error:
+            what = "skipped" if isinstance(error, torch.OutOfMemoryError) else "fails"
+            notes.append(f"{case.name}, {variant}: {what}: {first_line(error)}")
+        optimizer.zero_grad(set_to_none=True)
+        gc.collect()  # a cycle that holds a step's activations would leave no room for the next variant's
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _unpacked() -> AbstractContextManager[Any]:
+    """transformers takes it for known that rows hold one text each.
+
+    It asks the card in each step; in a capture, where it cannot, it makes a mask for packed rows, which keeps flash attention out.
+    """
+    from transformers import masking_utils
+
+    return mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None)
+
+
+def _prepare(variant: str, model: Any, batch: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> Run:
+    if variant == EAGER:
+        fastlora.accelerate(model, frozen=True)
+    for layer in model.get_base_model().model.layers:
+        layer._compiled_call_impl = None
+        if variant == COMPILED:
+            layer.compile(dynamic=False)
+    loss_of = loss_function(model, "peft" if variant in ("peft", GRAPH) else "fastlora")
+
+    def step(_: int) -> None:
+        loss_of(batch).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step

@@ -5,25 +5,11 @@ from collections.abc import Iterable, Sequence
 
 from .cases import StepCase, dtype_name
 from .goals import Goal
-from .launch import LaunchRow
 from .operators import Row
-from .rivals import FASTLORA, RIVALS
+from .rivals import FASTLORA, MEANINGS, RIVALS
 from .step import StepResult
 
 QUANTITY = re.compile(r"-|[\d.]+(e[+-]\d+)?( \S+)?")
-BASELINES = {
-    "lora_linear": "the frozen layer alone",
-    "multi_lora": "the frozen layer alone",
-    "prefix_concat": "the lookup of the token embeddings alone, which has no backward",
-}
-MEANINGS = {
-    "packed": "packed: the frozen products alone, on copies of the weight that oneDNN has laid out",
-    "merged": "merged: the adapter added into the weight beforehand",
-    "addmm": "addmm: torch's products, the adapter's added in place, dropout beside them: the design of Unsloth and Axolotl",
-    "peft": "peft: PEFT's own code, eager",
-    "compiled": "compiled: the same under torch.compile",
-    "fastlora": "fastlora: this library (a row an implementation; * is the one that runs by default)",
-}
 
 
 def render(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -62,7 +48,8 @@ def operator_table(operator: str, rows: Sequence[Row], notes: Sequence[str]) -> 
     """The table of one operator with what its columns mean, and how often fastlora loses."""
     if not rows:
         return "\n".join([f"{operator}: nothing was timed", *notes])
-    rivals = [name for name in RIVALS[operator][1:] if any(name in row.ratios for row in rows)]
+    entry = RIVALS[operator]
+    rivals = [name for name in entry.names[1:] if any(name in row.ratios for row in rows)]
     head = ["case", "shape", "numbers", "pass", "implementation", "frozen", *rivals]
     head += ["over peft", "rate", "of limit", "peak MiB", "peft's", "error", "eager's"]
     body = []
@@ -78,7 +65,7 @@ def operator_table(operator: str, rows: Sequence[Row], notes: Sequence[str]) -> 
     lost = sum(row.loses() for row in chosen)
     rounds = sorted(row.rounds for row in rows)
     legend = [
-        f"{operator}: time over that of {BASELINES[operator]} (frozen = 1),"
+        f"{operator}: time over that of {entry.baseline} (frozen = 1),"
         f" medians of {rounds[0]} to {rounds[-1]} rounds timed in turn",
         *(MEANINGS[name] for name in rivals),
         "of limit: the least time that this machine's own product and copy rates allow, over fastlora's;"
@@ -116,7 +103,8 @@ def step_table(results: Sequence[tuple[StepCase, StepResult]]) -> str:
 def _quantity(value: float | None, unit: str) -> str:
     if value is None:
         return "-"
-    return {"%": f"{value:.1f} %", "tokens/s": f"{value:,.0f} tokens/s"}.get(unit, f"{value:.2f}")
+    exact = {"%": f"{value:.1f} %", "us": f"{value:.1f} us", "tokens/s": f"{value:,.0f} tokens/s"}
+    return exact.get(unit, f"{value:.2f}")
 
 
 def _met(goal: Goal) -> str:
@@ -147,6 +135,10 @@ def goals_table(goals: Sequence[Goal], notes: Sequence[str]) -> str:
 
 
 def _legend(goals: Sequence[Goal]) -> list[str]:
+    if any(one.unit == "us" for one in goals):
+        return [
+            "launch: small layers called in a row, wall-clock time a call; CUDA graph: the same calls replayed as one"
+        ]
     if any(one.first_step is not None for one in goals):
         return [
             "goals on a card: percent over what the frozen layers take, forward and dx; medians timed in turn, weights from memory, not the cache;"
@@ -184,17 +176,3 @@ def goals_markdown(goals: Sequence[Goal]) -> str:
         ]
         lines.append(f"| {what} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def launch_table(rows: Sequence[LaunchRow], notes: Sequence[str]) -> str:
-    """Microseconds a call, by rival; a second line where a CUDA graph was replayed."""
-    names = list(dict.fromkeys(name for row in rows for name in row.microseconds))
-    body = []
-    for row in rows:
-        for how, values in (("call", row.microseconds), ("replayed", row.graph_microseconds)):
-            if values:
-                cells = [row.case, row.shape, row.numbers, row.pass_, row.implementation, how]
-                body.append(cells + [f"{values[name]:.1f}" if name in values else "-" for name in names])
-    head = ["case", "shape", "numbers", "pass", "runs", "microseconds a", *names]
-    legend = "launch: small layers called in a row, wall-clock microseconds a call; replayed: the same calls as one CUDA graph"
-    return "\n".join([legend, "", render(head, body), *notes])

@@ -13,27 +13,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as command
-from benchmarks import cases, device, gate, goals, machine, operators, rivals, step, table
+from benchmarks import cases, device, gate, goals, machine, operators, rivals, session, step, table
 from benchmarks.cases import (
     BOTH,
     FORWARD,
     TRAINING,
     BlockCase,
     LoRALinearCase,
-    MultiLoRACase,
-    PrefixConcatCase,
     StepCase,
 )
 from fastlora import ops, reference
-from fastlora.choice.clock import Run
 
 CPU = torch.device("cpu")
 TINY = LoRALinearCase("tiny", 5, 24, 16, 3, torch.float32, torch.float32, 0.1)
-TINY_CASES = {
-    "lora_linear": TINY,
-    "multi_lora": MultiLoRACase("tiny", 4, 3, 24, 16, (2, 3), torch.float32, torch.float32, 0.1, BOTH),
-    "prefix_concat": PrefixConcatCase("tiny", 3, 5, 2, 4, 8, 11, torch.float32, torch.float32),
-}
+TINY_CASES = {name: next(case for case in one.checks if case.name == "odd") for name, one in cases.OPERATORS.items()}
 TINY_BLOCK = BlockCase("tiny", 7, 24, 40, 8, 3, torch.bfloat16, torch.float32)
 TINY_STEP = StepCase("tiny", 32, 64, 1, 2, 1, 64, 2, 8, 4, 0.0, torch.float32, 2)
 LIMITS = machine.Limits({"float32": 1e11}, 1e10)
@@ -85,9 +78,10 @@ def test_work_counts_every_tensor_once() -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("operator", cases.OPERATORS)
 def test_rivals_compute_the_same(operator: str, training: bool) -> None:
-    case = replace(TINY_CASES[operator], **({} if operator == "prefix_concat" else {"dropout_p": 0.0}))
+    case, plain = TINY_CASES[operator], {"dropout_p": 0.0, "bias": False}
+    case = replace(case, **{name: value for name, value in plain.items() if name in vars(case)})
     contest = rivals.build(case, training, CPU)
-    assert tuple(contest.rivals) == rivals.RIVALS[operator]
+    assert tuple(contest.rivals) == rivals.RIVALS[operator].names
     for copy in {0, contest.copies - 1}:
         outputs = {name: contest.rivals[name].call(copy) for name in contest.rivals if name != "compiled"}
         for name in outputs.keys() - {"frozen", "packed"}:
@@ -95,7 +89,7 @@ def test_rivals_compute_the_same(operator: str, training: bool) -> None:
         if "packed" in outputs:
             torch.testing.assert_close(outputs["packed"][0], outputs["frozen"])
             assert len(outputs["packed"]) == 1 + training  # y, and dx
-        if operator != "prefix_concat":
+        if outputs["frozen"].shape == outputs["peft"].shape:  # else what is frozen is a part of it
             assert not torch.allclose(outputs["frozen"], outputs["peft"])
         for name in {"fastlora", "addmm"} & contest.rivals.keys() if training else ():
             torch.testing.assert_close(contest.run(name, True)(copy), contest.run("peft", True)(copy))
@@ -114,7 +108,7 @@ def test_a_few_rows_meet_weights_that_are_not_in_the_cache() -> None:
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_cases_are_real_and_none_is_there_twice(operator: str, kind: str) -> None:
     found = cases.cases_of(operator, torch.device(kind))
-    assert cases.cases_of(operator, torch.device(kind), quick=True) == found[: cases.QUICK_CASES]
+    assert cases.cases_of(operator, torch.device(kind), quick=True) == found[: cases.OPERATORS[operator].quick]
     assert len(set(found)) == len(found)
     for case in found:
         assert set(case.passes) <= set(BOTH)
@@ -173,9 +167,9 @@ def test_nothing_is_timed_where_the_tests_are_red(monkeypatch, tmp_path, capsys)
 
 def test_a_case_beyond_its_bound_is_not_timed(monkeypatch) -> None:
     break_lora_linear(monkeypatch, lambda y: y * 1.001)
-    monkeypatch.setattr(operators, "time_in_turn", refuse_to_time)
+    monkeypatch.setattr(session.clock, "time_in_turn", refuse_to_time)
     with pytest.raises(gate.CaseError, match=r"tiny, forward: the error of y is .*: not timed"):
-        list(operators.measure_operator(TINY, CPU, LIMITS, 0.01, False, []))
+        list(operators.measure_operator(TINY, session.Session(CPU), LIMITS, 0.01, False))
 
 
 def test_the_other_cases_are_timed_and_the_command_fails(monkeypatch, capsys) -> None:
@@ -193,15 +187,15 @@ def test_the_other_cases_are_timed_and_the_command_fails(monkeypatch, capsys) ->
     assert "bad, forward: not timed" in printed
 
 
-def test_a_torch_compile_that_fails_is_left_out_and_said() -> None:
-    def fail(_: int) -> None:
+def test_a_torch_compile_that_fails_is_left_out_and_said(monkeypatch) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("no compiler\nand a long story")
 
-    runs: dict[str, Run] = {"peft": print, "compiled": fail}
-    notes: list[str] = []
-    operators.compile_or_drop(runs, notes, "tiny, forward")
-    assert list(runs) == ["peft"]
-    assert notes == ["tiny, forward: torch.compile fails here, its column is empty: no compiler"]
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    here = session.Session(CPU)
+    rows = list(operators.measure_operator(replace(TINY, passes=(FORWARD,)), here, LIMITS, 0.01, True))
+    assert rows and all("peft" in row.seconds and "compiled" not in row.seconds for row in rows)
+    assert here.notes == ["tiny, forward, eager: compiled fails: no compiler"]
 
 
 @pytest.mark.parametrize("operator", cases.OPERATORS)
@@ -278,22 +272,30 @@ def test_block_is_seven_layers_whose_shared_x_gets_the_sum_of_their_gradients(mo
         torch.testing.assert_close(contest.run(name, True)(0), contest.run("peft", True)(0))
 
 
+def measured_goals() -> goals.Record:
+    record = goals.Record()
+    assert goals.measure_lines(goals.cpu_lines(), CPU, record, lambda: None, lambda _: None, float("inf"))
+    return record
+
+
 def test_goals_are_those_of_the_shape_and_a_wrong_layer_is_not_timed(monkeypatch) -> None:
     training = replace(TINY, adapter_dtype=torch.float32, passes=(TRAINING,))
     rows = [replace(TINY, K=4096, M=M, passes=(FORWARD,)) for M in (1, 4)]
     monkeypatch.setattr(goals, "GOAL_LAYERS", (training, replace(training, dtype=torch.float16), *rows))
     monkeypatch.setattr(goals, "GOAL_BLOCKS", (TINY_BLOCK,))
     monkeypatch.setattr(goals, "SECONDS", 0.01)
-    not_timed: list[str] = []
-    layer, half, one_row, four_rows, block = goals.measure_goals(lambda _: None, not_timed)
+    record = measured_goals()
+    layer, half, one_row, four_rows, block = record.rows
+    assert (record.notes, record.failed) == ([], [])
     bracket = 1 + 1.5 * 3 * (1 / 24 + 1 / 16)
     assert layer.goal == pytest.approx(0.75 * bracket) and layer.floor > 0
     assert (half.goal, one_row.goal, four_rows.goal, block.goal) == (0.35, 0.8, None, 1.0)
     assert half.floor is one_row.floor is four_rows.is_met() is None
     assert all(goal.ours > 0 and goal.peft > 0 for goal in (layer, half, one_row, four_rows, block))
     break_lora_linear(monkeypatch, lambda y: y * 1.1)
-    assert list(goals.measure_goals(lambda _: None, not_timed)) == []
-    assert len(not_timed) == 5 and all("not timed" in line for line in not_timed)
+    record = measured_goals()
+    assert record.rows == [] and len(record.failed) == 5
+    assert len(record.notes) == 5 and all("not timed" in line for line in record.notes)
 
 
 GOALS = [
@@ -315,7 +317,7 @@ def test_goals_are_met_or_not_and_make_the_tables() -> None:
 
 
 def test_command_writes_the_goals_and_makes_the_readme_of_them(monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setattr(command, "measure_goals", lambda *_: GOALS)
+    monkeypatch.setattr(command, "cpu_lines", lambda _: {"all": lambda _: iter(GOALS)})
     monkeypatch.setattr(command, "results_folder", lambda: tmp_path)
     assert command.main(["--readme"]) == 1
     assert "python -m benchmarks goals --device cpu --json" in capsys.readouterr().err
@@ -373,7 +375,7 @@ def test_a_training_process_that_fails_says_why() -> None:
 
 @pytest.mark.parametrize("loss", [9.0, float("nan")])
 def test_steps_whose_losses_differ_are_not_timed(loss: float) -> None:
-    with pytest.raises(step.StepError, match="tiny: the first loss is"):
-        step.require_agreement(TINY_STEP, {"peft": 4.0, "fastlora": loss})
-    step.require_agreement(replace(TINY_STEP, dropout_p=0.1), {"peft": 4.0, "fastlora": 4.1})
-    step.require_agreement(TINY_STEP, {"peft": 4.0, "fastlora": 4.0000001})
+    with pytest.raises(step.StepError, match="tiny: the first loss of fastlora is"):
+        step.require_agreement({"peft": 4.0, "fastlora": loss}, 1e-5, "tiny")
+    step.require_agreement({"peft": 4.0, "fastlora": 4.1}, 0.03, "tiny")
+    step.require_agreement({"peft": 4.0, "fastlora": 4.0000001}, 1e-5, "tiny")
