@@ -27,10 +27,10 @@ from . import cases
 from .cases import Case, LoRALinearCase, MultiLoRACase, StepCase
 from .device import clock_of, main_kernel
 from .gate import CaseError, errors_beside_peft, require_right
-from .goals import Goal, Line
-from .machine import measure_bandwidths
+from .goals import Goal
+from .machine import bandwidths
 from .rivals import FASTLORA, build, build_for_card, choice
-from .session import EAGER, GRAPH, Session, seconds_of
+from .session import EAGER, GRAPH, Line, Session, seconds_of
 from .step import measure_model
 
 SECONDS = 2.0  # of timing, a line and mode
@@ -74,10 +74,9 @@ def sound_implementations(session: Session, case: Case, training: bool) -> list[
     Raises:
         CaseError: the one that runs by default is not; in a bare session, none is.
     """
-    sound, here = [], f"{case.name}, {case.shape(training)}"
+    sound, here = [], case.title(training)
     for name in session.may_be_tried(case):
-        what = f"{case.operator} {name}, {here}"
-        if session.attempt(what, name, require_right, case, training, name, session.device, what):
+        if session.attempt(here, name, require_right, case, training, name, session.device):
             sound.append(name)
             if session.bare:
                 return sound
@@ -105,8 +104,7 @@ def prepare(session: Session, case: Case, training: bool) -> Prepared:
         return Prepared(case, training, contest.copies, bare, names[0])
     if isinstance(case, LoRALinearCase) and training:
         wide = replace(case, adapter_dtype=torch.float32)
-        what = f"{case.name}, {case.shape(training)}, float32 adapters"
-        require_right(wide, True, choice(wide, True, device), device, what)
+        require_right(wide, True, choice(wide, True, device), device)
     contest = build_for_card(case, device) if training else build(case, False, device)
     return Prepared(case, training, contest.copies, contest.runs(training, names), choice(case, training, device))
 
@@ -134,9 +132,9 @@ def over_frozen_line(
 def decode_line(session: Session, case: MultiLoRACase) -> Iterator[Goal]:
     """A mixed batch of a token each: the bytes that a call must move at least, over this card's bandwidth, in percent of its time."""
     prepared = prepare(session, case, False)
-    bandwidths = measure_bandwidths(session.device)
-    least = case.work(False).bytes / max(bandwidths.values())
-    rates = ", ".join(f"{name} {rate / 1e9:.0f} GB/s" for name, rate in bandwidths.items())
+    found = bandwidths(session.device)
+    least = case.work(False).bytes / max(found.values())
+    rates = ", ".join(f"{name} {rate / 1e9:.0f} GB/s" for name, rate in found.items())
     beside = f"this device's bandwidth, measured beside it: {rates}"
     session.notes.append(f"decode: {prepared.copies} weights in turn; {beside}")
     what = f"decode, batch {case.B}, {len(case.ranks)} adapters mixed, of the bandwidth bound"

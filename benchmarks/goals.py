@@ -7,12 +7,7 @@ the layers of a block together    float32 0.75, bfloat16 1.0
 one training step, over PEFT's    0.5 of the time, 0.6 of the memory, 70 % of the machine's own product rate
 """
 
-import gc
-import math
-import os
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -22,7 +17,7 @@ import torch
 from .cases import GOAL_BLOCKS, GOAL_LAYERS, TRAINING, BlockCase, Case, StepCase, dtype_name
 from .gate import require_right
 from .rivals import FASTLORA, build, choice, rivals_of
-from .session import BrokenProcessError, Session, answers, first_line, seconds_of
+from .session import Line, Session, seconds_of
 from .step import StepResult
 
 SECONDS = 2.0  # of timing, a case
@@ -32,8 +27,6 @@ BLOCK = {torch.float32: 0.75, torch.bfloat16: 1.0}
 STEP_TIME, STEP_MEMORY, STEP_RATE = 0.5, 0.6, 0.7
 STEPS = "0.1B"  # what the names of the training steps that have goals begin with
 LEFT_OUT = ("merged", "addmm", "compiled")
-HUNG_CODE = 3  # of a process that is at its end: another one can go on from the record
-OUT_OF_TIME = "not timed: out of time"
 
 
 @dataclass(frozen=True)
@@ -77,81 +70,10 @@ class Goal:
         return None if self.goal is None else self.ours / self.goal
 
 
-Line = Callable[[Session], Iterator[Goal]]
-
-
-@dataclass
-class Record:
-    """What was found so far: the result file holds it after every figure, and another process can go on from there."""
-
-    rows: list[Goal] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    begun: list[str] = field(default_factory=list)  # lines that were measured, or failed
-    failed: list[str] = field(default_factory=list)  # those of them that have no figure
-    refused: list[str] = field(default_factory=list)  # as Session's
-
-
-def measure_lines(
-    lines: Mapping[str, Line], device: torch.device, record: Record, save: Callable[[], object], say: Callable[[str], None],
-    deadline: float, bare: bool = False, line_seconds: float = math.inf,
-) -> bool:  # fmt: skip
-    """Measure what the record lacks, and save after every figure; False where this process can do no more and another one should go on.
-
-    deadline: in seconds of time.perf_counter; no line is begun after it.
-    line_seconds: a line that takes longer, as one whose kernel never ends, ends this process with HUNG_CODE, in which nothing else could.
-    """
-    for name in [name for name in lines if name not in record.begun]:
-        if time.perf_counter() > deadline:
-            record.notes.append(f"{name}: {OUT_OF_TIME}")
-            continue
-        record.begun.append(name)
-        say(f"goals {len(record.begun)}/{len(lines)}: {name}")
-        before = len(record.rows)
-        patience = _patience(name, record, save, line_seconds)
-        try:
-            for goal in lines[name](Session(device, record.notes, frozenset(record.refused), bare)):
-                record.rows.append(goal)
-                save()
-        except BrokenProcessError as error:
-            record.notes.append(f"{name}: {error}")
-            record.refused.append(error.culprit)
-            record.begun.remove(name)  # without the culprit it can be measured
-            del record.rows[before:]
-        except Exception as error:  # whatever it is, the other lines can do without this one
-            record.notes.append(f"{name}: {first_line(error)}")
-            record.failed.append(name)
-        finally:
-            patience.cancel()
-        save()
-        if not answers(device):
-            return False
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    save()
-    return True
-
-
-def _patience(name: str, record: Record, save: Callable[[], object], seconds: float) -> threading.Timer:
-    """Ends the process after so many seconds, unless cancelled."""
-
-    def end() -> None:
-        record.notes.append(f"{name}: ended after {seconds:.0f} s, with its process")
-        record.failed.append(name)
-        save()
-        os._exit(HUNG_CODE)
-
-    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), end)
-    timer.daemon = True
-    timer.start()
-    return timer
-
-
 def cpu_lines(steps: Sequence[Goal] = ()) -> dict[str, Line]:
     """Every layer and block that has a goal on a CPU, by its sizes; and the goals of the training steps, which were measured before."""
     lines: dict[str, Line] = {
-        f"{case.name}, {case.shape(TRAINING in case.passes)}, {case.number_format()}": partial(_over_frozen, case=case)
-        for case in (*GOAL_LAYERS, *GOAL_BLOCKS)
+        case.title(TRAINING in case.passes): partial(_over_frozen, case=case) for case in (*GOAL_LAYERS, *GOAL_BLOCKS)
     }
     return lines | ({"training steps": lambda _: iter(steps)} if steps else {})
 
@@ -160,10 +82,9 @@ def _over_frozen(session: Session, case: Any) -> Iterator[Goal]:
     training, device = TRAINING in case.passes, session.device
     # A block's layers run what `choose` says of each.
     implementation = None if isinstance(case, BlockCase) else choice(case, training, device)
-    what = f"{case.name}, {case.shape(training)}, {case.number_format()}"
-    require_right(case, training, implementation, device, what)
+    require_right(case, training, implementation, device)
     contest = build(case, training, device, rivals_of(case, device, without=LEFT_OUT))
-    times = session.times(what, case, contest.runs(training), SECONDS)
+    times = session.times(case.title(training), case, contest.runs(training), SECONDS)
     goal: float | None
     floor = None
     if isinstance(case, BlockCase):

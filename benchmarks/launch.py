@@ -11,9 +11,9 @@ from fastlora.choice.clock import HostClock
 from .cases import BOTH, LAUNCHES, TRAINING, Case
 from .device import clock_of
 from .gate import CaseError
-from .goals import Goal, Line
+from .goals import Goal
 from .rivals import build, choice, rivals_of
-from .session import EAGER, GRAPH, Session, seconds_of
+from .session import EAGER, GRAPH, Line, Session, seconds_of
 
 CALLS = 50  # in a row
 SECONDS = 1.0  # of timing, a case, pass and mode

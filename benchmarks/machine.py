@@ -1,12 +1,13 @@
 """What the figures were measured on, and what that machine can do at most."""
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,17 +64,6 @@ class Machine:
         path.parent.mkdir(parents=True, exist_ok=True)
         writing.whole(path, (json.dumps(content, indent=1, default=_plain) + "\n").encode())
         return path
-
-
-@dataclass(frozen=True)
-class Limits:
-    flops: dict[str, float]  # a second, in a large product of a dtype, by its name
-    bandwidth: float  # bytes a second, read and written, in a large copy
-
-    def line(self) -> str:
-        """One line for the head of a report."""
-        rates = ", ".join(f"{dtype} product {rate / 1e9:.0f} GFLOP/s" for dtype, rate in self.flops.items())
-        return f"this machine's limits, measured now: {rates}, copy {self.bandwidth / 1e9:.0f} GB/s"
 
 
 def in_checkout() -> bool:
@@ -142,22 +132,20 @@ def _product(size: int, dtype: torch.dtype, device: torch.device) -> dict[str, R
     return runs | ({"oneDNN": packed_product(x, w)} if packs(dtype, device) else {})
 
 
-def measure_limits(device: torch.device, dtypes: Iterable[torch.dtype], budget: float = 1.5) -> Limits:
-    """The machine's own rates, `budget` seconds each: the fastest large product of each dtype, and a large copy.
+@functools.cache
+def product_rate(device: torch.device, dtype: torch.dtype, budget: float = 1.5) -> float:
+    """FLOPs a second in the fastest large product of that dtype, measured `budget` seconds at the first call.
 
     The best of many samples: what others do on the machine meanwhile does not lower its limit.
     """
-    clock = clock_of(device)
     size = 8192 if device.type == "cuda" else 1536
-    flops = {}
-    for dtype in dtypes:
-        times = time_in_turn(_product(size, dtype, device), clock, budget)
-        flops[dtype_name(dtype)] = 2 * size**3 / min(timing.fastest for timing in times.values())
-    return Limits(flops, measure_bandwidths(device, budget)["copy"])
+    times = time_in_turn(_product(size, dtype, device), clock_of(device), budget)
+    return 2 * size**3 / min(timing.fastest for timing in times.values())
 
 
-def measure_bandwidths(device: torch.device, budget: float = 1.5) -> dict[str, float]:
-    """Bytes a second of a large "copy", read and written, and of a large "read", a sum; the best of many samples."""
+@functools.cache
+def bandwidths(device: torch.device, budget: float = 1.5) -> dict[str, float]:
+    """Bytes a second of a large "copy", read and written, and of a large "read", a sum; as `product_rate`."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
     runs: dict[str, Run] = {"copy": lambda _: target.copy_(source), "read": lambda _: source.sum()}

@@ -15,6 +15,7 @@ from fastlora.choice import measure, problems
 
 ROWS, WIDTH, RANK, CALLS = 8192, 4096, 16, 3
 DTYPES = (torch.bfloat16, torch.float32)
+Shape = tuple[int, int, int]
 
 
 def call(device: torch.device, rows: int = ROWS, width: int = WIDTH) -> None:
@@ -28,12 +29,17 @@ def call(device: torch.device, rows: int = ROWS, width: int = WIDTH) -> None:
         torch.autograd.grad(functional.lora_linear(x, weight, None, lora_a, lora_b, 2.0, dropout_p=0.1), leaves, dy)
 
 
-def flaws(device: torch.device, wanted: Collection[str] = ()) -> list[str]:
-    """What is wrong with the implementations on this device, in sizes that no tile divides, with dropout and a bias. wanted: none for all."""
+def flaws(
+    device: torch.device, wanted: Collection[str] = (), of: str = "", shape: Shape = measure.ODD_SHAPE
+) -> list[str]:
+    """What is wrong with the implementations on this device, in sizes that no tile divides, with dropout and a bias. wanted: none for all.
+
+    of: one operator, if not all. shape: M, K, N.
+    """
     found = []
-    for operator in problems.operators.values():
+    for operator in [of] if of else problems.operators:
         for dtype in DTYPES:
-            calls = operator.calls(*measure.ODD_SHAPE, dtype, device, True)
+            calls = problems.operators[operator].calls(*shape, dtype, device, True)
             for one, its_calls in calls.items():
                 for name in ops.candidates(one, device, dtype):
                     if wanted and name not in wanted:

@@ -1,5 +1,13 @@
-"""Where rivals are timed, so that one that fails takes no other with it; launched by Python (eager), or replayed as a CUDA graph."""
+"""Where rivals are timed, so that one that fails takes no other with it; launched by Python (eager), or replayed as a CUDA graph.
 
+What a verb measures is a table's lines, one at a time, so that one that fails, or breaks the process, takes no other with it.
+"""
+
+import gc
+import math
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -16,6 +24,8 @@ from .gate import CaseError
 from .rivals import FASTLORA, RIVALS
 
 EAGER, GRAPH = "eager", "CUDA graph"
+HUNG_CODE = 3  # of a process that is at its end: another one can go on from the record
+OUT_OF_TIME = "not timed: out of time"
 
 Result = TypeVar("Result")
 
@@ -84,9 +94,11 @@ class Session:
         return None
 
     def times(self, what: str, case: Case, runs: Mapping[str, Run], seconds: float) -> dict[str, Timing]:
-        """Of what can run, launched by Python; raises as `times_by_mode`."""
-        clocks = {EAGER: clock_of(self.device)}
-        return dict(self.times_by_mode(what, case, runs, 1, clocks, seconds))[EAGER]
+        """Of what can run, launched by Python; raises as `times_by_mode`, and CaseError also where PEFT cannot run."""
+        found = dict(self.times_by_mode(what, case, runs, 1, {EAGER: clock_of(self.device)}, seconds))[EAGER]
+        if "peft" not in found:
+            raise CaseError(f"{what}: peft does not run: not timed")
+        return found
 
     def times_by_mode(
         self, what: str, case: Case, runs: Mapping[str, Run], copies: int, clocks: Mapping[str, Clock], seconds: float
@@ -129,3 +141,74 @@ def _ready(run: Run, copies: int, mode: str, device: torch.device, pool: Any) ->
     for turn in range(clock.WARM_UP_CALLS):
         whole(turn)
     return whole
+
+
+Line = Callable[[Session], Iterator[Any]]  # its rows
+
+
+@dataclass
+class Record:
+    """What was found so far: the result file holds it after every figure, and another process can go on from there."""
+
+    rows: list[Any] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    begun: list[str] = field(default_factory=list)  # lines that were measured, or failed
+    failed: list[str] = field(default_factory=list)  # those of them that have no figure
+    refused: list[str] = field(default_factory=list)  # as Session's
+
+
+def measure_lines(
+    lines: Mapping[str, Line], device: torch.device, record: Record, save: Callable[[], object], say: Callable[[str], None],
+    deadline: float, bare: bool = False, line_seconds: float = math.inf,
+) -> bool:  # fmt: skip
+    """Measure what the record lacks, and save after every figure; False where this process can do no more and another one should go on.
+
+    deadline: in seconds of time.perf_counter; no line is begun after it.
+    line_seconds: a line that takes longer, as one whose kernel never ends, ends this process with HUNG_CODE, in which nothing else could.
+    """
+    for name in [name for name in lines if name not in record.begun]:
+        if time.perf_counter() > deadline:
+            record.notes.append(f"{name}: {OUT_OF_TIME}")
+            continue
+        record.begun.append(name)
+        say(f"{len(record.begun)}/{len(lines)}: {name}")
+        before = len(record.rows)
+        patience = _patience(name, record, save, line_seconds)
+        try:
+            for row in lines[name](Session(device, record.notes, frozenset(record.refused), bare)):
+                record.rows.append(row)
+                save()
+        except BrokenProcessError as error:
+            record.notes.append(f"{name}: {error}")
+            record.refused.append(error.culprit)
+            record.begun.remove(name)  # without the culprit it can be measured
+            del record.rows[before:]
+        except Exception as error:  # whatever it is, the other lines can do without this one
+            say(f"{name}: {error}")
+            record.notes.append(f"{name}: {first_line(error)}")
+            record.failed.append(name)
+        finally:
+            patience.cancel()
+        save()
+        if not answers(device):
+            return False
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    save()
+    return True
+
+
+def _patience(name: str, record: Record, save: Callable[[], object], seconds: float) -> threading.Timer:
+    """Ends the process after so many seconds, unless cancelled."""
+
+    def end() -> None:
+        record.notes.append(f"{name}: ended after {seconds:.0f} s, with its process")
+        record.failed.append(name)
+        save()
+        os._exit(HUNG_CODE)
+
+    timer = threading.Timer(min(seconds, threading.TIMEOUT_MAX), end)
+    timer.daemon = True
+    timer.start()
+    return timer

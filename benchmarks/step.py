@@ -9,6 +9,7 @@ each is warmed up, then timed, and the median kept. Nothing is downloaded.
 """
 
 import gc
+import itertools
 import multiprocessing
 import statistics
 import time
@@ -19,7 +20,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from itertools import islice
+from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -32,8 +33,8 @@ from fastlora.data.rows import IGNORE
 
 from .cases import StepCase, dtype_name
 from .device import captured, clock_of
-from .machine import measure_limits
-from .session import EAGER, GRAPH, first_line
+from .machine import product_rate
+from .session import EAGER, GRAPH, Line, Session, first_line
 
 VARIANTS = ("peft", "fastlora", "unpacked")
 COMPILED = "blocks compiled"
@@ -49,12 +50,7 @@ class StepError(RuntimeError):
 class Step(NamedTuple):
     seconds: float
     loss: float
-
-
-class Closing(NamedTuple):
-    """What a training process tells at its end."""
-
-    peak_bytes: int | None  # beyond what its imports took; None where the system does not tell
+    peak_bytes: int | None  # of the process so far, beyond what its imports took; None where the system does not tell
     implementations: dict[str, int]  # layers by what computed them
 
 
@@ -130,47 +126,35 @@ def loss_function(model: Any, variant: str) -> Any:
     return steps.mean_loss(model)
 
 
-class Training:
-    """A variant in the process that is its own."""
+def train(case: StepCase, variant: str, device: torch.device) -> Iterator[Step]:
+    """Steps without end, in the process that is the variant's own."""
+    import transformers.models.llama.modeling_llama  # noqa: F401
 
-    def __init__(self, case: StepCase, variant: str, device: torch.device) -> None:
-        import transformers.models.llama.modeling_llama  # noqa: F401
+    from fastlora.peft import report
 
-        import fastlora.language_model_loss
-        import fastlora.peft  # noqa: F401
-
-        self.case, self.variant, self.device, self.steps = case, variant, device, 0
-        self.imported = memory.peak(device)
-        self.model = make_model(case, variant, device)
-        self.loss_of = loss_function(self.model, variant)
-        self.optimizer = make_optimizer(self.model)
-
-    def step(self) -> Step:
-        batch = make_batch(self.case, self.steps, self.device)
-        self.steps += 1
+    imported = memory.peak(device)
+    model = make_model(case, variant, device)
+    loss_of, optimizer = loss_function(model, variant), make_optimizer(model)
+    for number in itertools.count():
+        batch = make_batch(case, number, device)
         start = time.perf_counter()
-        loss = steps.take_step(self.optimizer, self.loss_of, batch)  # waits for the forward only
-        wait_for(self.device)
-        return Step(time.perf_counter() - start, loss)
-
-    def closing(self) -> Closing:
-        from fastlora.peft import report
-
-        peak = memory.peak(self.device)
-        beyond = None if peak is None or self.imported is None else peak - self.imported
-        layers = [] if self.variant == "peft" else report(self.model)
-        return Closing(beyond, dict(Counter(layer.implementation for layer in layers)))
+        loss = steps.take_step(optimizer, loss_of, batch)  # waits for the forward only
+        wait_for(device)
+        seconds, peak = time.perf_counter() - start, memory.peak(device)
+        beyond = None if peak is None or imported is None else peak - imported
+        layers = [] if variant == "peft" else report(model)
+        yield Step(seconds, loss, beyond, dict(Counter(layer.implementation for layer in layers)))
 
 
-_here: dict[str, Training] = {}  # the one of this process
+_here: list[Iterator[Step]] = []  # the one of this process
 
 
 def _begin(*given: Any) -> None:
-    _here["training"] = Training(*given)
+    _here.append(train(*given))
 
 
-def _go_on(what: str) -> Any:
-    return getattr(_here["training"], what)()
+def _go_on() -> Step:
+    return next(_here[0])
 
 
 def own_process() -> ProcessPoolExecutor:
@@ -187,15 +171,15 @@ class Worker(ExitStack):
         self._process = self.enter_context(own_process())
         self._begun = self._process.submit(_begin, case, variant, device)
 
-    def ask(self, what: str) -> Any:
-        """A "step" of the optimiser, or after the last one the "closing"; raises StepError, with its traceback, where the process failed."""
+    def step(self) -> Step:
+        """A step of the optimiser; raises StepError, with its traceback, where the process failed."""
         try:
             self._begun.result()
-            return self._process.submit(_go_on, what).result()
+            return self._process.submit(_go_on).result()
         except BrokenProcessPool as error:
             raise StepError(f"{self._name}: {error} (out of memory?)") from None
         except Exception as error:
-            raise StepError(f"{self._name}:\n{''.join(traceback.format_exception(error))}") from None
+            raise StepError(f"{self._name}: {error!r}\n{''.join(traceback.format_exception(error))}") from None
 
 
 def require_agreement(losses: Mapping[str, float], tolerance: float, what: str) -> None:
@@ -222,24 +206,32 @@ def compare(seconds: Mapping[str, Sequence[float]], peaks: Mapping[str, int | No
     return Compared(medians, ratios, {name: peak / least for name, peak in peaks.items() if peak and least})
 
 
+def step_lines(cases: Sequence[StepCase]) -> dict[str, Line]:
+    """The rows are {"case": StepCase, "result": StepResult}."""
+
+    def line(session: Session, case: StepCase) -> Iterator[dict[str, Any]]:
+        yield {"case": case, "result": measure_step(case, session.device)}
+
+    return {f"{case.name}, {dtype_name(case.dtype)}": partial(line, case=case) for case in cases}
+
+
 def measure_step(case: StepCase, device: torch.device) -> StepResult:
     """Time `case.rounds` steps of each variant in turn, after a warm-up.
 
     Raises:
         StepError: a process failed, or without dropout the first losses differ.
     """
-    rate = measure_limits(device, [case.dtype]).flops[dtype_name(case.dtype)]
+    rate = product_rate(device, case.dtype)
     with ExitStack() as processes:
         workers = {variant: processes.enter_context(Worker(case, variant, device)) for variant in VARIANTS}
-        in_turn = rounds_in_turn(VARIANTS, lambda variant: workers[variant].ask("step"))
-        rounds: list[dict[str, Step]] = [next(in_turn)]
+        in_turn = rounds_in_turn(VARIANTS, lambda variant: workers[variant].step())
+        rounds = [next(in_turn)]
         if case.dropout_p == 0:  # else the masks differ, and so do the losses
             first = {variant: step.loss for variant, step in rounds[0].items()}
             require_agreement(first, LOSS_TOLERANCE[case.dtype], case.name)
-        rounds += islice(in_turn, WARM_UP_STEPS - 1 + case.rounds)
-        closing: dict[str, Closing] = {variant: worker.ask("closing") for variant, worker in workers.items()}
+        rounds += itertools.islice(in_turn, WARM_UP_STEPS - 1 + case.rounds)
     seconds = {variant: [one[variant].seconds for one in rounds[WARM_UP_STEPS:]] for variant in VARIANTS}
-    peaks = {variant: told.peak_bytes for variant, told in closing.items()}
+    peaks = {variant: step.peak_bytes for variant, step in rounds[-1].items()}
     compared = compare(seconds, peaks)
     return StepResult(
         **compared._asdict(),
@@ -249,7 +241,7 @@ def measure_step(case: StepCase, device: torch.device) -> StepResult:
         flops=case.flops(),
         product_rate=rate,
         of_product_rate={variant: case.flops() / time / rate for variant, time in compared.seconds.items()},
-        implementations=closing["fastlora"].implementations,
+        implementations=rounds[-1]["fastlora"].implementations,
         rounds=case.rounds,
     )
 

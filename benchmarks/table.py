@@ -1,13 +1,13 @@
 """Rows as text: one table an operator, worst first, losses printed like wins."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from .cases import StepCase, dtype_name
+from .cases import dtype_name
 from .goals import Goal
 from .operators import Row
 from .rivals import FASTLORA, MEANINGS, RIVALS
-from .step import StepResult
 
 QUANTITY = re.compile(r"-|[\d.]+(e[+-]\d+)?( \S+)?")
 
@@ -46,8 +46,6 @@ def _rate(row: Row) -> str:
 
 def operator_table(operator: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
     """The table of one operator with what its columns mean, and how often fastlora loses."""
-    if not rows:
-        return "\n".join([f"{operator}: nothing was timed", *notes])
     entry = RIVALS[operator]
     rivals = [name for name in entry.names[1:] if any(name in row.ratios for row in rows)]
     head = ["case", "shape", "numbers", "pass", "implementation", "frozen", *rivals]
@@ -75,12 +73,12 @@ def operator_table(operator: str, rows: Sequence[Row], notes: Sequence[str]) -> 
     return "\n".join([*legend, "", render(head, body), "", verdict, *notes])
 
 
-def step_table(results: Sequence[tuple[StepCase, StepResult]]) -> str:
-    """The table of the training steps."""
+def step_table(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> str:
+    """The table of the training steps, each {"case": StepCase, "result": StepResult}."""
     head = ["case", "shape", "numbers", "peft", "fastlora", "over peft", "tokens/s", "peft's", "peak MiB", "peft's"]
     head += ["first loss", "peft's", "last loss", "peft's", "layers by implementation"]
     body = []
-    for case, result in results:
+    for case, result in (row.values() for row in rows):
         ours, theirs = result.losses["fastlora"], result.losses["peft"]
         tokens = case.batch * case.tokens
         cells = [case.name, case.shape(), dtype_name(case.dtype)]
@@ -90,14 +88,15 @@ def step_table(results: Sequence[tuple[StepCase, StepResult]]) -> str:
         cells += [f"{ours[0]:.6f}", f"{theirs[0]:.6f}", f"{ours[-1]:.6f}", f"{theirs[-1]:.6f}"]
         cells += [", ".join(f"{count} {name}" for name, count in sorted(result.implementations.items()))]
         body.append(cells)
-    lost = sum(result.ratio > 1 for _, result in results)
-    rounds = sorted(result.rounds for _, result in results)
+    lost = sum(row["result"].ratio > 1 for row in rows)
+    rounds = sorted(row["result"].rounds for row in rows)
     legend = (
         "step: one training step of an accelerated PEFT model, and of the same model under PEFT and transformers alone,"
         f" each in a process of its own,\nmedians of {rounds[0]} to {rounds[-1]} rounds timed in turn;"
         " peak: memory of the whole process; with dropout the masks, and so the losses, differ"
     )
-    return "\n".join([legend, "", render(head, body), "", f"fastlora is slower in {lost} of {len(results)} rows"])
+    verdict = f"fastlora is slower in {lost} of {len(rows)} rows"
+    return "\n".join([legend, "", render(head, body), "", verdict, *notes])
 
 
 def _quantity(value: float | None, unit: str) -> str:
@@ -131,7 +130,8 @@ def goals_table(goals: Sequence[Goal], notes: Sequence[str]) -> str:
     shown = {title: cells for title, cells in columns.items() if set(cells) != {"-"}}
     met = [one.is_met() for one in goals if one.goal is not None]
     text = render(list(shown), list(zip(*shown.values(), strict=True)))
-    return "\n".join([*_legend(goals), "", text, "", f"{sum(map(bool, met))} of {len(met)} goals are met", *notes])
+    verdict = [f"{sum(map(bool, met))} of {len(met)} goals are met"] if met else []
+    return "\n".join([*_legend(goals), "", text, "", *verdict, *notes])
 
 
 def _legend(goals: Sequence[Goal]) -> list[str]:

@@ -47,10 +47,18 @@ def tiny(case: Any) -> Any:
     return replace(case, name="tiny", **{name: size for name, size in SIZES.items() if name in vars(case)})
 
 
-TINY_CASES = {name: tiny(one.checks[0]) for name, one in cases.OPERATORS.items()}
+ODD = {name: next(case for case in one.on_cpu if case.name == "odd") for name, one in cases.OPERATORS.items()}
+TINY_CASES = {name: tiny(case) for name, case in ODD.items()}
 TINY_BLOCK = BlockCase("tiny", 7, 24, 40, 8, 3, torch.bfloat16, torch.float32)
 TINY_STEP = StepCase("tiny", 32, 64, 1, 2, 1, 64, 2, 8, 4, 0.0, torch.float32, 2)
-LIMITS = machine.Limits({"float32": 1e11}, 1e10)
+
+
+@pytest.fixture(autouse=True)
+def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the machine, unmeasured."""
+    for module in (operators, step):
+        monkeypatch.setattr(module, "product_rate", lambda *_: 1e11)
+    monkeypatch.setattr(operators, "bandwidths", lambda _: {"copy": 1e10})
 
 
 def test_peak_of_call_sees_the_memory_of_the_call() -> None:
@@ -142,6 +150,9 @@ def test_cases_are_real_and_none_is_there_twice(operator: str, kind: str) -> Non
 @pytest.mark.parametrize("operator", cases.OPERATORS)
 def test_gate_is_green_here(operator: str) -> None:
     assert gate.check(operator, CPU) == []
+    for training in (False, True):
+        for name in rivals.implementations(TINY_CASES[operator], training, CPU):
+            gate.require_right(TINY_CASES[operator], training, name, CPU)
 
 
 def break_lora_linear(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -159,7 +170,9 @@ def break_lora_linear(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.T
 def test_gate_reports_a_wrong_implementation(monkeypatch, change) -> None:
     break_lora_linear(monkeypatch, change)
     wrong = gate.check("lora_linear", CPU)
-    assert any(line.startswith("lora_linear cpu, odd, forward: the error of y") for line in wrong)
+    assert any(re.match(r"lora_linear, cpu : .*: the error of result 0 is", line) for line in wrong)
+    with pytest.raises(gate.CaseError, match="lora_linear cpu, odd, M 37, .*: the error of y is"):
+        gate.require_right(replace(ODD["lora_linear"], K=65, N=51), False, "cpu", CPU)
 
 
 def refuse_to_time(*_: object) -> None:
@@ -169,7 +182,6 @@ def refuse_to_time(*_: object) -> None:
 def test_nothing_is_timed_where_the_check_fails(monkeypatch, capsys) -> None:
     break_lora_linear(monkeypatch, lambda y: y * 1.001)
     monkeypatch.setattr(command, "measure_operator", refuse_to_time)
-    monkeypatch.setattr(command, "measure_limits", refuse_to_time)
     assert command.main(["lora_linear", "--quick"]) == 1
     assert "wrong: not timed" in capsys.readouterr().out
 
@@ -181,7 +193,6 @@ def test_nothing_is_timed_where_the_tests_are_red(monkeypatch, tmp_path, capsys)
     for module in (machine, gate):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(command, "measure_operator", refuse_to_time)
-    monkeypatch.setattr(command, "measure_limits", refuse_to_time)
     assert command.main(["lora_linear"]) == 1
     assert "the tests are red: not timed" in capsys.readouterr().out
 
@@ -189,18 +200,17 @@ def test_nothing_is_timed_where_the_tests_are_red(monkeypatch, tmp_path, capsys)
 def test_a_case_beyond_its_bound_is_not_timed(monkeypatch) -> None:
     break_lora_linear(monkeypatch, lambda y: y * 1.001)
     monkeypatch.setattr(session.clock, "time_in_turn", refuse_to_time)
-    with pytest.raises(gate.CaseError, match=r"tiny, forward: the error of y is .*: not timed"):
-        list(operators.measure_operator(TINY, session.Session(CPU), LIMITS, 0.01, False))
+    with pytest.raises(gate.CaseError, match=r"lora_linear cpu, tiny, M 5, .*: the error of y is .*: not timed"):
+        list(operators.measure_operator(session.Session(CPU), TINY, 0.01, False))
 
 
 def test_the_other_cases_are_timed_and_the_command_fails(monkeypatch, capsys) -> None:
-    def one_bad(case, *_):
+    def one_bad(_, case, **__):
         if case.bias:
             raise gate.CaseError("bad, forward: not timed")
         yield row(0.9, 1.2)
 
     monkeypatch.setattr(command, "cases_of", lambda *_: (replace(TINY, bias=True), TINY))
-    monkeypatch.setattr(command, "measure_limits", lambda *_: LIMITS)
     monkeypatch.setattr(command, "measure_operator", one_bad)
     assert command.main(["lora_linear", "--no-gate"]) == 1
     printed = capsys.readouterr().out
@@ -214,15 +224,14 @@ def test_a_torch_compile_that_fails_is_left_out_and_said(monkeypatch) -> None:
 
     monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
     here = session.Session(CPU)
-    rows = list(operators.measure_operator(replace(TINY, passes=(FORWARD,)), here, LIMITS, 0.01, True))
+    rows = list(operators.measure_operator(here, replace(TINY, passes=(FORWARD,)), 0.01, True))
     assert rows and all("peft" in row.seconds and "compiled" not in row.seconds for row in rows)
-    assert here.notes == ["tiny, forward, eager: compiled fails: no compiler"]
+    assert here.notes[1:] == ["tiny, forward, eager: compiled fails: no compiler"]
 
 
 @pytest.mark.parametrize("operator", cases.OPERATORS)
 def test_command_prints_a_table_and_writes_a_file(monkeypatch, tmp_path, capsys, operator: str) -> None:
     monkeypatch.setattr(command, "cases_of", lambda *_: (TINY_CASES[operator],))
-    monkeypatch.setattr(command, "measure_limits", lambda *_: LIMITS)
     monkeypatch.setattr(command, "results_folder", lambda: tmp_path)
     monkeypatch.setattr(command, "QUICK_SECONDS", 0.02)
     assert command.main([operator, "--quick", "--json"]) == 0
@@ -293,9 +302,9 @@ def test_block_is_seven_layers_whose_shared_x_gets_the_sum_of_their_gradients(mo
         torch.testing.assert_close(contest.run(name, True)(0), contest.run("peft", True)(0))
 
 
-def measured_goals() -> goals.Record:
-    record = goals.Record()
-    assert goals.measure_lines(goals.cpu_lines(), CPU, record, lambda: None, lambda _: None, float("inf"))
+def measured_goals() -> session.Record:
+    record = session.Record()
+    assert session.measure_lines(goals.cpu_lines(), CPU, record, lambda: None, lambda _: None, float("inf"))
     return record
 
 
@@ -378,7 +387,7 @@ def test_training_steps_are_timed_in_turn_and_agree() -> None:
         assert abs(ours - theirs) <= 1e-4 * theirs
     assert sum(result.implementations.values()) == 8  # q, k, v, o, gate, up, down, and the frozen head
     assert result.ratio > 0
-    text = table.step_table([(TINY_STEP, result)])
+    text = table.step_table([{"case": TINY_STEP, "result": result}], [])
     assert f"in {int(result.ratio > 1)} of 1 rows" in text
     found = list(goals.step_goals([{"case": replace(TINY_STEP, name=name), "result": result} for name in ("0.1B", "")]))
     assert len(found) == (6 if result.memory_ratios else 4)  # of the first, packed and not
@@ -391,7 +400,7 @@ def test_a_training_process_that_fails_says_why() -> None:
         step.Worker(replace(TINY_STEP, R=0), "peft", CPU) as worker,
         pytest.raises(step.StepError, match=r"peft, tiny:(.|\n)*ValueError"),
     ):
-        worker.ask("step")
+        worker.step()
 
 
 @pytest.mark.parametrize("loss", [9.0, float("nan")])
