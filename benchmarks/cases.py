@@ -32,7 +32,7 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def llama_layers(hidden: int, kv_width: int, intermediate: int) -> dict[str, tuple[int, int]]:
+def llama_linears(hidden: int, kv_width: int, intermediate: int) -> dict[str, tuple[int, int]]:
     """(in-features, out-features) of the seven linear layers of a Llama block, those of attention first."""
     square, narrow, wide = (hidden, hidden), (hidden, kv_width), (hidden, intermediate)
     attention = {"q_proj": square, "k_proj": narrow, "v_proj": narrow, "o_proj": square}
@@ -67,7 +67,20 @@ class Case(ABC):
 class LoRACase(Case):
     """What the cases with low-rank adapters have in common."""
 
+    M: int
+    K: int
+    N: int
     dropout_p: float  # in training
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Of x, which is [*rows, in-features]."""
+        return (self.M,)
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(in-features, out-features) by name."""
+        return {"layer": (self.K, self.N)}
 
     def dropout(self, training: bool) -> str:
         return f" p {self.dropout_p:g}" if training and self.dropout_p else ""
@@ -118,6 +131,10 @@ class MultiLoRACase(LoRACase):
     dropout_p: float = 0.05
     passes: tuple[str, ...] = (FORWARD,)
     operator: ClassVar[str] = "multi_lora"
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return self.B, self.T
 
     def adapters_of_examples(self) -> list[int]:
         """[B]: an adapter each where there are enough, else none and every adapter in turn."""
@@ -184,22 +201,24 @@ class StepCase(LoRACase):
     adapter_dtype: torch.dtype = float32  # PEFT's default
 
     @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Of one layer."""
+        return llama_linears(self.hidden, self.hidden // self.heads * self.kv_heads, self.intermediate)
+
+    @property
     def prompt(self) -> int:
         """Tokens of a row that carry no label."""
         return int(self.tokens * self.prompt_part)
 
-    def layer(self) -> dict[str, tuple[int, int]]:
-        return llama_layers(self.hidden, self.hidden // self.heads * self.kv_heads, self.intermediate)
-
     def weight_bytes(self) -> int:
         """Of the frozen weights alone: the linear layers, the embeddings and the head."""
-        layer = sum(K * N for K, N in self.layer().values())
+        layer = sum(K * N for K, N in self.linears.values())
         return self.dtype.itemsize * (self.layers * layer + 2 * self.vocabulary * self.hidden)
 
     def flops(self) -> int:
         """Of the matrix products that a step must compute, forward and backward: the linear layers (a frozen weight has no gradient, nor
         have the embeddings), the adapters, attention up to the diagonal, and the head on the positions whose next token is labelled."""
-        M, layer = self.batch * self.tokens, self.layer()
+        M, layer = self.batch * self.tokens, self.linears
         total = self.layers * sum(4 * M * K * N + 6 * M * self.R * (K + N) for K, N in layer.values())
         for name in ("q_proj", "k_proj", "v_proj"):  # of the first layer, no dx: what is below is frozen
             K, N = layer[name]
@@ -230,8 +249,9 @@ class BlockCase(LoRACase):
     passes: tuple[str, ...] = (TRAINING,)
     operator: ClassVar[str] = "lora_linear"
 
-    def layers(self) -> dict[str, tuple[int, int]]:
-        return llama_layers(self.hidden, self.kv_width, self.intermediate)
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        return llama_linears(self.hidden, self.kv_width, self.intermediate)
 
     def shape(self, training: bool) -> str:
         widths = f"{self.hidden}, {self.kv_width} and {self.intermediate} wide"
@@ -245,6 +265,9 @@ class Cases(NamedTuple):
     on_cuda: tuple[Any, ...]
     quick: int = 2  # the first ones of each, where there is little time
     seconds: float = 30.0  # of timing alone, on all cases
+    rivals: tuple[str, ...] = ()  # who is timed; the first one is the baseline of every ratio
+    baseline: str = "the frozen layer alone"
+    uncapturable: tuple[str, ...] = ()  # what no CUDA graph can hold
 
 
 EIGHT = (16,) * 8
@@ -253,6 +276,7 @@ MIXED = (4, 8, 8, 16, 16, 32, 64, 1)
 # One forward+backward row of 8B at 512 rows costs a 2-core CPU a second: the CPU's 8B cases have few rows.
 OPERATORS: dict[str, Cases] = {
     "lora_linear": Cases(
+        rivals=("frozen", "packed", "merged", "addmm", "peft", "compiled", "fastlora"),
         on_cpu=(
             LoRALinearCase("0.1B gate_proj", 512, 576, 1536, 16, float32, float32),
             LoRALinearCase("odd", 37, 1001, 769, 3, float32, float32, 0.1, bias=True),
@@ -278,6 +302,8 @@ OPERATORS: dict[str, Cases] = {
         ),
     ),
     "multi_lora": Cases(
+        rivals=("frozen", "peft", "fastlora"),
+        uncapturable=("peft",),  # its mixed batches index by Python lists, which are copied to the card in each call
         on_cpu=(
             MultiLoRACase("0.1B gate_proj, decode", 8, 1, 576, 1536, EIGHT, float32, float32),
             MultiLoRACase("odd", 5, 7, 1001, 769, (3, 1, 20), float32, float32, 0.1, BOTH),
@@ -296,6 +322,8 @@ OPERATORS: dict[str, Cases] = {
         ),
     ),
     "prefix_concat": Cases(
+        rivals=("frozen", "peft", "compiled", "fastlora"),
+        baseline="the lookup of the token embeddings alone, which has no backward",
         on_cpu=(
             PrefixConcatCase("0.1B", 8, 128, 1, 100, 576, 49152, float32, float32),
             PrefixConcatCase("odd", 3, 37, 1, 7, 65, 1001, float32, float32),

@@ -7,24 +7,27 @@ the layers of a block together    float32 0.75, bfloat16 1.0
 one training step, over PEFT's    0.5 of the time, 0.6 of the memory, 70 % of the machine's own product rate
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
-from .cases import GOAL_BLOCKS, GOAL_LAYERS, TRAINING, BlockCase, Case, StepCase, dtype_name
+from .cases import GOAL_BLOCKS, GOAL_LAYERS, TRAINING, BlockCase, Case, dtype_name
 from .gate import require_right
 from .rivals import FASTLORA, build, choice, rivals_of
 from .session import Line, Session, seconds_of
-from .step import StepResult
 
 SECONDS = 2.0  # of timing, a case
 OVER_FROZEN = {torch.float32: 0.75, torch.bfloat16: 0.97, torch.float16: 0.35}
 ONE_ROW = {torch.float32: 0.8, torch.bfloat16: 0.7}
 BLOCK = {torch.float32: 0.75, torch.bfloat16: 1.0}
-STEP_TIME, STEP_MEMORY, STEP_RATE = 0.5, 0.6, 0.7
+STEP_GOALS = {  # by StepResult's figures
+    "ratios": ("time over PEFT's", 0.5, False),
+    "memory_ratios": ("peak memory over PEFT's", 0.6, False),
+    "of_product_rate": ("part of the machine's product rate", 0.7, True),
+}
 STEPS = "0.1B"  # what the names of the training steps that have goals begin with
 LEFT_OUT = ("merged", "addmm", "compiled")
 
@@ -102,24 +105,13 @@ def _over_frozen(session: Session, case: Any) -> Iterator[Goal]:
     yield Goal.of(what, case, training, "", ratios, seconds_of(times), targets=(goal, None), floor=floor)
 
 
-def step_goals(rows: Sequence[Mapping[str, Any]]) -> Iterator[Goal]:
+def step_goals(rows: Iterable[Mapping[str, Any]]) -> Iterator[Goal]:
     """The goals of the training steps in `rows`, each {"case": StepCase, "result": StepResult}."""
-    for row in rows:
-        case, result = row["case"], row["result"]
-        if case.name.startswith(STEPS):
-            yield from _step(case, result)
-
-
-def _step(case: StepCase, result: StepResult) -> Iterator[Goal]:
-    numbers = dtype_name(case.dtype)
-    what = f"one training step, {numbers}:"
-    for variant, packing in (("fastlora", ""), ("unpacked", ", without packed copies")):
-        shape = case.shape() + packing
-        yield Goal(f"{what} time over PEFT's", shape, numbers, STEP_TIME, result.ratios[variant], 1.0)
-        if result.memory_ratios:  # empty where the system does not tell
-            yield Goal(
-                f"{what} peak memory over PEFT's", shape, numbers, STEP_MEMORY, result.memory_ratios[variant], 1.0
-            )
-        rate = result.of_product_rate
-        part = f"{what} part of the machine's product rate"
-        yield Goal(part, shape, numbers, STEP_RATE, rate[variant], rate["peft"], at_least=True)
+    for case, result in (row.values() for row in rows if row["case"].name.startswith(STEPS)):
+        numbers = dtype_name(case.dtype)
+        for variant, packing in (("fastlora", ""), ("unpacked", ", without packed copies")):
+            for name, (what, goal, at_least) in STEP_GOALS.items():
+                found = getattr(result, name)
+                if found:  # empty where the system does not tell
+                    what_now, shape = f"one training step, {numbers}: {what}", case.shape() + packing
+                    yield Goal(what_now, shape, numbers, goal, found[variant], found["peft"], at_least=at_least)

@@ -24,7 +24,7 @@ from fastlora.choice.clock import Run
 from fastlora.choice.problems import ROWS_FROM_MEMORY
 from fastlora.operators import lora_linear, prefix_concat
 
-from .cases import BlockCase, Case, LoRALinearCase, MultiLoRACase, PrefixConcatCase
+from .cases import OPERATORS, BlockCase, Case, LoRACase, LoRALinearCase, MultiLoRACase, PrefixConcatCase
 from .machine import last_level_cache, packed_product, packs
 
 FASTLORA = "fastlora"
@@ -98,33 +98,15 @@ class Contest(NamedTuple):
         return runs | {name: self.run(FASTLORA, training, name) for name in implementations}
 
 
-def rows_of(case: WithLoRA) -> tuple[int, ...]:
-    """Of x, which is [*rows, K]."""
-    return (case.B, case.T) if isinstance(case, MultiLoRACase) else (case.M,)
-
-
-def layers_of(case: WithLoRA) -> dict[str, tuple[int, int]]:
-    """(in-features, out-features) by name."""
-    return case.layers() if isinstance(case, BlockCase) else {"layer": (case.K, case.N)}
+def like(case: Case, device: torch.device, rows: int, columns: int) -> Tensor:
+    """A tensor of that shape, without memory."""
+    return torch.empty(1, 1, dtype=case.dtype, device=device).expand(rows, columns)
 
 
 def choice(case: Case, training: bool, device: torch.device) -> str:
     """The implementation that `choose` takes for the case's forward; of a block's layers, for the first."""
-
-    def like(rows: int, columns: int) -> Tensor:
-        return torch.empty(1, 1, dtype=case.dtype, device=device).expand(rows, columns)
-
-    return RIVALS[case.operator].choose(case, training, like).implementation
-
-
-def _choose_lora(case: WithLoRA, training: bool, like: Callable[[int, int], Tensor]) -> ops.Choice:
-    K, N = next(iter(layers_of(case).values()))
-    mixed, dropout = isinstance(case, MultiLoRACase), training and case.dropout_p > 0
-    return lora_linear.choose(like(math.prod(rows_of(case)), K), like(N, K), dropout, mixed=mixed)
-
-
-def _choose_prefix(case: PrefixConcatCase, _: bool, like: Callable[[int, int], Tensor]) -> ops.Choice:
-    return prefix_concat.choose(like(1, case.D), case.B * case.T)
+    _, choose = CONTESTS[case.operator]
+    return choose(case, training, device).implementation
 
 
 def implementations(case: Case, training: bool, device: torch.device) -> list[str]:
@@ -157,7 +139,7 @@ class Block(nn.Module):
 
     def __init__(self, case: BlockCase) -> None:
         super().__init__()
-        sizes = list(case.layers().items())
+        sizes = list(case.linears.items())
         self.self_attn, self.mlp = Siblings(sizes[:4]), Siblings(sizes[4:])
 
     def forward(self, x: Tensor, attended: Tensor, normed: Tensor, activated: Tensor) -> list[Tensor]:
@@ -297,11 +279,11 @@ def _mixed(case: MultiLoRACase, training: bool, device: torch.device) -> Makers:
 def _with_lora(
     case: WithLoRA, training: bool, device: torch.device, names: Collection[str], to_check: bool, exactly: bool
 ) -> Contest:
-    make, used, copies, sizes = dict(MADE_OF_LORA), [0], 1, layers_of(case)
+    make, used, copies, sizes = dict(MADE_OF_LORA), [0], 1, case.linears
     # Siblings read the same x.
     in_widths = [K for name, (K, _) in sizes.items() if name not in ("k_proj", "v_proj", "up_proj")]
     out_widths = [N for _, N in sizes.values()]
-    if math.prod(rows_of(case)) <= ROWS_FROM_MEMORY and not to_check:
+    if math.prod(case.rows) <= ROWS_FROM_MEMORY and not to_check:
         cache = FROM_MEMORY if device.type == "cuda" else 2 * last_level_cache()
         weights = sum(K * N for K, N in sizes.values()) * case.dtype.itemsize
         copies = min(MOST_COPIES, 1 + int(cache // weights))
@@ -310,7 +292,7 @@ def _with_lora(
         # Autograd refuses PEFT's adapters without rows.
         used = sorted({i for i in case.adapters_of_examples() if i >= 0})
     inputs, dy = (
-        [random_tensor(*rows_of(case), width, dtype=case.dtype, device=device) for width in widths]
+        [random_tensor(*case.rows, width, dtype=case.dtype, device=device) for width in widths]
         for widths in (in_widths, out_widths)
     )
     layers = [make_layer(case, training, device) for _ in range(copies)]
@@ -334,6 +316,12 @@ def _with_lora(
         return Rival(lambda copy: made[copy](*inputs), fewer.get(name, leaves))
 
     return Contest(copies, {name: rival(name) for name in names}, dy)
+
+
+def _choose_lora(case: LoRACase, training: bool, device: torch.device) -> ops.Choice:
+    K, N = next(iter(case.linears.values()))
+    x, weight = like(case, device, math.prod(case.rows), K), like(case, device, N, K)
+    return lora_linear.choose(x, weight, training and case.dropout_p > 0, mixed=isinstance(case, MultiLoRACase))
 
 
 def _concat_as_peft(
@@ -377,37 +365,23 @@ def _prefix_concat(
     return Contest(1, {name: rivals[name] for name in names}, [dy])
 
 
-class Entry(NamedTuple):
-    """What an operator enters."""
-
-    names: tuple[str, ...]  # of its rivals, the first one the baseline of every ratio
-    baseline: str  # what that is
-    build: Callable[[Any, bool, torch.device, Collection[str], bool, bool], Contest]  # as `build`, of a case
-    choose: Callable[[Any, bool, Callable[[int, int], Tensor]], ops.Choice]
-    """Of (case, training, what gives a tensor like its inputs of some rows and columns)."""
-
-    uncapturable: tuple[str, ...] = ()  # what no CUDA graph can hold
+def _choose_prefix(case: PrefixConcatCase, _: bool, device: torch.device) -> ops.Choice:
+    return prefix_concat.choose(like(case, device, 1, case.D), case.B * case.T)
 
 
-RIVALS = {
-    "lora_linear": Entry(
-        ("frozen", "packed", "merged", "addmm", "peft", "compiled", FASTLORA),
-        "the frozen layer alone", _with_lora, _choose_lora,
-    ),
-    # PEFT's mixed batches index by Python lists, which are copied to the card in each call.
-    "multi_lora": Entry(("frozen", "peft", FASTLORA), "the frozen layer alone", _with_lora, _choose_lora, ("peft",)),
-    "prefix_concat": Entry(
-        ("frozen", "peft", "compiled", FASTLORA),
-        "the lookup of the token embeddings alone, which has no backward", _prefix_concat, _choose_prefix,
-    ),
-}  # fmt: skip
+CONTESTS: dict[str, tuple[Callable[..., Contest], Callable[..., ops.Choice]]] = {
+    # What builds a case, called as `build` is, and what chooses the implementation of its forward, called as `choice` is.
+    "lora_linear": (_with_lora, _choose_lora),
+    "multi_lora": (_with_lora, _choose_lora),
+    "prefix_concat": (_prefix_concat, _choose_prefix),
+}
 
 
 def rivals_of(case: Case, device: torch.device, without: Collection[str] = ()) -> list[str]:
     """The rivals that a case has on this device, but those left out."""
     left_out = {*without, *(("merged", "packed") if isinstance(case, BlockCase) else ())}
     left_out |= set() if packs(case.dtype, device) else {"packed"}
-    return [name for name in RIVALS[case.operator].names if name not in left_out]
+    return [name for name in OPERATORS[case.operator].rivals if name not in left_out]
 
 
 def build(
@@ -426,7 +400,8 @@ def build(
     names = rivals_of(case, device) if names is None else names
     if "compiled" in names:
         torch.compiler.reset()  # a case must not be slowed by the graphs compiled for the cases before it
-    return RIVALS[case.operator].build(case, training, device, names, to_check, exactly)
+    make, _ = CONTESTS[case.operator]
+    return make(case, training, device, names, to_check, exactly)
 
 
 def under_autocast(contest: Contest, dtype: torch.dtype, device: torch.device) -> Contest:

@@ -18,10 +18,10 @@ from fastlora import ops
 from fastlora.choice import clock
 from fastlora.choice.clock import Clock, Run, Timing
 
-from .cases import Case
+from .cases import OPERATORS, Case
 from .device import captured, clock_of, graph_pool, require_no_wait
 from .gate import CaseError
-from .rivals import FASTLORA, RIVALS
+from .rivals import FASTLORA
 
 EAGER, GRAPH = "eager", "CUDA graph"
 HUNG_CODE = 3  # of a process that is at its end: another one can go on from the record
@@ -114,7 +114,7 @@ class Session:
             pool = graph_pool(self.device)
             what_now = f"{what}, {mode}"
             for name, run in runs.items():
-                if not self.may_run(name, mode) or (mode == GRAPH and name in RIVALS[case.operator].uncapturable):
+                if not self.may_run(name, mode) or (mode == GRAPH and name in OPERATORS[case.operator].uncapturable):
                     continue
                 prepared = self.attempt(what_now, name, _ready, run, copies, mode, self.device, pool, mode=mode)
                 if prepared is not None:

@@ -8,6 +8,7 @@ Of a model that fills a card there is one process and one set of weights, as PEF
 each is warmed up, then timed, and the median kept. Nothing is downloaded.
 """
 
+import functools
 import gc
 import itertools
 import multiprocessing
@@ -20,7 +21,6 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -126,8 +126,9 @@ def loss_function(model: Any, variant: str) -> Any:
     return steps.mean_loss(model)
 
 
+@functools.cache
 def train(case: StepCase, variant: str, device: torch.device) -> Iterator[Step]:
-    """Steps without end, in the process that is the variant's own."""
+    """Steps without end, in the process that is the variant's own: the same ones go on wherever it asks."""
     import transformers.models.llama.modeling_llama  # noqa: F401
 
     from fastlora.peft import report
@@ -146,15 +147,8 @@ def train(case: StepCase, variant: str, device: torch.device) -> Iterator[Step]:
         yield Step(seconds, loss, beyond, dict(Counter(layer.implementation for layer in layers)))
 
 
-_here: list[Iterator[Step]] = []  # the one of this process
-
-
-def _begin(*given: Any) -> None:
-    _here.append(train(*given))
-
-
-def _go_on() -> Step:
-    return next(_here[0])
+def _next_step(*given: Any) -> Step:
+    return next(train(*given))
 
 
 def own_process() -> ProcessPoolExecutor:
@@ -167,15 +161,13 @@ class Worker(ExitStack):
 
     def __init__(self, case: StepCase, variant: str, device: torch.device) -> None:
         super().__init__()
-        self._name = f"{variant}, {case.name}"
+        self._name, self._given = f"{variant}, {case.name}", (case, variant, device)
         self._process = self.enter_context(own_process())
-        self._begun = self._process.submit(_begin, case, variant, device)
 
     def step(self) -> Step:
         """A step of the optimiser; raises StepError, with its traceback, where the process failed."""
         try:
-            self._begun.result()
-            return self._process.submit(_go_on).result()
+            return self._process.submit(_next_step, *self._given).result()
         except BrokenProcessPool as error:
             raise StepError(f"{self._name}: {error} (out of memory?)") from None
         except Exception as error:
@@ -212,7 +204,7 @@ def step_lines(cases: Sequence[StepCase]) -> dict[str, Line]:
     def line(session: Session, case: StepCase) -> Iterator[dict[str, Any]]:
         yield {"case": case, "result": measure_step(case, session.device)}
 
-    return {f"{case.name}, {dtype_name(case.dtype)}": partial(line, case=case) for case in cases}
+    return {f"{case.name}, {dtype_name(case.dtype)}": functools.partial(line, case=case) for case in cases}
 
 
 def measure_step(case: StepCase, device: torch.device) -> StepResult:

@@ -4,10 +4,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from .cases import dtype_name
+from .cases import OPERATORS, dtype_name
 from .goals import Goal
 from .operators import Row
-from .rivals import FASTLORA, MEANINGS, RIVALS
+from .rivals import FASTLORA, MEANINGS
 
 QUANTITY = re.compile(r"-|[\d.]+(e[+-]\d+)?( \S+)?")
 
@@ -46,8 +46,8 @@ def _rate(row: Row) -> str:
 
 def operator_table(operator: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
     """The table of one operator with what its columns mean, and how often fastlora loses."""
-    entry = RIVALS[operator]
-    rivals = [name for name in entry.names[1:] if any(name in row.ratios for row in rows)]
+    entry = OPERATORS[operator]
+    rivals = [name for name in entry.rivals[1:] if any(name in row.ratios for row in rows)]
     head = ["case", "shape", "numbers", "pass", "implementation", "frozen", *rivals]
     head += ["over peft", "rate", "of limit", "peak MiB", "peft's", "error", "eager's"]
     body = []

@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: the work counted, rivals that compute the same, and no time on a red gate."""
 
+import ast
 import itertools
 import json
 import re
@@ -110,7 +111,7 @@ def test_rivals_compute_the_same(operator: str, training: bool) -> None:
     case = TINY_CASES[operator]
     case = replace(case, **({"dropout_p": 0.0} if hasattr(case, "dropout_p") else {}))
     contest = rivals.build(case, training, CPU)
-    assert tuple(contest.rivals) == rivals.RIVALS[operator].names
+    assert tuple(contest.rivals) == cases.OPERATORS[operator].rivals
     for copy in {0, contest.copies - 1}:
         outputs = {name: contest.rivals[name].call(copy) for name in contest.rivals if name != "compiled"}
         for name in outputs.keys() - {"frozen", "packed"}:
@@ -173,6 +174,13 @@ def test_gate_reports_a_wrong_implementation(monkeypatch, change) -> None:
     assert any(re.match(r"lora_linear, cpu : .*: the error of result 0 is", line) for line in wrong)
     with pytest.raises(gate.CaseError, match="lora_linear cpu, odd, M 37, .*: the error of y is"):
         gate.require_right(replace(ODD["lora_linear"], K=65, N=51), False, "cpu", CPU)
+
+
+def test_an_operator_is_named_in_two_files_and_nowhere_else() -> None:
+    assert rivals.CONTESTS.keys() == cases.OPERATORS.keys()
+    for path in Path(command.__file__).parent.glob("*.py"):
+        constants = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert path.name in ("cases.py", "rivals.py") or not constants & cases.OPERATORS.keys(), path.name
 
 
 def refuse_to_time(*_: object) -> None:
