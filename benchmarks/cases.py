@@ -9,7 +9,7 @@ does (gradients of x, A and B, or of the prompts). float32 adapters on a 16-bit 
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -39,14 +39,15 @@ def llama_linears(hidden: int, kv_width: int, intermediate: int) -> dict[str, tu
     return attention | {"gate_proj": wide, "up_proj": wide, "down_proj": (intermediate, hidden)}
 
 
+@dataclass(frozen=True)
 class Case(ABC):
     """A size of an operator, or of several, in which its rivals are timed."""
 
     name: str
     dtype: torch.dtype
     adapter_dtype: torch.dtype  # of what is trained
-    passes: tuple[str, ...]
     operator: ClassVar[str]  # one of OPERATORS
+    passes: tuple[str, ...] = field(default=BOTH, kw_only=True)
     trained: ClassVar[str] = "A and B"
 
     @abstractmethod
@@ -99,16 +100,12 @@ class LoRACase(Case):
 
 @dataclass(frozen=True)
 class LoRALinearCase(LoRACase):
-    name: str
     M: int
     K: int
     N: int
     R: int
-    dtype: torch.dtype
-    adapter_dtype: torch.dtype
     dropout_p: float = 0.05
     bias: bool = False
-    passes: tuple[str, ...] = BOTH
     operator: ClassVar[str] = "lora_linear"
 
     def shape(self, training: bool) -> str:
@@ -120,16 +117,13 @@ class LoRALinearCase(LoRACase):
 
 @dataclass(frozen=True)
 class MultiLoRACase(LoRACase):
-    name: str
     B: int
     T: int
     K: int
     N: int
     ranks: tuple[int, ...]  # S
-    dtype: torch.dtype
-    adapter_dtype: torch.dtype
     dropout_p: float = 0.05
-    passes: tuple[str, ...] = (FORWARD,)
+    passes: tuple[str, ...] = field(default=(FORWARD,), kw_only=True)
     operator: ClassVar[str] = "multi_lora"
 
     @property
@@ -156,16 +150,12 @@ class MultiLoRACase(LoRACase):
 
 @dataclass(frozen=True)
 class PrefixConcatCase(Case):
-    name: str
     B: int
     T: int
     S: int  # prompts; row b has prompt b mod S
     P: int
     D: int
     V: int
-    dtype: torch.dtype
-    adapter_dtype: torch.dtype
-    passes: tuple[str, ...] = BOTH
     operator: ClassVar[str] = "prefix_concat"
     trained: ClassVar[str] = "prompts"
 
@@ -184,7 +174,6 @@ class PrefixConcatCase(Case):
 class StepCase(LoRACase):
     """One step of a Llama of this size with random weights, LoRA on all linear layers, half of each row prompt unless told."""
 
-    name: str
     hidden: int
     intermediate: int
     layers: int
@@ -195,10 +184,8 @@ class StepCase(LoRACase):
     tokens: int
     R: int
     dropout_p: float
-    dtype: torch.dtype
     rounds: int
     prompt_part: float = 0.5
-    adapter_dtype: torch.dtype = float32  # PEFT's default
 
     @property
     def linears(self) -> dict[str, tuple[int, int]]:
@@ -237,16 +224,13 @@ class StepCase(LoRACase):
 class BlockCase(LoRACase):
     """The seven linear layers of one Llama block, forward and backward: q, k and v share their x, gate and up theirs."""
 
-    name: str
     M: int
     hidden: int
     intermediate: int
     kv_width: int
     R: int
-    dtype: torch.dtype
-    adapter_dtype: torch.dtype
     dropout_p: float = 0.05
-    passes: tuple[str, ...] = (TRAINING,)
+    passes: tuple[str, ...] = field(default=(TRAINING,), kw_only=True)
     operator: ClassVar[str] = "lora_linear"
 
     @property
@@ -278,76 +262,76 @@ OPERATORS: dict[str, Cases] = {
     "lora_linear": Cases(
         rivals=("frozen", "packed", "merged", "addmm", "peft", "compiled", "fastlora"),
         on_cpu=(
-            LoRALinearCase("0.1B gate_proj", 512, 576, 1536, 16, float32, float32),
-            LoRALinearCase("odd", 37, 1001, 769, 3, float32, float32, 0.1, bias=True),
-            LoRALinearCase("0.1B gate_proj, decode", 1, 576, 1536, 16, float32, float32, passes=(FORWARD,)),
-            LoRALinearCase("8B q_proj, decode", 1, 4096, 4096, 16, bfloat16, bfloat16, passes=(FORWARD,)),
-            LoRALinearCase("8B down_proj, decode", 4, 14336, 4096, 16, bfloat16, float32, passes=(FORWARD,)),
-            LoRALinearCase("0.1B gate_proj", 512, 576, 1536, 16, bfloat16, float32),
-            LoRALinearCase("0.1B down_proj", 512, 1536, 576, 64, float32, float32),
-            LoRALinearCase("8B k_proj", 512, 4096, 1024, 16, bfloat16, bfloat16),
-            LoRALinearCase("8B q_proj", 64, 4096, 4096, 16, float32, float32),
+            LoRALinearCase("0.1B gate_proj", float32, float32, 512, 576, 1536, 16),
+            LoRALinearCase("odd", float32, float32, 37, 1001, 769, 3, 0.1, bias=True),
+            LoRALinearCase("0.1B gate_proj, decode", float32, float32, 1, 576, 1536, 16, passes=(FORWARD,)),
+            LoRALinearCase("8B q_proj, decode", bfloat16, bfloat16, 1, 4096, 4096, 16, passes=(FORWARD,)),
+            LoRALinearCase("8B down_proj, decode", bfloat16, float32, 4, 14336, 4096, 16, passes=(FORWARD,)),
+            LoRALinearCase("0.1B gate_proj", bfloat16, float32, 512, 576, 1536, 16),
+            LoRALinearCase("0.1B down_proj", float32, float32, 512, 1536, 576, 64),
+            LoRALinearCase("8B k_proj", bfloat16, bfloat16, 512, 4096, 1024, 16),
+            LoRALinearCase("8B q_proj", float32, float32, 64, 4096, 4096, 16),
         ),
         on_cuda=(
-            LoRALinearCase("8B q_proj", 8192, 4096, 4096, 16, bfloat16, bfloat16, 0.1),
-            LoRALinearCase("odd", 1001, 1003, 769, 3, bfloat16, bfloat16, 0.1, bias=True),
-            LoRALinearCase("8B q_proj, decode", 1, 4096, 4096, 16, bfloat16, bfloat16, passes=(FORWARD,)),
-            LoRALinearCase("8B down_proj, decode", 16, 14336, 4096, 16, bfloat16, bfloat16, passes=(FORWARD,)),
-            LoRALinearCase("8B q_proj", 8192, 4096, 4096, 16, bfloat16, float32, 0.1),
-            LoRALinearCase("8B k_proj", 8192, 4096, 1024, 16, bfloat16, bfloat16, 0.1),
-            LoRALinearCase("8B gate_proj", 8192, 4096, 14336, 16, bfloat16, bfloat16, 0.1),
-            LoRALinearCase("8B down_proj", 8192, 14336, 4096, 64, bfloat16, bfloat16, 0.1),
-            LoRALinearCase("70B q_proj", 8192, 8192, 8192, 16, bfloat16, bfloat16, 0.1),
-            LoRALinearCase("0.1B gate_proj", 8192, 576, 1536, 16, float32, float32, 0.1),
+            LoRALinearCase("8B q_proj", bfloat16, bfloat16, 8192, 4096, 4096, 16, 0.1),
+            LoRALinearCase("odd", bfloat16, bfloat16, 1001, 1003, 769, 3, 0.1, bias=True),
+            LoRALinearCase("8B q_proj, decode", bfloat16, bfloat16, 1, 4096, 4096, 16, passes=(FORWARD,)),
+            LoRALinearCase("8B down_proj, decode", bfloat16, bfloat16, 16, 14336, 4096, 16, passes=(FORWARD,)),
+            LoRALinearCase("8B q_proj", bfloat16, float32, 8192, 4096, 4096, 16, 0.1),
+            LoRALinearCase("8B k_proj", bfloat16, bfloat16, 8192, 4096, 1024, 16, 0.1),
+            LoRALinearCase("8B gate_proj", bfloat16, bfloat16, 8192, 4096, 14336, 16, 0.1),
+            LoRALinearCase("8B down_proj", bfloat16, bfloat16, 8192, 14336, 4096, 64, 0.1),
+            LoRALinearCase("70B q_proj", bfloat16, bfloat16, 8192, 8192, 8192, 16, 0.1),
+            LoRALinearCase("0.1B gate_proj", float32, float32, 8192, 576, 1536, 16, 0.1),
         ),
     ),
     "multi_lora": Cases(
         rivals=("frozen", "peft", "fastlora"),
         uncapturable=("peft",),  # its mixed batches index by Python lists, which are copied to the card in each call
         on_cpu=(
-            MultiLoRACase("0.1B gate_proj, decode", 8, 1, 576, 1536, EIGHT, float32, float32),
-            MultiLoRACase("odd", 5, 7, 1001, 769, (3, 1, 20), float32, float32, 0.1, BOTH),
-            MultiLoRACase("0.1B gate_proj, decode", 32, 1, 576, 1536, EIGHT, bfloat16, bfloat16),
-            MultiLoRACase("8B q_proj, decode", 8, 1, 4096, 4096, MIXED, bfloat16, bfloat16),
-            MultiLoRACase("0.1B gate_proj", 8, 128, 576, 1536, EIGHT, float32, float32, passes=BOTH),
-            MultiLoRACase("0.1B gate_proj", 8, 128, 576, 1536, MIXED, bfloat16, float32, passes=BOTH),
+            MultiLoRACase("0.1B gate_proj, decode", float32, float32, 8, 1, 576, 1536, EIGHT),
+            MultiLoRACase("odd", float32, float32, 5, 7, 1001, 769, (3, 1, 20), 0.1, passes=BOTH),
+            MultiLoRACase("0.1B gate_proj, decode", bfloat16, bfloat16, 32, 1, 576, 1536, EIGHT),
+            MultiLoRACase("8B q_proj, decode", bfloat16, bfloat16, 8, 1, 4096, 4096, MIXED),
+            MultiLoRACase("0.1B gate_proj", float32, float32, 8, 128, 576, 1536, EIGHT, passes=BOTH),
+            MultiLoRACase("0.1B gate_proj", bfloat16, float32, 8, 128, 576, 1536, MIXED, passes=BOTH),
         ),
         on_cuda=(
-            MultiLoRACase("8B q_proj, decode", 8, 1, 4096, 4096, EIGHT, bfloat16, bfloat16),
-            MultiLoRACase("odd", 5, 7, 1003, 769, (3, 1, 20), bfloat16, bfloat16, 0.1, BOTH),
-            MultiLoRACase("8B q_proj, decode", 64, 1, 4096, 4096, MIXED, bfloat16, bfloat16),
-            MultiLoRACase("8B down_proj, decode", 64, 1, 14336, 4096, EIGHT, bfloat16, bfloat16),
-            MultiLoRACase("8B q_proj", 8, 1024, 4096, 4096, MIXED, bfloat16, bfloat16, 0.1, BOTH),
-            MultiLoRACase("8B q_proj", 8, 1024, 4096, 4096, EIGHT, bfloat16, float32, 0.1, BOTH),
+            MultiLoRACase("8B q_proj, decode", bfloat16, bfloat16, 8, 1, 4096, 4096, EIGHT),
+            MultiLoRACase("odd", bfloat16, bfloat16, 5, 7, 1003, 769, (3, 1, 20), 0.1, passes=BOTH),
+            MultiLoRACase("8B q_proj, decode", bfloat16, bfloat16, 64, 1, 4096, 4096, MIXED),
+            MultiLoRACase("8B down_proj, decode", bfloat16, bfloat16, 64, 1, 14336, 4096, EIGHT),
+            MultiLoRACase("8B q_proj", bfloat16, bfloat16, 8, 1024, 4096, 4096, MIXED, 0.1, passes=BOTH),
+            MultiLoRACase("8B q_proj", bfloat16, float32, 8, 1024, 4096, 4096, EIGHT, 0.1, passes=BOTH),
         ),
     ),
     "prefix_concat": Cases(
         rivals=("frozen", "peft", "compiled", "fastlora"),
         baseline="the lookup of the token embeddings alone, which has no backward",
         on_cpu=(
-            PrefixConcatCase("0.1B", 8, 128, 1, 100, 576, 49152, float32, float32),
-            PrefixConcatCase("odd", 3, 37, 1, 7, 65, 1001, float32, float32),
-            PrefixConcatCase("0.1B, a prompt each", 8, 128, 4, 100, 576, 49152, float32, float32),
-            PrefixConcatCase("8B", 4, 256, 1, 20, 4096, 32768, bfloat16, float32),
+            PrefixConcatCase("0.1B", float32, float32, 8, 128, 1, 100, 576, 49152),
+            PrefixConcatCase("odd", float32, float32, 3, 37, 1, 7, 65, 1001),
+            PrefixConcatCase("0.1B, a prompt each", float32, float32, 8, 128, 4, 100, 576, 49152),
+            PrefixConcatCase("8B", bfloat16, float32, 4, 256, 1, 20, 4096, 32768),
         ),
         on_cuda=(
-            PrefixConcatCase("8B", 16, 1024, 1, 100, 4096, 128256, bfloat16, float32),
-            PrefixConcatCase("odd", 3, 37, 1, 7, 65, 1001, bfloat16, bfloat16),
-            PrefixConcatCase("8B, a prompt each", 16, 1024, 4, 100, 4096, 128256, bfloat16, bfloat16),
-            PrefixConcatCase("0.1B", 8, 128, 1, 100, 576, 49152, float32, float32),
+            PrefixConcatCase("8B", bfloat16, float32, 16, 1024, 1, 100, 4096, 128256),
+            PrefixConcatCase("odd", bfloat16, bfloat16, 3, 37, 1, 7, 65, 1001),
+            PrefixConcatCase("8B, a prompt each", bfloat16, bfloat16, 16, 1024, 4, 100, 4096, 128256),
+            PrefixConcatCase("0.1B", float32, float32, 8, 128, 1, 100, 576, 49152),
         ),
         seconds=16.0,
     ),
 }
 STEP = Cases(
     on_cpu=(
-        StepCase("small Llama", 256, 768, 4, 4, 2, 8192, 4, 128, 16, 0.0, float32, 5),
-        StepCase("0.1B Llama, 10 layers", 576, 1536, 10, 9, 3, 49152, 4, 256, 16, 0.05, float32, 7),
-        StepCase("0.1B Llama, 10 layers", 576, 1536, 10, 9, 3, 49152, 4, 256, 16, 0.05, bfloat16, 7),
+        StepCase("small Llama", float32, float32, 256, 768, 4, 4, 2, 8192, 4, 128, 16, 0.0, 5),
+        StepCase("0.1B Llama, 10 layers", float32, float32, 576, 1536, 10, 9, 3, 49152, 4, 256, 16, 0.05, 7),
+        StepCase("0.1B Llama, 10 layers", bfloat16, float32, 576, 1536, 10, 9, 3, 49152, 4, 256, 16, 0.05, 7),
     ),
     on_cuda=(
-        StepCase("small Llama", 256, 768, 4, 4, 2, 8192, 4, 128, 16, 0.0, float32, 11),
-        StepCase("1B Llama", 2048, 8192, 16, 32, 8, 128256, 4, 1024, 16, 0.1, bfloat16, 11),
+        StepCase("small Llama", float32, float32, 256, 768, 4, 4, 2, 8192, 4, 128, 16, 0.0, 11),
+        StepCase("1B Llama", bfloat16, float32, 2048, 8192, 16, 32, 8, 128256, 4, 1024, 16, 0.1, 11),
     ),
     quick=1,
 )
@@ -373,41 +357,41 @@ GOAL_SIZES = (  # M, K, N, R
 )
 GOAL_LAYERS = (
     *(
-        LoRALinearCase("layer", M, K, N, R, dtype, float32, passes=(TRAINING,))
+        LoRALinearCase("layer", dtype, float32, M, K, N, R, passes=(TRAINING,))
         for dtype in (float32, bfloat16)
         for M, K, N, R in GOAL_SIZES
     ),
-    LoRALinearCase("layer", 512, 576, 1536, 16, torch.float16, float32, passes=(TRAINING,)),
+    LoRALinearCase("layer", torch.float16, float32, 512, 576, 1536, 16, passes=(TRAINING,)),
     *(
-        LoRALinearCase("few rows", M, 4096, 4096, 16, dtype, dtype, passes=(FORWARD,))
+        LoRALinearCase("few rows", dtype, dtype, M, 4096, 4096, 16, passes=(FORWARD,))
         for dtype in (float32, bfloat16)
         for M in (1, 4, 8)
     ),
 )
-GOAL_BLOCKS = tuple(BlockCase("block", 1024, 576, 1536, 192, 16, dtype, float32) for dtype in (float32, bfloat16))
+GOAL_BLOCKS = tuple(BlockCase("block", dtype, float32, 1024, 576, 1536, 192, 16) for dtype in (float32, bfloat16))
 
 # The same on a card: the sizes of issue and literature, so that figures can be laid side by side.
 CARD_LAYERS = (
-    LoRALinearCase("layer", 8192, 4096, 4096, 16, bfloat16, bfloat16, 0.1, passes=(TRAINING,)),
-    LoRALinearCase("layer", 8192, 8192, 8192, 16, bfloat16, bfloat16, 0.1, passes=(TRAINING,)),
-    LoRALinearCase("layer", 8192, 4096, 4096, 64, bfloat16, bfloat16, 0.1, passes=(TRAINING,)),
+    LoRALinearCase("layer", bfloat16, bfloat16, 8192, 4096, 4096, 16, 0.1, passes=(TRAINING,)),
+    LoRALinearCase("layer", bfloat16, bfloat16, 8192, 8192, 8192, 16, 0.1, passes=(TRAINING,)),
+    LoRALinearCase("layer", bfloat16, bfloat16, 8192, 4096, 4096, 64, 0.1, passes=(TRAINING,)),
 )
-CARD_BLOCK = BlockCase("Llama-3-8B layer", 8192, 4096, 14336, 1024, 16, bfloat16, bfloat16, 0.1)
-CARD_KERNEL = LoRALinearCase("main kernel", 4096, 4096, 4096, 16, bfloat16, bfloat16, passes=(FORWARD,))
-CARD_DECODE = MultiLoRACase("decode", 32, 1, 4096, 4096, EIGHT, bfloat16, bfloat16)
-CARD_PREFILL = MultiLoRACase("prefill", 8, 512, 4096, 4096, EIGHT, bfloat16, bfloat16)
+CARD_BLOCK = BlockCase("Llama-3-8B layer", bfloat16, bfloat16, 8192, 4096, 14336, 1024, 16, 0.1)
+CARD_KERNEL = LoRALinearCase("main kernel", bfloat16, bfloat16, 4096, 4096, 4096, 16, passes=(FORWARD,))
+CARD_DECODE = MultiLoRACase("decode", bfloat16, bfloat16, 32, 1, 4096, 4096, EIGHT)
+CARD_PREFILL = MultiLoRACase("prefill", bfloat16, bfloat16, 8, 512, 4096, 4096, EIGHT)
 CARD_ERRORS = tuple(
-    LoRALinearCase("errors", 8192, 4096, 4096, 16, bfloat16, adapter_dtype, 0.0, passes=(TRAINING,))
+    LoRALinearCase("errors", bfloat16, adapter_dtype, 8192, 4096, 4096, 16, 0.0, passes=(TRAINING,))
     for adapter_dtype in (bfloat16, float32)
 )
 # 4096 tokens: what a card of 80 GiB holds of PEFT's activations beside the weights.
 CARD_MODEL = StepCase(
-    "Llama-3-8B", 4096, 14336, 32, 32, 8, 128256, 1, 4096, 16, 0.1, bfloat16, rounds=5, prompt_part=0.0
+    "Llama-3-8B", bfloat16, float32, 4096, 14336, 32, 32, 8, 128256, 1, 4096, 16, 0.1, rounds=5, prompt_part=0.0
 )
 
 # So small that a call is the host's work: checks, allocations, launches.
 LAUNCHES = (
-    LoRALinearCase("small layer", 4, 128, 128, 8, bfloat16, bfloat16, 0.1),
-    LoRALinearCase("small layer", 4, 128, 128, 8, bfloat16, float32, 0.1),
-    MultiLoRACase("small layer, 8 adapters", 4, 1, 128, 128, (8,) * 8, bfloat16, bfloat16),
+    LoRALinearCase("small layer", bfloat16, bfloat16, 4, 128, 128, 8, 0.1),
+    LoRALinearCase("small layer", bfloat16, float32, 4, 128, 128, 8, 0.1),
+    MultiLoRACase("small layer, 8 adapters", bfloat16, bfloat16, 4, 1, 128, 128, (8,) * 8),
 )

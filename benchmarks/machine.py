@@ -124,14 +124,6 @@ def packed_product(x: Tensor, weight: Tensor) -> Run:
     return lambda _: torch.ops.mkldnn._linear_pointwise(x, laid_out, None, "none", [], "")
 
 
-def _product(size: int, dtype: torch.dtype, device: torch.device) -> dict[str, Run]:
-    x, w = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(x)
-    runs: dict[str, Run] = {"torch.mm": lambda _: torch.mm(x, w, out=out)}
-    # torch multiplies float32 by MKL and packs bfloat16 anew each time; where oneDNN with a packed weight is faster, this is the limit.
-    return runs | ({"oneDNN": packed_product(x, w)} if packs(dtype, device) else {})
-
-
 @functools.cache
 def product_rate(device: torch.device, dtype: torch.dtype, budget: float = 1.5) -> float:
     """FLOPs a second in the fastest large product of that dtype, measured `budget` seconds at the first call.
@@ -139,7 +131,12 @@ def product_rate(device: torch.device, dtype: torch.dtype, budget: float = 1.5) 
     The best of many samples: what others do on the machine meanwhile does not lower its limit.
     """
     size = 8192 if device.type == "cuda" else 1536
-    times = time_in_turn(_product(size, dtype, device), clock_of(device), budget)
+    x, w = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(x)
+    runs: dict[str, Run] = {"torch.mm": lambda _: torch.mm(x, w, out=out)}
+    # torch multiplies float32 by MKL and packs bfloat16 anew each time; where oneDNN with a packed weight is faster, this is the limit.
+    runs |= {"oneDNN": packed_product(x, w)} if packs(dtype, device) else {}
+    times = time_in_turn(runs, clock_of(device), budget)
     return 2 * size**3 / min(timing.fastest for timing in times.values())
 
 

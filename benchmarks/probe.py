@@ -6,7 +6,7 @@ sanitize   each implementation, or those named, once on odd sizes: for compute-s
 """
 
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -16,6 +16,7 @@ from fastlora.choice import measure, problems
 ROWS, WIDTH, RANK, CALLS = 8192, 4096, 16, 3
 DTYPES = (torch.bfloat16, torch.float32)
 Shape = tuple[int, int, int]
+Say = Callable[[str], object]
 
 
 def call(device: torch.device, rows: int = ROWS, width: int = WIDTH) -> None:
@@ -30,11 +31,11 @@ def call(device: torch.device, rows: int = ROWS, width: int = WIDTH) -> None:
 
 
 def flaws(
-    device: torch.device, wanted: Collection[str] = (), of: str = "", shape: Shape = measure.ODD_SHAPE
-) -> list[str]:
+    device: torch.device, wanted: Collection[str] = (), of: str = "", shape: Shape = measure.ODD_SHAPE, say: Say = lambda _: None
+) -> list[str]:  # fmt: skip
     """What is wrong with the implementations on this device, in sizes that no tile divides, with dropout and a bias. wanted: none for all.
 
-    of: one operator, if not all. shape: M, K, N.
+    of: one operator, if not all. shape: M, K, N. say: told what ran.
     """
     found = []
     for operator in [of] if of else problems.operators:
@@ -47,7 +48,7 @@ def flaws(
                     for way in measure.ways(one, name):
                         flaw = measure.find_flaw(one, name, its_calls[0], way)
                         found += [] if flaw is None else [f"{one}, {name} {way}: {flaw}"]
-                        print(f"{one}, {name} {way}, {dtype}: ran", flush=True)
+                        say(f"{one}, {name} {way}, {dtype}: ran")
     return found
 
 
@@ -58,7 +59,7 @@ def main(what: str, device: str = "cuda", *names: str) -> int:
         call(torch.device(device))
         torch.cuda.synchronize()
         return 0
-    wrong = flaws(torch.device(device), names)
+    wrong = flaws(torch.device(device), names, say=lambda text: print(text, flush=True))
     print("\n".join(wrong))
     return int(bool(wrong))
 

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 from unittest import mock
@@ -182,20 +182,12 @@ def require_agreement(losses: Mapping[str, float], tolerance: float, what: str) 
             raise StepError(f"{what}: the first loss of {name} is {loss:.7g}, of {baseline} {right:.7g}: not timed")
 
 
-class Compared(NamedTuple):
-    """Ways to train beside the one that comes first."""
-
-    seconds: dict[str, float]  # median of a step
-    ratios: dict[str, float]  # over the first one's, median over the rounds
-    memory_ratios: dict[str, float]  # empty where the system does not tell
-
-
-def compare(seconds: Mapping[str, Sequence[float]], peaks: Mapping[str, int | None]) -> Compared:
-    """Of each step's seconds, and of bytes."""
+def compare(seconds: Mapping[str, Sequence[float]], peaks: Mapping[str, int | None]) -> tuple[dict[str, float], ...]:
+    """Of each step's seconds the medians, and those of the ratios to the first one's; the ratios of bytes, none where the system does not tell."""
     first, least = next(iter(seconds.values())), next(iter(peaks.values()))
     medians = {name: statistics.median(times) for name, times in seconds.items()}
     ratios = {name: median_ratio(times, first) for name, times in seconds.items()}
-    return Compared(medians, ratios, {name: peak / least for name, peak in peaks.items() if peak and least})
+    return medians, ratios, {name: peak / least for name, peak in peaks.items() if peak and least}
 
 
 def step_lines(cases: Sequence[StepCase]) -> dict[str, Line]:
@@ -224,15 +216,17 @@ def measure_step(case: StepCase, device: torch.device) -> StepResult:
         rounds += itertools.islice(in_turn, WARM_UP_STEPS - 1 + case.rounds)
     seconds = {variant: [one[variant].seconds for one in rounds[WARM_UP_STEPS:]] for variant in VARIANTS}
     peaks = {variant: step.peak_bytes for variant, step in rounds[-1].items()}
-    compared = compare(seconds, peaks)
+    medians, ratios, memory_ratios = compare(seconds, peaks)
     return StepResult(
-        **compared._asdict(),
-        ratio=compared.ratios["fastlora"],
+        seconds=medians,
+        ratio=ratios["fastlora"],
+        ratios=ratios,
         losses={variant: [one[variant].loss for one in rounds] for variant in VARIANTS},
         peak_bytes=peaks,
+        memory_ratios=memory_ratios,
         flops=case.flops(),
         product_rate=rate,
-        of_product_rate={variant: case.flops() / time / rate for variant, time in compared.seconds.items()},
+        of_product_rate={variant: case.flops() / time / rate for variant, time in medians.items()},
         implementations=rounds[-1]["fastlora"].implementations,
         rounds=case.rounds,
     )
@@ -243,6 +237,11 @@ def measure_model(case: StepCase, device: torch.device, notes: list[str]) -> Ite
 
     A variant that does not fit, compile or capture is left out with a note.
     """
+    from transformers import masking_utils
+
+    # That rows hold one text each transformers asks the card in each step; in a capture, where it cannot, it makes a mask for packed rows,
+    # which keeps flash attention out. Here it takes it for known.
+    unpacked = mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None)
     if device.type == "cuda":
         held = torch.cuda.get_device_properties(device).total_memory
         if held < 2 * case.weight_bytes():  # activations and their gradients take as much again
@@ -258,7 +257,7 @@ def measure_model(case: StepCase, device: torch.device, notes: list[str]) -> Ite
     for variant in ("peft", EAGER, COMPILED, GRAPH):
         try:
             step = _prepare(variant, model, batch, optimizer)
-            with _unpacked():
+            with unpacked:
                 step(0)
                 run = captured(step, device) if variant == GRAPH else step
                 seconds = time_in_turn({variant: run}, clock, STEP_SECONDS * case.rounds)[variant].seconds
@@ -270,16 +269,6 @@ def measure_model(case: StepCase, device: torch.device, notes: list[str]) -> Ite
         gc.collect()  # a cycle that holds a step's activations would leave no room for the next variant's
         if device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def _unpacked() -> AbstractContextManager[Any]:
-    """transformers takes it for known that rows hold one text each.
-
-    It asks the card in each step; in a capture, where it cannot, it makes a mask for packed rows, which keeps flash attention out.
-    """
-    from transformers import masking_utils
-
-    return mock.patch.object(masking_utils, "find_packed_sequence_indices", lambda _: None)
 
 
 def _prepare(variant: str, model: Any, batch: dict[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> Run:

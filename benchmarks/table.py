@@ -106,10 +106,6 @@ def _quantity(value: float | None, unit: str) -> str:
     return exact.get(unit, f"{value:.2f}")
 
 
-def _met(goal: Goal) -> str:
-    return {True: "yes", False: "no", None: "-"}[goal.is_met()]
-
-
 def goals_table(goals: Sequence[Goal], notes: Sequence[str]) -> str:
     """The table of the goals, and how many are met. A column without an entry is left out."""
     columns: dict[str, list[str]] = {
@@ -121,7 +117,7 @@ def goals_table(goals: Sequence[Goal], notes: Sequence[str]) -> str:
         "fastlora": [_quantity(one.ours, one.unit) for one in goals],
         "runs": [one.implementation or "-" for one in goals],
         "of goal": [_quantity(one.of_goal(), "") for one in goals],
-        "met": [_met(one) for one in goals],
+        "met": [{True: "yes", False: "no", None: "-"}[one.is_met()] for one in goals],
         "peft": [_quantity(one.peft, one.unit) for one in goals],
         "floor": [_quantity(one.floor, one.unit) for one in goals],
     }
@@ -169,10 +165,7 @@ def goals_markdown(goals: Sequence[Goal]) -> str:
     lines = ["| | goal | fastlora | PEFT | met |", "|---|---|---|---|---|"]
     for what, found in kinds.items():
         sign, unit = "≥" if found[0].at_least else "≤", found[0].unit
-        cells = [f"{sign} {between((one.goal for one in found), unit)}", between((one.ours for one in found), unit)]
-        cells += [
-            between((one.peft for one in found), unit),
-            f"{sum(bool(one.is_met()) for one in found)} of {len(found)}",
-        ]
-        lines.append(f"| {what} | {' | '.join(cells)} |")
+        goal, ours, peft = (between((vars(one)[name] for one in found), unit) for name in ("goal", "ours", "peft"))
+        met = f"{sum(bool(one.is_met()) for one in found)} of {len(found)}"
+        lines.append(f"| {what} | {sign} {goal} | {ours} | {peft} | {met} |")
     return "\n".join(lines)

@@ -26,7 +26,7 @@ from benchmarks.cases import (
 from fastlora import ops, reference
 
 CPU = torch.device("cpu")
-TINY = LoRALinearCase("tiny", 5, 24, 16, 3, torch.float32, torch.float32, 0.1)
+TINY = LoRALinearCase("tiny", torch.float32, torch.float32, 5, 24, 16, 3, 0.1)
 SIZES = {
     "M": 5,
     "B": 4,
@@ -50,8 +50,8 @@ def tiny(case: Any) -> Any:
 
 ODD = {name: next(case for case in one.on_cpu if case.name == "odd") for name, one in cases.OPERATORS.items()}
 TINY_CASES = {name: tiny(case) for name, case in ODD.items()}
-TINY_BLOCK = BlockCase("tiny", 7, 24, 40, 8, 3, torch.bfloat16, torch.float32)
-TINY_STEP = StepCase("tiny", 32, 64, 1, 2, 1, 64, 2, 8, 4, 0.0, torch.float32, 2)
+TINY_BLOCK = BlockCase("tiny", torch.bfloat16, torch.float32, 7, 24, 40, 8, 3)
+TINY_STEP = StepCase("tiny", torch.float32, torch.float32, 32, 64, 1, 2, 1, 64, 2, 8, 4, 0.0, 2)
 
 
 @pytest.fixture(autouse=True)
@@ -126,7 +126,7 @@ def test_rivals_compute_the_same(operator: str, training: bool) -> None:
 
 
 def test_a_few_rows_meet_weights_that_are_not_in_the_cache() -> None:
-    decode = LoRALinearCase("decode", 1, 256, 1024, 2, torch.float32, torch.float32, passes=(FORWARD,))
+    decode = LoRALinearCase("decode", torch.float32, torch.float32, 1, 256, 1024, 2, passes=(FORWARD,))
     contest = rivals.build(decode, False, CPU)
     weight_bytes = 256 * 1024 * 4
     assert contest.copies == rivals.MOST_COPIES or contest.copies * weight_bytes > 2 * machine.last_level_cache()
