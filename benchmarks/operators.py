@@ -10,7 +10,7 @@ from .machine import bandwidths, product_rate
 from .rivals import FASTLORA, build, implementations, rivals_of
 from .session import Session
 
-LEFT_OUT = "torch.compile was left out (--quick)"
+NOT_COMPILED = "torch.compile was left out (--quick)"
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def measure_operator(session: Session, case: Case, budget: float, with_compile: 
     device = session.device
     number, flops, bandwidth = dtype_name(case.dtype), product_rate(device, case.dtype), bandwidths(device)["copy"]
     limits = f"this machine's limits: {number} product {flops / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.0f} GB/s"
-    for note in [limits, *([] if with_compile else [LEFT_OUT])]:
+    for note in [limits, *([] if with_compile else [NOT_COMPILED])]:
         session.notes += [] if note in session.notes else [note]
     for pass_ in case.passes:
         training = pass_ == TRAINING

@@ -209,9 +209,8 @@ class AddmmFunction(torch.autograd.Function):
     """The adapter beside the frozen product by torch's own products, added in place: what Unsloth and Axolotl made of LoRA's layers."""
 
     @staticmethod
-    def forward(
-        ctx, x, dropped, weight, bias, lora_a, lora_b
-    ):  # x [M, K]; dropped = d(x), or None where nothing is dropped
+    def forward(ctx, x, dropped, weight, bias, lora_a, lora_b):
+        """x [M, K]; dropped: d(x), None where nothing is dropped."""
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         xa = (x if dropped is None else dropped) @ a.T  # [M, R]
         ctx.save_for_backward(x if dropped is None else dropped, weight, lora_a, lora_b, xa)
