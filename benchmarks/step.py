@@ -17,7 +17,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -157,17 +157,19 @@ def own_process() -> ProcessPoolExecutor:
 
 
 class Worker(ExitStack):
-    """A training process; use it in a `with` block."""
+    """A training process, which begins its first step at once; use it in a `with` block."""
 
     def __init__(self, case: StepCase, variant: str, device: torch.device) -> None:
         super().__init__()
         self._name, self._given = f"{variant}, {case.name}", (case, variant, device)
         self._process = self.enter_context(own_process())
+        self._begun: Future[Step] | None = self._process.submit(_next_step, *self._given)
 
     def step(self) -> Step:
         """A step of the optimiser; raises StepError, with its traceback, where the process failed."""
         try:
-            return self._process.submit(_next_step, *self._given).result()
+            step, self._begun = self._begun or self._process.submit(_next_step, *self._given), None
+            return step.result()
         except BrokenProcessPool as error:
             raise StepError(f"{self._name}: {error} (out of memory?)") from None
         except Exception as error:
