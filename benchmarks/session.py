@@ -131,10 +131,11 @@ class Session:
 def _ready(run: Run, copies: int, mode: str, device: torch.device, pool: Any) -> Run:
     """A timed call is a run of every copy of the weights once, as the layers of a model follow one another."""
 
-    def whole(turn: int) -> None:
+    def every_copy(turn: int) -> None:
         for number in range(turn * copies, (turn + 1) * copies):
             run(number)
 
+    whole = run if copies == 1 else every_copy
     if mode == GRAPH:
         require_no_wait(whole, device)
         return captured(whole, device, pool)
