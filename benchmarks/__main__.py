@@ -3,8 +3,8 @@
 Runs the tests of each operator named (all by default), and times it only if they are green: fastlora against the
 frozen layer alone, PEFT, PEFT under torch.compile, torch's products and the merged weight. `goals` fills the table of
 what fastlora wants to reach on this kind of device (on a CPU, `step` adds its rows), `launch` says what a call of a
-small layer costs the host. Exit codes: 0 done, 1 something was wrong and was not timed, 2 wrong arguments, 3 (goals on
-a card) something broke this process: `--resume` goes on in another one, without it.
+small layer costs the host. Exit codes: 0 done, 1 something was wrong and was not timed, 2 wrong arguments, 3 (goals)
+something broke this process: `--resume` goes on in another one, without it.
 """
 
 import argparse
@@ -14,29 +14,30 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from . import gate
-from .card_goals import BARE_LINES, HUNG_CODE, OUT_OF_TIME, Record, Session, card_lines, measure_card
-from .cases import OPERATORS, cases_of, dtype_name
-from .goals import Goal, measure_goals, step_goals
-from .launch import launch_rows
-from .machine import Limits, Machine, measure_limits, results_folder, this_machine
-from .operators import Row, measure_operator
-from .step import StepError, measure_step
-from .table import goals_markdown, goals_table, launch_table, operator_table, step_table
+from .card_goals import BARE_LINES, card_lines
+from .cases import OPERATORS, cases_of
+from .goals import Goal, cpu_lines, step_goals
+from .launch import launch_lines
+from .machine import Machine, results_folder, this_machine
+from .operators import measure_operator
+from .session import HUNG_CODE, OUT_OF_TIME, Line, Record, measure_lines
+from .step import step_lines
+from .table import goals_markdown, goals_table, operator_table, step_table
 
-SECONDS = {"lora_linear": 30.0, "multi_lora": 30.0, "prefix_concat": 16.0}  # of timing alone, on all cases
 QUICK_SECONDS = 4.0
 QUICK_LINES = 1  # of the goals on a card
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks", description="Test fastlora's operators, then time them.")
-    add, card = parser.add_argument, "goals on a card:"
+    add = parser.add_argument
     add("operators", nargs="*", metavar="operator", help=f"{', '.join(VERBS)} (default: all)")
     add("--quick", action="store_true", help="the first cases only, a short check, no torch.compile: a minute")
     add("--json", action="store_true", help="write DATE-MACHINE-OPERATOR.json")
@@ -44,10 +45,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--device", default="cpu", help="cpu (default) or cuda")
     add("--no-gate", action="store_true", help="do not run the tests (each case is still checked)")
     add("--readme", action="store_true", help="only print benchmarks/README.md's table of the newest result file")
-    add("--seconds", type=float, default=math.inf, help=f"{card} begin nothing after that long")
-    add("--bare", action="store_true", help=f"{card} three of them, of fastlora alone, as CUDA graphs: half a minute")
-    add("--line-seconds", type=float, default=math.inf, help=f"{card} end the process where one takes longer")
-    add("--resume", action="store_true", help=f"{card} go on from today's result file")
+    add("--seconds", type=float, default=math.inf, help="goals: begin nothing after that long")
+    add("--bare", action="store_true", help="goals on a card: three, of fastlora alone, as CUDA graphs")
+    add("--line-seconds", type=float, default=math.inf, help="goals: end the process where one takes longer")
+    add("--resume", action="store_true", help="goals: go on from today's result file")
     arguments = parser.parse_args(argv)
     arguments.json |= arguments.out is not None
     arguments.out = arguments.out or results_folder()
@@ -60,6 +61,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         parser.error(f"--device: got {arguments.device!r}, expected cpu or cuda")
+    if arguments.bare and device.type == "cpu":
+        parser.error("--bare: measures goals on a card: expected --device cuda")
     if device.type == "cuda" and not arguments.readme and not torch.cuda.is_available():
         parser.error(f"--device: got {arguments.device!r}, but torch {torch.__version__} finds no CUDA device")
     return arguments
@@ -83,8 +86,7 @@ def _is_green(name: str, device: torch.device, arguments: argparse.Namespace) ->
     elif name == "step":
         said = "no tests were run; without dropout the losses must agree"
     elif name in OPERATORS:
-        wrong = gate.check(name, device)
-        reason = "--quick" if arguments.quick else "its tests are not here"
+        wrong, reason = gate.check(name, device), "--quick" if arguments.quick else "its tests are not here"
         outcome = "wrong: not timed" if wrong else "all within their bounds"
         said = f"the tests were not run ({reason}); every implementation against the float64 reference: {outcome}"
     else:
@@ -102,73 +104,51 @@ class Command:
     device: torch.device
     machine: Machine
     deadline: float = math.inf  # in seconds of time.perf_counter
-    limits: Limits | None = None  # None where no operator is timed
-    steps: list[Goal] = dataclasses.field(default_factory=list)  # the goals of the training steps that were measured
-
-    def write(self, name: str, result: dict[str, Any]) -> Path:
-        return self.machine.write(self.arguments.out, name, ["python -m benchmarks", *self.argv], result)
-
-    def show(self, name: str, table: str, result: dict[str, Any]) -> None:
-        """Print the table, and write the result where that was asked for."""
-        print(f"\n{table}", flush=True)
-        if self.arguments.json:
-            print(f"written: {self.write(name, result)}", flush=True)
+    found: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # the rows of each verb that was measured
 
 
-def _operator(name: str, command: Command) -> int:
-    quick, limits = command.arguments.quick, command.limits
-    assert limits is not None  # measured where there is an operator to time
+def _operator_lines(name: str, command: Command) -> dict[str, Line]:
+    quick = command.arguments.quick
     cases = cases_of(name, command.device, quick)
-    budget = (QUICK_SECONDS if quick else SECONDS[name]) / sum(len(case.passes) for case in cases)
-    notes: list[str] = ["torch.compile was left out (--quick)"] if quick else []
-    rows: list[Row] = []
-    not_timed: list[str] = []
-    for number, case in enumerate(cases, 1):
-        _say(f"{name} {number}/{len(cases)}: {case.name}")
-        try:
-            rows.extend(measure_operator(case, command.device, limits, budget, not quick, notes))
-        except gate.CaseError as error:
-            not_timed.append(str(error))
-    result = {"limits": limits, "rows": rows, "notes": notes, "not_timed": not_timed}
-    command.show(name, operator_table(name, rows, [*notes, *not_timed]), result)
-    return int(bool(not_timed))
+    budget = (QUICK_SECONDS if quick else OPERATORS[name].seconds) / sum(len(case.passes) for case in cases)
+    return {
+        case.title(True): partial(measure_operator, case=case, budget=budget, with_compile=not quick) for case in cases
+    }
 
 
-def _steps(name: str, command: Command) -> int:
-    quick, found = command.arguments.quick, []
-    try:
-        for case in cases_of(name, command.device, quick):
-            _say(f"step: {case.name}, {dtype_name(case.dtype)}")
-            found.append((case, measure_step(case, command.device)))
-    except StepError as error:
-        print(f"\n{name}: {error}", flush=True)
-        return 1
-    rows = [{"case": case, "result": result} for case, result in found]
-    command.show(name, step_table(found), {"rows": rows})
-    if command.device.type == "cpu" and not quick:
-        command.steps.extend(step_goals(rows))
-    return 0
-
-
-def _goals(name: str, command: Command) -> int:
+def _goal_lines(command: Command) -> dict[str, Line]:
     """On a CPU with those of the training steps, where `step` was measured, too."""
-    if command.device.type == "cuda":
-        return _goals_on_a_card(command)
-    if command.arguments.quick:
-        print("goals: left out (--quick)", flush=True)
+    arguments = command.arguments
+    if command.machine.device == "cpu":
+        return {} if arguments.quick else cpu_lines(list(step_goals(command.found.get("step", []))))
+    lines = card_lines()
+    lines = {line: lines[line] for line in BARE_LINES} if arguments.bare else lines
+    return dict(list(lines.items())[: QUICK_LINES if arguments.quick else None])
+
+
+Lines = Callable[[Command], dict[str, Line]]
+Table = Callable[[Sequence[Any], Sequence[str]], str]  # of rows and notes
+
+# What can be asked for, in the order in which it is measured.
+VERBS: dict[str, tuple[Lines, Table]] = {
+    **{name: (partial(_operator_lines, name), partial(operator_table, name)) for name in OPERATORS},
+    "step": (lambda command: step_lines(cases_of("step", command.device, command.arguments.quick)), step_table),
+    "goals": (_goal_lines, goals_table),
+    "launch": (lambda _: launch_lines(), goals_table),
+}
+
+
+def _measure(name: str, command: Command) -> int:
+    """Measure a verb's lines, saved after every row where that was asked for, and print their table; returns the exit code."""
+    arguments, machine, record = command.arguments, command.machine, Record()
+    lines_of, table = VERBS[name]
+    lines = lines_of(command)
+    if not lines:
+        print(f"{name}: left out (--quick)", flush=True)
         return 0
-    not_timed: list[str] = []
-    goals = [*measure_goals(_say, not_timed), *command.steps]
-    command.show(name, goals_table(goals, not_timed), {"rows": goals, "not_timed": not_timed})
-    return int(bool(not_timed))
-
-
-def _goals_on_a_card(command: Command) -> int:
-    """Saved after every figure."""
-    arguments, record = command.arguments, Record()
-    name = "first" if arguments.bare else "goals"
-    path = command.machine.path(arguments.out, name)
-    if arguments.resume and path.is_file():
+    file = "first" if arguments.bare and name == "goals" else name
+    path = machine.path(arguments.out, file)
+    if arguments.resume and path.is_file() and table is goals_table:
         content = json.loads(path.read_text())
         kept = {part: content[part] for part in ("notes", "begun", "failed", "refused")}
         record = Record(rows=[Goal(**row) for row in content["rows"]], **kept)
@@ -176,30 +156,16 @@ def _goals_on_a_card(command: Command) -> int:
 
     def save() -> None:
         if arguments.json:
-            command.write(name, vars(record))
+            machine.write(arguments.out, file, ["python -m benchmarks", *command.argv], vars(record))
 
-    lines = {line: card_lines()[line] for line in BARE_LINES} if arguments.bare else card_lines()
-    lines = dict(list(lines.items())[:QUICK_LINES]) if arguments.quick else lines
-    limits = command.deadline, arguments.bare, arguments.line_seconds
-    whole = measure_card(lines, command.device, record, save, _say, *limits)
-    print(f"\n{goals_table(record.rows, record.notes)}" if record.rows else "\n".join(record.notes), flush=True)
+    patience = command.deadline, arguments.bare, arguments.line_seconds
+    whole = measure_lines(lines, command.device, record, save, lambda text: _say(f"{name} {text}"), *patience)
+    command.found[name] = record.rows
+    nothing = "\n".join([f"{name}: nothing was timed", *record.notes])
+    print(f"\n{table(record.rows, record.notes) if record.rows else nothing}", flush=True)
+    if arguments.json:
+        print(f"written: {path}", flush=True)
     return int(len(record.begun) < len(lines) or bool(record.failed)) if whole else HUNG_CODE
-
-
-def _launch(name: str, command: Command) -> int:
-    notes: list[str] = []
-    rows = launch_rows(Session(command.device, notes))
-    command.show(name, launch_table(rows, notes), {"rows": rows, "notes": notes})
-    return 0
-
-
-# What can be asked for, in the order in which it is measured; each returns an exit code.
-VERBS: dict[str, Callable[[str, Command], int]] = {
-    **dict.fromkeys(OPERATORS, _operator),
-    "step": _steps,
-    "goals": _goals,
-    "launch": _launch,
-}
 
 
 def _print_readme(device: torch.device, folder: Path) -> int:
@@ -224,15 +190,11 @@ def main(argv: Sequence[str]) -> int:
     if arguments.readme:
         return _print_readme(device, arguments.out)
     names = [name for name in VERBS if name in (arguments.operators or VERBS)]
-    machine, limits = this_machine(device), None
+    machine = this_machine(device)
     print(machine.line(), flush=True)
     green = [name for name in names if _is_green(name, device, arguments)]
-    dtypes = {case.dtype for name in green if name in OPERATORS for case in cases_of(name, device, arguments.quick)}
-    if dtypes:
-        limits = measure_limits(device, sorted(dtypes, key=dtype_name))
-        print(limits.line(), flush=True)
-    command = Command(arguments, argv, device, machine, start + arguments.seconds, limits)
-    codes = [int(len(green) < len(names)), *(VERBS[name](name, command) for name in green)]
+    command = Command(arguments, argv, device, machine, start + arguments.seconds)
+    codes = [int(len(green) < len(names)), *(_measure(name, command) for name in green)]
     _say(f"{time.perf_counter() - start:.0f} s in all")
     return max(codes)
 

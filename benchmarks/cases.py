@@ -8,7 +8,8 @@ measured in one or both passes: "forward" as inference runs it (no dropout, no g
 does (gradients of x, A and B, or of the prompts). float32 adapters on a 16-bit base are PEFT's default.
 """
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -31,16 +32,56 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-class LoRACase:
-    """What the cases with low-rank adapters have in common."""
+def llama_linears(hidden: int, kv_width: int, intermediate: int) -> dict[str, tuple[int, int]]:
+    """(in-features, out-features) of the seven linear layers of a Llama block, those of attention first."""
+    square, narrow, wide = (hidden, hidden), (hidden, kv_width), (hidden, intermediate)
+    attention = {"q_proj": square, "k_proj": narrow, "v_proj": narrow, "o_proj": square}
+    return attention | {"gate_proj": wide, "up_proj": wide, "down_proj": (intermediate, hidden)}
 
+
+@dataclass(frozen=True)
+class Case(ABC):
+    """A size of an operator, or of several, in which its rivals are timed."""
+
+    name: str
     dtype: torch.dtype
-    adapter_dtype: torch.dtype
-    dropout_p: float  # in training
+    adapter_dtype: torch.dtype  # of what is trained
+    operator: ClassVar[str]  # one of OPERATORS
+    passes: tuple[str, ...] = field(default=BOTH, kw_only=True)
+    trained: ClassVar[str] = "A and B"
+
+    @abstractmethod
+    def shape(self, training: bool) -> str:
+        """The sizes in words, with what is dropped in training."""
+
+    def work(self, training: bool) -> Work:
+        raise NotImplementedError(f"work: {self.name} is no operator's case")
+
+    def title(self, training: bool) -> str:
+        return f"{self.name}, {self.shape(training)}, {self.number_format()}"
 
     def number_format(self) -> str:
-        base, adapters = dtype_name(self.dtype), dtype_name(self.adapter_dtype)
-        return base if base == adapters else f"{base}, A and B {adapters}"
+        base, trained = dtype_name(self.dtype), dtype_name(self.adapter_dtype)
+        return base if base == trained else f"{base}, {self.trained} {trained}"
+
+
+class LoRACase(Case):
+    """What the cases with low-rank adapters have in common."""
+
+    M: int
+    K: int
+    N: int
+    dropout_p: float  # in training
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """Of x, which is [*rows, in-features]."""
+        return (self.M,)
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """(in-features, out-features) by name."""
+        return {"layer": (self.K, self.N)}
 
     def dropout(self, training: bool) -> str:
         return f" p {self.dropout_p:g}" if training and self.dropout_p else ""
@@ -59,16 +100,12 @@ class LoRACase:
 
 @dataclass(frozen=True)
 class LoRALinearCase(LoRACase):
-    name: str
     M: int
     K: int
     N: int
     R: int
-    dtype: torch.dtype
-    adapter_dtype: torch.dtype
     dropout_p: float = 0.05
     bias: bool = False
-    passes: tuple[str, ...] = BOTH
     operator: ClassVar[str] = "lora_linear"
 
     def shape(self, training: bool) -> str:
@@ -80,17 +117,18 @@ class LoRALinearCase(LoRACase):
 
 @dataclass(frozen=True)
 class MultiLoRACase(LoRACase):
-    name: str
     B: int
     T: int
     K: int
     N: int
     ranks: tuple[int, ...]  # S
-    dtype: torch.dtype
-    adapter_dtype: torch.dtype
     dropout_p: float = 0.05
-    passes: tuple[str, ...] = (FORWARD,)
+    passes: tuple[str, ...] = field(default=(FORWARD,), kw_only=True)
     operator: ClassVar[str] = "multi_lora"
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        return self.B, self.T
 
     def adapters_of_examples(self) -> list[int]:
         """[B]: an adapter each where there are enough, else none and every adapter in turn."""
@@ -111,28 +149,21 @@ class MultiLoRACase(LoRACase):
 
 
 @dataclass(frozen=True)
-class PrefixConcatCase:
-    name: str
+class PrefixConcatCase(Case):
     B: int
     T: int
     S: int  # prompts; row b has prompt b mod S
     P: int
     D: int
     V: int
-    dtype: torch.dtype
-    prompt_dtype: torch.dtype
-    passes: tuple[str, ...] = BOTH
     operator: ClassVar[str] = "prefix_concat"
+    trained: ClassVar[str] = "prompts"
 
     def shape(self, training: bool) -> str:
         return f"B {self.B}, T {self.T}, P {self.P}, D {self.D}{f', S {self.S}' if self.S > 1 else ''}"
 
-    def number_format(self) -> str:
-        base, prompts = dtype_name(self.dtype), dtype_name(self.prompt_dtype)
-        return base if base == prompts else f"{base}, prompts {prompts}"
-
     def work(self, training: bool) -> Work:
-        prompts = self.S * self.P * self.D * self.prompt_dtype.itemsize
+        prompts = self.S * self.P * self.D * self.adapter_dtype.itemsize
         moved = prompts + self.B * (2 * self.T + self.P) * self.D * self.dtype.itemsize
         if training:  # the prompts' part of the gradient, summed over the batch; the embedding is frozen
             moved += prompts + self.B * self.P * self.D * self.dtype.itemsize
@@ -140,10 +171,9 @@ class PrefixConcatCase:
 
 
 @dataclass(frozen=True)
-class StepCase:
+class StepCase(LoRACase):
     """One step of a Llama of this size with random weights, LoRA on all linear layers, half of each row prompt unless told."""
 
-    name: str
     hidden: int
     intermediate: int
     layers: int
@@ -154,9 +184,13 @@ class StepCase:
     tokens: int
     R: int
     dropout_p: float
-    dtype: torch.dtype
     rounds: int
     prompt_part: float = 0.5
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Of one layer."""
+        return llama_linears(self.hidden, self.hidden // self.heads * self.kv_heads, self.intermediate)
 
     @property
     def prompt(self) -> int:
@@ -165,140 +199,149 @@ class StepCase:
 
     def weight_bytes(self) -> int:
         """Of the frozen weights alone: the linear layers, the embeddings and the head."""
-        kv = self.hidden // self.heads * self.kv_heads
-        layer = 2 * self.hidden**2 + 2 * self.hidden * kv + 3 * self.hidden * self.intermediate
+        layer = sum(K * N for K, N in self.linears.values())
         return self.dtype.itemsize * (self.layers * layer + 2 * self.vocabulary * self.hidden)
 
     def flops(self) -> int:
         """Of the matrix products that a step must compute, forward and backward: the linear layers (a frozen weight has no gradient, nor
         have the embeddings), the adapters, attention up to the diagonal, and the head on the positions whose next token is labelled."""
-        head = self.hidden // self.heads
-        kv = self.kv_heads * head
-        first = [(self.hidden, self.hidden), (self.hidden, kv), (self.hidden, kv)]  # q, k, v
-        rest = [(self.hidden, self.hidden), *[(self.hidden, self.intermediate)] * 2, (self.intermediate, self.hidden)]
-        M = self.batch * self.tokens
-        total = 0
-        for layer in range(self.layers):
-            for K, N in (*first, *rest):
-                total += 4 * M * K * N + 6 * M * self.R * (K + N)
-            if layer == 0:  # no dx: what is below is frozen
-                total -= sum(2 * M * K * N + 2 * M * self.R * K for K, N in first)
+        M, layer = self.batch * self.tokens, self.linears
+        total = self.layers * sum(4 * M * K * N + 6 * M * self.R * (K + N) for K, N in layer.values())
+        for name in ("q_proj", "k_proj", "v_proj"):  # of the first layer, no dx: what is below is frozen
+            K, N = layer[name]
+            total -= 2 * M * K * N + 2 * M * self.R * K
         pairs = self.tokens * (self.tokens + 1) // 2
-        total += self.layers * 6 * 2 * self.batch * self.heads * pairs * head
+        total += self.layers * 6 * 2 * self.batch * pairs * self.hidden
         labelled = self.batch * (self.tokens - self.prompt)
         return total + 4 * labelled * self.hidden * self.vocabulary
 
-    def shape(self) -> str:
-        dropout = f" p {self.dropout_p:g}" if self.dropout_p else ""
+    def shape(self, training: bool = True) -> str:
         size = f"hidden {self.hidden}, {self.layers} layers, V {self.vocabulary}"
-        return f"{size}, {self.batch} x {self.tokens} tokens, R {self.R}{dropout}"
+        return f"{size}, {self.batch} x {self.tokens} tokens, R {self.R}{self.dropout(training)}"
 
 
 @dataclass(frozen=True)
 class BlockCase(LoRACase):
     """The seven linear layers of one Llama block, forward and backward: q, k and v share their x, gate and up theirs."""
 
-    name: str
     M: int
     hidden: int
     intermediate: int
     kv_width: int
     R: int
-    dtype: torch.dtype
-    adapter_dtype: torch.dtype
     dropout_p: float = 0.05
+    passes: tuple[str, ...] = field(default=(TRAINING,), kw_only=True)
     operator: ClassVar[str] = "lora_linear"
+
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        return llama_linears(self.hidden, self.kv_width, self.intermediate)
 
     def shape(self, training: bool) -> str:
         widths = f"{self.hidden}, {self.kv_width} and {self.intermediate} wide"
         return f"M {self.M}, {widths}, R {self.R}{self.dropout(training)}"
 
 
-Case = LoRALinearCase | MultiLoRACase | PrefixConcatCase  # of one operator
+class Cases(NamedTuple):
+    """Of an operator, or of the training step."""
+
+    on_cpu: tuple[Any, ...]
+    on_cuda: tuple[Any, ...]
+    quick: int = 2  # the first ones of each, where there is little time
+    seconds: float = 30.0  # of timing alone, on all cases
+    rivals: tuple[str, ...] = ()  # who is timed; the first one is the baseline of every ratio
+    baseline: str = "the frozen layer alone"
+    uncapturable: tuple[str, ...] = ()  # what no CUDA graph can hold
+
 
 EIGHT = (16,) * 8
 MIXED = (4, 8, 8, 16, 16, 32, 64, 1)
 
 # One forward+backward row of 8B at 512 rows costs a 2-core CPU a second: the CPU's 8B cases have few rows.
-CASES: dict[str, tuple[tuple[Any, ...], tuple[Any, ...]]] = {  # on a CPU, on a GPU
-    "lora_linear": (
-        (
-            LoRALinearCase("0.1B gate_proj", 512, 576, 1536, 16, float32, float32),
-            LoRALinearCase("odd", 37, 1001, 769, 3, float32, float32, 0.1, bias=True),
-            LoRALinearCase("0.1B gate_proj, decode", 1, 576, 1536, 16, float32, float32, passes=(FORWARD,)),
-            LoRALinearCase("8B q_proj, decode", 1, 4096, 4096, 16, bfloat16, bfloat16, passes=(FORWARD,)),
-            LoRALinearCase("8B down_proj, decode", 4, 14336, 4096, 16, bfloat16, float32, passes=(FORWARD,)),
-            LoRALinearCase("0.1B gate_proj", 512, 576, 1536, 16, bfloat16, float32),
-            LoRALinearCase("0.1B down_proj", 512, 1536, 576, 64, float32, float32),
-            LoRALinearCase("8B k_proj", 512, 4096, 1024, 16, bfloat16, bfloat16),
-            LoRALinearCase("8B q_proj", 64, 4096, 4096, 16, float32, float32),
+OPERATORS: dict[str, Cases] = {
+    "lora_linear": Cases(
+        rivals=("frozen", "packed", "merged", "addmm", "peft", "compiled", "fastlora"),
+        on_cpu=(
+            LoRALinearCase("0.1B gate_proj", float32, float32, 512, 576, 1536, 16),
+            LoRALinearCase("odd", float32, float32, 37, 1001, 769, 3, 0.1, bias=True),
+            LoRALinearCase("0.1B gate_proj, decode", float32, float32, 1, 576, 1536, 16, passes=(FORWARD,)),
+            LoRALinearCase("8B q_proj, decode", bfloat16, bfloat16, 1, 4096, 4096, 16, passes=(FORWARD,)),
+            LoRALinearCase("8B down_proj, decode", bfloat16, float32, 4, 14336, 4096, 16, passes=(FORWARD,)),
+            LoRALinearCase("0.1B gate_proj", bfloat16, float32, 512, 576, 1536, 16),
+            LoRALinearCase("0.1B down_proj", float32, float32, 512, 1536, 576, 64),
+            LoRALinearCase("8B k_proj", bfloat16, bfloat16, 512, 4096, 1024, 16),
+            LoRALinearCase("8B q_proj", float32, float32, 64, 4096, 4096, 16),
         ),
-        (
-            LoRALinearCase("8B q_proj", 8192, 4096, 4096, 16, bfloat16, bfloat16, 0.1),
-            LoRALinearCase("odd", 1001, 1003, 769, 3, bfloat16, bfloat16, 0.1, bias=True),
-            LoRALinearCase("8B q_proj, decode", 1, 4096, 4096, 16, bfloat16, bfloat16, passes=(FORWARD,)),
-            LoRALinearCase("8B down_proj, decode", 16, 14336, 4096, 16, bfloat16, bfloat16, passes=(FORWARD,)),
-            LoRALinearCase("8B q_proj", 8192, 4096, 4096, 16, bfloat16, float32, 0.1),
-            LoRALinearCase("8B k_proj", 8192, 4096, 1024, 16, bfloat16, bfloat16, 0.1),
-            LoRALinearCase("8B gate_proj", 8192, 4096, 14336, 16, bfloat16, bfloat16, 0.1),
-            LoRALinearCase("8B down_proj", 8192, 14336, 4096, 64, bfloat16, bfloat16, 0.1),
-            LoRALinearCase("70B q_proj", 8192, 8192, 8192, 16, bfloat16, bfloat16, 0.1),
-            LoRALinearCase("0.1B gate_proj", 8192, 576, 1536, 16, float32, float32, 0.1),
-        ),
-    ),
-    "multi_lora": (
-        (
-            MultiLoRACase("0.1B gate_proj, decode", 8, 1, 576, 1536, EIGHT, float32, float32),
-            MultiLoRACase("odd", 5, 7, 1001, 769, (3, 1, 20), float32, float32, 0.1, BOTH),
-            MultiLoRACase("0.1B gate_proj, decode", 32, 1, 576, 1536, EIGHT, bfloat16, bfloat16),
-            MultiLoRACase("8B q_proj, decode", 8, 1, 4096, 4096, MIXED, bfloat16, bfloat16),
-            MultiLoRACase("0.1B gate_proj", 8, 128, 576, 1536, EIGHT, float32, float32, passes=BOTH),
-            MultiLoRACase("0.1B gate_proj", 8, 128, 576, 1536, MIXED, bfloat16, float32, passes=BOTH),
-        ),
-        (
-            MultiLoRACase("8B q_proj, decode", 8, 1, 4096, 4096, EIGHT, bfloat16, bfloat16),
-            MultiLoRACase("odd", 5, 7, 1003, 769, (3, 1, 20), bfloat16, bfloat16, 0.1, BOTH),
-            MultiLoRACase("8B q_proj, decode", 64, 1, 4096, 4096, MIXED, bfloat16, bfloat16),
-            MultiLoRACase("8B down_proj, decode", 64, 1, 14336, 4096, EIGHT, bfloat16, bfloat16),
-            MultiLoRACase("8B q_proj", 8, 1024, 4096, 4096, MIXED, bfloat16, bfloat16, 0.1, BOTH),
-            MultiLoRACase("8B q_proj", 8, 1024, 4096, 4096, EIGHT, bfloat16, float32, 0.1, BOTH),
+        on_cuda=(
+            LoRALinearCase("8B q_proj", bfloat16, bfloat16, 8192, 4096, 4096, 16, 0.1),
+            LoRALinearCase("odd", bfloat16, bfloat16, 1001, 1003, 769, 3, 0.1, bias=True),
+            LoRALinearCase("8B q_proj, decode", bfloat16, bfloat16, 1, 4096, 4096, 16, passes=(FORWARD,)),
+            LoRALinearCase("8B down_proj, decode", bfloat16, bfloat16, 16, 14336, 4096, 16, passes=(FORWARD,)),
+            LoRALinearCase("8B q_proj", bfloat16, float32, 8192, 4096, 4096, 16, 0.1),
+            LoRALinearCase("8B k_proj", bfloat16, bfloat16, 8192, 4096, 1024, 16, 0.1),
+            LoRALinearCase("8B gate_proj", bfloat16, bfloat16, 8192, 4096, 14336, 16, 0.1),
+            LoRALinearCase("8B down_proj", bfloat16, bfloat16, 8192, 14336, 4096, 64, 0.1),
+            LoRALinearCase("70B q_proj", bfloat16, bfloat16, 8192, 8192, 8192, 16, 0.1),
+            LoRALinearCase("0.1B gate_proj", float32, float32, 8192, 576, 1536, 16, 0.1),
         ),
     ),
-    "prefix_concat": (
-        (
-            PrefixConcatCase("0.1B", 8, 128, 1, 100, 576, 49152, float32, float32),
-            PrefixConcatCase("odd", 3, 37, 1, 7, 65, 1001, float32, float32),
-            PrefixConcatCase("0.1B, a prompt each", 8, 128, 4, 100, 576, 49152, float32, float32),
-            PrefixConcatCase("8B", 4, 256, 1, 20, 4096, 32768, bfloat16, float32),
+    "multi_lora": Cases(
+        rivals=("frozen", "peft", "fastlora"),
+        uncapturable=("peft",),  # its mixed batches index by Python lists, which are copied to the card in each call
+        on_cpu=(
+            MultiLoRACase("0.1B gate_proj, decode", float32, float32, 8, 1, 576, 1536, EIGHT),
+            MultiLoRACase("odd", float32, float32, 5, 7, 1001, 769, (3, 1, 20), 0.1, passes=BOTH),
+            MultiLoRACase("0.1B gate_proj, decode", bfloat16, bfloat16, 32, 1, 576, 1536, EIGHT),
+            MultiLoRACase("8B q_proj, decode", bfloat16, bfloat16, 8, 1, 4096, 4096, MIXED),
+            MultiLoRACase("0.1B gate_proj", float32, float32, 8, 128, 576, 1536, EIGHT, passes=BOTH),
+            MultiLoRACase("0.1B gate_proj", bfloat16, float32, 8, 128, 576, 1536, MIXED, passes=BOTH),
         ),
-        (
-            PrefixConcatCase("8B", 16, 1024, 1, 100, 4096, 128256, bfloat16, float32),
-            PrefixConcatCase("odd", 3, 37, 1, 7, 65, 1001, bfloat16, bfloat16),
-            PrefixConcatCase("8B, a prompt each", 16, 1024, 4, 100, 4096, 128256, bfloat16, bfloat16),
-            PrefixConcatCase("0.1B", 8, 128, 1, 100, 576, 49152, float32, float32),
+        on_cuda=(
+            MultiLoRACase("8B q_proj, decode", bfloat16, bfloat16, 8, 1, 4096, 4096, EIGHT),
+            MultiLoRACase("odd", bfloat16, bfloat16, 5, 7, 1003, 769, (3, 1, 20), 0.1, passes=BOTH),
+            MultiLoRACase("8B q_proj, decode", bfloat16, bfloat16, 64, 1, 4096, 4096, MIXED),
+            MultiLoRACase("8B down_proj, decode", bfloat16, bfloat16, 64, 1, 14336, 4096, EIGHT),
+            MultiLoRACase("8B q_proj", bfloat16, bfloat16, 8, 1024, 4096, 4096, MIXED, 0.1, passes=BOTH),
+            MultiLoRACase("8B q_proj", bfloat16, float32, 8, 1024, 4096, 4096, EIGHT, 0.1, passes=BOTH),
         ),
     ),
-    "step": (
-        (
-            StepCase("small Llama", 256, 768, 4, 4, 2, 8192, 4, 128, 16, 0.0, float32, 5),
-            StepCase("0.1B Llama, 10 layers", 576, 1536, 10, 9, 3, 49152, 4, 256, 16, 0.05, float32, 7),
-            StepCase("0.1B Llama, 10 layers", 576, 1536, 10, 9, 3, 49152, 4, 256, 16, 0.05, bfloat16, 7),
+    "prefix_concat": Cases(
+        rivals=("frozen", "peft", "compiled", "fastlora"),
+        baseline="the lookup of the token embeddings alone, which has no backward",
+        on_cpu=(
+            PrefixConcatCase("0.1B", float32, float32, 8, 128, 1, 100, 576, 49152),
+            PrefixConcatCase("odd", float32, float32, 3, 37, 1, 7, 65, 1001),
+            PrefixConcatCase("0.1B, a prompt each", float32, float32, 8, 128, 4, 100, 576, 49152),
+            PrefixConcatCase("8B", bfloat16, float32, 4, 256, 1, 20, 4096, 32768),
         ),
-        (
-            StepCase("small Llama", 256, 768, 4, 4, 2, 8192, 4, 128, 16, 0.0, float32, 11),
-            StepCase("1B Llama", 2048, 8192, 16, 32, 8, 128256, 4, 1024, 16, 0.1, bfloat16, 11),
+        on_cuda=(
+            PrefixConcatCase("8B", bfloat16, float32, 16, 1024, 1, 100, 4096, 128256),
+            PrefixConcatCase("odd", bfloat16, bfloat16, 3, 37, 1, 7, 65, 1001),
+            PrefixConcatCase("8B, a prompt each", bfloat16, bfloat16, 16, 1024, 4, 100, 4096, 128256),
+            PrefixConcatCase("0.1B", float32, float32, 8, 128, 1, 100, 576, 49152),
         ),
+        seconds=16.0,
     ),
 }
-OPERATORS = ("lora_linear", "multi_lora", "prefix_concat")
-QUICK_CASES, QUICK_STEPS = 2, 1  # the first of each list
+STEP = Cases(
+    on_cpu=(
+        StepCase("small Llama", float32, float32, 256, 768, 4, 4, 2, 8192, 4, 128, 16, 0.0, 5),
+        StepCase("0.1B Llama, 10 layers", float32, float32, 576, 1536, 10, 9, 3, 49152, 4, 256, 16, 0.05, 7),
+        StepCase("0.1B Llama, 10 layers", bfloat16, float32, 576, 1536, 10, 9, 3, 49152, 4, 256, 16, 0.05, 7),
+    ),
+    on_cuda=(
+        StepCase("small Llama", float32, float32, 256, 768, 4, 4, 2, 8192, 4, 128, 16, 0.0, 11),
+        StepCase("1B Llama", bfloat16, float32, 2048, 8192, 16, 32, 8, 128256, 4, 1024, 16, 0.1, 11),
+    ),
+    quick=1,
+)
 
 
 def cases_of(name: str, device: torch.device, quick: bool = False) -> tuple[Any, ...]:
     """The cases of one of OPERATORS, or the training steps, on this kind of device."""
-    on_cpu, on_cuda = CASES[name]
-    cases = on_cuda if device.type == "cuda" else on_cpu
-    return cases[: QUICK_STEPS if name == "step" else QUICK_CASES] if quick else cases
+    cases = STEP if name == "step" else OPERATORS[name]
+    found = cases.on_cuda if device.type == "cuda" else cases.on_cpu
+    return found[: cases.quick] if quick else found
 
 
 # What the goals of a layer on a CPU are checked on: one row, many rows, narrow and wide, low and high rank.
@@ -314,62 +357,41 @@ GOAL_SIZES = (  # M, K, N, R
 )
 GOAL_LAYERS = (
     *(
-        LoRALinearCase("layer", M, K, N, R, dtype, float32, passes=(TRAINING,))
+        LoRALinearCase("layer", dtype, float32, M, K, N, R, passes=(TRAINING,))
         for dtype in (float32, bfloat16)
         for M, K, N, R in GOAL_SIZES
     ),
-    LoRALinearCase("layer", 512, 576, 1536, 16, torch.float16, float32, passes=(TRAINING,)),
+    LoRALinearCase("layer", torch.float16, float32, 512, 576, 1536, 16, passes=(TRAINING,)),
     *(
-        LoRALinearCase("few rows", M, 4096, 4096, 16, dtype, dtype, passes=(FORWARD,))
+        LoRALinearCase("few rows", dtype, dtype, M, 4096, 4096, 16, passes=(FORWARD,))
         for dtype in (float32, bfloat16)
         for M in (1, 4, 8)
     ),
 )
-GOAL_BLOCKS = tuple(BlockCase("block", 1024, 576, 1536, 192, 16, dtype, float32) for dtype in (float32, bfloat16))
+GOAL_BLOCKS = tuple(BlockCase("block", dtype, float32, 1024, 576, 1536, 192, 16) for dtype in (float32, bfloat16))
 
 # The same on a card: the sizes of issue and literature, so that figures can be laid side by side.
 CARD_LAYERS = (
-    LoRALinearCase("layer", 8192, 4096, 4096, 16, bfloat16, bfloat16, 0.1, passes=(TRAINING,)),
-    LoRALinearCase("layer", 8192, 8192, 8192, 16, bfloat16, bfloat16, 0.1, passes=(TRAINING,)),
-    LoRALinearCase("layer", 8192, 4096, 4096, 64, bfloat16, bfloat16, 0.1, passes=(TRAINING,)),
+    LoRALinearCase("layer", bfloat16, bfloat16, 8192, 4096, 4096, 16, 0.1, passes=(TRAINING,)),
+    LoRALinearCase("layer", bfloat16, bfloat16, 8192, 8192, 8192, 16, 0.1, passes=(TRAINING,)),
+    LoRALinearCase("layer", bfloat16, bfloat16, 8192, 4096, 4096, 64, 0.1, passes=(TRAINING,)),
 )
-CARD_BLOCK = BlockCase("Llama-3-8B layer", 8192, 4096, 14336, 1024, 16, bfloat16, bfloat16, 0.1)
-CARD_KERNEL = LoRALinearCase("main kernel", 4096, 4096, 4096, 16, bfloat16, bfloat16, passes=(FORWARD,))
-CARD_DECODE = MultiLoRACase("decode", 32, 1, 4096, 4096, EIGHT, bfloat16, bfloat16)
-CARD_PREFILL = MultiLoRACase("prefill", 8, 512, 4096, 4096, EIGHT, bfloat16, bfloat16)
+CARD_BLOCK = BlockCase("Llama-3-8B layer", bfloat16, bfloat16, 8192, 4096, 14336, 1024, 16, 0.1)
+CARD_KERNEL = LoRALinearCase("main kernel", bfloat16, bfloat16, 4096, 4096, 4096, 16, passes=(FORWARD,))
+CARD_DECODE = MultiLoRACase("decode", bfloat16, bfloat16, 32, 1, 4096, 4096, EIGHT)
+CARD_PREFILL = MultiLoRACase("prefill", bfloat16, bfloat16, 8, 512, 4096, 4096, EIGHT)
 CARD_ERRORS = tuple(
-    LoRALinearCase("errors", 8192, 4096, 4096, 16, bfloat16, adapter_dtype, 0.0, passes=(TRAINING,))
+    LoRALinearCase("errors", bfloat16, adapter_dtype, 8192, 4096, 4096, 16, 0.0, passes=(TRAINING,))
     for adapter_dtype in (bfloat16, float32)
 )
 # 4096 tokens: what a card of 80 GiB holds of PEFT's activations beside the weights.
 CARD_MODEL = StepCase(
-    "Llama-3-8B", 4096, 14336, 32, 32, 8, 128256, 1, 4096, 16, 0.1, bfloat16, rounds=5, prompt_part=0.0
+    "Llama-3-8B", bfloat16, float32, 4096, 14336, 32, 32, 8, 128256, 1, 4096, 16, 0.1, rounds=5, prompt_part=0.0
 )
 
 # So small that a call is the host's work: checks, allocations, launches.
 LAUNCHES = (
-    LoRALinearCase("small layer", 4, 128, 128, 8, bfloat16, bfloat16, 0.1),
-    LoRALinearCase("small layer", 4, 128, 128, 8, bfloat16, float32, 0.1),
-    MultiLoRACase("small layer, 8 adapters", 4, 1, 128, 128, (8,) * 8, bfloat16, bfloat16),
+    LoRALinearCase("small layer", bfloat16, bfloat16, 4, 128, 128, 8, 0.1),
+    LoRALinearCase("small layer", bfloat16, float32, 4, 128, 128, 8, 0.1),
+    MultiLoRACase("small layer, 8 adapters", bfloat16, bfloat16, 4, 1, 128, 128, (8,) * 8),
 )
-
-# Small and awkward: what each implementation is checked on where the project's tests are not at hand.
-CHECKS: dict[str, tuple[Case, ...]] = {
-    "lora_linear": (
-        LoRALinearCase("no rows", 0, 64, 48, 8, float32, float32),
-        LoRALinearCase("one row", 1, 65, 48, 1, float32, float32, bias=True),
-        LoRALinearCase("odd", 37, 65, 51, 3, float32, float32, 0.1, bias=True),
-        LoRALinearCase("wide rank", 130, 257, 96, 129, float32, float32),
-        LoRALinearCase("bfloat16", 67, 256, 160, 16, bfloat16, bfloat16, 0.1),
-        LoRALinearCase("float32 adapters", 67, 256, 160, 16, bfloat16, float32, 0.1),
-    ),
-    "multi_lora": (
-        MultiLoRACase("odd", 5, 7, 65, 51, (3, 1, 20), float32, float32, 0.1, BOTH),
-        MultiLoRACase("one token", 9, 1, 128, 96, EIGHT, float32, float32, passes=BOTH),
-        MultiLoRACase("float32 adapters", 9, 13, 256, 160, MIXED, bfloat16, float32, 0.1, BOTH),
-    ),
-    "prefix_concat": (
-        PrefixConcatCase("odd", 3, 37, 1, 7, 65, 101, float32, float32),
-        PrefixConcatCase("a prompt each", 6, 11, 4, 5, 32, 101, bfloat16, float32),
-    ),
-}

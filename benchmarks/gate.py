@@ -13,12 +13,15 @@ import torch
 from torch import Tensor
 
 from fastlora import bounds
+from fastlora.choice import measure
 
 from . import rivals
-from .cases import BOTH, CHECKS, TRAINING, BlockCase, Case, LoRALinearCase
+from .cases import BlockCase, Case, LoRALinearCase
 from .machine import ROOT, in_checkout
+from .probe import flaws
 from .rivals import FASTLORA, Contest, build, forced
 
+AWKWARD = measure.ODD_SHAPE, (1, 65, 48), (130, 257, 96)  # M, K, N
 Results = dict[str, Tensor]
 
 
@@ -56,9 +59,7 @@ def results_of(contest: Contest, name: str, training: bool) -> Results:
     return {output: value.detach() for output, value in outputs.items()} | found
 
 
-def errors(
-    case: Case | BlockCase, training: bool, implementation: str | None, device: torch.device
-) -> dict[str, bounds.Errors]:
+def errors(case: Case, training: bool, implementation: str | None, device: torch.device) -> dict[str, bounds.Errors]:
     """The errors of every result of a case over the largest value of the exact one. implementation: None for what `choose` says.
 
     A block is checked without dropout, for its exact results are PEFT's own.
@@ -81,10 +82,8 @@ def errors(
     return found
 
 
-def require_right(
-    case: Case | BlockCase, training: bool, implementation: str | None, device: torch.device, what: str
-) -> Error:
-    """The worst of the errors: outside its bound if there is one, else the largest. what: who computes which case, for the message.
+def require_right(case: Case, training: bool, implementation: str | None, device: torch.device) -> Error:
+    """The worst of the errors: outside its bound if there is one, else the largest.
 
     Raises:
         CaseError: it is beyond its bound.
@@ -92,6 +91,7 @@ def require_right(
     found = errors(case, training, implementation, device)
     name, worst = max(found.items(), key=lambda one: (not one[1].within, one[1].error))
     if not worst.within:
+        what = f"{case.operator} {implementation or 'by choice'}, {case.title(training)}"
         raise CaseError(f"{what}: the error of {name} is {worst.error:.2g}, its bound {worst.bound:.2g}: not timed")
     return Error(name, worst.error, worst.eager, worst.bound)
 
@@ -118,17 +118,8 @@ def errors_beside_peft(case: LoRALinearCase, names: Sequence[str], device: torch
 
 
 def check(operator: str, device: torch.device) -> list[str]:
-    """What is wrong with the implementations worth timing, on small, awkward cases against the float64 reference."""
-    wrong = []
-    for case in CHECKS[operator]:
-        for pass_ in BOTH:
-            training = pass_ == TRAINING
-            for name in rivals.implementations(case, training, device):
-                try:
-                    require_right(case, training, name, device, f"{operator} {name}, {case.name}, {pass_}")
-                except CaseError as error:
-                    wrong.append(str(error))
-    return wrong
+    """What is wrong with the implementations on this device, on small, awkward sizes against the float64 reference."""
+    return [flaw for shape in AWKWARD for flaw in flaws(device, of=operator, shape=shape)]
 
 
 def tests_of(operator: str) -> str | None:

@@ -7,26 +7,27 @@ the layers of a block together    float32 0.75, bfloat16 1.0
 one training step, over PEFT's    0.5 of the time, 0.6 of the memory, 70 % of the machine's own product rate
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
-from fastlora.choice.clock import time_in_turn
-
-from .cases import GOAL_BLOCKS, GOAL_LAYERS, TRAINING, BlockCase, LoRALinearCase, StepCase, dtype_name
-from .device import clock_of
-from .gate import CaseError, require_right
+from .cases import GOAL_BLOCKS, GOAL_LAYERS, TRAINING, BlockCase, Case, dtype_name
+from .gate import require_right
 from .rivals import FASTLORA, build, choice, rivals_of
-from .step import StepResult
+from .session import Line, Session, seconds_of
 
-CPU = torch.device("cpu")
 SECONDS = 2.0  # of timing, a case
 OVER_FROZEN = {torch.float32: 0.75, torch.bfloat16: 0.97, torch.float16: 0.35}
 ONE_ROW = {torch.float32: 0.8, torch.bfloat16: 0.7}
 BLOCK = {torch.float32: 0.75, torch.bfloat16: 1.0}
-STEP_TIME, STEP_MEMORY, STEP_RATE = 0.5, 0.6, 0.7
+STEP_GOALS = {  # by StepResult's figures
+    "ratios": ("time over PEFT's", 0.5, False),
+    "memory_ratios": ("peak memory over PEFT's", 0.6, False),
+    "of_product_rate": ("part of the machine's product rate", 0.7, True),
+}
 STEPS = "0.1B"  # what the names of the training steps that have goals begin with
 LEFT_OUT = ("merged", "addmm", "compiled")
 
@@ -47,6 +48,22 @@ class Goal:
     rivals: dict[str, float] = field(default_factory=dict)  # others than fastlora and PEFT
     implementation: str = ""  # what fastlora ran, where one thing did
 
+    @classmethod
+    def of(
+        cls, what: str, case: Case, training: bool, unit: str,
+        values: Mapping[str, float],  # in that unit: fastlora's, PEFT's and others'
+        seconds: Mapping[str, float],
+        implementation: str = "",
+        targets: tuple[float | None, float | None] = (None, None),  # the goal, and what is wanted first
+        **more: Any,
+    ) -> "Goal":  # fmt: skip
+        """Of what was timed beside one another."""
+        others = {name: value for name, value in values.items() if name not in ("peft", FASTLORA)}
+        return cls(
+            what, case.shape(training), case.number_format(), targets[0], values[FASTLORA], values.get("peft"), unit=unit,
+            seconds=dict(seconds), first_step=targets[1], rivals=others, implementation=implementation, **more,
+        )  # fmt: skip
+
     def is_met(self) -> bool | None:
         if self.goal is None:
             return None
@@ -56,25 +73,21 @@ class Goal:
         return None if self.goal is None else self.ours / self.goal
 
 
-def measure_goals(say: Callable[[str], None], not_timed: list[str]) -> Iterator[Goal]:
-    """Check and time what has a goal, but for training steps; what is beyond its error bound goes to `not_timed`."""
-    cases: tuple[LoRALinearCase | BlockCase, ...] = (*GOAL_LAYERS, *GOAL_BLOCKS)
-    for number, case in enumerate(cases, 1):
-        say(f"goals {number}/{len(cases)}: {case.shape(False)}, {case.number_format()}")
-        try:
-            yield _goal(case)
-        except CaseError as error:
-            not_timed.append(str(error))
+def cpu_lines(steps: Sequence[Goal] = ()) -> dict[str, Line]:
+    """Every layer and block that has a goal on a CPU, by its sizes; and the goals of the training steps, which were measured before."""
+    lines: dict[str, Line] = {
+        case.title(TRAINING in case.passes): partial(_over_frozen, case=case) for case in (*GOAL_LAYERS, *GOAL_BLOCKS)
+    }
+    return lines | ({"training steps": lambda _: iter(steps)} if steps else {})
 
 
-def _goal(case: LoRALinearCase | BlockCase) -> Goal:
-    training = isinstance(case, BlockCase) or case.passes == (TRAINING,)
+def _over_frozen(session: Session, case: Any) -> Iterator[Goal]:
+    training, device = TRAINING in case.passes, session.device
     # A block's layers run what `choose` says of each.
-    implementation = None if isinstance(case, BlockCase) else choice(case, training, CPU)
-    what = f"{case.name}, {case.shape(training)}, {case.number_format()}"
-    require_right(case, training, implementation, CPU, what)
-    contest = build(case, training, CPU, rivals_of(case, CPU, without=LEFT_OUT))
-    times = time_in_turn(contest.runs(training), clock_of(CPU), SECONDS)
+    implementation = None if isinstance(case, BlockCase) else choice(case, training, device)
+    require_right(case, training, implementation, device)
+    contest = build(case, training, device, rivals_of(case, device, without=LEFT_OUT))
+    times = session.times(case.title(training), case, contest.runs(training), SECONDS)
     goal: float | None
     floor = None
     if isinstance(case, BlockCase):
@@ -87,30 +100,18 @@ def _goal(case: LoRALinearCase | BlockCase) -> Goal:
         floor = times["packed"].ratio * lora_flops if "packed" in times else None
     else:
         what, goal = "a few rows, forward", ONE_ROW[case.dtype] if case.M == 1 else None
-    return Goal(
-        f"{what}, {dtype_name(case.dtype)}", case.shape(training), case.number_format(), goal,
-        times[FASTLORA].ratio, times["peft"].ratio, floor, seconds={name: one.seconds for name, one in times.items()},
-    )  # fmt: skip
+    ratios = {name: times[name].ratio for name in (FASTLORA, "peft")}
+    what = f"{what}, {dtype_name(case.dtype)}"
+    yield Goal.of(what, case, training, "", ratios, seconds_of(times), targets=(goal, None), floor=floor)
 
 
-def step_goals(rows: Sequence[Mapping[str, Any]]) -> Iterator[Goal]:
+def step_goals(rows: Iterable[Mapping[str, Any]]) -> Iterator[Goal]:
     """The goals of the training steps in `rows`, each {"case": StepCase, "result": StepResult}."""
-    for row in rows:
-        case, result = row["case"], row["result"]
-        if case.name.startswith(STEPS):
-            yield from _step(case, result)
-
-
-def _step(case: StepCase, result: StepResult) -> Iterator[Goal]:
-    numbers = dtype_name(case.dtype)
-    what = f"one training step, {numbers}:"
-    for variant, packing in (("fastlora", ""), ("unpacked", ", without packed copies")):
-        shape = case.shape() + packing
-        yield Goal(f"{what} time over PEFT's", shape, numbers, STEP_TIME, result.ratios[variant], 1.0)
-        if result.memory_ratios:  # empty where the system does not tell
-            yield Goal(
-                f"{what} peak memory over PEFT's", shape, numbers, STEP_MEMORY, result.memory_ratios[variant], 1.0
-            )
-        rate = result.of_product_rate
-        part = f"{what} part of the machine's product rate"
-        yield Goal(part, shape, numbers, STEP_RATE, rate[variant], rate["peft"], at_least=True)
+    for case, result in (row.values() for row in rows if row["case"].name.startswith(STEPS)):
+        numbers = dtype_name(case.dtype)
+        for variant, packing in (("fastlora", ""), ("unpacked", ", without packed copies")):
+            for name, (what, goal, at_least) in STEP_GOALS.items():
+                found = getattr(result, name)
+                if found:  # empty where the system does not tell
+                    what_now, shape = f"one training step, {numbers}: {what}", case.shape() + packing
+                    yield Goal(what_now, shape, numbers, goal, found[variant], found["peft"], at_least=at_least)

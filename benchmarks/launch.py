@@ -3,15 +3,17 @@
 On a card the same calls as one CUDA graph stand beside it: what is left once nobody launches. On a CPU the layer's own work is in the figure.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from functools import partial
 
-from fastlora.choice.clock import HostClock, Timing
+from fastlora.choice.clock import HostClock
 
-from .card_goals import EAGER, GRAPH, BrokenProcessError, Session, may_be_tried, times_by_mode
-from .cases import BOTH, LAUNCHES, TRAINING, LoRALinearCase, MultiLoRACase
+from .cases import BOTH, LAUNCHES, TRAINING, Case
 from .device import clock_of
 from .gate import CaseError
+from .goals import Goal
 from .rivals import build, choice, rivals_of
+from .session import EAGER, GRAPH, Line, Session, seconds_of
 
 CALLS = 50  # in a row
 SECONDS = 1.0  # of timing, a case, pass and mode
@@ -19,40 +21,26 @@ SECONDS = 1.0  # of timing, a case, pass and mode
 LEFT_OUT = ("packed", "merged", "compiled")
 
 
-@dataclass(frozen=True)
-class LaunchRow:
-    case: str
-    shape: str
-    numbers: str
-    pass_: str
-    implementation: str  # what fastlora runs by default
-    microseconds: dict[str, float]  # of a call, by rival
-    graph_microseconds: dict[str, float]  # of a call in a replayed CUDA graph; empty on a CPU
+def launch_lines() -> dict[str, Line]:
+    """Every case in both passes."""
+    return {
+        f"{case.name}, {case.number_format()}, {pass_}": partial(launch_line, case=case, pass_=pass_)
+        for case in LAUNCHES
+        for pass_ in BOTH
+    }
 
 
-def measure_launch(case: LoRALinearCase | MultiLoRACase, pass_: str, session: Session) -> LaunchRow:
-    """One case and pass; what cannot run, or cannot be captured, is left out with a note."""
+def launch_line(session: Session, case: Case, pass_: str) -> Iterator[Goal]:
+    """Microseconds a call in each mode; what cannot run, or cannot be captured, is left out with a note."""
     device, training = session.device, pass_ == TRAINING
     contest = build(case, training, device, rivals_of(case, device, without=LEFT_OUT))
-    runs = contest.runs(training, may_be_tried(session, case))
+    runs = contest.runs(training, session.may_be_tried(case))
     clocks = {EAGER: HostClock(device)} | ({GRAPH: clock_of(device)} if device.type == "cuda" else {})
-    what = f"{case.name}, {pass_}"
-    found: dict[str, dict[str, Timing]] = {}
+    what = f"a call of a {case.name}, {pass_}"
     try:
-        found.update(times_by_mode(session, what, case.operator, runs, CALLS, clocks, SECONDS))
+        for mode, times in session.times_by_mode(what, case, runs, CALLS, clocks, SECONDS):
+            values = {name: 1e6 * one.seconds for name, one in times.items()}
+            default = choice(case, training, device)
+            yield Goal.of(f"{what}, {mode}", case, training, "us", values, seconds_of(times), default)
     except CaseError as error:  # of a mode that is left out
         session.notes.append(str(error))
-    times = ({name: 1e6 * one.seconds for name, one in found.get(mode, {}).items()} for mode in (EAGER, GRAPH))
-    default = choice(case, training, device)
-    return LaunchRow(case.name, case.shape(training), case.number_format(), pass_, default, *times)
-
-
-def launch_rows(session: Session) -> list[LaunchRow]:
-    """Every case of LAUNCHES in both passes, or those before something broke the process."""
-    rows = []
-    try:
-        for case in LAUNCHES:
-            rows += [measure_launch(case, pass_, session) for pass_ in BOTH]
-    except BrokenProcessError as error:
-        session.notes.append(f"launch: {error}: the process was of no more use")
-    return rows

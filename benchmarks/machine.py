@@ -1,26 +1,30 @@
 """What the figures were measured on, and what that machine can do at most."""
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
 import re
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastlora import __version__, writing
 from fastlora.choice import table
 from fastlora.choice.clock import Run, time_in_turn
+from fastlora.frozen import packed
 
 from .cases import dtype_name
 from .device import clock_of
 
-PACKAGES = ("torch", "triton", "transformers", "peft")
+PACKAGES = ("triton", "transformers", "peft")
 FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parent  # the checkout, or `fastlora` where the package is installed
 
@@ -29,9 +33,8 @@ def _plain(value: Any) -> Any:
     """For json: a dtype by its name, a dataclass as an object."""
     if isinstance(value, torch.dtype):
         return dtype_name(value)
-    return {
-        name.rstrip("_"): field for name, field in vars(value).items()
-    }  # pass_ is "pass", which Python keeps for itself
+    # pass_ is "pass", which Python keeps for itself.
+    return {name.rstrip("_"): field for name, field in vars(value).items()}
 
 
 @dataclass(frozen=True)
@@ -63,17 +66,6 @@ class Machine:
         return path
 
 
-@dataclass(frozen=True)
-class Limits:
-    flops: dict[str, float]  # a second, in a large product of a dtype, by its name
-    bandwidth: float  # bytes a second, read and written, in a large copy
-
-    def line(self) -> str:
-        """One line for the head of a report."""
-        rates = ", ".join(f"{dtype} product {rate / 1e9:.0f} GFLOP/s" for dtype, rate in self.flops.items())
-        return f"this machine's limits, measured now: {rates}, copy {self.bandwidth / 1e9:.0f} GB/s"
-
-
 def in_checkout() -> bool:
     """Whether this is a checkout of the project, with its tests, and not an installed package."""
     return (ROOT / "tests").is_dir() and (ROOT / "fastlora").is_dir()
@@ -98,17 +90,12 @@ def _commit() -> str:
     return found.stdout.strip() or "unknown"
 
 
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def this_machine(device: torch.device) -> Machine:
     """The machine as it is now."""
-    versions = {name: version for name in PACKAGES if (version := _version(name)) is not None}
-    versions["torch"] = torch.__version__  # the metadata may lack the build (+cpu, +cu130)
+    versions = {"torch": str(torch.__version__)}  # whose metadata may lack the build (+cpu, +cu130)
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
     versions["fastlora"] = __version__
     on_cpu = f"{table.machine_name('cpu')} ({torch.backends.cpu.get_cpu_capability()})"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else on_cpu
@@ -125,33 +112,37 @@ def last_level_cache() -> int:
     return max(sizes, default=0) or 32 * 2**20
 
 
-def _product(size: int, dtype: torch.dtype, device: torch.device) -> dict[str, Run]:
-    x, w = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(x)
-    runs: dict[str, Run] = {"torch.mm": lambda _: torch.mm(x, w, out=out)}
-    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16) and torch.backends.mkldnn.is_available():
-        # torch multiplies float32 by MKL and packs bfloat16 anew each time; where oneDNN with a packed weight is faster, this is the limit.
-        packed = torch.ops.mkldnn._reorder_linear_weight(w, size)
-        runs["oneDNN"] = lambda _: torch.ops.mkldnn._linear_pointwise(x, packed, None, "none", [], "")
-    return runs
+def packs(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether oneDNN multiplies here by weights of this dtype that it has laid out."""
+    here = device.type == "cpu" and torch.backends.mkldnn.is_available()
+    return here and (dtype == torch.float32 or (dtype == torch.bfloat16 and packed.suits_onednn(dtype)))
 
 
-def measure_limits(device: torch.device, dtypes: Iterable[torch.dtype], budget: float = 1.5) -> Limits:
-    """The machine's own rates, `budget` seconds each: the fastest large product of each dtype, and a large copy.
+def packed_product(x: Tensor, weight: Tensor) -> Run:
+    """x [M, K] and weight [N, K] -> [M, N], on a copy of the weight that oneDNN has laid out."""
+    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
+    return lambda _: torch.ops.mkldnn._linear_pointwise(x, laid_out, None, "none", [], "")
+
+
+@functools.cache
+def product_rate(device: torch.device, dtype: torch.dtype, budget: float = 1.5) -> float:
+    """FLOPs a second in the fastest large product of that dtype, measured `budget` seconds at the first call.
 
     The best of many samples: what others do on the machine meanwhile does not lower its limit.
     """
-    clock = clock_of(device)
     size = 8192 if device.type == "cuda" else 1536
-    flops = {}
-    for dtype in dtypes:
-        times = time_in_turn(_product(size, dtype, device), clock, budget)
-        flops[dtype_name(dtype)] = 2 * size**3 / min(timing.fastest for timing in times.values())
-    return Limits(flops, measure_bandwidths(device, budget)["copy"])
+    x, w = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(x)
+    runs: dict[str, Run] = {"torch.mm": lambda _: torch.mm(x, w, out=out)}
+    # torch multiplies float32 by MKL and packs bfloat16 anew each time; where oneDNN with a packed weight is faster, this is the limit.
+    runs |= {"oneDNN": packed_product(x, w)} if packs(dtype, device) else {}
+    times = time_in_turn(runs, clock_of(device), budget)
+    return 2 * size**3 / min(timing.fastest for timing in times.values())
 
 
-def measure_bandwidths(device: torch.device, budget: float = 1.5) -> dict[str, float]:
-    """Bytes a second of a large "copy", read and written, and of a large "read", a sum; the best of many samples."""
+@functools.cache
+def bandwidths(device: torch.device, budget: float = 1.5) -> dict[str, float]:
+    """Bytes a second of a large "copy", read and written, and of a large "read", a sum; as `product_rate`."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
     runs: dict[str, Run] = {"copy": lambda _: target.copy_(source), "read": lambda _: source.sum()}

@@ -3,15 +3,14 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
-
-from fastlora.choice.clock import Run, time_in_turn
-
 from .cases import TRAINING, Case, dtype_name
-from .device import clock_of, peak_of_call
+from .device import peak_of_call
 from .gate import Error, require_right
-from .machine import Limits
+from .machine import bandwidths, product_rate
 from .rivals import FASTLORA, build, implementations, rivals_of
+from .session import Session
+
+NOT_COMPILED = "torch.compile was left out (--quick)"
 
 
 @dataclass(frozen=True)
@@ -40,42 +39,34 @@ class Row:
         return self.ratios[FASTLORA] > min(rivals)
 
 
-def compile_or_drop(runs: dict[str, Run], notes: list[str], case: str) -> None:
-    """Warm the compiled rival up; where torch.compile cannot run here, leave it out and say why."""
-    try:
-        for turn in range(2):
-            runs["compiled"](turn)
-    except Exception as error:
-        del runs["compiled"]
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        notes.append(f"{case}: torch.compile fails here, its column is empty: {first_line}")
-
-
-def measure_operator(
-    case: Case, device: torch.device, limits: Limits, budget: float, with_compile: bool, notes: list[str]
-) -> Iterator[Row]:
+def measure_operator(session: Session, case: Case, budget: float, with_compile: bool) -> Iterator[Row]:
     """The rows of a case, one for each of its passes and each implementation worth timing; `budget` seconds a pass.
 
     Raises:
         CaseError: an implementation's error is beyond its bound; nothing of this pass is timed then.
     """
+    device = session.device
+    number, flops, bandwidth = dtype_name(case.dtype), product_rate(device, case.dtype), bandwidths(device)["copy"]
+    limits = f"this machine's limits: {number} product {flops / 1e9:.0f} GFLOP/s, copy {bandwidth / 1e9:.0f} GB/s"
+    for note in [limits, *([] if with_compile else [NOT_COMPILED])]:
+        session.notes += [] if note in session.notes else [note]
     for pass_ in case.passes:
         training = pass_ == TRAINING
         chosen, *others = names = implementations(case, training, device)
         what = f"{case.name}, {pass_}"
-        worst = {name: require_right(case, training, name, device, f"{case.operator} {name}, {what}") for name in names}
+        worst = {name: require_right(case, training, name, device) for name in names}
         timed = rivals_of(case, device, without=() if with_compile else ("compiled",))
         runs = build(case, training, device, timed).runs(training, others)
-        if "compiled" in runs:
-            compile_or_drop(runs, notes, what)
-        times = time_in_turn(runs, clock_of(device), budget)
-        peaks = {name: peak_of_call(run, device) for name, run in runs.items()}
+        times = session.times(what, case, runs, budget)
+        peaks = {name: peak_of_call(runs[name], device) for name in times}
         work = case.work(training)
-        least = {"flops": work.flops / limits.flops[dtype_name(case.dtype)], "bytes": work.bytes / limits.bandwidth}
+        least = {"flops": work.flops / flops, "bytes": work.bytes / bandwidth}
         bound_by = max(least, key=lambda what: least[what])
         for name in names:
             own = FASTLORA if name == chosen else name  # as the user gets it, or forced
-            shown = {rival: rival for rival in runs if rival not in others} | {FASTLORA: own}
+            if own not in times:
+                continue
+            shown = {rival: rival for rival in times if rival not in others} | {FASTLORA: own}
             yield Row(
                 case.name, case.shape(training), case.number_format(), pass_, name, name == chosen, times[own].rounds,
                 {rival: times[run].seconds for rival, run in shown.items()},

@@ -35,16 +35,11 @@ def charts(content: Mapping[str, Any]) -> list[tuple[str, str, dict[str, float],
             ("a training step", "seconds", {way["name"]: way["seconds"] for way in ways}, None),
             ("peak memory", "GB", {way["name"]: way["peak_bytes"] / 1e9 for way in ways}, None),
         ]
-    found: list[tuple[str, str, dict[str, float], float | None]] = []
+    found = []
     for row in content["rows"]:
-        if content["operator"] == "goals":
-            values = row["rivals"] | ({} if row["peft"] is None else {"peft": row["peft"]})
-            if values:
-                found.append((row["what"], row["unit"] or "ratio", {**values, FASTLORA: row["ours"]}, row["goal"]))
-            continue
-        for how, values in (("a call", row["microseconds"]), ("replayed", row["graph_microseconds"])):
-            if values:
-                found.append((f"{row['case']}, {row['numbers']}, {row['pass']}, {how}", "microseconds", values, None))
+        values = row["rivals"] | ({} if row["peft"] is None else {"peft": row["peft"]})
+        if values:
+            found.append((row["what"], row["unit"] or "ratio", {**values, FASTLORA: row["ours"]}, row["goal"]))
     return found
 
 

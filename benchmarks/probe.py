@@ -6,7 +6,7 @@ sanitize   each implementation, or those named, once on odd sizes: for compute-s
 """
 
 import sys
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 
@@ -15,6 +15,8 @@ from fastlora.choice import measure, problems
 
 ROWS, WIDTH, RANK, CALLS = 8192, 4096, 16, 3
 DTYPES = (torch.bfloat16, torch.float32)
+Shape = tuple[int, int, int]
+Say = Callable[[str], object]
 
 
 def call(device: torch.device, rows: int = ROWS, width: int = WIDTH) -> None:
@@ -28,12 +30,17 @@ def call(device: torch.device, rows: int = ROWS, width: int = WIDTH) -> None:
         torch.autograd.grad(functional.lora_linear(x, weight, None, lora_a, lora_b, 2.0, dropout_p=0.1), leaves, dy)
 
 
-def flaws(device: torch.device, wanted: Collection[str] = ()) -> list[str]:
-    """What is wrong with the implementations on this device, in sizes that no tile divides, with dropout and a bias. wanted: none for all."""
+def flaws(
+    device: torch.device, wanted: Collection[str] = (), of: str = "", shape: Shape = measure.ODD_SHAPE, say: Say = lambda _: None
+) -> list[str]:  # fmt: skip
+    """What is wrong with the implementations on this device, in sizes that no tile divides, with dropout and a bias. wanted: none for all.
+
+    of: one operator, if not all. shape: M, K, N. say: told what ran.
+    """
     found = []
-    for operator in problems.operators.values():
+    for operator in [of] if of else problems.operators:
         for dtype in DTYPES:
-            calls = operator.calls(*measure.ODD_SHAPE, dtype, device, True)
+            calls = problems.operators[operator].calls(*shape, dtype, device, True)
             for one, its_calls in calls.items():
                 for name in ops.candidates(one, device, dtype):
                     if wanted and name not in wanted:
@@ -41,7 +48,7 @@ def flaws(device: torch.device, wanted: Collection[str] = ()) -> list[str]:
                     for way in measure.ways(one, name):
                         flaw = measure.find_flaw(one, name, its_calls[0], way)
                         found += [] if flaw is None else [f"{one}, {name} {way}: {flaw}"]
-                        print(f"{one}, {name} {way}, {dtype}: ran", flush=True)
+                        say(f"{one}, {name} {way}, {dtype}: ran")
     return found
 
 
@@ -52,7 +59,7 @@ def main(what: str, device: str = "cuda", *names: str) -> int:
         call(torch.device(device))
         torch.cuda.synchronize()
         return 0
-    wrong = flaws(torch.device(device), names)
+    wrong = flaws(torch.device(device), names, say=lambda text: print(text, flush=True))
     print("\n".join(wrong))
     return int(bool(wrong))
 

@@ -9,7 +9,7 @@ import collections
 import copy
 import functools
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
@@ -24,14 +24,17 @@ from fastlora.choice.clock import Run
 from fastlora.choice.problems import ROWS_FROM_MEMORY
 from fastlora.operators import lora_linear, prefix_concat
 
-from .cases import BlockCase, Case, LoRALinearCase, MultiLoRACase, PrefixConcatCase
-from .machine import last_level_cache
+from .cases import OPERATORS, BlockCase, Case, LoRACase, LoRALinearCase, MultiLoRACase, PrefixConcatCase
+from .machine import last_level_cache, packed_product, packs
 
 FASTLORA = "fastlora"
-RIVALS = {  # the first one is the baseline of every ratio
-    "lora_linear": ("frozen", "packed", "merged", "addmm", "peft", "compiled", FASTLORA),
-    "multi_lora": ("frozen", "peft", FASTLORA),
-    "prefix_concat": ("frozen", "peft", "compiled", FASTLORA),
+MEANINGS = {
+    "packed": "packed: the frozen products alone, on copies of the weight that oneDNN has laid out",
+    "merged": "merged: the adapter added into the weight beforehand",
+    "addmm": "addmm: torch's products, the adapter's added in place, dropout beside them: the design of Unsloth and Axolotl",
+    "peft": "peft: PEFT's own code, eager",
+    "compiled": "compiled: the same under torch.compile",
+    FASTLORA: "fastlora: this library (a row an implementation; * is the one that runs by default)",
 }
 SCALE = 2
 MOST_COPIES = 32
@@ -95,22 +98,15 @@ class Contest(NamedTuple):
         return runs | {name: self.run(FASTLORA, training, name) for name in implementations}
 
 
-def rows_of(case: WithLoRA) -> tuple[int, ...]:
-    """Of x, which is [*rows, K]."""
-    return (case.B, case.T) if isinstance(case, MultiLoRACase) else (case.M,)
+def like(case: Case, device: torch.device, rows: int, columns: int) -> Tensor:
+    """A tensor of that shape, without memory."""
+    return torch.empty(1, 1, dtype=case.dtype, device=device).expand(rows, columns)
 
 
-def choice(case: Case | BlockCase, training: bool, device: torch.device) -> str:
-    """The implementation that `choose` takes for the case's forward; of a block's layers, for the one that is hidden by hidden."""
-
-    def like(rows: int, columns: int) -> Tensor:
-        return torch.empty(1, 1, dtype=case.dtype, device=device).expand(rows, columns)
-
-    if isinstance(case, PrefixConcatCase):
-        return prefix_concat.choose(like(1, case.D), case.B * case.T).implementation
-    K, N = (case.hidden, case.hidden) if isinstance(case, BlockCase) else (case.K, case.N)
-    mixed, dropout = isinstance(case, MultiLoRACase), training and case.dropout_p > 0
-    return lora_linear.choose(like(math.prod(rows_of(case)), K), like(N, K), dropout, mixed=mixed).implementation
+def choice(case: Case, training: bool, device: torch.device) -> str:
+    """The implementation that `choose` takes for the case's forward; of a block's layers, for the first."""
+    _, choose = CONTESTS[case.operator]
+    return choose(case, training, device).implementation
 
 
 def implementations(case: Case, training: bool, device: torch.device) -> list[str]:
@@ -128,9 +124,9 @@ def random_tensor(*shape: int, dtype: torch.dtype, device: torch.device, scale: 
 class Siblings(nn.Module):
     """Linear layers (in-features, out-features) by name that read one x, but the last of them, which reads another."""
 
-    def __init__(self, **sizes: tuple[int, int]) -> None:
+    def __init__(self, sizes: Iterable[tuple[str, tuple[int, int]]]) -> None:
         super().__init__()
-        for name, (K, N) in sizes.items():
+        for name, (K, N) in sizes:
             self.add_module(name, nn.Linear(K, N, bias=False))
 
     def forward(self, x: Tensor, of_last: Tensor) -> list[Tensor]:
@@ -143,10 +139,8 @@ class Block(nn.Module):
 
     def __init__(self, case: BlockCase) -> None:
         super().__init__()
-        square, narrow = (case.hidden, case.hidden), (case.hidden, case.kv_width)
-        wide, back = (case.hidden, case.intermediate), (case.intermediate, case.hidden)
-        self.self_attn = Siblings(q_proj=square, k_proj=narrow, v_proj=narrow, o_proj=square)
-        self.mlp = Siblings(gate_proj=wide, up_proj=wide, down_proj=back)
+        sizes = list(case.linears.items())
+        self.self_attn, self.mlp = Siblings(sizes[:4]), Siblings(sizes[4:])
 
     def forward(self, x: Tensor, attended: Tensor, normed: Tensor, activated: Tensor) -> list[Tensor]:
         return [*self.self_attn(x, attended), *self.mlp(normed, activated)]
@@ -202,23 +196,21 @@ def merged(layer: Any) -> nn.Module:
     return linear
 
 
-def _packed(layer: Any, x: Tensor, dy: Tensor | None) -> Callable[..., Outputs]:
+def _packed(layer: Any, x: Tensor, dy: Tensor | None) -> Callable[..., Any]:
     """The frozen products alone, y and (with a dy) dx, on copies of the weight in oneDNN's own layout."""
-    pack, multiply = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
-    weight = layer.get_base_layer().weight
-    products = [(x.detach(), pack(weight, len(x)))]
+    weight: Tensor = layer.get_base_layer().weight
+    products = [packed_product(x.detach(), weight)]
     if dy is not None:
-        products.append((dy, pack(weight.t().contiguous(), len(x))))
-    return lambda _: [multiply(operand, packed, None, "none", [], "") for operand, packed in products]
+        products.append(packed_product(dy, weight.t().contiguous()))
+    return lambda _: [product(0) for product in products]
 
 
 class AddmmFunction(torch.autograd.Function):
     """The adapter beside the frozen product by torch's own products, added in place: what Unsloth and Axolotl made of LoRA's layers."""
 
     @staticmethod
-    def forward(
-        ctx, x, dropped, weight, bias, lora_a, lora_b
-    ):  # x [M, K]; dropped = d(x), or None where nothing is dropped
+    def forward(ctx, x, dropped, weight, bias, lora_a, lora_b):
+        """x [M, K]; dropped: d(x), None where nothing is dropped."""
         a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
         xa = (x if dropped is None else dropped) @ a.T  # [M, R]
         ctx.save_for_backward(x if dropped is None else dropped, weight, lora_a, lora_b, xa)
@@ -286,22 +278,20 @@ def _mixed(case: MultiLoRACase, training: bool, device: torch.device) -> Makers:
 def _with_lora(
     case: WithLoRA, training: bool, device: torch.device, names: Collection[str], to_check: bool, exactly: bool
 ) -> Contest:
-    make, used, copies = dict(MADE_OF_LORA), [0], 1
-    if isinstance(case, BlockCase):
-        in_widths = [case.hidden] * 3 + [case.intermediate]
-        out_widths = [case.hidden, *[case.kv_width] * 2, case.hidden, *[case.intermediate] * 2, case.hidden]
-    else:
-        in_widths, out_widths = [case.K], [case.N]
-        if math.prod(rows_of(case)) <= ROWS_FROM_MEMORY and not to_check:
-            cache = FROM_MEMORY if device.type == "cuda" else 2 * last_level_cache()
-            copies = min(MOST_COPIES, 1 + int(cache // (case.N * case.K * case.dtype.itemsize)))
+    make, used, copies, sizes = dict(MADE_OF_LORA), [0], 1, case.linears
+    # Siblings read the same x.
+    in_widths = [K for name, (K, _) in sizes.items() if name not in ("k_proj", "v_proj", "up_proj")]
+    out_widths = [N for _, N in sizes.values()]
+    if math.prod(case.rows) <= ROWS_FROM_MEMORY and not to_check:
+        cache = FROM_MEMORY if device.type == "cuda" else 2 * last_level_cache()
+        weights = sum(K * N for K, N in sizes.values()) * case.dtype.itemsize
+        copies = min(MOST_COPIES, 1 + int(cache // weights))
     if isinstance(case, MultiLoRACase):
         make |= _mixed(case, training, device)
-        used = sorted(
-            {i for i in case.adapters_of_examples() if i >= 0}
-        )  # autograd refuses PEFT's adapters without rows
+        # Autograd refuses PEFT's adapters without rows.
+        used = sorted({i for i in case.adapters_of_examples() if i >= 0})
     inputs, dy = (
-        [random_tensor(*rows_of(case), width, dtype=case.dtype, device=device) for width in widths]
+        [random_tensor(*case.rows, width, dtype=case.dtype, device=device) for width in widths]
         for widths in (in_widths, out_widths)
     )
     layers = [make_layer(case, training, device) for _ in range(copies)]
@@ -327,6 +317,12 @@ def _with_lora(
     return Contest(copies, {name: rival(name) for name in names}, dy)
 
 
+def _choose_lora(case: LoRACase, training: bool, device: torch.device) -> ops.Choice:
+    K, N = next(iter(case.linears.values()))
+    x, weight = like(case, device, math.prod(case.rows), K), like(case, device, N, K)
+    return lora_linear.choose(x, weight, training and case.dropout_p > 0, mixed=isinstance(case, MultiLoRACase))
+
+
 def _concat_as_peft(
     prompts: Tensor, index: Tensor, ids: Tensor, embedding: Tensor, mask: Tensor, labels: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -339,11 +335,13 @@ def _concat_as_peft(
     return torch.cat((prompts.to(embeds.dtype), embeds), 1), mask, labels
 
 
-def _prefix_concat(case: PrefixConcatCase, device: torch.device, names: Collection[str], exactly: bool) -> Contest:
+def _prefix_concat(
+    case: PrefixConcatCase, _: bool, device: torch.device, names: Collection[str], to_check: bool, exactly: bool
+) -> Contest:
     """A full batch, where PEFT's way and fastlora's give the same."""
     ids = torch.randint(case.V, (case.B, case.T), device=device)  # the labels, too
     mask, index = torch.ones_like(ids), torch.arange(case.B, device=device) % case.S
-    prompts = random_tensor(case.S, case.P, case.D, dtype=case.prompt_dtype, device=device)
+    prompts = random_tensor(case.S, case.P, case.D, dtype=case.adapter_dtype, device=device)
     embedding = random_tensor(case.V, case.D, dtype=case.dtype, device=device)
     dy = random_tensor(case.B, case.T + case.P, case.D, dtype=case.dtype, device=device)
     if exactly:
@@ -366,18 +364,27 @@ def _prefix_concat(case: PrefixConcatCase, device: torch.device, names: Collecti
     return Contest(1, {name: rivals[name] for name in names}, [dy])
 
 
-def rivals_of(case: Case | BlockCase, device: torch.device, without: Collection[str] = ()) -> list[str]:
+def _choose_prefix(case: PrefixConcatCase, _: bool, device: torch.device) -> ops.Choice:
+    return prefix_concat.choose(like(case, device, 1, case.D), case.B * case.T)
+
+
+CONTESTS: dict[str, tuple[Callable[..., Contest], Callable[..., ops.Choice]]] = {
+    # What builds a case, called as `build` is, and what chooses the implementation of its forward, called as `choice` is.
+    "lora_linear": (_with_lora, _choose_lora),
+    "multi_lora": (_with_lora, _choose_lora),
+    "prefix_concat": (_prefix_concat, _choose_prefix),
+}
+
+
+def rivals_of(case: Case, device: torch.device, without: Collection[str] = ()) -> list[str]:
     """The rivals that a case has on this device, but those left out."""
     left_out = {*without, *(("merged", "packed") if isinstance(case, BlockCase) else ())}
-    packs = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    packs &= case.dtype == torch.float32 or (
-        case.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
-    return [name for name in RIVALS[case.operator] if name not in left_out and (packs or name != "packed")]
+    left_out |= set() if packs(case.dtype, device) else {"packed"}
+    return [name for name in OPERATORS[case.operator].rivals if name not in left_out]
 
 
 def build(
-    case: Case | BlockCase,
+    case: Case,
     training: bool,
     device: torch.device,
     names: Collection[str] | None = None,
@@ -392,9 +399,8 @@ def build(
     names = rivals_of(case, device) if names is None else names
     if "compiled" in names:
         torch.compiler.reset()  # a case must not be slowed by the graphs compiled for the cases before it
-    if isinstance(case, PrefixConcatCase):
-        return _prefix_concat(case, device, names, exactly)
-    return _with_lora(case, training, device, names, to_check, exactly)
+    make, _ = CONTESTS[case.operator]
+    return make(case, training, device, names, to_check, exactly)
 
 
 def under_autocast(contest: Contest, dtype: torch.dtype, device: torch.device) -> Contest:
@@ -410,7 +416,7 @@ def under_autocast(contest: Contest, dtype: torch.dtype, device: torch.device) -
     return contest._replace(rivals={name: wrapped(rival) for name, rival in contest.rivals.items()})
 
 
-def build_for_card(case: LoRALinearCase | BlockCase, device: torch.device) -> Contest:
+def build_for_card(case: Any, device: torch.device) -> Contest:
     """A training contest with 16-bit adapters, and PEFT and fastlora also with float32 adapters under autocast, as PEFT trains by default."""
     own = build(replace(case, adapter_dtype=case.dtype), True, device, rivals_of(case, device, without=("packed",)))
     wide = build(replace(case, adapter_dtype=torch.float32), True, device, ["peft", FASTLORA])

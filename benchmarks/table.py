@@ -1,29 +1,15 @@
 """Rows as text: one table an operator, worst first, losses printed like wins."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from .cases import StepCase, dtype_name
+from .cases import OPERATORS, dtype_name
 from .goals import Goal
-from .launch import LaunchRow
 from .operators import Row
-from .rivals import FASTLORA, RIVALS
-from .step import StepResult
+from .rivals import FASTLORA, MEANINGS
 
 QUANTITY = re.compile(r"-|[\d.]+(e[+-]\d+)?( \S+)?")
-BASELINES = {
-    "lora_linear": "the frozen layer alone",
-    "multi_lora": "the frozen layer alone",
-    "prefix_concat": "the lookup of the token embeddings alone, which has no backward",
-}
-MEANINGS = {
-    "packed": "packed: the frozen products alone, on copies of the weight that oneDNN has laid out",
-    "merged": "merged: the adapter added into the weight beforehand",
-    "addmm": "addmm: torch's products, the adapter's added in place, dropout beside them: the design of Unsloth and Axolotl",
-    "peft": "peft: PEFT's own code, eager",
-    "compiled": "compiled: the same under torch.compile",
-    "fastlora": "fastlora: this library (a row an implementation; * is the one that runs by default)",
-}
 
 
 def render(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -60,9 +46,8 @@ def _rate(row: Row) -> str:
 
 def operator_table(operator: str, rows: Sequence[Row], notes: Sequence[str]) -> str:
     """The table of one operator with what its columns mean, and how often fastlora loses."""
-    if not rows:
-        return "\n".join([f"{operator}: nothing was timed", *notes])
-    rivals = [name for name in RIVALS[operator][1:] if any(name in row.ratios for row in rows)]
+    entry = OPERATORS[operator]
+    rivals = [name for name in entry.rivals[1:] if any(name in row.ratios for row in rows)]
     head = ["case", "shape", "numbers", "pass", "implementation", "frozen", *rivals]
     head += ["over peft", "rate", "of limit", "peak MiB", "peft's", "error", "eager's"]
     body = []
@@ -78,7 +63,7 @@ def operator_table(operator: str, rows: Sequence[Row], notes: Sequence[str]) -> 
     lost = sum(row.loses() for row in chosen)
     rounds = sorted(row.rounds for row in rows)
     legend = [
-        f"{operator}: time over that of {BASELINES[operator]} (frozen = 1),"
+        f"{operator}: time over that of {entry.baseline} (frozen = 1),"
         f" medians of {rounds[0]} to {rounds[-1]} rounds timed in turn",
         *(MEANINGS[name] for name in rivals),
         "of limit: the least time that this machine's own product and copy rates allow, over fastlora's;"
@@ -88,12 +73,12 @@ def operator_table(operator: str, rows: Sequence[Row], notes: Sequence[str]) -> 
     return "\n".join([*legend, "", render(head, body), "", verdict, *notes])
 
 
-def step_table(results: Sequence[tuple[StepCase, StepResult]]) -> str:
-    """The table of the training steps."""
+def step_table(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> str:
+    """The table of the training steps, each {"case": StepCase, "result": StepResult}."""
     head = ["case", "shape", "numbers", "peft", "fastlora", "over peft", "tokens/s", "peft's", "peak MiB", "peft's"]
     head += ["first loss", "peft's", "last loss", "peft's", "layers by implementation"]
     body = []
-    for case, result in results:
+    for case, result in (row.values() for row in rows):
         ours, theirs = result.losses["fastlora"], result.losses["peft"]
         tokens = case.batch * case.tokens
         cells = [case.name, case.shape(), dtype_name(case.dtype)]
@@ -103,24 +88,22 @@ def step_table(results: Sequence[tuple[StepCase, StepResult]]) -> str:
         cells += [f"{ours[0]:.6f}", f"{theirs[0]:.6f}", f"{ours[-1]:.6f}", f"{theirs[-1]:.6f}"]
         cells += [", ".join(f"{count} {name}" for name, count in sorted(result.implementations.items()))]
         body.append(cells)
-    lost = sum(result.ratio > 1 for _, result in results)
-    rounds = sorted(result.rounds for _, result in results)
+    lost = sum(row["result"].ratio > 1 for row in rows)
+    rounds = sorted(row["result"].rounds for row in rows)
     legend = (
         "step: one training step of an accelerated PEFT model, and of the same model under PEFT and transformers alone,"
         f" each in a process of its own,\nmedians of {rounds[0]} to {rounds[-1]} rounds timed in turn;"
         " peak: memory of the whole process; with dropout the masks, and so the losses, differ"
     )
-    return "\n".join([legend, "", render(head, body), "", f"fastlora is slower in {lost} of {len(results)} rows"])
+    verdict = f"fastlora is slower in {lost} of {len(rows)} rows"
+    return "\n".join([legend, "", render(head, body), "", verdict, *notes])
 
 
 def _quantity(value: float | None, unit: str) -> str:
     if value is None:
         return "-"
-    return {"%": f"{value:.1f} %", "tokens/s": f"{value:,.0f} tokens/s"}.get(unit, f"{value:.2f}")
-
-
-def _met(goal: Goal) -> str:
-    return {True: "yes", False: "no", None: "-"}[goal.is_met()]
+    exact = {"%": f"{value:.1f} %", "us": f"{value:.1f} us", "tokens/s": f"{value:,.0f} tokens/s"}
+    return exact.get(unit, f"{value:.2f}")
 
 
 def goals_table(goals: Sequence[Goal], notes: Sequence[str]) -> str:
@@ -134,7 +117,7 @@ def goals_table(goals: Sequence[Goal], notes: Sequence[str]) -> str:
         "fastlora": [_quantity(one.ours, one.unit) for one in goals],
         "runs": [one.implementation or "-" for one in goals],
         "of goal": [_quantity(one.of_goal(), "") for one in goals],
-        "met": [_met(one) for one in goals],
+        "met": [{True: "yes", False: "no", None: "-"}[one.is_met()] for one in goals],
         "peft": [_quantity(one.peft, one.unit) for one in goals],
         "floor": [_quantity(one.floor, one.unit) for one in goals],
     }
@@ -143,10 +126,15 @@ def goals_table(goals: Sequence[Goal], notes: Sequence[str]) -> str:
     shown = {title: cells for title, cells in columns.items() if set(cells) != {"-"}}
     met = [one.is_met() for one in goals if one.goal is not None]
     text = render(list(shown), list(zip(*shown.values(), strict=True)))
-    return "\n".join([*_legend(goals), "", text, "", f"{sum(map(bool, met))} of {len(met)} goals are met", *notes])
+    verdict = [f"{sum(map(bool, met))} of {len(met)} goals are met"] if met else []
+    return "\n".join([*_legend(goals), "", text, "", *verdict, *notes])
 
 
 def _legend(goals: Sequence[Goal]) -> list[str]:
+    if any(one.unit == "us" for one in goals):
+        return [
+            "launch: small layers called in a row, wall-clock time a call; CUDA graph: the same calls replayed as one"
+        ]
     if any(one.first_step is not None for one in goals):
         return [
             "goals on a card: percent over what the frozen layers take, forward and dx; medians timed in turn, weights from memory, not the cache;"
@@ -177,24 +165,7 @@ def goals_markdown(goals: Sequence[Goal]) -> str:
     lines = ["| | goal | fastlora | PEFT | met |", "|---|---|---|---|---|"]
     for what, found in kinds.items():
         sign, unit = "≥" if found[0].at_least else "≤", found[0].unit
-        cells = [f"{sign} {between((one.goal for one in found), unit)}", between((one.ours for one in found), unit)]
-        cells += [
-            between((one.peft for one in found), unit),
-            f"{sum(bool(one.is_met()) for one in found)} of {len(found)}",
-        ]
-        lines.append(f"| {what} | {' | '.join(cells)} |")
+        goal, ours, peft = (between((vars(one)[name] for one in found), unit) for name in ("goal", "ours", "peft"))
+        met = f"{sum(bool(one.is_met()) for one in found)} of {len(found)}"
+        lines.append(f"| {what} | {sign} {goal} | {ours} | {peft} | {met} |")
     return "\n".join(lines)
-
-
-def launch_table(rows: Sequence[LaunchRow], notes: Sequence[str]) -> str:
-    """Microseconds a call, by rival; a second line where a CUDA graph was replayed."""
-    names = list(dict.fromkeys(name for row in rows for name in row.microseconds))
-    body = []
-    for row in rows:
-        for how, values in (("call", row.microseconds), ("replayed", row.graph_microseconds)):
-            if values:
-                cells = [row.case, row.shape, row.numbers, row.pass_, row.implementation, how]
-                body.append(cells + [f"{values[name]:.1f}" if name in values else "-" for name in names])
-    head = ["case", "shape", "numbers", "pass", "runs", "microseconds a", *names]
-    legend = "launch: small layers called in a row, wall-clock microseconds a call; replayed: the same calls as one CUDA graph"
-    return "\n".join([legend, "", render(head, body), *notes])

@@ -31,14 +31,14 @@ def test_operator(benchmark: Any, case: Case, pass_: str, rival: str) -> None:
     training = pass_ == TRAINING
     if rival == FASTLORA:
         chosen = implementations(case, training, DEVICE)[0]
-        require_right(case, training, chosen, DEVICE, f"{case.operator} {chosen}")
+        require_right(case, training, chosen, DEVICE)
     run, turns = build(case, training, DEVICE, [rival]).run(rival, training), itertools.count()
 
     def call() -> None:
         run(next(turns))
         wait_for(DEVICE)
 
-    benchmark.group = f"{case.operator}: {case.name}, {case.shape(training)}, {case.number_format()}, {pass_}"
+    benchmark.group = f"{case.operator}: {case.title(training)}, {pass_}"
     for _ in range(3):
         call()
     benchmark(call)
@@ -49,5 +49,5 @@ def test_operator(benchmark: Any, case: Case, pass_: str, rival: str) -> None:
 def test_step(benchmark: Any, case: StepCase, variant: str) -> None:
     benchmark.group = f"step: {case.name}, {case.shape()}, {case.dtype}"
     with Worker(case, variant, DEVICE) as worker:
-        step = benchmark.pedantic(worker.ask, ("step",), rounds=case.rounds, warmup_rounds=1)
+        step = benchmark.pedantic(worker.step, rounds=case.rounds, warmup_rounds=1)
     assert 0 < step.loss < float("inf")

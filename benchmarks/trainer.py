@@ -7,7 +7,6 @@ time is a median over all rounds but for each process's first step; memory is th
 
 import argparse
 import json
-import statistics
 import sys
 import tempfile
 import time
@@ -20,11 +19,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from fastlora import memory, metrics
-from fastlora.choice.clock import median_ratio
 
 from . import plot
 from .machine import results_folder, this_machine
-from .step import own_process
+from .step import compare, own_process, require_agreement
 
 WAYS = {
     "trainer": "Trainer + PEFT",
@@ -133,7 +131,7 @@ def measure(setting: Setting, rounds: int) -> list[dict[str, Any]]:
     """Of each way its name, seconds, memory and losses, and its ratios to Trainer and PEFT.
 
     Raises:
-        ValueError: the first losses do not agree.
+        StepError: the first losses do not agree.
     """
     runs: dict[str, list[Run]] = {way: [] for way in WAYS}
     for number in range(rounds):
@@ -141,24 +139,21 @@ def measure(setting: Setting, rounds: int) -> list[dict[str, Any]]:
             with own_process() as process:
                 runs[way].append(process.submit(run, setting, way).result())
             print(f"round {number + 1} of {rounds}: {WAYS[way]}", file=sys.stderr, flush=True)
-    first = {way: its[0].losses[0] for way, its in runs.items()}
-    for way, loss in first.items():
-        if not abs(loss - first["trainer"]) <= TOLERANCE[setting.dtype] * abs(first["trainer"]):
-            raise ValueError(
-                f"the first loss of {WAYS[way]} is {loss}, of Trainer + PEFT {first['trainer']}: not timed"
-            )
-    seconds = {way: [one for its in all_runs for one in its.seconds[1:]] for way, all_runs in runs.items()}
+    first = {WAYS[way]: its[0].losses[0] for way, its in runs.items()}
+    require_agreement(first, TOLERANCE[setting.dtype], setting.model)
+    seconds = {way: [one for each in its for one in each.seconds[1:]] for way, its in runs.items()}
     peaks = {way: max((one.peak_bytes or 0) for one in its) for way, its in runs.items()}
+    medians, ratios, memory_ratios = compare(seconds, peaks)
     return [
         {
-            "name": WAYS[way].replace("`", ""),
-            "seconds": statistics.median(seconds[way]),
-            "ratio": median_ratio(seconds[way], seconds["trainer"]),
+            "name": name.replace("`", ""),
+            "seconds": medians[way],
+            "ratio": ratios[way],
             "peak_bytes": peaks[way],
-            "memory_ratio": peaks[way] / peaks["trainer"] if peaks["trainer"] else None,
+            "memory_ratio": memory_ratios.get(way),
             "losses": runs[way][0].losses,
         }
-        for way in WAYS
+        for way, name in WAYS.items()
     ]
 
 

@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: the work counted, rivals that compute the same, and no time on a red gate."""
 
+import ast
 import itertools
 import json
 import re
@@ -13,30 +14,52 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import __main__ as command
-from benchmarks import cases, device, gate, goals, machine, operators, rivals, step, table
+from benchmarks import cases, device, gate, goals, machine, operators, rivals, session, step, table
 from benchmarks.cases import (
     BOTH,
     FORWARD,
     TRAINING,
     BlockCase,
     LoRALinearCase,
-    MultiLoRACase,
-    PrefixConcatCase,
     StepCase,
 )
 from fastlora import ops, reference
-from fastlora.choice.clock import Run
 
 CPU = torch.device("cpu")
-TINY = LoRALinearCase("tiny", 5, 24, 16, 3, torch.float32, torch.float32, 0.1)
-TINY_CASES = {
-    "lora_linear": TINY,
-    "multi_lora": MultiLoRACase("tiny", 4, 3, 24, 16, (2, 3), torch.float32, torch.float32, 0.1, BOTH),
-    "prefix_concat": PrefixConcatCase("tiny", 3, 5, 2, 4, 8, 11, torch.float32, torch.float32),
+TINY = LoRALinearCase("tiny", torch.float32, torch.float32, 5, 24, 16, 3, 0.1)
+SIZES = {
+    "M": 5,
+    "B": 4,
+    "T": 3,
+    "K": 24,
+    "N": 16,
+    "R": 3,
+    "ranks": (2, 3),
+    "S": 2,
+    "P": 4,
+    "D": 8,
+    "V": 11,
+    "bias": False,
 }
-TINY_BLOCK = BlockCase("tiny", 7, 24, 40, 8, 3, torch.bfloat16, torch.float32)
-TINY_STEP = StepCase("tiny", 32, 64, 1, 2, 1, 64, 2, 8, 4, 0.0, torch.float32, 2)
-LIMITS = machine.Limits({"float32": 1e11}, 1e10)
+
+
+def tiny(case: Any) -> Any:
+    """The case with its dtypes and dropout, in sizes that cost nothing."""
+    return replace(case, name="tiny", **{name: size for name, size in SIZES.items() if name in vars(case)})
+
+
+ODD = {name: next(case for case in one.on_cpu if case.name == "odd") for name, one in cases.OPERATORS.items()}
+TINY_CASES = {name: tiny(case) for name, case in ODD.items()}
+TINY_BLOCK = BlockCase("tiny", torch.bfloat16, torch.float32, 7, 24, 40, 8, 3)
+TINY_STEP = StepCase("tiny", torch.float32, torch.float32, 32, 64, 1, 2, 1, 64, 2, 8, 4, 0.0, 2)
+
+
+@pytest.fixture(autouse=True)
+def known_rates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the machine, unmeasured."""
+    for module in (operators, step):
+        monkeypatch.setattr(module, "product_rate", lambda *_: 1e11)
+    monkeypatch.setattr(operators, "bandwidths", lambda _: {"copy": 1e10})
 
 
 def test_peak_of_call_sees_the_memory_of_the_call() -> None:
@@ -85,9 +108,10 @@ def test_work_counts_every_tensor_once() -> None:
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("operator", cases.OPERATORS)
 def test_rivals_compute_the_same(operator: str, training: bool) -> None:
-    case = replace(TINY_CASES[operator], **({} if operator == "prefix_concat" else {"dropout_p": 0.0}))
+    case = TINY_CASES[operator]
+    case = replace(case, **({"dropout_p": 0.0} if hasattr(case, "dropout_p") else {}))
     contest = rivals.build(case, training, CPU)
-    assert tuple(contest.rivals) == rivals.RIVALS[operator]
+    assert tuple(contest.rivals) == cases.OPERATORS[operator].rivals
     for copy in {0, contest.copies - 1}:
         outputs = {name: contest.rivals[name].call(copy) for name in contest.rivals if name != "compiled"}
         for name in outputs.keys() - {"frozen", "packed"}:
@@ -95,14 +119,14 @@ def test_rivals_compute_the_same(operator: str, training: bool) -> None:
         if "packed" in outputs:
             torch.testing.assert_close(outputs["packed"][0], outputs["frozen"])
             assert len(outputs["packed"]) == 1 + training  # y, and dx
-        if operator != "prefix_concat":
+        if outputs["frozen"].shape == outputs["peft"].shape:  # else what is frozen is a part of it
             assert not torch.allclose(outputs["frozen"], outputs["peft"])
         for name in {"fastlora", "addmm"} & contest.rivals.keys() if training else ():
             torch.testing.assert_close(contest.run(name, True)(copy), contest.run("peft", True)(copy))
 
 
 def test_a_few_rows_meet_weights_that_are_not_in_the_cache() -> None:
-    decode = LoRALinearCase("decode", 1, 256, 1024, 2, torch.float32, torch.float32, passes=(FORWARD,))
+    decode = LoRALinearCase("decode", torch.float32, torch.float32, 1, 256, 1024, 2, passes=(FORWARD,))
     contest = rivals.build(decode, False, CPU)
     weight_bytes = 256 * 1024 * 4
     assert contest.copies == rivals.MOST_COPIES or contest.copies * weight_bytes > 2 * machine.last_level_cache()
@@ -114,7 +138,7 @@ def test_a_few_rows_meet_weights_that_are_not_in_the_cache() -> None:
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 def test_cases_are_real_and_none_is_there_twice(operator: str, kind: str) -> None:
     found = cases.cases_of(operator, torch.device(kind))
-    assert cases.cases_of(operator, torch.device(kind), quick=True) == found[: cases.QUICK_CASES]
+    assert cases.cases_of(operator, torch.device(kind), quick=True) == found[: cases.OPERATORS[operator].quick]
     assert len(set(found)) == len(found)
     for case in found:
         assert set(case.passes) <= set(BOTH)
@@ -127,6 +151,9 @@ def test_cases_are_real_and_none_is_there_twice(operator: str, kind: str) -> Non
 @pytest.mark.parametrize("operator", cases.OPERATORS)
 def test_gate_is_green_here(operator: str) -> None:
     assert gate.check(operator, CPU) == []
+    for training in (False, True):
+        for name in rivals.implementations(TINY_CASES[operator], training, CPU):
+            gate.require_right(TINY_CASES[operator], training, name, CPU)
 
 
 def break_lora_linear(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -144,7 +171,16 @@ def break_lora_linear(monkeypatch: pytest.MonkeyPatch, change: Callable[[torch.T
 def test_gate_reports_a_wrong_implementation(monkeypatch, change) -> None:
     break_lora_linear(monkeypatch, change)
     wrong = gate.check("lora_linear", CPU)
-    assert any(line.startswith("lora_linear cpu, odd, forward: the error of y") for line in wrong)
+    assert any(re.match(r"lora_linear, cpu : .*: the error of result 0 is", line) for line in wrong)
+    with pytest.raises(gate.CaseError, match="lora_linear cpu, odd, M 37, .*: the error of y is"):
+        gate.require_right(replace(ODD["lora_linear"], K=65, N=51), False, "cpu", CPU)
+
+
+def test_an_operator_is_named_in_two_files_and_nowhere_else() -> None:
+    assert rivals.CONTESTS.keys() == cases.OPERATORS.keys()
+    for path in Path(command.__file__).parent.glob("*.py"):
+        constants = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)}
+        assert path.name in ("cases.py", "rivals.py") or not constants & cases.OPERATORS.keys(), path.name
 
 
 def refuse_to_time(*_: object) -> None:
@@ -154,7 +190,6 @@ def refuse_to_time(*_: object) -> None:
 def test_nothing_is_timed_where_the_check_fails(monkeypatch, capsys) -> None:
     break_lora_linear(monkeypatch, lambda y: y * 1.001)
     monkeypatch.setattr(command, "measure_operator", refuse_to_time)
-    monkeypatch.setattr(command, "measure_limits", refuse_to_time)
     assert command.main(["lora_linear", "--quick"]) == 1
     assert "wrong: not timed" in capsys.readouterr().out
 
@@ -166,26 +201,24 @@ def test_nothing_is_timed_where_the_tests_are_red(monkeypatch, tmp_path, capsys)
     for module in (machine, gate):
         monkeypatch.setattr(module, "ROOT", tmp_path)
     monkeypatch.setattr(command, "measure_operator", refuse_to_time)
-    monkeypatch.setattr(command, "measure_limits", refuse_to_time)
     assert command.main(["lora_linear"]) == 1
     assert "the tests are red: not timed" in capsys.readouterr().out
 
 
 def test_a_case_beyond_its_bound_is_not_timed(monkeypatch) -> None:
     break_lora_linear(monkeypatch, lambda y: y * 1.001)
-    monkeypatch.setattr(operators, "time_in_turn", refuse_to_time)
-    with pytest.raises(gate.CaseError, match=r"tiny, forward: the error of y is .*: not timed"):
-        list(operators.measure_operator(TINY, CPU, LIMITS, 0.01, False, []))
+    monkeypatch.setattr(session.clock, "time_in_turn", refuse_to_time)
+    with pytest.raises(gate.CaseError, match=r"lora_linear cpu, tiny, M 5, .*: the error of y is .*: not timed"):
+        list(operators.measure_operator(session.Session(CPU), TINY, 0.01, False))
 
 
 def test_the_other_cases_are_timed_and_the_command_fails(monkeypatch, capsys) -> None:
-    def one_bad(case, *_):
+    def one_bad(_, case, **__):
         if case.bias:
             raise gate.CaseError("bad, forward: not timed")
         yield row(0.9, 1.2)
 
     monkeypatch.setattr(command, "cases_of", lambda *_: (replace(TINY, bias=True), TINY))
-    monkeypatch.setattr(command, "measure_limits", lambda *_: LIMITS)
     monkeypatch.setattr(command, "measure_operator", one_bad)
     assert command.main(["lora_linear", "--no-gate"]) == 1
     printed = capsys.readouterr().out
@@ -193,21 +226,20 @@ def test_the_other_cases_are_timed_and_the_command_fails(monkeypatch, capsys) ->
     assert "bad, forward: not timed" in printed
 
 
-def test_a_torch_compile_that_fails_is_left_out_and_said() -> None:
-    def fail(_: int) -> None:
+def test_a_torch_compile_that_fails_is_left_out_and_said(monkeypatch) -> None:
+    def fail(*_: object) -> None:
         raise RuntimeError("no compiler\nand a long story")
 
-    runs: dict[str, Run] = {"peft": print, "compiled": fail}
-    notes: list[str] = []
-    operators.compile_or_drop(runs, notes, "tiny, forward")
-    assert list(runs) == ["peft"]
-    assert notes == ["tiny, forward: torch.compile fails here, its column is empty: no compiler"]
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fail)
+    here = session.Session(CPU)
+    rows = list(operators.measure_operator(here, replace(TINY, passes=(FORWARD,)), 0.01, True))
+    assert rows and all("peft" in row.seconds and "compiled" not in row.seconds for row in rows)
+    assert here.notes[1:] == ["tiny, forward, eager: compiled fails: no compiler"]
 
 
 @pytest.mark.parametrize("operator", cases.OPERATORS)
 def test_command_prints_a_table_and_writes_a_file(monkeypatch, tmp_path, capsys, operator: str) -> None:
     monkeypatch.setattr(command, "cases_of", lambda *_: (TINY_CASES[operator],))
-    monkeypatch.setattr(command, "measure_limits", lambda *_: LIMITS)
     monkeypatch.setattr(command, "results_folder", lambda: tmp_path)
     monkeypatch.setattr(command, "QUICK_SECONDS", 0.02)
     assert command.main([operator, "--quick", "--json"]) == 0
@@ -278,22 +310,30 @@ def test_block_is_seven_layers_whose_shared_x_gets_the_sum_of_their_gradients(mo
         torch.testing.assert_close(contest.run(name, True)(0), contest.run("peft", True)(0))
 
 
+def measured_goals() -> session.Record:
+    record = session.Record()
+    assert session.measure_lines(goals.cpu_lines(), CPU, record, lambda: None, lambda _: None, float("inf"))
+    return record
+
+
 def test_goals_are_those_of_the_shape_and_a_wrong_layer_is_not_timed(monkeypatch) -> None:
     training = replace(TINY, adapter_dtype=torch.float32, passes=(TRAINING,))
     rows = [replace(TINY, K=4096, M=M, passes=(FORWARD,)) for M in (1, 4)]
     monkeypatch.setattr(goals, "GOAL_LAYERS", (training, replace(training, dtype=torch.float16), *rows))
     monkeypatch.setattr(goals, "GOAL_BLOCKS", (TINY_BLOCK,))
     monkeypatch.setattr(goals, "SECONDS", 0.01)
-    not_timed: list[str] = []
-    layer, half, one_row, four_rows, block = goals.measure_goals(lambda _: None, not_timed)
+    record = measured_goals()
+    layer, half, one_row, four_rows, block = record.rows
+    assert (record.notes, record.failed) == ([], [])
     bracket = 1 + 1.5 * 3 * (1 / 24 + 1 / 16)
     assert layer.goal == pytest.approx(0.75 * bracket) and layer.floor > 0
     assert (half.goal, one_row.goal, four_rows.goal, block.goal) == (0.35, 0.8, None, 1.0)
     assert half.floor is one_row.floor is four_rows.is_met() is None
     assert all(goal.ours > 0 and goal.peft > 0 for goal in (layer, half, one_row, four_rows, block))
     break_lora_linear(monkeypatch, lambda y: y * 1.1)
-    assert list(goals.measure_goals(lambda _: None, not_timed)) == []
-    assert len(not_timed) == 5 and all("not timed" in line for line in not_timed)
+    record = measured_goals()
+    assert record.rows == [] and len(record.failed) == 5
+    assert len(record.notes) == 5 and all("not timed" in line for line in record.notes)
 
 
 GOALS = [
@@ -315,7 +355,7 @@ def test_goals_are_met_or_not_and_make_the_tables() -> None:
 
 
 def test_command_writes_the_goals_and_makes_the_readme_of_them(monkeypatch, tmp_path, capsys) -> None:
-    monkeypatch.setattr(command, "measure_goals", lambda *_: GOALS)
+    monkeypatch.setattr(command, "cpu_lines", lambda _: {"all": lambda _: iter(GOALS)})
     monkeypatch.setattr(command, "results_folder", lambda: tmp_path)
     assert command.main(["--readme"]) == 1
     assert "python -m benchmarks goals --device cpu --json" in capsys.readouterr().err
@@ -355,7 +395,7 @@ def test_training_steps_are_timed_in_turn_and_agree() -> None:
         assert abs(ours - theirs) <= 1e-4 * theirs
     assert sum(result.implementations.values()) == 8  # q, k, v, o, gate, up, down, and the frozen head
     assert result.ratio > 0
-    text = table.step_table([(TINY_STEP, result)])
+    text = table.step_table([{"case": TINY_STEP, "result": result}], [])
     assert f"in {int(result.ratio > 1)} of 1 rows" in text
     found = list(goals.step_goals([{"case": replace(TINY_STEP, name=name), "result": result} for name in ("0.1B", "")]))
     assert len(found) == (6 if result.memory_ratios else 4)  # of the first, packed and not
@@ -368,12 +408,12 @@ def test_a_training_process_that_fails_says_why() -> None:
         step.Worker(replace(TINY_STEP, R=0), "peft", CPU) as worker,
         pytest.raises(step.StepError, match=r"peft, tiny:(.|\n)*ValueError"),
     ):
-        worker.ask("step")
+        worker.step()
 
 
 @pytest.mark.parametrize("loss", [9.0, float("nan")])
 def test_steps_whose_losses_differ_are_not_timed(loss: float) -> None:
-    with pytest.raises(step.StepError, match="tiny: the first loss is"):
-        step.require_agreement(TINY_STEP, {"peft": 4.0, "fastlora": loss})
-    step.require_agreement(replace(TINY_STEP, dropout_p=0.1), {"peft": 4.0, "fastlora": 4.1})
-    step.require_agreement(TINY_STEP, {"peft": 4.0, "fastlora": 4.0000001})
+    with pytest.raises(step.StepError, match="tiny: the first loss of fastlora is"):
+        step.require_agreement({"peft": 4.0, "fastlora": loss}, 1e-5, "tiny")
+    step.require_agreement({"peft": 4.0, "fastlora": 4.1}, 0.03, "tiny")
+    step.require_agreement({"peft": 4.0, "fastlora": 4.0000001}, 1e-5, "tiny")

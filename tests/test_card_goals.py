@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import card_goals, cases, gate, launch, machine, model, plot, probe, rivals, table
-from benchmarks.card_goals import EAGER, GRAPH, Record, Session
+from benchmarks import card_goals, cases, gate, launch, machine, plot, probe, rivals, session, step, table
 from benchmarks.cases import BOTH, StepCase
 from benchmarks.goals import Goal
+from benchmarks.session import EAGER, GRAPH, Record, Session
 from fastlora import choice, environment, ops, reference
 
 CPU = torch.device("cpu")
@@ -31,10 +31,10 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(card_goals, "KERNEL_ROUNDS", 2)
     monkeypatch.setattr(rivals, "MOST_COPIES", 2)
     monkeypatch.setattr(launch, "CALLS", 2)
-    monkeypatch.setattr(model, "STEP_SECONDS", 0.001)
+    monkeypatch.setattr(step, "STEP_SECONDS", 0.001)
     monkeypatch.setattr(torch, "compile", lambda layer, **_: layer)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda *_, **__: None)
-    monkeypatch.setattr(card_goals, "measure_bandwidths", lambda _: {"copy": 1e9, "read": 2e9})
+    monkeypatch.setattr(card_goals, "bandwidths", lambda _: {"copy": 1e9, "read": 2e9})
 
 
 def tiny(case: Any) -> Any:
@@ -66,7 +66,7 @@ def tiny(case: Any) -> Any:
 
 
 @pytest.fixture
-def lines(monkeypatch: pytest.MonkeyPatch) -> dict[str, card_goals.Line]:
+def lines(monkeypatch: pytest.MonkeyPatch) -> dict[str, session.Line]:
     for name in ("CARD_BLOCK", "CARD_DECODE", "CARD_KERNEL", "CARD_MODEL", "CARD_PREFILL"):
         monkeypatch.setattr(cases, name, tiny(getattr(cases, name)))
     monkeypatch.setattr(cases, "CARD_LAYERS", (tiny(cases.CARD_LAYERS[0]),))
@@ -75,10 +75,10 @@ def lines(monkeypatch: pytest.MonkeyPatch) -> dict[str, card_goals.Line]:
     return card_goals.card_lines()
 
 
-def measured(lines: dict[str, card_goals.Line], *names: str) -> Record:
+def measured(lines: dict[str, session.Line], *names: str) -> Record:
     record = Record()
     chosen = {name: lines[name] for name in names or lines}
-    assert card_goals.measure_card(chosen, CPU, record, lambda: None, lambda _: None, float("inf"))
+    assert session.measure_lines(chosen, CPU, record, lambda: None, lambda _: None, float("inf"))
     return record
 
 
@@ -129,7 +129,7 @@ def test_a_bare_session_times_the_frozen_layer_and_kernels_alone(lines) -> None:
         Record(),
         {"layer": lines["layer 16 r 4"], "kernel": lines["kernel"], "decode": lines["decode"]},
     )
-    assert card_goals.measure_card(bare, CPU, record, lambda: None, lambda _: None, float("inf"), bare=True)
+    assert session.measure_lines(bare, CPU, record, lambda: None, lambda _: None, float("inf"), bare=True)
     assert record.failed == [] and len(record.rows) == 3
     for row in record.rows:
         assert row.implementation == "cpu" and row.rivals == {} and row.peft is None
@@ -158,13 +158,13 @@ def test_a_line_that_never_ends_ends_its_process_and_is_not_begun_again(monkeypa
         codes.append(code)
         ended.set()
 
-    monkeypatch.setattr(card_goals.os, "_exit", exit_)
+    monkeypatch.setattr(session.os, "_exit", exit_)
     saved: list[list[str]] = []
     record = Record()
-    card_goals.measure_card(
+    session.measure_lines(
         {"hung": hang}, CPU, record, lambda: saved.append(list(record.failed)), print, float("inf"), line_seconds=0.05
     )
-    assert codes == [card_goals.HUNG_CODE] and saved[0] == ["hung"] == record.begun
+    assert codes == [session.HUNG_CODE] and saved[0] == ["hung"] == record.begun
     assert record.notes == ["hung: ended after 0 s, with its process"]
 
 
@@ -176,12 +176,12 @@ def test_a_line_that_fails_takes_no_other_with_it(lines, monkeypatch) -> None:
     saved: list[int] = []
     record = Record()
     two = {"bad": fail, "kernel": lines["kernel"]}
-    assert card_goals.measure_card(two, CPU, record, lambda: saved.append(len(record.rows)), print, float("inf"))
+    assert session.measure_lines(two, CPU, record, lambda: saved.append(len(record.rows)), print, float("inf"))
     assert record.failed == ["bad"] and "bad: no room" in record.notes and len(record.rows) == 1
     assert saved[-1] == 1
     late = Record()
-    assert card_goals.measure_card(two, CPU, late, lambda: None, print, float("-inf"))
-    assert (late.begun, late.rows) == ([], []) and late.notes == [f"{name}: {card_goals.OUT_OF_TIME}" for name in two]
+    assert session.measure_lines(two, CPU, late, lambda: None, print, float("-inf"))
+    assert (late.begun, late.rows) == ([], []) and late.notes == [f"{name}: {session.OUT_OF_TIME}" for name in two]
 
 
 def test_what_breaks_the_process_is_left_out_by_the_next_one(lines, monkeypatch) -> None:
@@ -190,13 +190,13 @@ def test_what_breaks_the_process_is_left_out_by_the_next_one(lines, monkeypatch)
     with monkeypatch.context() as broken:
 
         def break_it(*_: object) -> Any:
-            broken.setattr(card_goals, "answers", lambda _: False)
+            broken.setattr(session, "answers", lambda _: False)
             raise RuntimeError("an illegal memory access was encountered")
 
-        broken.setattr(card_goals, "captured", break_it)
-        assert not card_goals.measure_card(two, CPU, record, lambda: None, print, float("inf"))
+        broken.setattr(session, "captured", break_it)
+        assert not session.measure_lines(two, CPU, record, lambda: None, print, float("inf"))
     assert record.refused == [f"frozen, {GRAPH}"] and record.begun == [] and record.rows == []
-    eager, graph = lines["prefill"](Session(CPU, [], frozenset([f"reference, {GRAPH}"])))
+    eager, graph = lines["prefill"](Session(CPU, refused=frozenset([f"reference, {GRAPH}"])))
     assert "reference" in eager.rivals and "reference" not in graph.rivals
 
 
@@ -208,7 +208,7 @@ def test_a_wrong_implementation_is_not_timed(lines, monkeypatch) -> None:
     card_goals_errors = gate.errors
     monkeypatch.setattr(gate, "errors", wrong)
     record = Record()
-    assert card_goals.measure_card({"prefill": lines["prefill"]}, CPU, record, lambda: None, print, float("inf"))
+    assert session.measure_lines({"prefill": lines["prefill"]}, CPU, record, lambda: None, print, float("inf"))
     assert record.rows == [] and record.failed == ["prefill"]
     assert any("not timed" in note for note in record.notes)
 
@@ -216,10 +216,15 @@ def test_a_wrong_implementation_is_not_timed(lines, monkeypatch) -> None:
 @pytest.mark.parametrize("pass_", BOTH)
 @pytest.mark.parametrize("case", cases.LAUNCHES, ids=lambda case: case.number_format())
 def test_launches_cost_microseconds(case, pass_) -> None:
-    row = launch.measure_launch(case, pass_, Session(CPU, []))
-    assert {"frozen", "peft", "fastlora", "reference"} <= row.microseconds.keys()
-    assert all(value > 0 for value in row.microseconds.values()) and row.graph_microseconds == {}
-    assert "microseconds a" in table.launch_table([row], [])
+    (row,) = launch.launch_line(Session(CPU), case, pass_)  # no graph on a CPU
+    assert row.what == f"a call of a {case.name}, {pass_}, {EAGER}" and row.unit == "us" and row.goal is None
+    assert {"frozen", "reference"} <= row.rivals.keys() and row.rivals.keys() | {
+        "peft",
+        "fastlora",
+    } == row.seconds.keys()
+    assert row.ours > 0 and row.peft is not None and row.peft > 0 and all(value > 0 for value in row.rivals.values())
+    assert row.rivals["frozen"] == pytest.approx(1e6 * row.seconds["frozen"])
+    assert "wall-clock time a call" in table.goals_table([row], [])
 
 
 def test_the_command_writes_the_goals_and_goes_on_from_them(lines, monkeypatch, tmp_path, capsys) -> None:
@@ -228,10 +233,10 @@ def test_the_command_writes_the_goals_and_goes_on_from_them(lines, monkeypatch, 
     arguments = command._parse(["goals", "--out", str(tmp_path)])
     monkeypatch.setattr(command, "card_lines", lambda: {"kernel": two["kernel"]})
     here = replace(command.this_machine(CPU), device="cuda", kind="some-card-sm90", name="Some Card")
-    assert command._goals_on_a_card(command.Command(arguments, ["goals"], CPU, here)) == 0
+    assert command._measure("goals", command.Command(arguments, ["goals"], CPU, here)) == 0
     monkeypatch.setattr(command, "card_lines", lambda: two)
     arguments.resume = True
-    assert command._goals_on_a_card(command.Command(arguments, ["goals", "--resume"], CPU, here)) == 0
+    assert command._measure("goals", command.Command(arguments, ["goals", "--resume"], CPU, here)) == 0
     (path,) = tmp_path.iterdir()
     content = json.loads(path.read_text())
     assert (
@@ -294,7 +299,7 @@ def test_make_gpu_needs_no_package_that_only_training_uses() -> None:
         "for name in ('datasets', 'trl', 'rouge_score', 'pytest_benchmark', 'xdist'):\n"
         "    sys.modules[name] = None\n"
         "import fastlora, fastlora.peft, fastlora.cli, fastlora.environment\n"
-        "from benchmarks import __main__, plot, probe, gate, model\n"
+        "from benchmarks import __main__, plot, probe\n"
         "fastlora.environment.all_findings()\n"
     )
     done = subprocess.run(

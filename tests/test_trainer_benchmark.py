@@ -7,6 +7,7 @@ import pytest
 import tiny
 
 from benchmarks import plot, trainer
+from benchmarks.step import StepError
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_a_loss_that_differs_is_not_timed(setting: trainer.Setting, monkeypatch:
     losses = {"trainer": 1.0, "accelerate": 1.0, "loss": 1.01, "train": 1.0}
     monkeypatch.setattr(trainer, "own_process", Here)
     monkeypatch.setattr(trainer, "run", lambda _, way: trainer.Run([9.0, 1.0, 1.0], [losses[way]], 10))
-    with pytest.raises(ValueError, match=r"the first loss of .*loss=True.* is 1.01, of Trainer \+ PEFT 1.0: not timed"):
+    with pytest.raises(StepError, match=r"the first loss of .*loss=True.* is 1.01, of Trainer \+ PEFT 1: not timed"):
         trainer.measure(setting, 1)
 
 
