@@ -1,8 +1,9 @@
 """python -m benchmarks.trainer MODEL DATA.jsonl: what a user of transformers' Trainer and PEFT gains, on a model and rows of their own.
 
-Four ways to train the same LoRA adapter on the same rows, each in a process of its own, in turn: Trainer and PEFT; the same after
-`fastlora.accelerate(model)`; with `loss=True`; and `fastlora train`. Every step sees the same batch, so that the first losses must agree. A step's
-time is a median over all rounds but for each process's first step; memory is the process's own peak.
+Ways to train the same LoRA adapter on the same rows, each in a process of its own, in turn: Trainer and PEFT; the same after
+`fastlora.accelerate(model)`, a part more at a time; and `fastlora train`. Beside them Trainer with the whole model in training, without PEFT. Every
+step sees the same batch, so that the first losses must agree. A step's time is a median over all rounds but for each process's first step; memory is
+the process's own peak; tokens are real ones, padding aside.
 """
 
 import argparse
@@ -28,8 +29,16 @@ WAYS = {
     "trainer": "Trainer + PEFT",
     "accelerate": "with `fastlora.accelerate(model)`",
     "loss": "with `fastlora.accelerate(model, loss=True)`",
+    "fuse": "with `fastlora.accelerate(model, frozen=True, loss=True, fuse=True)`",
     "train": "`fastlora train` in their place",
+    "full": "Trainer, full fine-tuning",
 }
+OPTIONS: dict[str, dict[str, bool]] = {
+    "accelerate": {},
+    "loss": {"loss": True},
+    "fuse": {"frozen": True, "loss": True, "fuse": True},
+}
+"""Of `accelerate`, in the ways that call it."""
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ADAPTER: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
 LEARNING_RATE, MAX_LENGTH = 2e-4, 512
@@ -41,6 +50,7 @@ class Run(NamedTuple):
 
     seconds: list[float]
     losses: list[float]
+    tokens: int  # of the batch
     peak_bytes: int | None
 
 
@@ -54,21 +64,31 @@ class Setting:
     dtype: Literal["float32", "bfloat16"]
 
 
-def _by_trainer(setting: Setting, way: str, folder: Path, data: Path) -> tuple[list[float], list[float]]:
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+def _read(setting: Setting, data: Path) -> tuple[Any, list[Any]]:
+    """The tokenizer, and the rows in tokens."""
+    from transformers import AutoTokenizer
 
-    import fastlora
     from fastlora.data.examples import read_examples
-    from fastlora.data.rows import collate, encode
+    from fastlora.data.rows import encode
 
     tokenizer = AutoTokenizer.from_pretrained(setting.model)
-    rows = encode(read_examples(data), tokenizer, MAX_LENGTH).rows
-    base = AutoModelForCausalLM.from_pretrained(setting.model, dtype=getattr(torch, setting.dtype))
+    return tokenizer, encode(read_examples(data), tokenizer, MAX_LENGTH).rows
+
+
+def _by_trainer(setting: Setting, way: str, folder: Path, data: Path) -> tuple[list[float], list[float]]:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    import fastlora
+    from fastlora.data.rows import collate
+
+    tokenizer, rows = _read(setting, data)
+    model: Any = AutoModelForCausalLM.from_pretrained(setting.model, dtype=getattr(torch, setting.dtype))
     torch.manual_seed(0)
-    model = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **ADAPTER))
-    if way != "trainer":
-        fastlora.accelerate(model, loss=way == "loss")
+    if way != "full":
+        model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **ADAPTER))
+    if way in OPTIONS:
+        fastlora.accelerate(model, **OPTIONS[way])
     times: list[float] = []
 
     class Clock(TrainerCallback):
@@ -124,7 +144,8 @@ def run(setting: Setting, way: str) -> Run:
         data = folder / "rows.jsonl"
         data.write_text("".join(json.dumps(row) + "\n" for row in setting.rows))
         found = (_by_command if way == "train" else _by_trainer)(setting, way, folder, data)
-    return Run(*found, memory.peak(DEVICE))
+        tokens = sum(len(row.input_ids) for row in _read(setting, data)[1])
+    return Run(*found, tokens, memory.peak(DEVICE))
 
 
 def measure(setting: Setting, rounds: int) -> list[dict[str, Any]]:
@@ -149,6 +170,7 @@ def measure(setting: Setting, rounds: int) -> list[dict[str, Any]]:
             "name": name.replace("`", ""),
             "seconds": medians[way],
             "ratio": ratios[way],
+            "tokens_per_second": runs[way][0].tokens / medians[way],
             "peak_bytes": peaks[way],
             "memory_ratio": memory_ratios.get(way),
             "losses": runs[way][0].losses,
@@ -159,11 +181,14 @@ def measure(setting: Setting, rounds: int) -> list[dict[str, Any]]:
 
 def table(found: Sequence[dict[str, Any]]) -> str:
     """Markdown, a row a way."""
-    lines = ["| | seconds a step | | peak memory | | loss, first and last |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| | seconds a step | | tokens a second | peak memory | | loss, first and last |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for name, one in zip(WAYS.values(), found, strict=True):
         peak, part = one["peak_bytes"] / 1e9, one["memory_ratio"] or 1.0
         lines.append(
-            f"| {name} | {one['seconds']:.1f} | {one['ratio']:.2f} × | {peak:.1f} GB | {part:.2f} × |"
+            f"| {name} | {one['seconds']:.1f} | {one['ratio']:.2f} × | {one['tokens_per_second']:,.0f} | {peak:.1f} GB | {part:.2f} × |"
             f" {one['losses'][0]:.3f}, {one['losses'][-1]:.3f} |"
         )
     return "\n".join(lines)

@@ -44,9 +44,9 @@ class Here:
 
 
 def test_a_loss_that_differs_is_not_timed(setting: trainer.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    losses = {"trainer": 1.0, "accelerate": 1.0, "loss": 1.01, "train": 1.0}
+    losses = dict.fromkeys(trainer.WAYS, 1.0) | {"loss": 1.01}
     monkeypatch.setattr(trainer, "own_process", Here)
-    monkeypatch.setattr(trainer, "run", lambda _, way: trainer.Run([9.0, 1.0, 1.0], [losses[way]], 10))
+    monkeypatch.setattr(trainer, "run", lambda _, way: trainer.Run([9.0, 1.0, 1.0], [losses[way]], 20, 10))
     with pytest.raises(StepError, match=r"the first loss of .*loss=True.* is 1.01, of Trainer \+ PEFT 1: not timed"):
         trainer.measure(setting, 1)
 
@@ -54,14 +54,14 @@ def test_a_loss_that_differs_is_not_timed(setting: trainer.Setting, monkeypatch:
 def test_the_table_is_of_medians_without_the_first_step(
     setting: trainer.Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seconds = {"trainer": 4.0, "accelerate": 2.0, "loss": 2.0, "train": 1.0}
+    seconds = {"trainer": 4.0, "accelerate": 2.0, "loss": 2.0, "fuse": 1.0, "train": 1.0, "full": 3.0}
     monkeypatch.setattr(trainer, "own_process", Here)
-    monkeypatch.setattr(trainer, "run", lambda _, way: trainer.Run([99.0, seconds[way]], [3.0, 2.5], 2 * 10**9))
+    monkeypatch.setattr(trainer, "run", lambda _, way: trainer.Run([99.0, seconds[way]], [3.0, 2.5], 20, 2 * 10**9))
     found = trainer.measure(setting, 3)
-    assert [one["ratio"] for one in found] == [1, 0.5, 0.5, 0.25]
+    assert [one["ratio"] for one in found] == [1, 0.5, 0.5, 0.25, 0.25, 0.75]
     assert (
-        trainer.table(found).splitlines()[-1]
-        == "| `fastlora train` in their place | 1.0 | 0.25 × | 2.0 GB | 1.00 × | 3.000, 2.500 |"
+        trainer.table(found).splitlines()[-2]
+        == "| `fastlora train` in their place | 1.0 | 0.25 × | 20 | 2.0 GB | 1.00 × | 3.000, 2.500 |"
     )
     pytest.importorskip("matplotlib", reason="no matplotlib on this machine")
     step, memory = plot.charts({"operator": "trainer", "ways": found})
