@@ -19,6 +19,7 @@ QEMU ?= $(shell command -v qemu-x86_64 || command -v qemu-x86_64-static)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 OF_OPERATORS := lora_linear lora_linear_shared multi_lora multi_lora_shared
+OF_BLOCKS := attention rms_norm rotary swiglu
 FROZEN := frozen_products packed packed_freshness packed_models
 
 .PHONY: demo test mutants fuzz sanitize emulate imitate gpu wheel docs lint bench base clean
@@ -46,7 +47,7 @@ sanitize: $(VENV)/test-ready
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" && \
 		$(abspath $(BIN)/python) -c 'import fastlora._C' && \
 		$(abspath $(BIN)/python) -m pytest -q -x --capture=sys -k 'not cpu-reference and not cpu-triton' \
-			$(addprefix ../../tests/test_,$(addsuffix .py,$(OF_OPERATORS) prefix_concat native product $(FROZEN) $(addprefix cuda_,emulated prefix_concat layers lora_linear multi_lora by_column)))
+			$(addprefix ../../tests/test_,$(addsuffix .py,$(OF_OPERATORS) $(OF_BLOCKS) prefix_concat native product $(FROZEN) $(addprefix cuda_,emulated prefix_concat layers lora_linear multi_lora by_column)))
 
 emulate: $(VENV)/test-ready
 	@test -n "$(QEMU)" || { echo "make emulate needs qemu-x86_64, as in Debian's qemu-user: none was found (set QEMU=...)"; exit 1; }
@@ -79,7 +80,7 @@ $(IMITATED): $(VENV)/test-ready
 	@echo "$@"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider \
 		-k 'not triton and not opcheck and (bound or layout or gaps or strides or tiles or share_x or near or instruction_set and $(ISA))' \
-		$(addprefix tests/test_,$(addsuffix .py,$(OF_OPERATORS) linear_cross_entropy language_model_loss native product $(FROZEN) $(MORE)))
+		$(addprefix tests/test_,$(addsuffix .py,$(OF_OPERATORS) $(OF_BLOCKS) linear_cross_entropy language_model_loss native product $(FROZEN) $(MORE)))
 
 gpu:
 	PYTHON=$(or $(PYTHON),python3) bash benchmarks/gpu.sh
