@@ -86,6 +86,15 @@ def test_a_copy_where_it_was_measured_to_pay(backward: bool, monkeypatch: pytest
     assert not products._takes_packed(HALF, 64, 4096, backward)
 
 
+def test_each_product_asks_for_its_own_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(table, "way", lambda implementation, op, *case: asked.append(op) or "plain")
+    weight = torch.ones(6, 4, dtype=torch.bfloat16)
+    products.frozen_linear(weight.new_ones(9, 4), weight, None)
+    products.frozen_linear_backward(weight.new_ones(9, 6), weight)
+    assert asked == ["frozen_linear", "frozen_linear_backward"]
+
+
 @pytest.mark.parametrize(
     ("dtype", "of_x", "rows", "expected"),
     [
@@ -139,6 +148,7 @@ def matrix(*shape: int, **options: Any) -> Tensor:
         (matrix(2, 5), matrix(6, 4), None, r"^x: got shape \[2, 5\] for a weight \[6, 4\]"),
         (matrix(4), matrix(6, 4), None, r"^x: got shape \[4\]"),
         (matrix(2, 4), matrix(1, 6, 4), None, r"^x: got shape \[2, 4\] for a weight \[1, 6, 4\]"),
+        (matrix(2, 4), matrix(6, 4, 1), None, r"^x: got shape \[2, 4\] for a weight \[6, 4, 1\]"),
         (matrix(2, 4, dtype=WIDE), matrix(6, 4), None, "^weight: got torch.float32 on cpu, expected torch.float64"),
         (matrix(2, 4), matrix(6, 4, device="meta"), None, "^weight: got torch.float32 on meta"),
         (matrix(2, 4), matrix(6, 4), matrix(5), r"^bias: got torch.float32 \[5\], expected torch.float32 \[6\]"),
