@@ -130,7 +130,7 @@ class Copies:
 )
 def test_copies_are_told(copies: Copies | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "find", lambda weight: copies)
-    monkeypatch.setattr(table, "way", lambda *case: "packed")
+    monkeypatch.setattr(table, "way", lambda _, op, *case: "packed" if op == "frozen_linear" else "plain")
     weight = torch.zeros(512, 1024, dtype=torch.bfloat16)
     assert products.describe(weight, torch.bfloat16, 512) == expected
     assert products.describe(weight, torch.float32, 512) == "torch"
@@ -173,23 +173,28 @@ def test_under_autocast_the_product_stays_in_its_dtype(monkeypatch: pytest.Monke
 @needs_native
 @pytest.mark.parametrize("lies", ["by row", "by column", "with gaps"])
 @pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("rows", [1, 8, 9])
 def test_a_few_rows_of_layers_by_weights_that_lie_in_some_way(
-    lies: str, layers: int, monkeypatch: pytest.MonkeyPatch
+    lies: str, layers: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those with gaps are multiplied by product and update; the others in one call a layer."""
+    """Those with gaps are multiplied by product and update, and so are more rows; the others in one call a layer."""
     called: list[str] = []
     for name in ("_few_rows_lora", "_few_rows_mixed", "_update"):
         own = getattr(products, name)
         monkeypatch.setattr(products, name, lambda *args, own=own, name=name: called.append(name) or own(*args))
     monkeypatch.setattr(products, "_few_rows", None)
-    shaped = {"by row": torch.randn(6, 8), "by column": torch.randn(8, 6).t(), "with gaps": torch.randn(6, 16)[:, ::2]}
-    x, a, b, weight = torch.randn(3, 8), torch.randn(2, 8), torch.randn(6, 2), shaped[lies]
+    shaped = {
+        "by row": torch.randn(6, 12),
+        "by column": torch.randn(12, 6).t(),
+        "with gaps": torch.randn(6, 24)[:, ::2],
+    }
+    x, a, b, weight = torch.randn(rows, 12), torch.randn(2, 12), torch.randn(6, 2), shaped[lies]
     arguments = [weight] * layers, [None] * layers, [a] * layers, [b] * layers, [2.0] * layers, [0.0] * layers
     ys, xa, _ = products.lora_linear(x, *arguments, None, None, None)
     for y in ys:
         torch.testing.assert_close(y, x @ weight.t() + 2 * x @ a.t() @ b.t())
     one_by_one = ["_few_rows_lora"] if layers == 1 else ["_few_rows_mixed"] * layers
-    assert called == (["_update"] if lies == "with gaps" else one_by_one) and xa.shape == (layers, 3, 2)
+    assert called == (["_update"] if lies == "with gaps" or rows == 9 else one_by_one) and xa.shape == (layers, rows, 2)
 
 
 @needs_native
