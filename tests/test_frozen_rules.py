@@ -8,6 +8,7 @@ import torch
 from measurements import needs_native
 from torch import Tensor
 
+from fastlora import reference
 from fastlora.choice import table
 from fastlora.frozen import packed, products
 
@@ -209,6 +210,41 @@ def test_the_rank_of_a_layer_is_padded_to_the_familys() -> None:
     for g, r in enumerate(ranks):
         torch.testing.assert_close(xa[g, :, :r], x @ a[g].t())
         torch.testing.assert_close(ys[g], x @ weights[g].t() + x @ a[g].t() @ b[g].t())
+
+
+@needs_native
+def test_a_few_mixed_rows_of_layers() -> None:
+    """Each layer has its own adapters: two layers, two adapters, and a row without one."""
+    x, weights = torch.randn(5, 12), [torch.randn(6, 12), torch.randn(7, 12)]
+    a, b = [torch.randn(2, 12) for _ in range(4)], [torch.randn(n, 2) for n in (6, 6, 7, 7)]
+    mixed = [2.0, 1.0, 3.0, 0.5], [0.0] * 4, None, torch.tensor([2, 0, 4, 1, 3]), torch.tensor([0, 1, 3, 5, 5])
+    found, expected = (
+        each(x, weights, [None] * 2, a, b, *mixed) for each in (products.lora_linear, reference.lora_linear)
+    )
+    torch.testing.assert_close(found[:2], expected[:2])
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [3, 9])
+def test_each_layer_has_a_bias_or_none(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bias for two layers is a mistake, and no shorter result."""
+    monkeypatch.setattr(products, "_few_rows", None)
+    x, w, a, b = torch.randn(rows, 12), torch.randn(6, 12), torch.randn(2, 12), torch.randn(6, 2)
+    with pytest.raises(ValueError, match="shorter"):
+        products.lora_linear(x, [w, w], [None], [a, a], [b, b], [1.0] * 2, [0.0] * 2, None, None, None)
+
+
+@needs_native
+def test_the_gradient_of_x_is_the_sum_over_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_few_rows", None)
+    x, xa, keep = torch.randn(9, 12), torch.randn(2, 9, 2), torch.empty(0, dtype=torch.uint8)
+    dy, weights = [torch.randn(9, n) for n in (6, 7)], [torch.randn(n, 12) for n in (6, 7)]
+    a, b = [torch.randn(2, 12) for _ in range(2)], [torch.randn(n, 2) for n in (6, 7)]
+    rest = a, b, xa, keep, [2.0, 1.0], [0.0] * 2, None, None, True, True, True
+    found, expected = (
+        each(dy, x, weights, *rest) for each in (products.lora_linear_backward, reference.lora_linear_backward)
+    )
+    torch.testing.assert_close(found[0], expected[0])
 
 
 def test_the_budget_where_the_system_does_not_tell_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
