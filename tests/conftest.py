@@ -99,7 +99,6 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     onednn = products._linear_pointwise
 
     def multiply(x: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
-        # held_bytes() would look for changes itself.
         held.append(sum(one.bytes for one in packed._by_key.values()) * weight.is_mkldnn)
         return onednn(x, weight, *rest)
 

@@ -81,6 +81,15 @@ def layer_with_copies(budget: Budget) -> nn.Linear:
     return layer
 
 
+def held_bytes() -> int:
+    """The bytes in copies, once every registered weight was looked at as before a product."""
+    for registered in list(packed._by_key.values()):
+        storage, (_, offset, *matrix, dtype) = registered.storage(), registered.key
+        if packed._holds(storage, registered.key):
+            packed.find(torch.empty(0, dtype=dtype).set_(storage, offset, matrix[:2], matrix[2:]))
+    return sum(registered.bytes for registered in packed._by_key.values())
+
+
 class Special(nn.Parameter):
     """A class of tensors that nobody here knows."""
 

@@ -6,7 +6,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bounds import INPUTS, assert_within_bound, dense, double, gapped, gradients, transposed
-from packed_weights import FLOATS, NEEDS_COPIES, always_packed, check, eagerly_packed, few_rows, frozen, product  # noqa: F401  (a fixture)
+from packed_weights import (  # noqa: F401  (a fixture)
+    FLOATS,
+    NEEDS_COPIES,
+    always_packed,
+    check,
+    eagerly_packed,
+    few_rows,
+    frozen,
+    held_bytes,
+    product,
+)
 from torch import Tensor, nn
 
 from fastlora import ops
@@ -179,7 +189,7 @@ def test_compiles_whole() -> None:
         y, expected = (function(x, weight, bias) for function in (compiled, frozen_linear))
         assert torch.equal(y, expected)
         assert torch.equal(*(gradients(out, [x], dy)[0] for out in (y, expected)))
-    assert packed.held_bytes() == 2 * weight.nbytes
+    assert held_bytes() == 2 * weight.nbytes
     torch.compiler.reset()
 
 

@@ -8,6 +8,7 @@ import torch
 from measurements import needs_native
 from torch import Tensor
 
+from fastlora import reference
 from fastlora.choice import table
 from fastlora.frozen import packed, products
 
@@ -86,6 +87,15 @@ def test_a_copy_where_it_was_measured_to_pay(backward: bool, monkeypatch: pytest
     assert not products._takes_packed(HALF, 64, 4096, backward)
 
 
+def test_each_product_asks_for_its_own_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(table, "way", lambda implementation, op, *case: asked.append(op) or "plain")
+    weight = torch.ones(6, 4, dtype=torch.bfloat16)
+    products.frozen_linear(weight.new_ones(9, 4), weight, None)
+    products.frozen_linear_backward(weight.new_ones(9, 6), weight)
+    assert asked == ["frozen_linear", "frozen_linear_backward"]
+
+
 @pytest.mark.parametrize(
     ("dtype", "of_x", "rows", "expected"),
     [
@@ -121,7 +131,7 @@ class Copies:
 )
 def test_copies_are_told(copies: Copies | None, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packed, "find", lambda weight: copies)
-    monkeypatch.setattr(table, "way", lambda *case: "packed")
+    monkeypatch.setattr(table, "way", lambda _, op, *case: "packed" if op == "frozen_linear" else "plain")
     weight = torch.zeros(512, 1024, dtype=torch.bfloat16)
     assert products.describe(weight, torch.bfloat16, 512) == expected
     assert products.describe(weight, torch.float32, 512) == "torch"
@@ -139,6 +149,7 @@ def matrix(*shape: int, **options: Any) -> Tensor:
         (matrix(2, 5), matrix(6, 4), None, r"^x: got shape \[2, 5\] for a weight \[6, 4\]"),
         (matrix(4), matrix(6, 4), None, r"^x: got shape \[4\]"),
         (matrix(2, 4), matrix(1, 6, 4), None, r"^x: got shape \[2, 4\] for a weight \[1, 6, 4\]"),
+        (matrix(2, 4), matrix(6, 4, 1), None, r"^x: got shape \[2, 4\] for a weight \[6, 4, 1\]"),
         (matrix(2, 4, dtype=WIDE), matrix(6, 4), None, "^weight: got torch.float32 on cpu, expected torch.float64"),
         (matrix(2, 4), matrix(6, 4, device="meta"), None, "^weight: got torch.float32 on meta"),
         (matrix(2, 4), matrix(6, 4), matrix(5), r"^bias: got torch.float32 \[5\], expected torch.float32 \[6\]"),
@@ -163,23 +174,28 @@ def test_under_autocast_the_product_stays_in_its_dtype(monkeypatch: pytest.Monke
 @needs_native
 @pytest.mark.parametrize("lies", ["by row", "by column", "with gaps"])
 @pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("rows", [1, 8, 9])
 def test_a_few_rows_of_layers_by_weights_that_lie_in_some_way(
-    lies: str, layers: int, monkeypatch: pytest.MonkeyPatch
+    lies: str, layers: int, rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those with gaps are multiplied by product and update; the others in one call a layer."""
+    """Those with gaps are multiplied by product and update, and so are more rows; the others in one call a layer."""
     called: list[str] = []
     for name in ("_few_rows_lora", "_few_rows_mixed", "_update"):
         own = getattr(products, name)
         monkeypatch.setattr(products, name, lambda *args, own=own, name=name: called.append(name) or own(*args))
     monkeypatch.setattr(products, "_few_rows", None)
-    shaped = {"by row": torch.randn(6, 8), "by column": torch.randn(8, 6).t(), "with gaps": torch.randn(6, 16)[:, ::2]}
-    x, a, b, weight = torch.randn(3, 8), torch.randn(2, 8), torch.randn(6, 2), shaped[lies]
+    shaped = {
+        "by row": torch.randn(6, 12),
+        "by column": torch.randn(12, 6).t(),
+        "with gaps": torch.randn(6, 24)[:, ::2],
+    }
+    x, a, b, weight = torch.randn(rows, 12), torch.randn(2, 12), torch.randn(6, 2), shaped[lies]
     arguments = [weight] * layers, [None] * layers, [a] * layers, [b] * layers, [2.0] * layers, [0.0] * layers
     ys, xa, _ = products.lora_linear(x, *arguments, None, None, None)
     for y in ys:
         torch.testing.assert_close(y, x @ weight.t() + 2 * x @ a.t() @ b.t())
     one_by_one = ["_few_rows_lora"] if layers == 1 else ["_few_rows_mixed"] * layers
-    assert called == (["_update"] if lies == "with gaps" else one_by_one) and xa.shape == (layers, 3, 2)
+    assert called == (["_update"] if lies == "with gaps" or rows == 9 else one_by_one) and xa.shape == (layers, rows, 2)
 
 
 @needs_native
@@ -194,6 +210,41 @@ def test_the_rank_of_a_layer_is_padded_to_the_familys() -> None:
     for g, r in enumerate(ranks):
         torch.testing.assert_close(xa[g, :, :r], x @ a[g].t())
         torch.testing.assert_close(ys[g], x @ weights[g].t() + x @ a[g].t() @ b[g].t())
+
+
+@needs_native
+def test_a_few_mixed_rows_of_layers() -> None:
+    """Each layer has its own adapters: two layers, two adapters, and a row without one."""
+    x, weights = torch.randn(5, 12), [torch.randn(6, 12), torch.randn(7, 12)]
+    a, b = [torch.randn(2, 12) for _ in range(4)], [torch.randn(n, 2) for n in (6, 6, 7, 7)]
+    mixed = [2.0, 1.0, 3.0, 0.5], [0.0] * 4, None, torch.tensor([2, 0, 4, 1, 3]), torch.tensor([0, 1, 3, 5, 5])
+    found, expected = (
+        each(x, weights, [None] * 2, a, b, *mixed) for each in (products.lora_linear, reference.lora_linear)
+    )
+    torch.testing.assert_close(found[:2], expected[:2])
+
+
+@needs_native
+@pytest.mark.parametrize("rows", [3, 9])
+def test_each_layer_has_a_bias_or_none(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bias for two layers is a mistake, and no shorter result."""
+    monkeypatch.setattr(products, "_few_rows", None)
+    x, w, a, b = torch.randn(rows, 12), torch.randn(6, 12), torch.randn(2, 12), torch.randn(6, 2)
+    with pytest.raises(ValueError, match="shorter"):
+        products.lora_linear(x, [w, w], [None], [a, a], [b, b], [1.0] * 2, [0.0] * 2, None, None, None)
+
+
+@needs_native
+def test_the_gradient_of_x_is_the_sum_over_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "_few_rows", None)
+    x, xa, keep = torch.randn(9, 12), torch.randn(2, 9, 2), torch.empty(0, dtype=torch.uint8)
+    dy, weights = [torch.randn(9, n) for n in (6, 7)], [torch.randn(n, 12) for n in (6, 7)]
+    a, b = [torch.randn(2, 12) for _ in range(2)], [torch.randn(n, 2) for n in (6, 7)]
+    rest = a, b, xa, keep, [2.0, 1.0], [0.0] * 2, None, None, True, True, True
+    found, expected = (
+        each(dy, x, weights, *rest) for each in (products.lora_linear_backward, reference.lora_linear_backward)
+    )
+    torch.testing.assert_close(found[0], expected[0])
 
 
 def test_the_budget_where_the_system_does_not_tell_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:

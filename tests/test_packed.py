@@ -21,6 +21,7 @@ from packed_weights import (  # noqa: F401  (a fixture)
     check_now,
     eagerly_packed,
     frozen,
+    held_bytes,
     layer_with_copies,
 )
 from torch import Tensor, nn
@@ -38,19 +39,19 @@ def test_copies_are_made_when_a_product_wants_them(dtype: torch.dtype) -> None:
         pytest.skip("oneDNN does not multiply this dtype here")
     weight, budget = frozen(12, 16, dtype), Budget()
     size = 12 * 16 * (2 if dtype == torch.bfloat16 else 4)
-    packed.register(weight, budget)
-    assert packed.held_bytes() == budget.held == 0
+    assert packed.register(weight, budget)
+    assert held_bytes() == budget.held == 0
     assert products.describe(weight, dtype, 5) == "oneDNN, packed when first called"
     x = torch.randn(5, 16).to(dtype).requires_grad_()
     y = frozen_linear(x, weight, None)
-    assert packed.held_bytes() == budget.held == size
+    assert held_bytes() == budget.held == size
     assert products.describe(weight, dtype, 5) == "oneDNN, packed, 0.0 MiB"
     y.backward(torch.ones_like(y))
-    assert packed.held_bytes() == budget.held == 2 * size
+    assert held_bytes() == budget.held == 2 * size
     packed.release(weight)
-    assert packed.held_bytes() == budget.held == 0
+    assert held_bytes() == budget.held == 0
     check_now(weight)
-    assert packed.held_bytes() == 0
+    assert held_bytes() == 0
 
 
 def test_another_tensor_over_the_same_memory_finds_the_copy() -> None:
@@ -87,7 +88,7 @@ def test_budget_is_spent_in_the_order_of_use() -> None:
     with torch.no_grad():
         for weight in reversed(weights):
             frozen_linear(torch.ones(5, 16), weight, None)
-    assert packed.held_bytes() == budget.limit
+    assert held_bytes() == budget.limit
     told = [products.describe(weight, torch.float32, 2**20) for weight in weights]
     assert told == ["oneDNN, 0.0 MiB does not fit the pack_budget", *["oneDNN, packed, 0.0 MiB"] * 2]
     for weight in weights:
@@ -122,8 +123,63 @@ def test_what_cannot_have_a_copy_is_left_out() -> None:
         inferred,
     ]
     for weight in others:
-        packed.register(weight, Budget())
+        assert not packed.register(weight, Budget())
+    weight = frozen(12, 16)
+    assert not packed.register(weight, Budget(0))
     assert not packed._by_key
+
+
+def test_what_can_have_a_copy_no_more_is_released() -> None:
+    weight, budget = frozen(12, 16), Budget()
+    packed.register(weight, budget)
+    check_now(weight)
+    assert not packed.register(weight, Budget(0))
+    assert budget.held == 0 and not packed._by_key
+
+
+def test_parameters_over_one_memory_count_in_the_last_ones_budget() -> None:
+    weight, first, last = frozen(12, 16), Budget(), Budget()
+    twin, stranger = nn.Parameter(weight.data, requires_grad=False), weight.detach()
+    packed.register(weight, first)
+    check_now(weight)
+    packed.register(twin, last)
+    assert first.held == 0
+    check_now(weight)
+    assert first.held == 0 and last.held == 2 * weight.nbytes
+    assert packed.release(stranger) is None
+    assert last.held == 2 * weight.nbytes
+    assert packed.release(weight) is last and last.held == 0
+    check_now(weight)
+    assert last.held == 2 * weight.nbytes, "the twin is registered still"
+
+
+def test_a_weight_that_was_parametrised_leaves_its_budget() -> None:
+    budget = Budget()
+    layer = layer_with_copies(budget)
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight", nn.ReLU())
+    packed.attach(layer, Budget())
+    assert budget.held == 0
+
+
+def test_a_weight_released_while_a_copy_is_made() -> None:
+    """By another thread: nobody would give the copy's bytes back."""
+    weight, budget = frozen(12, 16), Budget()
+    packed.register(weight, budget)
+    found = packed.find(weight)
+    packed.release(weight)
+    assert found.pack(weight) is None and budget.held == 0
+
+
+def test_a_weight_that_dies_while_another_thread_uses_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was released before: there is nothing to forget."""
+    errors: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda error: errors.append(error.exc_value))
+    weight = frozen(12, 16)
+    packed.register(weight, Budget())
+    found = packed.find(weight)
+    packed.release(weight)
+    del weight
+    assert found.storage() is None and not errors
 
 
 @pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap, torch.func.functionalize])
@@ -141,7 +197,7 @@ def test_what_a_transform_wraps_is_no_place(transform: Callable[..., Any]) -> No
         return weight.sum()
 
     transform(see)(layer.weight.detach()[None] if transform is torch.func.vmap else layer.weight.detach())
-    assert packed.held_bytes() == 2 * layer.weight.nbytes
+    assert held_bytes() == 2 * layer.weight.nbytes
 
 
 def test_a_freed_storage_is_no_place() -> None:
@@ -153,12 +209,27 @@ def test_a_freed_storage_is_no_place() -> None:
         check_now(weight)
         weight.untyped_storage().resize_(0)
         assert products.describe(weight, weight.dtype, 5) == "torch"  # and nothing is read
-    assert packed.held_bytes() == 0
+    assert held_bytes() == 0
     for weight, value in zip(weights, values, strict=True):
         weight.untyped_storage().resize_(value.nbytes)
         weight.copy_(value)
         check_now(weight)
     assert budget.held == 4 * weights[0].nbytes
+
+
+@FLOATS
+def test_a_storage_that_was_cut_is_no_place(dtype: torch.dtype) -> None:
+    """By its last element, after which nothing is read beyond its end."""
+    last = 3 + 11 * 40 + 15 * 2
+    memory, budget = torch.randn(last + 1).to(dtype), Budget()
+    weight = nn.Parameter(memory.as_strided((12, 16), (40, 2), 3), requires_grad=False)
+    packed.register(weight, budget)
+    if always_packed(dtype):
+        check_now(weight)
+        assert budget.held == 2 * packed.copy_bytes(weight)
+    assert packed.find(weight) is packed.find(weight.t()) is not None
+    memory.untyped_storage().resize_(last * dtype.itemsize)
+    assert packed.find(weight) is None and budget.held == 0
 
 
 def test_copies_of_a_layer_know_nothing_of_packed_weights() -> None:
@@ -185,7 +256,7 @@ def test_threads_share_copies() -> None:
     with ThreadPoolExecutor(4) as pool:
         for _ in range(3):
             assert all(pool.map(work, range(16)))
-            assert budget.held == packed.held_bytes() == sum(weight.nbytes for weight in weights)
+            assert budget.held == held_bytes() == sum(weight.nbytes for weight in weights)
             for weight in weights:
                 weight.mul_(-1)
 

@@ -18,6 +18,7 @@ from packed_weights import (  # noqa: F401  (a fixture)
     check_now,
     eagerly_packed,
     frozen,
+    held_bytes,
     layer_with_copies,
     unseen_element,
 )
@@ -136,11 +137,11 @@ def test_never_stale(change: str) -> None:
     budget = Budget()
     layer = layer_with_copies(budget)
     CHANGES[change](layer)
-    assert packed.held_bytes() == budget.held == 0
+    assert held_bytes() == budget.held == 0
     if layer.weight is not None:
         check_now(layer.weight)
         check_now(layer.weight)
-    assert budget.held == packed.held_bytes()
+    assert budget.held == held_bytes()
     if change not in MOVED:
         assert budget.held == 2 * layer.weight.nbytes, "not packed anew"
 
@@ -169,7 +170,8 @@ def test_any_weight_that_was_trained_has_no_copy(make: type[torch.optim.Optimize
     trained.requires_grad_()
     trained.grad = torch.zeros_like(trained)
     trained.grad.view(-1)[untouched] = 100.0
-    make([trained, nn.parameter.UninitializedParameter()], lr=1.0, weight_decay=0, fused=True).step()
+    others = nn.parameter.UninitializedParameter(), nn.Parameter(torch.eye(3).to_sparse())
+    make([trained, *others], lr=1.0, weight_decay=0, fused=True).step()
     trained.requires_grad_(False)
     assert packed._fingerprint(weight) == seen, "the step must be one that only the optimiser's hook can tell"
     assert weight.view(-1)[untouched].item() != before
@@ -184,7 +186,7 @@ def test_shared_memory_that_another_process_writes_to() -> None:
     check_now(layer.weight)
     before = layer.weight.clone()
     write_by_another_process(layer)
-    assert torch.equal(layer.weight, 2 * before) and packed.held_bytes() == 0
+    assert torch.equal(layer.weight, 2 * before) and held_bytes() == 0
     check_now(layer.weight)
 
 
@@ -200,6 +202,22 @@ def test_a_compiled_optimizer() -> None:
     layer.weight.requires_grad_(False)
     check_now(layer.weight)
     del layer
+    torch.compiler.reset()
+
+
+def test_a_compiled_optimizer_of_another_parameter_over_the_memory() -> None:
+    """Neither version nor fingerprint tell: the hook must."""
+    torch.compiler.reset()
+    weight, budget = frozen(96, 80), Budget()
+    packed.register(weight, budget)
+    check_now(weight)
+    flat = nn.Parameter(weight.data.view(-1))
+    flat.grad = torch.zeros_like(flat)
+    flat.grad[unseen_element(weight)] = 100.0
+    torch.compile(torch.optim.SGD([flat], lr=1.0).step, backend="eager")()
+    assert budget.held == 0
+    check_now(weight)
+    del flat
     torch.compiler.reset()
 
 
@@ -262,6 +280,20 @@ def test_a_weight_made_in_inference_mode_has_no_copy() -> None:
             layer.weight.mul_(2)
 
 
+def test_a_tensor_of_inference_mode_over_the_memory_has_no_copy() -> None:
+    """Its writes are counted nowhere: the copies of the weight are dropped, too."""
+    weight, budget, x = frozen(96, 80), Budget(), torch.randn(5, 80)
+    packed.register(weight, budget)
+    check_now(weight)
+    place = unseen_element(weight)
+    with torch.inference_mode():
+        other = torch.empty(0).set_(weight.untyped_storage(), 0, (96, 80), (80, 1))
+        other[0, place] += 100
+        assert torch.allclose(frozen_linear(x, other, None), F.linear(x, other), atol=1e-4)
+    assert budget.held == 0
+    check_now(weight)
+
+
 def test_reused_memory() -> None:
     """A parameter that dies, and another one in the very same place; the copies live as long as the memory."""
     memory, budget = torch.randn(12, 16), Budget()
@@ -306,7 +338,7 @@ def test_two_parameters_over_one_memory() -> None:
     for _ in range(2):
         for writer in (weight, twin):
             writer.view(-1)[place] += 2
-            assert packed.held_bytes() == budget.held == 0
+            assert held_bytes() == budget.held == 0
             check_now(weight)
             check_now(twin)
             assert budget.held == 2 * weight.nbytes

@@ -8,7 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import implementations
-from packed_weights import NEEDS_COPIES, always_packed, check_now, eagerly_packed, unseen_element  # noqa: F401  (a fixture)
+from packed_weights import (  # noqa: F401  (a fixture)
+    NEEDS_COPIES,
+    always_packed,
+    check_now,
+    eagerly_packed,
+    held_bytes,
+    unseen_element,
+)
 from peft import LoraConfig, get_peft_model
 from peft_models import assert_as_near_as, llama, logits, peft_model, q_proj, run
 from torch import Tensor, nn
@@ -35,7 +42,7 @@ def pair(family: str = "llama", **options) -> tuple[nn.Module, nn.Module, dict]:
     peer = copy.deepcopy(model)
     fastlora.accelerate(model, frozen=True)
     run(model, labels)
-    assert packed.held_bytes() > 0
+    assert held_bytes() > 0
     return model, peer, labels
 
 
@@ -83,7 +90,7 @@ def test_frozen_layers_without_adapters(packs: None) -> None:
         for name, value in run(model, labels).items():
             assert torch.allclose(value, expected[name], atol=1e-5), name
         fastlora.restore(model)
-        assert [type(module) for module in model.modules()] == classes and packed.held_bytes() == 0
+        assert [type(module) for module in model.modules()] == classes and held_bytes() == 0
         assert not any("_fastlora_seen" in module.__dict__ for module in model.modules())
         assert all(torch.equal(value, expected[name]) for name, value in run(model, labels).items())
 
@@ -94,7 +101,7 @@ def test_a_model_without_lora_layers(packs: None) -> None:
         fastlora.accelerate(model, frozen=True)
     expected = logits(model.requires_grad_(False))
     fastlora.accelerate(model, frozen=True)
-    assert torch.allclose(logits(model), expected, atol=1e-5) and packed.held_bytes() * 2 == copies(model)
+    assert torch.allclose(logits(model), expected, atol=1e-5) and held_bytes() * 2 == copies(model)
     assert all(
         entry.implementation == "cpu" and entry.reason.endswith("oneDNN, packed, 0.0 MiB")
         for entry in fastlora.report(model)
@@ -146,7 +153,7 @@ def test_merge_and_unmerge(family: str, safe_merge: bool, packs: None) -> None:
     expected = run(peer, labels)
     for name, value in run(model, labels).items():
         assert torch.allclose(value, expected[name], atol=1e-5), name
-    assert packed.held_bytes() <= copies(model)
+    assert held_bytes() <= copies(model)
     merged = model.merge_and_unload()
     assert torch.allclose(logits(merged), logits(peer.merge_and_unload()), atol=1e-5)
 
@@ -199,7 +206,7 @@ def test_an_adapter_on_a_frozen_layer(packs: None) -> None:
 def test_models_that_change(change: Callable[[nn.Module], object], packs: None) -> None:
     model, peer, _ = pair()
     change(model), change(peer)
-    assert packed.held_bytes() == 0
+    assert held_bytes() == 0
     error = 1e-5 if peer.dtype == torch.float32 else 0.05
     assert torch.allclose(logits(model), logits(peer), atol=error, rtol=error)
 
@@ -221,11 +228,11 @@ def test_merging_frees_the_copies(packs: None) -> None:
     layer = model.base_model.model.model.layers[0].mlp.up_proj
     version = layer.base_layer.weight._version
     model.merge_adapter()
-    assert packed.held_bytes() == 2 * head.nbytes and layer.base_layer.weight._version == version
+    assert held_bytes() == 2 * head.nbytes and layer.base_layer.weight._version == version
     check_now(layer.base_layer.weight)
-    assert packed.held_bytes() == 2 * (head.nbytes + layer.base_layer.weight.nbytes)
+    assert held_bytes() == 2 * (head.nbytes + layer.base_layer.weight.nbytes)
     model.unmerge_adapter()
-    assert packed.held_bytes() == 2 * head.nbytes
+    assert held_bytes() == 2 * head.nbytes
     check_now(layer.base_layer.weight)
 
 
@@ -311,20 +318,20 @@ def test_swapped_parameters(packs: None, monkeypatch: pytest.MonkeyPatch) -> Non
     model.double().float()
     for name, value in run(model, labels).items():
         assert torch.allclose(value, expected[name], atol=1e-5), name
-    assert packed.held_bytes() > 0, "moved layers are registered again"
+    assert held_bytes() > 0, "moved layers are registered again"
 
 
 @NATIVE
 def test_copied_and_pickled_models(packs: None) -> None:
     model, peer, _ = pair()
-    held = packed.held_bytes()
+    held = held_bytes()
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.allclose(logits(other), logits(peer), atol=1e-5)
         for parameter in other.parameters():
             parameter.data.mul_(0.5)
         assert not torch.allclose(logits(other), logits(peer), atol=1e-5)
         assert torch.allclose(logits(model), logits(peer), atol=1e-5)
-    assert packed.held_bytes() == held
+    assert held_bytes() == held
 
 
 @NATIVE
@@ -332,14 +339,14 @@ def test_budgets_of_models(packs: None) -> None:
     model, labels = peft_model()
     for budget in (0, 10_000, None):
         fastlora.accelerate(model, pack_budget=budget)
-        assert packed.held_bytes() == 0
+        assert held_bytes() == 0
         run(model, labels)
-        assert packed.held_bytes() <= (copies(model) if budget is None else budget)
+        assert held_bytes() <= (copies(model) if budget is None else budget)
         refused = ["does not fit the pack_budget" in entry.reason for entry in fastlora.report(model)]
         assert any(refused) == (budget == 10_000) and not all(refused)
-    assert packed.held_bytes() > copies(model) / 2  # all but dx of the first layers, which nobody wants
+    assert held_bytes() > copies(model) / 2  # all but dx of the first layers, which nobody wants
     fastlora.restore(model)
-    assert packed.held_bytes() == 0
+    assert held_bytes() == 0
 
 
 def test_wrong_pack_budget() -> None:

@@ -8,13 +8,13 @@ import sys
 import peft
 import pytest
 import torch
+from packed_weights import held_bytes
 from peft import LoraConfig, get_peft_model
 from peft.tuners import lora
 from peft_models import a_pair, llama, logits, peft_model  # noqa: F401  (a fixture)
 from transformers import LlamaForCausalLM
 
 import fastlora
-from fastlora.frozen import packed
 from fastlora.peft import FrozenLinear
 
 
@@ -66,7 +66,7 @@ def test_an_unloaded_model_has_nothing_of_ours(how, whole):
     assert torch.allclose(logits(found), logits(expected), atol=1e-5)
     assert [type(module) for module in found.modules()] == [type(module) for module in expected.modules()]
     assert b"fastlora" not in pickle.dumps(found) and b"fastlora" not in pickle.dumps(copy.deepcopy(found))
-    assert packed.held_bytes() == 0
+    assert held_bytes() == 0
 
 
 def test_an_unloaded_model_lives_without_fastlora(tmp_path):

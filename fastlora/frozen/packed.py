@@ -182,7 +182,7 @@ def register(owner: Tensor, budget: Budget) -> bool:
 
 def release(owner: Tensor) -> Budget | None:
     """Undo `register`, and free the copies; the budget that they counted in, None for a weight that is not registered."""
-    registered = _by_key.get(_key_of(owner)) if _by_key and _is_plain(owner) else None
+    registered = _by_key.get(_key_of(owner)) if _is_plain(owner) else None
     if registered is None or id(owner) not in registered.owners:
         return None
     with _lock:
@@ -239,9 +239,10 @@ def drop(weight: Tensor) -> None:
             registered.drop()
 
 
+@torch._disable_dynamo  # after a compiled step, too; torch breaks its graph there anyway
 def _drop_what_was_trained(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """After every step of every optimiser: fused ones write what no version counts, and perhaps little of a weight."""
-    if torch.compiler.is_compiling() or not _by_key:
+    if not _by_key:
         return
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     # Of any shape and class: a flat one may lie over many weights.
@@ -257,18 +258,6 @@ def _drop_what_was_trained(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 
 register_optimizer_step_post_hook(_drop_what_was_trained)
-
-
-def held_bytes() -> int:
-    """The bytes in copies now, of weights that still are what they were."""
-    with _lock:
-        for registered in list(_by_key.values()):
-            storage, (_, offset, *matrix, dtype) = registered.storage(), registered.key
-            if storage is not None and _holds(storage, registered.key):
-                registered.look(torch.empty(0, dtype=dtype).set_(storage, offset, matrix[:2], matrix[2:]))
-            else:
-                registered.drop()
-        return sum(registered.bytes for registered in _by_key.values())
 
 
 def _holds(storage: torch.UntypedStorage, key: Key) -> bool:

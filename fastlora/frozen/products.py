@@ -90,13 +90,9 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, backward: bool) -> 
     M, K = x.shape
     work = M * K * weight.shape[0]
     if work:
-        if x.stride(1) != 1:
-            x = x.contiguous()
-        if bias is not None:
-            bias = bias.contiguous()
         if takes_few_rows(M, weight):
             return _few_rows(x, weight, bias)
-        if _takes_product(work, weight) and (weight.stride(1) == 1 or weight.stride(0) == 1):
+        if _takes_product(work, weight) and _is_dense(weight):
             return _product(x, weight, bias)
         x = reference.readable_rows(x)
         copy = packed.find_copy(weight) if _takes_packed(x.dtype, M, weight.numel(), backward) else None
@@ -109,6 +105,8 @@ def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, backward: bool) -> 
 
 
 def _multiply_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is not None:
+        bias = bias.contiguous()  # oneDNN reads the gaps
     if x.dtype is not torch.float16:
         return _linear_pointwise(x, weight, bias, "none", [], "")
     wide = None if bias is None else bias.float()
@@ -142,13 +140,12 @@ def lora_linear(
     scale: Sequence[float], dropout_p: Sequence[float], seed: Tensor | None, order: Tensor | None, offsets: Tensor | None,
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
     """reference.py::lora_linear on a CPU."""
-    if x.shape[0] <= FEW_ROWS and x.numel() and (seed is None or not reference.drops(dropout_p, seed)):
+    if x.shape[0] <= FEW_ROWS and x.numel() and not reference.drops(dropout_p, seed):
         if order is None and len(weight) == 1 and _is_dense(weight[0]):
             y, xa = _few_rows_lora(x, weight[0], bias[0], lora_a[0], lora_b[0], scale[0])
             return [y], xa, NOTHING_DROPPED
         if all(map(_is_dense, weight)):
             return *_few_rows_of_layers(x, weight, bias, lora_a, lora_b, scale, order, offsets), NOTHING_DROPPED
-    x = x if x.stride(1) == 1 else x.contiguous()
     ys = [frozen_linear(x, w, b) for w, b in zip(weight, bias, strict=True)]
     return ys, *_update(ys, x, lora_a, lora_b, scale, dropout_p, seed, order, offsets)
 
