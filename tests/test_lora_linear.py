@@ -280,6 +280,14 @@ def test_dropout_only_in_training(device: str, implementation: str) -> None:
     assert (y == 1).all() and (dx == 1).all()
 
 
+def test_what_drops_nothing_draws_nothing(device: str, implementation: str) -> None:
+    """A run's random numbers do not depend on whether its layers are fastlora's."""
+    before = torch.get_rng_state()
+    dropped_ones(device, 5, 17, 0.0)
+    dropped_ones(device, 5, 17, 0.5, training=False)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_every_call_draws_its_own_mask(device: str, implementation: str) -> None:
     torch.manual_seed(0)
     first, second = (dropped_ones(device, 8, 32, 0.5)[0] for _ in range(2))

@@ -89,5 +89,7 @@ def test_layers_that_share_x_name_the_wrong_one() -> None:
             [one.lora_b, other.lora_b],
             [1.0, 1.0],
         )
+    with pytest.raises(ValueError, match="weight: got '0 entries', expected one for each of the 0 weights, at least 1"):
+        lora_linear_shared(one.x, [], [], [], [], [])
     with pytest.raises(ValueError, match="lora_b: got '1 entries', expected one for each of the 2 weights"):
         lora_linear_shared(one.x, [one.weight] * 2, [None] * 2, [one.lora_a] * 2, [one.lora_b], [1.0, 1.0])

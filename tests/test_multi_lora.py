@@ -403,6 +403,14 @@ def test_compiles_whole(device: str, grouped: bool) -> None:
             assert torch.equal(grad, want)
 
 
+def test_row_groups_keep_what_a_model_needs_and_not_all_that_ever_was() -> None:
+    index = group_rows(torch.tensor([0, -1]), 1)
+    first, second = index.for_rows(2), index.for_rows(4)
+    assert index.for_rows(2) is first and index.for_rows(4) is second
+    for rows in range(2, 40, 2):
+        assert len(index.for_rows(rows)[0]) == rows and len(index._by_rows) <= 4
+
+
 def test_row_groups_that_another_thread_clears() -> None:
     class Cleared(dict[int, Any]):
         def __setitem__(self, key: int, value: Any) -> None:
