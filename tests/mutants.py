@@ -37,7 +37,17 @@ import pytest
 TESTS = Path(__file__).parent
 EXPLAINED = TESTS / "mutants_explained.toml"
 OF_PEFT = ("peft*", "obstacles*", "report*", "sibling*", "layers", "unloading", "packed*")
-OF_OPERATORS = ("lora_linear*", "multi_lora*", "layers*", "sibling*", "derivatives", "gradients", "ops", "table", "measure")
+OF_OPERATORS = (
+    "lora_linear*",
+    "multi_lora*",
+    "layers*",
+    "sibling*",
+    "derivatives",
+    "gradients",
+    "ops",
+    "table",
+    "measure",
+)
 OF_FROZEN = ("packed*", "frozen*", "product*", "native*", "lora_linear", "multi_lora")
 MODULES = {
     "fastlora/peft/obstacles.py": OF_PEFT,

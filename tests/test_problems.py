@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fastlora import operators, ops, reference
 from fastlora.choice import problems, table
-from fastlora.choice.problems import ADAPTERS, SIBLINGS, operators as measured
+from fastlora.choice.problems import ADAPTERS, SIBLINGS
+from fastlora.choice.problems import operators as measured
 from fastlora.frozen import packed, products
 from fastlora.operators.lora_linear import CASES, DROPOUT_P, RANK
 
@@ -65,7 +66,7 @@ def both(case: str, dropout: bool, rows: int = M) -> tuple[tuple[Any, ...], tupl
 @DROPOUT
 @pytest.mark.parametrize(("shared", "mixed"), CASES, ids=CASES.values())
 def test_the_arguments_of_a_layer(shared: bool, mixed: bool, dropout: bool) -> None:
-    """As a model trains them: of its dtype with float32 adapters, of order 1, with bias where dropout is; and a backward that is the forward's own."""
+    """As a model trains them: of its dtype with float32 adapters, of order 1, with a bias where dropout is. The backward is the forward's own."""
     forward, backward = both(CASES[shared, mixed], dropout)
     x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, order, offsets = forward
     G, S = SIBLINGS if shared else 1, ADAPTERS if mixed else 1
