@@ -179,7 +179,7 @@ def test_plain_pytorch_is_right_and_a_wrong_number_in_any_result_is_found(
 
     assert measure.find_flaw(op, "reference", call) is None
     monkeypatch.setattr(ops, "implementations", ops.implementations | {(op, "cuda"): wrong})
-    found = [one for one in measure._results(op, plain, call)]
+    found = measure._results(op, plain, call)
     for number, one in enumerate(found):
         place[0] = number
         flaw = measure.find_flaw(op, "cuda", call)
