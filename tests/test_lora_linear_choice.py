@@ -97,6 +97,24 @@ def test_what_is_forced_runs_layers_together_if_it_can(
     assert ran == ([(name, "cpu", 2) for name in both(CASES[True, mixed])] if has_both else apart)
 
 
+@pytest.mark.parametrize("trained", [(True, False, False), (False, True, False), (False, False, True)], ids=str)
+def test_the_backward_is_asked_for_what_trains_alone(
+    trained: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[bool, ...]] = []
+    plain = ops.implementations["lora_linear_backward", "reference"]
+    watched = {("lora_linear_backward", "reference"): lambda *args: asked.append(args[-3:]) or plain(*args)}
+    monkeypatch.setattr(ops, "implementations", ops.implementations | watched)
+    monkeypatch.setattr(ops, "forced", "reference")
+    leaves = [
+        torch.randn(shape, requires_grad=own)
+        for shape, own in zip(((2, 5, 24), (2, 24), (16, 2)), trained, strict=True)
+    ]
+    x, a, b = leaves
+    lora_linear.lora_linear(x, torch.randn(16, 24), None, a, b, 1.0).sum().backward()
+    assert asked == [trained] and [one.grad is not None for one in leaves] == list(trained)
+
+
 def test_how_a_weight_lies_is_asked_of_each_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
     """One that CUDA C++ would copy is not run by what ran another of its size."""
     ours = {("lora_linear", name): lambda *_, name=name: name for name in ("reference", "cuda")}

@@ -143,7 +143,7 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """reference.py::lora_linear_backward, by the implementation that was chosen."""
     need = need_dx, need_da, need_db
-    function, together = _chosen(x, weight, keep.numel() > 0, order is not None, True)
+    function, together = _chosen(x, weight, bool(keep.numel()), order is not None, True)
     if together:
         return function(dy, x, weight, lora_a, lora_b, xa, keep, scale, dropout_p, order, offsets, *need)
     dx, das, dbs = x.new_empty(0), [], []
