@@ -104,15 +104,15 @@ def test_the_arguments_of_a_frozen_product(rows: int, dropout: bool) -> None:
     assert bias.shape == (N,) if dropout else bias is None
 
 
-@pytest.mark.parametrize("tokens", [20, 512])
+@pytest.mark.parametrize("tokens", [20, 512, 4096])
 def test_the_arguments_of_prompts(tokens: int) -> None:
-    """Rows of at most 64 tokens, padded differently, each with one of several prompts; the prompts are what trains."""
+    """Rows of at most 64 tokens, padded in eight ways, each with one of several prompts; the prompts are what trains."""
     forward, backward = both("prefix_concat", False, tokens)
     prompts, starts, longest, index, embeds, ids, embedding, mask, positions, labels = forward
     B, T = math.ceil(tokens / 64), min(tokens, 64)
     assert embeds is None and positions is None and labels is ids and ids.shape == mask.shape == (B, T)
     assert starts.diff().tolist() == [longest] * ADAPTERS and len(prompts) == starts[-1] and prompts.shape[1] == K
-    assert len({int(row.sum()) for row in mask}) == B and mask[0].all()
+    assert len({int(row.sum()) for row in mask}) == min(B, 8) and mask[0].all()
     assert index.tolist() == [row % ADAPTERS for row in range(B)] and 0 <= ids.min() <= ids.max() < len(embedding)
     out, *_, source = reference.prefix_concat(*forward)
     dout, own_source, prompt_rows, width, *need = backward
