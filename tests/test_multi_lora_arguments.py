@@ -116,6 +116,17 @@ def test_an_index_of_any_integers(dtype: torch.dtype, adapters: int) -> None:
     assert order.tolist() == [1, 0, 2] and offsets.tolist() == [0, 0, 1, *[3] * adapters]
 
 
+@pytest.mark.parametrize("index", [None, [0, 1], torch.zeros(3), torch.zeros(3, dtype=torch.bool)], ids=str)
+def test_group_rows_wants_integers(index: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="^index: got .*expected an integer tensor"):
+        group_rows(index, 2)
+
+
+def test_group_rows_says_which_numbers_there_are() -> None:
+    with pytest.raises(IndexError, match="^index: expected numbers from -1 to 1 "):
+        group_rows(torch.tensor([0, 2]), 2)
+
+
 @pytest.mark.parametrize("adapters", [0, -1, 1.5, None], ids=str)
 def test_group_rows_wants_a_number_of_adapters(adapters: Any) -> None:
     with pytest.raises((TypeError, ValueError), match="^adapters: "):
