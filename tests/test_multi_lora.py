@@ -411,6 +411,14 @@ def test_row_groups_keep_what_a_model_needs_and_not_all_that_ever_was() -> None:
         assert len(index.for_rows(rows)[0]) == rows and len(index._by_rows) <= 4
 
 
+def test_rows_of_an_adapter_keep_their_order(device: str) -> None:
+    """So sums over them are taken in one order, each time."""
+    index = torch.randint(-1, 5, (10_000,), device=device)
+    order, offsets = group_rows(index, 5).for_rows(len(index))
+    for i in range(-1, 5):
+        assert torch.equal(order[offsets[i + 1] : offsets[i + 2]], torch.nonzero(index == i).flatten())
+
+
 def test_row_groups_that_another_thread_clears() -> None:
     class Cleared(dict[int, Any]):
         def __setitem__(self, key: int, value: Any) -> None:
