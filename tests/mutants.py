@@ -47,6 +47,7 @@ OF_OPERATORS = (
     "ops",
     "table",
     "measure",
+    "problems",
 )
 OF_FROZEN = ("packed*", "frozen*", "product*", "native*", "lora_linear", "multi_lora")
 MODULES = {

@@ -187,6 +187,25 @@ def test_plain_pytorch_is_right_and_a_wrong_number_in_any_result_is_found(
             assert flaw is not None and f"the error of result {number} is" in flaw
 
 
+@pytest.mark.parametrize("op", ["multi_lora", "multi_lora_shared"])
+def test_dropouts_bits_count_where_a_backward_reads_them(
+    op: str, machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every row that has an adapter, and in no other."""
+    [call] = problems.operators[op].calls(8, 48, 40, torch.float32, torch.device("cpu"), True)[op]
+    order, offsets = call[-2:]
+    assert 0 < offsets[1] < 8
+    for place, row in enumerate(order):
+
+        def wrong(*args: Any, row: Tensor = row) -> Any:
+            ys, xa, keep = ops.reference.lora_linear(*args)
+            keep[:, row, 0] ^= 1
+            return ys, xa, keep
+
+        monkeypatch.setattr(ops, "implementations", ops.implementations | {(op, "cuda"): wrong})
+        assert (measure.find_flaw(op, "cuda", call) is not None) is (place >= int(offsets[1]))
+
+
 @pytest.mark.parametrize("late", [1, 2])
 def test_a_fault_that_the_device_finds_late_is_one(late: int, machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A device on which nothing runs any more, neither what is waited for next, is a fault of no implementation."""

@@ -190,7 +190,8 @@ def test_index_a_row_an_example_and_groups(device: str, implementation: str) -> 
     groups = group_rows(an_example, 2)
     for index in (an_example, an_example.int(), an_example.to(torch.int8), groups, groups, group_rows(a_row, 2)):
         assert torch.equal(multi_lora(x, *mixed[1:3], *adapters, index), expected)
-    # The same groups serve an x with one row an example.
+    # The same groups serve a flattened x, and one with one row an example.
+    assert torch.equal(multi_lora(mixed.x, *mixed[1:3], *adapters, groups), expected.view(12, 24))
     torch.testing.assert_close(multi_lora(x[:, 0], *mixed[1:3], *adapters, groups), expected[:, 0])
     torch.testing.assert_close(multi_lora(x[0, 0], *mixed[1:3], *adapters, an_example[0]), expected[0, 0])
 
