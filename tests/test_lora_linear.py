@@ -1,5 +1,6 @@
 """lora_linear: y = x Wᵀ + b + s d(x) Aᵀ Bᵀ, every implementation against the float64 reference, forward and backward."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -205,6 +206,22 @@ def test_on_meta() -> None:
     assert y.is_meta and y.shape == (2, 3, 12) and y.dtype == torch.bfloat16
     for leaf, grad in zip((x, lora_a, lora_b), gradients(y, (x, lora_a, lora_b), dy.view_as(y)), strict=True):
         assert grad.is_meta and grad.shape == leaf.shape and grad.dtype == leaf.dtype
+
+
+@pytest.mark.parametrize(("dropout_p", "drawn"), [(0.3, True), (0.3, False), (0.0, False)])
+def test_shapes_on_meta_are_the_real_ones(dropout_p: float, drawn: bool) -> None:
+    """Of all that the operator and its backward return, whatever is dropped and needed."""
+    seed = torch.tensor([7]) if drawn else None
+    real = one_layer(make_layer(5, 24, 16, 4), SCALE, dropout_p, seed)
+    meta = real.mapped(lambda one: one.to("meta"))._replace(seed=None if seed is None else seed.to("meta"))
+    forward, backward = torch.ops.fastlora.lora_linear, torch.ops.fastlora.lora_linear_backward
+    ([y], *state), ([shape], *shapes) = (forward(*one.raw()) for one in (real, meta))
+    assert [one.shape for one in (shape, *shapes)] == [one.shape for one in (y, *state)]
+    assert [one.dtype for one in (shape, *shapes)] == [one.dtype for one in (y, *state)]
+    for need in itertools.product((True, False), repeat=3):
+        given = ((real, y, state), (meta, shape, shapes))
+        grads, expected = (backward(*one.backward_arguments([dy], *own, *need)) for one, dy, own in given)
+        assert [one.shape for one in grads] == [one.shape for one in expected]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
