@@ -127,6 +127,12 @@ def test_prompts_are_measured_in_two_sizes_of_batch() -> None:
     }
 
 
+def test_each_result_is_compared_as_a_whole() -> None:
+    one, other = torch.ones(2, 3), torch.ones(4)
+    assert [found is one for found in problems.tensors_of(one, ())] == [True]
+    assert [found.shape for found in problems.tensors_of((one, other), ())] == [(2, 3), (4,)]
+
+
 @pytest.mark.parametrize("op", ON_A_CPU)
 def test_arguments_are_the_same_each_time_and_leave_torchs_generator_alone(op: str) -> None:
     before = torch.get_rng_state()
