@@ -55,7 +55,10 @@ MODELS: dict[str, tuple[Callable[[], Any], set[str]]] = {
     "qwen2": (lambda: Qwen2ForCausalLM(Qwen2Config(**SIZES)), {NORM, MLP, ATTENTION}),
     "qwen3": (lambda: Qwen3ForCausalLM(Qwen3Config(**SIZES, head_dim=16)), {NORM, MLP, ATTENTION}),
     "mistral": (lambda: MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None)), {NORM, MLP, ATTENTION}),
-    "mixtral": (lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, experts_implementation="eager")), {NORM, ATTENTION}),
+    "mixtral": (
+        lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_local_experts=4, experts_implementation="eager")),
+        {NORM, ATTENTION},
+    ),
     "phi3, gate and up in one": (lambda: Phi3ForCausalLM(Phi3Config(**SIZES)), {NORM, ATTENTION}),
     "gemma2, whose norm adds one": (lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8)), {ATTENTION}),
     "gelu": (lambda: LlamaForCausalLM(LlamaConfig(**SIZES, hidden_act="gelu")), {NORM, ATTENTION}),

@@ -102,7 +102,7 @@ def test_what_fails_in_one_size_is_used_in_none(
 def test_right_implementations_pass(op: str, dtype: torch.dtype, timed: list[list[str]], machine: Path) -> None:
     for problem in problems.listed("cpu", [op], [dtype], ["small"]):
         found = measure.one_class(problem, torch.device("cpu"), 0.0)
-        assert [one.op for one in found] == [op, f"{op}_backward"]
+        assert [one.op for one in found] == [name for name in (op, f"{op}_backward") if name in ops.CASES]
         assert all(one.checked and one.ratio == 0.5 and one.rows == problem.rows for one in found)
 
 
@@ -163,7 +163,7 @@ def call_of(op: str) -> tuple[Any, ...]:
     return calls[op][0]
 
 
-@pytest.mark.parametrize("op", [op + suffix for op in ON_A_CPU for suffix in ("", "_backward")])
+@pytest.mark.parametrize("op", [op for op in ops.CASES if op.removesuffix("_backward") in ON_A_CPU])
 def test_plain_pytorch_is_right_and_a_wrong_number_in_any_result_is_found(
     op: str, machine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -31,6 +31,13 @@ def test_the_classes_of_a_layer() -> None:
         assert {one[1] for one in classes} == set(sizes)
 
 
+def test_the_classes_of_what_is_computed_row_by_row() -> None:
+    """Those that a table can hold, and never with dropout."""
+    classes = list(problems.row_classes("cpu", torch.float32, ["small"]))
+    assert {rows for rows, *_ in classes} <= set(table.ROWS) and {size for _, size, _ in classes} == {"small", "large"}
+    assert len(classes) == 3 and not any(dropout for *_, dropout in classes)
+
+
 def test_the_classes_of_a_frozen_product(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those where there may be a copy of the weight; only few rows never use one."""
     monkeypatch.setattr(packed, "packs", lambda dtype: dtype is torch.bfloat16)
@@ -138,7 +145,8 @@ def test_arguments_are_the_same_each_time_and_leave_torchs_generator_alone(op: s
     before = torch.get_rng_state()
     first, second = (measured[op].calls(M, K, N, torch.float32, CPU, True) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
-    for name in (op, f"{op}_backward"):
+    assert set(first) == {name for name in (op, f"{op}_backward") if name in ops.CASES}
+    for name in first:
         one, other = (
             measured[op].comparable(getattr(ops.reference, ops.CASES[name])(*made[name][0]), made[name][0])
             for made in (first, second)
