@@ -56,7 +56,6 @@ MODULES = {
     "fastlora/peft/reporting.py": OF_PEFT,
     "fastlora/operators/lora_linear.py": OF_OPERATORS,
     "fastlora/choice/clock.py": ("clock", "measure"),
-    "fastlora/choice/problems.py": ("problems", "measure"),
     "fastlora/choice/table.py": ("table*", "trial*", "measure*", "tune", "one_choice", "ops"),
     "fastlora/frozen/packed.py": OF_FROZEN,
     "fastlora/frozen/products.py": OF_FROZEN,
