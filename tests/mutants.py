@@ -37,13 +37,25 @@ import pytest
 TESTS = Path(__file__).parent
 EXPLAINED = TESTS / "mutants_explained.toml"
 OF_PEFT = ("peft*", "obstacles*", "report*", "sibling*", "layers", "unloading", "packed*")
-OF_OPERATORS = ("lora_linear*", "multi_lora*", "layers*", "sibling*", "derivatives", "gradients", "ops", "table")
+OF_OPERATORS = (
+    "lora_linear*",
+    "multi_lora*",
+    "layers*",
+    "sibling*",
+    "derivatives",
+    "gradients",
+    "ops",
+    "table",
+    "measure",
+    "problems",
+)
 OF_FROZEN = ("packed*", "frozen*", "product*", "native*", "lora_linear", "multi_lora")
 MODULES = {
     "fastlora/peft/obstacles.py": OF_PEFT,
     "fastlora/peft/siblings.py": OF_PEFT,
     "fastlora/peft/reporting.py": OF_PEFT,
     "fastlora/operators/lora_linear.py": OF_OPERATORS,
+    "fastlora/choice/clock.py": ("clock", "measure"),
     "fastlora/choice/table.py": ("table*", "trial*", "measure*", "tune", "one_choice", "ops"),
     "fastlora/frozen/packed.py": OF_FROZEN,
     "fastlora/frozen/products.py": OF_FROZEN,

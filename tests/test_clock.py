@@ -85,6 +85,22 @@ def test_rounds_go_on_for_as_long_as_they_are_taken() -> None:
     assert "".join(asked) == "abbaab"
 
 
+def test_the_hosts_clock_waits_for_a_card_before_and_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a card had to do before is not in the time, what these calls have launched is; a CPU is not waited for."""
+    now, done = [0.0], []
+
+    def synchronize(device: torch.device) -> None:
+        done.append(device)
+        now[0] += 5.0
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    for device, seconds in (("cuda", (5.0 + 2 * 1.5) / 2), ("cpu", 1.5)):
+        run = clock.HostClock(torch.device(device))
+        assert run(lambda turn: now.__setitem__(0, now[0] + 1.5), 0, 2) == seconds
+    assert done == [torch.device("cuda")] * 2
+
+
 def test_the_hosts_clock_gives_the_mean_over_calls() -> None:
     turns: list[int] = []
     assert 0 < clock.HostClock(torch.device("cpu"))(turns.append, 7, 3) < 1

@@ -146,7 +146,11 @@ def test_the_gradients_are_the_same_bits_each_time(chosen):
         ({"hidden": torch.ones(2, 4, dtype=torch.int64)}, ValueError, "hidden: "),
         ({"weight": torch.ones(5, 3)}, ValueError, r"weight: .*expected shape \[V, 4\]"),
         ({"weight": torch.ones(5, 4).bfloat16()}, ValueError, "weight: .*expected .*float32"),
+        ({"weight": torch.ones(5, 4, 1)}, ValueError, "weight: .*expected 2 dimensions"),
+        ({"weight": torch.ones(5, 4, device="meta")}, ValueError, "weight: .*device cpu"),
         ({"weight": [1.0]}, TypeError, "weight: "),
+        ({"bias": torch.ones(5, 1)}, ValueError, "bias: .*expected 1 dimensions"),
+        ({"bias": torch.ones(5).double()}, ValueError, "bias: .*dtype torch.float32"),
         ({"bias": torch.ones(4)}, ValueError, r"bias: .*expected shape \[5\]"),
         ({"labels": torch.ones(3, dtype=torch.int64)}, ValueError, "labels: "),
         ({"labels": torch.ones(2)}, ValueError, "labels: "),
@@ -203,6 +207,40 @@ def test_what_is_not_needed_has_no_elements(chosen):
     assert dhidden.numel() == 0 and {loss.dtype, highest.dtype, total.dtype, dhidden.dtype} == {torch.float64}
     dweight, dbias = ops.implementations[f"{OPERATOR}_backward", chosen](loss, *given, highest, total)
     assert dweight.shape == (31, 12) and dbias.numel() == 0
+
+
+def test_float32_logits_need_no_second_room():
+    """What is narrower has one room for all blocks of the vocabulary."""
+    for dtype, elements in ((torch.float32, 0), (torch.float64, 0), (torch.bfloat16, 7 * 31), (torch.float16, 7 * 31)):
+        hidden, weight, *_ = raw(7, 12, 31, dtype)
+        assert operator._scratch(hidden, weight).numel() == elements
+
+
+def test_a_frozen_head_costs_no_gradient(monkeypatch):
+    hidden, weight, bias, labels = raw(7, 12, 31, torch.float32)
+    monkeypatch.setattr(operator, "run_backward", None)
+    linear_cross_entropy(hidden.requires_grad_(), weight, bias, labels).backward()
+    loss = linear_cross_entropy(hidden, weight, bias.requires_grad_(), labels)
+    with pytest.raises(TypeError):
+        loss.backward()  # a trained bias is a gradient to compute
+
+
+class Seen(TorchDispatchMode):
+    """The operators of fastlora that are called, and whether any other computes a product."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names = [*getattr(self, "names", ()), str(function)]
+        return function(*args, **(kwargs or {}))
+
+
+def test_whoever_looks_at_operators_sees_two():
+    *leaves, labels = head(5, 12, 31, torch.float32)
+    with Seen() as seen:
+        linear_cross_entropy(*leaves, labels).backward()
+    assert [name for name in seen.names if "fastlora" in name or "mm" in name] == [
+        "fastlora.linear_cross_entropy.default",
+        "fastlora.linear_cross_entropy_backward.default",
+    ]
 
 
 def test_the_choice():

@@ -1,5 +1,6 @@
 """lora_linear: y = x Wᵀ + b + s d(x) Aᵀ Bᵀ, every implementation against the float64 reference, forward and backward."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -207,6 +208,22 @@ def test_on_meta() -> None:
         assert grad.is_meta and grad.shape == leaf.shape and grad.dtype == leaf.dtype
 
 
+@pytest.mark.parametrize(("dropout_p", "drawn"), [(0.3, True), (0.3, False), (0.0, False)])
+def test_shapes_on_meta_are_the_real_ones(dropout_p: float, drawn: bool) -> None:
+    """Of all that the operator and its backward return, whatever is dropped and needed."""
+    seed = torch.tensor([7]) if drawn else None
+    real = one_layer(make_layer(5, 24, 16, 4), SCALE, dropout_p, seed)
+    meta = real.mapped(lambda one: one.to("meta"))._replace(seed=None if seed is None else seed.to("meta"))
+    forward, backward = torch.ops.fastlora.lora_linear, torch.ops.fastlora.lora_linear_backward
+    ([y], *state), ([shape], *shapes) = (forward(*one.raw()) for one in (real, meta))
+    assert [one.shape for one in (shape, *shapes)] == [one.shape for one in (y, *state)]
+    assert [one.dtype for one in (shape, *shapes)] == [one.dtype for one in (y, *state)]
+    for need in itertools.product((True, False), repeat=3):
+        given = ((real, y, state), (meta, shape, shapes))
+        grads, expected = (backward(*one.backward_arguments([dy], *own, *need)) for one, dy, own in given)
+        assert [one.shape for one in grads] == [one.shape for one in expected]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_xa(device: str, implementation: str, dtype: torch.dtype) -> None:
     """xa leaves in float32, within the bound: the backward of any other implementation may read it."""
@@ -278,6 +295,14 @@ def test_dropout_at_its_ends(device: str, implementation: str, dropout_p: float,
 def test_dropout_only_in_training(device: str, implementation: str) -> None:
     y, dx = dropped_ones(device, 5, 17, 0.5, training=False)
     assert (y == 1).all() and (dx == 1).all()
+
+
+def test_what_drops_nothing_draws_nothing(device: str, implementation: str) -> None:
+    """A run's random numbers do not depend on whether its layers are fastlora's."""
+    before = torch.get_rng_state()
+    dropped_ones(device, 5, 17, 0.0)
+    dropped_ones(device, 5, 17, 0.5, training=False)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_every_call_draws_its_own_mask(device: str, implementation: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from bounds import make_layer
 
-from fastlora.functional import lora_linear, lora_linear_shared
+from fastlora.functional import lora_linear, lora_linear_shared, multi_lora
 
 
 def right_arguments() -> dict[str, Any]:
@@ -89,5 +89,26 @@ def test_layers_that_share_x_name_the_wrong_one() -> None:
             [one.lora_b, other.lora_b],
             [1.0, 1.0],
         )
+    with pytest.raises(ValueError, match="weight: got '0 entries', expected one for each of the 0 weights, at least 1"):
+        lora_linear_shared(one.x, [], [], [], [], [])
     with pytest.raises(ValueError, match="lora_b: got '1 entries', expected one for each of the 2 weights"):
         lora_linear_shared(one.x, [one.weight] * 2, [None] * 2, [one.lora_a] * 2, [one.lora_b], [1.0, 1.0])
+
+
+def test_all_adapters_have_one_dtype() -> None:
+    """x's or float32, but not one of them this and another that."""
+    x, weight, _, a, b, _ = make_layer(4, 8, 6, 2, torch.bfloat16)
+    frozen, mixed = ([weight] * 2, [None] * 2), ([a, a.float()], [b, b.float()])
+    with pytest.raises(ValueError, match=r"^lora_a\[1\]: got float32 .*the dtype of lora_a\[0\], torch.bfloat16"):
+        lora_linear_shared(x, *frozen, *mixed, [1.0, 1.0])
+    with pytest.raises(ValueError, match=r"^lora_a\[1\]: got float32 .*the dtype of lora_a\[0\], torch.bfloat16"):
+        multi_lora(x, weight, None, *mixed, [1.0, 1.0], torch.zeros(4, dtype=torch.int64))
+
+
+def test_autocast_makes_the_dtypes_of_the_frozen_part_one() -> None:
+    x, weight, bias, a, b, _ = make_layer(4, 8, 6, 2)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = lora_linear(x, weight.half(), bias.double(), a, b, 1.0)
+        assert torch.equal(y, lora_linear(x, weight.half().bfloat16(), bias, a, b, 1.0)) and y.dtype == torch.bfloat16
+    with pytest.raises(ValueError, match="^weight: .*x's dtype"):
+        lora_linear(x, weight.half(), bias, a, b, 1.0)

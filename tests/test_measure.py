@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from bounds import gradients, make_layer
-from measurements import ON_A_CPU, a_machine, choose, half_times, needs_native, restart, small_weights  # noqa: F401  (fixtures)
+from measurements import ON_A_CPU, a_machine, choose, entry, half_times, needs_native, restart, small_weights  # noqa: F401  (fixtures)
 from torch import Tensor
 
 from fastlora import functional, ops
 from fastlora.choice import measure, problems, table, trial
+from fastlora.operators import lora_linear
 
 
 def wrong_value(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,8 +102,151 @@ def test_what_fails_in_one_size_is_used_in_none(
 def test_right_implementations_pass(op: str, dtype: torch.dtype, timed: list[list[str]], machine: Path) -> None:
     for problem in problems.listed("cpu", [op], [dtype], ["small"]):
         found = measure.one_class(problem, torch.device("cpu"), 0.0)
-        assert [one.op for one in found] == [op, f"{op}_backward"]
+        assert [one.op for one in found] == [name for name in (op, f"{op}_backward") if name in ops.CASES]
         assert all(one.checked and one.ratio == 0.5 and one.rows == problem.rows for one in found)
+
+
+def one_class(dropout: bool = False, dtype: torch.dtype = torch.float32, **options: Any) -> list[table.Measurement]:
+    problem = problems.Problem("lora_linear", dtype, 8, "small", dropout)
+    return measure.one_class(problem, torch.device("cpu"), 0.0, **options)
+
+
+@needs_native
+def test_whoever_watches_is_told_what_runs(machine: Path, timed: list[list[str]]) -> None:
+    """What is checked, then what is timed, then that nothing runs: of each operator, and nothing of what is refused."""
+    told: list[tuple[str, list[str]]] = []
+    refused = {("lora_linear", "float32", "cpu")}
+    found = one_class(refused=refused, trying=lambda op, runs: told.append((op, list(runs))))
+    assert told == [("lora_linear", []), ("lora_linear", [])] + [
+        ("lora_linear_backward", runs) for runs in (["cpu"], ["cpu"], [])
+    ]
+    assert [one.checked for one in found] == [False, True]
+    assert timed == [["reference"], ["reference", "cpu"]]
+
+
+def test_nothing_is_drawn_where_only_plain_pytorch_runs(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(problems, "Draw", None)
+    monkeypatch.setattr(lora_linear, "Draw", None)
+    assert one_class(dtype=torch.float64) == []
+
+
+@needs_native
+def test_dropout_is_checked_in_every_class(
+    machine: Path, timed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And bias and odd sizes with it: also where what is timed has none of them."""
+    monkeypatch.setattr(ops, "implementations", ops.implementations | {("lora_linear", "cpu"): wrong_mask})
+    with pytest.warns(
+        UserWarning, match=r"cpu is refused for lora_linear: torch.float32 \[37, 100\], \[75, 100\], \[75\], .*result 0"
+    ):
+        assert [one.checked for one in one_class()] == [False, True]
+
+
+@needs_native
+def test_autocast_and_gradients_are_off_while_something_is_measured(
+    machine: Path, timed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native, seen = ops.implementations["lora_linear", "cpu"], []
+
+    def look(*args: Any) -> Any:
+        seen.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        return native(*args)
+
+    monkeypatch.setattr(ops, "implementations", ops.implementations | {("lora_linear", "cpu"): look})
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(one.checked for one in one_class())
+    assert seen and set(seen) == {(False, False)}
+
+
+def call_of(op: str) -> tuple[Any, ...]:
+    calls = problems.operators[op.removesuffix("_backward")].calls(8, 48, 40, torch.float32, torch.device("cpu"), False)
+    return calls[op][0]
+
+
+@pytest.mark.parametrize("op", [op for op in ops.CASES if op.removesuffix("_backward") in ON_A_CPU])
+def test_plain_pytorch_is_right_and_a_wrong_number_in_any_result_is_found(
+    op: str, machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, call, place = ops.implementations[op, "reference"], call_of(op), [0]
+
+    def wrong(*args: Any) -> Any:
+        results = plain(*args)
+        several = results if isinstance(results, tuple) else (results,)
+        flat = [one for part in several for one in (part if isinstance(part, list) else [part])]
+        if flat[place[0]].is_floating_point():
+            flat[place[0]].view(-1)[:1] += 1
+        return results
+
+    assert measure.find_flaw(op, "reference", call) is None
+    monkeypatch.setattr(ops, "implementations", ops.implementations | {(op, "cuda"): wrong})
+    found = measure._results(op, plain, call)
+    for number, one in enumerate(found):
+        place[0] = number
+        flaw = measure.find_flaw(op, "cuda", call)
+        if one.is_floating_point() and one.numel():
+            assert flaw is not None and f"the error of result {number} is" in flaw
+
+
+@pytest.mark.parametrize("op", ["multi_lora", "multi_lora_shared"])
+def test_dropouts_bits_count_where_a_backward_reads_them(
+    op: str, machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In every row that has an adapter, and in no other."""
+    [call] = problems.operators[op].calls(8, 48, 40, torch.float32, torch.device("cpu"), True)[op]
+    order, offsets = call[-2:]
+    assert 0 < offsets[1] < 8
+    for place, row in enumerate(order):
+
+        def wrong(*args: Any, row: Tensor = row) -> Any:
+            ys, xa, keep = ops.reference.lora_linear(*args)
+            keep[:, row, 0] ^= 1
+            return ys, xa, keep
+
+        monkeypatch.setattr(ops, "implementations", ops.implementations | {(op, "cuda"): wrong})
+        assert (measure.find_flaw(op, "cuda", call) is not None) is (place >= int(offsets[1]))
+
+
+@pytest.mark.parametrize("late", [1, 2])
+def test_a_fault_that_the_device_finds_late_is_one(late: int, machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device on which nothing runs any more, neither what is waited for next, is a fault of no implementation."""
+    waits: list[torch.device] = []
+
+    def wait_for(device: torch.device) -> None:
+        waits.append(device)
+        if len(waits) <= late:
+            raise RuntimeError("a late fault")
+
+    monkeypatch.setattr(measure, "wait_for", wait_for)
+    if late == 1:
+        flaw = measure.find_flaw("lora_linear", "reference", call_of("lora_linear"))
+        assert flaw is not None and flaw.endswith("it raises RuntimeError: a late fault")
+    else:
+        with pytest.raises(RuntimeError, match="a late fault"):
+            measure.find_flaw("lora_linear", "reference", call_of("lora_linear"))
+    assert len(waits) == 2
+
+
+@pytest.mark.parametrize("fault", [torch.OutOfMemoryError("full"), RuntimeError("[CUDA]: out of memory")], ids=repr)
+def test_a_full_card_is_no_flaw(fault: Exception, machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*args: Any) -> Any:
+        raise fault
+
+    monkeypatch.setattr(ops, "implementations", ops.implementations | {("lora_linear", "cpu"): run})
+    with pytest.raises(type(fault)):
+        measure.find_flaw("lora_linear", "cpu", call_of("lora_linear"))
+
+
+def test_what_failed_in_a_way_that_is_not_known_failed_in_all() -> None:
+    known = [entry(None), entry(0.5), entry(None, "frozen_linear_backward")]
+    refused = {
+        ("lora_linear", "float32", "cpu"),
+        *(("frozen_linear_backward", "float32", f"cpu {way}") for way in ("plain", "packed")),
+    }
+    assert measure.refused_before(known) == refused
+    assert not measure.is_refused(known[0], refused) and measure.is_refused(known[1], refused)
+    assert not measure.is_refused(entry(0.5, "multi_lora"), refused)
+    assert not measure.is_refused(entry(0.5, "frozen_linear_backward"), refused)
+    assert measure.is_refused(entry(0.5, "frozen_linear_backward")._replace(way="packed"), refused)
 
 
 class FakeTime:
@@ -140,3 +284,5 @@ def test_a_long_call_is_timed_once(clock: FakeTime) -> None:
     functions = {"reference": clock.function("reference", 10.0), "cpu": clock.function("cpu", 1.0)}
     assert measure.ratios(functions, [(0,)], torch.device("cpu"), 0.01) == {"cpu": pytest.approx(0.1)}
     assert len(clock.calls) == 2
+    assert measure.ratios({"reference": functions["reference"]}, [(0,)], torch.device("cpu"), 0.01) == {}
+    assert len(clock.calls) == 2  # nothing to compare with

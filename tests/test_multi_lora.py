@@ -190,7 +190,8 @@ def test_index_a_row_an_example_and_groups(device: str, implementation: str) -> 
     groups = group_rows(an_example, 2)
     for index in (an_example, an_example.int(), an_example.to(torch.int8), groups, groups, group_rows(a_row, 2)):
         assert torch.equal(multi_lora(x, *mixed[1:3], *adapters, index), expected)
-    # The same groups serve an x with one row an example.
+    # The same groups serve a flattened x, and one with one row an example.
+    assert torch.equal(multi_lora(mixed.x, *mixed[1:3], *adapters, groups), expected.view(12, 24))
     torch.testing.assert_close(multi_lora(x[:, 0], *mixed[1:3], *adapters, groups), expected[:, 0])
     torch.testing.assert_close(multi_lora(x[0, 0], *mixed[1:3], *adapters, an_example[0]), expected[0, 0])
 
@@ -401,6 +402,22 @@ def test_compiles_whole(device: str, grouped: bool) -> None:
         assert torch.equal(y, expected)
         for grad, want in zip(gradients(y, inputs, mixed.dy), gradients(expected, inputs, mixed.dy), strict=True):
             assert torch.equal(grad, want)
+
+
+def test_row_groups_keep_what_a_model_needs_and_not_all_that_ever_was() -> None:
+    index = group_rows(torch.tensor([0, -1]), 1)
+    first, second = index.for_rows(2), index.for_rows(4)
+    assert index.for_rows(2) is first and index.for_rows(4) is second
+    for rows in range(2, 40, 2):
+        assert len(index.for_rows(rows)[0]) == rows and len(index._by_rows) <= 4
+
+
+def test_rows_of_an_adapter_keep_their_order(device: str) -> None:
+    """So sums over them are taken in one order, each time."""
+    index = torch.randint(-1, 5, (10_000,), device=device)
+    order, offsets = group_rows(index, 5).for_rows(len(index))
+    for i in range(-1, 5):
+        assert torch.equal(order[offsets[i + 1] : offsets[i + 2]], torch.nonzero(index == i).flatten())
 
 
 def test_row_groups_that_another_thread_clears() -> None:

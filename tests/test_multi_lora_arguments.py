@@ -113,7 +113,18 @@ def test_groups_must_fit_the_examples() -> None:
 def test_an_index_of_any_integers(dtype: torch.dtype, adapters: int) -> None:
     """Also of those that do not reach from -1 to the number of adapters."""
     order, offsets = group_rows(torch.tensor([1, 0, 1], dtype=dtype), adapters).for_rows(3)
-    assert order.tolist() == [1, 0, 2] and offsets.tolist()[:4] == [0, 0, 1, 3]
+    assert order.tolist() == [1, 0, 2] and offsets.tolist() == [0, 0, 1, *[3] * adapters]
+
+
+@pytest.mark.parametrize("index", [None, [0, 1], torch.zeros(3), torch.zeros(3, dtype=torch.bool)], ids=str)
+def test_group_rows_wants_integers(index: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="^index: got .*expected an integer tensor"):
+        group_rows(index, 2)
+
+
+def test_group_rows_says_which_numbers_there_are() -> None:
+    with pytest.raises(IndexError, match="^index: expected numbers from -1 to 1 "):
+        group_rows(torch.tensor([0, 2]), 2)
 
 
 @pytest.mark.parametrize("adapters", [0, -1, 1.5, None], ids=str)

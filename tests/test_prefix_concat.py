@@ -382,6 +382,25 @@ def test_gradients_where_only_some_are_wanted(device: str, implementation: str) 
         assert torch.equal(some, all_of_it)
 
 
+def test_only_the_embeddings_are_differentiated() -> None:
+    """Of the results: neither a mask of floats, nor what has no gradient to give back."""
+
+    class Stop(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> None:
+            return None
+
+    batch = make_batch(["0011", "1111"])
+    result = prefix_concat(batch.prompts, batch.embeds, batch.attention_mask.float(), prompt_index=batch.prompt_index)
+    assert result.embeds.requires_grad and not result.attention_mask.requires_grad
+    Stop.apply(result.embeds).nan_to_num().sum().backward()
+    assert all(one.grad is None for one in (batch.embeds, *batch.prompts))
+
+
 def test_gradcheck(device: str) -> None:
     batch = make_batch(["0110", "1111", "0000", "0111"], dtype=torch.float64, device=device)
     embeds = batch.embeds.detach().nan_to_num().requires_grad_()

@@ -97,6 +97,25 @@ def test_wrong_arguments(name: str, changes: dict[str, Any]) -> None:
         prefix_concat(**{**right_arguments(), **changes})
 
 
+def test_numbers_that_do_not_exist_are_told_with_those_that_do() -> None:
+    for changes, message in (
+        ({**IDS, "input_ids": integers(2, 4) + 7}, r"^input_ids: expected numbers from 0 to 6 \(embedding \[7, 5\]\)$"),
+        ({"prompt_index": integers(2) + 3}, r"^prompt_index: expected numbers from 0 to 2 \(3 prompts\)$"),
+    ):
+        with pytest.raises(IndexError, match=message):
+            prefix_concat(**{**right_arguments(), **changes})
+
+
+def test_one_token_and_one_prompt_are_enough() -> None:
+    ids = {**IDS, "embedding": torch.ones(1, 5), "prompts": torch.ones(1, 2, 5), "prompt_index": None}
+    assert prefix_concat(**{**right_arguments(), **ids}).embeds.shape == (2, 6, 5)
+
+
+def test_an_embedding_that_trains_is_no_fault_where_nothing_does() -> None:
+    with torch.no_grad():
+        prefix_concat(**{**right_arguments(), **IDS, "embedding": torch.ones(7, 5, requires_grad=True)})
+
+
 def call_the_native_operators_wrongly() -> None:
     wrong: dict[str, tuple[str, dict[str, Any]]] = {
         "prompts: 3-D": ("prompts", {"prompts": torch.ones(1, 6, 5)}),

@@ -120,6 +120,7 @@ def test_the_fastest_of_several_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     [
         (0.6, ("triton", 0.5), "together"),
         (0.6, ("triton", 0.7), "each"),  # what runs them one by one gains more
+        (0.6, ("triton", 0.6), "each"),  # or as much
         (1.5, ("triton", 0.9), "together"),
         (1.5, ("triton", 1.5), "each"),
         (0.6, ("cuda", 0.7), "together"),  # the same implementation: a group saves passes over x

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from filelock import FileLock, Timeout
-from measurements import a_machine, entry  # noqa: F401  (a fixture)
+from measurements import a_machine, choose, entry, hold, needs_native  # noqa: F401  (a fixture)
 
 from fastlora.choice import table
 
@@ -28,7 +28,25 @@ def test_what_another_process_kept_meanwhile_is_known(machine: Path) -> None:
     assert {one.ratio for one in table.entries("cpu")} == {0.5, 0.7}  # nothing of the other's was lost
 
 
+def test_what_another_process_keeps_between_two_measurements_is_not_lost(machine: Path) -> None:
+    table.keep("cpu", [entry(0.5)], "this one")
+    table.write(machine, "cpu", [entry(0.5), entry(0.6, rows=1)], "another process")
+    table.keep("cpu", [entry(0.7, rows=8)], "this one")
+    table.load_state(None)
+    assert {one.ratio for one in table.entries("cpu")} == {0.5, 0.6, 0.7}
+
+
+@needs_native
+def test_what_was_chosen_before_another_process_measured_is_chosen_again(machine: Path) -> None:
+    assert choose() == "cpu"
+    table.write(machine, "cpu", [entry(2.0)], "another process")
+    with table.alone("cpu"):
+        assert choose() == "reference"
+
+
 def test_one_process_at_a_time(machine: Path) -> None:
+    """Until the one before ends, or fails, whoever still looks at why."""
+
     def another() -> FileLock:
         return FileLock(machine.with_suffix(".lock"))
 
@@ -36,6 +54,10 @@ def test_one_process_at_a_time(machine: Path) -> None:
         another().acquire(timeout=0)
     with another().acquire(timeout=0):
         pass
+    with pytest.raises(ValueError) as failure, table.alone("cpu"):
+        raise ValueError("inside")
+    with another().acquire(timeout=0):
+        assert str(failure.value) == "inside"
 
 
 def test_the_caches_folder_is_made(machine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,8 +67,10 @@ def test_the_caches_folder_is_made(machine: Path, tmp_path: Path, monkeypatch: p
         for _ in range(2):
             with table.alone("cpu"):
                 pass
-        assert table.keep("cpu", [entry(0.5)], "a test") == table.cache_path("cpu")
-    assert table.cache_path("cpu").parent == tmp_path / "not" / "there"
+        monkeypatch.setenv("FASTLORA_CACHE", str(tmp_path / "neither" / "there"))
+        for _ in range(2):
+            assert table.keep("cpu", [entry(0.5)], "a test") == table.cache_path("cpu")
+    assert table.cache_path("cpu").parent == tmp_path / "neither" / "there"
 
 
 def test_the_caches_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,6 +83,8 @@ def test_the_caches_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/one")
     assert table.cache_path("cpu").parent == Path("/home/one/.cache/fastlora")
     assert f"-threads{torch.get_num_threads()}.json" in table.cache_path("cpu").name
+    monkeypatch.setattr(table, "kind_of", lambda device_type: f"a-{device_type}")
+    assert table.cache_path("cuda").name.startswith("a-cuda-torch") and "threads" not in table.cache_path("cuda").name
 
 
 def test_what_a_machine_calls_itself(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,6 +141,15 @@ def test_the_faster_way_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> No
         assert table.way(*case) == "packed"
         patch.setattr(table, "forced_way", "plain")
         assert table.way(*case) == "plain"
+
+
+def test_a_state_is_of_the_card_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = entry(0.5, implementation="triton")
+    hold(measured, device_type="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert table.state() == {"cpu": []}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert table.state() == {"cpu": [], "cuda": [list(measured)]}
 
 
 def test_nothing_is_added_to_a_state_or_to_a_named_table(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,13 +82,13 @@ def time_in_turn(
         raise ValueError("runs: got none, expected at least one, the baseline first")
     if not budget > 0:
         raise ValueError(f"budget: got {budget}, expected a positive number of seconds")
-    turn, spent = 0, 0.0
+    turn = 0
     calls: dict[str, int] = {}
 
     def sample(name: str, count: int) -> float:
-        nonlocal turn, spent
+        nonlocal turn
         seconds = clock(runs[name], turn, count)
-        turn, spent = turn + count, spent + seconds * count
+        turn += count
         return seconds
 
     for name in runs:
@@ -101,6 +101,7 @@ def time_in_turn(
     rounds: list[dict[str, float]] = []
     for one in rounds_in_turn(list(runs), lambda name: sample(name, calls[name])):
         rounds.append(one)
+        spent += sum(seconds * calls[name] for name, seconds in one.items())
         if len(rounds) >= MOST_ROUNDS or (len(rounds) >= fewest and spent >= budget):
             break
     samples = {name: [one[name] for one in rounds] for name in runs}

@@ -66,7 +66,6 @@ choices: dict[Hashable, Any] = {}
 """What `ops` has chosen so far, emptied whenever the measurements change."""
 
 _tables: dict[str, Table] = {}  # by device type
-_cached: dict[str, Table] = {}  # the part of them that lies in this machine's cache
 _loaded = False  # whether the tables came from `load_state`
 
 
@@ -139,9 +138,8 @@ def keep(device_type: str, found: Iterable[Measurement], command: str) -> Path |
     """Use these measurements from now on, and add them to this machine's cache; returns its path, None where it cannot be written."""
     path = cache_path(device_type)
     learn(device_type, found)
-    _cached[device_type] = _cached.get(device_type, {}) | _by_class(found)
     try:
-        write(path, device_type, _cached[device_type].values(), command)
+        write(path, device_type, (_read_cache(device_type) | _by_class(found)).values(), command)
     except OSError as error:
         warnings.warn(f"fastlora: the measurements of this machine cannot be kept: {error}", stacklevel=2)
         return None
@@ -154,16 +152,13 @@ def alone(device_type: str) -> Iterator[None]:
     path = cache_path(device_type)
     lock = FileLock(path.with_suffix(".lock"))
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
+        lock.acquire()  # makes the folder, too
     except (OSError, NotImplementedError) as error:  # the latter: a file system without locks
         warnings.warn(
             f"fastlora: other processes may measure at the same time: no lock on {path}: {error}", stacklevel=2
         )
     try:
-        kept = _read_cache(device_type)
-        _tables[device_type] = _table(device_type) | kept
-        _cached[device_type] = _cached.get(device_type, {}) | kept
+        _tables[device_type] = _table(device_type) | _read_cache(device_type)
         choices.clear()
         yield
     finally:
@@ -197,7 +192,6 @@ def load_state(state: Mapping[str, Iterable[Iterable[Any]]] | None) -> None:
     global _loaded
     _loaded = state is not None
     _tables.clear()
-    _cached.clear()
     for device_type, entries in (state or {}).items():
         _tables[device_type] = _by_class(checked(Measurement(*entry)) for entry in entries)
     choices.clear()
@@ -237,8 +231,7 @@ def _read_files(device_type: str) -> Table:
     kind = kind_of(device_type)
     path = SHIPPED / f"{kind}.json"
     shipped = _read(path, {"schema": SCHEMA, "kind": kind}) if path.is_file() else {}
-    _cached[device_type] = _read_cache(device_type)
-    return shipped | _cached[device_type]
+    return shipped | _read_cache(device_type)
 
 
 def _read_cache(device_type: str) -> Table:

@@ -77,7 +77,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
     @differentiable_once
     def backward(ctx, saved, dloss):
         hidden, weight, bias, labels, highest, total, dhidden = saved
-        need_hidden, *need_head = ctx.needs_input_grad[:3]
+        need_hidden, *need_head = ctx.needs_input_grad
         dx = (dhidden * dloss).to(hidden.dtype) if need_hidden else None
         if not any(need_head):
             return dx, None, None, None

@@ -143,16 +143,14 @@ def run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """reference.py::lora_linear_backward, by the implementation that was chosen."""
     need = need_dx, need_da, need_db
-    function, together = _chosen(x, weight, keep.numel() > 0, order is not None, True)
+    function, together = _chosen(x, weight, bool(keep.numel()), order is not None, True)
     if together:
         return function(dy, x, weight, lora_a, lora_b, xa, keep, scale, dropout_p, order, offsets, *need)
     dx, das, dbs = x.new_empty(0), [], []
     for g, (a, b, s, p) in enumerate(_by_layer(len(weight), lora_a, lora_b, scale, dropout_p)):
         own_xa = xa[g : g + 1, :, : max(one.shape[0] for one in a)].contiguous()
-        own_keep = keep[g : g + 1] if keep.numel() else keep
-        part, da, db = function(
-            dy[g : g + 1], x, weight[g : g + 1], a, b, own_xa, own_keep, s, p, order, offsets, *need
-        )
+        own = dy[g : g + 1], x, weight[g : g + 1], a, b, own_xa, keep[g : g + 1]  # keep may have no elements
+        part, da, db = function(*own, s, p, order, offsets, *need)
         dx = dx + part if g else part
         das.append(da)
         dbs.append(db)
@@ -248,7 +246,7 @@ def _forward(
     x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor], *rest: Any
 ) -> tuple[Sequence[Tensor], Tensor, Tensor]:  # fmt: skip
     """`run` on x [..., K], past the dispatcher where nobody traces: gradients.py's rows_of and shaped, without their calls."""
-    rows = x if x.dim() == 2 else x.flatten(0, -2) if x.dim() > 2 else x[None]
+    rows = x if x.dim() == 2 else x[None] if x.dim() == 1 else x.flatten(0, -2)
     if is_eager(x, *weight, *bias, *lora_a, *lora_b):
         ys, xa, keep = run(rows, weight, bias, lora_a, lora_b, *rest)
     else:
@@ -430,7 +428,7 @@ def _check_adapter(
 def _adapter_lists(lora_a: Any, lora_b: Any, scale: Any, dropout_p: Any, of: str = "") -> tuple[Sequence[Any], ...]:
     """Lists with an entry an adapter of one layer. `of` stands behind the names: [1], a layer."""
     for name, values in (("lora_a", lora_a), ("lora_b", lora_b), ("scale", scale)):
-        if isinstance(values, Tensor) or not isinstance(values, Sequence):
+        if not isinstance(values, Sequence):
             raise wrong_type(name + of, values, "a list with one entry an adapter")
     S = len(lora_a)
     if S < 1:
@@ -441,7 +439,7 @@ def _adapter_lists(lora_a: Any, lora_b: Any, scale: Any, dropout_p: Any, of: str
         raise wrong(f"scale{of}", list(scale), f"{S} numbers, one for each lora_a")
     if isinstance(dropout_p, (int, float)):
         dropout_p = [dropout_p] * S
-    if isinstance(dropout_p, Tensor) or not isinstance(dropout_p, Sequence):
+    if not isinstance(dropout_p, Sequence):
         raise wrong_type(f"dropout_p{of}", dropout_p, "a probability, or a list with one an adapter")
     if len(dropout_p) != S:
         raise wrong(f"dropout_p{of}", list(dropout_p), f"one probability, or {S}, one for each adapter")
@@ -478,7 +476,7 @@ def _compute_checked(
             scales.append(float(s))
             p.append(float(q) if training else 0.0)
     checks.check_transforms(x, *weight, *bias, *every_a, *every_b)
-    rows = _rows_of_index(x, index[0], len(adapters[0][0])) if index else None
+    rows = _rows_of_index(x, index[0], len(every_a) // len(weight)) if index else None
     return compute(x, list(weight), list(bias), every_a, every_b, scales, p, rows, cast)
 
 
@@ -503,10 +501,9 @@ class RowGroups:
             if len(self._by_rows) >= 4:  # one that outlives a forward sees many row counts
                 self._by_rows.clear()
             # Codes 0 (no adapter), 1 to S, and S + 1 for numbers that do not exist.
-            code = torch.where(
-                (self.index >= -1) & (self.index < self.adapters), self.index + 1, self.adapters + 1
-            ).flatten()
-            if code.numel() and rows != code.numel():
+            beyond = self.adapters
+            code = torch.where(self.index < -1, beyond, self.index.clamp(max=beyond)).flatten() + 1
+            if rows != code.numel():
                 code = code.repeat_interleave(rows // code.numel(), output_size=rows)
             ordered, order = torch.sort(code, stable=True)
             offsets = torch.searchsorted(ordered, torch.arange(self.adapters + 3, device=code.device))

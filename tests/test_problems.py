@@ -1,0 +1,194 @@
+"""choice/problems.py and what operators enter there: which classes are measured, and arguments that are what a class says."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from measurements import ON_A_CPU
+from torch import Tensor
+
+from fastlora import operators, ops, reference
+from fastlora.choice import problems, table
+from fastlora.choice.problems import ADAPTERS, SIBLINGS
+from fastlora.choice.problems import operators as measured
+from fastlora.frozen import packed, products
+from fastlora.operators.lora_linear import CASES, DROPOUT_P, RANK
+
+M, K, N, CPU = 70, 48, 40, torch.device("cpu")
+DROPOUT = pytest.mark.parametrize("dropout", [False, True], ids=["no dropout", "dropout"])
+
+
+def test_the_classes_of_a_layer() -> None:
+    """Dropout in training only, which has many rows; and what takes torch seconds on a CPU has another class stand for it."""
+    few, many = [(1, "small", False), (8, "small", False)], [(64, "small", False), (64, "small", True)]
+    most = [(512, "small", False), (512, "small", True)]
+    assert problems.linear_classes("cpu", torch.float32, ["small"]) == [*few, *many, *most]
+    assert problems.linear_classes("cpu", torch.float16, ["small"]) == [*few, *many]
+    for device, dtype, sizes in (("cuda", torch.float16, ["small"]), ("cpu", torch.bfloat16, ["small", "large"])):
+        classes = problems.linear_classes(device, dtype, sizes)
+        assert sorted({one[0] for one in classes}) == list(problems.LINEAR_ROWS[device])
+        assert {one[1] for one in classes} == set(sizes)
+
+
+def test_the_classes_of_what_is_computed_row_by_row() -> None:
+    """Those that a table can hold, and never with dropout."""
+    classes = list(problems.row_classes("cpu", torch.float32, ["small"]))
+    assert {rows for rows, *_ in classes} <= set(table.ROWS) and {size for _, size, _ in classes} == {"small", "large"}
+    assert len(classes) == 3 and not any(dropout for *_, dropout in classes)
+
+
+def test_the_classes_of_a_frozen_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those where there may be a copy of the weight; only few rows never use one."""
+    monkeypatch.setattr(packed, "packs", lambda dtype: dtype is torch.bfloat16)
+    classes = operators.frozen_linear.classes
+    assert classes("cpu", torch.bfloat16, ["small"]) == [(rows, "small", False) for rows in (8, 64, 512)]
+    assert classes("cpu", torch.float32, ["small"]) == classes("cuda", torch.bfloat16, ["small"]) == []
+
+
+def test_what_is_listed_is_every_class_of_each_operator_and_dtype() -> None:
+    names, dtypes = ["prefix_concat", "lora_linear"], [torch.float32, torch.float16]
+    listed = problems.listed("cpu", names, dtypes, ["large"])
+    assert set(listed) == {
+        problems.Problem(name, dtype, *one)
+        for name in names
+        for dtype in dtypes
+        for one in measured[name].classes("cpu", dtype, ["large"])
+    }
+    assert len(listed) == len(set(listed))
+
+
+def spread(tensor: Tensor) -> float:
+    return float(tensor.float().std())
+
+
+def both(case: str, dropout: bool, rows: int = M) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """The arguments of an operator and of its backward."""
+    made = measured[case].calls(rows, K, N, torch.bfloat16, CPU, dropout)
+    assert list(made) == [case, f"{case}_backward"] and all(len(calls) == 1 for calls in made.values())
+    [forward], [backward] = made.values()
+    return forward, backward
+
+
+@DROPOUT
+@pytest.mark.parametrize(("shared", "mixed"), CASES, ids=CASES.values())
+def test_the_arguments_of_a_layer(shared: bool, mixed: bool, dropout: bool) -> None:
+    """As a model trains them: of its dtype with float32 adapters, of order 1, with a bias where dropout is. The backward is the forward's own."""
+    forward, backward = both(CASES[shared, mixed], dropout)
+    x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, order, offsets = forward
+    G, S = SIBLINGS if shared else 1, ADAPTERS if mixed else 1
+    assert x.shape == (M, K) and [one.shape for one in weight] == [(N, K)] * G
+    assert [None if one is None else one.shape for one in bias] == [(N,) if dropout else None] * G
+    assert [one.shape for one in lora_a] == [(RANK, K)] * (G * S) and [one.shape for one in lora_b] == [(N, RANK)] * (
+        G * S
+    )
+    assert {one.dtype for one in (x, *weight)} == {torch.bfloat16}
+    assert {one.dtype for one in (*lora_a, *lora_b)} == {torch.float32}
+    assert len(scale) == G * S and dropout_p == [DROPOUT_P if dropout else 0.0] * (G * S)
+    assert (seed is not None and seed.shape == (G,)) if dropout else seed is None
+    assert (order is not None and len(offsets) == ADAPTERS + 3) if mixed else order is None
+    ys, xa, keep = reference.lora_linear(*forward)
+    dy, rows, *frozen, kept_xa, kept_keep, _, _, _, _ = backward[:11]
+    assert [one.shape for one in dy] == [one.shape for one in ys] and rows is x
+    assert frozen == [weight, lora_a, lora_b] and backward[7:9] == (scale, dropout_p)
+    assert torch.equal(kept_xa, xa) and torch.equal(kept_keep, keep) and bool(keep.numel()) is dropout
+    assert backward[9:] == (order, offsets, True, True, True)
+    for a, b in zip(lora_a, lora_b, strict=True):
+        assert all(
+            0.5 < spread(one) < 2 for one in (x @ weight[0].T, x.float() @ a.T, torch.randn(M, RANK) @ b.T, dy[0])
+        )
+
+
+@DROPOUT
+@pytest.mark.parametrize("rows", [1, 8, 70])
+def test_the_arguments_of_a_frozen_product(rows: int, dropout: bool) -> None:
+    """The class of 8 rows is measured by as many as have copies."""
+    (x, weight, bias), (dy, same) = both("frozen_linear", dropout, rows)
+    assert products.FEW_ROWS < len(x) == len(dy) == max(rows, 16) and table.class_of(len(x), 1) == table.class_of(
+        max(rows, 16), 1
+    )
+    assert x.shape[1:] == (K,) and dy.shape[1:] == (N,) and weight.shape == (N, K) and weight is same
+    assert bias.shape == (N,) if dropout else bias is None
+
+
+@pytest.mark.parametrize("tokens", [20, 512, 4096])
+def test_the_arguments_of_prompts(tokens: int) -> None:
+    """Rows of at most 64 tokens, padded in eight ways, each with one of several prompts; the prompts are what trains."""
+    forward, backward = both("prefix_concat", False, tokens)
+    prompts, starts, longest, index, embeds, ids, embedding, mask, positions, labels = forward
+    B, T = math.ceil(tokens / 64), min(tokens, 64)
+    assert embeds is None and positions is None and labels is ids and ids.shape == mask.shape == (B, T)
+    assert starts.diff().tolist() == [longest] * ADAPTERS and len(prompts) == starts[-1] and prompts.shape[1] == K
+    assert len({int(row.sum()) for row in mask}) == min(B, 8) and mask[0].all()
+    assert index.tolist() == [row % ADAPTERS for row in range(B)] and 0 <= ids.min() <= ids.max() < len(embedding)
+    out, *_, source = reference.prefix_concat(*forward)
+    dout, own_source, prompt_rows, width, *need = backward
+    assert dout.shape == out.shape and torch.equal(own_source, source)
+    assert (prompt_rows, width, need) == (len(prompts), T, [True, False])
+
+
+def test_prompts_are_measured_in_two_sizes_of_batch() -> None:
+    classes = measured["prefix_concat"].classes("cpu", torch.float32, ["small"])
+    assert {table.class_of(tokens, tokens * problems.SHAPES[size][0]) for tokens, size, _ in classes} == {
+        (tokens, size) for tokens, size, _ in classes
+    }
+
+
+def test_each_result_is_compared_as_a_whole() -> None:
+    one, other = torch.ones(2, 3), torch.ones(4)
+    assert [found is one for found in problems.tensors_of(one, ())] == [True]
+    assert [found.shape for found in problems.tensors_of((one, other), ())] == [(2, 3), (4,)]
+
+
+@pytest.mark.parametrize("op", ON_A_CPU)
+def test_arguments_are_the_same_each_time_and_leave_torchs_generator_alone(op: str) -> None:
+    before = torch.get_rng_state()
+    first, second = (measured[op].calls(M, K, N, torch.float32, CPU, True) for _ in range(2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert set(first) == {name for name in (op, f"{op}_backward") if name in ops.CASES}
+    for name in first:
+        one, other = (
+            measured[op].comparable(getattr(ops.reference, ops.CASES[name])(*made[name][0]), made[name][0])
+            for made in (first, second)
+        )
+        assert one and all(map(torch.equal, one, other))
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "least", "copies"),
+    [
+        (1, 1024, 1, 4),
+        (64, 1024, 1, 4),
+        (64, 1024, 3, 6),
+        (65, 1024, 1, 1),
+        (65, 1024, 2, 2),
+        (1, 1023, 1, 1),
+        (1, 2048, 1, 2),
+    ],
+)
+def test_weights_take_turns_where_rows_are_few(
+    rows: int, width: int, least: int, copies: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many as no cache holds, for weights that are worth it; each may have a packed copy, as in a model."""
+    budgets: list[packed.Budget] = []
+    monkeypatch.setattr(problems, "FROM_MEMORY", 4 * 2**22)
+    monkeypatch.setattr(packed, "register", lambda weight, budget: budgets.append(budget))
+    weight = torch.randn(width, 1024)
+    weights = problems.weights_in_turn(weight, rows, least)
+    assert weights[0] is weight and len(weights) == len({one.data_ptr() for one in weights}) == copies
+    assert all(torch.equal(one, weight) for one in weights)
+    assert len(budgets) == copies and budgets[0].limit >= copies * weight.nbytes
+
+
+@pytest.mark.parametrize(("rows", "runs"), [(5, 5), (64, 64), (320, 5), (4096, 8)])
+def test_mixed_rows_take_turns(rows: int, runs: int) -> None:
+    """Row by row where a server decodes; in whole rows of a batch where one trains."""
+    order, offsets = problems.mixed_rows(rows, CPU)
+    assert sorted(order.tolist()) == list(range(rows)) and len(offsets) == ADAPTERS + 3
+    adapter = torch.empty_like(order)
+    for code in range(ADAPTERS + 1):  # 0: none
+        own = order[offsets[code] : offsets[code + 1]]
+        adapter[own] = code
+        assert len(own) and torch.equal(own, own.sort().values)
+    assert offsets[-2] == offsets[-1] == rows  # no number that does not exist
+    assert int((adapter.diff() != 0).sum()) == runs - 1 and adapter[0] != adapter[-1]
