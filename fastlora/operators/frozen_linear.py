@@ -14,7 +14,7 @@ from fastlora.choice import problems
 from fastlora.choice.problems import Call, Draw, Measured, linear_classes, tensors_of, weights_in_turn
 from fastlora.frozen import packed, products
 from fastlora.gradients import differentiable_once, is_eager, rows_of, shaped
-from fastlora.ops import Choice, ImplementationError
+from fastlora.ops import Choice
 
 
 def choose(x: Tensor, weight: Tensor, backward: bool = False) -> Choice:
@@ -23,14 +23,8 @@ def choose(x: Tensor, weight: Tensor, backward: bool = False) -> Choice:
     "triton" and "cuda" have none of their own and, forced, leave it to torch.
     """
     if ops.forced is not None:
-        ops.check_forced()
-    if ops.forced in ("triton", "cuda"):
-        return Choice("reference", "FASTLORA_IMPL")
-    obstacle = ops.obstacle_of("frozen_linear", ops.forced or "cpu", x.device, x.dtype)
-    if ops.forced is not None and obstacle is not None:
-        raise ImplementationError(f"FASTLORA_IMPL={ops.forced}: frozen_linear cannot run: {obstacle}")
-    if ops.forced is not None:
-        return Choice(ops.forced, "FASTLORA_IMPL")
+        return ops.forced_choice("frozen_linear", "reference" if ops.forced in ("triton", "cuda") else ops.forced, x)
+    obstacle = ops.obstacle_of("frozen_linear", "cpu", x.device, x.dtype)
     if obstacle is not None:
         return Choice("reference", f"plain PyTorch, since {obstacle}")
     return Choice("cpu", "the frozen product alone")
