@@ -31,15 +31,7 @@ from torch import Tensor
 from fastlora import ops
 from fastlora.kernels import tuning
 from fastlora.kernels.philox import draw_keep_mask, drop_threshold, keep_scale, load_keep_mask, row_bytes
-from fastlora.kernels.tiles import (
-    column_chunks,
-    partials_for,
-    product,
-    rank_step,
-    store_sum,
-    sum_partials,
-    tile_of,
-)
+from fastlora.kernels.tiles import column_chunks, partials_for, product, rank_step, store_sum, sum_partials, tile_of
 
 
 @triton.jit(do_not_specialize=["M"])
