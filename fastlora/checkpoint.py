@@ -80,6 +80,8 @@ def save(output: Path, step: int, fill: Callable[[Path], None]) -> None:
 
     def fill_and_vouch(scratch: Path) -> None:
         fill(scratch)
+        for path in scratch.rglob("*"):
+            writing.force(path)  # before the manifest vouches for it
         digests = {name: _digest(scratch / name) for name in _names(scratch)}
         (scratch / MANIFEST).write_bytes(_manifest(step, digests))
 
