@@ -67,18 +67,15 @@ def check_base(x: Tensor, weight: Tensor, bias: Tensor | None, autocast: bool) -
         raise wrong("x", x, "at least one dimension, the last of size K")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         raise wrong("weight", weight, f"shape [N, {x.shape[-1]}] to match the last dimension of x {list(x.shape)}")
-    if weight.dtype != x.dtype and not autocast:
-        raise wrong("weight", weight, f"x's dtype {x.dtype}")
-    if weight.device != x.device:
-        raise wrong("weight", weight, f"x's device {x.device}")
     if bias is not None:
         check_floats(bias, "bias")
         if bias.dim() != 1 or bias.shape[0] != weight.shape[0]:
             raise wrong("bias", bias, f"shape [{weight.shape[0]}]")
-        if bias.dtype != x.dtype and not autocast:
-            raise wrong("bias", bias, f"x's dtype {x.dtype}")
-        if bias.device != x.device:
-            raise wrong("bias", bias, f"x's device {x.device}")
+    for value, name in ((weight, "weight"), (bias, "bias")):
+        if value is not None and value.dtype != x.dtype and not autocast:
+            raise wrong(name, value, f"x's dtype {x.dtype}")
+        if value is not None and value.device != x.device:
+            raise wrong(name, value, f"x's device {x.device}")
     check_frozen(weight=weight, bias=bias)
 
 

@@ -95,18 +95,6 @@ def cards_of(implementation: str, results: Path = RESULTS) -> dict[str, str]:
     return found
 
 
-def card_status(results: Path = RESULTS) -> str:
-    """What no card has run yet, in a sentence: README has it, word for word."""
-    cards = {title: ", ".join(cards_of(name, results)) for name, title in ON_CARDS.items()}
-    lacking = [title for title, kinds in cards.items() if not kinds]
-    if len(lacking) == len(cards):
-        return "No card has run fastlora yet."
-    ran = [f"{title} has run on {kinds}" for title, kinds in cards.items() if kinds]
-    ran += [f"no card has run {' or '.join(lacking)} yet"] if lacking else []
-    text = "; ".join(ran) + "."
-    return text[0].upper() + text[1:]
-
-
 def _on_cards(implementation: str, results: Path = RESULTS) -> str:
     cards = cards_of(implementation, results)
     if not torch.cuda.is_available():

@@ -12,8 +12,8 @@ import torch
 from fastlora.data.examples import Example, read_examples
 from fastlora.data.rows import batches, collate, encode, pad_token_id, require_count
 from fastlora.generation import answer, leave_room
-from fastlora.language_model_loss import LanguageModelLoss
-from fastlora.models import evaluating, positions
+from fastlora.language_model_loss import LanguageModelLoss, evaluating
+from fastlora.models import positions
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from jinja2 import TemplateError
+from torch.nn.utils.rnn import pad_sequence
 
 from fastlora.data.examples import BadLine, Prompt
 from fastlora.data.rows import batches, cut_prompt, encode_prompt, pad_token_id, require_count, turn_end
+from fastlora.language_model_loss import evaluating
 from fastlora.layers import BASE
-from fastlora.models import evaluating, positions
+from fastlora.models import positions
 
 logger = logging.getLogger("fastlora")
 
@@ -79,13 +81,10 @@ def answer(
     options = _greedy(model, tokenizer, max_new_tokens, prompts)
     with evaluating(model), _answering_as(model, adapter_name):
         for batch in batches(by_length, batch_size):
-            width = max(len(ids[i]) for i in batch)
-            filling = [width - len(ids[i]) for i in batch]  # on the left
-            inputs = torch.tensor(
-                [[pad] * n + ids[i] for i, n in zip(batch, filling, strict=True)], device=model.device
-            )
-            mask = torch.tensor([[0] * n + [1] * (width - n) for n in filling], device=model.device)
-            out = model.generate(input_ids=inputs, attention_mask=mask, **options)[:, width:]
+            rows = [torch.tensor(ids[i], device=model.device) for i in batch]
+            inputs = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
+            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
+            out = model.generate(input_ids=inputs, attention_mask=mask, **options)[:, inputs.shape[1] :]
             for i, text in zip(batch, tokenizer.batch_decode(out, skip_special_tokens=True), strict=True):
                 answers[i] = text
     return answers

@@ -202,12 +202,18 @@ def _probe(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode and uncompiled; afterwards every module's mode is as before."""
+    """`evaluating`, and uncompiled."""
+    with evaluating(model), torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode; afterwards every module's mode is as before."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.compiler.set_stance("force_eager"):
-            yield
+        yield
     finally:
         for module, training in modes.items():
             module.training = training

@@ -7,12 +7,13 @@ SoftPrompt                 trainable rows in front of a batch
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any, Self, TypeVar
+from typing import Any, Self, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from fastlora import functional
+from fastlora.checks import wrong
 from fastlora.functional import Prefixed, RowGroups
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -26,25 +27,33 @@ def lora_scaling(r: int, lora_alpha: float, use_rslora: bool) -> float:
     return lora_alpha / math.sqrt(r) if use_rslora else lora_alpha / r
 
 
+class LoRAOptions(TypedDict, total=False):
+    """What an adapter is made with beside its rank; the names and defaults are PEFT's but for alpha's and dropout's."""
+
+    lora_alpha: float  # 32
+    lora_dropout: float  # a probability of at least 0 and less than 1: 0.05
+    use_rslora: bool  # see lora_scaling: False
+
+
 def _require_counts(**counts: Any) -> None:
     for name, value in counts.items():
         if not isinstance(value, int) or value < 1:
             raise ValueError(f"{name}: got {value!r}, expected an integer of at least 1")
 
 
-def _check_options(r: int, lora_dropout: float) -> None:
+def _new_adapter(
+    weight: Tensor, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool
+) -> tuple[nn.Parameter, nn.Parameter, float]:
+    """(A, B, s): A [R, K] Kaiming-uniform and B [N, R] zero, as PEFT begins; float32 beside a 16-bit weight [N, K], the weight's dtype else."""
     _require_counts(r=r)
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout: got {lora_dropout!r}, expected a probability of at least 0 and less than 1")
-
-
-def _new_adapter(r: int, weight: Tensor) -> tuple[nn.Parameter, nn.Parameter]:
-    """A [R, K] Kaiming-uniform and B [N, R] zero, as PEFT begins; float32 beside a 16-bit weight [N, K], the weight's dtype else."""
     out_features, in_features = weight.shape
     dtype = torch.float32 if weight.dtype in (torch.bfloat16, torch.float16) else weight.dtype
     lora_a = torch.empty(r, in_features, dtype=dtype, device=weight.device)
     nn.init.kaiming_uniform_(lora_a, a=math.sqrt(5))
-    return nn.Parameter(lora_a), nn.Parameter(torch.zeros(out_features, r, dtype=dtype, device=weight.device))
+    lora_b = torch.zeros(out_features, r, dtype=dtype, device=weight.device)
+    return nn.Parameter(lora_a), nn.Parameter(lora_b), lora_scaling(r, lora_alpha, use_rslora)
 
 
 def _around(cls: type[Layer], base: Any, **sizes: int) -> Layer:
@@ -76,13 +85,14 @@ class _Mergeable(nn.Module):
     lora_B: nn.Parameter  # [N, R]
     _aside: tuple[nn.ParameterList, ...]  # of the original weight; a tuple keeps it out of the layer's own parameters
 
-    def _add_adapter(self, r: int, lora_alpha: float, lora_dropout: float, use_rslora: bool) -> Self:
+    def _add_adapter(
+        self, r: int, lora_alpha: float = 32, lora_dropout: float = 0.05, use_rslora: bool = False
+    ) -> Self:
         """The layer itself, with a new adapter beside its weight."""
-        _check_options(r, lora_dropout)
+        new = _new_adapter(self._weight_as_linear(), r, lora_alpha, lora_dropout, use_rslora)
         self.requires_grad_(False)
         self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
-        self.scaling = lora_scaling(r, lora_alpha, use_rslora)
-        self.lora_A, self.lora_B = _new_adapter(r, self._weight_as_linear())
+        self.lora_A, self.lora_B, self.scaling = new
         self._aside = ()
         return self
 
@@ -153,31 +163,22 @@ class LoRALinear(_Mergeable, nn.Linear):
         bias: bool = True,
         *,
         r: int = 16,
-        lora_alpha: float = 32,
-        lora_dropout: float = 0.05,
-        use_rslora: bool = False,
         device: Any = None,
         dtype: torch.dtype | None = None,
+        **options: Unpack[LoRAOptions],
     ) -> None:
         nn.Linear.__init__(self, in_features, out_features, bias, device, dtype)
-        self._add_adapter(r, lora_alpha, lora_dropout, use_rslora)
+        self._add_adapter(r, **options)
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        r: int = 16,
-        lora_alpha: float = 32,
-        lora_dropout: float = 0.05,
-        use_rslora: bool = False,
-    ) -> Self:
+    def from_linear(cls, linear: nn.Linear, r: int = 16, **options: Unpack[LoRAOptions]) -> Self:
         """The same layer with an adapter. It shares the linear's `weight` and `bias` Parameters and freezes them.
 
         Raises:
             TypeError: not an nn.Linear.
             ValueError: r is below 1 or lora_dropout is no probability below 1.
         """
-        return _around_linear(cls, linear)._add_adapter(r, lora_alpha, lora_dropout, use_rslora)
+        return _around_linear(cls, linear)._add_adapter(r, **options)
 
     def extra_repr(self) -> str:
         return f"{nn.Linear.extra_repr(self)}, {self._options()}"
@@ -186,26 +187,15 @@ class LoRALinear(_Mergeable, nn.Linear):
 class LoRAConv1D(_Mergeable):
     """`LoRALinear` for the layer of GPT-2 that transformers calls Conv1D: its `weight` is [K, N], read in place, never copied."""
 
-    def __init__(
-        self,
-        nf: int,
-        nx: int,
-        *,
-        r: int = 16,
-        lora_alpha: float = 32,
-        lora_dropout: float = 0.05,
-        use_rslora: bool = False,
-    ) -> None:
+    def __init__(self, nf: int, nx: int, *, r: int = 16, **options: Unpack[LoRAOptions]) -> None:
         super().__init__()
         self.nf, self.nx = nf, nx
         self.weight = nn.Parameter(torch.empty(nx, nf).normal_(std=0.02))
         self.bias = nn.Parameter(torch.zeros(nf))
-        self._add_adapter(r, lora_alpha, lora_dropout, use_rslora)
+        self._add_adapter(r, **options)
 
     @classmethod
-    def from_conv1d(
-        cls, conv: nn.Module, r: int = 16, lora_alpha: float = 32, lora_dropout: float = 0.05, use_rslora: bool = False
-    ) -> Self:
+    def from_conv1d(cls, conv: nn.Module, r: int = 16, **options: Unpack[LoRAOptions]) -> Self:
         """The same layer with an adapter, sharing the Conv1D's `weight` [K, N] and `bias` [N] Parameters, which it freezes.
 
         Raises:
@@ -217,8 +207,7 @@ class LoRAConv1D(_Mergeable):
         fits = isinstance(weight, nn.Parameter) and isinstance(bias, nn.Parameter) and weight.dim() == 2
         if not fits or bias.shape != weight.shape[1:]:
             raise TypeError(f"conv: got {type(conv).__name__}, expected a Conv1D with weight [K, N] and bias [N]")
-        layer = _around(cls, conv, nx=weight.shape[0], nf=weight.shape[1])
-        return layer._add_adapter(r, lora_alpha, lora_dropout, use_rslora)
+        return _around(cls, conv, nx=weight.shape[0], nf=weight.shape[1])._add_adapter(r, **options)
 
     def _weight_as_linear(self) -> Tensor:
         return self.weight.t()
@@ -233,16 +222,9 @@ class MultiLoRALinear(nn.Linear):
     Adapter i's parameters are `lora_A[name]` [R_i, K] and `lora_B[name]` [N, R_i]; adapters are numbered in the order they were added.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        bias: bool = True,
-        *,
-        device: Any = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, bias, device, dtype)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """What nn.Linear takes."""
+        super().__init__(*args, **kwargs)
         self._begin()
 
     def _begin(self) -> Self:
@@ -275,11 +257,10 @@ class MultiLoRALinear(nn.Linear):
         Raises:
             ValueError: the name is taken, reserved or has a dot in it; r or lora_dropout is out of range.
         """
-        _check_options(r, lora_dropout)
         if not name or name == BASE or "." in name or name in self.scaling:
             raise ValueError(f"name: got {name!r}, expected a new name without dots, other than {BASE!r}")
-        self.lora_A[name], self.lora_B[name] = _new_adapter(r, self.weight)
-        self.scaling[name] = lora_scaling(r, lora_alpha, use_rslora)
+        new = _new_adapter(self.weight, r, lora_alpha, lora_dropout, use_rslora)
+        self.lora_A[name], self.lora_B[name], self.scaling[name] = new
         self.lora_dropout[name] = lora_dropout
 
     def delete_adapter(self, name: str) -> None:
@@ -307,10 +288,8 @@ class MultiLoRALinear(nn.Linear):
         index = torch.tensor([number[name] for name in names], dtype=torch.int64, device=self.weight.device)
         return functional.group_rows(index, len(self.adapters))
 
-    def forward(
-        self, x: Tensor, adapters: Sequence[str] | Tensor | RowGroups | None = None
-    ) -> Tensor:  # [..., K] -> [..., N]
-        """adapters: one name an example, or what `functional.multi_lora` takes as index; None: the base layer alone."""
+    def forward(self, x: Tensor, adapters: Sequence[str] | Tensor | RowGroups | None = None) -> Tensor:
+        """y [..., N] of x [..., K]. adapters: one name an example, or what `functional.multi_lora` takes as index; None: the base layer alone."""
         if adapters is None or not self.scaling:
             return super().forward(x)
         index = adapters if isinstance(adapters, (Tensor, RowGroups)) else self.group(adapters)
@@ -358,13 +337,10 @@ class SoftPrompt(nn.Module):
         """
         ids = input_ids if input_ids.dim() == 2 else input_ids[None]
         if ids.dim() != 2 or ids.numel() == 0:
-            raise ValueError(
-                f"input_ids: got shape {list(input_ids.shape)}, expected [P] or [S, P] with at least one token"
-            )
-        if int(ids.min()) < 0 or int(ids.max()) >= embedding.shape[0]:
-            raise IndexError(
-                f"input_ids: expected numbers from 0 to {embedding.shape[0] - 1}, got {int(ids.min())} to {int(ids.max())}"
-            )
+            raise wrong("input_ids", input_ids, "shape [P] or [S, P] with at least one token")
+        least, most, V = int(ids.min()), int(ids.max()), embedding.shape[0]
+        if least < 0 or most >= V:
+            raise IndexError(f"input_ids: expected numbers from 0 to {V - 1}, got {least} to {most}")
         prompt = cls(ids.shape[1], embedding.shape[1], ids.shape[0], device=embedding.device, dtype=embedding.dtype)
         prompt.prompt_embeddings.data.copy_(embedding.detach()[ids])
         return prompt
@@ -378,28 +354,9 @@ class SoftPrompt(nn.Module):
         ids = torch.randint(population, (num_prompts, num_virtual_tokens), device=embedding.device)
         return cls.from_tokens(embedding, ids)
 
-    def forward(
-        self,
-        embeds: Tensor | None,  # [B, T, D]
-        attention_mask: Tensor,  # [B, T]
-        *,
-        input_ids: Tensor | None = None,
-        embedding: Tensor | None = None,
-        prompt_index: Tensor | None = None,
-        labels: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> Prefixed:
-        """`functional.prefix_concat` with this module's prompts."""
-        return functional.prefix_concat(
-            self.prompt_embeddings,
-            embeds,
-            attention_mask,
-            input_ids=input_ids,
-            embedding=embedding,
-            prompt_index=prompt_index,
-            labels=labels,
-            position_ids=position_ids,
-        )
+    def forward(self, embeds: Tensor | None, attention_mask: Tensor, **options: Tensor | None) -> Prefixed:
+        """`functional.prefix_concat` with this module's prompts; its options are that function's."""
+        return functional.prefix_concat(self.prompt_embeddings, embeds, attention_mask, **options)
 
     def extra_repr(self) -> str:
         S, P, D = self.prompt_embeddings.shape

@@ -204,9 +204,7 @@ def _merge_layers(peft_model: Any) -> Errors:
         )
     errors = Errors()
     for name, layer in layers.items():
-        if isinstance(
-            layer.base_layer, AuxiliaryTrainingWrapper
-        ):  # LoRA over a head that follows an embedding's trainable tokens
+        if isinstance(layer.base_layer, AuxiliaryTrainingWrapper):  # LoRA over a head that follows trainable tokens
             layer.base_layer = layer.base_layer.unload_and_optionally_merge_module(True, False, None)
         base, weight_name = layer.get_base_layer(), getattr(layer, "parameter_name", "weight")
         weight = getattr(base, weight_name, None)

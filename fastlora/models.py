@@ -52,12 +52,11 @@ def load_base(path: str, dtype: torch.dtype | None, device: torch.device) -> Any
             f"model={path}: expected a decoder, got an encoder-decoder model"
             " (transformers' trainers take it, with fastlora.accelerate)"
         )
-    with _named(path, "the model"):
-        options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told below
-        with _without_report():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype or "auto", trust_remote_code=False, **options
-            )
+    options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told below
+    with _named(path, "the model"), _without_report():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path, dtype=dtype or "auto", trust_remote_code=False, **options
+        )
     model, found = loaded
     # Weights that transformers has made up: the files have none for them, or of another shape.
     if missing := sorted(found["missing_keys"]):
@@ -245,14 +244,3 @@ def require_positions(model: Any, rows: Sequence[Row]) -> None:
             f"max_length: the longest row has {longest} tokens and the model positions for {most};"
             f" expected max_length={most} or less"
         )
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """A model without dropout for a while, and then as it was."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)

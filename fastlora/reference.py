@@ -112,24 +112,19 @@ def lora_linear(
     x: Tensor,  # [M, K]
     weight: Sequence[Tensor],  # G of [N_g, K], frozen: the layers that share x
     bias: Sequence[Tensor | None],  # G of [N_g], frozen
-    lora_a: Sequence[
-        Tensor
-    ],  # G S of [R_gi, K], x's dtype or float32: every adapter of the first layer, then of the second, ...
+    lora_a: Sequence[Tensor],  # G S of [R_gi, K], x's dtype or float32: all of the first layer, then of the second, ...
     lora_b: Sequence[Tensor],  # G S of [N_g, R_gi], lora_a's dtype
     scale: Sequence[float],  # G S
     dropout_p: Sequence[float],  # G S
     seed: Tensor | None,  # [G] int64, each layer's own; None: no dropout
-    order: Tensor
-    | None,  # [M] int64: the rows sorted by adapter, ascending within one; rows without an adapter first. None: S is 1
-    offsets: Tensor
-    | None,  # [S + 3] int64: adapter i has the rows order[offsets[i + 1] : offsets[i + 2]]; the last are invalid
-) -> tuple[
-    list[Tensor], Tensor, Tensor
-]:  # G of y [M, N_g], xa [G, M, max R_gi], 0 beyond a row's own rank, keep [G, M, 8 ceil(K / 64)] uint8
+    order: Tensor | None,  # [M] int64: the rows sorted by adapter, ascending within one; None: S is 1
+    offsets: Tensor | None,  # [S + 3] int64: adapter i has the rows order[offsets[i + 1] : offsets[i + 2]]
+) -> tuple[list[Tensor], Tensor, Tensor]:  # G of y [M, N_g], xa [G, M, max R_gi], keep [G, M, 8 ceil(K / 64)] uint8
     """y = x Wᵀ + b + s xa Bᵀ with xa = d(x) Aᵀ (Hu et al. 2021, LoRA, section 4.1, equation 3), of each layer that shares x.
 
-    With an order, each row has the A, B, s and d of its own adapter, or none (the problem of Chen et al. 2023, Punica, section 3). A row whose
-    adapter does not exist (possible on CUDA only, where its number is not read back) becomes NaN.
+    With an order, each row has the A, B, s and d of its own adapter, or none (the problem of Chen et al. 2023, Punica, section 3). Rows without an
+    adapter come first in it, and last those whose adapter does not exist (possible on CUDA only, where its number is not read back): they become
+    NaN. Beyond a row's own rank xa is 0.
     """
     G, K = len(weight), x.shape[1]
     xa = x.new_zeros(G, x.shape[0], max(a.shape[0] for a in lora_a), dtype=torch.promote_types(x.dtype, torch.float32))
@@ -168,12 +163,10 @@ def lora_linear_backward(
     need_dx: bool,
     need_da: bool,
     need_db: bool,
-) -> tuple[
-    Tensor, Tensor, Tensor
-]:  # dx [M, K]; da, db 1-D: every dA_gi, every dB_gi, one after the other; not needed: no elements
+) -> tuple[Tensor, Tensor, Tensor]:  # dx [M, K]; da, db 1-D: every dA_gi, every dB_gi, one after the other
     """dxa = s dy B;  dx = dy W + d'(dxa A), summed over the layers;  dA = dxaᵀ d(x);  dB = s dyᵀ xa, where d' applies the forward's mask and factor.
 
-    With an order, of the rows of each adapter; one without rows gets gradients of zeros.
+    With an order, of the rows of each adapter; one without rows gets gradients of zeros. What is not needed has no elements.
     """
     G, x, dx, das, dbs = len(weight), readable_rows(x), x.new_empty(0), [], []
     *owned, invalid = _rows_of(order, offsets)
@@ -268,13 +261,11 @@ def prefix_concat(
     attention_mask: Tensor,  # [B, T]
     position_ids: Tensor | None,  # [B, T] int64
     labels: Tensor | None,  # [B, T] int64
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor, Tensor
-]:  # embeds [B, W, D], mask, position_ids, labels (or no elements), source: [B, W]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # embeds [B, W, D]; mask, position_ids, labels, source [B, W]
     """Rows [P_i ; x] with their mask, positions and labels (Lester et al. 2021, The Power of Scale, section 2; padding kept on its side).
 
     Padding is zeros (labels: -100). Positions count from 0 within the row, or move by P_i where they are given. A prompt or token whose
-    number does not exist (possible on CUDA only) becomes NaN.
+    number does not exist (possible on CUDA only) becomes NaN. Labels that are not given have no elements.
     """
     B, T = attention_mask.shape
     S = starts.shape[0] - 1
@@ -320,10 +311,11 @@ def prefix_concat_backward(
     tokens: int,  # T
     need_prompts: bool,
     need_embeds: bool,
-) -> tuple[
-    Tensor, Tensor
-]:  # dprompts [sum P_i, D] in float32 or wider, dembeds [B, T, D]; one not needed has no elements
-    """A prompt row's gradient is the sum over its batch rows, in their order; a token's is its column; padding has none."""
+) -> tuple[Tensor, Tensor]:  # dprompts [sum P_i, D] in float32 or wider, dembeds [B, T, D]
+    """A prompt row's gradient is the sum over its batch rows, in their order; a token's is its column; padding has none.
+
+    One that is not needed has no elements.
+    """
     B, W, D = dout.shape
     wide = torch.promote_types(dout.dtype, torch.float32)
     dprompts = dout.new_zeros(prompt_rows + 1, D, dtype=wide) if need_prompts else dout.new_empty(0, dtype=wide)
@@ -345,12 +337,10 @@ def linear_cross_entropy(
     bias: Tensor | None,  # [V]
     labels: Tensor,  # [n] int64
     need_dhidden: bool,
-) -> tuple[
-    Tensor, Tensor, Tensor, Tensor
-]:  # loss, highest [n, 1], total [n, 1], dhidden [n, D] or no elements: in float32 or wider
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # loss, highest [n, 1], total [n, 1], dhidden [n, D] or no elements
     """loss = sum over rows of logsumexp(z) - z[label], z = h Wᵀ + b rounded to h's dtype;  dh = softmax(z) W - W[label].
 
-    highest is a row's largest z, total its sum of exp(z - highest); softmax is rounded to h's dtype before it meets W.
+    All in float32 or wider: highest is a row's largest z, total its sum of exp(z - highest); softmax is rounded to h's dtype before it meets W.
     """
     hidden = readable_rows(hidden)
     logits = _logits(hidden, weight, bias)

@@ -19,10 +19,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import accelerate
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
@@ -467,11 +467,14 @@ class _Run:
 
     def _provenance(self) -> dict[str, Any]:
         """What the summary says of where its figures come from."""
-        packages = ("torch", "transformers", "peft", "accelerate")
+        import peft
+        import transformers
+
+        packages = (torch, transformers, peft, accelerate)
         return {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "base_dtype": table.name_of(self.stored_dtype),
-            "versions": {"fastlora": __version__, **{name: _version(name) for name in packages}},
+            "versions": {"fastlora": __version__, **{one.__name__: one.__version__ for one in packages}},
             **{name: self.setup[name] for name in ("config", "processes", "threads", "device")},
         }
 
@@ -528,13 +531,6 @@ def _tokens(rows: Sequence[Row]) -> int:
 
 def _count(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "source"
 
 
 def _require_same(saved: Checkpoint, now: dict[str, Any], steps: int) -> None:

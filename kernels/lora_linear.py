@@ -31,15 +31,7 @@ from torch import Tensor
 from fastlora import ops
 from fastlora.kernels import tuning
 from fastlora.kernels.philox import draw_keep_mask, drop_threshold, keep_scale, load_keep_mask, row_bytes
-from fastlora.kernels.tiles import (
-    column_chunks,
-    partials_for,
-    product,
-    rank_step,
-    store_sum,
-    sum_partials,
-    tile_of,
-)
+from fastlora.kernels.tiles import column_chunks, partials_for, product, rank_step, store_sum, sum_partials, tile_of
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -268,48 +260,8 @@ def _shrink(
     return xa, partials, keep
 
 
-def _expand(
-    x: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor, partials: Tensor, xa: Tensor | None, scale: float, by_library: bool
-) -> Tensor:  # fmt: skip
-    """y = x weightᵀ + bias + scale (sum of the partials [parts, M, max R]) bᵀ; the sum is left in `xa` [M, max R], where there is one."""
-    (M, K), (N, R) = x.shape, b.shape
-    y = F.linear(x, weight, bias) if by_library else x.new_empty(M, N)
-    tile = tuning.adding(x, M, N, R) if by_library else tuning.linear(x, M, N, R)
-    base, bias = (None, None) if by_library else (weight, bias)
-    _linear_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
-        x, base, bias, b, partials, xa, y, M, N, K, R, partials.shape[2], partials.stride(0), partials.shape[0], scale,
-        *x.stride(), *weight.stride(), *b.stride(), 0 if bias is None else bias.stride(0),
-        BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner, BLOCK_R=tile.rank, GROUP_M=tuning.GROUP_M, **tile.launch,
-    )  # fmt: skip
-    return y
-
-
-def _forward(
-    op: str, x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], a: Sequence[Tensor], b: Sequence[Tensor],
-    scale: Sequence[float], dropout_p: Sequence[float], seed: Tensor | None,
-) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    """y of each layer, xa [layers, M, max R_i], and keep [layers, M, bytes], without elements where no layer drops anything."""
-    tuning.require_float(op, x)
-    thresholds = [drop_threshold(p) for p in dropout_p]
-    if seed is None or not any(thresholds):
-        seed, dropout_p, thresholds = None, [0.0] * len(weight), []
-    M, ys = x.shape[0], []
-    by_library = tuning.by_library(op, x, weight[0], seed is not None)
-    with torch.cuda.device_of(x):
-        xa, partials, keep = _shrink(x, a, [keep_scale(p) for p in dropout_p], thresholds, seed)
-        in_parts = len(partials) > 1 and M <= tuning.PARTIAL_SUM_ROWS and all(w.shape[0] for w in weight)
-        if not in_parts:  # else whoever uses the partial sums adds them: a launch saved
-            sum_partials(partials, xa)
-            partials = xa[None]
-        for i, (w, c, up, s) in enumerate(zip(weight, bias, b, scale, strict=True)):
-            ys.append(_expand(x, w, c, up, partials[:, i], xa[i] if in_parts else None, s, by_library))
-    return ys, xa, keep
-
-
-def _shrink_back(
-    dy: Tensor, b: Tensor, xa: Tensor, scale: float, need_dxa: bool, db: Tensor | None
-) -> Tensor | None:  # [M, R] float32
-    """dxa = scale dy b where it is needed, and scale dyᵀ xa into `db` where there is one."""
+def _shrink_back(dy: Tensor, b: Tensor, xa: Tensor, scale: float, need_dxa: bool, db: Tensor | None) -> Tensor | None:
+    """dxa [M, R] = scale dy b in float32 where it is needed, and scale dyᵀ xa into `db` where there is one."""
     (M, N), R = dy.shape, b.shape[1]
     tile = tuning.shrink_back(dy, M, N, R)
     tiles_n, tiles_r = triton.cdiv(N, tile.columns), triton.cdiv(R, tile.rank)
@@ -334,24 +286,65 @@ def _shrink_back(
     return dxa
 
 
-def _backward(
-    op: str, dy: Sequence[Tensor], x: Tensor, weight: Sequence[Tensor], a: Sequence[Tensor], b: Sequence[Tensor], xa: Tensor, keep: Tensor,
-    scale: Sequence[float], dropout_p: Sequence[float], need_dx: bool, need_da: bool, need_db: bool,
+def lora_linear(
+    x: Tensor, weight: list[Tensor], bias: list[Tensor | None], lora_a: list[Tensor], lora_b: list[Tensor], scale: list[float],
+    dropout_p: list[float], seed: Tensor | None, order: None, offsets: None,
+) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
+    """Every y [M, N_i] in x's dtype, xa [G, M, max R_i] in float32 and keep [G, M, bytes], as `fastlora.reference.lora_linear` without an order.
+
+    Raises:
+        ImplementationError: x is float64.
+    """
+    op = "lora_linear" if len(weight) == 1 else "lora_linear_shared"
+    tuning.require_float(op, x)
+    thresholds = [drop_threshold(p) for p in dropout_p]
+    if seed is None or not any(thresholds):
+        seed, dropout_p, thresholds = None, [0.0] * len(weight), []
+    (M, K), ys = x.shape, []
+    by_library = tuning.by_library(op, x, weight[0], seed is not None)
+    with torch.cuda.device_of(x):
+        xa, partials, keep = _shrink(x, lora_a, [keep_scale(p) for p in dropout_p], thresholds, seed)
+        in_parts = len(partials) > 1 and M <= tuning.PARTIAL_SUM_ROWS and all(w.shape[0] for w in weight)
+        if not in_parts:  # else whoever uses the partial sums adds them: a launch saved
+            sum_partials(partials, xa)
+            partials = xa[None]
+        for layer, (w, c, b, s) in enumerate(zip(weight, bias, lora_b, scale, strict=True)):
+            (N, R), own = b.shape, partials[:, layer]
+            y = F.linear(x, w, c) if by_library else x.new_empty(M, N)
+            tile = tuning.adding(x, M, N, R) if by_library else tuning.linear(x, M, N, R)
+            base, c = (None, None) if by_library else (w, c)
+            _linear_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)](
+                x, base, c, b, own, xa[layer] if in_parts else None, y, M, N, K, R, own.shape[2], own.stride(0), len(own), s,
+                *x.stride(), *w.stride(), *b.stride(), 0 if c is None else c.stride(0),
+                BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_K=tile.inner, BLOCK_R=tile.rank, GROUP_M=tuning.GROUP_M, **tile.launch,
+            )  # fmt: skip
+            ys.append(y)
+    return ys, xa, keep
+
+
+def lora_linear_backward(
+    dy: list[Tensor], x: Tensor, weight: list[Tensor], lora_a: list[Tensor], lora_b: list[Tensor], xa: Tensor, keep: Tensor,
+    scale: list[float], dropout_p: list[float], order: None, offsets: None, need_dx: bool, need_da: bool, need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx [M, K], and every dA_i and every dB_i one after the other; keep [layers, M, bytes]."""
+    """dx [M, K], and every dA_i and every dB_i one after the other, as `fastlora.reference.lora_linear_backward` without an order.
+
+    Raises:
+        ImplementationError: x is float64.
+    """
+    op = "lora_linear_backward" if len(weight) == 1 else "lora_linear_shared_backward"
     tuning.require_float(op, x)
     xa = xa.contiguous()
-    (M, K), layers, ranks = x.shape, len(weight), tuple(one.shape[0] for one in a)
+    (M, K), layers, ranks = x.shape, len(weight), tuple(one.shape[0] for one in lora_a)
     dropped = keep.numel() != 0
     thresholds = tuple(drop_threshold(p) if dropped else 0 for p in dropout_p)
     factors = tuple(keep_scale(p) if dropped else 1.0 for p in dropout_p)
     bits = keep if dropped else None
     dx = x.new_empty((M, K) if need_dx else 0)
-    da = a[0].new_empty(sum(ranks) * K if need_da else 0)
-    db = b[0].new_empty(sum(one.numel() for one in b) if need_db else 0)
+    da = lora_a[0].new_empty(sum(ranks) * K if need_da else 0)
+    db = lora_b[0].new_empty(sum(one.numel() for one in lora_b) if need_db else 0)
     with torch.cuda.device_of(x):
-        dbs = db.split([one.numel() for one in b]) if need_db else [None] * layers
-        each = zip(dy, b, xa, scale, dbs, strict=True)
+        dbs = db.split([one.numel() for one in lora_b]) if need_db else [None] * layers
+        each = zip(dy, lora_b, xa, scale, dbs, strict=True)
         dxa = tuple(_shrink_back(d, b_i, xa_i, s, need_dx or need_da, db_i) for d, b_i, xa_i, s, db_i in each)
         if need_da:
             tile = tuning.adapter_grad(x, M, K, max(ranks))
@@ -373,47 +366,12 @@ def _backward(
             tile = tuning.adding(x, M, K, max(ranks)) if by_library else tuning.linear(x, M, K, max(ranks), layers)
             products = (None, None) if by_library else (tuple(dy), tuple(weight))
             _linear_back_kernel[(triton.cdiv(M, tile.rows) * triton.cdiv(K, tile.columns),)](
-                *products, tuple(a), dxa, dx, bits, M, K, tuple(w.shape[0] for w in weight), ranks, thresholds, factors,
-                _strides(dy), _strides(weight), _strides(a),
+                *products, tuple(lora_a), dxa, dx, bits, M, K, tuple(w.shape[0] for w in weight), ranks, thresholds, factors,
+                _strides(dy), _strides(weight), _strides(lora_a),
                 LAYERS=layers, CHUNK=tuning.chunk(layers), BLOCK_M=tile.rows, BLOCK_K=tile.columns, BLOCK_N=tile.inner, BLOCK_R=tile.rank,
                 GROUP_M=tuning.GROUP_M, **tile.launch,
             )  # fmt: skip
     return dx, da, db
-
-
-def lora_linear(
-    x: Tensor, weight: list[Tensor], bias: list[Tensor | None], lora_a: list[Tensor], lora_b: list[Tensor], scale: list[float],
-    dropout_p: list[float], seed: Tensor | None, order: None, offsets: None,
-) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    """Every y [M, N_i] in x's dtype, xa [G, M, max R_i] in float32 and keep [G, M, bytes], as `fastlora.reference.lora_linear` without an order.
-
-    Raises:
-        ImplementationError: x is float64.
-    """
-    return _forward(
-        "lora_linear" if len(weight) == 1 else "lora_linear_shared",
-        x,
-        weight,
-        bias,
-        lora_a,
-        lora_b,
-        scale,
-        dropout_p,
-        seed,
-    )
-
-
-def lora_linear_backward(
-    dy: list[Tensor], x: Tensor, weight: list[Tensor], lora_a: list[Tensor], lora_b: list[Tensor], xa: Tensor, keep: Tensor,
-    scale: list[float], dropout_p: list[float], order: None, offsets: None, need_dx: bool, need_da: bool, need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx [M, K], and every dA_i and every dB_i one after the other, as `fastlora.reference.lora_linear_backward` without an order.
-
-    Raises:
-        ImplementationError: x is float64.
-    """
-    op = "lora_linear_backward" if len(weight) == 1 else "lora_linear_shared_backward"
-    return _backward(op, dy, x, weight, lora_a, lora_b, xa, keep, scale, dropout_p, need_dx, need_da, need_db)
 
 
 for case in ("lora_linear", "lora_linear_shared"):

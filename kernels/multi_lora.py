@@ -382,11 +382,41 @@ def _shrink(x: Tensor, groups: _Groups, xa: Tensor, back: bool, seed: Tensor | N
     return partials, keep
 
 
-def _forward(
-    op: str, x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], lora_a: list[Tensor], lora_b: list[Tensor],
-    scale: list[float], dropout_p: list[float], seed: Tensor | None, order: Tensor, offsets: Tensor,
+def _shrink_back(dy: Tensor, groups: _Groups, xa: Tensor, dxa: Tensor | None, db: Tensor | None) -> None:
+    """One layer's scale_i dy B_i into `dxa` [1, M, R], and every scale_i dyᵀ xa into `db`, where there are such."""
+    (M, N), R, count = dy.shape, xa.shape[1], groups.whole.shape[2]
+    S = count - 2
+    tile = tuning.shrink_back(dy, M, N, R)
+    tiles_n, tiles_r = triton.cdiv(N, tile.columns), triton.cdiv(R, tile.rank)
+    partials = None
+    if dxa is not None and (db is None or not tuning.reads_once(dy, tile, R)):
+        sums, _ = _shrink(dy, groups, dxa, back=True)
+        sum_partials(sums, dxa)
+    elif dxa is not None:
+        partials = partials_for(dxa, tiles_n)
+    if db is not None:
+        ranks = db.numel() // max(N, 1)
+        parts = tuning.parts(dy, tiles_n * tiles_r * S, triton.cdiv(M, tile.rows))
+        db_partials = partials_for(db, parts)
+        _shrink_back_kernel[tiles_n, S * parts, tiles_r](
+            dy, groups.adapters[0], xa, partials, db_partials, *groups.tables, M, N, R, count, ranks, parts, *dy.stride(),
+            BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_R=tile.rank, **tile.launch,
+        )  # fmt: skip
+        sum_partials(db_partials, db)
+    if partials is not None and dxa is not None:
+        sum_partials(partials, dxa)
+
+
+def multi_lora(
+    x: Tensor, weight: list[Tensor], bias: list[Tensor | None], lora_a: list[Tensor], lora_b: list[Tensor], scale: list[float],
+    dropout_p: list[float], seed: Tensor | None, order: Tensor, offsets: Tensor,
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    """y of each layer, xa [layers, M, max R_i], and keep [layers, M, bytes], without elements where nothing is dropped."""
+    """Every y [M, N_g] in x's dtype, xa [G, M, max R_gi] in float32 and keep, as `fastlora.reference.lora_linear` with an order, on any strides.
+
+    Raises:
+        ImplementationError: x is float64.
+    """
+    op = "multi_lora" if len(weight) == 1 else "multi_lora_shared"
     tuning.require_float(op, x)
     if seed is None or not any(map(drop_threshold, dropout_p)):
         seed, dropout_p = None, [0.0] * len(lora_a)
@@ -417,11 +447,16 @@ def _forward(
     return ys, xa, keep
 
 
-def _backward(
-    op: str, dy: Sequence[Tensor], x: Tensor, weight: Sequence[Tensor], lora_a: list[Tensor], lora_b: list[Tensor], xa: Tensor, keep: Tensor,
+def multi_lora_backward(
+    dy: list[Tensor], x: Tensor, weight: list[Tensor], lora_a: list[Tensor], lora_b: list[Tensor], xa: Tensor, keep: Tensor,
     scale: list[float], dropout_p: list[float], order: Tensor, offsets: Tensor, need_dx: bool, need_da: bool, need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx [M, K], and every dA_i and every dB_i one after the other; xa [layers, M, max R_i], keep [layers, M, bytes]."""
+    """dx [M, K], and every dA_gi and every dB_gi one after the other, as `fastlora.reference.lora_linear_backward` with an order.
+
+    Raises:
+        ImplementationError: x is float64.
+    """
+    op = "multi_lora_backward" if len(weight) == 1 else "multi_lora_shared_backward"
     tuning.require_float(op, x)
     dropped = keep.numel() != 0
     bits = keep if dropped else None
@@ -465,58 +500,6 @@ def _backward(
                 GROUP_M=tuning.GROUP_M, **tile.launch,
             )  # fmt: skip
     return dx, da, db
-
-
-def _shrink_back(dy: Tensor, groups: _Groups, xa: Tensor, dxa: Tensor | None, db: Tensor | None) -> None:
-    """One layer's scale_i dy B_i into `dxa` [1, M, R], and every scale_i dyᵀ xa into `db`, where there are such."""
-    (M, N), R, count = dy.shape, xa.shape[1], groups.whole.shape[2]
-    S = count - 2
-    tile = tuning.shrink_back(dy, M, N, R)
-    tiles_n, tiles_r = triton.cdiv(N, tile.columns), triton.cdiv(R, tile.rank)
-    partials = None
-    if dxa is not None and (db is None or not tuning.reads_once(dy, tile, R)):
-        sums, _ = _shrink(dy, groups, dxa, back=True)
-        sum_partials(sums, dxa)
-    elif dxa is not None:
-        partials = partials_for(dxa, tiles_n)
-    if db is not None:
-        ranks = db.numel() // max(N, 1)
-        parts = tuning.parts(dy, tiles_n * tiles_r * S, triton.cdiv(M, tile.rows))
-        db_partials = partials_for(db, parts)
-        _shrink_back_kernel[tiles_n, S * parts, tiles_r](
-            dy, groups.adapters[0], xa, partials, db_partials, *groups.tables, M, N, R, count, ranks, parts, *dy.stride(),
-            BLOCK_M=tile.rows, BLOCK_N=tile.columns, BLOCK_R=tile.rank, **tile.launch,
-        )  # fmt: skip
-        sum_partials(db_partials, db)
-    if partials is not None and dxa is not None:
-        sum_partials(partials, dxa)
-
-
-def multi_lora(
-    x: Tensor, weight: list[Tensor], bias: list[Tensor | None], lora_a: list[Tensor], lora_b: list[Tensor], scale: list[float],
-    dropout_p: list[float], seed: Tensor | None, order: Tensor, offsets: Tensor,
-) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    """Every y [M, N_g] in x's dtype, xa [G, M, max R_gi] in float32 and keep, as `fastlora.reference.lora_linear` with an order, on any strides.
-
-    Raises:
-        ImplementationError: x is float64.
-    """
-    op = "multi_lora" if len(weight) == 1 else "multi_lora_shared"
-    return _forward(op, x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, order, offsets)
-
-
-def multi_lora_backward(
-    dy: list[Tensor], x: Tensor, weight: list[Tensor], lora_a: list[Tensor], lora_b: list[Tensor], xa: Tensor, keep: Tensor,
-    scale: list[float], dropout_p: list[float], order: Tensor, offsets: Tensor, need_dx: bool, need_da: bool, need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx [M, K], and every dA_gi and every dB_gi one after the other, as `fastlora.reference.lora_linear_backward` with an order.
-
-    Raises:
-        ImplementationError: x is float64.
-    """
-    op = "multi_lora_backward" if len(weight) == 1 else "multi_lora_shared_backward"
-    arguments = (lora_a, lora_b, xa, keep, scale, dropout_p, order, offsets, need_dx, need_da, need_db)
-    return _backward(op, dy, x, weight, *arguments)
 
 
 for case in ("multi_lora", "multi_lora_shared"):

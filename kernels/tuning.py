@@ -11,9 +11,8 @@ import triton
 from torch import Tensor
 
 from fastlora.choice import table
-from fastlora.ops import ImplementationError
+from fastlora.ops import KERNEL_DTYPES, ImplementationError
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 GROUP_M = 8  # rows of tiles that share the L2 cache
 MOST_PARTS = 64  # partial results of one sum
 PARTIAL_SUM_ROWS = 32  # up to here a launch costs more than adding partial sums wherever they are read
@@ -37,7 +36,7 @@ class Config:
 
 def require_float(op: str, x: Tensor) -> None:
     """Raise ImplementationError where x's dtype has no kernels."""
-    if x.dtype not in FLOATS:
+    if x.dtype not in KERNEL_DTYPES:
         raise ImplementationError(
             f"{op}: the Triton kernels take float32, bfloat16 and float16, got {str(x.dtype).removeprefix('torch.')}"
         )

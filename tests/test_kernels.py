@@ -201,7 +201,7 @@ def test_partial_sums_are_added_in_order(parts):
 
 def test_every_tile_is_one_that_a_tensor_core_takes():
     for dtype, rows, columns, rank in itertools.product(
-        tuning.FLOATS, (1, 33, 64, 8192), (1, 48, 4096), (1, 3, 65, 512)
+        ops.KERNEL_DTYPES, (1, 33, 64, 8192), (1, 48, 4096), (1, 3, 65, 512)
     ):
         x = torch.empty(0, dtype=dtype)
         configs = [tuning.linear(x, rows, columns, rank), tuning.adding(x, rows, columns, rank)]

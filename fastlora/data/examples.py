@@ -103,10 +103,6 @@ def parse_line(line: bytes, source: str = "") -> Example:
     return _example(fields, source)
 
 
-def _shown(text: str) -> str:
-    return repr(text[:SHOWN_CHARACTERS])
-
-
 def _example(fields: dict[str, Any], source: str) -> Example:
     if "messages" in fields:
         if "prompt" in fields or "completion" in fields:
@@ -129,7 +125,7 @@ def _messages(messages: Any) -> list[Message]:
         _text(message["role"], f"{name}.role")
         _text(message["content"], f"{name}.content")
     if messages[-1]["role"] != "assistant":
-        raise BadLine(f"the last message is by {_shown(messages[-1]['role'])}: expected 'assistant'")
+        raise BadLine(f"the last message is by {messages[-1]['role'][:SHOWN_CHARACTERS]!r}: expected 'assistant'")
     return messages
 
 

@@ -4,7 +4,6 @@ A small Llama with its own byte-level BPE tokenizer, trained on every built-in t
 the tokenizer sees). This command made ``fastlora/assets/base``; training.json beside the weights says how.
 """
 
-import argparse
 import copy
 import json
 import math
@@ -13,11 +12,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Annotated, Any
 
 import tokenizers
 import torch
 import transformers
+import typer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
@@ -150,11 +150,19 @@ def weighted_loss(model: LlamaForCausalLM, tokens: torch.Tensor, weights: torch.
     return losses @ weights / weights.sum()
 
 
-def pretrain(output: Path, steps: int, seed: int, threads: int, save_every: int = 500) -> dict[str, Any]:
-    """Train and save tokenizer, model (bfloat16 safetensors) and training.json under ``output``; return the latter.
+def pretrain(
+    output: Annotated[Path, typer.Option(help="Folder to write the model to.")],
+    steps: int = 6000,
+    seed: int = 0,
+    threads: int = 1,
+    save_every: int = 500,
+) -> dict[str, Any]:
+    """Train the demo's base model from scratch.
 
-    Every ``save_every`` steps the state so far is saved the same way, so that ``output`` holds a usable model early on.
+    Saves tokenizer, model (bfloat16 safetensors) and training.json under ``output``; returns the latter. Every ``save_every`` steps the state so
+    far is saved the same way, so that ``output`` holds a usable model early on.
     """
+    output.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(seed)
@@ -205,17 +213,5 @@ def pretrain(output: Path, steps: int, seed: int, threads: int, save_every: int 
     return record
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Train the demo's base model from scratch."""
-    parser = argparse.ArgumentParser(prog="python -m fastlora.demo.pretrain", description=main.__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="the folder to write the model to")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=1)
-    options = parser.parse_args(arguments)
-    options.output.mkdir(parents=True, exist_ok=True)
-    pretrain(**vars(options))
-
-
 if __name__ == "__main__":
-    main()
+    typer.run(pretrain)

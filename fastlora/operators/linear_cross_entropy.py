@@ -81,11 +81,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         dx = (dhidden * dloss).to(hidden.dtype) if need_hidden else None
         if not any(need_head):
             return dx, None, None, None
-        call = (
-            run_backward
-            if is_eager(dloss, hidden, weight, bias, labels)
-            else torch.ops.fastlora.linear_cross_entropy_backward
-        )
+        traced = torch.ops.fastlora.linear_cross_entropy_backward
+        call = run_backward if is_eager(dloss, hidden, weight, bias, labels) else traced
         with checks.without_autocast(hidden.device):
             dweight, dbias = call(dloss, hidden, weight, bias, labels, highest, total)
         return dx, dweight, None if bias is None else dbias, None

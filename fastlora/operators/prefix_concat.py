@@ -50,14 +50,12 @@ def run_backward(dout: Tensor, *args: Any) -> Any:
     return ops.implementations["prefix_concat_backward", choice.implementation](dout, *args)
 
 
-def _fake(
-    prompts, starts, max_prompt, prompt_index, embeds, input_ids, embedding, attention_mask, position_ids, labels
-):
-    batch, width = attention_mask.shape[0], attention_mask.shape[1] + max_prompt
+def _fake(prompts, starts, max_prompt, prompt_index, embeds, input_ids, embedding, mask, position_ids, labels):
+    batch, width = mask.shape[0], mask.shape[1] + max_prompt
     out = (embedding if embeds is None else embeds).new_empty(batch, width, prompts.shape[1])
-    mask = attention_mask.new_empty(batch, width)
     positions, source = (starts.new_empty(batch, width) for _ in range(2))
-    return out, mask, positions, starts.new_empty(0) if labels is None else labels.new_empty(batch, width), source
+    new_labels = starts.new_empty(0) if labels is None else labels.new_empty(batch, width)
+    return out, mask.new_empty(batch, width), positions, new_labels, source
 
 
 def _fake_backward(dout, source, prompt_rows, tokens, need_prompts, need_embeds):
@@ -81,39 +79,12 @@ class Prefixed(NamedTuple):
 
 class PrefixConcatFunction(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx,
-        prompts,
-        starts,
-        max_prompt,
-        prompt_index,
-        embeds,
-        input_ids,
-        embedding,
-        attention_mask,
-        position_ids,
-        labels,
-    ):
+    def forward(ctx, prompts, starts, max_prompt, *rest):  # as SCHEMA has them; prompts may be [S, P, D]
         flat = rows_of(prompts)  # [sum P_i, D]
-        out, mask, positions, new_labels, source = torch.ops.fastlora.prefix_concat(
-            flat,
-            starts,
-            max_prompt,
-            prompt_index,
-            embeds,
-            input_ids,
-            embedding,
-            attention_mask,
-            position_ids,
-            labels,
-        )
+        out, mask, positions, new_labels, source = torch.ops.fastlora.prefix_concat(flat, starts, max_prompt, *rest)
         ctx.save_for_backward(source)
-        ctx.prompts, ctx.prompt_rows, ctx.tokens, ctx.dtype = (
-            prompts.shape,
-            flat.shape[0],
-            attention_mask.shape[1],
-            prompts.dtype,
-        )
+        ctx.prompts, ctx.dtype = prompts.shape, prompts.dtype
+        ctx.prompt_rows, ctx.tokens = flat.shape[0], mask.shape[1] - max_prompt
         ctx.mark_non_differentiable(mask, positions, new_labels)
         ctx.set_materialize_grads(False)  # or zeros would be made for these three
         return out, mask, positions, new_labels
@@ -121,17 +92,13 @@ class PrefixConcatFunction(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx, saved, dout, *_):
-        grads: list[Tensor | None] = [None] * 10
         if dout is None:
-            return tuple(grads)
+            return (None,) * 10
         (source,) = saved
         need = ctx.needs_input_grad[0], ctx.needs_input_grad[4]
         dprompts, dembeds = torch.ops.fastlora.prefix_concat_backward(dout, source, ctx.prompt_rows, ctx.tokens, *need)
-        if need[0]:
-            grads[0] = dprompts.to(ctx.dtype).view(ctx.prompts)
-        if need[1]:
-            grads[4] = dembeds
-        return tuple(grads)
+        dprompts = dprompts.to(ctx.dtype).view(ctx.prompts) if need[0] else None
+        return dprompts, None, None, None, dembeds if need[1] else None, *(None,) * 5
 
 
 def prefix_concat(
@@ -168,9 +135,7 @@ def prefix_concat(
     B, T = attention_mask.shape
     if embeds is None:
         if input_ids is None or embedding is None:
-            raise ValueError(
-                "embeds: got None, expected a tensor [B, T, D], or None together with input_ids and embedding"
-            )
+            raise wrong("embeds", embeds, "a tensor [B, T, D], or None together with input_ids and embedding")
         checks.check_integers(input_ids, "input_ids", (B, T), device)
         checks.check_floats(embedding, "embedding")
         if embedding.dim() != 2 or embedding.shape[0] < 1 or embedding.shape[1] != D:
@@ -195,9 +160,7 @@ def prefix_concat(
             raise wrong("embeds", embeds, f"the prompts' device {device}")
     if prompt_index is None:
         if S != 1:
-            raise ValueError(
-                f"prompt_index: got None, expected a tensor [{B}] that says which of the {S} prompts each row has"
-            )
+            raise wrong("prompt_index", None, f"a tensor [{B}] that says which of the {S} prompts each row has")
         prompt_index = torch.zeros(B, dtype=torch.int64, device=device)
     else:
         checks.check_integers(prompt_index, "prompt_index", (B,), device)

@@ -13,7 +13,7 @@ What swaps the model's loss, or what stands between its layers, is not PEFT's ma
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from peft.tuners.lora.layer import LoraLayer
@@ -29,12 +29,6 @@ from fastlora.peft.layers import FrozenLinear, FusedLinear, compute, frozen_base
 from fastlora.peft.reporting import LayerReport, Report, report
 
 __all__ = ["FrozenLinear", "FusedLinear", "LayerReport", "Report", "accelerate", "report", "restore"]
-
-
-def _lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLayer]]:
-    for name, module in model.named_modules():
-        if isinstance(module, LoraLayer):
-            yield name, module
 
 
 def _frozen_layers(model: nn.Module) -> list[nn.Module]:
@@ -93,7 +87,7 @@ def accelerate(
     """
     ops.read_environment()
     budget = packed.Budget(pack_budget)
-    layers = list(_lora_layers(model))
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     plain = _frozen_layers(model) if frozen else []
     if not layers and not frozen and not loss and not fuse:
         raise ValueError("model: has no PEFT LoRA layers, expected the result of peft.get_peft_model with a LoraConfig")
@@ -105,7 +99,7 @@ def accelerate(
         model_loss.attach(model)
     if fuse:
         fusion.attach(model)
-    for _, layer in layers:
+    for layer in layers:
         restore_layer(layer.base_layer)  # of a layer that got its adapter since the last call
         if type(layer) is not FusedLinear and obstacles.swap_obstacle(layer) is None:
             layer.__class__ = FusedLinear
@@ -125,9 +119,9 @@ def accelerate(
                 module.__dict__[name] = functools.partial(_unload_restored, module, name)
     for family in siblings.find_families(model, lambda module: type(module) is FusedLinear, compute):
         family.attach()
-    if layers and not any(type(layer) is FusedLinear for _, layer in layers):
+    if layers and not any(type(layer) is FusedLinear for layer in layers):
         warnings.warn(
-            f"fastlora.accelerate fused none of {len(layers)} LoRA layers: {obstacles.swap_obstacle(layers[0][1])}",
+            f"fastlora.accelerate fused none of {len(layers)} LoRA layers: {obstacles.swap_obstacle(layers[0])}",
             stacklevel=2,
         )
     trial.try_out({**_weights_by_operator(model), **fusion.weights(model)})

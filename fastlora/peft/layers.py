@@ -114,20 +114,19 @@ def compute(plans: Sequence[Plan], x: Tensor, used: Sequence[str], names: siblin
     """The results of layers that share x and, in a mixed batch, the adapters of its rows."""
     weight, bias, transposed, lora_a, lora_b, scale, dropout_p = plans[0]
     cast = checks.autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
+    rows = None if names is None else _rows_of(names, tuple(used), x.device, torch.is_inference_mode_enabled())
     if len(plans) > 1:
         lora_a, lora_b = [a for one in plans for a in one.lora_a], [b for one in plans for b in one.lora_b]
         scale, dropout_p = [s for one in plans for s in one.scale], [p for one in plans for p in one.dropout_p]
         weights, biases = [one.linear_weight for one in plans], [one.bias for one in plans]
-        rows = None if names is None else _rows_of(names, tuple(used), x.device, torch.is_inference_mode_enabled())
         return lora_linear.compute(x, weights, biases, lora_a, lora_b, scale, dropout_p, rows, cast)
-    weight, rows = weight.t() if transposed else weight, None
-    if names is not None:
-        rows = _rows_of(names, tuple(used), x.device, torch.is_inference_mode_enabled())
-    elif len(used) > 1:
+    if names is None and len(used) > 1:
         # A sum of adapters is one adapter of their concatenated rank. With dropout there is an obstacle.
         lora_b = [torch.cat([b * s for b, s in zip(lora_b, scale, strict=True)], dim=1)]
         lora_a, scale, dropout_p = [torch.cat(lora_a)], [1.0], [0.0]
-    return lora_linear.compute(x, [weight], [bias], lora_a, lora_b, scale, dropout_p, rows, cast)
+    return lora_linear.compute(
+        x, [weight.t() if transposed else weight], [bias], lora_a, lora_b, scale, dropout_p, rows, cast
+    )
 
 
 @functools.lru_cache(maxsize=4)

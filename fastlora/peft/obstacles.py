@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastlora import checks
 from fastlora.checks import is_hooked
+from fastlora.choice.table import name_of
 from fastlora.frozen import packed
 
 GLOBAL_HOOKS = (
@@ -30,10 +31,6 @@ GLOBAL_HOOKS = (
 def parameter(module: nn.Module, name: str) -> Any:
     """The module's parameter of that name, or what stands in its place (a sharded or parametrised weight)."""
     return module._parameters[name] if name in module._parameters else getattr(module, name)
-
-
-def name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def weight_obstacle(weight: Any, bias: Any) -> str | None:
@@ -51,18 +48,6 @@ def weight_obstacle(weight: Any, bias: Any) -> str | None:
 
 FROZEN_FORWARDS = [nn.Linear.forward, Conv1D.forward]
 """Of the layers whose product is ours to make; layers.py adds its own."""
-
-
-def base_of(layer: nn.Module) -> tuple[Any, Any, bool] | str:
-    """(weight, bias, whether that is a Conv1D's) of the frozen layer under a LoRA layer, or why it cannot be fused."""
-    base: Any = layer._modules["base_layer"]
-    if getattr(type(base), "forward", None) not in FROZEN_FORWARDS:
-        return f"the base layer is a {type(base).__name__}"
-    weight, bias = parameter(base, "weight"), parameter(base, "bias")
-    obstacle = weight_obstacle(weight, bias)
-    if obstacle is None and is_hooked(base):
-        return "the base layer carries a hook"
-    return obstacle or (weight, bias, isinstance(base, Conv1D))
 
 
 class Plan(NamedTuple):
@@ -86,6 +71,18 @@ class Plan(NamedTuple):
         its = other.weight, other.bias, *other.lora_a, *other.lora_b
         same_numbers = (self.scale, self.dropout_p) == (other.scale, other.dropout_p)
         return same_numbers and len(mine) == len(its) and all(map(operator.is_, mine, its))
+
+
+def plan_of_base(layer: nn.Module) -> Plan | str:
+    """The plan of the frozen layer under a LoRA layer, without adapters yet, or why it cannot be fused."""
+    base: Any = layer._modules["base_layer"]
+    if getattr(type(base), "forward", None) not in FROZEN_FORWARDS:
+        return f"the base layer is a {type(base).__name__}"
+    weight, bias = parameter(base, "weight"), parameter(base, "bias")
+    obstacle = weight_obstacle(weight, bias)
+    if obstacle is None and is_hooked(base):
+        return "the base layer carries a hook"
+    return obstacle or Plan(weight, bias, isinstance(base, Conv1D), [], [], [], [])
 
 
 def adapter_of(layer: nn.Module, adapter: str) -> tuple[Any, Any, Any]:
@@ -141,10 +138,9 @@ def lasting_plan(layer: Any, used: Sequence[str]) -> Plan | str:
         return "no adapter is active"
     if any(GLOBAL_HOOKS):
         return "a global hook is set"
-    base = base_of(layer)
-    if isinstance(base, str):
-        return base
-    plan = Plan(*base, [], [], [], [])
+    plan = plan_of_base(layer)
+    if isinstance(plan, str):
+        return plan
     for adapter in used:
         obstacle = add_adapter(plan, layer, adapter)
         if obstacle is not None:
@@ -195,9 +191,8 @@ def swap_obstacle(layer: Any) -> str | None:
         return f"{type(layer).__module__}.{type(layer).__name__} is not fused"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the object"  # which would go on calling the one it found
-    base = base_of(layer)
-    if isinstance(base, str):
-        return base
-    plan = Plan(*base, [], [], [], [])
+    plan = plan_of_base(layer)
+    if isinstance(plan, str):
+        return plan
     found = [add_adapter(plan, layer, adapter) for adapter in layer.lora_A]
     return found[0] if found and all(found) else None

@@ -34,13 +34,8 @@ NAMES = (
     ("query", "key", "value"),  # BERT and its kin
     ("w1", "w3"),  # experts of Mixtral
 )
-CROSS_ATTENTION = (
-    "EncDecAttention",
-    "encoder_attn",
-    "crossattention",
-    "cross_attn",
-)  # whose query reads something else
-
+CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn")
+"""Whose query reads something else."""
 
 AdapterNames = tuple[str, ...] | None
 """Of a mixed batch, one name an example; None: every row has the active adapter."""
