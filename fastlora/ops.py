@@ -260,7 +260,11 @@ def choose(op: str, like: Tensor, rows: int, elements: int, dropout: bool, weigh
     Measured are weights that lie by row, as nn.Linear's. The figures stand for those that lie by column, too, but not for any that would be copied.
     """
     if forced is not None:
-        return forced_choice(op, forced, like)
+        check_forced()
+        obstacle = obstacle_of(op, forced, like.device, like.dtype)
+        if obstacle is not None:
+            raise ImplementationError(f"FASTLORA_IMPL={forced}: {op} cannot run: {obstacle}")
+        return Choice(forced, "FASTLORA_IMPL")
     key = op, like.device, like.dtype, rows.bit_length(), elements.bit_length(), dropout
     choice = table.choices.get(key)
     if choice is None:
@@ -271,19 +275,6 @@ def choose(op: str, like: Tensor, rows: int, elements: int, dropout: bool, weigh
             f"CUDA C++ would copy the weight {list(weight.shape)} in every call: neither its rows nor its columns lie at multiples of 16 bytes",
         )
     return choice
-
-
-def forced_choice(op: str, name: str, like: Tensor) -> Choice:
-    """`name`, as FASTLORA_IMPL says.
-
-    Raises:
-        ImplementationError: it is no implementation, or cannot run `op` in `like`'s dtype and on its device.
-    """
-    check_forced()
-    obstacle = obstacle_of(op, name, like.device, like.dtype)
-    if obstacle is not None:
-        raise ImplementationError(f"FASTLORA_IMPL={name}: {op} cannot run: {obstacle}")
-    return Choice(name, "FASTLORA_IMPL")
 
 
 def _is_copied(weight: Tensor) -> bool:
