@@ -77,7 +77,10 @@ class TrainConfig:
     resume: bool = option("Go on from the newest checkpoint; without one, start afresh.", False)
     resume_from: int | None = option("Go on from the checkpoint of this step; later ones are removed.", None)
     overwrite: bool = option("Replace what the output folder holds.", False)
-    accelerate: bool = option("Run LoRA and frozen layers by fastlora, or leave them to PEFT and torch.", True)
+    accelerate: bool = option(
+        "Run LoRA and frozen layers, norms, MLPs and attention by fastlora, or leave them to PEFT, transformers and torch.",
+        True,
+    )
     pack_budget: int | None = option(
         "Bytes for packed copies of frozen weights on a CPU, 0 for none. [default: 1/16 of its memory]", None
     )

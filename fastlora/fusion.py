@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fastlora import checks, ops, reference
 from fastlora.bounds import nearly_equal
-from fastlora.operators.attention import AttentionFunction, compute
+from fastlora.operators.attention import within
 from fastlora.operators.rms_norm import rms_norm
 from fastlora.operators.rotary import rotary
 from fastlora.operators.swiglu import swiglu
@@ -51,13 +51,17 @@ def _note(module: nn.Module, x: Tensor, width: int, obstacle: str | None) -> Non
         module.__dict__[SEEN] = Seen(x.numel() // max(width, 1), x.numel(), x.dtype, x.device, obstacle)
 
 
-def _obstacle(*tensors: Any) -> str | None:
-    """Why no operator may run on these, or None: they are alike, and nobody traces or transforms."""
+def _obstacle(op: str, width: int, *tensors: Any) -> str | None:
+    """Why the operator may not run on these, or None: they are alike, nobody transforms, and something is faster there than the model's own forward.
+
+    width: elements of a token in the first.
+    """
     first = tensors[0]
-    if torch.compiler.is_compiling():
-        return "compiled"
     if not all(isinstance(one, Tensor) and one.dtype == first.dtype and one.device == first.device for one in tensors):
         return f"it is given {' and '.join(map(checks.shown, tensors))}"
+    choice = ops.choose(op, first, first.numel() // max(width, 1), first.numel(), dropout=False)
+    if choice.implementation == "reference" and ops.forced is None:
+        return choice.reason
     return checks.transform_obstacle()
 
 
@@ -73,7 +77,10 @@ def with_norm(plain: Any) -> type:
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         weight = self._parameters["weight"]
-        obstacle = "its weight is trained" if weight.requires_grad else _obstacle(hidden_states, weight)
+        if torch.compiler.is_compiling():
+            return plain.forward(self, hidden_states)
+        trained = "its weight is trained" if weight.requires_grad else None
+        obstacle = trained or _obstacle("rms_norm", len(weight), hidden_states, weight)
         _note(self, hidden_states, len(weight), obstacle)
         if obstacle is not None:
             return plain.forward(self, hidden_states)
@@ -102,7 +109,7 @@ def with_mlp(plain: Any) -> type:
         if torch.compiler.is_compiling():
             return plain.forward(self, x)
         gate, up = self.gate_proj(x), self.up_proj(x)
-        obstacle = _obstacle(gate, up)
+        obstacle = _obstacle("swiglu", gate.shape[-1], gate, up)
         _note(self, gate, gate.shape[-1], obstacle)
         return self.down_proj(swiglu(gate, up) if obstacle is None else self.act_fn(gate) * up)
 
@@ -160,7 +167,8 @@ class _Rotary:
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **options: Any) -> Any:
         fits = not more and not options and q.dim() == 4 and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]
-        if not fits or cos.requires_grad or sin.requires_grad or _obstacle(q, k, cos, sin) is not None:
+        fits = fits and not cos.requires_grad and not sin.requires_grad
+        if not fits or _obstacle("rotary", q.shape[1] * q.shape[3], q, k, cos, sin) is not None:
             return self.own(q, k, cos, sin, *more, **options)
         return rotary(q, k, cos, sin)
 
@@ -188,6 +196,8 @@ def attend(
     """
     starts = options.get("cu_seq_lens_q")
     obstacle = _attention_obstacle(query, key, value, None if starts is not None else attention_mask, options)
+    if obstacle is None and starts is None:
+        obstacle = _obstacle("attention", query.shape[1] * query.shape[3], query, key, value)
     _note(module, query, query.shape[1] * query.shape[3], obstacle)
     if obstacle is not None:
         if starts is not None:
@@ -197,11 +207,8 @@ def attend(
     causal = options.get("is_causal")
     causal = getattr(module, "is_causal", True) if causal is None else causal
     starts = torch.arange(0, B * T + 1, T) if starts is None else starts.to("cpu", torch.int64)
-    rows = (one.transpose(1, 2).reshape(B * T, one.shape[1], D) for one in (query, key, value))
-    given = (*rows, starts, options.get("scaling") or D**-0.5, causal)
-    grad = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
-    out = AttentionFunction.apply(*given) if grad else compute(*given)[0]
-    return out.view(B, T, H, D), None
+    q, k, v = (one.transpose(1, 2).reshape(B * T, one.shape[1], D) for one in (query, key, value))
+    return within(q, k, v, starts, options.get("scaling") or D**-0.5, causal).view(B, T, H, D), None
 
 
 PLAIN_OPTIONS = ("scaling", "is_causal", "dropout", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -225,9 +232,6 @@ def _attention_obstacle(
         return f"it is given {', '.join(more)}"
     if query.device.type != "cpu":
         return f"torch has its own on {query.device.type} devices"
-    obstacle = _obstacle(query, key, value)
-    if obstacle is not None:
-        return obstacle
     if query.shape[2] != key.shape[2] or query.shape[3] != value.shape[3] or query.shape[0] != key.shape[0]:
         return "there are other keys than queries"
     return None

@@ -79,7 +79,7 @@ class LanguageModelLoss:
         head = output_embedding(self._inner)
         if self.path is None or (self.path == FUSED and head_obstacle(head)):
             self.path, self.reason = self._choose(head, inputs)
-        real = packing.real_tokens(inputs) if self.packs else None
+        real = packing.real_tokens(self._inner, inputs) if self.packs else None
         if real is not None and not bool((counted & ~real).any()):
             inputs, counted = packing.pack(inputs, real), counted[real][None]
         if self.path == ALL:

@@ -197,7 +197,7 @@ def _run(model: Any, plain: Any, head: Any, given: dict[str, Any], *, fused: boo
         loss = rows.loss(out.logits, labels)
         return type(out)(**{**out, "loss": loss, "logits": None})
     targets = F.pad(labels[:, 1:], (0, 1), value=IGNORE) if shifted is None else shifted
-    real = packing.real_tokens(given) if packs else None
+    real = packing.real_tokens(model, given) if packs else None
     if real is not None and not bool((targets[~real] != IGNORE).any()):
         given, targets = packing.pack(given, real), targets[real][None]
         labels = given["labels"]

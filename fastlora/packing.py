@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlora.bounds import nearly_equal
 
@@ -21,14 +21,24 @@ MAY_BE_GIVEN = (*PER_TOKEN, "attention_mask", "num_items_in_batch", "return_dict
 PROBE_TOKENS = (8, 5)  # of the rows of the small batch
 
 
-def real_tokens(given: Mapping[str, Any]) -> Tensor | None:
-    """Where a causal model's batch has tokens, bool [B, T]; None where there is no padding to leave out, or more is given than is known here."""
+def real_tokens(model: nn.Module, given: Mapping[str, Any]) -> Tensor | None:
+    """Where a causal model's batch has tokens, bool [B, T]; None where there is no padding to leave out, or it must stay.
+
+    It must where more is given than is known here, and where torch compiles a part of the model: what it traces runs the model's own attention.
+    """
     ids, mask = given.get("input_ids"), given.get("attention_mask")
     known = all(value is None or name in MAY_BE_GIVEN for name, value in given.items()) and not given.get("use_cache")
     if not known or ids is None or mask is None or ids.device.type != "cpu" or mask.shape != ids.shape:
         return None
     real = mask != 0
-    return None if real.all() or not real.any() else real
+    if real.all() or not real.any() or any(map(is_compiled, model.modules())):
+        return None
+    return real
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether torch.compile has wrapped the module, or Module.compile was called on it."""
+    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def pack(given: Mapping[str, Any], real: Tensor) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from fastlora import adapters
 from fastlora.config import TrainConfig
 from fastlora.models import load_base
+from fastlora.peft import accelerate
 from fastlora.typed import listed
 
 
@@ -25,6 +26,8 @@ def build(config: TrainConfig, dtype: torch.dtype, device: torch.device, resume_
     """
     if config.method == "full":
         model = load_base(str(resume_from or config.model), torch.float32, device)
+        if config.accelerate:
+            accelerate(model, fuse=True)
     else:
         model = _add_adapter(load_base(str(config.model), dtype, device), config, resume_from)
     if config.gradient_checkpointing:
@@ -102,8 +105,6 @@ def _add_adapter(model: Any, config: TrainConfig, resume_from: Path | None) -> A
         except ValueError as error:  # a module that is no layer, say
             raise ValueError(f"target_modules={config.target_modules!r}: {error}") from error
     if config.accelerate:
-        from fastlora.peft import accelerate
-
         accelerate(model, frozen=True, fuse=True, pack_budget=config.pack_budget)
     return model
 

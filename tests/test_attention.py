@@ -12,6 +12,8 @@ from row_operators import check_bound, check_compiles, check_on_meta, check_repe
 from torch import Tensor
 
 from fastlora.functional import attention
+from fastlora.operators import attention as operator
+from fastlora.ops import Choice
 
 OPERATOR = "attention"
 
@@ -145,6 +147,14 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.fastlora.attention.default, (q, k, v, *rest))
     out, lse = torch.ops.fastlora.attention(q, k, v, *rest)
     torch.library.opcheck(torch.ops.fastlora.attention_backward.default, (q, q, k, v, out, lse, *rest))
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_where_torchs_own_is_faster_it_runs(causal: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operator, "choose", lambda *_: Choice("reference", "measured"))
+    monkeypatch.setattr(operator, "compute", None)
+    case = Case((5, 9), causal=causal)
+    check_bound(ours(case), eager(case), partial(draw, case), [0, 1, 2])
 
 
 Q, K, STARTS = torch.ones(6, 4, 8), torch.ones(6, 2, 8), torch.tensor([0, 2, 6])

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 import fastlora
-from fastlora import fusion
+from fastlora import fusion, ops
 from fastlora.operators import attention
 
 SIZES: dict[str, Any] = {
@@ -287,6 +287,24 @@ def test_inside_transforms_and_compilers() -> None:
     torch.compiler.reset()
 
 
+def test_compiled_layers_keep_their_padding() -> None:
+    """Be they compiled before or after it was left out: what torch traces is the model's own attention, which needs the mask."""
+    torch.compiler.reset()
+    plain, ours = adapted(), fastlora.accelerate(adapted(), loss=True, fuse=True)
+    ours(**batch())
+    for layer in ours.get_base_model().model.layers:
+        layer.compile(backend="aot_eager", dynamic=True)
+    for seed in range(3):
+        found, expected = (model(**batch("right", seed)).loss for model in (ours, plain))
+        torch.testing.assert_close(found, expected)
+        for one, other in zip(
+            *(trained_gradients(model, loss).values() for model, loss in ((ours, found), (plain, expected))),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other)
+    torch.compiler.reset()
+
+
 def test_copies_pickles_and_files_are_the_models_own(tmp_path: Any) -> None:
     ours = fastlora.accelerate(build().requires_grad_(False), loss=True, fuse=True)
     for other in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
@@ -319,3 +337,14 @@ def test_a_model_without_such_parts() -> None:
     expected = model.eval()(**batch()).loss
     assert not swapped(fastlora.accelerate(model, fuse=True))
     assert torch.equal(model(**batch()).loss, expected)
+
+
+def test_where_the_models_own_is_as_fast_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a card, for which there are no such kernels; without padding torch's attention takes the rows one by one."""
+    monkeypatch.setattr(ops, "candidates", lambda *_: [])
+    monkeypatch.setattr(ops, "obstacle_of", lambda *_: "it is slower")
+    plain, ours = adapted(), fastlora.accelerate(adapted(), loss=True, fuse=True)
+    torch.testing.assert_close(ours(**batch()).loss, plain(**batch()).loss)
+    ours.eval()(**batch("none"))
+    for name in ("LlamaRMSNorm", "LlamaMLP", "LlamaAttention"):
+        assert told(ours)[name] == ["transformers", "its own forward: plain PyTorch, since it is slower"]

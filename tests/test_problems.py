@@ -9,6 +9,7 @@ from measurements import ON_A_CPU
 from torch import Tensor
 
 from fastlora import operators, ops, reference
+from fastlora.bounds import nearly_equal
 from fastlora.choice import problems, table
 from fastlora.choice.problems import ADAPTERS, SIBLINGS
 from fastlora.choice.problems import operators as measured
@@ -192,3 +193,13 @@ def test_mixed_rows_take_turns(rows: int, runs: int) -> None:
         assert len(own) and torch.equal(own, own.sort().values)
     assert offsets[-2] == offsets[-1] == rows  # no number that does not exist
     assert int((adapter.diff() != 0).sum()) == runs - 1 and adapter[0] != adapter[-1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", sorted(name for one in measured.values() for name in one.plain))
+def test_what_times_are_compared_with_computes_the_same(name: str, dtype: torch.dtype) -> None:
+    one = measured[name.removesuffix("_backward")]
+    for call in one.calls(M, 128, N, dtype, CPU, False)[name]:
+        found, expected = one.plain[name](*call), ops.implementation(name, "reference")(*call)
+        pairs = zip(one.comparable(found, call), one.comparable(expected, call), strict=False)  # torch has no lse
+        assert all(nearly_equal(*pair) for pair in pairs)

@@ -62,7 +62,8 @@ def one_class(
                     else:
                         refused.add(refusal)
             trying(name, sound)
-            functions = {run: _in_way(name, *runs.get(run, (run, ""))) for run in ("reference", *sound)}
+            plain = operators[op].plain.get(name) or ops.implementation(name, "reference")
+            functions = {"reference": plain, **{run: _in_way(name, *runs[run]) for run in sound}}
             times = ratios(functions, calls, device, seconds)
             trying(name, [])
             for one in names:

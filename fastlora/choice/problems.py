@@ -3,8 +3,9 @@
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import product
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -45,6 +46,9 @@ class Measured(NamedTuple):
 
     comparable: Callable[[Any, Call], list[Tensor]]
     """Of (results, arguments): the tensors that implementations have in common."""
+
+    plain: Mapping[str, Callable[..., Any]] = MappingProxyType({})
+    """Of the operator and its backward, what one would write in PyTorch, or torch has, where that is faster than the reference."""
 
 
 def linear_classes(device_type: str, dtype: torch.dtype, sizes: Sequence[str]) -> Iterable[tuple[int, str, bool]]:

@@ -3,7 +3,10 @@
 The equation and its gradients are fastlora/reference.py::attention and attention_backward.
 """
 
+from collections.abc import Iterator
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import checks, ops, reference
@@ -13,12 +16,8 @@ from fastlora.choice.problems import Call, Draw, Measured, row_classes, tensors_
 from fastlora.gradients import differentiable_once, is_eager
 from fastlora.ops import Choice
 
-HEADS, KEY_HEADS, HEAD, SEGMENT = (
-    6,
-    2,
-    64,
-    256,
-)  # where it is measured: heads, their columns, tokens that see one another
+HEADS, KEY_HEADS, HEAD = 6, 2, 64  # where it is measured: heads, and their columns
+SEGMENT, SEGMENTS = 256, 4  # tokens that see one another: so many, or so great a part of all, whichever is more
 
 
 def choose(q: Tensor, backward: bool = False) -> Choice:
@@ -116,9 +115,16 @@ def attention(
     scale = D**-0.5 if scale is None else scale
     checks.check_number(scale, "scale")
     checks.check_transforms(q, k, v)
+    return within(q, k, v, starts.long(), scale, causal)
+
+
+def within(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, causal: bool) -> Tensor:
+    """`attention`, unchecked."""
+    if ops.forced is None and q.dtype in ops.KERNEL_DTYPES and choose(q).implementation == "reference":
+        return by_torch(q, k, v, starts, scale, causal)
     if torch.is_grad_enabled() and any(one.requires_grad for one in (q, k, v)):
-        return AttentionFunction.apply(q, k, v, starts.long(), scale, causal)
-    return compute(q, k, v, starts.long(), scale, causal)[0]
+        return AttentionFunction.apply(q, k, v, starts, scale, causal)
+    return compute(q, k, v, starts, scale, causal)[0]
 
 
 def calls(M: int, K: int, _: int, dtype: torch.dtype, device: torch.device, dropout: bool) -> dict[str, list[Call]]:
@@ -126,10 +132,38 @@ def calls(M: int, K: int, _: int, dtype: torch.dtype, device: torch.device, drop
     draw = Draw(dtype, device)
     q, dout = (draw.normal(M, HEADS, HEAD) for _ in range(2))
     k, v = (draw.normal(M, KEY_HEADS, HEAD) for _ in range(2))
-    starts = torch.tensor([*range(0, M, SEGMENT), M])
+    starts = torch.tensor([*range(0, M, max(SEGMENT, M // SEGMENTS)), M])
     rest = starts, HEAD**-0.5, True
     out, lse = reference.attention(q, k, v, *rest)
     return {"attention": [(q, k, v, *rest)], "attention_backward": [(dout, q, k, v, out, lse, *rest)]}
 
 
-problems.operators["attention"] = Measured(calls, row_classes, tensors_of)
+def _segments(starts: Tensor, q: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Of each segment what torch's attention takes, [1, H, tokens, D] or [1, H, tokens], with a head of keys for each of queries."""
+    lengths = starts.diff().tolist()
+    whole = (q, *(one.repeat_interleave(q.shape[1] // one.shape[1], 1) for one in others))
+    return zip(*(one.transpose(0, 1)[None].split(lengths, 2) for one in whole), strict=True)
+
+
+def by_torch(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, causal: bool) -> Tensor:
+    """reference.py::attention's out by torch's own attention, a segment at a time; differentiable."""
+    outs = [
+        F.scaled_dot_product_attention(query, key, value, is_causal=causal, scale=scale)[0].transpose(0, 1)
+        for query, key, value in _segments(starts, q, k, v)
+    ]
+    return torch.cat(outs)
+
+
+def by_torch_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, scale: float, causal: bool
+) -> list[Tensor]:
+    """What autograd runs for it on a CPU."""
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    found = [backward(*rows, 0.0, causal, scale=scale) for rows in _segments(starts, dout, q, k, v, out, lse)]
+    dq, dk, dv = (torch.cat(one, 2)[0].transpose(0, 1) for one in zip(*found, strict=True))
+    return [dq, *(one.unflatten(1, (k.shape[1], -1)).sum(2) for one in (dk, dv))]
+
+
+problems.operators["attention"] = Measured(
+    calls, row_classes, tensors_of, {"attention": by_torch, "attention_backward": by_torch_backward}
+)

@@ -96,4 +96,18 @@ def calls(M: int, K: int, _: int, dtype: torch.dtype, device: torch.device, drop
     return {"rotary": [(q, k, cos, sin)], "rotary_backward": [(q, k, cos, sin)]}
 
 
-problems.operators["rotary"] = Measured(calls, row_classes, tensors_of)
+def plain(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """As transformers' models write it."""
+    halves = ((x, x.chunk(2, -1)) for x in (q, k))
+    return tuple(x * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None] for x, (first, second) in halves)
+
+
+def plain_backward(dq: Tensor, dk: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    """As autograd goes through that."""
+    halves = ((dx, (dx * sin[:, None]).chunk(2, -1)) for dx in (dq, dk))
+    return tuple(dx * cos[:, None] + torch.cat((second, -first), -1) for dx, (first, second) in halves)
+
+
+problems.operators["rotary"] = Measured(
+    calls, row_classes, tensors_of, {"rotary": plain, "rotary_backward": plain_backward}
+)

@@ -4,6 +4,7 @@ The equation and its gradients are fastlora/reference.py::swiglu and swiglu_back
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import checks, ops
@@ -87,4 +88,16 @@ def calls(M: int, F: int, _: int, dtype: torch.dtype, device: torch.device, drop
     return {"swiglu": [(gate, up)], "swiglu_backward": [(dy, gate, up)]}
 
 
-problems.operators["swiglu"] = Measured(calls, row_classes, tensors_of)
+def plain(gate: Tensor, up: Tensor) -> Tensor:
+    """As transformers' models write it."""
+    return F.silu(gate) * up
+
+
+def plain_backward(dy: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """As autograd goes through that."""
+    return torch.ops.aten.silu_backward.default(dy * up, gate), dy * F.silu(gate)
+
+
+problems.operators["swiglu"] = Measured(
+    calls, row_classes, tensors_of, {"swiglu": plain, "swiglu_backward": plain_backward}
+)

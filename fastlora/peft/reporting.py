@@ -10,6 +10,7 @@ from transformers.pytorch_utils import Conv1D
 from fastlora import fusion, model_loss, ops
 from fastlora.frozen import products
 from fastlora.operators import frozen_linear, lora_linear
+from fastlora.packing import is_compiled
 from fastlora.peft import obstacles, siblings
 from fastlora.peft.layers import OWN_FORWARD, SEEN, FrozenLinear, Seen, frozen_base
 
@@ -58,7 +59,7 @@ def report(model: nn.Module) -> Report:
 
 def layers(model: nn.Module) -> list[LayerReport]:
     """`report`, without the parts that are told together."""
-    prefixes = tuple(f"{name}." if name else "" for name, module in model.named_modules() if _is_compiled(module))
+    prefixes = tuple(f"{name}." if name else "" for name, module in model.named_modules() if is_compiled(module))
     found = []
     for name, module in model.named_modules():
         compiled = f"{name}.".startswith(prefixes)
@@ -69,11 +70,6 @@ def layers(model: nn.Module) -> list[LayerReport]:
             reason = f"{NOT_OBSERVED}; in its last eager call {reason}" if compiled else reason
             found.append(LayerReport(f"{name}.loss".lstrip("."), path, reason))
     return found
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    """Whether torch.compile has wrapped the module, or Module.compile was called on it."""
-    return "_orig_mod" in module._modules or module._compiled_call_impl is not None
 
 
 def _explain(layer: Any, compiled: bool) -> tuple[str, str]:
