@@ -119,7 +119,7 @@ def goals_table(goals: Sequence[Goal], notes: Sequence[str]) -> str:
         "of goal": [_quantity(one.of_goal(), "") for one in goals],
         "met": [{True: "yes", False: "no", None: "-"}[one.is_met()] for one in goals],
         "peft": [_quantity(one.peft, one.unit) for one in goals],
-        "floor": [_quantity(one.floor, one.unit) for one in goals],
+        "frozen": [_quantity(one.frozen, one.unit) for one in goals],
     }
     for name in dict.fromkeys(name for one in goals for name in one.rivals):
         columns[name] = [_quantity(one.rivals.get(name), one.unit) for one in goals]
@@ -144,9 +144,10 @@ def _legend(goals: Sequence[Goal]) -> list[str]:
             MEANINGS["addmm"],
         ]
     return [
-        "goals: time over that of the plain frozen layers, or of PEFT's training step, medians timed in turn;"
+        "goals: time over the machine's limit, over the plain frozen layer, or over PEFT's training step, medians timed in turn;"
         " fastlora: PEFT layers as `accelerate` leaves them",
-        "floor: the frozen products alone, packed by oneDNN, times the FLOPs that LoRA adds: the best that oneDNN allows here",
+        "limit: a layer's FLOPs at the best product rate of this machine, and one more read of x; addmm: "
+        + MEANINGS["addmm"].partition(": ")[2],
     ]
 
 

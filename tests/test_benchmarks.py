@@ -317,23 +317,30 @@ def measured_goals() -> session.Record:
 
 
 def test_goals_are_those_of_the_shape_and_a_wrong_layer_is_not_timed(monkeypatch) -> None:
-    training = replace(TINY, adapter_dtype=torch.float32, passes=(TRAINING,))
+    training = replace(TINY, passes=(TRAINING,))
     rows = [replace(TINY, K=4096, M=M, passes=(FORWARD,)) for M in (1, 4)]
-    monkeypatch.setattr(goals, "GOAL_LAYERS", (training, replace(training, dtype=torch.float16), *rows))
-    monkeypatch.setattr(goals, "GOAL_BLOCKS", (TINY_BLOCK,))
+    monkeypatch.setattr(goals, "GOAL_LAYERS", (training, *rows))
+    monkeypatch.setattr(goals, "GOAL_CELLS", (training, replace(training, R=1), *rows))
     monkeypatch.setattr(goals, "SECONDS", 0.01)
+    monkeypatch.setattr(goals, "CELL_SECONDS", 0.01)
+    monkeypatch.setattr(goals, "product_rate", lambda *_: 1e9)
+    monkeypatch.setattr(goals, "bandwidths", lambda _: {"read": 1e9})
     record = measured_goals()
-    layer, half, one_row, four_rows, block = record.rows
-    assert (record.notes, record.failed) == ([], [])
-    bracket = 1 + 1.5 * 3 * (1 / 24 + 1 / 16)
-    assert layer.goal == pytest.approx(0.75 * bracket) and layer.floor > 0
-    assert (half.goal, one_row.goal, four_rows.goal, block.goal) == (0.35, 0.8, None, 1.0)
-    assert half.floor is one_row.floor is four_rows.is_met() is None
-    assert all(goal.ours > 0 and goal.peft > 0 for goal in (layer, half, one_row, four_rows, block))
+    layer, one_row, four_rows, cells = record.rows
+    assert record.failed == [] and len(record.notes) == 1 and record.notes[0].startswith("cells, ")
+    M, K, N, R = training.M, training.K, training.N, training.R
+    limit = (4 * M * K * N + 6 * M * R * (K + N)) / 1e9 + M * K * training.dtype.itemsize / 1e9
+    assert goals.limit(training, CPU) == pytest.approx(limit)
+    assert layer.goal == 1.15 and layer.ours == pytest.approx(layer.seconds["fastlora"] / limit)
+    assert layer.frozen == pytest.approx(layer.seconds["frozen"] / limit) and "addmm" in layer.rivals
+    assert one_row.goal == goals.ONE_ROW[TINY.dtype] and four_rows.goal is four_rows.is_met() is one_row.frozen is None
+    assert one_row.ours == pytest.approx(one_row.seconds["fastlora"] / one_row.seconds["frozen"])
+    assert cells.goal == 0 and cells.ours in range(5) and cells.what.startswith("cells of 4 ")
+    assert cells.is_met() == (cells.ours == 0)
     break_lora_linear(monkeypatch, lambda y: y * 1.1)
     record = measured_goals()
-    assert record.rows == [] and len(record.failed) == 5
-    assert len(record.notes) == 5 and all("not timed" in line for line in record.notes)
+    assert record.rows == [] and len(record.failed) == 4
+    assert sum("not timed" in line for line in record.notes) == 4
 
 
 GOALS = [
