@@ -134,7 +134,15 @@ def _cells(session: Session, cases: Sequence[Any]) -> Iterator[Goal]:
     session.notes.append(
         f"cells, {numbers}: fastlora over the best rival {min(ratios):.2f} to {max(ratios):.2f}; slower: {'; '.join(lost) or 'none'}"
     )
-    yield Goal(f"cells of {len(cases)} that lose to the best rival, {numbers}", "all", numbers, 0, len(lost), None)
+    yield Goal(
+        f"cells of {len(cases)} that lose to the best rival, {numbers}",
+        "all",
+        numbers,
+        0,
+        len(lost),
+        None,
+        unit="cells",
+    )
 
 
 def step_goals(rows: Iterable[Mapping[str, Any]]) -> Iterator[Goal]:

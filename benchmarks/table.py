@@ -102,7 +102,12 @@ def step_table(rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> str:
 def _quantity(value: float | None, unit: str) -> str:
     if value is None:
         return "-"
-    exact = {"%": f"{value:.1f} %", "us": f"{value:.1f} us", "tokens/s": f"{value:,.0f} tokens/s"}
+    exact = {
+        "%": f"{value:.1f} %",
+        "us": f"{value:.1f} us",
+        "tokens/s": f"{value:,.0f} tokens/s",
+        "cells": f"{value:.0f}",
+    }
     return exact.get(unit, f"{value:.2f}")
 
 
