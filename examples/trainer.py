@@ -33,9 +33,8 @@ def main(arguments: list[str] | None = None) -> list[float]:
 
     base = AutoModelForCausalLM.from_pretrained(options.model)
     config = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
-    model = fastlora.accelerate(
-        get_peft_model(base, config), loss=True
-    )  # the loss, too: logits of labelled tokens only
+    # The loss, too, from logits of labelled tokens only; and norms, MLPs and attention, without padding.
+    model = fastlora.accelerate(get_peft_model(base, config), loss=True, fuse=True)
 
     settings = TrainingArguments(
         options.output,

@@ -71,6 +71,7 @@ def accuracy(predictions: Any) -> dict[str, float]:
 
 
 LOSS = {"loss": True}
+BLOCKS = {"frozen": True, "loss": True, "fuse": True}
 BATCHES = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
 
 
@@ -82,6 +83,11 @@ BATCHES = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
         pytest.param(LOSS, True, "fused", BATCHES, id="full-in-small-batches"),
         pytest.param(LOSS, False, "fused", {"bf16": True, **BATCHES}, id="autocast"),
         pytest.param(LOSS, False, "fused", {"gradient_checkpointing": True}, id="checkpointing"),
+        pytest.param(BLOCKS, False, "fused", {}, id="blocks"),
+        pytest.param(BLOCKS, True, "fused", BATCHES, id="blocks-full-in-small-batches"),
+        pytest.param(
+            BLOCKS, False, "fused", {"gradient_checkpointing": True, "bf16": True}, id="blocks-checkpointing-autocast"
+        ),
         pytest.param(LOSS, False, "all", {"label_smoothing_factor": 0.1}, id="smoothing"),
     ],
 )
@@ -116,7 +122,7 @@ def test_transformers_trainer(base, data, tmp_path, how, full, path, options):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
-@pytest.mark.parametrize("how", [{}, LOSS], ids=["layers", "loss"])
+@pytest.mark.parametrize("how", [{}, LOSS, BLOCKS], ids=["layers", "loss", "blocks"])
 def test_trl_sft_trainer(base, data, tmp_path, how):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
