@@ -4,4 +4,8 @@ lora_linear             a frozen linear layer with its LoRA update, or several t
 frozen_linear           a frozen linear layer
 prefix_concat           soft prompts in front of a batch
 linear_cross_entropy    the loss of labels under a language model's head
+attention               softmax attention within segments of tokens
+rms_norm                a frozen root mean square norm
+rotary                  queries and keys turned by the angles of their positions
+swiglu                  what a gated MLP does between its products
 """
