@@ -7,19 +7,19 @@
 
 namespace fastlora {
 
-/// Raises unless the arguments fit together; where attention_mask is its caller has checked. The rows of tokens: embeds, or else embedding.
-inline const Tensor& check_prefix_concat(
-    const Tensor& prompts, const Tensor& starts, int64_t max_prompt, const Tensor& prompt_index, const std::optional<Tensor>& embeds,
+/// Raises unless the arguments but the prompts' starts fit together; where attention_mask is its caller has checked. Prompts may be [S, P, D].
+/// The rows of tokens: embeds, or else embedding.
+inline const Tensor& check_prefix_batch(
+    const Tensor& prompts, int64_t max_prompt, const std::optional<Tensor>& prompt_index, const std::optional<Tensor>& embeds,
     const std::optional<Tensor>& input_ids, const std::optional<Tensor>& embedding, const Tensor& attention_mask,
     const std::optional<Tensor>& position_ids, const std::optional<Tensor>& labels, std::initializer_list<ScalarType> floats) {
   const Tensor& like = attention_mask;
   check_shape(attention_mask, "attention_mask", {ANY, ANY});
   STD_TORCH_CHECK(max_prompt >= 0, "max_prompt: got ", max_prompt, ", expected at least 0");
   const int64_t B = like.size(0), T = like.size(1);
-  check(prompts, "prompts", {ANY, ANY}, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double}, like);
-  check(starts, "starts", {ANY}, {ScalarType::Long}, like);
-  STD_TORCH_CHECK(starts.numel() >= 2, "starts: got ", describe(starts), ", expected at least one prompt");
-  check(prompt_index, "prompt_index", {B}, {ScalarType::Long}, like);
+  check_device(prompts, "prompts", like);
+  check_dtype(prompts, "prompts", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double});
+  if (prompt_index) check(*prompt_index, "prompt_index", {B}, {ScalarType::Long}, like);
   if (embeds) {
     check(*embeds, "embeds", {B, T, ANY}, floats, like);
   } else {
@@ -31,10 +31,23 @@ inline const Tensor& check_prefix_concat(
   const Tensor& table = embeds ? *embeds : *embedding;
   const int64_t D = table.size(table.dim() - 1);
   const char* tokens_name = embeds ? "embeds" : "embedding";
-  STD_TORCH_CHECK(prompts.size(1) == D, "prompts: got ", describe(prompts), ", expected rows of ", D, " as in ", tokens_name);
+  const bool fits = (prompts.dim() == 2 || prompts.dim() == 3) && prompts.size(prompts.dim() - 1) == D;
+  STD_TORCH_CHECK(fits, "prompts: got ", describe(prompts), ", expected rows of ", D, " as in ", tokens_name);
   if (position_ids) check(*position_ids, "position_ids", {B, T}, {ScalarType::Long}, like);
   if (labels) check(*labels, "labels", {B, T}, {ScalarType::Long}, like);
   return table;
+}
+
+/// The same of the operator's own arguments.
+inline const Tensor& check_prefix_concat(
+    const Tensor& prompts, const Tensor& starts, int64_t max_prompt, const Tensor& prompt_index, const std::optional<Tensor>& embeds,
+    const std::optional<Tensor>& input_ids, const std::optional<Tensor>& embedding, const Tensor& attention_mask,
+    const std::optional<Tensor>& position_ids, const std::optional<Tensor>& labels, std::initializer_list<ScalarType> floats) {
+  check_shape(prompts, "prompts", {ANY, ANY});
+  check(starts, "starts", {ANY}, {ScalarType::Long}, attention_mask);
+  STD_TORCH_CHECK(starts.numel() >= 2, "starts: got ", describe(starts), ", expected at least one prompt");
+  return check_prefix_batch(
+      prompts, max_prompt, prompt_index, embeds, input_ids, embedding, attention_mask, position_ids, labels, floats);
 }
 
 /// The same of its backward; where dout is its caller has checked.

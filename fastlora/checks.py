@@ -52,9 +52,10 @@ def check_probability(value: Any, name: str) -> None:
 def check_integers(value: Any, name: str, shape: Sequence[int], device: torch.device) -> None:
     if not isinstance(value, Tensor):
         raise wrong_type(name, value, "an integer tensor")
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
+    dtype = value.dtype
+    if dtype is not torch.int64 and (dtype.is_floating_point or dtype.is_complex or dtype is torch.bool):
         raise wrong(name, value, "an integer tensor")
-    if tuple(value.shape) != tuple(shape):
+    if value.shape != tuple(shape):
         raise wrong(name, value, f"shape {list(shape)}")
     if value.device != device:
         raise wrong(name, value, f"device {device}")

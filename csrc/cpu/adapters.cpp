@@ -5,11 +5,11 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
-#include <array>
 #include <limits>
 #include <string>
 
 #include "memory.h"
+#include "new_tensor.h"
 
 namespace fastlora {
 
@@ -164,8 +164,7 @@ void unpack(
 /// Gradients of A_i [R_i, K] from their panels, flat, in lora_a's dtype.
 Tensor unpack_a(const Adapters& adapters, const Stack& panels) {
   const int64_t K = adapters.a[0].size(1);
-  const std::array<int64_t, 1> sizes{adapters.all_ranks() * K};
-  const Tensor flat = torch::stable::new_empty(adapters.a[0], sizes);
+  const Tensor flat = new_tensor(adapters.a[0], {adapters.all_ranks() * K}, adapters.a[0].scalar_type());
   with_type(flat, [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
     unpack(panels.memory.as<float>(), panels.stride, adapters.all_ranks(), K, 1.0f, static_cast<T*>(flat.mutable_data_ptr()), K, 1);
@@ -249,7 +248,7 @@ using Keep = std::optional<Tensor>;
 Keep new_keep(const Tensor& like, int64_t columns, const Batch& batch) {
   const bool drops = std::any_of(batch.segments.begin(), batch.segments.end(), [](const Segment& segment) { return segment.threshold != 0; });
   if (!drops) return std::nullopt;
-  return torch::stable::new_empty(like, std::array<int64_t, 3>{batch.layers, like.size(0), keep_bytes(columns)}, ScalarType::Byte);
+  return new_tensor(like, {batch.layers, like.size(0), keep_bytes(columns)}, ScalarType::Byte);
 }
 
 Rows rows_of(const Tensor& v, const Batch& batch, const Keep& keep) {
@@ -382,9 +381,9 @@ void scale_rows(const Tensor& projected, const Batch& batch) {
 }  // namespace
 
 Tensor new_projection(const Tensor& v, const Batch& batch) {
-  const std::array<int64_t, 3> sizes{batch.layers, v.size(0), batch.ranks};
-  return batch.is_whole && v.size(1) > 0 ? torch::stable::new_empty(v, sizes, ScalarType::Float)
-                                         : torch::stable::new_zeros(v, sizes, ScalarType::Float);
+  const Tensor made = new_tensor(v, {batch.layers, v.size(0), batch.ranks}, ScalarType::Float);
+  if (!batch.is_whole || v.size(1) == 0) std::fill_n(floats(made), made.numel(), 0.0f);
+  return made;
 }
 
 int64_t Adapters::all_ranks() const {
@@ -411,7 +410,7 @@ namespace {
 /// The bounds [S + 1] of the adapters' places: adapter i has bounds[i] to bounds[i + 1]. Raises unless order and offsets are the reference's.
 std::vector<int64_t> bounds_of(const Tensor& order, const Tensor& offsets) {
   const int64_t M = order.numel(), S = offsets.numel() - 3;
-  const Tensor dense_offsets = torch::stable::contiguous(offsets);
+  const Tensor dense_offsets = dense(offsets);
   const int64_t* rows = order.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < M; ++i) {
     STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < M, "order: got row ", rows[i], ", expected rows from 0 to ", M - 1);
@@ -426,7 +425,7 @@ std::vector<int64_t> bounds_of(const Tensor& order, const Tensor& offsets) {
 /// One segment an adapter of each layer, `bounds` of its rows in every layer.
 Batch split_rows(const Adapters& adapters, int64_t M, const std::vector<int64_t>& bounds, const std::optional<Tensor>& order) {
   const bool drops = adapters.seed || adapters.keep;
-  const std::optional<Tensor> seeds = adapters.seed ? std::optional(torch::stable::contiguous(*adapters.seed)) : std::nullopt;
+  const std::optional<Tensor> seeds = adapters.seed ? std::optional(dense(*adapters.seed)) : std::nullopt;
   Batch batch{{}, order, order ? order->const_data_ptr<int64_t>() : nullptr, M, adapters.layers, adapters.most_ranks(), !order};
   int64_t panel_row = 0, pair_row = 0;
   for (int64_t i = 0; i < static_cast<int64_t>(adapters.a.size()); ++i) {
@@ -460,7 +459,7 @@ Batch checked_batch(
   check_seed(adapters.seed, adapters.layers, x);
   const int64_t M = x.size(0);
   if (!order) return split_rows(adapters, M, {0, M}, order);
-  const Tensor dense_order = torch::stable::contiguous(*order);
+  const Tensor dense_order = dense(*order);
   return split_rows(adapters, M, bounds_of(dense_order, *offsets), dense_order);
 }
 
@@ -489,7 +488,7 @@ Batch of_layer(const Batch& batch, int64_t layer) {
 }
 
 /// [1, M, R] of [layers, M, R].
-Tensor layer_of(Tensor whole, int64_t layer) { return torch::stable::narrow(whole, 0, layer, 1); }
+Tensor layer_of(Tensor whole, int64_t layer) { return whole.size(0) == 1 ? whole : torch::stable::narrow(whole, 0, layer, 1); }
 
 int64_t all_elements(const std::vector<Tensor>& tensors) {
   int64_t count = 0;
@@ -517,7 +516,7 @@ Tensor finish_dx_and_da(
   const Stack panels = dx ? pack_a(adapters, add_format(x)) : Stack{Memory(), 0};
   if (!need_da) {
     if (dx) add(*dx, batch, adapters.keep, coefficients, panels);
-    return torch::stable::new_empty(adapters.a[0], std::array<int64_t, 1>{0});
+    return new_tensor(adapters.a[0], {0}, adapters.a[0].scalar_type());
   }
   const Add pass = dx ? addition(*dx, batch, adapters.keep, coefficients, panels) : Add{};
   const Stack gradient = new_gradients(adapters, x.size(1));
@@ -538,21 +537,21 @@ std::tuple<Tensor, Tensor> add_updates(const std::vector<Tensor>& y, const Tenso
     add(y[g], scaled(of_layer(batch, g), own), std::nullopt, Coefficients(y[g], layer_of(xa, g)), pack_b(own, add_format(y[g])));
     batch.poison_invalid(y[g]);
   }
-  return {xa, keep ? *keep : torch::stable::new_empty(x, std::array<int64_t, 1>{0}, ScalarType::Byte)};
+  return {xa, keep ? *keep : new_tensor(x, {0}, ScalarType::Byte)};
 }
 
 std::tuple<Tensor, Tensor> add_updates_backward(
     const Tensor* dx, const std::vector<Tensor>& dy, const Tensor& x, const Adapters& adapters, const Tensor& xa, const Batch& batch,
     bool need_da, bool need_db) {
-  const Tensor rows = with_dense_rows(x), dense_xa = torch::stable::contiguous(xa), dxa = new_projection(x, batch);
-  const Tensor db = torch::stable::new_empty(adapters.b[0], std::array<int64_t, 1>{need_db ? all_elements(adapters.b) : 0});
+  const Tensor rows = with_dense_rows(x), dense_xa = dense(xa), dxa = new_projection(x, batch);
+  const Tensor db = new_tensor(adapters.b[0], {need_db ? all_elements(adapters.b) : 0}, adapters.b[0].scalar_type());
   char* next_db = need_db ? static_cast<char*>(db.mutable_data_ptr()) : nullptr;
   for (int64_t g = 0; g < batch.layers; ++g) {
     const Adapters own = adapters.of_layer(g);
     read_dy(with_dense_rows(dy[g]), own, of_layer(batch, g), layer_of(dense_xa, g), layer_of(dxa, g), dx || need_da, next_db);
     if (need_db) next_db += all_elements(own.b) * static_cast<int64_t>(db.element_size());
   }
-  if (!dx && !need_da) return {torch::stable::new_empty(adapters.a[0], std::array<int64_t, 1>{0}), db};
+  if (!dx && !need_da) return {new_tensor(adapters.a[0], {0}, adapters.a[0].scalar_type()), db};
   const Tensor da = finish_dx_and_da(rows, adapters, batch, dxa, dx, need_da);
   if (dx) batch.poison_invalid(*dx);
   return {da, db};

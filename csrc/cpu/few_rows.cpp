@@ -8,6 +8,7 @@
 
 #include "adapters.h"
 #include "memory.h"
+#include "new_tensor.h"
 
 namespace fastlora {
 namespace {
@@ -49,7 +50,7 @@ Updates project(const Tensor& x, const Adapters& adapters, const Batch& batch) {
     const Segment& segment = batch.segments[i];
     if (segment.begin == segment.end) continue;
     const Tensor a = with_dense_rows(adapters.a[i]);
-    updates.held.push_back(torch::stable::contiguous(adapters.b[i]));
+    updates.held.push_back(dense(adapters.b[i]));
     FewRows task = task_of(rows, a);
     task.wide = true;
     task.y_stride = most;
@@ -74,8 +75,8 @@ Updates project(const Tensor& x, const Adapters& adapters, const Batch& batch) {
 /// y = x Wᵀ + b, and the updates where there are some.
 Tensor multiply(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Updates* updates, Kind adapter_kind) {
   const int64_t N = weight.size(0);
-  const Tensor y = torch::stable::new_empty(x, std::array<int64_t, 2>{x.size(0), N});
-  const Tensor dense_bias = bias ? torch::stable::contiguous(*bias) : y;
+  const Tensor y = new_tensor(x, {x.size(0), N}, x.scalar_type());
+  const Tensor dense_bias = bias ? dense(*bias) : y;
   FewRows task = task_of(x, weight);
   task.bias = bias ? dense_bias.const_data_ptr() : nullptr;
   task.y = y.mutable_data_ptr();

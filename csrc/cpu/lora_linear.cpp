@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "adapters.h"
+#include "new_tensor.h"
 
 namespace fastlora {
 namespace {
@@ -51,7 +52,7 @@ std::tuple<Tensor, Tensor> lora_update_backward_cpu(
   const int64_t G = static_cast<int64_t>(dy.size());
   Adapters adapters{G, lora_a, lora_b, scale, dropout_p, std::nullopt, std::nullopt};
   const std::vector<int64_t> columns = check_outputs(dy, "dy", x);
-  if (keep.numel() != 0) adapters.keep = torch::stable::contiguous(keep);
+  if (keep.numel() != 0) adapters.keep = dense(keep);
   const Batch batch = checked_batch(x, columns, adapters, order, offsets);
   check_saved(xa, keep, G, batch.ranks, x);
   if (dx) {

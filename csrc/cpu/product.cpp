@@ -2,10 +2,10 @@
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
-#include <array>
 
 #include "adapters.h"
 #include "memory.h"
+#include "new_tensor.h"
 
 namespace fastlora {
 namespace {
@@ -20,8 +20,8 @@ Tensor product_cpu(
   const int64_t M = x.size(0), K = x.size(1), N = weight.size(0);
   const bool by_row = K <= 1 || weight.stride(1) == 1;
   STD_TORCH_CHECK(by_row || N <= 1 || weight.stride(0) == 1, "weight: got ", describe(weight), " with gaps, expected rows or columns without");
-  const Tensor rows = with_dense_rows(x), y = torch::stable::new_empty(x, std::array<int64_t, 2>{M, N});
-  const Tensor dense_bias = bias ? torch::stable::contiguous(*bias) : y;
+  const Tensor rows = with_dense_rows(x), y = new_tensor(x, {M, N}, x.scalar_type());
+  const Tensor dense_bias = bias ? dense(*bias) : y;
   const Product task{
       M,
       K,
