@@ -67,7 +67,9 @@ def split(flat: Tensor, like: Sequence[Tensor], wanted: Sequence[bool]) -> list[
     """Gradients that lie one after the other, each in its tensor's shape; None where none is wanted."""
     if not any(wanted):
         return [None] * len(like)
-    parts = flat.split([one.numel() for one in like])
+    if len(like) == 1:
+        return [flat.view_as(like[0])]
+    parts = flat.split_with_sizes([one.numel() for one in like])  # Tensor.split is Python, and three times as long about it
     return [part.view_as(one) if wants else None for part, one, wants in zip(parts, like, wanted, strict=True)]
 
 

@@ -43,6 +43,23 @@ def test_each_layer_keeps_the_adapter_that_is_active_in_it(monkeypatch: pytest.M
     assert calls == [3] and family_of(model).dissolved is None
 
 
+def test_a_few_rows_without_gradients_run_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Up to 8 on a CPU: the group would take longer. It lasts, and runs where there are more, or gradients."""
+    model = make_model()
+    few, more = torch.randn(8, WIDTH), torch.randn(9, WIDTH)
+    with torch.no_grad():
+        expected = [model(few), model(more)]
+    calls = count_shared(fastlora.accelerate(model) and monkeypatch)
+    with torch.no_grad():
+        assert_near([model(few)], expected[:1])
+        assert calls == []
+        assert sum("could not run, or is slower for a few rows" in reason for reason in reasons(model)) == 3
+        assert_near([model(more)], expected[1:])
+    assert calls == [3] and all("a few rows" not in reason for reason in reasons(model))
+    assert_near([model(few)], expected[:1])
+    assert calls == [3, 3] and family_of(model).dissolved is None
+
+
 def test_a_layer_with_two_adapters_or_with_none_keeps_the_family_from_running(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_model()
     model.add_adapter(

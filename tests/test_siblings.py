@@ -372,7 +372,7 @@ def test_layers_called_by_hand_see_what_was_changed_between(monkeypatch: pytest.
 def test_threads_have_their_own_results(training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each between query and key when the other computes its query: both are right, and the group lasts."""
     model = make_model()
-    xs = [torch.randn(7, WIDTH) for _ in range(2)]
+    xs = [torch.randn(9, WIDTH) for _ in range(2)]
     expected = [outcome(model, x) if training else [model(x).detach()] for x in xs]
     fastlora.accelerate(model)
     attention_of(model).between = threading.Barrier(2, timeout=30).wait

@@ -226,15 +226,16 @@ class LoRALinearFunction(torch.autograd.Function):
         lora_a, lora_b = adapters[:half], adapters[half:]
         each = half // G  # adapters of a layer
         # Of a layer whose result had no part in the loss A and B get no gradient, as if it stood alone.
-        wanted = [wants and dy[i % half // each] is not None for i, wants in enumerate(ctx.needs_input_grad[8:])]
-        need = ctx.needs_input_grad[0], any(wanted[:half]), any(wanted[half:])
+        needs = ctx.needs_input_grad  # made anew each time it is asked for
+        wanted = [wants and dy[i % half // each] is not None for i, wants in enumerate(needs[8:])]
+        need = needs[0], any(wanted[:half]), any(wanted[half:])
         dys = [
             x.new_zeros(x.shape[:-1].numel(), w.shape[0]) if d is None else rows_of(d)
             for d, w in zip(dy, weight, strict=True)
         ]
         rows = rows_of(x)
         call = run_backward if is_eager(*dys, rows, *tensors) else torch.ops.fastlora.lora_linear_backward
-        with checks.without_autocast(x.device):
+        with checks.without_autocast(x.device) if torch._C._is_any_autocast_enabled() else NO_CONTEXT:
             dx, da, db = call(
                 dys, rows, weight, lora_a, lora_b, xa, keep, ctx.scale, ctx.dropout_p, order, offsets, *need
             )

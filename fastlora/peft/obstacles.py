@@ -168,14 +168,15 @@ def plan_call(layer: Any, x: Any, used: Sequence[str], mixed: bool) -> Plan | st
     if obstacle is not None:
         return obstacle
     cast = checks.autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
-    dtype, weight, across = cast or x.dtype, plan.weight, int(plan.transposed)
-    N, K = weight.shape[across], weight.shape[1 - across]
-    if x.shape[-1] != K or x.device != weight.device or (cast is None and dtype != weight.dtype):
+    dtype, device, weight = cast or x.dtype, x.device, plan.weight
+    K, N = weight.shape if plan.transposed else reversed(weight.shape)
+    if x.shape[-1] != K or device != weight.device or (cast is None and dtype != weight.dtype):
         return f"x is {checks.shown(x)} and the weight {checks.shown(weight)}"
     for a, b in zip(plan.lora_a, plan.lora_b, strict=True):
-        if (a.dtype is not dtype and a.dtype is not torch.float32) or b.dtype is not a.dtype:
+        own, R = a.dtype, a.shape[0]
+        if (own is not dtype and own is not torch.float32) or b.dtype is not own:
             return f"the adapter is {name_of(a.dtype)} and x is {name_of(dtype)}"
-        if a.shape[1] != K or b.shape != (N, a.shape[0]) or a.device != x.device or b.device != x.device:
+        if a.shape != (R, K) or b.shape != (N, R) or a.device != device or b.device != device:
             return f"an adapter is {checks.shown(a)} and {checks.shown(b)}, and x {checks.shown(x)}"
     if len(used) > 1:
         if any(a.dtype != plan.lora_a[0].dtype for a in plan.lora_a):

@@ -135,7 +135,8 @@ def _describe(layer: Any, base: Any, seen: Seen, compiled: bool = False) -> tupl
     if implementation == "cpu":
         reason += f"; x Wᵀ by {products.describe(weight, seen.dtype, rows)}"
     if family is not None and (seen.shared or not seen.mixed):
-        reason += f"; {family.describe(layer, seen.shared, together, compiled)}"
+        few = siblings.are_few(seen.shape, weight.device)
+        reason += f"; {family.describe(layer, few, seen.shared, together, compiled)}"
     try:
         backward, _ = chosen(backward=True)
     except ops.ImplementationError as error:  # forced, and has the forward alone
