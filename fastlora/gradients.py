@@ -69,7 +69,7 @@ def split(flat: Tensor, like: Sequence[Tensor], wanted: Sequence[bool]) -> list[
         return [None] * len(like)
     if len(like) == 1:
         return [flat.view_as(like[0])]
-    parts = flat.split_with_sizes([one.numel() for one in like])  # Tensor.split is Python, and three times as long about it
+    parts = flat.split_with_sizes([one.numel() for one in like])  # Tensor.split is Python
     return [part.view_as(one) if wants else None for part, one, wants in zip(parts, like, wanted, strict=True)]
 
 

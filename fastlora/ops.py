@@ -40,7 +40,8 @@ for _schema in (
     " Tensor? offsets) -> (Tensor xa, Tensor keep)",
     "lora_update_backward_cpu(Tensor(a!)? dx, Tensor[] dy, Tensor x, Tensor[] lora_a, Tensor[] lora_b, Tensor xa, Tensor keep, float[] scale,"
     " float[] dropout_p, Tensor? order, Tensor? offsets, bool need_da, bool need_db) -> (Tensor da, Tensor db)",
-    # prefix_concat for a call that nobody traces: plain numbers for what is no data, and which number does not exist (0, of a token 1, of a prompt 2).
+    # prefix_concat for a call that nobody traces: plain numbers for what is no data; missing: whether a token's number does not exist (1), or a
+    # prompt's (2).
     "prefix_concat_now_cpu(Tensor prompts, int[] starts, int max_prompt, Tensor? prompt_index, Tensor? embeds, Tensor? input_ids, Tensor? embedding,"
     " Tensor attention_mask, Tensor? position_ids, Tensor? labels)"
     " -> (Tensor embeds, Tensor attention_mask, Tensor position_ids, Tensor labels, Tensor source, int missing)",

@@ -16,7 +16,7 @@ from fastlora import checks, ops, reference
 from fastlora.checks import wrong, wrong_type
 from fastlora.choice import problems
 from fastlora.choice.problems import ADAPTERS, TOKENS, Call, Draw, Measured, tensors_of
-from fastlora.gradients import PLAIN_TYPES, differentiable_once, is_eager, rows_of
+from fastlora.gradients import differentiable_once, is_eager, rows_of
 from fastlora.ops import Choice
 
 # B batch rows   T tokens   P prompt length   W = T + longest prompt   D embedding width
@@ -106,7 +106,8 @@ class NowFunction(torch.autograd.Function):
     """The same by csrc's entry for a call that nobody traces. Autograd sees no more than it must: a result costs it half a microsecond."""
 
     @staticmethod
-    def forward(ctx, prompts, embeds, before, after, others):  # others: an empty list, which gets all that `_now` gives but the embeddings
+    def forward(ctx, prompts, embeds, before, after, others):
+        """others: an empty list, which gets all that `_now` gives but the embeddings."""
         out, *rest = _now(prompts, *before, embeds, *after)
         others += rest
         ctx.save_for_backward(rest[3])  # source
@@ -160,7 +161,7 @@ def prefix_concat(
         IndexError: a prompt or token number is out of range (on a CUDA device raised by a later call; those rows become NaN).
     """
     rest = input_ids, embedding, attention_mask, position_ids, labels
-    if type(prompts) in PLAIN_TYPES and _may_run_now(prompts, prompt_index, embeds, rest):
+    if isinstance(prompts, Tensor) and _may_run_now(prompts, prompt_index, embeds, rest):
         try:
             return _run_now(prompts, [prompts.shape[1]] * prompts.shape[0], prompt_index, embeds, rest)
         except RuntimeError:
@@ -218,7 +219,8 @@ Rest = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]
 
 def _is_now(prompts: Tensor, prompt_index: Tensor | None, embeds: Tensor | None, rest: Rest) -> bool:
     """Whether csrc's entry for a call that nobody traces runs these arguments."""
-    return _now is not None and prompts.is_cpu and is_eager(prompts, prompt_index, embeds, *rest) and _is_native(embeds, rest)
+    eager = _now is not None and prompts.is_cpu and is_eager(prompts, prompt_index, embeds, *rest)
+    return eager and _is_native(embeds, rest)
 
 
 def _is_native(embeds: Tensor | None, rest: Rest) -> bool:
@@ -226,10 +228,10 @@ def _is_native(embeds: Tensor | None, rest: Rest) -> bool:
     return choose(table, rest[2].numel()).implementation == "cpu"
 
 
-def _may_run_now(prompts: Any, prompt_index: Any, embeds: Any, rest: tuple[Any, Any, Any, Any, Any]) -> bool:
+def _may_run_now(prompts: Tensor, prompt_index: Any, embeds: Any, rest: tuple[Any, Any, Any, Any, Any]) -> bool:
     """The same for arguments that nobody has checked: csrc does, but for what is asked here."""
     input_ids, embedding, attention_mask, _, labels = rest
-    if _now is None or prompts is None or attention_mask is None or not is_eager(prompts, prompt_index, embeds, *rest):
+    if _now is None or attention_mask is None or not is_eager(prompts, prompt_index, embeds, *rest):
         return False
     looked_up = embeds is None
     if (input_ids is None) is looked_up or (embedding is None) is looked_up:
