@@ -3,19 +3,25 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from bounds import INPUTS, assert_within_bound_over_inputs, dense, double
 from torch import Tensor
+
+from fastlora import ops
 
 Function = Callable[..., Any]
 Values = Callable[[], Sequence[Tensor]]
 
 
+def outputs_of(found: Any) -> list[Tensor]:
+    return list(found) if isinstance(found, tuple) else [found]
+
+
 def results(function: Function, inputs: Sequence[Tensor], trained: Sequence[int]) -> list[Tensor]:
     """What a function returns, and the gradients of the trained inputs for a fixed dy."""
     given = [one.detach().requires_grad_(i in trained) for i, one in enumerate(inputs)]
-    found = function(*given)
-    outputs = list(found) if isinstance(found, tuple) else [found]
+    outputs = outputs_of(function(*given))
     drawn = torch.Generator().manual_seed(0)
     dys = [torch.randn(one.shape, generator=drawn).to(one) for one in outputs]
     grads = torch.autograd.grad(outputs, [given[i] for i in trained], dys, materialize_grads=True)
@@ -62,3 +68,40 @@ def check_on_meta(function: Function, draw: Values, trained: Sequence[int]) -> N
     found = results(function, [one.to("meta") if one.is_floating_point() else one for one in inputs], trained)
     for one, other in zip(found, expected, strict=True):
         assert one.is_meta and (one.shape, one.dtype, one.stride()) == (other.shape, other.dtype, other.stride())
+
+
+def check_without_gradients(function: Function, draw: Values) -> None:
+    """The same values where nothing is trained and where nobody asks for gradients, and no graph."""
+    inputs = draw()
+    trained = [inputs[0].detach().requires_grad_()]
+    expected = [one.detach() for one in outputs_of(function(*trained, *inputs[1:]))]
+
+    def check(given: Sequence[Tensor]) -> None:
+        for found, wanted in zip(outputs_of(function(*given)), expected, strict=True):
+            assert not found.requires_grad and torch.equal(found, wanted)
+
+    check(inputs)
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            check([*trained, *inputs[1:]])
+
+
+def check_choice(
+    op: str,
+    function: Function,
+    inputs: Sequence[Tensor],
+    rows: int,
+    elements: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Forward and backward are each chosen as they were measured: by their rows and elements, and never with dropout."""
+    asked = []
+    own = ops.choose
+
+    def choose(op: str, like: Tensor, rows: int, elements: int, dropout: bool) -> ops.Choice:
+        asked.append((op, like.dtype, rows, elements, dropout))
+        return own(op, like, rows, elements, dropout)
+
+    monkeypatch.setattr(ops, "choose", choose)
+    results(function, inputs, [0])
+    assert asked == [(name, inputs[0].dtype, rows, elements, False) for name in (op, f"{op}_backward")]

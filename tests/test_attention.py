@@ -8,7 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bounds import gapped
-from row_operators import check_bound, check_compiles, check_on_meta, check_repeats, results
+from row_operators import (
+    check_bound,
+    check_choice,
+    check_compiles,
+    check_on_meta,
+    check_repeats,
+    check_without_gradients,
+    results,
+)
 from torch import Tensor
 
 from fastlora.functional import attention
@@ -125,6 +133,17 @@ def test_nothing_depends_on_who_watches(device: str, implementation: str) -> Non
     check_repeats(run, values, [0, 1, 2])
     check_compiles(run, values, [0, 1, 2])
     check_on_meta(run, values, [0, 1, 2])
+
+
+def test_without_gradients(device: str, implementation: str) -> None:
+    case = Case((5, 9))
+    check_without_gradients(ours(case), partial(draw, case, device=device))
+
+
+def test_tokens_and_elements_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the queries."""
+    case = Case((5, 9), heads=4, D=16)
+    check_choice("attention", ours(case), draw(case), 14, 896, monkeypatch)
 
 
 def test_threads_share_the_work_and_change_nothing(implementation: str, device: str) -> None:

@@ -6,7 +6,14 @@ from functools import partial
 import pytest
 import torch
 from bounds import gapped
-from row_operators import check_bound, check_compiles, check_on_meta, check_repeats
+from row_operators import (
+    check_bound,
+    check_choice,
+    check_compiles,
+    check_on_meta,
+    check_repeats,
+    check_without_gradients,
+)
 from torch import Tensor
 
 from fastlora.functional import rms_norm
@@ -59,6 +66,14 @@ def test_nothing_depends_on_who_watches(device: str, implementation: str) -> Non
     check_on_meta(norm, values, [0])
 
 
+def test_without_gradients(device: str, implementation: str) -> None:
+    check_without_gradients(norm, partial(draw, (2, 3, 40), torch.float32, device))
+
+
+def test_rows_and_elements_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_choice("rms_norm", norm, draw((2, 3, 40)), 6, 240, monkeypatch)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype: torch.dtype) -> None:
     x, weight = draw((5, 16), dtype)
@@ -74,6 +89,7 @@ X, WEIGHT = torch.ones(3, 8), torch.ones(8)
     [
         ("x", TypeError, ([1.0], WEIGHT, EPS)),
         ("x", ValueError, (X.int(), WEIGHT, EPS)),
+        ("weight", TypeError, (X, [1.0] * 8, EPS)),
         ("weight", ValueError, (X, torch.ones(7), EPS)),
         ("weight", ValueError, (X, WEIGHT.half(), EPS)),
         ("weight", ValueError, (X, WEIGHT.to("meta"), EPS)),

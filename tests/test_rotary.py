@@ -7,7 +7,14 @@ from typing import NamedTuple
 import pytest
 import torch
 from bounds import gapped
-from row_operators import check_bound, check_compiles, check_on_meta, check_repeats
+from row_operators import (
+    check_bound,
+    check_choice,
+    check_compiles,
+    check_on_meta,
+    check_repeats,
+    check_without_gradients,
+)
 from torch import Tensor
 
 from fastlora.functional import rotary
@@ -85,6 +92,15 @@ def test_nothing_depends_on_who_watches(device: str, implementation: str) -> Non
     check_repeats(rotary, values, [0, 1])
     check_compiles(rotary, values, [0, 1])
     check_on_meta(rotary, values, [0, 1])
+
+
+def test_without_gradients(device: str, implementation: str) -> None:
+    check_without_gradients(rotary, partial(draw, Case(), device=device))
+
+
+def test_tokens_and_elements_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the queries."""
+    check_choice("rotary", rotary, draw(Case(B=2, heads=3, T=5, D=64)), 10, 1920, monkeypatch)
 
 
 def test_opcheck() -> None:

@@ -7,7 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bounds import gapped
-from row_operators import check_bound, check_compiles, check_on_meta, check_repeats
+from row_operators import (
+    check_bound,
+    check_choice,
+    check_compiles,
+    check_on_meta,
+    check_repeats,
+    check_without_gradients,
+)
 from torch import Tensor
 
 from fastlora.functional import swiglu
@@ -52,6 +59,14 @@ def test_nothing_depends_on_who_watches(device: str, implementation: str) -> Non
     check_repeats(swiglu, values, [0, 1])
     check_compiles(swiglu, values, [0, 1])
     check_on_meta(swiglu, values, [0, 1])
+
+
+def test_without_gradients(device: str, implementation: str) -> None:
+    check_without_gradients(swiglu, partial(draw, (2, 3, 40), torch.float32, device))
+
+
+def test_rows_and_elements_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_choice("swiglu", swiglu, draw((2, 3, 40)), 6, 240, monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
