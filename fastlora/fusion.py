@@ -204,11 +204,12 @@ def attend(
             raise ValueError(f"cu_seq_lens_q: rows without padding cannot be attended to: {obstacle}")
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     B, H, T, D = query.shape
-    causal = options.get("is_causal")
+    causal, scale = options.get("is_causal"), options.get("scaling")
     causal = getattr(module, "is_causal", True) if causal is None else causal
-    starts = torch.arange(0, B * T + 1, T) if starts is None else starts.to("cpu", torch.int64)
+    scale = D**-0.5 if scale is None else scale
+    starts = torch.arange(B + 1) * T if starts is None else starts.to("cpu", torch.int64)
     q, k, v = (one.transpose(1, 2).reshape(B * T, one.shape[1], D) for one in (query, key, value))
-    return within(q, k, v, starts, options.get("scaling") or D**-0.5, causal).view(B, T, H, D), None
+    return within(q, k, v, starts, scale, causal).view(B, T, H, D), None
 
 
 PLAIN_OPTIONS = ("scaling", "is_causal", "dropout", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")

@@ -16,7 +16,7 @@ def derive(plain: Any, make: Callable[[Any], type], **methods: Any) -> type:
     """
 
     def reduce(self: Any, protocol: Any) -> Any:
-        made, args, *rest = plain.__reduce_ex__(self, max(2, int(protocol)))
+        made, args, *rest = plain.__reduce_ex__(self, protocol)
         return (_new, (make, plain), *rest) if type(self) is derived else (made, args, *rest)
 
     own = {name: vars(plain)[name] for name in ("__doc__", "__module__", "__qualname__") if name in vars(plain)}

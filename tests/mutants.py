@@ -319,6 +319,7 @@ class Runner:
                 self.broken.append(f"the tests of {shown(path)} in another order")
             elif mutant is not None and status == signal.SIGKILL:
                 self.late += 1
+                print(f"too long: {mutant.name}", flush=True)
             elif mutant is not None and status == 0:
                 self.survivors.append(mutant)
                 print(f"{shown(path)}:{mutant.line}  {mutant.function}: {mutant.change}", flush=True)

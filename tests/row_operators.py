@@ -51,6 +51,16 @@ def check_repeats(function: Function, draw: Values, trained: Sequence[int]) -> N
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
+def check_each_alone(function: Function, draw: Values, trained: Sequence[int]) -> None:
+    """An input gets its gradient whether or not the others are trained."""
+    inputs = draw()
+    together = results(function, inputs, trained)
+    outputs = len(together) - len(trained)
+    for number, one in enumerate(trained):
+        *_, found = results(function, inputs, [one])
+        assert torch.equal(found, together[outputs + number])
+
+
 def check_compiles(function: Function, draw: Values, trained: Sequence[int]) -> None:
     """In one graph, with the same results."""
     torch.compiler.reset()

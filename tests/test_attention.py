@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from row_operators import (
     check_bound,
     check_choice,
     check_compiles,
+    check_each_alone,
     check_on_meta,
     check_repeats,
     check_without_gradients,
@@ -115,6 +116,15 @@ def test_later_tokens_are_not_seen(device: str, implementation: str) -> None:
     assert torch.equal(attention(q, k, v, starts_of((150,)))[:100], expected)
 
 
+def test_a_scale_of_ones_own(device: str, implementation: str) -> None:
+    """None is 1 / 4 here."""
+    case = Case((5, 9), D=16)
+    q, k, v = draw(case, device=device)
+    starts = starts_of(case.lengths)
+    assert torch.equal(attention(q, k, v, starts, scale=0.5), attention(2 * q, k, v, starts))
+    assert torch.equal(attention(q, k, v, starts, scale=0), attention(0 * q, k, v, starts))
+
+
 def test_gradcheck(device: str) -> None:
     case = Case((3, 4), 2, 1, 3)
     inputs = [one.requires_grad_() for one in draw(case, torch.float64, device, 1.0)]
@@ -133,6 +143,11 @@ def test_nothing_depends_on_who_watches(device: str, implementation: str) -> Non
     check_repeats(run, values, [0, 1, 2])
     check_compiles(run, values, [0, 1, 2])
     check_on_meta(run, values, [0, 1, 2])
+
+
+def test_each_alone(device: str, implementation: str) -> None:
+    case = Case((5, 9))
+    check_each_alone(ours(case), partial(draw, case, device=device), [0, 1, 2])
 
 
 def test_without_gradients(device: str, implementation: str) -> None:
@@ -189,6 +204,7 @@ Q, K, STARTS = torch.ones(6, 4, 8), torch.ones(6, 2, 8), torch.tensor([0, 2, 6])
         ("k", ValueError, (Q, torch.ones(6, 3, 8), K, STARTS)),
         ("k", ValueError, (Q, K[:, :0], K, STARTS)),
         ("k", ValueError, (Q, K[:5], K, STARTS)),
+        ("k", ValueError, (Q, K[0, 0], K, STARTS)),
         ("v", ValueError, (Q, K, Q, STARTS)),
         ("v", ValueError, (Q, K, K.to("meta"), STARTS)),
         ("starts", TypeError, (Q, K, K, [0, 6])),
@@ -202,6 +218,12 @@ Q, K, STARTS = torch.ones(6, 4, 8), torch.ones(6, 2, 8), torch.tensor([0, 2, 6])
 def test_wrong_arguments(name: str, error: type[Exception], arguments: tuple) -> None:
     with pytest.raises(error, match=rf"^{name}: .*expected"):
         attention(*arguments)
+
+
+@pytest.mark.parametrize(("scale", "error"), [("1", TypeError), (torch.ones(()), TypeError), (torch.inf, ValueError)])
+def test_wrong_scales(scale: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="^scale: .*expected"):
+        attention(Q, K, K, STARTS, scale=scale)
 
 
 def test_wrong_arguments_to_the_native_operator() -> None:

@@ -129,6 +129,35 @@ def test_autocast_casts_as_the_head_would(chosen):
     assert_as_near_as_eager([head(9, 16, 31, torch.float32) for _ in range(INPUTS)], autocast=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_is_the_same_as_casting_by_hand(chosen, dtype):
+    """Whatever dtype hidden has: under autocast it comes in autocast's, and the head does not."""
+    hidden, weight, bias, labels = raw(9, 16, 31, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = linear_cross_entropy(hidden.to(dtype), weight, bias, labels)
+    assert torch.equal(found, linear_cross_entropy(*(one.bfloat16() for one in (hidden, weight, bias)), labels))
+
+
+@pytest.mark.usefixtures("in_blocks")
+def test_narrow_logits_are_summed_in_float32(chosen):
+    """What stands out where bfloat16 has the logits exactly: whole numbers."""
+    inputs = []
+    for _ in range(INPUTS):
+        values = torch.randint(-1, 2, (19, 4)), torch.randint(-1, 2, (101, 4)), torch.randint(-1, 2, (101,))
+        inputs.append((*(one.bfloat16().requires_grad_() for one in values), torch.randint(101, (19,))))
+    assert_as_near_as_eager(inputs)
+
+
+def test_a_block_has_as_many_columns_as_fit(monkeypatch):
+    """At least one, and where there are no rows, as for one."""
+    monkeypatch.setattr(operator, "LOGITS_AT_ONCE", {"cpu": 15, "cuda": 20})
+    weight = torch.empty(31, 4)
+    for rows, columns in ((0, 15), (1, 15), (2, 7), (15, 1), (16, 1)):
+        blocks = list(operator._vocabulary_blocks(rows, weight))
+        assert [block.start for block in blocks] == list(range(0, 31, columns)) and blocks[-1].stop == 31
+    assert next(operator._vocabulary_blocks(2, weight.to("meta"))).stop == 10
+
+
 @pytest.mark.usefixtures("in_blocks")
 def test_the_gradients_are_the_same_bits_each_time(chosen):
     hidden, weight, bias, labels = head(11, 16, 31, torch.bfloat16)
@@ -241,6 +270,13 @@ def test_whoever_looks_at_operators_sees_two():
         "fastlora.linear_cross_entropy.default",
         "fastlora.linear_cross_entropy_backward.default",
     ]
+
+
+def test_plain_tensors_pass_the_dispatcher_by(monkeypatch):
+    for name in (OPERATOR, f"{OPERATOR}_backward"):
+        monkeypatch.setattr(torch.ops.fastlora, name, None)
+    *leaves, labels = head(5, 12, 31, torch.float32)
+    linear_cross_entropy(*leaves, labels).backward()
 
 
 def test_the_choice():

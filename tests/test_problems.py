@@ -112,6 +112,31 @@ def test_the_arguments_of_a_frozen_product(rows: int, dropout: bool) -> None:
     assert bias.shape == (N,) if dropout else bias is None
 
 
+def test_the_arguments_of_what_is_computed_row_by_row() -> None:
+    """Of order 1; the backward's are the forward's own."""
+    (x, weight, eps), (dy, *same, rstd) = both("rms_norm", False)
+    assert x.shape == dy.shape == (M, K) and weight.shape == (K,) and same[0] is x and same[1] is weight
+    assert torch.allclose(rstd, reference.rms_norm(x, weight, eps)[1], rtol=1e-4)
+    (gate, up), (dy, *same) = both("swiglu", False)
+    assert gate.shape == up.shape == dy.shape == (M, K) and same[0] is gate and same[1] is up
+    assert not torch.equal(gate, up)
+
+
+def test_the_arguments_of_attention() -> None:
+    """As many heads as a small model's, in segments of which the last is what is left; and their columns are turned."""
+    forward, backward = both("attention", False, 700)
+    (q, k, v, starts, scale, causal), (dout, *same, out, lse) = forward, backward[:6]
+    assert [one.shape for one in (q, k, v, dout)] == [(700, heads, 64) for heads in (6, 2, 2, 6)]
+    assert starts.tolist() == [0, 256, 512, 700] and (scale, causal) == (1 / 8, True)
+    assert all(one is other for one, other in zip(same, (q, k, v), strict=True)) and backward[6:] == forward[3:]
+    assert all(map(torch.equal, (out, lse), reference.attention(*forward)))
+    made = measured["rotary"].calls(7, 576, 0, torch.bfloat16, CPU, False)
+    [(q, k, cos, sin)], [backward] = made.values()
+    assert list(made) == ["rotary", "rotary_backward"] and backward == (q, k, cos, sin)
+    assert q.shape == k.shape == (1, 9, 7, 64) and cos.shape == sin.shape == (1, 7, 64)
+    assert all(one.transpose(1, 2).is_contiguous() for one in (q, k))  # by token, as a product leaves them
+
+
 @pytest.mark.parametrize("tokens", [20, 512, 4096])
 def test_the_arguments_of_prompts(tokens: int) -> None:
     """Rows of at most 64 tokens, padded in eight ways, each with one of several prompts; the prompts are what trains."""

@@ -11,6 +11,7 @@ from row_operators import (
     check_bound,
     check_choice,
     check_compiles,
+    check_each_alone,
     check_on_meta,
     check_repeats,
     check_without_gradients,
@@ -94,6 +95,10 @@ def test_nothing_depends_on_who_watches(device: str, implementation: str) -> Non
     check_on_meta(rotary, values, [0, 1])
 
 
+def test_each_alone(device: str, implementation: str) -> None:
+    check_each_alone(rotary, partial(draw, Case(), device=device), [0, 1])
+
+
 def test_without_gradients(device: str, implementation: str) -> None:
     check_without_gradients(rotary, partial(draw, Case(), device=device))
 
@@ -120,6 +125,8 @@ Q, K, COS = torch.ones(2, 4, 3, 8), torch.ones(2, 2, 3, 8), torch.ones(1, 3, 8)
         ("k", ValueError, (Q, K.half(), COS, COS)),
         ("k", ValueError, (Q, K[..., :2, :], COS, COS)),
         ("k", ValueError, (Q, K[:1], COS, COS)),
+        ("k", ValueError, (Q, K[:, 0], COS, COS)),
+        ("k", ValueError, (Q, torch.tensor(1.0), COS, COS)),
         ("cos", ValueError, (Q, K, COS[0], COS)),
         ("cos", ValueError, (Q, K, COS.expand(3, 3, 8), COS)),
         ("cos", ValueError, (Q, K, torch.ones(1, 3, 8, requires_grad=True), COS)),

@@ -11,6 +11,7 @@ from row_operators import (
     check_bound,
     check_choice,
     check_compiles,
+    check_each_alone,
     check_on_meta,
     check_repeats,
     check_without_gradients,
@@ -59,6 +60,10 @@ def test_nothing_depends_on_who_watches(device: str, implementation: str) -> Non
     check_repeats(swiglu, values, [0, 1])
     check_compiles(swiglu, values, [0, 1])
     check_on_meta(swiglu, values, [0, 1])
+
+
+def test_each_alone(device: str, implementation: str) -> None:
+    check_each_alone(swiglu, partial(draw, (2, 3, 40), torch.float32, device), [0, 1])
 
 
 def test_without_gradients(device: str, implementation: str) -> None:

@@ -76,7 +76,7 @@ def rotary(
     if q.dim() != 4 or q.shape[3] % 2:
         raise wrong("q", q, "shape [B, H, T, D] with an even D")
     B, _, T, D = q.shape
-    if k.dim() != 4 or (k.shape[0], *k.shape[2:]) != (B, T, D):
+    if k.shape[:1] + k.shape[2:] != (B, T, D):
         raise wrong("k", k, f"shape [{B}, H, {T}, {D}]")
     for value, name in ((cos, "cos"), (sin, "sin")):
         if tuple(value.shape) not in ((B, T, D), (1, T, D)) or value.shape != cos.shape:
