@@ -49,12 +49,20 @@ OF_OPERATORS = (
     "measure",
     "problems",
 )
+OF_ANY_OPERATOR = ("gradients", "derivatives", "problems")
 OF_FROZEN = ("packed*", "frozen*", "product*", "native*", "lora_linear", "multi_lora")
 MODULES = {
     "fastlora/peft/obstacles.py": OF_PEFT,
     "fastlora/peft/siblings.py": OF_PEFT,
     "fastlora/peft/reporting.py": OF_PEFT,
     "fastlora/operators/lora_linear.py": OF_OPERATORS,
+    "fastlora/operators/rms_norm.py": ("rms_norm", *OF_ANY_OPERATOR),
+    "fastlora/operators/swiglu.py": ("swiglu", *OF_ANY_OPERATOR),
+    "fastlora/operators/rotary.py": ("rotary", *OF_ANY_OPERATOR),
+    "fastlora/operators/attention.py": ("attention", *OF_ANY_OPERATOR),
+    "fastlora/operators/linear_cross_entropy.py": ("linear_cross_entropy", *OF_ANY_OPERATOR),
+    "fastlora/packing.py": ("packing",),
+    "fastlora/swap.py": ("swap",),
     "fastlora/choice/clock.py": ("clock", "measure"),
     "fastlora/choice/table.py": ("table*", "trial*", "measure*", "tune", "one_choice", "ops"),
     "fastlora/frozen/packed.py": OF_FROZEN,
