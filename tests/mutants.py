@@ -63,6 +63,7 @@ MODULES = {
     "fastlora/operators/linear_cross_entropy.py": ("linear_cross_entropy", *OF_ANY_OPERATOR),
     "fastlora/packing.py": ("packing",),
     "fastlora/swap.py": ("swap",),
+    "fastlora/choice/problems.py": ("problems", "measure"),
     "fastlora/choice/clock.py": ("clock", "measure"),
     "fastlora/choice/table.py": ("table*", "trial*", "measure*", "tune", "one_choice", "ops"),
     "fastlora/frozen/packed.py": OF_FROZEN,

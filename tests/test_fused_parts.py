@@ -169,14 +169,29 @@ def test_an_mlp_without_columns() -> None:
     assert torch.equal(module(x), plain(x))
 
 
-def test_an_mlp_whose_layers_differ_runs_as_it_is(ran: list[str]) -> None:
+@pytest.mark.parametrize("of_up", [lambda up: up.double(), lambda up: 2.0], ids=["float64", "a number"])
+def test_an_mlp_whose_layers_differ_runs_as_it_is(of_up: Callable[[Tensor], Any], ran: list[str]) -> None:
     module, plain = mlp()
-    for one in (module, plain):
-        one.up_proj.register_forward_hook(lambda _, args, output: output.double())
-        one.down_proj.double()
     x = torch.randn(2, 5, 32)
+    for one in (module, plain):
+        one.up_proj.register_forward_hook(lambda _, args, output: of_up(output))
+        one.down_proj.to((one.act_fn(one.gate_proj(x)) * one.up_proj(x)).dtype)
     assert torch.equal(module(x), plain(x)) and not ran
-    assert str(seen(module).obstacle).startswith("it is given ") and "float64" in str(seen(module).obstacle)
+    assert str(seen(module).obstacle).startswith("it is given float32 [2, 5, 48] on cpu and ")
+
+
+def test_a_transform_runs_the_modules_own(ran: list[str]) -> None:
+    module = LlamaRMSNorm(8).requires_grad_(False)
+    x, expected = torch.randn(3, 5, 8), LlamaRMSNorm(8)
+    assert is_swapped(module)
+    assert torch.equal(torch.func.vmap(module)(x), torch.func.vmap(expected)(x)) and not ran
+    assert str(seen(module).obstacle).startswith("a transform of torch.func is at work")
+
+
+def test_the_numbers_that_are_tried_are_like_the_weight() -> None:
+    like = torch.empty(1, dtype=torch.bfloat16, device="meta")
+    assert (fusion._drawn(3, 2, like=like).dtype, fusion._drawn(3, 2, like=like).device) == (like.dtype, like.device)
+    assert torch.equal(fusion._drawn(3, 2), fusion._drawn(3, 2)) and fusion._drawn(3, 2).shape == (3, 2)
 
 
 # ---- attention
@@ -270,6 +285,7 @@ Q, K, COS = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 5, 
         ((Q, K, COS[0], COS), {}),
         ((Q, K, COS[..., :4], COS[..., :4]), {}),
         ((Q, K.double(), COS, COS), {}),
+        ((Q, K.to("meta"), COS, COS), {}),
         ((Q, K, COS.clone().requires_grad_(), COS), {}),
         ((Q, K, COS, COS.clone().requires_grad_()), {}),
     ],
@@ -393,6 +409,18 @@ def test_queries_and_values_of_other_dtypes_are_torchs(monkeypatch: pytest.Monke
     module = Causal()
     assert fusion.attend(module, Q, K, K.double(), None) == "torchs"
     assert "float64" in str(seen(module).obstacle)
+
+
+def test_what_is_traced_is_the_modules_own(ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And leaves no note, which a compiler would trace, too."""
+    parts = [LlamaRMSNorm(32).requires_grad_(False), LlamaMLP(CONFIG), LlamaAttention(CONFIG, 0)]
+    x, angles = torch.randn(2, 5, 32), (COS, COS)
+    expected = [parts[0](x), parts[1](x), parts[2](x, angles)[0]]
+    fusion.attach(nn.ModuleList(parts))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found = [parts[0](x), parts[1](x), parts[2](x, angles)[0]]
+    assert all(map(torch.equal, found, expected)) and not ran
+    assert not any(fusion.SEEN in part.__dict__ for part in parts)
 
 
 # ---- a model of parts

@@ -204,6 +204,7 @@ def test_weights_take_turns_where_rows_are_few(
     assert weights[0] is weight and len(weights) == len({one.data_ptr() for one in weights}) == copies
     assert all(torch.equal(one, weight) for one in weights)
     assert len(budgets) == copies and budgets[0].limit >= copies * weight.nbytes
+    assert len(problems.weights_in_turn(weight.to("meta"), rows, least)) == copies == len(budgets)  # none on a card
 
 
 @pytest.mark.parametrize(("rows", "runs"), [(5, 5), (64, 64), (320, 5), (4096, 8)])
