@@ -273,7 +273,8 @@ def test_an_attention_is_the_modules_own_forward(kind: Any, ran: list[str]) -> N
             torch.testing.assert_close(module(x, **given)[0], plain(x, **given)[0])
 
 
-Q, K, COS = torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 5, 8)
+_drawn = torch.Generator().manual_seed(0)
+Q, K, COS = (torch.randn(shape, generator=_drawn) for shape in ((2, 4, 5, 8), (2, 2, 5, 8), (2, 5, 8)))
 
 
 @pytest.mark.parametrize(
@@ -333,7 +334,7 @@ class Silent(nn.Module):
         {},
         {"is_causal": None, "scaling": None, "dropout": 0.0},
         {"is_causal": True, "scaling": 0.7, "position_ids": torch.arange(5), "use_cache": True},
-        {"is_causal": False, "scaling": 0.0, "softcap": None, "position_bias": None, "output_attentions": False},
+        {"is_causal": False, "scaling": 0.0, "softcap": None, "output_router_logits": False},
     ],
 )
 def test_attention_is_torchs(kind: Any, options: dict[str, Any], ran: list[str]) -> None:
@@ -363,7 +364,7 @@ def test_whatever_is_trained_has_its_gradient(trained: tuple[int, ...], grad: bo
     if out.requires_grad:
         expected = sdpa_attention_forward(Causal(), *given, None)[0]
         grads = (torch.autograd.grad(one.square().sum(), given[trained[0]])[0] for one in (out, expected))
-        torch.testing.assert_close(*grads)
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-4)
 
 
 def test_rows_without_padding_see_themselves_alone() -> None:
@@ -442,7 +443,9 @@ def test_nothing_is_told_of_a_model_without_fused_parts(model: nn.ModuleDict) ->
 
 def test_what_is_measured_is_what_the_parts_call(model: nn.ModuleDict) -> None:
     fusion.attach(model)
-    fusion.attach(model)  # again changes nothing
+    kinds = [type(part) for part in model.values()]
+    fusion.attach(model)
+    assert [type(part) for part in model.values()] == kinds
     found = fusion.weights(model)
     assert set(found) == {"rms_norm", "swiglu", "attention", "rotary"}
     assert [one is module.weight for one, module in zip(found["rms_norm"], (model["one"], model["other"]), strict=True)]

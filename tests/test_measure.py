@@ -124,6 +124,16 @@ def test_whoever_watches_is_told_what_runs(machine: Path, timed: list[list[str]]
     assert timed == [["reference"], ["reference", "cpu"]]
 
 
+def test_each_implementation_has_its_own_time(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ops_of = ("lora_linear", "lora_linear_backward")
+    plain = {(op, name): ops.implementation(op, "reference") for op in ops_of for name in ("cpu", "cuda")}
+    monkeypatch.setattr(ops, "implementations", ops.implementations | plain)
+    monkeypatch.setattr(ops, "candidates", lambda *_: ["cpu", "cuda"])
+    monkeypatch.setattr(measure, "ratios", lambda *_: {"cpu": 0.5, "cuda": 0.4})
+    times = [(one.op, one.implementation, one.ratio) for one in one_class()]
+    assert times == [(op, *one) for op in ops_of for one in (("cpu", 0.5), ("cuda", 0.4))]
+
+
 def test_nothing_is_drawn_where_only_plain_pytorch_runs(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(problems, "Draw", None)
     monkeypatch.setattr(lora_linear, "Draw", None)
@@ -237,7 +247,7 @@ def test_a_full_card_is_no_flaw(fault: Exception, machine: Path, monkeypatch: py
 
 
 def test_what_failed_in_a_way_that_is_not_known_failed_in_all() -> None:
-    known = [entry(None), entry(0.5), entry(None, "frozen_linear_backward")]
+    known = [entry(None), entry(0.5), entry(None, "frozen_linear_backward"), entry(0.5, "multi_lora")]
     refused = {
         ("lora_linear", "float32", "cpu"),
         *(("frozen_linear_backward", "float32", f"cpu {way}") for way in ("plain", "packed")),
