@@ -158,6 +158,13 @@ def test_the_backward_is_chosen_for_itself(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(ops, "forced", None)
 
 
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_cards_leave_it_to_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "forced", name)
+    for backward in (False, True):
+        assert operator.choose(torch.ones(2, 2), torch.ones(2, 2), backward) == ops.Choice("reference", "FASTLORA_IMPL")
+
+
 def test_a_name_that_is_none_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ops, "forced", "nonsense")
     with pytest.raises(ops.ImplementationError, match="FASTLORA_IMPL='nonsense': expected one of"):

@@ -197,6 +197,15 @@ def test_plain_pytorch_is_right_and_a_wrong_number_in_any_result_is_found(
             assert flaw is not None and f"the error of result {number} is" in flaw
 
 
+def test_a_result_that_is_missing_is_no_right_one(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not an implementation's fault, but its author's: whoever measures is told."""
+    plain = ops.implementations["swiglu_backward", "reference"]
+    fewer = {("swiglu_backward", "cuda"): lambda *args: plain(*args)[:1]}
+    monkeypatch.setattr(ops, "implementations", ops.implementations | fewer)
+    with pytest.raises(ValueError, match="longer"):
+        measure.find_flaw("swiglu_backward", "cuda", call_of("swiglu_backward"))
+
+
 @pytest.mark.parametrize("op", ["multi_lora", "multi_lora_shared"])
 def test_dropouts_bits_count_where_a_backward_reads_them(
     op: str, machine: Path, monkeypatch: pytest.MonkeyPatch
