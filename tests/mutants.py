@@ -60,6 +60,7 @@ MODULES = {
     "fastlora/operators/swiglu.py": ("swiglu", *OF_ANY_OPERATOR),
     "fastlora/operators/rotary.py": ("rotary", *OF_ANY_OPERATOR),
     "fastlora/operators/attention.py": ("attention", *OF_ANY_OPERATOR),
+    "fastlora/operators/frozen_linear.py": ("frozen_linear", "frozen_rules", *OF_ANY_OPERATOR),
     "fastlora/operators/linear_cross_entropy.py": ("linear_cross_entropy", *OF_ANY_OPERATOR),
     "fastlora/fusion.py": ("fused_parts",),
     "fastlora/packing.py": ("packing",),

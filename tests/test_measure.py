@@ -197,6 +197,11 @@ def test_plain_pytorch_is_right_and_a_wrong_number_in_any_result_is_found(
             assert flaw is not None and f"the error of result {number} is" in flaw
 
 
+def test_a_call_is_told_by_its_first_dtype_and_all_shapes() -> None:
+    call = torch.ones(2, 3, dtype=torch.bfloat16), 1.0, [torch.ones(4), torch.ones(())], None
+    assert measure._shown(call) == "torch.bfloat16 [2, 3], [4], []"
+
+
 def test_a_result_that_is_missing_is_no_right_one(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not an implementation's fault, but its author's: whoever measures is told."""
     plain = ops.implementations["swiglu_backward", "reference"]

@@ -1,0 +1,204 @@
+"""peft/layers.py, one call of a swapped layer: which forward runs, with what, and what is noted of it for `report`."""
+
+import copy
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+
+import fastlora
+from fastlora.peft import FrozenLinear, FusedLinear, layers, siblings
+from fastlora.peft.layers import OWN_FORWARD, SEEN, OwnForward, Seen, frozen_base, restore_layer
+
+K, N = 8, 6
+X = torch.linspace(-1, 1, 3 * K).view(3, K)
+MORE = "the call has arguments besides x"
+
+
+def layer_of(*others: str, dropout: float = 0.0) -> Any:
+    """A swapped layer with the adapter `default` and these, all active."""
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, lora_dropout=dropout, target_modules=["0"], init_lora_weights=False)
+    model = peft.get_peft_model(nn.Sequential(nn.Linear(K, N)), config)
+    for name in others:
+        model.add_adapter(name, config)
+    model.base_model.set_adapter(["default", *others])
+    layer = fastlora.accelerate(model).base_model.model[0]
+    assert type(layer) is FusedLinear
+    return layer
+
+
+def frozen_layer() -> Any:
+    layer = fastlora.accelerate(nn.Sequential(nn.Linear(K, N)).requires_grad_(False), frozen=True)[0]
+    assert type(layer) is FrozenLinear
+    return layer
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """What PEFT's own forward is called with, in the place of which nothing is computed."""
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(
+        lora.Linear, "forward", lambda self, x, *args, **kwargs: calls.append((x, args, kwargs)) or "own"
+    )
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs"),
+    [
+        ((1,), {}),
+        ((None,), {}),
+        ((), {"more": 1}),
+        ((), {"more": None, "other": False}),
+        ((), {"more": 1, "adapter_names": None}),
+        ((1,), {"adapter_names": ["default"] * 3}),
+        ((), {"more": 1, "adapter_names": ["default"] * 3}),
+    ],
+)
+def test_what_a_call_has_besides_x_is_for_pefts_forward(args: Any, kwargs: Any, own: list[tuple[Any, ...]]) -> None:
+    layer = layer_of()
+    assert layer(X, *args, **kwargs) == "own" and own == [(X, args, kwargs)]
+    assert layer.__dict__[OWN_FORWARD] == OwnForward(MORE, True, None) and SEEN not in layer.__dict__
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"adapter_names": None}, {"more": None}, {"more": None, "adapter_names": None}], ids=str
+)
+def test_what_is_none_is_not_there(kwargs: dict[str, Any], own: list[tuple[Any, ...]]) -> None:
+    layer = layer_of()
+    y = layer(X, **kwargs)
+    assert own == [] and OWN_FORWARD not in layer.__dict__
+    assert layer.__dict__[SEEN] == Seen(X.shape, torch.float32, False, False, False)
+    a, b = (of["default"].weight for of in (layer.lora_A, layer.lora_B))
+    expected = nn.functional.linear(X, layer.base_layer.weight, layer.base_layer.bias) + X @ a.T @ b.T * 4
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_lasting_obstacle_is_the_layers_own(own: list[tuple[Any, ...]]) -> None:
+    layer = layer_of()
+    layer(X)
+    before = layer.__dict__[SEEN]
+    layer.merge()
+    layer(X)
+    assert layer.__dict__[OWN_FORWARD] == OwnForward("the adapter is merged", False, before)
+
+
+@pytest.mark.parametrize("more", [{}, {"more": 1}], ids=["fused", "own"])
+def test_a_traced_call_leaves_no_note(more: Any, own: list[tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, frozen = layer_of(), frozen_layer()
+    expected, frozen_expected = layer(X), frozen(X)
+    for one in (layer, frozen):
+        one.__dict__.pop(SEEN)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    y = layer(X, **more)
+    assert y == "own" if more else torch.equal(y, expected)
+    assert torch.equal(frozen(X), frozen_expected)
+    frozen.weight.requires_grad_()
+    frozen(X)
+    assert not {SEEN, OWN_FORWARD} & (layer.__dict__.keys() | frozen.__dict__.keys())
+
+
+def test_several_adapters_are_their_sum() -> None:
+    layer = layer_of("other")
+    found = layer(X)
+    base = layer.base_layer(X)
+    layer.set_adapter("default")
+    one = layer(X) - base
+    layer.set_adapter("other")
+    torch.testing.assert_close(found, base + one + layer(X) - base, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_with_adapters_of_their_own() -> None:
+    layer = layer_of("other").eval()
+    layer.set_adapter("other")
+    names = ["default", "__base__", "other"]
+    found = layer(X, adapter_names=names)
+    assert layer.__dict__[SEEN] == Seen(X.shape, torch.float32, False, True, False)
+    expected = [layer.base_layer(X)[1]]
+    for row, name in ((0, "default"), (2, "other")):
+        layer.set_adapter(name)
+        expected.insert(row, layer(X)[row])
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="adapter_names"):
+        layer(X, adapter_names=names[:2])  # as PEFT says it
+    with torch.inference_mode():
+        assert torch.equal(layer(X, adapter_names=names), found)
+    layer(X.clone().requires_grad_(), adapter_names=names).sum().backward()
+
+
+def test_dropout_is_noted() -> None:
+    layer = layer_of(dropout=0.5)
+    layer(X)
+    assert layer.__dict__[SEEN].dropout
+    layer.eval()(X)
+    assert not layer.__dict__[SEEN].dropout
+
+
+def test_a_copy_has_no_siblings() -> None:
+    layer = layer_of()
+    layer.__dict__[siblings.KEY] = "a family"
+    state = copy.copy(layer).__dict__
+    assert siblings.KEY not in state and state.keys() == layer.__dict__.keys() - {siblings.KEY}
+
+
+def test_a_frozen_layer_that_is_trained_or_transformed_runs_torchs() -> None:
+    layer = frozen_layer()
+    plain = nn.Linear(K, N)
+    plain.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(X), plain(X))
+    seen = layer.__dict__[SEEN]
+    assert seen == Seen(X.shape, torch.float32) and OWN_FORWARD not in layer.__dict__
+    torch.testing.assert_close(torch.func.vmap(layer)(X), plain(X))
+    assert layer.__dict__[OWN_FORWARD][1:] == (True, seen)
+    layer.weight.requires_grad_()
+    assert torch.equal(layer(X), plain(X)) and layer(X).requires_grad
+    assert layer.__dict__[OWN_FORWARD] == OwnForward("the base weight or bias is trained", False, seen)
+
+
+def test_peft_unloads_layers_without_anything_of_ours() -> None:
+    for merge in (False, True):
+        layer = layer_of().eval()
+        expected = layer(X) if merge else layer.base_layer(X)
+        base = layer.unload_and_optionally_merge_module(merge, False, None)
+        assert type(base) is nn.Linear and type(layer) is lora.Linear and SEEN not in layer.__dict__
+        torch.testing.assert_close(base(X), expected, rtol=1e-4, atol=1e-5)
+    frozen = frozen_layer()
+    frozen(X)
+    assert frozen.unload_and_optionally_merge_module(True, False, None) is frozen
+    assert type(frozen) is nn.Linear and SEEN not in frozen.__dict__
+    with pytest.raises(AttributeError, match="^'FrozenLinear' object has no attribute 'base_layer'$"):
+        _ = frozen_layer().base_layer
+
+
+def test_which_layers_multiply_by_a_frozen_weight() -> None:
+    layer, frozen, plain = layer_of(), frozen_layer(), nn.Linear(K, N)
+    assert frozen_base(layer) is layer.base_layer and frozen_base(frozen) is frozen and frozen_base(plain) is None
+    for one, kind in ((layer, lora.Linear), (frozen, nn.Linear), (plain, nn.Linear)):
+        restore_layer(one)
+        assert type(one) is kind
+
+
+def test_a_frozen_layer_whose_weight_is_computed_is_restored_too() -> None:
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    layer = frozen_layer()
+    layer(X)
+    nn.utils.parametrize.register_parametrization(layer, "weight", Doubled())
+    kind = type(layer)
+    restore_layer(layer)
+    assert type(layer) is kind and kind.__bases__ == (nn.Linear,) and SEEN not in layer.__dict__
+    assert torch.equal(layer(X), nn.functional.linear(X, layer.weight, layer.bias))
+
+
+def test_rows_are_sorted_once() -> None:
+    layer = layer_of("other").eval()
+    layers._rows_of.cache_clear()
+    for names in (["default", "other", "other"], ["default", "other", "other"], ["other", "other", "default"]):
+        layer(X, adapter_names=names)
+    assert layers._rows_of.cache_info()[:2] == (1, 2)
