@@ -8,8 +8,10 @@ import pytest
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import fastlora
+from fastlora.frozen import packed
 from fastlora.peft import FrozenLinear, FusedLinear, layers, siblings
 from fastlora.peft.layers import OWN_FORWARD, SEEN, OwnForward, Seen, frozen_base, restore_layer
 
@@ -123,6 +125,7 @@ def test_rows_with_adapters_of_their_own() -> None:
         layer.set_adapter(name)
         expected.insert(row, layer(X)[row])
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-5)
+    assert torch.equal(layer(X, more=None, adapter_names=names), found) and layer.__dict__[SEEN].mixed
     with pytest.raises(ValueError, match="adapter_names"):
         layer(X, adapter_names=names[:2])  # as PEFT says it
     with torch.inference_mode():
@@ -132,10 +135,48 @@ def test_rows_with_adapters_of_their_own() -> None:
 
 def test_dropout_is_noted() -> None:
     layer = layer_of(dropout=0.5)
-    layer(X)
+    trained = layer(X)
     assert layer.__dict__[SEEN].dropout
-    layer.eval()(X)
-    assert not layer.__dict__[SEEN].dropout
+    evaluated = layer.eval()(X)
+    assert not layer.__dict__[SEEN].dropout and not torch.allclose(trained, evaluated)
+
+
+def test_autocast_casts() -> None:
+    layer = layer_of()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = layer(X)
+    assert y.dtype == layer.__dict__[SEEN].dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), layer(X), rtol=0.05, atol=0.05)
+
+
+def test_a_weight_that_lies_the_other_way() -> None:
+    """As GPT-2's layers have it."""
+    config = peft.LoraConfig(r=2, target_modules=["0"], fan_in_fan_out=True)  # of which B is zero
+    model = fastlora.accelerate(peft.get_peft_model(nn.Sequential(Conv1D(N, K)), config))
+    layer = model.base_model.model[0]
+    assert type(layer) is FusedLinear
+    torch.testing.assert_close(layer(X), layer.base_layer(X), rtol=1e-4, atol=1e-5)
+    assert OWN_FORWARD not in layer.__dict__
+
+
+def test_copies_go_where_peft_merges_and_where_a_layer_is_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone: list[Any] = []
+    layer, frozen = layer_of(), frozen_layer()
+    monkeypatch.setattr(packed, "drop", gone.append)
+    monkeypatch.setattr(packed, "detach", gone.append)
+    with pytest.raises(AttributeError):
+        _ = frozen.base_layer
+    restore_layer(layer)
+    restore_layer(frozen)
+    assert [id(one) for one in gone] == [id(one) for one in (frozen.weight, layer.base_layer, frozen)]
+
+
+def test_dropout_stands_in_the_way_of_a_sum_and_not_of_a_mixed_batch() -> None:
+    layer = layer_of("other", dropout=0.5)
+    layer(X)
+    assert "dropout" in layer.__dict__[OWN_FORWARD].obstacle and SEEN not in layer.__dict__
+    layer(X, adapter_names=["default", "other", "other"])
+    assert layer.__dict__[SEEN] == Seen(X.shape, torch.float32, True, True, False)
 
 
 def test_a_copy_has_no_siblings() -> None:
@@ -166,6 +207,9 @@ def test_peft_unloads_layers_without_anything_of_ours() -> None:
         base = layer.unload_and_optionally_merge_module(merge, False, None)
         assert type(base) is nn.Linear and type(layer) is lora.Linear and SEEN not in layer.__dict__
         torch.testing.assert_close(base(X), expected, rtol=1e-4, atol=1e-5)
+    layer = layer_of()
+    layer.base_layer = frozen_layer()
+    assert type(layer.unload_and_optionally_merge_module(False, False, None)) is nn.Linear
     frozen = frozen_layer()
     frozen(X)
     assert frozen.unload_and_optionally_merge_module(True, False, None) is frozen
