@@ -1,11 +1,12 @@
 """packing.py: which batches run without their padding, as what, and which models give the same then. What models make of it is test_fusion.py's."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastlora import packing
 
@@ -13,6 +14,7 @@ MASK = torch.tensor([[1, 1, 1, 0], [0, 0, 1, 2]])
 IDS = torch.arange(8).view(2, 4)
 GIVEN = {"input_ids": IDS, "attention_mask": MASK}
 WORDS = 50
+MODEL = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
 
 
 @pytest.mark.parametrize(
@@ -25,7 +27,7 @@ WORDS = 50
     ],
 )
 def test_a_padded_batch_has_real_tokens(more: dict[str, Any]) -> None:
-    found = packing.real_tokens({**GIVEN, **more})
+    found = packing.real_tokens(MODEL, {**GIVEN, **more})
     assert found is not None and torch.equal(found, MASK != 0)
 
 
@@ -46,8 +48,19 @@ def test_a_padded_batch_has_real_tokens(more: dict[str, Any]) -> None:
     ids=lambda more: "".join(more),
 )
 def test_other_batches_stay_as_they_are(more: dict[str, Any]) -> None:
-    assert packing.real_tokens({**GIVEN, **more}) is None
-    assert packing.real_tokens({}) is None
+    assert packing.real_tokens(MODEL, {**GIVEN, **more}) is None
+    assert packing.real_tokens(MODEL, {}) is None
+
+
+def test_what_torch_compiles_keeps_its_padding() -> None:
+    """The model, or any part of it, in either way."""
+    whole, part = copy.deepcopy(MODEL), copy.deepcopy(MODEL)
+    whole.compile()
+    part[1][0].compile()
+    wrapped = nn.Sequential(nn.Linear(2, 2), torch.compile(nn.Linear(2, 2)))
+    for model in (whole, part, wrapped):
+        assert packing.real_tokens(model, GIVEN) is None
+    assert packing.is_compiled(whole) and not packing.is_compiled(part)
 
 
 @pytest.mark.parametrize("positions", [None, torch.arange(4)[None] * 2, IDS + 3], ids=["", "one row", "all rows"])
