@@ -47,8 +47,7 @@ class Seen(NamedTuple):
 
 def _note(module: nn.Module, x: Tensor, width: int, obstacle: str | None) -> None:
     """width: elements of a token."""
-    if not torch.compiler.is_compiling():
-        module.__dict__[SEEN] = Seen(x.numel() // max(width, 1), x.numel(), x.dtype, x.device, obstacle)
+    module.__dict__[SEEN] = Seen(x.numel() // max(width, 1), x.numel(), x.dtype, x.device, obstacle)
 
 
 def _obstacle(op: str, width: int, *tensors: Any) -> str | None:

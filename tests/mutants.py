@@ -63,7 +63,7 @@ MODULES = {
     "fastlora/operators/attention.py": ("attention", *OF_ANY_OPERATOR),
     "fastlora/operators/frozen_linear.py": ("frozen_linear", "frozen_rules", *OF_ANY_OPERATOR),
     "fastlora/operators/linear_cross_entropy.py": ("linear_cross_entropy", *OF_ANY_OPERATOR),
-    "fastlora/fusion.py": ("fused_parts",),
+    "fastlora/fusion.py": ("fused_parts", "fused_choice"),
     "fastlora/packing.py": ("packing",),
     "fastlora/swap.py": ("swap",),
     "fastlora/choice/problems.py": ("problems", "measure"),

@@ -1,6 +1,7 @@
 """peft/layers.py, one call of a swapped layer: which forward runs, with what, and what is noted of it for `report`."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -177,6 +178,27 @@ def test_dropout_stands_in_the_way_of_a_sum_and_not_of_a_mixed_batch() -> None:
     assert "dropout" in layer.__dict__[OWN_FORWARD].obstacle and SEEN not in layer.__dict__
     layer(X, adapter_names=["default", "other", "other"])
     assert layer.__dict__[SEEN] == Seen(X.shape, torch.float32, True, True, False)
+
+
+def test_what_siblings_have_computed_is_taken_as_it_is() -> None:
+    """They are asked where one adapter is active, or each row has its own; a sum of adapters is not theirs."""
+    layer = layer_of("other")
+    shared, asked = torch.ones(3, N), []
+    layer.__dict__[siblings.KEY] = SimpleNamespace(result_of=lambda *args: asked.append(args) or shared)
+    layer(X)
+    assert not asked and not layer.__dict__[SEEN].shared
+    assert layer(X, adapter_names=["default"] * 3) is shared and layer.__dict__[SEEN].shared
+    layer.set_adapter("default")
+    assert layer(X) is shared and layer.__dict__[SEEN] == Seen(X.shape, torch.float32, False, False, True)
+    assert [(args[0], args[1], args[3]) for args in asked] == [(layer, X, ("default",) * 3), (layer, X, None)]
+
+
+def test_an_unloaded_layer_leaves_its_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of()
+    left: list[nn.Module] = []
+    monkeypatch.setattr(siblings, "leave", left.append)
+    layer.unload_and_optionally_merge_module(False, False, None)
+    assert left == [layer]
 
 
 def test_a_copy_has_no_siblings() -> None:
