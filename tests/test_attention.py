@@ -20,6 +20,8 @@ from row_operators import (
 )
 from torch import Tensor
 
+from fastlora import reference
+from fastlora.bounds import nearly_equal
 from fastlora.functional import attention
 from fastlora.operators import attention as operator
 from fastlora.ops import Choice
@@ -189,6 +191,17 @@ def test_where_torchs_own_is_faster_it_runs(causal: bool, monkeypatch: pytest.Mo
     monkeypatch.setattr(operator, "compute", None)
     case = Case((5, 9), causal=causal)
     check_bound(ours(case), eager(case), partial(draw, case), [0, 1, 2])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_what_torch_has_is_the_same_over_segments(causal: bool) -> None:
+    """Forward and backward: it runs where it is faster, and is what times are compared with."""
+    q, k, v = draw(Case((5, 0, 9)))
+    rest = starts_of((5, 0, 9)), 0.25, causal
+    out, lse = reference.attention(q, k, v, *rest)
+    assert nearly_equal(operator.by_torch(q, k, v, *rest), out)
+    found = operator.by_torch_backward(q, q, k, v, out, lse, *rest)
+    assert all(map(nearly_equal, found, reference.attention_backward(q, q, k, v, out, lse, *rest)))
 
 
 Q, K, STARTS = torch.ones(6, 4, 8), torch.ones(6, 2, 8), torch.tensor([0, 2, 6])

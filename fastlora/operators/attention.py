@@ -120,7 +120,8 @@ def attention(
 
 def within(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, scale: float, causal: bool) -> Tensor:
     """`attention`, unchecked."""
-    if ops.forced is None and q.dtype in ops.KERNEL_DTYPES and choose(q).implementation == "reference":
+    measured = ops.forced is None and q.dtype in ops.KERNEL_DTYPES and is_eager(q, k, v, starts)
+    if measured and choose(q).implementation == "reference":
         return by_torch(q, k, v, starts, scale, causal)
     if torch.is_grad_enabled() and any(one.requires_grad for one in (q, k, v)):
         return AttentionFunction.apply(q, k, v, starts, scale, causal)
