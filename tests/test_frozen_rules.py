@@ -70,8 +70,8 @@ def test_torch_multiplies_anything_and_no_other_way_is_known() -> None:
     assert not products.offers(FORWARD, "fused", torch.float32, 1)
 
 
-def way_of(rows: int, weight: Tensor, unmeasured: str = "torch") -> str:
-    return products._way(weight.dtype, rows, weight, unmeasured)
+def way_of(rows: int, weight: Tensor) -> str:
+    return products._way(weight.dtype, rows, weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, HALF])
@@ -79,7 +79,6 @@ def way_of(rows: int, weight: Tensor, unmeasured: str = "torch") -> str:
 def test_what_was_not_measured_is_torchs(rows: int, dtype: torch.dtype) -> None:
     hold(measured("product", dtype="float64"))
     assert way_of(rows, weight_of(64, 64, dtype)) == "torch"
-    assert way_of(rows, weight_of(64, 64, dtype), "few_rows") == ("few_rows" if rows <= 8 else "torch")
     hold(entry(0.5, FORWARD, dtype=table.name_of(dtype)))  # as a table has it that knows of no ways
     assert way_of(rows, weight_of(64, 64, dtype)) == "torch"
 
@@ -95,7 +94,6 @@ def test_the_fastest_that_was_measured_by_dtype_rows_and_size() -> None:
     small, large = weight_of(64, 64), weight_of(2048, 2048)
     assert [way_of(rows, small) for rows in (1, 64, 512)] == ["few_rows", "product", "torch"]
     assert way_of(64, large) == "torch" and way_of(64, weight_of(64, 64, torch.bfloat16)) == "plain"
-    assert way_of(1, small, unmeasured="torch") == "few_rows" and way_of(64, small, unmeasured="few_rows") == "product"
 
 
 def test_nine_rows_are_not_of_the_class_that_few_were_measured_in() -> None:
@@ -170,22 +168,19 @@ def test_it_is_told_with_its_reason(way: str, rows: int, expected: str, monkeypa
     weight = torch.zeros(64, 64)
     assert products.describe(weight, torch.float32, rows) == "torch, not measured on this kind of CPU"
     hold(measured(way, rows=rows))
-    assert (
-        products.describe(weight, torch.float32, rows)
-        == products.describe(weight, torch.float32, rows, True)
-        == expected
-    )
+    assert products.describe(weight, torch.float32, rows) == expected
     assert products.describe(weight, torch.bfloat16, rows) == "torch, not measured on this kind of CPU"
     if way in ("few_rows", "product"):
         assert products.describe(torch.zeros(64, 128)[:, ::2], torch.float32, rows) == "torch"
 
 
-def test_it_is_told_that_a_few_rows_with_an_adapter_were_not_measured() -> None:
-    few = "native C++, a few rows, not measured on this kind of CPU"
-    assert [products.describe(torch.zeros(64, 64), torch.float32, rows, fused=True) for rows in (8, 9)] == [
-        few,
-        "torch, not measured on this kind of CPU",
-    ]
+def test_it_is_told_that_a_few_rows_are_multiplied_with_their_adapter() -> None:
+    """Whatever was measured of the product alone."""
+    weight, few = torch.zeros(64, 64), "native C++, a few rows, with the adapter"
+    other = "torch, nothing was measured to be faster"
+    hold(measured("torch", rows=8), measured("torch", BACKWARD, rows=8))
+    assert [products.describe(weight, torch.float32, rows, fused=True) for rows in (8, 9)] == [few, other]
+    assert products.describe(torch.zeros(32, 64).t(), torch.float32, 8, fused=True) == other
 
 
 class Copies:
@@ -272,28 +267,6 @@ def test_a_few_rows_of_layers_by_weights_that_lie_in_some_way(
         torch.testing.assert_close(y, x @ weight.t() + 2 * x @ a.t() @ b.t())
     one_by_one = ["_few_rows_lora"] if layers == 1 else ["_few_rows_mixed"] * layers
     assert called == (["_update"] if lies != "by row" or rows == 9 else one_by_one) and xa.shape == (layers, rows, 2)
-
-
-@needs_native
-@pytest.mark.parametrize("way", table.WAYS["cpu", "frozen_linear"])
-@pytest.mark.parametrize("layers", [1, 2])
-def test_a_few_rows_of_layers_in_the_way_that_was_measured(
-    way: str, layers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In one call a layer where csrc's few rows were the fastest; else by that product and the update."""
-    monkeypatch.undo()
-    called: list[str] = []
-    for name in ("_few_rows_lora", "_few_rows_mixed", "_update"):
-        own = getattr(products, name)
-        monkeypatch.setattr(products, name, lambda *args, own=own, name=name: called.append(name) or own(*args))
-    x, a, b, weight = (torch.randn(*shape) for shape in ((5, 12), (2, 12), (6, 2), (6, 12)))
-    hold(measured(way, rows=8, without_copy="torch" if way == "packed" else ""))
-    arguments = [weight] * layers, [None] * layers, [a] * layers, [b] * layers, [2.0] * layers, [0.0] * layers
-    ys, _, _ = products.lora_linear(x, *arguments, None, None, None)
-    for y in ys:
-        torch.testing.assert_close(y, x @ weight.t() + 2 * x @ a.t() @ b.t())
-    fused = ["_few_rows_lora"] if layers == 1 else ["_few_rows_mixed"] * layers
-    assert called == (fused if way == "few_rows" else ["_update"])
 
 
 @needs_native

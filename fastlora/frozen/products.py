@@ -52,34 +52,39 @@ def offers(op: str, way: str, dtype: torch.dtype, rows: int) -> bool:
     return way == "torch"
 
 
-def _measured_as(rows: int, weight: Tensor) -> tuple[str, int]:
-    """The operator and the rows that stand for this product: a weight [N, K] that lies by column is multiplied by as in a layer's backward."""
-    op = "frozen_linear_backward" if weight.stride(0) < weight.stride(1) else "frozen_linear"
-    return op, rows if rows <= FEW_ROWS else max(rows, LEAST_OF_MANY)  # the class of 8 was measured by few
+def _measured_as(weight: Tensor) -> str:
+    """The operator whose measurements hold for a weight [N, K]: one that lies by column is multiplied by as in a layer's backward."""
+    return "frozen_linear_backward" if weight.stride(0) < weight.stride(1) else "frozen_linear"
 
 
-def _way(dtype: torch.dtype, rows: int, weight: Tensor, unmeasured: str, without_copy: bool = False) -> str:
-    """The fastest way that was measured, where it can be gone with this weight [N, K], which may lie by row, by column or with gaps; else torch's."""
-    op, like = _measured_as(rows, weight)
-    way = table.way("cpu", op, "cpu", dtype, like, weight.numel(), False, without_copy) or unmeasured
-    if not offers(op, way, dtype, rows) or (way in ("few_rows", "product") and not _is_dense(weight)):
-        return "torch"
-    return way
+def _class_of(rows: int) -> int:
+    """Rows that are measured alike: the class of 8 was measured by few."""
+    return rows if rows <= FEW_ROWS else max(rows, LEAST_OF_MANY)
 
 
-def _is_dense(weight: Tensor) -> bool:
-    return weight.stride(1) == 1 or weight.stride(0) == 1
+def _takes(way: str, dtype: torch.dtype, rows: int, weight: Tensor) -> bool:
+    """Whether this very weight [N, K], which may lie by row, by column or with gaps, can be multiplied by in this way."""
+    if way in ("few_rows", "product") and weight.stride(1) != 1 and weight.stride(0) != 1:
+        return False
+    return offers(_measured_as(weight), way, dtype, rows)
 
 
-def _find_way(x: Tensor, weight: Tensor, unmeasured: str = "torch") -> tuple[str, Tensor | None]:
+def _way(dtype: torch.dtype, rows: int, weight: Tensor, without_copy: bool = False) -> str:
+    """The fastest way that was measured, where this weight can be multiplied by so; else torch's."""
+    like = _class_of(rows)
+    way = table.way("cpu", _measured_as(weight), "cpu", dtype, like, weight.numel(), False, without_copy)
+    return way if _takes(way, dtype, rows, weight) else "torch"
+
+
+def _find_way(x: Tensor, weight: Tensor) -> tuple[str, Tensor | None]:
     """How to multiply x [M, K] by the weight [N, K], and its copy for that; where it cannot have one, the fastest way without."""
     if not (x.numel() and weight.numel()):
         return "torch", None
-    way = _way(x.dtype, x.shape[0], weight, unmeasured)
+    way = _way(x.dtype, x.shape[0], weight)
     if way != "packed":
         return way, None
     copy = packed.find_copy(weight)
-    return (_way(x.dtype, x.shape[0], weight, unmeasured, without_copy=True) if copy is None else way), copy
+    return (_way(x.dtype, x.shape[0], weight, without_copy=True) if copy is None else way), copy
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [M, K], [N, K], [N] -> [M, N]
@@ -135,17 +140,18 @@ def describe(weight: Tensor, dtype: torch.dtype, rows: int, fused: bool = False)
 
     fused: whether `lora_linear` does, without dropout.
     """
-    op, like = _measured_as(rows, weight)
-    found = table.lookup("cpu", op, dtype, like, weight.numel(), False).get("cpu")
-    way = _way(dtype, rows, weight, "few_rows" if fused and rows <= FEW_ROWS else "torch")
+    if fused and _takes("few_rows", dtype, rows, weight):
+        return f"{TITLES['few_rows']}, with the adapter"
+    found = table.lookup("cpu", _measured_as(weight), dtype, _class_of(rows), weight.numel(), False).get("cpu")
+    way = _way(dtype, rows, weight)
     why = ""
     if found is None or not found.way:
-        why = ", not measured on this kind of CPU" if way in ("torch", "few_rows") else ""
+        why = ", not measured on this kind of CPU" if way == "torch" else ""
     elif found.way == way:
         why = ", nothing was measured to be faster" if way == "torch" else f", {found.ratio:.2f}x of torch's time"
     if way != "packed":
         return TITLES[way] + why
-    other = TITLES[_way(dtype, rows, weight, "torch", without_copy=True)]
+    other = TITLES[_way(dtype, rows, weight, without_copy=True)]
     registered = packed.find(weight) if dtype == weight.dtype else None
     if registered is None:
         return f"{other}, the fastest without a packed copy"
@@ -164,18 +170,14 @@ def lora_linear(
     x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
     scale: Sequence[float], dropout_p: Sequence[float], seed: Tensor | None, order: Tensor | None, offsets: Tensor | None,
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    """reference.py::lora_linear on a CPU: of a few rows in one call a layer, unless another way was measured to multiply them faster."""
-    few = x.shape[0] <= FEW_ROWS and not reference.drops(dropout_p, seed)
-    ways = [_find_way(x, w, unmeasured="few_rows") for w in weight] if few else []
-    if ways and all(way == "few_rows" for way, _ in ways):
+    """reference.py::lora_linear on a CPU. A few rows without dropout are one call a layer: what is measured of it is the whole."""
+    rows = x.shape[0]
+    if x.numel() and not reference.drops(dropout_p, seed) and all(_takes("few_rows", x.dtype, rows, w) for w in weight):
         if order is None and len(weight) == 1:
             y, xa = _few_rows_lora(x, weight[0], bias[0], lora_a[0], lora_b[0], scale[0])
             return [y], xa, NOTHING_DROPPED
         return *_few_rows_of_layers(x, weight, bias, lora_a, lora_b, scale, order, offsets), NOTHING_DROPPED
-    if few:
-        ys = [_multiply(*way, x, w, b) for way, w, b in zip(ways, weight, bias, strict=True)]
-    else:
-        ys = [frozen_linear(x, w, b) for w, b in zip(weight, bias, strict=True)]
+    ys = [frozen_linear(x, w, b) for w, b in zip(weight, bias, strict=True)]
     return ys, *_update(ys, x, lora_a, lora_b, scale, dropout_p, seed, order, offsets)
 
 
