@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from bounds import INPUTS, assert_within_bound_over_inputs, dense, double
 from measurements import entry, hold, needs_native
 from torch import Tensor
 
-from fastlora import reference
+from fastlora import ops, reference
 from fastlora.choice import table
 from fastlora.frozen import packed, products
 
@@ -267,6 +268,18 @@ def test_a_few_rows_of_layers_by_weights_that_lie_in_some_way(
         torch.testing.assert_close(y, x @ weight.t() + 2 * x @ a.t() @ b.t())
     one_by_one = ["_few_rows_lora"] if layers == 1 else ["_few_rows_mixed"] * layers
     assert called == (["_update"] if lies != "by row" or rows == 9 else one_by_one) and xa.shape == (layers, rows, 2)
+
+
+@needs_native
+def test_long_sums_by_column_are_as_near_as_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a few rows in float32, with an adapter, which csrc would sum in one chain of roundings."""
+    monkeypatch.setattr(products, "_few_rows", ops.native("few_rows_cpu"))
+    weight, a, b = (torch.randn(2048, 64) / 2048**0.5).t(), torch.zeros(2, 2048), torch.zeros(64, 2)
+    runs = []
+    for x in (torch.randn(8, 2048) for _ in range(INPUTS)):
+        [y], _, _ = products.lora_linear(x, [weight], [None], [a], [b], [1.0], [0.0], None, None, None)
+        runs.append((y, dense(x) @ dense(weight).t(), double(x) @ double(weight).t()))
+    assert_within_bound_over_inputs("y", runs)
 
 
 @needs_native
