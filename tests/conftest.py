@@ -103,8 +103,6 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return onednn(x, weight, *rest)
 
     monkeypatch.setattr(packed, "packs", lambda dtype: dtype is torch.float32)
-    monkeypatch.setattr(products, "_few_rows", None)
-    monkeypatch.setattr(products, "_product", None)
     monkeypatch.setattr(products, "_linear_pointwise", multiply)
     monkeypatch.setattr(table, "forced_way", "packed")
     return held

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastlora import ops, reference
 from fastlora.choice import table
-from fastlora.frozen import packed, products
+from fastlora.frozen import packed
 from fastlora.frozen.packed import Budget
 from fastlora.functional import frozen_linear
 
@@ -20,26 +20,19 @@ NEEDS_COPIES = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available() or packed._fingerprint is None,
     reason="weights have copies only where torch has oneDNN and the extension is built",
 )
-few_rows, product, packs_here = products._few_rows, products._product, packed.packs
+packs_here, suits_here = packed.packs, packed.suits_onednn
 
 
 def always_packed(dtype: torch.dtype) -> bool:
-    """Copies of float32, too: its products are large enough at any size."""
+    """Copies of float32, too: sums as short as these are within the bound."""
     return dtype is torch.float32 or packs_here(dtype)
-
-
-def large(dtype: torch.dtype, rows: int, work: int) -> bool:
-    """A rule by which a large product is oneDNN's without a copy, too."""
-    return work >= 2**23 and always_packed(dtype)
 
 
 @pytest.fixture(autouse=True)
 def eagerly_packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(packed, "packs", always_packed)
-    monkeypatch.setattr(products, "_takes_plain", large)
+    monkeypatch.setattr(packed, "suits_onednn", lambda dtype: dtype is torch.float32 or suits_here(dtype))
     monkeypatch.setattr(table, "forced_way", "packed")
-    monkeypatch.setattr(products, "_few_rows", None)  # the native products have no copies
-    monkeypatch.setattr(products, "_product", None)
     yield
     if packed._by_key:
         gc.collect()

@@ -9,13 +9,10 @@ from bounds import INPUTS, assert_within_bound, dense, double, gapped, gradients
 from packed_weights import (  # noqa: F401  (a fixture)
     FLOATS,
     NEEDS_COPIES,
-    always_packed,
     check,
     eagerly_packed,
-    few_rows,
     frozen,
     held_bytes,
-    product,
 )
 from torch import Tensor, nn
 
@@ -29,31 +26,13 @@ pytestmark = NEEDS_COPIES
 OPERATOR = "frozen_linear"
 
 
-def by_native_product(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(products, "_product", product)
-    patch.setattr(products, "LEAST_PRODUCT", 1)
-    patch.setattr(products, "LEAST_PRODUCT_COLUMNS", 1)
-
-
-def by_plain_onednn(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(table, "forced_way", "plain")
-    patch.setattr(products, "_takes_plain", lambda dtype, rows, work: always_packed(dtype))
-
-
-WAYS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
-    "torch": lambda patch: patch.setattr(packed, "packs", lambda dtype: False),
-    "plain": by_plain_onednn,
-    "packed": lambda patch: None,
-    "few rows": lambda patch: patch.setattr(products, "_few_rows", few_rows),
-    "native": by_native_product,
-}
-EACH_WAY = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+EACH_WAY = pytest.mark.parametrize("way", table.WAYS["cpu", "frozen_linear"])
 
 
 @EACH_WAY
 @FLOATS
-def test_bound(way: Callable[[pytest.MonkeyPatch], None], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    way(monkeypatch)
+def test_bound(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "forced_way", way)
     shapes = [(37, 65, 48), (8, 33, 65), (1, 64, 48), (1, 1, 1), (0, 12, 7), (5, 0, 7), (5, 12, 0), (130, 300, 201)]
     for number, (M, K, N) in enumerate(shapes):
         weight = nn.Parameter((torch.randn(N, K) / max(K, 1) ** 0.5).to(dtype), requires_grad=False)
@@ -73,10 +52,8 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @EACH_WAY
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_layouts(
-    way: Callable[[pytest.MonkeyPatch], None], layout: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    way(monkeypatch)
+def test_layouts(way: str, layout: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "forced_way", way)
     for dtype in ops.KERNEL_DTYPES:
         x, weight = torch.randn(7, 33).to(dtype), (torch.randn(24, 33) / 6).to(dtype)
         for left, right in ((layout(x), weight), (x, layout(weight)), (layout(x), layout(weight))):
@@ -95,34 +72,32 @@ def test_dy_of_any_layout() -> None:
 
 def test_the_ways_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the other tests take for granted: each way is taken."""
-    calls = []
+    calls: list[str] = []
 
-    def multiply(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
-        calls.append("packed" if weight.is_mkldnn else "plain")
-        return onednn(x, weight, *rest)
+    def watch(name: str, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def multiply(x: Tensor, weight: Tensor, *rest: object) -> Tensor:
+            calls.append("packed" if weight.is_mkldnn else name)
+            return call(x, weight, *rest)
 
-    onednn = products._linear_pointwise
-    monkeypatch.setattr(products, "_linear_pointwise", multiply)
+        return multiply
+
+    for name, attribute in (("plain", "_linear_pointwise"), ("product", "_product"), ("few_rows", "_few_rows")):
+        monkeypatch.setattr(products, attribute, watch(name, getattr(products, attribute)))
+    monkeypatch.setattr(F, "linear", watch("torch", F.linear))
     weight, x = frozen(24, 33), torch.randn(7, 33)
     packed.register(weight, Budget())
-    taken = {}
-    for name, way in WAYS.items():
-        with monkeypatch.context() as patch:
-            way(patch)
+    for way in table.WAYS["cpu", "frozen_linear"]:
+        monkeypatch.setattr(table, "forced_way", way)
+        calls.clear()
+        frozen_linear(x, weight, None)
+        assert calls == [way]
+    with torch.backends.mkldnn.flags(enabled=False):
+        for way in ("plain", "packed"):
+            monkeypatch.setattr(table, "forced_way", way)
             calls.clear()
             frozen_linear(x, weight, None)
-            taken[name] = calls.copy()
-    assert taken == {
-        "torch": [],
-        "plain": ["plain"],
-        "packed": ["packed"],
-        "few rows": ["packed"] if few_rows is None else [],
-        "native": ["packed"] if product is None else [],
-    }
-    with torch.backends.mkldnn.flags(enabled=False):
-        calls.clear()
-        check(x, weight)
-        assert not calls and products.describe(weight, torch.float32, 7) == "torch"
+            assert calls == ["torch"]
+            assert products.describe(weight, torch.float32, 7) == "torch, not measured on this kind of CPU"
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 0), (2, 1, 3)], ids=str)
@@ -158,11 +133,9 @@ def test_autocast(base: torch.dtype) -> None:
 
 
 @EACH_WAY
-def test_the_operator_itself_ignores_autocast(
-    way: Callable[[pytest.MonkeyPatch], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_operator_itself_ignores_autocast(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is called past the dispatcher, whatever is on around it."""
-    way(monkeypatch)
+    monkeypatch.setattr(table, "forced_way", way)
     x, weight = torch.randn(5, 16), torch.randn(12, 16)
     with torch.no_grad():
         expected = products.frozen_linear(x, weight, None)

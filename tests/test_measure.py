@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastlora import functional, ops
 from fastlora.choice import measure, problems, table, trial
+from fastlora.frozen import packed
 from fastlora.operators import lora_linear
 
 
@@ -264,13 +265,68 @@ def test_what_failed_in_a_way_that_is_not_known_failed_in_all() -> None:
     known = [entry(None), entry(0.5), entry(None, "frozen_linear_backward"), entry(0.5, "multi_lora")]
     refused = {
         ("lora_linear", "float32", "cpu"),
-        *(("frozen_linear_backward", "float32", f"cpu {way}") for way in ("plain", "packed")),
+        *(("frozen_linear_backward", "float32", f"cpu {way}") for way in table.WAYS["cpu", "frozen_linear"]),
     }
     assert measure.refused_before(known) == refused
     assert not measure.is_refused(known[0], refused) and measure.is_refused(known[1], refused)
     assert not measure.is_refused(entry(0.5, "multi_lora"), refused)
     assert not measure.is_refused(entry(0.5, "frozen_linear_backward"), refused)
     assert measure.is_refused(entry(0.5, "frozen_linear_backward")._replace(way="packed"), refused)
+    without = entry(0.5, "frozen_linear")._replace(way="packed", without_copy="plain")
+    assert measure.is_refused(without, {("frozen_linear", "float32", "cpu plain")})
+    assert measure.is_refused(without, {("frozen_linear", "float32", "cpu packed")})
+    assert not measure.is_refused(
+        without, {("frozen_linear", "float32", "cpu"), ("frozen_linear", "float32", "cpu few_rows")}
+    )
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ({}, ("", "")),
+        ({"": 2.0}, ("", "")),
+        ({"fused": 0.7, "library": 0.6}, ("library", "")),
+        ({"torch": 1.0}, ("torch", "")),
+        ({"torch": 1.0, "product": 0.97}, ("product", "")),
+        ({"torch": 1.0, "product": 0.99}, ("torch", "")),
+        ({"torch": 1.0, "product": 0.7, "few_rows": 0.6}, ("few_rows", "")),
+        ({"torch": 1.0, "packed": 0.95}, ("packed", "torch")),
+        ({"torch": 1.0, "packed": 0.96}, ("torch", "")),
+        ({"torch": 1.0, "few_rows": 0.8, "packed": 0.75}, ("packed", "few_rows")),
+        ({"torch": 1.0, "few_rows": 0.8, "packed": 0.77}, ("few_rows", "")),
+        ({"torch": 1.0, "plain": 0.99, "packed": 0.5}, ("packed", "torch")),
+        ({"packed": 0.99}, ("packed", "")),
+    ],
+    ids=str,
+)
+def test_the_fastest_way(times: dict[str, float], expected: tuple[str, str]) -> None:
+    """torch's unless another gains 2 %, and a copy where it saves 5 % of the fastest without; what runs where there is no room for one, too."""
+    assert measure._fastest(times) == expected
+
+
+@needs_native
+def test_torchs_way_is_neither_checked_nor_timed(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And only what can run with these rows and dtype is, forward and backward apart."""
+    seen: list[list[str]] = []
+
+    def ratios(functions: dict[str, Callable[..., Any]], *_: Any) -> dict[str, float]:
+        seen.append(list(functions))
+        return {"cpu product": 1.1, "cpu few_rows": 0.6, "cpu plain": 1.2, "cpu packed": 0.9}
+
+    monkeypatch.setattr(measure, "ratios", ratios)
+    monkeypatch.setattr(packed, "packs", lambda dtype: dtype is torch.bfloat16)
+    monkeypatch.setattr(packed, "suits_onednn", lambda dtype: dtype is torch.bfloat16)
+    found, told = [], []
+    for dtype, rows in ((torch.float32, 8), (torch.bfloat16, 8), (torch.bfloat16, 64)):
+        problem = problems.Problem("frozen_linear", dtype, rows, "small", False)
+        found += measure.one_class(problem, torch.device("cpu"), 0.0, trying=lambda op, runs: told.extend(runs))
+    assert all(one.checked for one in found) and "cpu torch" not in told
+    onednn = ["cpu plain", "cpu packed"] if torch.backends.mkldnn.is_available() else []
+    others = [["cpu product", "cpu few_rows"], ["cpu product"], *[[*onednn, "cpu few_rows"]] * 2, *[onednn] * 2]
+    assert [names[1:] for names in seen] == others
+    ways = [("few_rows", ""), ("torch", ""), *[("few_rows", "")] * 2, *[("packed", "torch")] * 2]
+    assert [(one.way, one.without_copy) for one in found] == ways
+    assert [one.ratio for one in found] == [0.6, 1.0, 0.6, 0.6, 0.9, 0.9]
 
 
 class FakeTime:

@@ -99,6 +99,8 @@ WRONG_TABLES: dict[str, Any] = {
             ("ratio", None),
             ("way", "nonsense"),
             ("way", []),
+            ("without_copy", "nonsense"),
+            ("without_copy", []),
             ("colour", "blue"),
         ]
     },

@@ -134,13 +134,15 @@ def test_where_there_is_no_proc(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_faster_way_is_looked_up_once(monkeypatch: pytest.MonkeyPatch) -> None:
     case = "cpu", "frozen_linear", "cpu", torch.float16, 64, 100, False
     assert table.way(*case) == ""
-    table.load_state({"cpu": [entry(0.5, op="frozen_linear", dtype="float16")._replace(way="packed")]})
+    measured = entry(0.5, op="frozen_linear", dtype="float16")._replace(way="packed", without_copy="few_rows")
+    table.load_state({"cpu": [measured]})
     assert table.way(*case) == "packed" and table.way("triton", *case[1:]) == ""
+    assert table.way(*case, without_copy=True) == "few_rows"
     with monkeypatch.context() as patch:
         patch.setattr(table, "lookup", None)
-        assert table.way(*case) == "packed"
+        assert table.way(*case) == "packed" and table.way(*case, without_copy=True) == "few_rows"
         patch.setattr(table, "forced_way", "plain")
-        assert table.way(*case) == "plain"
+        assert table.way(*case) == "plain" and table.way(*case, without_copy=True) == ""
 
 
 def test_a_state_is_of_the_card_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,8 +79,13 @@ def test_the_trial_runs_once_and_is_kept(machine: Path, timed: list[list[str]]) 
     assert torch.equal(
         torch.get_rng_state(), before
     )  # a run's random numbers do not depend on whether there was a trial
-    assert timed == [["reference", "cpu"]] * 8
+    many, few = ["reference", "cpu product"], ["reference", "cpu product", "cpu few_rows"]
+    assert timed == [few, many] * 2 + [many] * 2 + [["reference", "cpu"]] * 8
     held = table.entries("cpu")
+    assert {(one.rows, one.way) for one in held if one.op.startswith("frozen")} == {
+        (rows, "product") for rows in (1, 8, 64)
+    }
+    held = [one for one in held if not one.op.startswith("frozen")]
     assert {one.op for one in held} == {"lora_linear", "lora_linear_backward"}
     assert {(one.rows, one.dropout) for one in held} == {(1, False), (8, False), (64, False), (64, True)}
     assert {one.size for one in held} == {"small"} and {one.dtype for one in held} == {"float32"}
@@ -92,11 +97,12 @@ def test_the_trial_runs_once_and_is_kept(machine: Path, timed: list[list[str]]) 
     fastlora.accelerate(peft_model())
     restart()
     fastlora.accelerate(peft_model())
-    assert len(timed) == 8
+    assert len(timed) == 14
     fastlora.accelerate(peft_model(), frozen=True)
     model.add_adapter("other", model.peft_config["default"])
     fastlora.accelerate(model)
     assert {one.op.removesuffix("_backward") for one in table.entries("cpu")} == {
+        "frozen_linear",
         "lora_linear",
         "multi_lora",
     }

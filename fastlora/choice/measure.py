@@ -1,9 +1,11 @@
 """Check each implementation of an operator against the reference, and time it beside plain PyTorch, in one class of sizes.
 
 An implementation is checked first, by the bound of bounds.py, plain PyTorch being the reference in the working dtype. Then it is timed in
-turn with plain PyTorch (fastlora.reference, which with dropout draws the same Philox mask). One that fails is refused and never timed.
+turn with plain PyTorch (fastlora.reference, which with dropout draws the same Philox mask). One that fails is refused and never timed. A way that
+is plain PyTorch's own is neither checked nor timed: its ratio is 1.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import cycle
@@ -19,6 +21,7 @@ from fastlora.choice.problems import Call, Problem, operators
 from fastlora.choice.table import Measurement
 
 WORTH_A_COPY = 0.95  # of the time without a packed copy: what saves less is not worth the memory
+PLAIN_PYTORCH, WITH_A_COPY = "torch", "packed"  # ways
 ODD_SHAPE = 37, 100, 75  # M, K, N of a check with dropout and a bias
 
 LONGEST_CALL = 0.5  # seconds: a call this long is timed once
@@ -51,7 +54,10 @@ def one_class(
         odd = make(*ODD_SHAPE, dtype, device, True)
         for name, calls in make(rows, *problems.SHAPES[size], dtype, device, dropout).items():
             names = ops.candidates(name, device, dtype)  # an implementation may have the forward alone
-            runs = {f"{one} {way}".strip(): (one, way) for one in names for way in ways(name, one)}
+            offered = {
+                one: [way for way in ways(name, one) if operators[op].offers(name, way, dtype, rows)] for one in names
+            }
+            runs = {f"{one} {way}".strip(): (one, way) for one in names for way in offered[one] if way != PLAIN_PYTORCH}
             sound = []
             for run in runs:
                 refusal = name, table.name_of(dtype), run
@@ -67,19 +73,30 @@ def one_class(
             times = ratios(functions, calls, device, seconds)
             trying(name, [])
             for one in names:
-                best = min((run for run in sound if runs[run][0] == one), key=lambda run: _cost(run, times), default="")
-                found.append(table.record(name, *problem[1:], one, times.get(best), runs[best][1] if best else ""))
+                its_times = {runs[run][1]: times[run] for run in sound if runs[run][0] == one}
+                if PLAIN_PYTORCH in offered[one]:
+                    its_times[PLAIN_PYTORCH] = 1.0
+                way, without_copy = _fastest(its_times)
+                found.append(table.record(name, *problem[1:], one, its_times.get(way), way, without_copy))
     return found
 
 
-def _cost(run: str, times: dict[str, float]) -> float:
-    """The time of an implementation in one of its ways, and what else it costs, in the same unit."""
-    return times[run] / WORTH_A_COPY if run.endswith(" packed") else times[run]
+def _fastest(times: dict[str, float]) -> tuple[str, str]:
+    """The way to run, and where that takes a copy the one without: plain PyTorch's unless another gains, and a copy where it pays.
+
+    times: of each way over plain PyTorch's.
+    """
+    without = [way for way in times if way != WITH_A_COPY]
+    fastest = min(without, key=lambda way: ops.WORTH_IT if way == PLAIN_PYTORCH else times[way], default="")
+    if WITH_A_COPY in times and times[WITH_A_COPY] <= WORTH_A_COPY * times.get(fastest, math.inf):
+        return WITH_A_COPY, fastest
+    return fastest, ""
 
 
 def is_refused(one: Measurement, refused: Collection[Refusal]) -> bool:
     """Whether what was timed has failed its check, here in another class."""
-    return one.checked and (one.op, one.dtype, f"{one.implementation} {one.way}".strip()) in refused
+    runs = {f"{one.implementation} {way}".strip() for way in (one.way, one.without_copy or one.way)}
+    return one.checked and any((one.op, one.dtype, run) in refused for run in runs)
 
 
 def refused_before(known: Iterable[Measurement]) -> set[Refusal]:

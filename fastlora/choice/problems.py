@@ -50,6 +50,9 @@ class Measured(NamedTuple):
     plain: Mapping[str, Callable[..., Any]] = MappingProxyType({})
     """Of the operator and its backward, what one would write in PyTorch, or torch has, where that is faster than the reference."""
 
+    offers: Callable[[str, str, torch.dtype, int], bool] = lambda op, way, dtype, rows: True
+    """Of (operator or backward, way, dtype, rows): whether an implementation can run in this way there, among those that it has."""
+
 
 def linear_classes(device_type: str, dtype: torch.dtype, sizes: Sequence[str]) -> Iterable[tuple[int, str, bool]]:
     """Those of a product with a weight."""

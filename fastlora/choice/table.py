@@ -46,16 +46,18 @@ class Measurement(NamedTuple):
     checked: bool  # against the float64 reference; False: it failed, and is refused for this operator and dtype
     ratio: float | None  # its time over plain PyTorch's; None: it failed its check and was not timed
     origin: str  # who measured it and when, for people
-    way: str = ""  # the faster one, where the implementation has several: one of WAYS
+    way: str = ""  # the fastest one, where the implementation has several: one of WAYS
+    without_copy: str = ""  # the fastest of the others, where that one takes memory which a weight may not get
 
 
 WAYS = {
     ("triton", "lora_linear"): ("fused", "library"),
     ("triton", "multi_lora"): ("fused", "library"),
-    ("cpu", "frozen_linear"): ("plain", "packed"),
+    ("cpu", "frozen_linear"): ("torch", "plain", "packed", "product", "few_rows"),
 }
 """How an implementation may compute an operator, its backward and the one for layers that share x: Triton in kernels of its own, or with the
-product left to torch's library; the CPU's frozen product on the weight as it lies, or on a packed copy."""
+product left to torch's library; the CPU's frozen product by torch, by oneDNN on the weight as it lies or on a packed copy, or by
+csrc's kernels for many rows and for few."""
 
 forced_way = ""
 """The way that must be taken whatever was measured: for those who measure it."""
@@ -89,16 +91,27 @@ def lookup(
 
 
 def way(
-    implementation: str, op: str, device_type: str, dtype: torch.dtype, rows: int, elements: int, dropout: bool
+    implementation: str,
+    op: str,
+    device_type: str,
+    dtype: torch.dtype,
+    rows: int,
+    elements: int,
+    dropout: bool,
+    without_copy: bool = False,
 ) -> str:
-    """The faster of the implementation's WAYS where it was measured, else nothing; `forced_way` goes before."""
+    """The fastest of the implementation's WAYS where it was measured, else nothing; `forced_way` goes before.
+
+    without_copy: the fastest of the others instead, where that one takes a copy of the weight.
+    """
     if forced_way:
-        return forced_way
-    key = implementation, op, device_type, dtype, rows.bit_length(), elements.bit_length(), dropout
-    if key not in choices:
+        return "" if without_copy else forced_way
+    key = implementation, op, device_type, dtype, rows.bit_length(), elements.bit_length(), dropout, without_copy
+    found = choices.get(key)
+    if found is None:
         known = lookup(device_type, op, dtype, rows, elements, dropout).get(implementation)
-        choices[key] = known.way if known else ""
-    return choices[key]
+        found = choices[key] = (known.without_copy if without_copy else known.way) if known else ""
+    return found
 
 
 def has(device_type: str, op: str, dtype: torch.dtype, rows: int, size: str, dropout: bool) -> bool:
@@ -121,11 +134,12 @@ def record(
     implementation: str,
     ratio: float | None,
     way: str = "",
+    without_copy: str = "",
 ) -> Measurement:
     """A Measurement made on this machine, today. ratio: None where the implementation failed its check."""
     ratio = None if ratio is None else max(round(ratio, 3), 0.001)
     what = op, name_of(dtype), rows, size, dropout, implementation
-    return Measurement(*what, ratio is not None, ratio, _origin("this machine", _today()), way)
+    return Measurement(*what, ratio is not None, ratio, _origin("this machine", _today()), way, without_copy)
 
 
 def learn(device_type: str, found: Iterable[Measurement]) -> None:
@@ -289,6 +303,7 @@ def checked(one: Measurement) -> Measurement:
         "size": one.size in ("small", "large"),
         "ratio": timed if one.checked else one.ratio is None,
         "way": one.way == "" or any(one.way in ways for ways in WAYS.values()),
+        "without_copy": one.without_copy == "" or any(one.without_copy in ways for ways in WAYS.values()),
     }
     for name, is_right in right.items():
         if not is_right:

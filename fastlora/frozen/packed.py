@@ -33,13 +33,10 @@ _fingerprint = ops.native("fingerprint_cpu")
 
 @functools.cache
 def suits_onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies operands of this dtype here, and better than csrc does, or torch by itself."""
+    """Whether oneDNN multiplies operands of this dtype here as exactly as torch: not float32 (products.py), and float16 by way of float32."""
     if not torch.backends.mkldnn.is_available():
         return False
-    if dtype is torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    # By way of float32; where oneDNN computes float16 itself, torch's own product is fast.
-    return dtype is torch.float16 and not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return dtype is torch.float16 or (dtype is torch.bfloat16 and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 
 
 def packs(dtype: torch.dtype) -> bool:

@@ -2,8 +2,18 @@
 
     y = x Wᵀ + b   dx = dy W
 
-In float32 csrc multiplies, without a copy: oneDNN sums long float32 dot products in one chain of roundings, so its error exceeds our bound. A few
-rows, bound by reading W once, are csrc's in any dtype. For the other dtypes there may be a packed copy (packed.py).
+There are up to five ways (`WAYS` in choice/table.py). Which is the fastest is measured on each machine, by dtype, rows and size, and apart for
+weights that lie by row, as `nn.Linear`'s do in the forward, and by column, as they do in the backward:
+
+    torch      what F.linear does
+    plain      oneDNN on the weight as it lies
+    packed     oneDNN on a packed copy (packed.py)
+    product    csrc's product_cpu, in float32
+    few_rows   csrc's few_rows_cpu: 1 to 8 rows, bound by reading W once
+
+Two are never gone in float32, since they sum a dot product in one chain of roundings, with errors beyond our bound: oneDNN's, 2 to 5 times MKL's
+from K 256 on, and few_rows by column, 4 to 10 times from K 1024 on (AMD Zen 5, torch 2.13, 2026-11-29). Where nothing was measured, torch
+multiplies.
 """
 
 from collections.abc import Sequence
@@ -18,48 +28,63 @@ from fastlora.choice import table
 from fastlora.frozen import packed
 
 FEW_ROWS = 8  # what few_rows_cpu takes
+LEAST_OF_MANY = 32  # the least rows of the class after theirs
 
 _linear_pointwise: Any = torch.ops.mkldnn._linear_pointwise.default if torch.backends.mkldnn.is_available() else None
 _few_rows, _product = ops.native("few_rows_cpu"), ops.native("product_cpu")
 _few_rows_lora, _few_rows_mixed = ops.native("few_rows_lora_cpu"), ops.native("few_rows_mixed_cpu")
 _update, _update_backward = ops.native("lora_update_cpu"), ops.native("lora_update_backward_cpu")
 NOTHING_DROPPED = torch.empty(0, dtype=torch.uint8)  # keep
-LEAST_PRODUCT = 2**21  # multiplications, M K N, from which on product_cpu is faster than torch
-LEAST_PRODUCT_COLUMNS = 32  # of y: it computes 64 at a time
-_has_avx = torch.backends.cpu.get_cpu_capability().startswith("AVX")  # elsewhere torch's product is faster
-
-# One core of an AMD Zen 4, torch 2.13: from here on oneDNN multiplies float16 by way of float32 faster than torch does.
-LEAST_FLOAT16_ROWS = 2
-LEAST_FLOAT16 = 2**19  # multiplications, M K N
+TITLES = {"torch": "torch", "plain": "oneDNN", "product": "native C++", "few_rows": "native C++, a few rows"}
 
 
-def takes_few_rows(rows: int, weight: Tensor) -> bool:
-    """The rule: when few_rows_cpu multiplies. On a weight [N, K] that lies by column it beats torch in float16 only."""
-    if _few_rows is None or not 1 <= rows <= FEW_ROWS or weight.dtype not in ops.KERNEL_DTYPES:
+def offers(op: str, way: str, dtype: torch.dtype, rows: int) -> bool:
+    """Whether that many rows of this dtype can be multiplied in this way here: in the forward, or as in the backward, by column."""
+    if way == "few_rows":
+        exact = op == "frozen_linear" or dtype is not torch.float32
+        return exact and _few_rows is not None and 1 <= rows <= FEW_ROWS and dtype in ops.KERNEL_DTYPES
+    if way == "product":
+        return _product is not None and dtype is torch.float32
+    if way == "plain":
+        return packed.suits_onednn(dtype) and bool(torch.backends.mkldnn.enabled)
+    if way == "packed":
+        return packed.packs(dtype) and bool(torch.backends.mkldnn.enabled)
+    return way == "torch"
+
+
+def _measured_as(weight: Tensor) -> str:
+    """The operator whose measurements hold for a weight [N, K]: one that lies by column is multiplied by as in a layer's backward."""
+    return "frozen_linear_backward" if weight.stride(0) < weight.stride(1) else "frozen_linear"
+
+
+def _class_of(rows: int) -> int:
+    """Rows that are measured alike: the class of 8 was measured by few."""
+    return rows if rows <= FEW_ROWS else max(rows, LEAST_OF_MANY)
+
+
+def _takes(way: str, dtype: torch.dtype, rows: int, weight: Tensor) -> bool:
+    """Whether this very weight [N, K], which may lie by row, by column or with gaps, can be multiplied by in this way."""
+    if way in ("few_rows", "product") and weight.stride(1) != 1 and weight.stride(0) != 1:
         return False
-    return weight.stride(1) == 1 or (weight.stride(0) == 1 and weight.dtype is torch.float16)
+    return offers(_measured_as(weight), way, dtype, rows)
 
 
-def _takes_product(work: int, weight: Tensor) -> bool:
-    """The rule: when product_cpu multiplies. In float32 it needs no copy to be as fast as oneDNN with one, and it rounds less than MKL."""
-    if _product is None or not _has_avx or weight.dtype is not torch.float32:
-        return False
-    return work >= LEAST_PRODUCT and weight.shape[0] >= LEAST_PRODUCT_COLUMNS
+def _way(dtype: torch.dtype, rows: int, weight: Tensor, without_copy: bool = False) -> str:
+    """The fastest way that was measured, where this weight can be multiplied by so; else torch's."""
+    like = _class_of(rows)
+    way = table.way("cpu", _measured_as(weight), "cpu", dtype, like, weight.numel(), False, without_copy)
+    return way if _takes(way, dtype, rows, weight) else "torch"
 
 
-def _takes_packed(dtype: torch.dtype, rows: int, elements: int, backward: bool) -> bool:
-    """Whether a copy was measured to pay: the whole product, fingerprint included, took at most `measure.WORTH_A_COPY` of the time without."""
-    if not packed.packs(dtype) or not torch.backends.mkldnn.enabled:
-        return False
-    op = "frozen_linear_backward" if backward else "frozen_linear"
-    return table.way("cpu", op, "cpu", dtype, rows, elements, False) == "packed"
-
-
-def _takes_plain(dtype: torch.dtype, rows: int, work: int) -> bool:
-    """The rule: when oneDNN multiplies by the weight as it lies. torch's bfloat16 product is that already."""
-    if dtype is not torch.float16 or not packed.suits_onednn(dtype) or not torch.backends.mkldnn.enabled:
-        return False
-    return rows >= LEAST_FLOAT16_ROWS and work >= LEAST_FLOAT16
+def _find_way(x: Tensor, weight: Tensor) -> tuple[str, Tensor | None]:
+    """How to multiply x [M, K] by the weight [N, K], and its copy for that; where it cannot have one, the fastest way without."""
+    if not (x.numel() and weight.numel()):
+        return "torch", None
+    way = _way(x.dtype, x.shape[0], weight)
+    if way != "packed":
+        return way, None
+    copy = packed.find_copy(weight)
+    return (_way(x.dtype, x.shape[0], weight, without_copy=True) if copy is None else way), copy
 
 
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [M, K], [N, K], [N] -> [M, N]
@@ -67,13 +92,14 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # 
     _check("x", x, weight, 1)
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
         raise ValueError(f"bias: got {bias.dtype} {list(bias.shape)}, expected {x.dtype} [{weight.shape[0]}]")
-    return multiply(x, weight, bias, backward=False)
+    return _multiply(*_find_way(x, weight), x, weight, bias)
 
 
 def frozen_linear_backward(dy: Tensor, weight: Tensor) -> Tensor:  # [M, N], [N, K] -> [M, K]
     """dx = dy W (reference.py::frozen_linear_backward), in the way that is fastest here."""
     _check("dy", dy, weight, 0)
-    return multiply(dy, weight.t(), None, backward=True)
+    weight = weight.t()
+    return _multiply(*_find_way(dy, weight), dy, weight, None)
 
 
 def _check(name: str, x: Tensor, weight: Tensor, dimension: int) -> None:
@@ -85,19 +111,15 @@ def _check(name: str, x: Tensor, weight: Tensor, dimension: int) -> None:
         raise ValueError(f"weight: got {weight.dtype} on {weight.device}, expected {x.dtype} on {x.device}")
 
 
-def multiply(x: Tensor, weight: Tensor, bias: Tensor | None, backward: bool) -> Tensor:
+def _multiply(way: str, copy: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [M, K] times the transpose of weight [N, K], which in the backward is the transpose of a layer's."""
-    M, K = x.shape
-    work = M * K * weight.shape[0]
-    if work:
-        if takes_few_rows(M, weight):
-            return _few_rows(x, weight, bias)
-        if _takes_product(work, weight) and _is_dense(weight):
-            return _product(x, weight, bias)
-        x = reference.readable_rows(x)
-        copy = packed.find_copy(weight) if _takes_packed(x.dtype, M, weight.numel(), backward) else None
-        if copy is not None or _takes_plain(x.dtype, M, work):
-            return _multiply_by_onednn(x, weight if copy is None else copy, bias)
+    if way == "few_rows":
+        return _few_rows(x, weight, bias)
+    if way == "product":
+        return _product(x, weight, bias)
+    x = reference.readable_rows(x)
+    if way != "torch":
+        return _multiply_by_onednn(x, weight if copy is None else copy, bias)
     if torch.is_autocast_enabled("cpu"):
         with torch.autocast("cpu", enabled=False):
             return F.linear(x, weight, bias)
@@ -113,22 +135,31 @@ def _multiply_by_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tenso
     return _linear_pointwise(x.float(), weight.float(), wide, "none", [], "").half()
 
 
-def describe(weight: Tensor, dtype: torch.dtype, rows: int) -> str:
-    """For people: what multiplies that many rows of that dtype by a frozen weight [N, K]."""
-    work = rows * weight.numel()
-    if takes_few_rows(rows, weight):
-        return "native C++, a few rows"
-    if dtype == weight.dtype and _takes_product(work, weight):
-        return "native C++"
-    plain = "oneDNN" if _takes_plain(dtype, rows, work) else "torch"
+def describe(weight: Tensor, dtype: torch.dtype, rows: int, fused: bool = False) -> str:
+    """For people: what multiplies that many rows of that dtype by a frozen weight [N, K], and why.
+
+    fused: whether `lora_linear` does, without dropout.
+    """
+    if fused and _takes("few_rows", dtype, rows, weight):
+        return f"{TITLES['few_rows']}, with the adapter"
+    found = table.lookup("cpu", _measured_as(weight), dtype, _class_of(rows), weight.numel(), False).get("cpu")
+    way = _way(dtype, rows, weight)
+    why = ""
+    if found is None or not found.way:
+        why = ", not measured on this kind of CPU" if way == "torch" else ""
+    elif found.way == way:
+        why = ", nothing was measured to be faster" if way == "torch" else f", {found.ratio:.2f}x of torch's time"
+    if way != "packed":
+        return TITLES[way] + why
+    other = TITLES[_way(dtype, rows, weight, without_copy=True)]
     registered = packed.find(weight) if dtype == weight.dtype else None
-    if registered is None or not _takes_packed(dtype, rows, weight.numel(), backward=False):
-        return plain
+    if registered is None:
+        return f"{other}, the fastest without a packed copy"
     if registered.bytes:
-        return f"oneDNN, packed, {_mebibytes(registered.bytes)}"
+        return f"oneDNN, packed, {_mebibytes(registered.bytes)}{why}"
     if not registered.has_room(weight):
-        return f"{plain}, {_mebibytes(packed.copy_bytes(weight))} does not fit the pack_budget"
-    return "oneDNN, packed when first called"
+        return f"{other}, {_mebibytes(packed.copy_bytes(weight))} does not fit the pack_budget"
+    return f"oneDNN, packed when first called{why}"
 
 
 def _mebibytes(count: int) -> str:
@@ -139,19 +170,15 @@ def lora_linear(
     x: Tensor, weight: Sequence[Tensor], bias: Sequence[Tensor | None], lora_a: Sequence[Tensor], lora_b: Sequence[Tensor],
     scale: Sequence[float], dropout_p: Sequence[float], seed: Tensor | None, order: Tensor | None, offsets: Tensor | None,
 ) -> tuple[list[Tensor], Tensor, Tensor]:  # fmt: skip
-    """reference.py::lora_linear on a CPU."""
-    if x.shape[0] <= FEW_ROWS and x.numel() and not reference.drops(dropout_p, seed):
-        if order is None and len(weight) == 1 and _is_dense(weight[0]):
+    """reference.py::lora_linear on a CPU. A few rows without dropout are one call a layer: what is measured of it is the whole."""
+    rows = x.shape[0]
+    if x.numel() and not reference.drops(dropout_p, seed) and all(_takes("few_rows", x.dtype, rows, w) for w in weight):
+        if order is None and len(weight) == 1:
             y, xa = _few_rows_lora(x, weight[0], bias[0], lora_a[0], lora_b[0], scale[0])
             return [y], xa, NOTHING_DROPPED
-        if all(map(_is_dense, weight)):
-            return *_few_rows_of_layers(x, weight, bias, lora_a, lora_b, scale, order, offsets), NOTHING_DROPPED
+        return *_few_rows_of_layers(x, weight, bias, lora_a, lora_b, scale, order, offsets), NOTHING_DROPPED
     ys = [frozen_linear(x, w, b) for w, b in zip(weight, bias, strict=True)]
     return ys, *_update(ys, x, lora_a, lora_b, scale, dropout_p, seed, order, offsets)
-
-
-def _is_dense(weight: Tensor) -> bool:
-    return weight.stride(1) == 1 or weight.stride(0) == 1
 
 
 def _few_rows_of_layers(

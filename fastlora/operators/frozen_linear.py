@@ -1,7 +1,7 @@
 """y = x Wᵀ + b, W and b frozen: a linear layer without an adapter. x is not kept for the backward; its gradient is the only one.
 
-The equation is fastlora/reference.py::frozen_linear. Its "cpu" is frozen/products.py, which has rules and measurements of its own for what
-multiplies; on other devices nothing beats torch's product.
+The equation is fastlora/reference.py::frozen_linear. Its "cpu" is frozen/products.py, which has several ways to multiply, torch's among them, and
+goes the one that was measured to be the fastest; on other devices nothing beats torch's product.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from fastlora import checks, ops
-from fastlora.choice import problems
+from fastlora.choice import problems, table
 from fastlora.choice.problems import Call, Draw, Measured, linear_classes, tensors_of, weights_in_turn
-from fastlora.frozen import packed, products
+from fastlora.frozen import products
 from fastlora.gradients import differentiable_once, is_eager, rows_of, shaped
 from fastlora.ops import Choice
 
@@ -106,10 +106,9 @@ def frozen_linear(
 def calls(M: int, K: int, N: int, dtype: torch.dtype, device: torch.device, dropout: bool) -> dict[str, list[Call]]:
     """Arguments of the operator and of its backward (choice/problems.py)."""
     draw = Draw(dtype, device)
-    rows = max(M, 2 * products.FEW_ROWS)  # of the class of 8, those that are no few rows any more
-    x, weight, dy = draw.linear(rows, K, N)
+    x, weight, dy = draw.linear(M, K, N)
     bias = draw.normal(N) if dropout else None
-    weights = weights_in_turn(weight, rows)
+    weights = weights_in_turn(weight, M)
     return {
         "frozen_linear": [(x, one, bias) for one in weights],
         "frozen_linear_backward": [(dy, one) for one in weights],
@@ -117,10 +116,15 @@ def calls(M: int, K: int, N: int, dtype: torch.dtype, device: torch.device, drop
 
 
 def classes(device_type: str, dtype: torch.dtype, sizes: Sequence[str]) -> Iterable[tuple[int, str, bool]]:
-    """What is measured of it is whether a packed copy pays, where there can be one."""
-    if device_type != "cpu" or not packed.packs(dtype):
+    """Those where there is another way than torch's. What a layer drops, its product never sees."""
+    if device_type != "cpu":
         return []
-    return [one for one in linear_classes(device_type, dtype, sizes) if one[0] >= products.FEW_ROWS and not one[2]]
+    others = [way for way in table.WAYS["cpu", "frozen_linear"] if way != "torch"]
+    return [
+        one
+        for one in linear_classes(device_type, dtype, sizes)
+        if not one[2] and any(products.offers("frozen_linear", way, dtype, one[0]) for way in others)
+    ]
 
 
-problems.operators["frozen_linear"] = Measured(calls, classes, tensors_of)
+problems.operators["frozen_linear"] = Measured(calls, classes, tensors_of, offers=products.offers)

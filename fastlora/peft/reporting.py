@@ -133,7 +133,8 @@ def _describe(layer: Any, base: Any, seen: Seen, compiled: bool = False) -> tupl
         return str(ops.forced), f"cannot run: {error}"
     reason = f"{rows} row{'s' * (rows != 1)}: {reason}"
     if implementation == "cpu":
-        reason += f"; x Wᵀ by {products.describe(weight, seen.dtype, rows)}"
+        fused = base is not layer and not seen.dropout
+        reason += f"; x Wᵀ by {products.describe(weight, seen.dtype, rows, fused)}"
     if family is not None and (seen.shared or not seen.mixed):
         few = siblings.are_few(seen.shape, weight.device)
         reason += f"; {family.describe(layer, few, seen.shared, together, compiled)}"
