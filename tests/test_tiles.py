@@ -3,6 +3,7 @@
 The equations are tested with emulated tiles by `make imitate` too, on all inputs of test_<operator>.py; here on those that tiles make special.
 """
 
+import functools
 import os
 from itertools import product
 
@@ -28,7 +29,6 @@ SHAPES = (  # M, K, N, R
     (47, 96, 40, 512),
 )
 UNTILED = ((15, 65, 48, 16), (40, 65, 48, 7), (40, 65, 48, 513))
-NO_TILES = "this machine has no avx512bf16, which emulated tiles stand beside"
 
 pytestmark = pytest.mark.skipif(
     not ops.availability()[1].present,
@@ -36,14 +36,18 @@ pytestmark = pytest.mark.skipif(
 )
 
 
+@functools.cache
+def widest() -> str:
+    return run_apart("test_native", name_instruction_set).strip()
+
+
 @pytest.fixture(autouse=True)
 def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """The machine's own, or emulated ones, in processes that are started."""
     monkeypatch.delenv("FASTLORA_ISA", raising=False)
-    best = run_apart("test_native", name_instruction_set).strip()
-    if ISAS.index(best) < ISAS.index("avx512bf16"):
-        pytest.skip(NO_TILES)
-    monkeypatch.setenv("FASTLORA_ISA", "amx" if best == "amx" else "amx_emulated")
+    if ISAS.index(widest()) < ISAS.index("avx512bf16"):
+        pytest.skip("this machine has no avx512bf16, which emulated tiles stand beside")
+    monkeypatch.setenv("FASTLORA_ISA", "amx" if widest() == "amx" else "amx_emulated")
 
 
 def check_bounds() -> None:
