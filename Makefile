@@ -47,7 +47,7 @@ sanitize: $(VENV)/test-ready
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" && \
 		$(abspath $(BIN)/python) -c 'import fastlora._C' && \
 		$(abspath $(BIN)/python) -m pytest -q -x --capture=sys -k 'not cpu-reference and not cpu-triton' \
-			$(addprefix ../../tests/test_,$(addsuffix .py,$(OF_OPERATORS) $(OF_BLOCKS) prefix_concat native product $(FROZEN) $(addprefix cuda_,emulated prefix_concat layers lora_linear multi_lora by_column)))
+			$(addprefix ../../tests/test_,$(addsuffix .py,$(OF_OPERATORS) $(OF_BLOCKS) prefix_concat native product tiles $(FROZEN) $(addprefix cuda_,emulated prefix_concat layers lora_linear multi_lora by_column)))
 
 emulate: $(VENV)/test-ready
 	@test -n "$(QEMU)" || { echo "make emulate needs qemu-x86_64, as in Debian's qemu-user: none was found (set QEMU=...)"; exit 1; }

@@ -95,20 +95,16 @@ void pack_tiles(const Source& from, bool of_read, uint32_t* to, int64_t stride) 
     return r < from.rank && l < from.columns ? BFloat16(static_cast<float>(values[r * from.rank_stride + l * from.column_stride])).x : 0;
   };
   constexpr int64_t WORDS = TILE_LANES * TILE_DEPTH / 2;
-  const auto pack_tile = [&](uint32_t* tile, const auto& at) {
-    for (int64_t i = 0; i < WORDS; ++i) {
-      const int64_t depth = i / TILE_LANES * 2, lane = i % TILE_LANES;
-      tile[i] = at(depth, lane) | at(depth + 1, lane) << 16;
-    }
-  };
-  const int64_t steps = of_read ? stride / TILE_DEPTH : round_up(from.rank, TILE_DEPTH) / TILE_DEPTH;
+  const int64_t columns = of_read ? TILE_DEPTH : TILE_LANES, ranks = of_read ? TILE_LANES : TILE_DEPTH;  // of a tile
+  const int64_t steps = of_read ? stride / columns : (from.rank + ranks - 1) / ranks;
   for_column_tiles(stride, from.rank, [&](int64_t begin, int64_t end) {
-    for (int64_t l = begin; l < end; l += of_read ? TILE_DEPTH : TILE_LANES) {
-      for (int64_t r = 0; r < from.rank; r += of_read ? TILE_LANES : TILE_DEPTH) {
-        if (of_read) {
-          pack_tile(to + (r / TILE_LANES * steps + l / TILE_DEPTH) * WORDS, [&](int64_t depth, int64_t lane) { return bits(r + lane, l + depth); });
-        } else {
-          pack_tile(to + (l / TILE_LANES * steps + r / TILE_DEPTH) * WORDS, [&](int64_t depth, int64_t lane) { return bits(r + depth, l + lane); });
+    for (int64_t l = begin; l < end; l += columns) {
+      for (int64_t r = 0; r < from.rank; r += ranks) {
+        const auto at = [&](int64_t depth, int64_t lane) { return of_read ? bits(r + lane, l + depth) : bits(r + depth, l + lane); };
+        uint32_t* tile = to + (of_read ? r / ranks * steps + l / columns : l / columns * steps + r / ranks) * WORDS;
+        for (int64_t i = 0; i < WORDS; ++i) {
+          const int64_t depth = i / TILE_LANES * 2, lane = i % TILE_LANES;
+          tile[i] = at(depth, lane) | at(depth + 1, lane) << 16;
         }
       }
     }
@@ -142,13 +138,16 @@ Stack pack(const std::vector<Source>& sources, Panels format) {
   for (const Source& from : sources) {
     with_type(from.matrix, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
-      float* const floats = stack.memory.as<float>() + row * stride;
       BFloat16* const numbers = stack.memory.as<BFloat16>() + row * stride;
       uint32_t* const pairs = stack.memory.as<uint32_t>() + row * stride;
       switch (format) {
-        case Panels::FLOATS: return pack_rows<T>(from, floats, stride);
-        case Panels::DOTS: return from.tiled ? pack_tiles<T>(from, true, reinterpret_cast<uint32_t*>(numbers), stride) : pack_rows<T>(from, numbers, stride);
-        case Panels::PAIRS: return from.tiled ? pack_tiles<T>(from, false, pairs, stride) : pack_pairs<T>(from, pairs, stride);
+        case Panels::FLOATS: return pack_rows<T>(from, stack.memory.as<float>() + row * stride, stride);
+        case Panels::DOTS:
+          if (from.tiled) return pack_tiles<T>(from, true, reinterpret_cast<uint32_t*>(numbers), stride);
+          return pack_rows<T>(from, numbers, stride);
+        case Panels::PAIRS:
+          if (from.tiled) return pack_tiles<T>(from, false, pairs, stride);
+          return pack_pairs<T>(from, pairs, stride);
       }
     });
     row += panel_rows(from, format);

@@ -40,11 +40,15 @@ namespace {
 #if defined(__x86_64__)
 /// Whether the machine has tiles of bfloat16, and the kernel grants this process their registers, which it keeps back until it is asked.
 bool has_tiles() {
+#if defined(__linux__)
   constexpr unsigned AMX_BF16 = 1u << 22, AMX_TILE = 1u << 24;
   constexpr long REQUEST_PERMISSION = 0x1023, TILE_DATA = 18;  // Linux: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   unsigned a, b, c, features;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &features) || !(features & AMX_BF16) || !(features & AMX_TILE)) return false;
   return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
+#else
+  return false;
+#endif
 }
 #endif
 

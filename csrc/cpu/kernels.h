@@ -27,9 +27,9 @@ struct Segment {
   int64_t rank;
   int64_t first_row;   // of its layer, in coefficients, projections and bits of several
   int64_t gradient_row;  // its first row in the gradients [sum R_i, L]
-  int64_t panel_row;   // in the stacked panels: [sum R_i, L], R_i rounded up to TILE_LANES where it is tiled
-  int64_t pair_row;    // and where ranks lie in pairs: [sum R_i / 2, L], R_i rounded up to 2, or to TILE_DEPTH
-  bool tiled;          // its products are of tiles, and of bfloat16
+  int64_t panel_row;   // in the stacked panels [sum R_i, L], where R_i is rounded up to TILE_LANES if it is tiled
+  int64_t pair_row;    // and where ranks lie in pairs [sum R_i / 2, L], R_i being rounded up to 2, or to TILE_DEPTH
+  bool tiled;          // v is bfloat16, and multiplied in tiles
   uint64_t seed;
   uint32_t threshold;   // half-words below it are dropped; 0: no dropout
   float factor;         // of a kept element in a read with dropout; of everything that is added

@@ -1,5 +1,5 @@
 // The tile registers of a CPU with AMX, and the operations on them that adapter_tiles.cpp is made of; or, where FASTLORA_EMULATED_TILES is defined,
-// the same on any CPU, so that what is written with them can be tested without AMX. Compiled once per instruction set, as vector.h.
+// the same by AVX-512, so that what is written with them can be tested without AMX. Compiled once per instruction set, as vector.h.
 //
 // A tile is 16 rows of 64 bytes. As the left operand of a product it holds 16 rows by 32 bfloat16 along what is summed (TILE_DEPTH); as the right
 // operand 16 pairs along that by 16 columns (TILE_LANES), the two of a pair side by side; as a sum 16 rows by 16 float32.
@@ -77,15 +77,15 @@ class Tiles {
   }
 
   /// As TDPBF16PS (Intel's manual, volume 2) rounds: the first of all pairs and the second of all pairs are summed apart, from zero, then added, and
-  /// their sum to what was there. Each addition rounds to nearest, ties to even; a subnormal number is zero, whether read or computed.
+  /// their sum to what was there. Each addition rounds to nearest, ties to even, a product being exact; a subnormal number is zero, read or computed.
   template <int SUM, int LEFT, int RIGHT>
   void dot() {
     for (int m = 0; m < 16; ++m) {
       Floats first{}, second{};
       for (int k = 0; k < 16; ++k) {
         const Words left = Words{} + tile_[LEFT].row[m][k], right = read<Words>(tile_[RIGHT].row[k]);
-        first = flushed(first + flushed((Floats)(left << 16)) * flushed((Floats)(right << 16)));
-        second = flushed(second + flushed((Floats)(left & 0xffff0000)) * flushed((Floats)(right & 0xffff0000)));
+        first = added(first, left << 16, right << 16);
+        second = added(second, left & 0xffff0000, right & 0xffff0000);
       }
       const Floats before = flushed(read<Floats>(tile_[SUM].row[m]));
       write(tile_[SUM].row[m], flushed(before + flushed(first + second)));
@@ -96,6 +96,10 @@ class Tiles {
   static Floats flushed(Floats value) {
     const Words sign = (Words)value & 0x80000000;
     return (Floats)choose(((Words)value & 0x7f800000) == 0, sign, (Words)value);
+  }
+
+  static Floats added(Floats sum, Words left, Words right) {
+    return flushed((Floats)_mm512_fmadd_ps((__m512)flushed((Floats)left), (__m512)flushed((Floats)right), (__m512)sum));
   }
 
   Tile tile_[8] = {};
