@@ -46,10 +46,14 @@ SANITIZER_FLAGS = (
 )
 # csrc/cpu/kernels.cpp is compiled once for each; the machine picks one at run time.
 INSTRUCTION_SETS = {"portable": []}
+TILES = {}
 if platform.machine() in ("x86_64", "AMD64"):
     INSTRUCTION_SETS["avx2"] = "-mavx2 -mfma -mf16c".split()
     INSTRUCTION_SETS["avx512"] = "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c".split()
     INSTRUCTION_SETS["avx512bf16"] = [*INSTRUCTION_SETS["avx512"], "-mavx512bf16"]
+    # csrc/cpu/adapter_tiles.cpp, which replaces some of avx512bf16's kernels where there are tiles: real ones, or emulated ones for tests.
+    TILES["amx"] = [*INSTRUCTION_SETS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
+    TILES["amx_emulated"] = [*INSTRUCTION_SETS["avx512bf16"], "-DFASTLORA_EMULATED_TILES"]
 
 # Machine code for sm_80 (and 86, 89) and for sm_90 with the instructions of Hopper alone; PTX for cards to come, compiled by their driver.
 CUDA_TARGETS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "compute_90": "compute_90"}
@@ -148,10 +152,11 @@ def objects(folder: Path, torch: Path, cuda: Cuda | str) -> Iterator[Unit]:
     with_cuda = isinstance(cuda, Cuda)
     compiled_in = f'-DFASTLORA_CUDA="{" ".join(CUDA_TARGETS)}"' if with_cuda else f'-DFASTLORA_WITHOUT_CUDA="{cuda}"'
     yield Unit("compile", folder / "module.o", "csrc/module.cpp", [*headers, compiled_in])
+    often = {"kernels": INSTRUCTION_SETS, "adapter_tiles": TILES}
     for source in sources("csrc/cpu/*.cpp"):
         name = Path(source).stem
-        if name == "kernels":
-            for isa, flags in INSTRUCTION_SETS.items():
+        if name in often:
+            for isa, flags in often[name].items():
                 yield Unit("compile", folder / f"{name}_{isa}.o", source, [f"-DFASTLORA_ISA={isa}", *flags])
         else:
             yield Unit("compile", folder / f"{name}.o", source, [])

@@ -103,10 +103,21 @@ def _on_cards(implementation: str, results: Path = RESULTS) -> str:
     return f"checked and timed on this kind of card, {date}" if date else "no card of this kind has run it yet"
 
 
+def _instruction_set() -> str:
+    import fastlora._C
+
+    try:
+        return fastlora._C.isa()
+    except RuntimeError as error:  # of FASTLORA_ISA
+        return str(error).splitlines()[0]
+
+
 def _implementations() -> list[Finding]:
     found = []
     for name, present, reason in ops.availability():
         mark = f"; on cards: {_on_cards(name)}" if name in ON_CARDS else ""
+        if name == "cpu" and present:
+            mark = f"; instruction set: {_instruction_set()}"
         found.append(Finding("implementation", name, present, reason + mark))
     return found
 

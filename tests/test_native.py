@@ -26,9 +26,10 @@ from test_product import check_shapes
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from fastlora import functional, ops, reference
+from fastlora import environment, functional, ops, reference
 
-ISAS = ("portable", "avx2", "avx512", "avx512bf16")
+ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")  # each machine that has one has those before it
+NEEDED = {"amx_emulated": "avx512bf16"}
 SHAPES = ((1, 8, 8, 1), (5, 17, 33, 3), (3, 64, 2000, 40), (33, 1030, 77, 7), (70, 600, 130, 16))  # M, K, N, R
 EMULATED = {"Nehalem": "portable", "Haswell": "avx2"}  # a CPU that QEMU knows -> the widest of ISAS that it has
 THREADED = ((1, 4096, 512, 8), (64, 700, 1500, 5), (200, 64, 64, 130))
@@ -104,7 +105,7 @@ def check_conversions() -> None:
     """Every 16-bit number is read as torch reads it, and rounded as torch rounds it; but AVX512-BF16 knows no subnormal numbers."""
 
     def flushed(value: Tensor, dtype: torch.dtype) -> Tensor:
-        flushes = dtype == torch.bfloat16 and fastlora._C.isa() == "avx512bf16"
+        flushes = dtype == torch.bfloat16 and fastlora._C.isa() in ("avx512bf16", "amx", "amx_emulated")
         return torch.where(value.abs() < torch.finfo(dtype).tiny, 0.0, value) if flushes else value
 
     import fastlora._C
@@ -162,12 +163,12 @@ def name_instruction_set() -> None:
     print(fastlora._C.isa())
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", [*ISAS, *NEEDED])
 def test_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTLORA_ISA", raising=False)
     best = run_apart("test_native", name_instruction_set).strip()
-    if ISAS.index(isa) > ISAS.index(best):
-        pytest.skip(f"this machine has no {isa}, only {best}")
+    if ISAS.index(NEEDED.get(isa, isa)) > ISAS.index(best):
+        pytest.skip(f"this machine has no {NEEDED.get(isa, isa)}, only {best}")
     monkeypatch.setenv("FASTLORA_ISA", isa)
     monkeypatch.setenv("EXPECTED_ISA", isa)
     run_apart("test_native", check_instruction_set)
@@ -176,8 +177,19 @@ def test_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTLORA_ISA", "avx1024")
-    with pytest.raises(AssertionError, match="FASTLORA_ISA=avx1024: expected portable, avx2, avx512 or avx512bf16"):
+    with pytest.raises(
+        AssertionError, match="FASTLORA_ISA=avx1024: expected portable, avx2, avx512, avx512bf16, amx or amx_emulated"
+    ):
         run_apart("test_native", name_instruction_set)
+
+
+def print_environment() -> None:
+    print([one.detail for one in environment.all_findings() if one.name == "cpu"])
+
+
+def test_the_environment_tells_of_an_unknown_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLORA_ISA", "avx1024")
+    assert "FASTLORA_ISA=avx1024: expected portable" in run_apart("test_native", print_environment)
 
 
 @pytest.mark.skipif(not os.environ.get("QEMU"), reason="QEMU does not name an emulator: `make emulate` runs this")
@@ -333,7 +345,9 @@ def test_a_dropped_infinity_is_zero() -> None:
 def test_it_says_what_it_is() -> None:
     import fastlora._C
 
-    assert fastlora._C.isa() in ISAS
+    assert fastlora._C.isa() in (*ISAS, *NEEDED)
+    cpu = next(one for one in environment.all_findings() if (one.part, one.name) == ("implementation", "cpu"))
+    assert cpu.detail.endswith(f"; instruction set: {fastlora._C.isa()}")
     if fastlora._C.cuda:
         assert "compute_90" in fastlora._C.cuda and ops.implementation("prefix_concat", "cuda")
     else:

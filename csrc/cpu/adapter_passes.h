@@ -161,6 +161,15 @@ void project_tile(
   }
 }
 
+/// sum[0 .. 31] += factor · the sums of 32 columns whose pairs are of _mm512_unpacklo_epi16 and _mm512_unpackhi_epi16.
+inline void add_unpacked(float* sum, Floats low, Floats high, float factor) {
+  // unpack works within quarters: a quarter of `low` holds the first four of its eight columns, of `high` the others.
+  const __m512i left = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i right = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+  store(sum, load(sum) + factor * (Floats)_mm512_permutex2var_ps((__m512)low, left, (__m512)high));
+  store(sum + WIDTH, load(sum + WIDTH) + factor * (Floats)_mm512_permutex2var_ps((__m512)low, right, (__m512)high));
+}
+
 /// For PAIR_RANKS ranks, of which R are there, and 32 columns, `count` of them there.
 template <int R, bool DROPS, int COUNT>
 void gradient_pairs(
@@ -177,14 +186,7 @@ void gradient_pairs(
       total[r][1] = dot(total[r][1], high, c);
     }
   }
-  // unpack works within quarters: a quarter of `low` holds the first four of its eight columns, of `high` the others.
-  const __m512i left = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-  const __m512i right = _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
-  for (int r = 0; r < R; ++r) {
-    float* sum = gradient + r * stride + l;
-    store(sum, load(sum) + factor * (Floats)_mm512_permutex2var_ps((__m512)total[r][0], left, (__m512)total[r][1]));
-    store(sum + WIDTH, load(sum + WIDTH) + factor * (Floats)_mm512_permutex2var_ps((__m512)total[r][0], right, (__m512)total[r][1]));
-  }
+  for (int r = 0; r < R; ++r) add_unpacked(gradient + r * stride + l, total[r][0], total[r][1], factor);
 }
 
 template <int I, int V, bool DROPS, int COUNT>
@@ -289,7 +291,7 @@ void read_part(const Read& pass, const Part& part) {
     });
   }
   if (pass.coefficients) {
-    float* gradient = pass.gradient + segment.panel_row * pass.gradient_stride + part.column;
+    float* gradient = pass.gradient + segment.gradient_row * pass.gradient_stride + part.column;
     gradient_of_block<DROPS, DOTS, T>(block, rows, part.columns, coefficients, segment.rank, factor, gradient, pass.gradient_stride);
   }
 }

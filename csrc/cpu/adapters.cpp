@@ -32,6 +32,11 @@ void with_type(const Tensor& tensor, const Body& body) {
 /// Whether the passes over v take bfloat16 panels and coefficients. With a few rows that saves nothing, and A and B are better not rounded.
 bool takes_dots(const Tensor& v) { return kernels().dots && kind_of(v) == Kind::BFLOAT16 && v.size(0) > FEW_ROWS; }
 
+/// Whether so many rows of one adapter are multiplied in tiles. A tile is of 16 rows, of which fewer are padded with zeros, and of 16 or 32 ranks.
+bool takes_tiles(const Tensor& v, int64_t rows, int64_t rank) {
+  return kernels().tiles && takes_dots(v) && rows >= TILE_LANES && rank >= TILE_LANES / 2 && rank <= TILED_RANK;
+}
+
 /// Calls body(begin, end) for runs of at most TILE columns, so that what a transposition touches stays in the first-level cache.
 template <class Body>
 void for_column_tiles(int64_t columns, int64_t rank, const Body& body) {
@@ -48,6 +53,7 @@ using torch::headeronly::BFloat16;
 struct Source {
   const Tensor& matrix;
   int64_t rank, columns, rank_stride, column_stride;
+  bool tiled;
 };
 
 /// to[r][l] = from[r][l] in To; zeros up to the stride.
@@ -81,12 +87,41 @@ void pack_pairs(const Source& from, uint32_t* to, int64_t stride) {
   });
 }
 
+/// As right operands of tiles: of a read, which sums along columns, or of an add, along ranks. Zeros beyond the ranks and the columns.
+template <class T>
+void pack_tiles(const Source& from, bool of_read, uint32_t* to, int64_t stride) {
+  const T* values = static_cast<const T*>(from.matrix.const_data_ptr());
+  const auto bits = [&](int64_t r, int64_t l) -> uint32_t {
+    return r < from.rank && l < from.columns ? BFloat16(static_cast<float>(values[r * from.rank_stride + l * from.column_stride])).x : 0;
+  };
+  constexpr int64_t WORDS = TILE_LANES * TILE_DEPTH / 2;
+  const int64_t columns = of_read ? TILE_DEPTH : TILE_LANES, ranks = of_read ? TILE_LANES : TILE_DEPTH;  // of a tile
+  const int64_t steps = of_read ? stride / columns : (from.rank + ranks - 1) / ranks;
+  for_column_tiles(stride, from.rank, [&](int64_t begin, int64_t end) {
+    for (int64_t l = begin; l < end; l += columns) {
+      for (int64_t r = 0; r < from.rank; r += ranks) {
+        const auto at = [&](int64_t depth, int64_t lane) { return of_read ? bits(r + lane, l + depth) : bits(r + depth, l + lane); };
+        uint32_t* tile = to + (of_read ? r / ranks * steps + l / columns : l / columns * steps + r / ranks) * WORDS;
+        for (int64_t i = 0; i < WORDS; ++i) {
+          const int64_t depth = i / TILE_LANES * 2, lane = i % TILE_LANES;
+          tile[i] = at(depth, lane) | at(depth + 1, lane) << 16;
+        }
+      }
+    }
+  });
+}
+
 enum class Panels { FLOATS, DOTS, PAIRS };  // what kernels.h asks for: float32; bfloat16 by row; bfloat16 with two ranks beside
 
 Panels read_format(const Tensor& v) { return takes_dots(v) ? Panels::DOTS : Panels::FLOATS; }
 Panels add_format(const Tensor& v) { return takes_dots(v) ? Panels::PAIRS : Panels::FLOATS; }
 
-int64_t panel_rows(const Source& from, Panels format) { return format == Panels::PAIRS ? (from.rank + 1) / 2 : from.rank; }
+int64_t rows_of_panel(int64_t rank, bool tiled) { return tiled ? round_up(rank, TILE_LANES) : rank; }
+int64_t rows_of_pairs(int64_t rank, bool tiled) { return round_up(rank, tiled ? TILE_DEPTH : 2) / 2; }
+
+int64_t panel_rows(const Source& from, Panels format) {
+  return format == Panels::PAIRS ? rows_of_pairs(from.rank, from.tiled) : rows_of_panel(from.rank, from.tiled);
+}
 
 /// The panels of all adapters, one below the other, each row of `stride` numbers.
 struct Stack {
@@ -103,10 +138,16 @@ Stack pack(const std::vector<Source>& sources, Panels format) {
   for (const Source& from : sources) {
     with_type(from.matrix, [&](auto* type) {
       using T = std::remove_pointer_t<decltype(type)>;
+      BFloat16* const numbers = stack.memory.as<BFloat16>() + row * stride;
+      uint32_t* const pairs = stack.memory.as<uint32_t>() + row * stride;
       switch (format) {
         case Panels::FLOATS: return pack_rows<T>(from, stack.memory.as<float>() + row * stride, stride);
-        case Panels::DOTS: return pack_rows<T>(from, stack.memory.as<BFloat16>() + row * stride, stride);
-        case Panels::PAIRS: return pack_pairs<T>(from, stack.memory.as<uint32_t>() + row * stride, stride);
+        case Panels::DOTS:
+          if (from.tiled) return pack_tiles<T>(from, true, reinterpret_cast<uint32_t*>(numbers), stride);
+          return pack_rows<T>(from, numbers, stride);
+        case Panels::PAIRS:
+          if (from.tiled) return pack_tiles<T>(from, false, pairs, stride);
+          return pack_pairs<T>(from, pairs, stride);
       }
     });
     row += panel_rows(from, format);
@@ -115,16 +156,20 @@ Stack pack(const std::vector<Source>& sources, Panels format) {
 }
 
 /// A_i.
-Stack pack_a(const Adapters& adapters, Panels format) {
+Stack pack_a(const Adapters& adapters, const Batch& batch, Panels format) {
   std::vector<Source> sources;
-  for (const Tensor& a : adapters.a) sources.push_back({a, a.size(0), a.size(1), a.stride(0), a.stride(1)});
+  for (const Tensor& a : adapters.a) {
+    sources.push_back({a, a.size(0), a.size(1), a.stride(0), a.stride(1), batch.segments[sources.size()].tiled});
+  }
   return pack(sources, format);
 }
 
 /// B_iᵀ.
-Stack pack_b(const Adapters& adapters, Panels format) {
+Stack pack_b(const Adapters& adapters, const Batch& batch, Panels format) {
   std::vector<Source> sources;
-  for (const Tensor& b : adapters.b) sources.push_back({b, b.size(1), b.size(0), b.stride(1), b.stride(0)});
+  for (const Tensor& b : adapters.b) {
+    sources.push_back({b, b.size(1), b.size(0), b.stride(1), b.stride(0), batch.segments[sources.size()].tiled});
+  }
   return pack(sources, format);
 }
 
@@ -327,7 +372,7 @@ void read(const Tensor& v, const Batch& batch, const Adapters& adapters, const K
 /// xa [layers, M, ranks] = d_i(x) A_iᵀ; the mask is drawn into keep, if there is one.
 Tensor project(const Tensor& x, const Batch& batch, const Adapters& adapters, const Keep& keep) {
   const Tensor xa = new_projection(x, batch);
-  const Stack panels = pack_a(adapters, read_format(x));
+  const Stack panels = pack_a(adapters, batch, read_format(x));
   const Draw pass{x.size(1), batch.order, keep ? static_cast<uint8_t*>(keep->mutable_data_ptr()) : nullptr, keep_bytes(x.size(1))};
   read(x, batch, adapters, keep, {&panels, &xa, nullptr, nullptr}, [&](const Segments& segments, const Cell& cell) {
     if (keep) kernels().draw(pass, segments, cell);
@@ -422,12 +467,13 @@ std::vector<int64_t> bounds_of(const Tensor& order, const Tensor& offsets) {
   return {bounds + 1, bounds + S + 2};
 }
 
-/// One segment an adapter of each layer, `bounds` of its rows in every layer.
-Batch split_rows(const Adapters& adapters, int64_t M, const std::vector<int64_t>& bounds, const std::optional<Tensor>& order) {
+/// One segment an adapter of each layer, `bounds` of its rows of x in every layer.
+Batch split_rows(const Tensor& x, const Adapters& adapters, const std::vector<int64_t>& bounds, const std::optional<Tensor>& order) {
+  const int64_t M = x.size(0);
   const bool drops = adapters.seed || adapters.keep;
   const std::optional<Tensor> seeds = adapters.seed ? std::optional(dense(*adapters.seed)) : std::nullopt;
   Batch batch{{}, order, order ? order->const_data_ptr<int64_t>() : nullptr, M, adapters.layers, adapters.most_ranks(), !order};
-  int64_t panel_row = 0, pair_row = 0;
+  int64_t gradient_row = 0, panel_row = 0, pair_row = 0;
   for (int64_t i = 0; i < static_cast<int64_t>(adapters.a.size()); ++i) {
     const int64_t layer = i / adapters.each(), of_layer = i % adapters.each();
     // reference.py::drop_threshold and keep_scale.
@@ -437,15 +483,18 @@ Batch split_rows(const Adapters& adapters, int64_t M, const std::vector<int64_t>
     segment.end = bounds[of_layer + 1];
     segment.rank = adapters.a[i].size(0);
     segment.first_row = layer * M;
+    segment.gradient_row = gradient_row;
     segment.panel_row = panel_row;
     segment.pair_row = pair_row;
+    segment.tiled = takes_tiles(x, segment.end - segment.begin, segment.rank);
     segment.seed = seeds ? static_cast<uint64_t>(seeds->const_data_ptr<int64_t>()[layer]) : 0;
     segment.threshold = static_cast<uint32_t>(threshold);
     segment.factor = threshold < 65536 ? static_cast<float>(65536.0 / static_cast<double>(65536 - threshold)) : 0.0f;
     batch.segments.push_back(segment);
     batch.is_whole = batch.is_whole && segment.rank == batch.ranks;
-    panel_row += segment.rank;
-    pair_row += (segment.rank + 1) / 2;
+    gradient_row += segment.rank;
+    panel_row += rows_of_panel(segment.rank, segment.tiled);
+    pair_row += rows_of_pairs(segment.rank, segment.tiled);
   }
   return batch;
 }
@@ -458,9 +507,9 @@ Batch checked_batch(
   check_adapters(x, out, adapters.a, adapters.b, adapters.scale, adapters.dropout_p, order, offsets);
   check_seed(adapters.seed, adapters.layers, x);
   const int64_t M = x.size(0);
-  if (!order) return split_rows(adapters, M, {0, M}, order);
+  if (!order) return split_rows(x, adapters, {0, M}, order);
   const Tensor dense_order = dense(*order);
-  return split_rows(adapters, M, bounds_of(dense_order, *offsets), dense_order);
+  return split_rows(x, adapters, bounds_of(dense_order, *offsets), dense_order);
 }
 
 void Batch::poison_invalid(const Tensor& of_rows) const {
@@ -481,6 +530,7 @@ Batch of_layer(const Batch& batch, int64_t layer) {
   const Segment first = one.segments.front();
   for (Segment& segment : one.segments) {
     segment.first_row = 0;
+    segment.gradient_row -= first.gradient_row;
     segment.panel_row -= first.panel_row;
     segment.pair_row -= first.pair_row;
   }
@@ -500,7 +550,7 @@ int64_t all_elements(const std::vector<Tensor>& tensors) {
 void read_dy(
     const Tensor& dy, const Adapters& adapters, const Batch& batch, const Tensor& xa, const Tensor& dxa, bool need_dxa, void* db) {
   if (!need_dxa && !db) return;
-  const Stack panels = pack_b(adapters, read_format(dy));
+  const Stack panels = pack_b(adapters, batch, read_format(dy));
   const Coefficients coefficients(dy, xa);
   const Stack gradient = new_gradients(adapters, dy.size(1));
   const Wanted wanted{need_dxa ? &panels : nullptr, need_dxa ? &dxa : nullptr, db ? &coefficients : nullptr, db ? &gradient : nullptr};
@@ -513,7 +563,7 @@ void read_dy(
 Tensor finish_dx_and_da(
     const Tensor& x, const Adapters& adapters, const Batch& batch, const Tensor& dxa, const Tensor* dx, bool need_da) {
   const Coefficients coefficients(x, dxa);
-  const Stack panels = dx ? pack_a(adapters, add_format(x)) : Stack{Memory(), 0};
+  const Stack panels = dx ? pack_a(adapters, batch, add_format(x)) : Stack{Memory(), 0};
   if (!need_da) {
     if (dx) add(*dx, batch, adapters.keep, coefficients, panels);
     return new_tensor(adapters.a[0], {0}, adapters.a[0].scalar_type());
@@ -534,7 +584,8 @@ std::tuple<Tensor, Tensor> add_updates(const std::vector<Tensor>& y, const Tenso
   const Tensor xa = project(rows, batch, adapters, keep);
   for (int64_t g = 0; g < batch.layers; ++g) {
     const Adapters own = adapters.of_layer(g);
-    add(y[g], scaled(of_layer(batch, g), own), std::nullopt, Coefficients(y[g], layer_of(xa, g)), pack_b(own, add_format(y[g])));
+    const Batch rows_of_layer = scaled(of_layer(batch, g), own);
+    add(y[g], rows_of_layer, std::nullopt, Coefficients(y[g], layer_of(xa, g)), pack_b(own, rows_of_layer, add_format(y[g])));
     batch.poison_invalid(y[g]);
   }
   return {xa, keep ? *keep : new_tensor(x, {0}, ScalarType::Byte)};

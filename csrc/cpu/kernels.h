@@ -11,7 +11,8 @@
 //
 // Panels and coefficients are float32; or, where v is bfloat16 and the instruction set has dot products of it (`dots`), bfloat16: a read's
 // panel by row, an add's with two ranks side by side (pairs [ceil(R / 2), L] of 32 bits). COEFFICIENT_UNIT bfloat16 coefficients are read at a
-// time.
+// time. The bfloat16 panels of a segment that is `tiled` are right operands of tiles instead (tiles.h), each TILE_DEPTH numbers along what is summed
+// by TILE_LANES, two of the former side by side, zeros beyond: a read's [R / TILE_LANES, L / TILE_DEPTH], an add's [L / TILE_LANES, R / TILE_DEPTH].
 #pragma once
 
 #include <cstdint>
@@ -25,8 +26,10 @@ struct Segment {
   int64_t begin, end;  // places in the order of rows
   int64_t rank;
   int64_t first_row;   // of its layer, in coefficients, projections and bits of several
-  int64_t panel_row;   // its first row in the stacked panels [sum R_i, L]
-  int64_t pair_row;    // and where ranks lie in pairs [sum ceil(R_i / 2), L]
+  int64_t gradient_row;  // its first row in the gradients [sum R_i, L]
+  int64_t panel_row;   // in the stacked panels [sum R_i, L], where R_i is rounded up to TILE_LANES if it is tiled
+  int64_t pair_row;    // and where ranks lie in pairs [sum R_i / 2, L], R_i being rounded up to 2, or to TILE_DEPTH
+  bool tiled;          // v is bfloat16, and multiplied in tiles
   uint64_t seed;
   uint32_t threshold;   // half-words below it are dropped; 0: no dropout
   float factor;         // of a kept element in a read with dropout; of everything that is added
@@ -73,6 +76,8 @@ struct Draw {
 
 constexpr int64_t COLUMN_UNIT = 64;      // cells begin at a multiple of this; panels and rows of bits are padded to one
 constexpr int64_t COEFFICIENT_UNIT = 8;
+constexpr int64_t TILE_LANES = 16, TILE_DEPTH = 32;
+constexpr int64_t TILED_RANK = 512;  // at most
 
 struct Cell {
   int64_t begin, end;  // places
@@ -180,6 +185,7 @@ struct Attention {
 struct Kernels {
   const char* isa;
   bool dots;
+  bool tiles;  // takes segments that are tiled
   void (*draw)(const Draw&, const Segments&, const Cell&);
   void (*read)(const Read&, const Segments&, const Cell&);
   void (*add)(const Add&, const Segments&, const Cell&);
@@ -198,7 +204,7 @@ struct Kernels {
   void (*rotary)(const Rotary&, int64_t place_begin, int64_t place_end);  // tokens, row by row of the batch
 };
 
-/// The kernels for the instruction set that this machine has, or that FASTLORA_ISA (portable, avx2, avx512, avx512bf16) names.
+/// The kernels for the instruction set that this machine has, or that FASTLORA_ISA (portable, avx2, avx512, avx512bf16, amx, amx_emulated) names.
 const Kernels& kernels();
 
 }  // namespace fastlora
