@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fastlora import ops, reference
 from fastlora.choice import table
-from fastlora.frozen import packed
+from fastlora.frozen import packed, products
 from fastlora.frozen.packed import Budget
 from fastlora.functional import frozen_linear
 
@@ -20,7 +20,7 @@ NEEDS_COPIES = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available() or packed._fingerprint is None,
     reason="weights have copies only where torch has oneDNN and the extension is built",
 )
-packs_here, suits_here = packed.packs, packed.suits_onednn
+few_rows, packs_here, suits_here = products._few_rows, packed.packs, packed.suits_onednn
 
 
 def always_packed(dtype: torch.dtype) -> bool:
@@ -33,6 +33,7 @@ def eagerly_packed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(packed, "packs", always_packed)
     monkeypatch.setattr(packed, "suits_onednn", lambda dtype: dtype is torch.float32 or suits_here(dtype))
     monkeypatch.setattr(table, "forced_way", "packed")
+    monkeypatch.setattr(products, "_few_rows", None)  # with an adapter it has no copies
     yield
     if packed._by_key:
         gc.collect()

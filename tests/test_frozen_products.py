@@ -11,6 +11,7 @@ from packed_weights import (  # noqa: F401  (a fixture)
     NEEDS_COPIES,
     check,
     eagerly_packed,
+    few_rows,
     frozen,
     held_bytes,
 )
@@ -26,13 +27,18 @@ pytestmark = NEEDS_COPIES
 OPERATOR = "frozen_linear"
 
 
+def go(way: str, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(table, "forced_way", way)
+    patch.setattr(products, "_few_rows", few_rows)
+
+
 EACH_WAY = pytest.mark.parametrize("way", table.WAYS["cpu", "frozen_linear"])
 
 
 @EACH_WAY
 @FLOATS
 def test_bound(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "forced_way", way)
+    go(way, monkeypatch)
     shapes = [(37, 65, 48), (8, 33, 65), (1, 64, 48), (1, 1, 1), (0, 12, 7), (5, 0, 7), (5, 12, 0), (130, 300, 201)]
     for number, (M, K, N) in enumerate(shapes):
         weight = nn.Parameter((torch.randn(N, K) / max(K, 1) ** 0.5).to(dtype), requires_grad=False)
@@ -53,7 +59,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 @EACH_WAY
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_layouts(way: str, layout: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "forced_way", way)
+    go(way, monkeypatch)
     for dtype in ops.KERNEL_DTYPES:
         x, weight = torch.randn(7, 33).to(dtype), (torch.randn(24, 33) / 6).to(dtype)
         for left, right in ((layout(x), weight), (x, layout(weight)), (layout(x), layout(weight))):
@@ -81,6 +87,7 @@ def test_the_ways_differ(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return multiply
 
+    monkeypatch.setattr(products, "_few_rows", few_rows)
     for name, attribute in (("plain", "_linear_pointwise"), ("product", "_product"), ("few_rows", "_few_rows")):
         monkeypatch.setattr(products, attribute, watch(name, getattr(products, attribute)))
     monkeypatch.setattr(F, "linear", watch("torch", F.linear))
@@ -135,7 +142,7 @@ def test_autocast(base: torch.dtype) -> None:
 @EACH_WAY
 def test_the_operator_itself_ignores_autocast(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is called past the dispatcher, whatever is on around it."""
-    monkeypatch.setattr(table, "forced_way", way)
+    go(way, monkeypatch)
     x, weight = torch.randn(5, 16), torch.randn(12, 16)
     with torch.no_grad():
         expected = products.frozen_linear(x, weight, None)
