@@ -21,5 +21,5 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.def(
       "isa", [] { return fastlora::kernels().isa; },
-      "The instruction set that runs: portable, avx2, avx512, avx512bf16 or amx (FASTLORA_ISA forces one), or amx_emulated (forced alone).");
+      "The instruction set that runs: portable, avx2, avx512 or avx512bf16 (FASTLORA_ISA forces one); amx and amx_emulated only where it names them.");
 }
