@@ -1,6 +1,7 @@
 """Whole models on packed copies: PEFT's results whatever is merged, moved, swapped or copied, and no copy left behind."""
 
 import copy
+import gc
 import pickle
 from collections.abc import Callable
 
@@ -32,8 +33,10 @@ NATIVE = pytest.mark.skipif("cpu" not in implementations("lora_linear", "cpu"), 
 
 @pytest.fixture
 def packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No measurement sends a product to plain PyTorch."""
+    """No measurement sends a product to plain PyTorch; and no weight of an earlier test is left, whatever the order."""
     monkeypatch.setattr(ops, "forced", "cpu")
+    if packed._by_key:
+        gc.collect()
 
 
 def pair(family: str = "llama", **options) -> tuple[nn.Module, nn.Module, dict]:
