@@ -54,15 +54,20 @@ class Case(ABC):
     def shape(self, training: bool) -> str:
         """The sizes in words, with what is dropped in training."""
 
-    def work(self, training: bool) -> Work:
-        raise NotImplementedError(f"work: {self.name} is no operator's case")
-
     def title(self, training: bool) -> str:
         return f"{self.name}, {self.shape(training)}, {self.number_format()}"
 
     def number_format(self) -> str:
         base, trained = dtype_name(self.dtype), dtype_name(self.adapter_dtype)
         return base if base == trained else f"{base}, {self.trained} {trained}"
+
+
+class OperatorCase(Case):
+    """A case of one operator."""
+
+    @abstractmethod
+    def work(self, training: bool) -> Work:
+        """What one pass cannot avoid."""
 
 
 class LoRACase(Case):
@@ -99,7 +104,7 @@ class LoRACase(Case):
 
 
 @dataclass(frozen=True)
-class LoRALinearCase(LoRACase):
+class LoRALinearCase(LoRACase, OperatorCase):
     M: int
     K: int
     N: int
@@ -116,7 +121,7 @@ class LoRALinearCase(LoRACase):
 
 
 @dataclass(frozen=True)
-class MultiLoRACase(LoRACase):
+class MultiLoRACase(LoRACase, OperatorCase):
     B: int
     T: int
     K: int
@@ -149,7 +154,7 @@ class MultiLoRACase(LoRACase):
 
 
 @dataclass(frozen=True)
-class PrefixConcatCase(Case):
+class PrefixConcatCase(OperatorCase):
     B: int
     T: int
     S: int  # prompts; row b has prompt b mod S

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from .cases import TRAINING, Case, dtype_name
+from .cases import TRAINING, OperatorCase, dtype_name
 from .device import peak_of_call
 from .gate import Error, require_right
 from .machine import bandwidths, product_rate
@@ -39,7 +39,7 @@ class Row:
         return self.ratios[FASTLORA] > min(rivals)
 
 
-def measure_operator(session: Session, case: Case, budget: float, with_compile: bool) -> Iterator[Row]:
+def measure_operator(session: Session, case: OperatorCase, budget: float, with_compile: bool) -> Iterator[Row]:
     """The rows of a case, one for each of its passes and each implementation worth timing; `budget` seconds a pass.
 
     Raises:
