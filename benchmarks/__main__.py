@@ -2,9 +2,10 @@
 
 Runs the tests of each operator named (all by default), and times it only if they are green: fastlora against the
 frozen layer alone, PEFT, PEFT under torch.compile, torch's products and the merged weight. `goals` fills the table of
-what fastlora wants to reach on this kind of device (on a CPU, `step` adds its rows), `launch` says what a call of a
-small layer costs the host. Exit codes: 0 done, 1 something was wrong and was not timed, 2 wrong arguments, 3 (goals)
-something broke this process: `--resume` goes on in another one, without it.
+what fastlora wants to reach on this kind of device (on a CPU with a whole training step in its first rows: of random weights
+of SmolLM2-135M's shape, or of --model on --data), `launch` says what a call of a small layer costs the host.
+Exit codes: 0 done, 1 something was wrong and was not timed, 2 wrong arguments, 3 (goals) something broke
+this process: `--resume` goes on in another one, without it.
 """
 
 import argparse
@@ -23,9 +24,11 @@ import torch
 from . import gate
 from .card_goals import BARE_LINES, card_lines
 from .cases import OPERATORS, cases_of
-from .goals import Goal, cpu_lines, step_goals
+from .goals import Goal, layer_lines
 from .launch import launch_lines
 from .machine import Machine, results_folder, this_machine
+from .model_steps import Material
+from .model_steps import step_lines as model_step_lines
 from .operators import measure_operator
 from .session import HUNG_CODE, OUT_OF_TIME, Line, Record, measure_lines
 from .step import step_lines
@@ -47,6 +50,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--readme", action="store_true", help="only print benchmarks/README.md's table of the newest result file")
     add("--seconds", type=float, default=math.inf, help="goals: begin nothing after that long")
     add("--bare", action="store_true", help="goals on a card: three, of fastlora alone, as CUDA graphs")
+    add("--model", help="goals on a CPU: the model of the training step, a folder or a hub id")
+    add("--data", type=Path, help="goals on a CPU: its rows, JSONL of prompt and completion, or messages")
     add("--line-seconds", type=float, default=math.inf, help="goals: end the process where one takes longer")
     add("--resume", action="store_true", help="goals: go on from today's result file")
     arguments = parser.parse_args(argv)
@@ -63,6 +68,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"--device: got {arguments.device!r}, expected cpu or cuda")
     if arguments.bare and device.type == "cpu":
         parser.error("--bare: measures goals on a card: expected --device cuda")
+    if arguments.data is not None and not arguments.data.is_file():
+        parser.error(f"--data: got {str(arguments.data)!r}, expected a file")
     if device.type == "cuda" and not arguments.readme and not torch.cuda.is_available():
         parser.error(f"--device: got {arguments.device!r}, but torch {torch.__version__} finds no CUDA device")
     return arguments
@@ -104,7 +111,6 @@ class Command:
     device: torch.device
     machine: Machine
     deadline: float = math.inf  # in seconds of time.perf_counter
-    found: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # the rows of each verb that was measured
 
 
 def _operator_lines(name: str, command: Command) -> dict[str, Line]:
@@ -117,10 +123,10 @@ def _operator_lines(name: str, command: Command) -> dict[str, Line]:
 
 
 def _goal_lines(command: Command) -> dict[str, Line]:
-    """On a CPU with those of the training steps, where `step` was measured, too."""
     arguments = command.arguments
     if command.machine.device == "cpu":
-        return {} if arguments.quick else cpu_lines(list(step_goals(command.found.get("step", []))))
+        material = Material(arguments.model, arguments.data)
+        return {} if arguments.quick else model_step_lines(material) | layer_lines()
     lines = card_lines()
     lines = {line: lines[line] for line in BARE_LINES} if arguments.bare else lines
     return dict(list(lines.items())[: QUICK_LINES if arguments.quick else None])
@@ -160,7 +166,6 @@ def _measure(name: str, command: Command) -> int:
 
     patience = command.deadline, arguments.bare, arguments.line_seconds
     whole = measure_lines(lines, command.device, record, save, lambda text: _say(f"{name} {text}"), *patience)
-    command.found[name] = record.rows
     nothing = "\n".join([f"{name}: nothing was timed", *record.notes])
     print(f"\n{table(record.rows, record.notes) if record.rows else nothing}", flush=True)
     if arguments.json:

@@ -3,10 +3,10 @@
 a layer, forward and backward     1.15 of the machine's limit: its FLOPs at the best product rate here, and one more read of x at the copy rate
 one row of 4096 to 4096           bfloat16 0.75 of the frozen layer's time, float32 0.95
 any cell                          none is slower than the best of torch's products in the manner of Unsloth and of PEFT
-one training step, over PEFT's    0.5 of the time, 0.45 of the memory, 70 % of the machine's own product rate
+a whole training step             model_steps.py's, which come first
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -26,12 +26,6 @@ CELL_SECONDS = 0.5
 OVER_LIMIT = 1.15
 ONE_ROW = {torch.float32: 0.95, torch.bfloat16: 0.75}
 NOISE = 1.02  # over the best rival: what is no more may be chance
-STEP_GOALS = {  # by StepResult's figures
-    "ratios": ("time over PEFT's", 0.5, False),
-    "memory_ratios": ("peak memory over PEFT's", 0.45, False),
-    "of_product_rate": ("part of the machine's product rate", 0.7, True),
-}
-STEPS = "0.1B"  # what the names of the training steps that have goals begin with
 LEFT_OUT = ("merged", "compiled")
 
 
@@ -76,14 +70,14 @@ class Goal:
         return self.ours / self.goal if self.goal else None
 
 
-def cpu_lines(steps: Sequence[Goal] = ()) -> dict[str, Line]:
-    """Every layer that has a goal on a CPU, by its sizes; the cells; and the goals of the training steps, which were measured before."""
+def layer_lines() -> dict[str, Line]:
+    """Every layer that has a goal on a CPU, by its sizes, and the cells."""
     lines: dict[str, Line] = {case.title(TRAINING in case.passes): partial(_layer, case=case) for case in GOAL_LAYERS}
     lines |= {
         f"cells, {dtype_name(dtype)}": partial(_cells, cases=[case for case in GOAL_CELLS if case.dtype == dtype])
         for dtype in dict.fromkeys(case.dtype for case in GOAL_CELLS)
     }
-    return lines | ({"training steps": lambda _: iter(steps)} if steps else {})
+    return lines
 
 
 def _times(session: Session, case: Case, seconds: float) -> dict[str, Timing]:
@@ -143,15 +137,3 @@ def _cells(session: Session, cases: Sequence[Any]) -> Iterator[Goal]:
         None,
         unit="cells",
     )
-
-
-def step_goals(rows: Iterable[Mapping[str, Any]]) -> Iterator[Goal]:
-    """The goals of the training steps in `rows`, each {"case": StepCase, "result": StepResult}."""
-    for case, result in (row.values() for row in rows if row["case"].name.startswith(STEPS)):
-        numbers = dtype_name(case.dtype)
-        for variant, packing in (("fastlora", ""), ("unpacked", ", without packed copies")):
-            for name, (what, goal, at_least) in STEP_GOALS.items():
-                found = getattr(result, name)
-                if found:  # empty where the system does not tell
-                    what_now, shape = f"one training step, {numbers}: {what}", case.shape() + packing
-                    yield Goal(what_now, shape, numbers, goal, found[variant], found["peft"], at_least=at_least)

@@ -27,6 +27,7 @@ from .step import compare, own_process, require_agreement
 
 WAYS = {
     "trainer": "Trainer + PEFT",
+    "compiled": "the same, each block through torch.compile",
     "accelerate": "with `fastlora.accelerate(model)`",
     "loss": "with `fastlora.accelerate(model, loss=True)`",
     "fuse": "with `fastlora.accelerate(model, frozen=True, loss=True, fuse=True)`",
@@ -87,6 +88,9 @@ def _by_trainer(setting: Setting, way: str, folder: Path, data: Path) -> tuple[l
     torch.manual_seed(0)
     if way != "full":
         model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **ADAPTER))
+    if way == "compiled":
+        for block in [module for module in model.modules() if type(module).__name__ in model._no_split_modules]:
+            block.compile(dynamic=False)
     if way in OPTIONS:
         fastlora.accelerate(model, **OPTIONS[way])
     times: list[float] = []
@@ -148,15 +152,15 @@ def run(setting: Setting, way: str) -> Run:
     return Run(*found, tokens, memory.peak(DEVICE))
 
 
-def measure(setting: Setting, rounds: int) -> list[dict[str, Any]]:
-    """Of each way its name, seconds, memory and losses, and its ratios to Trainer and PEFT.
+def measure(setting: Setting, rounds: int, ways: Sequence[str] = tuple(WAYS)) -> list[dict[str, Any]]:
+    """Of each way its name, seconds, memory and losses, and its ratios to the first one, Trainer and PEFT.
 
     Raises:
         StepError: the first losses do not agree.
     """
-    runs: dict[str, list[Run]] = {way: [] for way in WAYS}
+    runs: dict[str, list[Run]] = {way: [] for way in ways}
     for number in range(rounds):
-        for way in WAYS:
+        for way in ways:
             with own_process() as process:
                 runs[way].append(process.submit(run, setting, way).result())
             print(f"round {number + 1} of {rounds}: {WAYS[way]}", file=sys.stderr, flush=True)
@@ -167,7 +171,7 @@ def measure(setting: Setting, rounds: int) -> list[dict[str, Any]]:
     medians, ratios, memory_ratios = compare(seconds, peaks)
     return [
         {
-            "name": name.replace("`", ""),
+            "name": WAYS[way].replace("`", ""),
             "seconds": medians[way],
             "ratio": ratios[way],
             "tokens_per_second": runs[way][0].tokens / medians[way],
@@ -175,7 +179,7 @@ def measure(setting: Setting, rounds: int) -> list[dict[str, Any]]:
             "memory_ratio": memory_ratios.get(way),
             "losses": runs[way][0].losses,
         }
-        for way, name in WAYS.items()
+        for way in ways
     ]
 
 
