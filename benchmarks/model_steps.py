@@ -24,7 +24,7 @@ SPEEDS = {"bfloat16": {COMMAND: 4.0, INSIDE: 3.0}, "float32": {COMMAND: 2.0, INS
 MEMORY, OVER_FULL = 0.45, 0.60  # at most
 STEPS = 3  # a process, the first one not timed
 ROUNDS = 2
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "SmolLM2-135M's shape": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152,
                              "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
     "4 layers of 2,048": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 4, "vocab_size": 8192,
