@@ -16,6 +16,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from itertools import chain
@@ -54,7 +55,7 @@ class AdapterError(ValueError):
 @dataclass(frozen=True)
 class Adapter:
     folder: Path
-    config: Any  # peft.LoraConfig
+    config: Any  # PEFT's, of one of METHODS
     tensors: dict[str, Tensor]  # by PEFT's keys, on the CPU
 
     @property
@@ -64,11 +65,11 @@ class Adapter:
 
 
 def read(folder: str | Path) -> Adapter:
-    """The LoRA adapter in a folder.
+    """The adapter in a folder, of one of METHODS.
 
     Raises:
         FileNotFoundError: the folder, or one of the two files, is not there.
-        AdapterError: a file cannot be what PEFT writes: no JSON object, a value of the wrong type or out of range, no LoRA, a broken header, a
+        AdapterError: a file cannot be what PEFT writes: no JSON object, a value of the wrong type or out of range, another method, a broken header, a
             tensor of another dtype, empty, not finite, or of a rank that the config does not have.
     """
     folder = Path(folder)
@@ -81,7 +82,7 @@ def read(folder: str | Path) -> Adapter:
             raise FileNotFoundError(
                 f"adapter={folder}: expected an adapter folder in PEFT's format, there is no {name}{hint}"
             )
-    config = _read_config(folder / CONFIG)
+    config = read_config(folder / CONFIG)
     _check_header(folder / WEIGHTS)
     try:
         tensors = load_file(folder / WEIGHTS)
@@ -95,17 +96,33 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG).is_file()
 
 
-def _read_config(file: Path) -> Any:
+METHODS = (
+    *("LORA", "IA3", "LN_TUNING", "TRAINABLE_TOKENS"),
+    *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "CARTRIDGE"),
+)
+"""PEFT's names of what is read here."""
+
+
+def read_config(file: Path) -> Any:
+    """PEFT's configuration in a JSON file.
+
+    Raises:
+        OSError: it is not there.
+        AdapterError: it is none of one of METHODS, or has a value of the wrong type or out of range.
+    """
     try:
         values = reading.json_file(file)
     except ValueError as error:
         raise AdapterError(file, None, str(error)) from error
     values.pop("runtime_config", None)  # PEFT writes none, and ignores one
-    if values.get("peft_type") != "LORA":
-        raise AdapterError(file, "peft_type", f"expected 'LORA', got {shown(values.get('peft_type'))}")
-    from peft import LoraConfig  # takes seconds to import
+    method = values.get("peft_type")
+    if method not in METHODS:
+        wanted = ", ".join(map(repr, METHODS))
+        raise AdapterError(file, "peft_type", f"expected one of {wanted}, got {shown(method)}")
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType  # takes seconds to import
 
-    types_of = _json_types(LoraConfig)
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)]
+    types_of = _json_types(config_class)
     unknown = sorted(values.keys() - types_of.keys())
     if unknown:  # written by another PEFT
         logger.warning(
@@ -119,17 +136,20 @@ def _read_config(file: Path) -> Any:
         if not is_usable(value):
             raise AdapterError(file, name, f"expected {wanted}, got {shown(value)}")
     try:
-        return LoraConfig(**values)
+        return config_class(**values)
     except Exception as error:  # PEFT checks little: AttributeError, KeyError, ...
         raise AdapterError(file, None, f"PEFT does not take it: {error}") from error
 
 
+WIDER: dict[str, Any] = {"lora_alpha": float, "init_lora_weights": bool | str}
+
+
 @functools.cache
 def _json_types(config_class: type) -> dict[str, Any]:
-    """The type that every field of a LoraConfig has in JSON."""
+    """The type that every field of one of PEFT's configurations has in JSON."""
     types_of = {name: _in_json(hint) for name, hint in get_type_hints(config_class).items()}
     # PEFT's own annotations are too narrow for what it writes: alphas with a fraction, "pissa_niter_16".
-    return types_of | {"lora_alpha": float, "init_lora_weights": bool | str}
+    return types_of | {name: hint for name, hint in WIDER.items() if name in types_of}
 
 
 def _in_json(hint: Any) -> Any:
@@ -160,6 +180,15 @@ def _are_ranges(value: list[tuple[int, int]] | None) -> bool:
     return within and all(start >= 0 for start, _ in value or ())
 
 
+def _is_size(value: Any) -> bool:
+    return value is None or (type(value) is int and 1 <= value <= LARGEST_RANK)
+
+
+SIZES = (
+    *("num_virtual_tokens", "token_dim", "num_transformer_submodules", "num_attention_heads", "num_layers"),
+    *("encoder_hidden_size", "encoder_num_layers", "num_tasks", "num_ranks"),
+)
+
 RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "r": (_is_rank, f"a rank from 1 to {LARGEST_RANK:,}"),
     "rank_pattern": (lambda ranks: all(map(_is_rank, (ranks or {}).values())), f"ranks from 1 to {LARGEST_RANK:,}"),
@@ -167,6 +196,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "alpha_pattern": (lambda alphas: all(map(is_number, (alphas or {}).values())), "numbers that float32 holds"),
     "lora_dropout": (lambda p: 0 <= p < 1, "a probability of at least 0 and less than 1"),
     "trainable_token_indices": (_are_tokens, "tokens, 0 or more"),
+    "token_indices": (_are_tokens, "tokens, 0 or more"),
+    **dict.fromkeys(SIZES, (_is_size, f"a number from 1 to {LARGEST_RANK:,}")),
     "layer_replication": (_are_ranges, f"ranges of at most {MOST_LAYERS:,} layers together"),
 }
 """What a config's value must be, beyond its type."""
@@ -238,6 +269,8 @@ def _check_tensors(file: Path, config: Any, tensors: Mapping[str, Tensor]) -> No
         largest[key] = max(abs(low.item()), abs(high.item()))
         if not (math.isfinite(low.item()) and math.isfinite(high.item())):
             raise AdapterError(file, key, "holds NaN or infinity")
+    if config.peft_type != "LORA":
+        return
     ranks = {config.r, *(config.rank_pattern or {}).values()}
     alpha = max(abs(value) for value in (config.lora_alpha, *(config.alpha_pattern or {}).values()))
     for key, tensor in tensors.items():
@@ -276,7 +309,7 @@ def check(adapter: Adapter, model: nn.Module, *, allow_missing: bool = False) ->
     file = adapter.folder / WEIGHTS
     expected, embeddings, empty_model = _expected(adapter, model)
     given = dict(adapter.tensors)
-    if given.keys() - expected.keys() - embeddings:
+    if given.keys() - expected.keys() - embeddings and adapter.config.peft_type == "LORA":
         given = _renamed(given, empty_model)
     for key in [key for key in given if key not in expected and key in embeddings]:
         name = WRAPPERS.sub("", key.removeprefix("base_model.model."))
@@ -320,7 +353,7 @@ def _check_patterns(adapter: Adapter, model: nn.Module) -> None:
     """Refuse a regular expression that does not come to an end on the model's names: in a process that can be stopped, as Python's own cannot."""
     names = [name for name, _ in model.named_modules()]
     for key in ("target_modules", "exclude_modules", "rank_pattern", "alpha_pattern", "layers_pattern"):
-        value = getattr(adapter.config, key) or ()
+        value = getattr(adapter.config, key, None) or ()
         if key.endswith("_modules") and not isinstance(value, str):
             continue  # names, not patterns
         patterns = [one for one in ([value] if isinstance(value, str) else value) if not re.fullmatch(r"[\w.-]+", one)]
@@ -343,10 +376,10 @@ def _expected(adapter: Adapter, model: nn.Module) -> tuple[dict[str, Tensor], se
     for tensor in chain(model.parameters(), model.buffers()):
         empty = torch.empty_like(tensor, device="meta")
         memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-    config = copy.deepcopy(adapter.config)
-    if isinstance(config.init_lora_weights, str) and config.init_lora_weights != "mica":
-        config.init_lora_weights = True  # how it began (PiSSA and others compute on the weights) changes no shape
-    with warnings.catch_warnings():
+    config = _without_beginning(adapter.config)
+    # Of a prompt, PEFT would make what the config asks for before the file has shown that it holds as much.
+    nowhere = torch.device("meta") if config.is_prompt_learning else nullcontext()
+    with warnings.catch_warnings(), nowhere:
         warnings.simplefilter("ignore")  # PEFT says it again when the adapter is loaded
         try:
             empty_model = _with_adapter(copy.deepcopy(model, memo), "default", config, low_cpu_mem_usage=True)
@@ -357,6 +390,17 @@ def _expected(adapter: Adapter, model: nn.Module) -> tuple[dict[str, Tensor], se
             raise AdapterError(adapter.folder / CONFIG, None, problem) from error
     _check_tokens(adapter, empty_model)
     return expected, embeddings, empty_model
+
+
+def _without_beginning(config: Any) -> Any:
+    """A copy for a model whose values come from a file: how an adapter began (from the base's weights, a text, another file) changes no shape."""
+    config = copy.deepcopy(config)
+    begun = getattr(config, "init_lora_weights", None)
+    if isinstance(begun, str) and begun != "mica":
+        config.init_lora_weights = True
+    if config.is_prompt_learning:
+        config.inference_mode = True
+    return config
 
 
 def _renamed(tensors: dict[str, Tensor], empty_model: Any) -> dict[str, Tensor]:
@@ -392,17 +436,32 @@ def load(
         allow_missing: tensors that are not in the file are as PEFT begins.
 
     Raises:
-        AdapterError: as `check`; or one of several adapters is one that changes the base under the others.
+        AdapterError: as `check`; or one of several adapters is of another method, or one that changes the base under the others; or is_trainable,
+            and the file holds what a prompt's encoder gave, not the encoder.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
-    if len(adapters) > 1:
-        for adapter in adapters.values():
+    first = next(iter(adapters.values()))
+    for adapter in adapters.values():
+        config = adapter.config
+        if len(adapters) > 1:
             _require_an_untouched_base(adapter)
+        if config.peft_type != first.config.peft_type:
+            problem = f"expected {first.config.peft_type.value}, as the first adapter's, got {config.peft_type.value}"
+            raise AdapterError(adapter.folder / CONFIG, "peft_type", problem)
+        if (
+            is_trainable
+            and config.is_prompt_learning
+            and (config.peft_type == "P_TUNING" or getattr(config, "prefix_projection", False))
+        ):
+            problem = "its encoder is not in the file: it can be used, but not trained on"
+            raise AdapterError(adapter.folder / CONFIG, "peft_type", problem)
     checked = {name: check(adapter, model, allow_missing=allow_missing) for name, adapter in adapters.items()}
     for name, tensors in checked.items():
         config = copy.deepcopy(adapters[name].config)
         config.inference_mode = not is_trainable
+        if config.is_prompt_learning and is_trainable and hasattr(config, "prompt_tuning_init"):
+            config.prompt_tuning_init = "RANDOM"  # its values are in the file
         model = _with_adapter(model, name, config)
         if allow_missing:  # PEFT wants every tensor of modules_to_save: what is missing stays as it has begun
             tensors = {**get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False), **tensors}
@@ -413,6 +472,8 @@ def load(
 def _require_an_untouched_base(adapter: Adapter) -> None:
     """Refuse, beside others, an adapter that PEFT makes by writing into the base: theirs would no longer be the one they were trained on."""
     config = adapter.config
+    if config.peft_type != "LORA":
+        return
     begun = config.init_lora_weights if isinstance(config.init_lora_weights, str) else ""
     found = {
         "bias": config.bias != "none",

@@ -9,7 +9,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from hashlib import file_digest, sha256
 from itertools import chain
@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fastlora import reading, writing
@@ -26,6 +28,7 @@ from fastlora.typed import check_fields, fits, shown
 
 KEPT = 2
 MANIFEST = "manifest.json"
+TRAINED = "trained.safetensors"
 MOST = 2**31 - 1  # steps, processes or threads
 STATE = {"optimizer", "scheduler", "rng", "tuned"}
 
@@ -236,6 +239,33 @@ def _check_rng(where: str, state: Any) -> None:
     cuda = state["cuda"]
     if cuda is not None and not (isinstance(cuda, Tensor) and cuda.dtype is torch.uint8 and cuda.dim() == 1):
         raise CheckpointError(f"{where}.cuda: no state of a generator")
+
+
+def save_weights(folder: Path, trained: Mapping[str, Tensor]) -> None:
+    """Write the trained weights by their names in the model."""
+    save_file({name: value.detach().cpu().contiguous() for name, value in trained.items()}, folder / TRAINED)
+
+
+def load_weights(folder: Path, trained: Mapping[str, Tensor]) -> None:
+    """Give the trained weights the values that `save_weights` wrote.
+
+    Raises:
+        CheckpointError: the file has others than these, of another shape or dtype, or numbers that are not finite; no weight is changed then.
+    """
+    path = folder / TRAINED
+    try:
+        found = load_file(path)
+    except (OSError, SafetensorError, ValueError, RuntimeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    for name in sorted(found.keys() ^ trained.keys()):
+        what = "is not there" if name in trained else "is no trained weight"
+        raise CheckpointError(f"{path}: {name} {what}")
+    for name, value in trained.items():
+        if found[name].shape != value.shape or found[name].dtype != value.dtype or not found[name].isfinite().all():
+            raise CheckpointError(f"{path}: {name}: expected finite {value.dtype} of shape {list(value.shape)}")
+    with torch.no_grad():
+        for name, value in trained.items():
+            value.copy_(found[name])
 
 
 def rng_state() -> dict[str, Any]:

@@ -190,9 +190,23 @@ def train(**options: Any) -> None:
     from fastlora.train import train
 
     options["target_modules"] = _module_names(options["target_modules"])
+    if options["token_indices"] is not None:
+        options["token_indices"] = _numbers("token_indices", options["token_indices"], int)
     result = train(TrainConfig(**options))
     if os.environ.get("RANK", "0") == "0":  # one summary, however many processes torchrun started
         _print_values("fastlora train", asdict(result))
+
+
+def _numbers(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
+    """Numbers with commas.
+
+    Raises:
+        ValueError: a part is none; the message names the option.
+    """
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"{name}={text!r}: expected numbers with commas") from None
 
 
 def _module_names(text: str) -> str | list[str]:

@@ -9,9 +9,32 @@ from fastlora.adapters import LARGEST_RANK, is_number
 from fastlora.data.rows import Truncation
 from fastlora.typed import check_fields, is_finite, shown
 
-Method = Literal["lora", "full"]
+Method = Literal[
+    "lora", "dora", "prompt", "prefix", "ptuning", "cartridge", "ia3", "norm", "tokens", "bitfit", "full", "peft"
+]
 Dtype = Literal["auto", "float32", "bfloat16"]
-DEFAULT_LR: dict[Method, float] = {"lora": 2e-4, "full": 2e-5}
+PromptInit = Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"]
+DEFAULT_LR: dict[Method, float] = {
+    **{"lora": 2e-4, "dora": 2e-4, "peft": 2e-4, "full": 2e-5},
+    **{"prompt": 1e-2, "prefix": 1e-2, "ptuning": 1e-3, "cartridge": 1e-3},
+    **{"ia3": 5e-3, "norm": 1e-3, "tokens": 1e-3, "bitfit": 1e-3},
+}
+"""AdamW's; soft prompts and scales want far more than a matrix does (Lester et al. 2021 train a prompt at 0.3, with Adafactor)."""
+RANKED: tuple[Method, ...] = ("lora", "dora")
+PROMPTS: tuple[Method, ...] = ("prompt", "prefix", "ptuning", "cartridge")
+WHOLE: tuple[Method, ...] = ("bitfit", "full")
+"""What is saved as a model, not as an adapter: PEFT has no file for biases alone."""
+OPTIONS_OF: dict[str, tuple[Method, ...]] = {
+    **dict.fromkeys(("r", "lora_alpha", "lora_dropout", "use_rslora"), RANKED),
+    "target_modules": (*RANKED, "ia3", "norm"),
+    "num_virtual_tokens": PROMPTS,
+    **dict.fromkeys(("prompt_tuning_init", "prompt_tuning_init_text"), ("prompt",)),
+    "prefix_projection": ("prefix",),
+    "encoder_hidden_size": ("prefix", "ptuning"),
+    "token_indices": ("tokens",),
+    "peft_config": ("peft",),
+}
+"""Whose option it is, where it is not everyone's."""
 SCHEDULES = (
     *("linear", "cosine", "cosine_with_restarts", "polynomial"),
     *("constant", "constant_with_warmup", "inverse_sqrt"),
@@ -46,13 +69,30 @@ class TrainConfig:
     output: str | Path = option(
         "Folder for the adapter, metrics.jsonl, loss.png, summary.json and checkpoints/.", typed=Path
     )
-    method: Method = option("lora trains an adapter, full the whole model.", "lora")
+    method: Method = option(
+        "What is trained: an adapter (lora, dora, ia3), a soft prompt (prompt, prefix, ptuning, cartridge), a part of the model (norm, tokens,"
+        " bitfit), the whole of it (full), or what --peft-config says (peft).",
+        "lora",
+    )
+    peft_config: str | Path | None = option(
+        "A configuration of PEFT's, of any of its methods, as JSON; for --method peft.", None, typed=Path
+    )
     r: int = option("Rank of the adapter.", 16)
     lora_alpha: float = option("The update is scaled by lora_alpha / r.", 32)
     lora_dropout: float = option("Dropout on the adapter's input.", 0.05)
     use_rslora: bool = option("Scale by lora_alpha / sqrt(r).", False)
     target_modules: str | list[str] = option(  # as PEFT: a str is all-linear or a regular expression
         "all-linear, names with commas (q_proj,v_proj), or a regular expression.", "all-linear", typed=str
+    )
+    num_virtual_tokens: int = option("Length of a soft prompt, in tokens.", 20)
+    prompt_tuning_init: PromptInit = option(
+        "What a prompt begins as: RANDOM numbers, tokens drawn from the vocabulary, or those of a TEXT.", "SAMPLE_VOCAB"
+    )
+    prompt_tuning_init_text: str | None = option("That text.", None)
+    prefix_projection: bool = option("Train a prefix by way of a small network, as Li and Liang 2021.", False)
+    encoder_hidden_size: int | None = option("Width of that network, or of ptuning's. [default: the model's]", None)
+    token_indices: list[int] | None = option(
+        "Tokens whose embeddings are trained: numbers with commas.", None, typed=str
     )
     seed: int = option("For the adapter's first values, the order of the rows, and dropout.", 0)
     epochs: int = option("Times through the data.", 3)
@@ -63,7 +103,9 @@ class TrainConfig:
     truncation: Truncation = option(
         "What a longer row loses: its prompt's oldest tokens, its completion's end, or all.", "prompt"
     )
-    lr: float | None = option("Highest learning rate. [default: 2e-4 for lora, 2e-5 for full]", None)
+    lr: float | None = option(
+        "Highest learning rate. [default: 2e-4 for lora, 2e-5 for full, more for what is smaller]", None
+    )
     lr_scheduler_type: str = option("As transformers names them: linear, cosine, constant, ...", "linear")
     warmup_ratio: float = option("Part of the steps in which the learning rate rises.", 0.03)  # rounded up
     weight_decay: float = option("AdamW's.", 0.0)
@@ -91,10 +133,7 @@ class TrainConfig:
         for name in ("model", "data", "output", "target_modules"):
             if not getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} is empty")
-        if self.method == "full" and self.target_modules != "all-linear":
-            raise ValueError(
-                f"target_modules={shown(self.target_modules)}: method=full trains the whole model, expected none"
-            )
+        self._check_method()
         if self.lr is None:
             self.lr = DEFAULT_LR[self.method]
         self._check_numbers()
@@ -118,11 +157,32 @@ class TrainConfig:
         if Path(self.model).is_dir():
             self.model = str(Path(self.model).resolve())  # the adapter's files name it
 
+    def _check_method(self) -> None:
+        for name, methods in OPTIONS_OF.items():
+            value = getattr(self, name)
+            if self.method not in methods and value != type(self).__dataclass_fields__[name].default:
+                trains = "trains the whole model" if self.method == "full" else f"has no {name}"
+                raise ValueError(f"{name}={shown(value)}: method={self.method} {trains}, expected none")
+        if (self.prompt_tuning_init == "TEXT") != (self.prompt_tuning_init_text is not None):
+            raise ValueError(
+                f"prompt_tuning_init={self.prompt_tuning_init}: expected prompt_tuning_init_text with TEXT, and with no other"
+            )
+        for method, name in (("tokens", "token_indices"), ("peft", "peft_config")):
+            if self.method == method and not getattr(self, name):
+                raise ValueError(f"{name}: method={method} needs one, got none")
+        if self.token_indices and not all(0 <= token <= MOST for token in self.token_indices):
+            raise ValueError(f"token_indices={shown(self.token_indices)}: expected tokens, 0 or more")
+        if self.encoder_hidden_size is not None and self.method == "prefix" and not self.prefix_projection:
+            raise ValueError(
+                f"encoder_hidden_size={self.encoder_hidden_size}: a prefix has one with prefix_projection only"
+            )
+
     def _check_numbers(self) -> None:
-        counts = ("r", "epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "save_steps", "resume_from")
-        for name in (*counts, "max_length"):
+        counts = ("epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "save_steps", "resume_from")
+        allocated = ("r", "num_virtual_tokens", "encoder_hidden_size")
+        for name in (*counts, *allocated, "max_length"):
             value, least = getattr(self, name), 2 if name == "max_length" else 1
-            most = LARGEST_RANK if name == "r" else MOST
+            most = LARGEST_RANK if name in allocated else MOST
             if value is not None and not least <= value <= most:
                 what = ", a token of the prompt and one of the completion" if name == "max_length" else ""
                 wanted = f"at least {least}{what}" if value < least else f"at most {most}"

@@ -142,9 +142,17 @@ def _answering_as(model: Any, adapter_name: str | None) -> Iterator[None]:
     try:
         with model.disable_adapter() if adapter_name == BASE else nullcontext():
             if adapter_name != BASE:
-                model.base_model.set_adapter(adapter_name)
+                _set_adapter(model, [adapter_name])
             yield
     finally:
-        model.base_model.set_adapter(active)
+        _set_adapter(model, active)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in trainable)
+
+
+def _set_adapter(model: Any, names: Sequence[str]) -> None:
+    """Of a model with soft prompts, which has one at a time, PeftModel's own; else the layers' own, which takes several."""
+    if getattr(model, "_is_prompt_learning", False):
+        model.set_adapter(names[0])
+    else:
+        model.base_model.set_adapter(list(names))

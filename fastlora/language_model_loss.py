@@ -83,7 +83,7 @@ class LanguageModelLoss:
         if real is not None and not bool((counted & ~real).any()):
             inputs, counted = packing.pack(inputs, real), counted[real][None]
         if self.path == ALL:
-            return cross_entropy(self.model(**inputs).logits[counted], labels)
+            return cross_entropy(_own_logits(self.model, inputs, counted), labels)
         rows = _rows_of(self.model, head, inputs, counted, without_head=self.path == FUSED)
         if self.path == FUSED:
             return linear_cross_entropy(rows, head.weight, head.bias, labels)
@@ -108,10 +108,15 @@ class LanguageModelLoss:
             return ALL, "the model names no output embedding"
         probe, counted = _probe(inputs)
         with undisturbed(self._inner):
-            own = self._inner(**probe).logits[counted]  # [n, V]
+            own = _own_logits(self._inner, probe, counted)
             if not self._inner.config.is_encoder_decoder:
                 self.packs = packing.is_exact(lambda **given: self._inner(**given).logits, own.shape[1])
             return choose_path(head, own, functools.partial(_rows_of, self._inner, head, probe, counted))
+
+
+def _own_logits(model: Any, inputs: Mapping[str, Any], counted: Tensor) -> Tensor:
+    """The logits [n, V] of the positions [B, T] that count; a soft prompt's, which stand in front of them, are none of those."""
+    return model(**inputs).logits[:, -counted.shape[1] :][counted]
 
 
 def choose_path(head: Any, own: Tensor, rows_of: Callable[..., Tensor]) -> tuple[str, str]:

@@ -170,7 +170,7 @@ def load_model(
     accelerate: bool = True,
     allow_missing: bool = False,
 ) -> tuple[Any, Any]:
-    """Load a base model and any number of LoRA adapters onto it, ready to answer.
+    """Load a base model and any number of adapters onto it, ready to answer.
 
     Args:
         path: the base: a folder or a hub id. None: the one that the first adapter was trained on.
@@ -209,7 +209,8 @@ def load_model(
         if accelerate:
             from fastlora import peft
 
-            peft.accelerate(model)
+            # A soft prompt, or IA³'s scales, have no LoRA layers.
+            peft.accelerate(model, frozen=any(one.config.peft_type != "LORA" for one in read.values()))
     return model.eval(), tokenizer
 
 
@@ -232,8 +233,11 @@ def base_of(adapters: Iterable[Adapter]) -> str:
 
 
 def positions(model: Any) -> int | None:
-    """How many tokens a row of the model may have; None where its configuration does not say."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    """How many tokens a row of the model may have, behind its soft prompt; None where its configuration does not say."""
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    configs = getattr(model, "peft_config", {})
+    prompt = max((getattr(one, "num_virtual_tokens", None) or 0 for one in configs.values()), default=0)
+    return None if most is None else most - prompt
 
 
 def require_positions(model: Any, rows: Sequence[Row]) -> None:

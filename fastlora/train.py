@@ -32,7 +32,7 @@ from tqdm import tqdm
 from fastlora import __version__, checkpoint, metrics, trainable, writing
 from fastlora.checkpoint import Checkpoint, CheckpointError
 from fastlora.choice import table
-from fastlora.config import SEEDS, TrainConfig
+from fastlora.config import RANKED, SEEDS, WHOLE, TrainConfig
 from fastlora.data.examples import read_examples
 from fastlora.data.rows import Encoded, Row, batches, collate, encode, pad_token_id
 from fastlora.language_model_loss import IGNORE, LanguageModelLoss
@@ -236,6 +236,8 @@ class _Run:
 
     def _load_state(self, saved: Checkpoint) -> None:
         self.step = saved.training.step
+        if self.config.method not in (*RANKED, *WHOLE):
+            checkpoint.load_weights(saved.folder, self.trained)
         path, optimizer, scheduler = saved.folder / "state.pt", saved.state["optimizer"], saved.state["scheduler"]
         # All but the moments follows from the options and the step.
         rate = self.scheduler.base_lrs[0] * self.scheduler.lr_lambdas[0](self.step)
@@ -369,7 +371,7 @@ class _Run:
         labelled = sum(row.labelled for row in rows)
         total = torch.zeros((), device=self.accelerator.device)
         parts = self.plan.batches(rows, self.accelerator.process_index)
-        casts = self.config.method == "full" and self.dtype != torch.float32
+        casts = self.config.method in WHOLE and self.dtype != torch.float32
         autocast = torch.autocast(total.device.type, self.dtype) if casts else nullcontext()
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
@@ -417,6 +419,10 @@ class _Run:
 
     def _write_checkpoint(self, folder: Path, rng: list[dict[str, Any]]) -> None:
         self._write_model(folder)
+        if self.config.method not in (*RANKED, *WHOLE):
+            checkpoint.save_weights(
+                folder, self.trained
+            )  # PEFT's file has what a prompt's encoder gives, not the encoder
         state = {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -428,7 +434,7 @@ class _Run:
         (folder / "training.json").write_text(json.dumps({"step": self.step, **self.setup}, indent=2) + "\n")
 
     def _write_model(self, folder: Path) -> None:
-        if self.config.method == "full":
+        if self.config.method in WHOLE:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)
         else:
@@ -436,9 +442,9 @@ class _Run:
 
     def finish(self) -> TrainResult:
         """Write the final files; the summary is returned, too."""
-        dtype = self._cast_to_stored() if self.config.method == "full" else torch.float32
+        dtype = self._cast_to_stored() if self.config.method in WHOLE else torch.float32
         if self.accelerator.is_main_process:
-            with self._writing("the model" if self.config.method == "full" else "the adapter"):
+            with self._writing("the model" if self.config.method in WHOLE else "the adapter"):
                 writing.publish(self.output, self._write_model)
         self.accelerator.wait_for_everyone()
         records = metrics.read(self.output, self.step)
@@ -483,7 +489,7 @@ class _Run:
         ends = max(1, min(10, len(losses) // 2))  # steps
         seconds = sum(record["seconds"] for record in records)
         tokens = sum(_tokens(self.plan.step_rows(step)) for step in range(self.step))
-        weights = "model.safetensors" if self.config.method == "full" else "adapter_model.safetensors"
+        weights = "model.safetensors" if self.config.method in WHOLE else "adapter_model.safetensors"
         return TrainResult(
             steps=self.step,
             first_loss=sum(losses[:ends]) / ends,

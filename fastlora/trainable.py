@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastlora import adapters
-from fastlora.config import TrainConfig
+from fastlora.config import OPTIONS_OF, RANKED, WHOLE, TrainConfig
 from fastlora.models import load_base
 from fastlora.peft import accelerate
 from fastlora.typed import listed
@@ -24,10 +24,12 @@ def build(config: TrainConfig, dtype: torch.dtype, device: torch.device, resume_
             AdapterError: the checkpoint's adapter is none of this model's.
         OSError, ValueError: as `load_base`.
     """
-    if config.method == "full":
+    if config.method in WHOLE:
         model = load_base(str(resume_from or config.model), torch.float32, device)
+        if config.method == "bitfit":
+            _train_biases(model)
         if config.accelerate:
-            accelerate(model, fuse=True)
+            accelerate(model, frozen=config.method == "bitfit", fuse=True)
     else:
         model = _add_adapter(load_base(str(config.model), dtype, device), config, resume_from)
     if config.gradient_checkpointing:
@@ -92,21 +94,105 @@ def _examples(model: Any) -> str:
     return listed([name for name, _ in Counter(name.rpartition(".")[2] for name in layers).most_common()])
 
 
-def _add_adapter(model: Any, config: TrainConfig, resume_from: Path | None) -> Any:
-    from peft import LoraConfig, get_peft_model
+def _train_biases(model: Any) -> None:
+    """Freeze all but the biases (Ben Zaken et al. 2022, BitFit)."""
+    biases = [p for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"]
+    if not biases:
+        raise ValueError(f"method=bitfit: {type(model).__name__} has no biases; norm trains its norms' weights")
+    model.requires_grad_(False)
+    for parameter in biases:
+        parameter.requires_grad_(True)
 
-    if resume_from:
+
+def _add_adapter(model: Any, config: TrainConfig, resume_from: Path | None) -> Any:
+    """A new adapter on the model, or a checkpoint's. LoRA's own file holds all that is trained; of the others the run restores it by name."""
+    from peft import get_peft_model
+
+    if resume_from and config.method in RANKED:
         model = adapters.load(model, {"default": adapters.read(resume_from)}, is_trainable=True)
     else:
-        options = {name: getattr(config, name) for name in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
-        options["target_modules"] = targets(model, config.target_modules)
+        new = peft_config(model, config)
         try:
-            model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **options))
+            model = get_peft_model(model, new)
         except ValueError as error:  # a module that is no layer, say
-            raise ValueError(f"target_modules={config.target_modules!r}: {error}") from error
+            raise ValueError(f"{_blamed(config)}: {error}") from error
     if config.accelerate:
         accelerate(model, frozen=True, fuse=True, pack_budget=config.pack_budget)
     return model
+
+
+def _blamed(config: TrainConfig) -> str:
+    """The option that PEFT refuses, as a message names it."""
+    if "target_modules" in config.__dict__ and config.method in OPTIONS_OF["target_modules"]:
+        return f"target_modules={config.target_modules!r}"
+    return f"peft_config={config.peft_config}" if config.method == "peft" else f"method={config.method}"
+
+
+def peft_config(model: Any, config: TrainConfig) -> Any:
+    """PEFT's configuration of the method.
+
+    Raises:
+        ValueError: a name in target_modules matches nothing; a token has no row in the model's embedding; peft_config is no file of PEFT's.
+        OSError: peft_config is not there.
+    """
+    import peft
+
+    if config.method == "peft":
+        new = adapters.read_config(Path(str(config.peft_config)))
+        new.inference_mode, new.task_type = False, "CAUSAL_LM"
+        return new
+    options: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    if config.method in RANKED:
+        options |= {name: getattr(config, name) for name in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
+        wanted = targets(model, config.target_modules)
+        return peft.LoraConfig(target_modules=wanted, use_dora=config.method == "dora", **options)
+    if config.method in ("ia3", "norm"):
+        named = None if config.target_modules == "all-linear" else targets(model, config.target_modules)
+        if config.method == "norm":
+            return peft.LNTuningConfig(target_modules=named or _norms(model), **options)
+        return _ia3_config(model, named, options)
+    if config.method == "tokens":
+        rows, most = model.get_input_embeddings().weight.shape[0], max(config.token_indices or [0])
+        if most >= rows:
+            raise ValueError(
+                f"token_indices: {most} has no row in the model's embedding, expected tokens below {rows:,}"
+            )
+        return peft.TrainableTokensConfig(token_indices=list(config.token_indices or ()), **options)
+    options["num_virtual_tokens"] = config.num_virtual_tokens
+    if config.method == "prompt":
+        text = config.prompt_tuning_init_text
+        if text:
+            options |= {"prompt_tuning_init_text": text, "tokenizer_name_or_path": str(config.model)}
+        return peft.PromptTuningConfig(prompt_tuning_init=config.prompt_tuning_init, **options)
+    if config.method == "cartridge":
+        return peft.CartridgeConfig(**options)
+    options["encoder_hidden_size"] = config.encoder_hidden_size
+    if config.method == "ptuning":
+        return peft.PromptEncoderConfig(**options)
+    return peft.PrefixTuningConfig(prefix_projection=config.prefix_projection, **options)
+
+
+def _norms(model: Any) -> list[str]:
+    """What the model's norms are called, by the last part of their names."""
+    found = {
+        name.rpartition(".")[2] for name, module in model.named_modules() if "norm" in type(module).__name__.lower()
+    }
+    if not found:
+        raise ValueError(f"method=norm: {type(model).__name__} has no norms; target_modules names them")
+    return sorted(found)
+
+
+def _ia3_config(model: Any, named: Any, options: dict[str, Any]) -> Any:
+    """PEFT's choice of layers where it has one for this kind of model; else keys, values and what comes out of an MLP (Liu et al. 2022)."""
+    import peft
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING as KNOWN
+
+    if named is not None or model.config.model_type in KNOWN:
+        return peft.IA3Config(target_modules=named, **options)
+    feedforward = targets(model, ["down_proj"])
+    return peft.IA3Config(
+        target_modules=targets(model, ["k_proj", "v_proj", "down_proj"]), feedforward_modules=feedforward, **options
+    )
 
 
 def require_compiler() -> None:
@@ -132,12 +218,12 @@ def _compile_layers(model: Any) -> None:
 
 def implementations(model: Any, config: TrainConfig) -> dict[str, int]:
     """How many layers each implementation runs, as `report` tells; of compiled layers it is a guess, and says so."""
-    if config.method == "full":
+    if config.method in WHOLE:
         return {}
     if not config.accelerate:
-        from peft.tuners.lora import LoraLayer
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
-        return {"peft": sum(isinstance(module, LoraLayer) for module in model.modules())}
+        return {"peft": sum(isinstance(module, BaseTunerLayer) for module in model.modules())}
     from fastlora.peft.reporting import NOT_OBSERVED, layers
 
     guess = f" ({NOT_OBSERVED})"
