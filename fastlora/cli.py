@@ -1,4 +1,4 @@
-"""The command line: `fastlora train | eval | generate | merge | bench | tune | env | demo`.
+"""The command line: `fastlora train | compare | eval | generate | merge | bench | tune | env | demo`.
 
 Every command is a thin call of the function of the same name; what is slow to import is imported inside, so that --help
 is quick. Exit codes: 0 done, 1 training went wrong, 2 wrong options or data, 130 interrupted. An expected error is one
@@ -25,6 +25,7 @@ from rich.table import Table
 from typer.main import get_command
 
 from fastlora import __version__
+from fastlora.comparison import Comparison
 from fastlora.config import Dtype, TrainConfig
 from fastlora.data.rows import Truncation
 
@@ -168,22 +169,26 @@ def fastlora(
     """Fused kernels for parameter-efficient fine-tuning: train an adapter, measure it, use it."""
 
 
-def _with_training_options(function: Callable[..., None]) -> Callable[..., None]:
-    """A function that takes TrainConfig's fields, as typer reads it."""
-    parameters, hints = [], get_type_hints(TrainConfig)
-    for field in fields(TrainConfig):
+def _with_options_of(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """For a function that takes a dataclass's fields: as typer reads it."""
+    parameters, hints = [], get_type_hints(config)
+    for field in fields(config):
         kind = field.metadata["typed"] or hints[field.name]
         default = inspect.Parameter.empty if field.default is MISSING else field.default
-        annotation = Annotated[kind, OPTIONS[field.name]]  # type: ignore[valid-type]
+        annotation = Annotated[kind, _option(field)]  # type: ignore[valid-type]
         parameters.append(
             inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
         )
-    vars(function)["__signature__"] = inspect.Signature(parameters)
-    return function
+
+    def with_options(function: Callable[..., None]) -> Callable[..., None]:
+        vars(function)["__signature__"] = inspect.Signature(parameters)
+        return function
+
+    return with_options
 
 
 @command
-@_with_training_options
+@_with_options_of(TrainConfig)
 def train(**options: Any) -> None:
     """Train a LoRA adapter, or the whole model, on prompts and completions."""
     _quiet()
@@ -217,6 +222,23 @@ def _module_names(text: str) -> str | list[str]:
     if not all(names):
         raise ValueError(f"target_modules={text!r} has an empty name: expected all-linear or module names with commas")
     return "all-linear" if names == ["all-linear"] else names
+
+
+@command
+@_with_options_of(Comparison)
+def compare(**options: Any) -> None:
+    """Train several methods with one budget each, and tell them apart: quality, forgetting, size, memory, speed."""
+    _quiet()
+    from fastlora.comparison import compare, rows
+
+    options["methods"] = [name.strip() for name in options["methods"].split(",")]
+    for name, kind in (("r", int), ("lr", float), ("token_indices", int)):
+        if options[name] is not None:
+            options[name] = _numbers(name, options[name], kind)
+    given = Comparison(**options)
+    found = list(rows(compare(given)))
+    _print_table([list(row.values()) for row in found], headings=list(found[0]), title="fastlora compare")
+    print(f"written to {Path(given.output) / 'compare.json'}; of each method's rates the best on eval_data is shown")
 
 
 @command

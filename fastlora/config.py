@@ -20,6 +20,7 @@ DEFAULT_LR: dict[Method, float] = {
     **{"ia3": 5e-3, "norm": 1e-3, "tokens": 1e-3, "bitfit": 1e-3},
 }
 """AdamW's; soft prompts and scales want far more than a matrix does (Lester et al. 2021 train a prompt at 0.3, with Adafactor)."""
+DEFAULT_R = 16
 RANKED: tuple[Method, ...] = ("lora", "dora")
 PROMPTS: tuple[Method, ...] = ("prompt", "prefix", "ptuning", "cartridge")
 WHOLE: tuple[Method, ...] = ("bitfit", "full")
@@ -77,7 +78,7 @@ class TrainConfig:
     peft_config: str | Path | None = option(
         "A configuration of PEFT's, of any of its methods, as JSON; for --method peft.", None, typed=Path
     )
-    r: int = option("Rank of the adapter.", 16)
+    r: int = option("Rank of the adapter.", DEFAULT_R)
     lora_alpha: float = option("The update is scaled by lora_alpha / r.", 32)
     lora_dropout: float = option("Dropout on the adapter's input.", 0.05)
     use_rslora: bool = option("Scale by lora_alpha / sqrt(r).", False)

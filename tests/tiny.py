@@ -83,12 +83,12 @@ def t5() -> Any:
     return T5ForConditionalGeneration(T5Config(**sizes)).eval()
 
 
-def save_model(folder: Path, hidden_size: int = 32) -> Path:
+def save_model(folder: Path, hidden_size: int = 32, **options: Any) -> Path:
     """A llama with untied ends, and its tokenizer."""
     words = tokenizer()
     tokens = {name: getattr(words, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     sizes = {"vocab_size": len(words), "hidden_size": hidden_size, "max_position_embeddings": 256}
-    llama(**sizes, **tokens, tie_word_embeddings=False).save_pretrained(folder)
+    llama(**sizes, **tokens, tie_word_embeddings=False, **options).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
 

@@ -1,0 +1,397 @@
+"""Methods side by side: each is trained on the same rows with the same budget, in a process of its own, and all are measured alike.
+
+What is told of each: held-out loss and ROUGE; what is trained, and the bytes that its file takes; seconds a step and peak memory of training; tokens
+a second of answering with it; and forgetting, which is how much the loss on other rows has risen. After PEFT's own comparison of methods
+(huggingface/peft, method_comparison), with forgetting beside learning as in Biderman et al. 2024 ("LoRA Learns Less and Forgets Less").
+"""
+
+import io
+import json
+import logging
+import math
+import multiprocessing
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from fastlora import __version__, memory, reading, writing
+from fastlora.config import DEFAULT_LR, DEFAULT_R, PROMPTS, RANKED, WHOLE, Method, TrainConfig, option
+from fastlora.typed import check_fields, fits, shown
+
+logger = logging.getLogger("fastlora")
+
+RUNS, RESULT, NAME, PLOT = "runs", "run.json", "compare.json", "compare.png"
+PROBE_STEPS = 4  # of a run that finds out how many steps fit into a number of seconds; the first is not counted
+ANSWERED = 4  # prompts a batch, whose answers' speed is measured
+ANSWER_TOKENS = 32
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, on what, and for how long. Every method has the same rows in the same order, and as many tokens or seconds.
+
+    Raises:
+        TypeError: an option is of another type than the one written here; the message names it.
+        ValueError: an option is out of range, or more than one budget; the message names it.
+    """
+
+    model: str | Path = option("Base model: a folder or a hub id.", typed=str)
+    data: str | Path = option("JSONL to train on: prompt and completion, or messages.", typed=Path)
+    eval_data: str | Path = option("JSONL of held-out rows, of the same task.", typed=Path)
+    output: str | Path = option("Folder for compare.json, compare.png and runs/.", typed=Path)
+    methods: list[Method] = option("Names with commas: lora,dora,prompt,prefix,ia3,norm,full.", typed=str)
+    retain_data: str | Path | None = option(
+        "JSONL of other rows: how much their loss rises is what is forgotten.", None, typed=Path
+    )
+    r: list[int] | None = option("Ranks with commas, of lora and dora: each is a run. [default: 16]", None, typed=str)
+    lr: list[float] | None = option(
+        "Learning rates with commas: each method is trained with all of them, and told with its best on eval_data."
+        " [default: each method's own]",
+        None,
+        typed=str,
+    )
+    max_steps: int | None = option("Optimiser steps of each run.", None)
+    max_tokens: int | None = option("Tokens of each run, in place of steps.", None)
+    max_seconds: float | None = option("Seconds of steps of each run, in place of steps.", None)
+    epochs: int = option("Times through the data, without a budget.", 3)
+    batch_size: int = option("Rows a step.", 8)
+    max_length: int = option("Tokens a row may have.", 512)
+    num_virtual_tokens: int = option("Length of soft prompts, in tokens.", 20)
+    token_indices: list[int] | None = option(
+        "Tokens whose embeddings method tokens trains, with commas.", None, typed=str
+    )
+    seed: int = option("Of every run.", 0)
+    dtype: str = option("The base's: auto, float32 or bfloat16.", "auto")
+    generations: bool = option("Also let each answer the held-out prompts: exact match and ROUGE.", True)
+    max_new_tokens: int = option("Length of an answer, at most.", 64)
+    limit: int | None = option("Take only the first so many held-out rows, and other rows.", None)
+    overwrite: bool = option("Begin anew where the folder holds another comparison.", False)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        for name in ("model", "data", "eval_data", "output", "methods"):
+            if not getattr(self, name):
+                raise ValueError(f"{name}={getattr(self, name)!r} is empty")
+        budgets = [name for name in ("max_steps", "max_tokens", "max_seconds") if getattr(self, name) is not None]
+        if len(budgets) > 1:
+            raise ValueError(f"{' and '.join(budgets)} exclude each other: expected one budget")
+        for name in budgets:
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={shown(getattr(self, name))}: expected more than 0")
+        if self.limit is not None and self.limit < 1:
+            raise ValueError(f"limit={self.limit}: expected at least 1")
+        if "peft" in self.methods:
+            raise ValueError("methods: peft has a configuration of its own, expected names of methods")
+        for run in self.runs():
+            self.config_of(run, Path("unused"))  # a bad value is told before anything runs
+
+    def runs(self) -> list["Run"]:
+        """What is trained, in order."""
+        rates: dict[Method, Sequence[float]] = {one: self.lr or (DEFAULT_LR[one],) for one in self.methods}
+        return [
+            Run(method, r, lr)
+            for method in dict.fromkeys(self.methods)
+            for r in (dict.fromkeys(self.r or (DEFAULT_R,)) if method in RANKED else (None,))
+            for lr in dict.fromkeys(rates[method])
+        ]
+
+    def config_of(self, run: "Run", output: Path, **more: Any) -> TrainConfig:
+        given: dict[str, Any] = {"lr_scheduler_type": "cosine"}
+        if run.method in RANKED:
+            given |= {"r": run.r, "lora_alpha": 2 * (run.r or 0)}
+        if run.method in PROMPTS:
+            given["num_virtual_tokens"] = self.num_virtual_tokens
+        if run.method == "tokens":
+            given["token_indices"] = self.token_indices
+        same = ("model", "data", "epochs", "batch_size", "max_length", "seed", "dtype", "max_steps")
+        given |= {name: getattr(self, name) for name in same}
+        given |= {"method": run.method, "lr": run.lr, "output": output, "save_steps": 10**6}
+        return TrainConfig(**given | more)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    method: Method
+    r: int | None
+    lr: float
+
+    @property
+    def name(self) -> str:
+        rank = "" if self.r is None else f"-r{self.r}"
+        return f"{self.method}{rank}-lr{self.lr:g}"
+
+    @property
+    def kind(self) -> str:
+        """What is told in one row: of its rates the best."""
+        return self.method if self.r is None else f"{self.method}, r {self.r}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured of the base, or of a run."""
+
+    name: str
+    kind: str
+    method: str
+    r: int | None
+    lr: float | None
+    loss: float  # held out, nats a token
+    rouge1: float | None
+    rougeL: float | None
+    exact_match: float | None
+    retained_loss: float | None  # on the other rows
+    forgetting: float | None  # by how much that is above the base's
+    answer_tokens_per_second: float
+    trainable_parameters: int = 0
+    parameters: int = 0
+    file_bytes: int = 0
+    peak_bytes: int | None = None  # of the training process
+    seconds_per_step: float | None = None
+    steps: int = 0
+    tokens: int = 0
+    train_loss: float | None = None
+
+
+def compare(given: Comparison) -> list[Outcome]:
+    """Train every run, measure all of them, and write OUTPUT/compare.json and compare.png; the base's row comes first.
+
+    A run that is done is not done again: a comparison that was stopped goes on where it was.
+
+    Raises:
+        FileExistsError: the folder holds a comparison of other things, and overwrite was not asked for.
+        RuntimeError: a run's process ended without an answer, out of memory, say.
+        As `train` and `evaluate`: what they raise.
+    """
+    output = Path(given.output)
+    writing.require_apart(output, model=str(given.model))
+    with writing.locked(output):
+        _claim(output, given)
+        found = [_once(output / RUNS / BASE, None, given, None)]
+        for run in given.runs():
+            print(f"{run.name}", flush=True)
+            found.append(_once(output / RUNS / run.name, run, given, found[0].retained_loss))
+        _write(output, given, found)
+    return found
+
+
+def best(found: Iterable[Outcome]) -> list[Outcome]:
+    """Of each kind the outcome with the lowest held-out loss, in the order of the kinds."""
+    kinds: dict[str, Outcome] = {}
+    for one in found:
+        if one.kind not in kinds or one.loss < kinds[one.kind].loss:
+            kinds[one.kind] = one
+    return list(kinds.values())
+
+
+def _setup(given: Comparison) -> dict[str, Any]:
+    """What every run of a comparison has in common."""
+    changes = {"methods", "r", "lr", "output", "overwrite"}  # which add runs, and change none
+    values = {one.name: getattr(given, one.name) for one in fields(given) if one.name not in changes}
+    return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+
+
+def _claim(output: Path, given: Comparison) -> None:
+    path, setup = output / RUNS / "setup.json", _setup(given)
+    if given.overwrite:
+        writing.remove(output / RUNS)
+    before = reading.json_file(path) if path.is_file() else None
+    if before is not None and before != setup:
+        name = next(name for name in setup if before.get(name) != setup[name])
+        raise FileExistsError(
+            f"output={output} holds a comparison with {name}={shown(before.get(name))}: expected that, or overwrite=True"
+        )
+    writing.make(output / RUNS)
+    writing.whole(path, (json.dumps(setup, indent=2) + "\n").encode())
+
+
+def _once(folder: Path, run: Run | None, given: Comparison, retained: float | None) -> Outcome:
+    """What a run's file says, or else what its process finds."""
+    path = folder / RESULT
+    if path.is_file():
+        values = reading.json_file(path)
+        if set(values) == {one.name for one in fields(Outcome)} and fits(values["loss"], float):
+            return Outcome(**values)
+        raise ValueError(f"{path}: no outcome of this version of fastlora: expected overwrite=True")
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        trained = process.submit(_train, run, given, folder).result() if run else {}
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        measured = process.submit(_measure, run, given, folder).result()
+    if retained is not None:
+        measured["forgetting"] = measured["retained_loss"] - retained
+    name, kind, method = (run.name, run.kind, run.method) if run else (BASE, BASE, BASE)
+    outcome = Outcome(name, kind, method, run and run.r, run and run.lr, **measured, **trained)
+    writing.make(folder)
+    writing.whole(path, (json.dumps(asdict(outcome), indent=2) + "\n").encode())
+    return outcome
+
+
+def _train(run: Run, given: Comparison, folder: Path) -> dict[str, Any]:
+    """One training, in this process."""
+    from fastlora.train import train
+
+    config = given.config_of(run, folder, overwrite=True)
+    config = replace(config, max_steps=_steps(config, given, folder))
+    result = train(config)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return {
+        "trainable_parameters": result.trainable_parameters,
+        "parameters": result.parameters,
+        "file_bytes": result.adapter_bytes,
+        "peak_bytes": memory.peak(device),
+        "seconds_per_step": median(_seconds(folder)[1:] or _seconds(folder)),
+        "steps": result.steps,
+        "tokens": result.tokens,
+        "train_loss": result.loss,
+    }
+
+
+def _seconds(folder: Path) -> list[float]:
+    from fastlora import metrics
+
+    return [record["seconds"] for record in metrics.read(folder)]
+
+
+def _steps(config: TrainConfig, given: Comparison, folder: Path) -> int | None:
+    """The optimiser steps that the budget is worth."""
+    if given.max_tokens is not None:
+        from fastlora.data.examples import read_examples
+        from fastlora.data.rows import encode
+        from fastlora.models import load_tokenizer
+
+        rows = encode(
+            read_examples(config.data), load_tokenizer(str(config.model)), config.max_length, config.truncation
+        ).rows
+        mean = sum(len(row.input_ids) for row in rows) / len(rows) * min(config.batch_size, len(rows))
+        return max(1, round(given.max_tokens / mean))
+    if given.max_seconds is not None:
+        from fastlora.train import train
+
+        train(replace(config, max_steps=PROBE_STEPS), progress=False)
+        return max(1, round(given.max_seconds / median(_seconds(folder)[1:])))
+    return given.max_steps
+
+
+def _measure(run: Run | None, given: Comparison, folder: Path) -> dict[str, Any]:
+    """What a trained run, or the base, can."""
+    from fastlora.evaluation import evaluate
+    from fastlora.models import load_model
+
+    whole = run is None or run.method in WHOLE
+    path = str(given.model) if run is None else str(folder) if whole else None
+    model, tokenizer = load_model(path, {} if whole else {"default": folder}, dtype=given.dtype)
+    same = {"batch_size": given.batch_size, "max_length": given.max_length, "limit": given.limit}
+    held = evaluate(
+        model, tokenizer, given.eval_data, generations=given.generations, max_new_tokens=given.max_new_tokens, **same
+    )
+    kept = evaluate(model, tokenizer, given.retain_data, generations=False, **same).loss if given.retain_data else None
+    return {
+        "loss": held.loss,
+        "rouge1": held.rouge1,
+        "rougeL": held.rougeL,
+        "exact_match": held.exact_match,
+        "retained_loss": kept,
+        "forgetting": None if kept is None else 0.0,
+        "answer_tokens_per_second": _answer_rate(model, tokenizer, given),
+    }
+
+
+def _answer_rate(model: Any, tokenizer: Any, given: Comparison) -> float:
+    """Tokens a second of greedy answers to a few held-out prompts, as long for everyone: none ends early."""
+    from fastlora.data.examples import read_examples
+    from fastlora.data.rows import encode, pad_token_id
+
+    rows = encode(read_examples(given.eval_data)[:ANSWERED], tokenizer, given.max_length, "prompt").rows
+    width = min(row.prompt_length for row in rows)
+    ids = torch.tensor(
+        [row.input_ids[row.prompt_length - width : row.prompt_length] for row in rows], device=model.device
+    )
+    length = {"min_new_tokens": ANSWER_TOKENS, "max_new_tokens": ANSWER_TOKENS, "do_sample": False}
+    times = []
+    with torch.no_grad():
+        for _ in range(4):  # the first warms up
+            began = time.perf_counter()
+            model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), pad_token_id=pad_token_id(tokenizer), **length
+            )
+            times.append(time.perf_counter() - began)
+    return ids.shape[0] * ANSWER_TOKENS / median(times[1:])
+
+
+def _write(output: Path, given: Comparison, found: Sequence[Outcome]) -> None:
+    content = {
+        "fastlora": __version__,
+        "setup": _setup(given),
+        "threads": torch.get_num_threads(),
+        "outcomes": [asdict(one) for one in found],
+        "best": [one.name for one in best(found)],
+    }
+    writing.whole(output / NAME, (json.dumps(content, indent=2) + "\n").encode())
+    try:
+        plot(found, output / PLOT)
+    except ModuleNotFoundError:
+        logger.warning("no %s: the package matplotlib is missing (pip install matplotlib)", PLOT)
+
+
+def rows(found: Iterable[Outcome]) -> Iterator[Mapping[str, str]]:
+    """A table's rows as text, by column."""
+
+    def shown_as(value: float | None, form: str) -> str:
+        return "-" if value is None else format(value, form)
+
+    for one in best(found):
+        yield {
+            "method": one.kind,
+            "lr": shown_as(one.lr, "g"),
+            "held-out loss": f"{one.loss:.4f}",
+            "ROUGE-1": shown_as(one.rouge1 and 100 * one.rouge1, ".1f"),
+            "forgetting": shown_as(one.forgetting, "+.4f"),
+            "trained": f"{one.trainable_parameters:,}",
+            "file MB": f"{one.file_bytes / 1e6:.3g}",
+            "peak GB": shown_as(one.peak_bytes and one.peak_bytes / 1e9, ".2f"),
+            "s a step": shown_as(one.seconds_per_step, ".3g"),
+            "answer tokens/s": f"{one.answer_tokens_per_second:.1f}",
+        }
+
+
+def plot(found: Sequence[Outcome], path: Path) -> None:
+    """Learning against forgetting, every run a point, those of one kind in one colour; without other rows, against what is trained.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is missing.
+    """
+    from matplotlib.figure import Figure
+
+    base, *trained = found
+    forgets = base.retained_loss is not None
+    figure = Figure(figsize=(7, 5), layout="constrained")
+    axes = figure.subplots()
+    chosen = {one.name for one in best(trained)}
+    for kind in dict.fromkeys(one.kind for one in trained):
+        of_kind = [one for one in trained if one.kind == kind]
+        across = [(one.forgetting or 0.0) if forgets else float(one.trainable_parameters) for one in of_kind]
+        drawn = axes.scatter(across, [base.loss - one.loss for one in of_kind], label=kind, alpha=0.4)
+        for x, one in zip(across, of_kind, strict=True):
+            if one.name in chosen:
+                axes.scatter([x], [base.loss - one.loss], color=drawn.get_facecolor(), alpha=1.0, edgecolors="black")
+    axes.axhline(0, color="gray", linewidth=0.5)
+    axes.axvline(0, color="gray", linewidth=0.5)
+    if not forgets:
+        axes.set_xscale("log")
+    axes.set(
+        xlabel="forgetting: rise of the loss on other rows, nats a token" if forgets else "trained parameters",
+        ylabel="learning: fall of the held-out loss, nats a token",
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=120, format="png")
+    writing.whole(path, image.getvalue())

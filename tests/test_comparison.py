@@ -1,0 +1,158 @@
+"""`fastlora compare`: every run is measured alike, none twice, and the best rate of each method is told."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from typer.testing import CliRunner
+
+from fastlora import cli, comparison
+from fastlora.comparison import BASE, NAME, RESULT, RUNS, Comparison, Outcome, Run, best, compare
+
+
+@pytest.fixture(scope="module", autouse=True)
+def on_cpu() -> Iterator[None]:
+    with tiny.on_cpu():
+        yield
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("files")
+    for name in ("data", "eval_data", "retain_data"):
+        rows = tiny.rows(8, seed=len(name))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = {name: folder / f"{name}.jsonl" for name in ("data", "eval_data", "retain_data")}
+    return {"model": tiny.save_model(folder / "base"), **paths}
+
+
+SMALL: dict[str, Any] = {"max_steps": 3, "batch_size": 4, "max_length": 64, "max_new_tokens": 3, "r": [2]}
+
+
+class Here:
+    """In the place of a process."""
+
+    def __init__(self, *_: Any, **__: Any) -> None: ...
+
+    def __enter__(self) -> "Here":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def submit(self, function: Any, *args: Any) -> "Here":
+        self.found = function(*args)
+        return self
+
+    def result(self) -> Any:
+        return self.found
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comparison, "ProcessPoolExecutor", Here)
+
+
+def test_methods_are_measured_alike_and_a_stopped_comparison_goes_on(
+    files: dict[str, Path], tmp_path: Path, in_this_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = Comparison(**files, output=tmp_path / "out", methods=["lora", "prompt", "full"], lr=[1e-2, 1e-3], **SMALL)
+    found = compare(given)
+    names = ["lora-r2-lr0.01", "lora-r2-lr0.001", "prompt-lr0.01", "prompt-lr0.001", "full-lr0.01", "full-lr0.001"]
+    assert [one.name for one in found] == [BASE, *names]
+    base, *trained = found
+    for one in trained:
+        assert one.steps == 3 and one.tokens == trained[0].tokens and one.seconds_per_step and one.peak_bytes
+        assert one.forgetting == pytest.approx(one.retained_loss - base.retained_loss)
+        assert one.answer_tokens_per_second > 0 and one.file_bytes > 0
+    assert trained[4].trainable_parameters == trained[4].parameters > trained[0].trainable_parameters > 0
+    content = json.loads((tmp_path / "out" / NAME).read_text())
+    assert [one["name"] for one in content["outcomes"]] == [BASE, *names] and len(content["best"]) == 4
+    assert (tmp_path / "out" / "compare.png").is_file()
+
+    monkeypatch.setattr(comparison, "_train", lambda run, *_: pytest.fail(f"{run} was trained again"))
+    assert compare(given) == found
+    with pytest.raises(FileExistsError, match=r"holds a comparison with max_steps=3: expected that, or overwrite=True"):
+        compare(replace(given, max_steps=4))
+    path = tmp_path / "out" / RUNS / "full-lr0.01" / RESULT
+    path.write_text("{}")
+    with pytest.raises(ValueError, match=re.escape(f"{path}: no outcome of this version of fastlora")):
+        compare(given)
+
+
+def test_the_best_rate_of_each_kind_is_told() -> None:
+    values: dict[str, Any] = {one.name: None for one in fields(Outcome)} | {
+        "answer_tokens_per_second": 1.0,
+        "method": "lora",
+    }
+    values |= {"trainable_parameters": 5, "file_bytes": 2_000_000, "lr": 0.1, "loss": 2.0, "forgetting": 0.25}
+    runs = [
+        Outcome(**values | {"name": str(i), "kind": kind, "loss": loss})
+        for i, (kind, loss) in enumerate([("a", 2.0), ("b", 1.0), ("a", 1.5)])
+    ]
+    assert [one.name for one in best(runs)] == ["2", "1"]
+    assert next(comparison.rows(runs))["held-out loss"] == "1.5000"
+    assert [row["file MB"] for row in comparison.rows(runs)] == ["2", "2"]
+
+
+def test_ranks_and_rates_make_runs(files: dict[str, Path]) -> None:
+    given = Comparison(**files, output="o", methods=["dora", "norm"], r=[1, 4])
+    assert given.runs() == [Run("dora", 1, 2e-4), Run("dora", 4, 2e-4), Run("norm", None, 1e-3)]
+    config = given.config_of(given.runs()[1], Path("x"))
+    assert (config.method, config.r, config.lora_alpha) == ("dora", 4, 8)
+
+
+def test_a_budget_of_tokens_is_turned_into_steps(files: dict[str, Path], tmp_path: Path) -> None:
+    given = Comparison(**files, output="o", methods=["lora"], max_tokens=1000, batch_size=4)
+    config = given.config_of(given.runs()[0], tmp_path)
+    steps = comparison._steps(config, given, tmp_path)
+    tokens = (
+        steps
+        * 4
+        * sum(len(tiny.tokenizer()(row["prompt"] + row["completion"]).input_ids) + 1 for row in tiny.rows(8, seed=4))
+        / 8
+    )
+    assert tokens == pytest.approx(1000, rel=0.1)
+
+
+def test_a_budget_of_seconds_is_measured_first(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = Comparison(**files, output="o", methods=["lora"], max_seconds=6.0, batch_size=4)
+    monkeypatch.setattr(comparison, "_seconds", lambda _: [99.0, 2.0, 2.0, 2.0])
+    assert comparison._steps(given.config_of(given.runs()[0], tmp_path / "run"), given, tmp_path / "run") == 3
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"methods": ["lora", "nolora"]}, r"methods=\['lora', 'nolora'\]: expected a list of 'lora'"),
+        ({"methods": []}, r"methods=\[\] is empty"),
+        ({"methods": ["peft"]}, "methods: peft has a configuration of its own"),
+        ({"max_steps": 1, "max_tokens": 5}, "max_steps and max_tokens exclude each other"),
+        ({"max_seconds": 0.0}, "max_seconds=0.0: expected more than 0"),
+        ({"limit": 0}, "limit=0: expected at least 1"),
+        ({"r": [0]}, "r=0: expected at least 1"),
+        ({"methods": ["tokens"]}, "token_indices: method=tokens needs one"),
+    ],
+)
+def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
+    given: dict[str, Any] = {"model": "m", "data": "d", "eval_data": "e", "output": "o", "methods": ["lora"]} | options
+    with pytest.raises((ValueError, TypeError), match=message):
+        Comparison(**given)
+
+
+def test_the_command_prints_a_table(files: dict[str, Path], tmp_path: Path, in_this_process: None) -> None:
+    paths = [word for name, path in files.items() for word in (f"--{name.replace('_', '-')}", str(path))]
+    small = ["--max-steps", "2", "--batch-size", "4", "--max-length", "64", "--max-new-tokens", "3", "--r", "2"]
+    ran = CliRunner().invoke(
+        cli.app, ["compare", *paths, *small, "--methods", "lora,ia3", "--output", str(tmp_path / "out")]
+    )
+    assert ran.exit_code == 0, ran.output
+    assert "lora, r 2" in ran.output and "ia3" in ran.output and "forgetting" in ran.output
+    wrong = CliRunner().invoke(cli.app, ["compare", *paths, "--methods", "lora", "--lr", "1e-3,x", "--output", "o"])
+    assert wrong.exit_code == 2 and "--lr '1e-3,x': expected numbers with commas" in wrong.output
