@@ -34,7 +34,8 @@ FLOORS = (
     ("generation", "steps"),
     ("evaluation", "merge", "trainable"),
     ("train",),
-    ("demo", "benchmarks"),
+    ("demo",),
+    ("benchmarks",),
     ("cli",),
     ("__main__",),
 )
