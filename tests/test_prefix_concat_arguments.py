@@ -9,6 +9,7 @@ from conftest import implementations
 from test_prefix_concat import make_batch, raw_arguments, with_ids
 from torch import Tensor
 
+from fastlora import ops
 from fastlora.functional import prefix_concat
 
 
@@ -99,7 +100,11 @@ def test_wrong_arguments(name: str, changes: dict[str, Any]) -> None:
         prefix_concat(**{**right_arguments(), **changes})
 
 
-def test_numbers_that_do_not_exist_are_told_with_those_that_do() -> None:
+@pytest.mark.parametrize("forced", [None, "reference"])
+def test_numbers_that_do_not_exist_are_told_with_those_that_do(
+    forced: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "forced", forced)
     for changes, message in (
         ({**IDS, "input_ids": integers(2, 4) + 7}, r"^input_ids: expected numbers from 0 to 6 \(embedding \[7, 5\]\)$"),
         ({"prompt_index": integers(2) + 3}, r"^prompt_index: expected numbers from 0 to 2 \(3 prompts\)$"),

@@ -218,7 +218,7 @@ Rest = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]
 
 def _is_now(prompts: Tensor, prompt_index: Tensor | None, embeds: Tensor | None, rest: Rest) -> bool:
     """Whether csrc's entry for a call that nobody traces runs these arguments."""
-    return is_eager(prompts, prompt_index, embeds, *rest) and _is_native(embeds, rest)
+    return prompts.is_cpu and is_eager(prompts, prompt_index, embeds, *rest) and _is_native(embeds, rest)
 
 
 def _is_native(embeds: Tensor | None, rest: Rest) -> bool:
