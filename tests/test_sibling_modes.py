@@ -201,8 +201,11 @@ def test_each_result_is_given_out_once() -> None:
 def test_an_inference_tensor_is_computed_alone() -> None:
     model = seeing_model()
     with torch.inference_mode():
-        model(X.clone())
+        model(torch.randn(9, WIDTH))  # not few, which run alone anyhow
     assert attention_of(model).waiting == [None] * 3
+    with torch.no_grad():
+        model(torch.randn(9, WIDTH))
+    assert attention_of(model).waiting == [[1, 2], [2], None]
 
 
 def test_a_family_that_was_dissolved_stays_so() -> None:
