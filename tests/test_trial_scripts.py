@@ -89,24 +89,6 @@ def test_how_it_ended(lines: tuple[str, ...], words: str, script: Callable[..., 
     assert len(told) == 1 and told[0].startswith(f"fastlora: {END}") and words in told[0]
 
 
-def test_what_is_silent_is_ended_whenever_it_last_spoke(
-    script: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(trial, "PATIENCE", 2.0)
-    lines = (
-        "say('trying', ['lora_linear', ['cpu']])",
-        "time.sleep(0.2)",
-        "say('trying', ['a', ['b']])",
-        "time.sleep(600)",
-    )
-    _, refused, told = script(*(f"{line} if not refused else os._exit(4)" for line in lines))
-    assert refused == {("a", "float32", "b")}
-    assert told == [
-        "fastlora: b is refused for a: it did not end within 2 s",
-        f"fastlora: {END}its process ended with code 4",
-    ]
-
-
 def test_the_modules_and_the_input_of_the_process_apart(
     script: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
