@@ -137,7 +137,13 @@ def with_attention(plain: Any) -> type:
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (own if torch.compiler.is_compiling() else ours)(self, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            return ours(self, *args, **kwargs)
+        if kwargs.get("segment_parents") is not None:
+            raise ValueError(
+                "segment_parents: got them in a compiled model, expected one that is not: its own attention runs"
+            )
+        return own(self, *args, **kwargs)
 
     return derive(plain, with_attention, forward=forward)
 

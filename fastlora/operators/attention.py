@@ -97,9 +97,9 @@ def attention(
 
     scale: None: 1 / sqrt(D). causal: no token sees a later one of its segment.
 
-    segment_parents: the tokens of segment i see, before their own, all those of segment segment_parents[i], of that one's parent, and so on; -1: none.
-    Two rows that begin with the same 200 tokens are segments of [200, n0, n1] tokens with parents [-1, 0, 0]. The gradients of what is shared are sums
-    over all who see it, in a fixed order.
+    segment_parents: before their own, the tokens of segment i see all those of segment segment_parents[i], of that one's parent, and so on; -1: none.
+    Two rows that begin with the same 200 tokens are segments of [200, n0, n1] tokens with parents [-1, 0, 0]. The gradients of what is shared are
+    sums over all who see it, in a fixed order.
 
     key_starts: the keys of segment i are k[key_starts[i] : key_starts[i + 1]]; None: they lie as the queries. A segment has a key for each query; or
     keys alone, for others to see: of a prefix of P keys before rows of n0 and n1 tokens, starts are [0, 0, n0, n0 + n1], key_starts [0, P, P + n0,
