@@ -200,10 +200,10 @@ struct Given {
     parts = std::move(found.all);
   }
 
-  /// Calls the kernel for every part and head of keys, the greatest first.
+  /// Calls the kernel for every head of keys and part, the greatest first: two heads of one part would write into each other's cache lines.
   void run(bool backward) {
     std::stable_sort(parts.begin(), parts.end(), [](const Part& a, const Part& b) { return a.work > b.work; });
-    const int64_t units = static_cast<int64_t>(parts.size()) * task.kv_heads;
+    const int64_t count = static_cast<int64_t>(parts.size()), units = count * task.kv_heads;
     int64_t room = 0;
     for (const Part& part : parts) room = std::max(room, kernels().attention_room(part.view(), task.width, backward));
     const int64_t worth = work_ * task.heads * task.width / GRAIN + 1, threads = std::min<int64_t>({torch::stable::get_num_threads(), worth, units});
@@ -212,7 +212,7 @@ struct Given {
     torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
       const Memory memory(room * sizeof(float));
       for (int64_t unit = next++; unit < units; unit = next++) {
-        kernel(task, parts[unit / task.kv_heads].view(), unit % task.kv_heads, memory.as<float>());
+        kernel(task, parts[unit % count].view(), unit / count, memory.as<float>());
       }
     });
   }
