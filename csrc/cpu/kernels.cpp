@@ -28,6 +28,6 @@ extern const Kernels passes;
 const Kernels passes = {
     FASTLORA_NAME_OF(FASTLORA_ISA), HAS_DOTS, false, draw, read_pass, add_pass, narrow, few_rows, product_tiles, product,
     rms_norm, rms_norm_backward, swiglu, swiglu_backward,
-    attention_room, attention, attention_backward, rotary};
+    QUERIES, attention_room, attention, attention_backward, attention_sum, rotary};
 
 }  // namespace fastlora::FASTLORA_ISA
