@@ -9,6 +9,7 @@ rank 0's) stands in the place of both: a resumed run chooses as the run before d
 """
 
 import datetime
+import functools
 import json
 import math
 import os
@@ -53,6 +54,7 @@ class Measurement(NamedTuple):
 RANKS = (16, 64, 256)  # for which the adapter's part is measured on a CPU
 
 
+@functools.cache
 def rank_case(rank: int) -> str:
     """What the measurements of the adapter's part go by that are nearest to this rank, in powers."""
     return f"lora_linear_rank_{next((one for one in RANKS if rank < 2 * one), RANKS[-1])}"

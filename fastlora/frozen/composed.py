@@ -162,7 +162,7 @@ def _stacked_keeps(keeps: Sequence[Tensor]) -> Tensor:  # G of [M, keep_bytes], 
     return torch.stack([keep if keep.numel() else drawn[0] for keep in keeps]) if drawn else _NONE
 
 
-def _flat(gradients: Sequence[Tensor], like: Tensor) -> Tensor:
+def _flat(gradients: list[Tensor], like: Tensor) -> Tensor:
     if len(gradients) == 1:
         return gradients[0]
     return torch.cat(gradients) if gradients else like.new_empty(0)
