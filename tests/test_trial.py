@@ -100,12 +100,13 @@ def test_the_trial_runs_once_and_is_kept(machine: Path, timed: list[list[str]]) 
     fastlora.accelerate(peft_model())
     restart()
     fastlora.accelerate(peft_model())
-    assert len(timed) == 14
+    assert len(timed) == 18
     fastlora.accelerate(peft_model(), frozen=True)
     model.add_adapter("other", model.peft_config["default"])
     fastlora.accelerate(model)
     assert {one.op.removesuffix("_backward") for one in table.entries("cpu")} == {
         "frozen_linear",
+        table.rank_case(2),
         "lora_linear",
         "multi_lora",
     }
