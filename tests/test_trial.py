@@ -80,12 +80,15 @@ def test_the_trial_runs_once_and_is_kept(machine: Path, timed: list[list[str]]) 
         torch.get_rng_state(), before
     )  # a run's random numbers do not depend on whether there was a trial
     many, few = ["reference", "cpu product"], ["reference", "cpu product", "cpu few_rows"]
-    assert timed == [few, many] * 2 + [many] * 2 + [["reference", "cpu"]] * 8
+    by_rank = ["reference", *(f"cpu {way}" for way in table.WAYS["cpu", table.rank_case(2)])]
+    assert timed == [few, many] * 2 + [many] * 2 + [by_rank] * 4 + [["reference", "cpu"]] * 8
     held = table.entries("cpu")
     assert {(one.rows, one.way) for one in held if one.op.startswith("frozen")} == {
         (rows, "product") for rows in (1, 8, 64)
     }
-    held = [one for one in held if not one.op.startswith("frozen")]
+    ranked = [one for one in held if one.op.startswith(table.rank_case(2))]
+    assert {(one.rows, one.dropout) for one in ranked} == {(64, False), (64, True)}
+    held = [one for one in held if not one.op.startswith("frozen") and one not in ranked]
     assert {one.op for one in held} == {"lora_linear", "lora_linear_backward"}
     assert {(one.rows, one.dropout) for one in held} == {(1, False), (8, False), (64, False), (64, True)}
     assert {one.size for one in held} == {"small"} and {one.dtype for one in held} == {"float32"}
@@ -97,12 +100,13 @@ def test_the_trial_runs_once_and_is_kept(machine: Path, timed: list[list[str]]) 
     fastlora.accelerate(peft_model())
     restart()
     fastlora.accelerate(peft_model())
-    assert len(timed) == 14
+    assert len(timed) == 18
     fastlora.accelerate(peft_model(), frozen=True)
     model.add_adapter("other", model.peft_config["default"])
     fastlora.accelerate(model)
     assert {one.op.removesuffix("_backward") for one in table.entries("cpu")} == {
         "frozen_linear",
+        table.rank_case(2),
         "lora_linear",
         "multi_lora",
     }

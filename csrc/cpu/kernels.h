@@ -74,6 +74,23 @@ struct Draw {
   int64_t keep_stride;
 };
 
+/// y [rows, width] = d(x), or y += d(x): dropout by the bits of keep, which are drawn first where they are to be.
+struct Dropout {
+  Kind kind;
+  int64_t width;
+  const void* x;  // a row every x_stride elements
+  int64_t x_stride;
+  uint8_t* keep;  // a row every keep_stride bytes
+  int64_t keep_stride;
+  bool draws;  // as a Draw of the seed and threshold
+  uint64_t seed;
+  uint32_t threshold;
+  float factor;  // of a kept element
+  bool adds;
+  void* y;  // a row every y_stride elements
+  int64_t y_stride;
+};
+
 constexpr int64_t COLUMN_UNIT = 64;      // cells begin at a multiple of this; panels and rows of bits are padded to one
 constexpr int64_t COEFFICIENT_UNIT = 8;
 constexpr int64_t TILE_LANES = 16, TILE_DEPTH = 32;
@@ -106,7 +123,7 @@ struct FewRows {
 
 constexpr int64_t FEW_ROWS = 8;
 
-/// y [M, N] = x Wᵀ + b for many rows, in float32.
+/// y [M, N] = x Wᵀ + b for many rows, or y += x Wᵀ, in float32.
 struct Product {
   int64_t rows, in, out;  // M, K, N
   const float* x;         // a row every x_stride elements
@@ -115,6 +132,7 @@ struct Product {
   int64_t weight_stride;
   bool by_column;
   const float* bias;      // [N] or null
+  bool adds;              // to y, without a bias
   float* y;               // dense
 };
 
@@ -213,6 +231,7 @@ struct Kernels {
   void (*read)(const Read&, const Segments&, const Cell&);
   void (*add)(const Add&, const Segments&, const Cell&);
   void (*narrow)(const float* from, int64_t count, uint16_t* to);                       // to bfloat16
+  void (*dropout)(const Dropout&, int64_t row_begin, int64_t row_end);
   void (*few_rows)(const FewRows&, int64_t column_begin, int64_t column_end);           // columns of y
   int64_t (*product_tiles)(const Product&);  // down the first columns of y, then the next
   void (*product)(const Product&, int64_t tile_begin, int64_t tile_end, float* panel);  // room for PANEL_COLUMNS · min(K + 15, PRODUCT_DEPTH)
