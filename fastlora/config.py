@@ -26,7 +26,7 @@ PROMPTS: tuple[Method, ...] = ("prompt", "prefix", "ptuning", "cartridge")
 WHOLE: tuple[Method, ...] = ("bitfit", "full")
 """What is saved as a model, not as an adapter: PEFT has no file for biases alone."""
 OPTIONS_OF: dict[str, tuple[Method, ...]] = {
-    **dict.fromkeys(("r", "lora_alpha", "lora_dropout", "use_rslora"), RANKED),
+    **dict.fromkeys(("r", "lora_alpha", "lora_dropout", "use_rslora"), (*RANKED, "full")),  # full has always taken them, and has no use for them
     "target_modules": (*RANKED, "ia3", "norm"),
     "num_virtual_tokens": PROMPTS,
     **dict.fromkeys(("prompt_tuning_init", "prompt_tuning_init_text"), ("prompt",)),
@@ -72,11 +72,11 @@ class TrainConfig:
     )
     method: Method = option(
         "What is trained: an adapter (lora, dora, ia3), a soft prompt (prompt, prefix, ptuning, cartridge), a part of the model (norm, tokens,"
-        " bitfit), the whole of it (full), or what --peft-config says (peft).",
+        " bitfit), the whole of it (full), or what peft_config says (peft).",
         "lora",
     )
     peft_config: str | Path | None = option(
-        "A configuration of PEFT's, of any of its methods, as JSON; for --method peft.", None, typed=Path
+        "A configuration of PEFT's, of any of its methods, as JSON, for method peft.", None, typed=Path
     )
     r: int = option("Rank of the adapter.", DEFAULT_R)
     lora_alpha: float = option("The update is scaled by lora_alpha / r.", 32)

@@ -7,7 +7,7 @@
     frozen_linear           y = x Wᵀ + b
     prefix_concat           rows [P ; x] with mask, positions and labels
     linear_cross_entropy    the loss of labels under logits h Wᵀ + b
-    attention               softmax(scale q kᵀ) v within segments of tokens
+    attention               softmax(scale q kᵀ) v within segments of tokens, and over what they share
     rms_norm                x w / sqrt(mean(x²) + eps)
     rotary                  queries and keys turned by the angles of their positions
     swiglu                  silu(gate) up

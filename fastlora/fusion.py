@@ -21,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from fastlora import checks, ops, reference
 from fastlora.bounds import nearly_equal
-from fastlora.operators.attention import within
+from fastlora.operators.attention import check_segments, within
 from fastlora.operators.rms_norm import rms_norm
 from fastlora.operators.rotary import rotary
 from fastlora.operators.swiglu import swiglu
@@ -137,7 +137,13 @@ def with_attention(plain: Any) -> type:
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return (own if torch.compiler.is_compiling() else ours)(self, *args, **kwargs)
+        if not torch.compiler.is_compiling():
+            return ours(self, *args, **kwargs)
+        if kwargs.get("segment_parents") is not None:
+            raise ValueError(
+                "segment_parents: got them in a compiled model, expected one that is not: its own attention runs"
+            )
+        return own(self, *args, **kwargs)
 
     return derive(plain, with_attention, forward=forward)
 
@@ -188,12 +194,16 @@ def attend(
 ) -> tuple[Tensor, None]:
     """As transformers' sdpa_attention_forward, of q [B, H, T, D], k and v: by our operator where nothing is masked but what comes later.
 
-    options: cu_seq_lens_q [segments + 1] says which of a batch's one row of tokens see one another; the mask then says nothing.
+    options: cu_seq_lens_q [segments + 1] says which of a batch's one row of tokens see one another; the mask then says nothing. segment_parents
+    [segments] says whose keys they see before their own (operators/attention.py), which lie as cu_seq_lens_k has it.
 
     Raises:
-        ValueError: there is a cu_seq_lens_q, and more that the operator has not.
+        ValueError: there is a cu_seq_lens_q, and more that the operator has not; segment_parents is no tree, or without a cu_seq_lens_q.
     """
-    starts = options.get("cu_seq_lens_q")
+    starts, parents = options.get("cu_seq_lens_q"), options.get("segment_parents")
+    key_starts = None if parents is None else options.get("cu_seq_lens_k")
+    if parents is not None and starts is None:
+        raise ValueError("segment_parents: got no cu_seq_lens_q beside it, expected where its segments begin")
     obstacle = _attention_obstacle(query, key, value, None if starts is not None else attention_mask, options)
     if obstacle is None and starts is None:
         obstacle = _obstacle("attention", query.shape[1] * query.shape[3], query, key, value)
@@ -207,11 +217,23 @@ def attend(
     causal = getattr(module, "is_causal", True) if causal is None else causal
     scale = D**-0.5 if scale is None else scale
     starts = torch.arange(B + 1) * T if starts is None else starts.to("cpu", torch.int64)
-    q, k, v = (one.transpose(1, 2).reshape(B * T, one.shape[1], D) for one in (query, key, value))
-    return within(q, k, v, starts, scale, causal).view(B, T, H, D), None
+    parents, key_starts = (None if one is None else one.to("cpu", torch.int64) for one in (parents, key_starts))
+    q, k, v = (one.transpose(1, 2).flatten(0, 1) for one in (query, key, value))
+    if parents is not None:
+        check_segments(starts, len(q), parents, key_starts, len(k))
+    return within(q, k, v, starts, scale, causal, parents, key_starts).view(B, T, H, D), None
 
 
-PLAIN_OPTIONS = ("scaling", "is_causal", "dropout", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+PLAIN_OPTIONS = (
+    "scaling",
+    "is_causal",
+    "dropout",
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "segment_parents",
+)
 IGNORED_OPTIONS = ("position_ids", "use_cache", "num_items_in_batch", "output_attentions", "output_hidden_states")
 
 
@@ -232,7 +254,8 @@ def _attention_obstacle(
         return f"it is given {', '.join(more)}"
     if query.device.type != "cpu":
         return f"torch has its own on {query.device.type} devices"
-    if query.shape[2] != key.shape[2] or query.shape[3] != value.shape[3] or query.shape[0] != key.shape[0]:
+    more_keys = query.shape[2] != key.shape[2] and options.get("segment_parents") is None
+    if more_keys or query.shape[3] != value.shape[3] or query.shape[0] != key.shape[0]:
         return "there are other keys than queries"
     return None
 

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from fastlora import ops
+from fastlora.choice import table
 from fastlora.frozen import products
 
 CASES = {
-    "cpu": ("lora_linear", "lora_linear_shared", "multi_lora", "multi_lora_shared"),
+    "cpu": ("lora_linear", "lora_linear_shared", "multi_lora", "multi_lora_shared", *map(table.rank_case, table.RANKS)),
     "cuda": ("lora_linear", "lora_linear_shared", "multi_lora"),
 }
 """Of lora_linear: layers with mixed rows run one after the other on a card."""

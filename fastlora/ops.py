@@ -35,11 +35,16 @@ for _schema in (
     " -> (Tensor y, Tensor xa)",
     # The same for many rows, in float32.
     "product_cpu(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
+    "add_product_cpu(Tensor(a!) y, Tensor x, Tensor weight) -> ()",
     # What lora_linear adds to products with frozen weights: to y, and to dx.
     "lora_update_cpu(Tensor(a!)[] y, Tensor x, Tensor[] lora_a, Tensor[] lora_b, float[] scale, float[] dropout_p, Tensor? seed, Tensor? order,"
     " Tensor? offsets) -> (Tensor xa, Tensor keep)",
     "lora_update_backward_cpu(Tensor(a!)? dx, Tensor[] dy, Tensor x, Tensor[] lora_a, Tensor[] lora_b, Tensor xa, Tensor keep, float[] scale,"
     " float[] dropout_p, Tensor? order, Tensor? offsets, bool need_da, bool need_db) -> (Tensor da, Tensor db)",
+    # Dropout alone, where torch multiplies what it leaves: keep [M, keep_bytes] is drawn, or read; the last adds to y.
+    "draw_dropout_cpu(Tensor x, float p, Tensor seed) -> (Tensor y, Tensor keep)",
+    "dropout_cpu(Tensor x, float p, Tensor keep) -> Tensor",
+    "add_dropout_cpu(Tensor(a!) y, Tensor x, float p, Tensor keep) -> ()",
     # prefix_concat for a call that nobody traces: plain numbers for what is no data; missing: whether a token's number does not exist (1), or a
     # prompt's (2).
     "prefix_concat_now_cpu(Tensor prompts, int[] starts, int max_prompt, Tensor? prompt_index, Tensor? embeds, Tensor? input_ids, Tensor? embedding,"

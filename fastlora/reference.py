@@ -12,6 +12,7 @@ says whether column 8 i + j is kept; the bits beyond K are unspecified, and so a
 at all is dropped, keep has no elements.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -432,53 +433,81 @@ def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
 
 def attention(
     q: Tensor,  # [T, H, D]
-    k: Tensor,  # [T, a divisor of H, D]: as many heads of q in a row share one of k and v
+    k: Tensor,  # [N, a divisor of H, D]: as many heads of q in a row share one of k and v
     v: Tensor,
-    starts: Tensor,  # [segments + 1] int64 on the CPU: tokens starts[i] : starts[i + 1] see one another, and no others
+    starts: Tensor,  # [segments + 1] int64 on the CPU: tokens starts[i] : starts[i + 1] see one another
     scale: float,
     causal: bool,
+    segment_parents: Tensor | None = None,  # [segments] int64 on the CPU: an earlier segment, or -1; None: -1 for all
+    key_starts: Tensor | None = None,  # as starts, of the keys; None: N = T, and the keys lie as the queries
 ) -> tuple[Tensor, Tensor]:  # out [T, H, D], lse [T, H] in float32 or wider
-    """out = softmax(scale q kᵀ) v within each segment (Vaswani et al. 2017, Attention Is All You Need, equation 1); causal: none sees later tokens.
+    """out = softmax(scale q kᵀ) v (Vaswani et al. 2017, Attention Is All You Need, equation 1) over the keys that a segment's queries see.
 
-    Computed in float32 or wider, and rounded once. lse is log sum exp of a token's scores.
+    These are its own, and before them all of its parent's, of the parent's parent and so on; no others. causal: none sees later tokens of its own
+    segment. Computed in float32 or wider, and rounded once. lse is log sum exp of a token's scores.
     """
-    outs, lses = [], []
-    for rows, keys, values in zip(*(_heads(one, q, starts) for one in (q, k, v)), strict=True):
+    out, lse = _wide(torch.empty_like(q)), _wide(q.new_empty(q.shape[:2]))
+    for queries, seen in visible(starts, segment_parents, key_starts):
+        rows, keys, values = _heads(q, q, [queries]), _heads(k, q, seen), _heads(v, q, seen)
         scores = _scores(rows, keys, scale, causal)
-        lses.append(scores.logsumexp(-1).T)
-        outs.append((scores.softmax(-1) @ values).transpose(0, 1))
-    return torch.cat(outs).to(q.dtype), torch.cat(lses)
+        lse[queries] = scores.logsumexp(-1).T
+        out[queries] = (scores.softmax(-1) @ values).transpose(0, 1)
+    return out.to(q.dtype), lse
 
 
 def attention_backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, scale: float, causal: bool
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    starts: Tensor,
+    scale: float,
+    causal: bool,
+    segment_parents: Tensor | None = None,
+    key_starts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # dq, dk, dv
     """dV = Pᵀ dout;  dS = P (dout Vᵀ - rowsum(dout out));  dq = scale dS K;  dk = scale dSᵀ q: of P = exp(scale q kᵀ - lse).
 
-    Heads of q that share a head of k and v add up there. In float32 or wider, rounded once.
+    Heads of q that share a head of k and v add up there, and so do all segments that see a key. In float32 or wider, rounded once.
     """
-    dqs, dks, dvs = [], [], []
-    parts = (_heads(one, q, starts) for one in (q, k, v, dout, out, lse[..., None]))
-    for rows, keys, values, d, o, log_sum in zip(*parts, strict=True):
+    dq, dk, dv = (_wide(torch.zeros_like(one)) for one in (q, k, v))
+    for queries, seen in visible(starts, segment_parents, key_starts):
+        rows, d, o, log_sum = (_heads(one, q, [queries]) for one in (q, dout, out, lse[..., None]))
+        keys, values = _heads(k, q, seen), _heads(v, q, seen)
         p = (_scores(rows, keys, scale, causal) - log_sum).exp()
         ds = p * (d @ values.transpose(1, 2) - (d * o).sum(-1, keepdim=True)) * scale
-        dqs.append((ds @ keys).transpose(0, 1))
-        dks.append((ds.transpose(1, 2) @ rows).transpose(0, 1))
-        dvs.append((p.transpose(1, 2) @ d).transpose(0, 1))
-    dk, dv = (torch.cat(one).unflatten(1, (k.shape[1], -1)).sum(2).to(k.dtype) for one in (dks, dvs))
-    return torch.cat(dqs).to(q.dtype), dk, dv
+        dq[queries] = (ds @ keys).transpose(0, 1)
+        for total, part in ((dk, ds.transpose(1, 2) @ rows), (dv, p.transpose(1, 2) @ d)):
+            summed = part.transpose(0, 1).unflatten(1, (k.shape[1], -1)).sum(2)
+            for where, own in zip(seen, summed.split([one.stop - one.start for one in seen]), strict=True):
+                total[where] += own
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _heads(
-    x: Tensor, q: Tensor, starts: Tensor
-) -> list[Tensor]:  # [T, its own heads, D] -> of each segment [H, tokens, D]
-    wide = _wide(x).repeat_interleave(q.shape[1] // x.shape[1], 1).transpose(0, 1)
-    return list(wide.split(starts.diff().tolist(), 1))
+def visible(
+    starts: Tensor, segment_parents: Tensor | None, key_starts: Tensor | None
+) -> list[tuple[slice, list[slice]]]:
+    """Of each segment its queries, and where the keys lie that they see: its ancestors' in full, the eldest first, and its own last."""
+    queries, own = (
+        [slice(*ends) for ends in itertools.pairwise(one.tolist())]
+        for one in (starts, starts if key_starts is None else key_starts)
+    )
+    seen: list[list[slice]] = []
+    for keys, parent in zip(own, [-1] * len(own) if segment_parents is None else segment_parents.tolist(), strict=True):
+        seen.append([*(seen[parent] if parent >= 0 else ()), keys])
+    return list(zip(queries, seen, strict=True))
 
 
-def _scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:  # [H, tokens, tokens]
+def _heads(x: Tensor, q: Tensor, places: list[slice]) -> Tensor:  # [tokens, its own heads, D] -> [H, of those, D]
+    wide = torch.cat([_wide(x[place]) for place in places])
+    return wide.repeat_interleave(q.shape[1] // x.shape[1], 1).transpose(0, 1)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, causal: bool) -> Tensor:  # [H, queries, keys]: the last keys are theirs
     scores = scale * (q @ k.transpose(1, 2))
-    later = scores.new_ones(scores.shape[1:], dtype=torch.bool).triu(1)
+    later = scores.new_ones(scores.shape[1:], dtype=torch.bool).triu(k.shape[1] - q.shape[1] + 1)
     return scores.masked_fill(later, -torch.inf) if causal else scores
 
 

@@ -1,4 +1,4 @@
-"""attention: softmax(scale q kᵀ) v within segments of tokens, every implementation by its name."""
+"""attention: softmax(scale q kᵀ) v within segments of tokens and over their ancestors, every implementation by its name."""
 
 from collections.abc import Callable
 from functools import partial
@@ -35,6 +35,8 @@ class Case(NamedTuple):
     key_heads: int = 2
     D: int = 16
     causal: bool = True
+    parents: tuple[int, ...] | None = None
+    keys: tuple[int, ...] | None = None  # where they are others than queries
 
 
 CASES = {
@@ -46,6 +48,18 @@ CASES = {
     "beyond a block, everyone sees all": Case((3, 131), 2, 2, 24, causal=False),
     "wide heads": Case((61,), 2, 1, 128),
     "odd heads": Case((50, 49), 3, 3, 33),
+    "behind a shared segment": Case((20, 6, 0, 7), parents=(-1, 0, 0, 0)),
+    "behind keys alone": Case((0, 6, 7), parents=(-1, 0, 0), keys=(9, 6, 7)),
+    "chains and roots": Case((5, 3, 4, 8, 0, 2, 0), 3, 1, parents=(-1, 0, 1, -1, 1, 4, 3)),
+    "a tree, everyone sees all": Case((5, 0, 4, 8), causal=False, parents=(-1, 0, 1, 0), keys=(5, 2, 4, 8)),
+    "by turns behind two": Case((4, 5, 6, 7, 8, 3), parents=(-1, -1, 1, 0, 1, 0)),
+    "keys that nobody sees": Case((0, 3, 0), parents=(-1, -1, 1), keys=(5, 3, 2)),
+    "no queries": Case((0, 0), parents=(-1, 0), keys=(5, 3)),
+    "beyond a block, behind more": Case((150, 60, 70, 130), 4, 2, 24, parents=(-1, 0, 0, 1)),
+    "several a part": Case((200, *[30] * 9), parents=(-1, *[0] * 9)),
+    "cut": Case((530,), 2, 1),
+    "cut, everyone sees all": Case((530,), 2, 1, causal=False),
+    "cut, behind keys": Case((0, 530, 3), 4, 2, parents=(-1, 0, 0), keys=(70, 530, 3)),
 }
 
 
@@ -53,22 +67,37 @@ def starts_of(lengths: tuple[int, ...]) -> Tensor:
     return torch.tensor([0, *lengths]).cumsum(0)
 
 
+def tree_of(case: Case) -> dict[str, Tensor]:
+    found = {} if case.parents is None else {"segment_parents": torch.tensor(case.parents)}
+    return found if case.keys is None else {**found, "key_starts": starts_of(case.keys)}
+
+
 def ours(case: Case) -> Callable[..., Tensor]:
-    return lambda q, k, v: attention(q, k, v, starts_of(case.lengths), causal=case.causal)
+    starts, tree = starts_of(case.lengths), tree_of(case)
+    return lambda q, k, v: attention(q, k, v, starts, causal=case.causal, **tree)
+
+
+def seen_by(segment: int, case: Case, of_each: tuple[Tensor, ...]) -> list[Tensor]:
+    """What the segment and its ancestors have, the eldest first."""
+    parent = -1 if case.parents is None else case.parents[segment]
+    return [*(seen_by(parent, case, of_each) if parent >= 0 else []), of_each[segment]]
 
 
 def eager(case: Case) -> Callable[..., Tensor]:
     """torch's own, a segment at a time."""
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        parts = zip(*(one.split(list(case.lengths)) for one in (q, k, v)), strict=True)
+        keys, values = (one.split(list(case.keys or case.lengths)) for one in (k, v))
         group = case.heads // case.key_heads
         outs = []
-        for rows, keys, values in parts:
-            heads = (rows, keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1))
+        for segment, rows in enumerate(q.split(list(case.lengths))):
+            seen = (torch.cat(seen_by(segment, case, one)).repeat_interleave(group, 1) for one in (keys, values))
+            heads = (rows, *seen)
             scores = torch.einsum("ihd,jhd->hij", heads[0], heads[1]) * case.D**-0.5
             if case.causal:
-                scores = scores.masked_fill(torch.ones(scores.shape[1:], device=q.device).triu(1).bool(), -torch.inf)
+                before = scores.shape[2] - scores.shape[1]
+                later = torch.ones(scores.shape[1:], device=q.device).triu(1 + before).bool()
+                scores = scores.masked_fill(later, -torch.inf)
             outs.append(torch.einsum("hij,jhd->ihd", F.softmax(scores, -1), heads[2]))
         return torch.cat(outs)
 
@@ -76,9 +105,9 @@ def eager(case: Case) -> Callable[..., Tensor]:
 
 
 def draw(case: Case, dtype: torch.dtype = torch.float32, device: str = "cpu", scale: float = 2.0) -> list[Tensor]:
-    T = sum(case.lengths)
-    heads = (case.heads, case.key_heads, case.key_heads)
-    return [(torch.randn(T, count, case.D) * scale).to(device, dtype) for count in heads]
+    queries, keys = sum(case.lengths), sum(case.keys or case.lengths)
+    shapes = ((queries, case.heads), (keys, case.key_heads), (keys, case.key_heads))
+    return [(torch.randn(*shape, case.D) * scale).to(device, dtype) for shape in shapes]
 
 
 @pytest.mark.parametrize("layout", [lambda one: one, gapped], ids=["dense", "gaps"])
@@ -110,6 +139,34 @@ def test_a_segment_knows_nothing_of_the_others(device: str, implementation: str)
     )
 
 
+def test_a_segment_knows_nothing_of_its_siblings(device: str, implementation: str) -> None:
+    """Nor of its nephews: not even where they have no numbers."""
+    case = Case((7, 20, 9, 4), parents=(-1, 0, 0, 1))
+    q, k, v = draw(case, device=device)
+    alone = attention(*(torch.cat((one[:7], one[27:36])) for one in (q, k, v)), starts_of((7, 9)), **tree_of(CHAIN))
+    for one in (q, k, v):
+        one[7:27], one[36:] = torch.nan, torch.nan
+    found = ours(case)(q, k, v)
+    assert torch.equal(found[:7], alone[:7]) and torch.equal(found[27:36], alone[7:])
+
+
+CHAIN = Case((7, 9), parents=(-1, 0))
+
+
+def test_what_rows_share_may_lie_there_once(device: str, implementation: str) -> None:
+    """Or in front of each: the gradients of what is shared are the sums."""
+    rows, shared = Case((29, 33)), Case((20, 9, 13), parents=(-1, 0, 0))
+    inputs = draw(shared, device=device)
+    place = torch.tensor([*range(20), *range(20, 29), *range(20), *range(29, 42)])
+    inside = torch.tensor([*range(29), *range(49, 62)])  # where each is, for the first time
+    found = results(ours(shared), inputs, [0, 1, 2])
+
+    def unshared(*given: Tensor) -> Tensor:
+        return ours(rows)(*(one[place] for one in given))[inside]
+
+    assert all(map(nearly_equal, found, results(unshared, inputs, [0, 1, 2])))
+
+
 def test_later_tokens_are_not_seen(device: str, implementation: str) -> None:
     """To the last bit, though they are larger by far."""
     q, k, v = draw(Case((150,)), device=device)
@@ -132,23 +189,24 @@ def test_gradcheck(device: str) -> None:
     inputs = [one.requires_grad_() for one in draw(case, torch.float64, device, 1.0)]
     assert torch.autograd.gradcheck(ours(case), inputs)
     assert torch.autograd.gradcheck(ours(case._replace(causal=False)), inputs)
+    tree = Case((3, 0, 2, 4), 2, 1, 3, parents=(-1, 0, 1, 0), keys=(3, 2, 2, 4))
+    inputs = [one.requires_grad_() for one in draw(tree, torch.float64, device, 1.0)]
+    assert torch.autograd.gradcheck(ours(tree), inputs)
 
 
-def test_nothing_depends_on_who_watches(device: str, implementation: str) -> None:
-    case = Case((5, 9))
-    starts = starts_of(case.lengths)
+TREES = [Case((5, 9)), Case((5, 0, 9, 3), parents=(-1, -1, 1, 0), keys=(5, 4, 9, 3))]
+
+
+@pytest.mark.parametrize("case", TREES, ids=["segments", "tree"])
+def test_nothing_depends_on_who_watches(device: str, implementation: str, case: Case) -> None:
     values = partial(draw, case, torch.bfloat16, device)
-
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, k, v, starts)
-
-    check_repeats(run, values, [0, 1, 2])
-    check_compiles(run, values, [0, 1, 2])
-    check_on_meta(run, values, [0, 1, 2])
+    check_repeats(ours(case), values, [0, 1, 2])
+    check_compiles(ours(case), values, [0, 1, 2])
+    check_on_meta(ours(case), values, [0, 1, 2])
 
 
-def test_each_alone(device: str, implementation: str) -> None:
-    case = Case((5, 9))
+@pytest.mark.parametrize("case", TREES, ids=["segments", "tree"])
+def test_each_alone(device: str, implementation: str, case: Case) -> None:
     check_each_alone(ours(case), partial(draw, case, device=device), [0, 1, 2])
 
 
@@ -163,8 +221,13 @@ def test_tokens_and_elements_choose(monkeypatch: pytest.MonkeyPatch) -> None:
     check_choice("attention", ours(case), draw(case), 14, 896, monkeypatch)
 
 
-def test_threads_share_the_work_and_change_nothing(implementation: str, device: str) -> None:
-    case, threads = Case((40, 3, 170, 66)), torch.get_num_threads()
+@pytest.mark.parametrize(
+    "case",
+    [Case((40, 3, 170, 66)), Case((900, 7), 2, 2), Case((180, *[40] * 8), parents=(-1, *[0] * 8))],
+    ids=["segments", "one is cut", "siblings"],
+)
+def test_threads_share_the_work_and_change_nothing(implementation: str, device: str, case: Case) -> None:
+    threads = torch.get_num_threads()
     inputs = draw(case, device=device)
     try:
         found = []
@@ -183,6 +246,15 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.fastlora.attention.default, (q, k, v, *rest))
     out, lse = torch.ops.fastlora.attention(q, k, v, *rest)
     torch.library.opcheck(torch.ops.fastlora.attention_backward.default, (q, q, k, v, out, lse, *rest))
+    q, k, v = draw(TREES[1])
+    tree = (*starts_and_rest(TREES[1]), *tree_of(TREES[1]).values())
+    torch.library.opcheck(torch.ops.fastlora.attention.default, (q, k, v, *tree))
+    out, lse = torch.ops.fastlora.attention(q, k, v, *tree)
+    torch.library.opcheck(torch.ops.fastlora.attention_backward.default, (q, q, k, v, out, lse, *tree))
+
+
+def starts_and_rest(case: Case) -> tuple[Tensor, float, bool]:
+    return starts_of(case.lengths), 0.25, case.causal
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -191,6 +263,18 @@ def test_where_torchs_own_is_faster_it_runs(causal: bool, monkeypatch: pytest.Mo
     monkeypatch.setattr(operator, "compute", None)
     case = Case((5, 9), causal=causal)
     check_bound(ours(case), eager(case), partial(draw, case), [0, 1, 2])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", ["behind keys alone", "chains and roots", "no queries"])
+def test_over_trees_too(causal: bool, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As near as torch's own is: twice as far from the exact result as eager for some numbers, without a tree as well."""
+    monkeypatch.setattr(operator, "choose", lambda *_: Choice("reference", "measured"))
+    monkeypatch.setattr(operator, "compute", None)
+    case = CASES[name]._replace(causal=causal)
+    inputs = draw(case)
+    pairs = zip(*(results(one(case), inputs, [0, 1, 2]) for one in (ours, eager)), strict=True)
+    assert all(nearly_equal(found, expected) for found, expected in pairs if found.numel())
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -233,6 +317,35 @@ def test_wrong_arguments(name: str, error: type[Exception], arguments: tuple) ->
         attention(*arguments)
 
 
+PARENTS = torch.tensor([-1, 0])
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "k", "tree"),
+    [
+        ("segment_parents", TypeError, K, {"segment_parents": [-1, 0]}),
+        ("segment_parents", ValueError, K, {"segment_parents": PARENTS[:1]}),
+        ("segment_parents", ValueError, K, {"segment_parents": PARENTS.float()}),
+        ("segment_parents", ValueError, K, {"segment_parents": PARENTS.to("meta")}),
+        ("segment_parents", ValueError, K, {"segment_parents": torch.tensor([-1, 1])}),  # itself
+        ("segment_parents", ValueError, K, {"segment_parents": torch.tensor([1, -1])}),  # a later one
+        ("segment_parents", ValueError, K, {"segment_parents": torch.tensor([-1, -2])}),
+        ("segment_parents", ValueError, K, {"segment_parents": torch.tensor([-1, 2])}),
+        ("key_starts", TypeError, K, {"key_starts": [0, 2, 6]}),
+        ("key_starts", ValueError, K, {"key_starts": torch.tensor([0, 6])}),
+        ("key_starts", ValueError, K, {"key_starts": torch.tensor([0.0, 2.0, 6.0])}),
+        ("key_starts", ValueError, K, {"key_starts": torch.tensor([1, 2, 6])}),
+        ("key_starts", ValueError, K, {"key_starts": torch.tensor([0, 7, 6])}),
+        ("key_starts", ValueError, K, {"key_starts": torch.tensor([0, 3, 6])}),
+        ("key_starts", ValueError, torch.ones(7, 2, 8), {"key_starts": torch.tensor([0, 2, 6])}),
+        ("v", ValueError, torch.ones(7, 2, 8), {"key_starts": torch.tensor([0, 2, 7])}),
+    ],
+)
+def test_wrong_trees(name: str, error: type[Exception], k: Tensor, tree: dict[str, Any]) -> None:
+    with pytest.raises(error, match=rf"^{name}: .*expected"):
+        attention(Q, k, k[:6] if name == "v" else k, STARTS, **tree)
+
+
 @pytest.mark.parametrize(("scale", "error"), [("1", TypeError), (torch.ones(()), TypeError), (torch.inf, ValueError)])
 def test_wrong_scales(scale: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="^scale: .*expected"):
@@ -252,3 +365,15 @@ def test_wrong_arguments_to_the_native_operator() -> None:
     ):
         with pytest.raises(RuntimeError, match="expected"):
             native(*arguments, 1.0, True)
+    for name, parents, key_starts in (
+        ("segment_parents", [-1], [0, 2, 6]),
+        ("segment_parents", [-1, 1], [0, 2, 6]),
+        ("segment_parents", [-2, 0], [0, 2, 6]),
+        ("key_starts", [-1, 0], [0, 6]),
+        ("key_starts", [-1, 0], [0, 3, 6]),
+        ("key_starts", [-1, 0], [0, 2, 7]),
+    ):
+        with pytest.raises(RuntimeError, match=f"{name}: .*expected"):
+            native(Q, K, K, STARTS, 1.0, True, torch.tensor(parents), torch.tensor(key_starts))
+    with pytest.raises(RuntimeError, match="k: .*expected"):
+        native(Q, torch.ones(7, 2, 8), torch.ones(7, 2, 8), STARTS, 1.0, True, PARENTS, None)

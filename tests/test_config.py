@@ -19,7 +19,7 @@ def make(**options: Any) -> TrainConfig:
     return TrainConfig(**{"model": "some/model", "data": "rows.jsonl", "output": "out", **options})
 
 
-WRONG = {int: ["16", 2.5, True, [1], None], float: ["x", True, [1.0], {}], bool: [1, "yes"], str: [1, b"x"]}
+WRONG = {int: ["16", 2.5, True, [1], None], float: ["x", True, [1.0], {}], bool: [1, "yes"], str: [1, b"x"], list: [3, ["a"], (1,)]}
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(TrainConfig)])
@@ -27,7 +27,7 @@ def test_every_option_is_held_to_its_type(name):
     """From the annotations themselves: an option that is added later is checked, too."""
     hint = TrainConfig.__annotations__[name]
     choice = next(iter(get_args(hint)), None) if get_origin(hint) is Literal else "a"
-    kinds = [kind for kind in WRONG if fits({int: 1, float: 1.5, bool: True, str: choice}[kind], hint)]
+    kinds = [kind for kind in WRONG if fits({int: 1, float: 1.5, bool: True, str: choice, list: [1]}[kind], hint)]
     assert kinds, f"{name} takes none of the types that this test knows"
     tried = [value for value in WRONG[kinds[0]] if not fits(value, hint)] + [object()]
     for value in tried:
@@ -55,7 +55,7 @@ def test_a_wrong_type_says_what_was_expected(option, value, message):
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("method", "dora"),
+        ("method", "vera"),
         ("r", 0),
         ("r", 2**16 + 1),  # no reader of adapters takes more
         ("r", 2**31),
@@ -98,7 +98,8 @@ def test_a_choice_lists_the_others_and_each_of_them_is_taken(name):
     choices = get_args(TrainConfig.__annotations__[name])
     with pytest.raises(ValueError, match=f"^{name}='none of them': expected {' or '.join(map(repr, choices))}$"):
         make(**{name: "none of them"})
-    assert [getattr(make(**{name: choice}), name) for choice in choices] == [*choices]
+    needed = {"tokens": {"token_indices": [1]}, "peft": {"peft_config": "c.json"}}
+    assert [getattr(make(**{name: one}, **needed.get(one, {})), name) for one in choices] == [*choices]
 
 
 def test_resume_from_implies_resume_and_excludes_overwrite():

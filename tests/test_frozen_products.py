@@ -213,3 +213,15 @@ def test_wrong_arguments_to_the_operators_themselves(name: str, arguments: tuple
     op = products.frozen_linear if len(arguments) == 3 else products.frozen_linear_backward
     with pytest.raises(ValueError, match=rf"^{name}: .*expected"):
         op(*arguments)
+
+
+def test_what_cannot_have_a_copy_goes_the_way_of_its_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, bool]] = []
+
+    def way(dtype: torch.dtype, rows: int, weight: Tensor, without_copy: bool = False) -> str:
+        asked.append((rows, without_copy))
+        return "plain" if without_copy else "packed"
+
+    monkeypatch.setattr(products, "_way", way)
+    assert products._find_way(X, WEIGHT) == ("plain", None)
+    assert asked == [(6, False), (6, True)]

@@ -92,6 +92,8 @@ def check_masks() -> None:
         xa, keep = update([y], x, [torch.eye(K)], [torch.zeros(M, K)], [1.0], [p], drawn)
         assert torch.equal(xa[0], expected) and not y.any(), f"forward, seed {seed}"
         assert torch.equal(reference.read_keep(keep[0], K), mask), f"keep, seed {seed}"
+        kept, alone = torch.ops.fastlora.draw_dropout_cpu(x, p, drawn)
+        assert torch.equal(kept, expected) and torch.equal(reference.read_keep(alone, K), mask), f"alone, seed {seed}"
         # dxa is the identity where dy and B are: dA = d(x), and dx = d'(A).
         one, dx = torch.eye(M), torch.zeros(M, K)
         da, _ = torch.ops.fastlora.lora_update_backward_cpu(

@@ -33,9 +33,9 @@ NATIVE = pytest.mark.skipif("cpu" not in implementations("lora_linear", "cpu"), 
 
 @pytest.fixture
 def packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No measurement sends a product to plain PyTorch; and no weight of an earlier test is left, whatever the order."""
+    """No measurement sends a product to plain PyTorch; and no weight or layer of an earlier test is left, whatever the order."""
     monkeypatch.setattr(ops, "forced", "cpu")
-    if packed._by_key:
+    if packed._by_key or packed._waiting:
         gc.collect()
 
 

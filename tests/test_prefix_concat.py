@@ -373,16 +373,20 @@ def test_without_gradients(device: str, implementation: str) -> None:
 
 def test_gradients_where_only_some_are_wanted(device: str, implementation: str) -> None:
     batch = make_batch(["0011", "1111"], device=device)
-    frozen = prefix_concat(batch.prompts, batch.embeds.detach(), batch.attention_mask, prompt_index=batch.prompt_index)
     full = prefix_concat(*batch[:3], prompt_index=batch.prompt_index)
     dout = torch.randn_like(full.embeds)
-    for some, all_of_it in zip(
-        gradients(frozen.embeds, batch.prompts, dout), gradients(full.embeds, batch.prompts, dout), strict=True
+    dembeds, *dprompts = gradients(full.embeds, (batch.embeds, *batch.prompts), dout)
+    frozen = [one.detach() for one in (batch.embeds, *batch.prompts)]
+    for prompts, embeds, leaves, wanted in (
+        (batch.prompts, frozen[0], batch.prompts, dprompts),
+        (frozen[1:], batch.embeds, [batch.embeds], [dembeds]),
     ):
-        assert torch.equal(some, all_of_it)
+        some = prefix_concat(prompts, embeds, batch.attention_mask, prompt_index=batch.prompt_index)
+        for grad, want in zip(gradients(some.embeds, leaves, dout), wanted, strict=True):
+            assert torch.equal(grad, want)
 
 
-def test_only_the_embeddings_are_differentiated() -> None:
+def test_only_the_embeddings_are_differentiated(device: str, implementation: str) -> None:
     """Of the results: neither a mask of floats, nor what has no gradient to give back."""
 
     class Stop(torch.autograd.Function):
@@ -394,7 +398,7 @@ def test_only_the_embeddings_are_differentiated() -> None:
         def backward(ctx: Any, dy: Tensor) -> None:
             return None
 
-    batch = make_batch(["0011", "1111"])
+    batch = make_batch(["0011", "1111"], device=device)
     result = prefix_concat(batch.prompts, batch.embeds, batch.attention_mask.float(), prompt_index=batch.prompt_index)
     assert result.embeds.requires_grad and not result.attention_mask.requires_grad
     Stop.apply(result.embeds).nan_to_num().sum().backward()

@@ -9,6 +9,7 @@ from conftest import implementations
 from test_prefix_concat import make_batch, raw_arguments, with_ids
 from torch import Tensor
 
+from fastlora import ops
 from fastlora.functional import prefix_concat
 
 
@@ -47,6 +48,8 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "embeds: None, ids alone": ("embeds", {"embeds": None, "input_ids": integers(2, 4)}),
     "embeds: None, embedding alone": ("embeds", {"embeds": None, "embedding": torch.ones(7, 5)}),
     "embeds: and ids": ("embeds", {"input_ids": integers(2, 4), "embedding": torch.ones(7, 5)}),
+    "embeds: and ids alone": ("embeds", {"input_ids": integers(2, 4)}),
+    "embeds: and embedding alone": ("embeds", {"embedding": torch.ones(7, 5)}),
     "embeds: 2-D": ("embeds", {"embeds": torch.ones(2, 4)}),
     "embeds: another T": ("embeds", {"embeds": torch.ones(2, 5, 5)}),
     "embeds: integers": ("embeds", {"embeds": integers(2, 4, 5)}),
@@ -97,7 +100,11 @@ def test_wrong_arguments(name: str, changes: dict[str, Any]) -> None:
         prefix_concat(**{**right_arguments(), **changes})
 
 
-def test_numbers_that_do_not_exist_are_told_with_those_that_do() -> None:
+@pytest.mark.parametrize("forced", [None, "reference"])
+def test_numbers_that_do_not_exist_are_told_with_those_that_do(
+    forced: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops, "forced", forced)
     for changes, message in (
         ({**IDS, "input_ids": integers(2, 4) + 7}, r"^input_ids: expected numbers from 0 to 6 \(embedding \[7, 5\]\)$"),
         ({"prompt_index": integers(2) + 3}, r"^prompt_index: expected numbers from 0 to 2 \(3 prompts\)$"),
@@ -107,8 +114,9 @@ def test_numbers_that_do_not_exist_are_told_with_those_that_do() -> None:
 
 
 def test_one_token_and_one_prompt_are_enough() -> None:
-    ids = {**IDS, "embedding": torch.ones(1, 5), "prompts": torch.ones(1, 2, 5), "prompt_index": None}
-    assert prefix_concat(**{**right_arguments(), **ids}).embeds.shape == (2, 6, 5)
+    ids = {**IDS, "embedding": torch.ones(1, 5), "prompt_index": None}
+    for prompts in (torch.ones(1, 2, 5), ONE):
+        assert prefix_concat(**{**right_arguments(), **ids, "prompts": prompts}).embeds.shape == (2, 6, 5)
 
 
 def test_an_embedding_that_trains_is_no_fault_where_nothing_does() -> None:

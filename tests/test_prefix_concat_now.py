@@ -7,11 +7,13 @@ import pytest
 import torch
 from bounds import gradients, print_accepted, run_apart
 from conftest import implementations
+from measurements import entry, hold
 from test_prefix_concat import MASKS, assert_same, make_batch, raw_arguments, with_ids
 from test_prefix_concat_arguments import IDS, WRONG, integers, right_arguments
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fastlora import ops
 from fastlora.functional import prefix_concat
 from fastlora.operators import prefix_concat as module
 
@@ -89,8 +91,47 @@ def test_prompts_of_another_dtype_get_gradients_of_their_own(dtype: torch.dtype,
     assert grad.shape == stacked.shape
 
 
+def run_backward(result: Any) -> None:
+    result.embeds.backward(torch.ones_like(result.embeds))
+
+
+def test_another_implementation_does_not_take_it(count: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "forced", "reference")
+    for arguments in (right_arguments(), stacked_arguments()):
+        run_backward(prefix_concat(**arguments))
+    assert count == []
+
+
+def test_the_backward_is_chosen_for_itself(count: list[str]) -> None:
+    hold(entry(0.5, "prefix_concat"), entry(2.0, "prefix_concat_backward"))
+    run_backward(prefix_concat(**stacked_arguments()))
+    assert count == ["_now"]
+
+
+def test_a_backward_that_is_watched_goes_through_torchs_dispatcher(count: list[str]) -> None:
+    result = prefix_concat(**stacked_arguments())
+    with Watched() as watched:
+        run_backward(result)
+    assert count == ["_now"] and "fastlora.prefix_concat_backward.default" in watched.names
+
+
+@pytest.mark.parametrize("looked_up", [False, True], ids=["embeds", "ids"])
+def test_what_csrc_checks_is_not_checked_twice(
+    looked_up: bool, count: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def line_up(prompts: Any) -> None:
+        raise AssertionError("the arguments are checked in Python")
+
+    monkeypatch.setattr(module, "_line_up", line_up)
+    for changes in ({}, {"labels": None, "position_ids": None}, {"prompts": torch.ones(1, 2, 5), "prompt_index": None}):
+        prefix_concat(**{**stacked_arguments(), **(IDS if looked_up else {}), **changes})
+    with torch.no_grad():  # where an embedding that trains is no fault
+        prefix_concat(**{**stacked_arguments(), **IDS, "embedding": torch.ones(7, 5, requires_grad=True)})
+    assert count == ["_now"] * 4
+
+
 def test_narrow_integers_take_it_too(count: list[str]) -> None:
-    """Once they are int64, which csrc asks for."""
+    """Once they are int64, which csrc asks for; of the tokens' and labels', which are often narrow, it is not asked in vain."""
     prompts, mask = torch.randn(2, 2, 5), torch.ones(2, 4, dtype=torch.bool)
     given = {"input_ids": integers(2, 4) + 3, "labels": integers(2, 4), "prompt_index": integers(2)}
     options = {"embedding": torch.randn(7, 5), "position_ids": integers(2, 4)}
@@ -98,7 +139,7 @@ def test_narrow_integers_take_it_too(count: list[str]) -> None:
     for name in given:
         narrow = prefix_concat(prompts, None, mask, **{**given, name: given[name].to(torch.int32)}, **options)
         assert_same(narrow, wide)
-    assert count.count("_now") >= 4
+    assert len(count) == 1 + 1 + 1 + 2  # the last is the prompt_index
 
 
 def stacked_arguments() -> dict[str, Any]:
@@ -114,6 +155,12 @@ def test_wrong_arguments(name: str, changes: dict[str, Any]) -> None:
     start = name.replace("[", r"\[").replace("]", r"\]")
     with pytest.raises((IndexError, TypeError, ValueError), match=rf"^{start}: .*expected"):
         prefix_concat(**{**stacked_arguments(), **changes})
+
+
+def test_prompts_without_a_dimension_are_not_taken_for_rows() -> None:
+    """csrc takes rows [sum P_i, D], which these could be."""
+    with pytest.raises(ValueError, match=r"^prompts: .*expected shape \[S, P, D\]"):
+        prefix_concat(torch.ones(1, 1), torch.ones(2, 4, 1), torch.ones(2, 4))
 
 
 def test_what_fails_in_csrc_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import fastlora
 from fastlora import ops
 from fastlora.peft import siblings
-from fastlora.peft.siblings import KEY, find_families, like_rows
+from fastlora.peft.siblings import KEY, are_few, find_families, like_rows
 
 X = torch.arange(7.0 * WIDTH).view(7, WIDTH) / 100
 
@@ -58,6 +58,8 @@ def test_a_few_rows_without_gradients_run_alone(monkeypatch: pytest.MonkeyPatch)
     assert calls == [3] and all("a few rows" not in reason for reason in reasons(model))
     assert_near([model(few)], expected[:1])
     assert calls == [3, 3] and family_of(model).dissolved is None
+    for device, expected in ((torch.device("cpu"), [True, False]), (torch.device("cuda"), [False, False])):
+        assert [are_few((3, rows, WIDTH), device) for rows in (2, 3)] == expected
 
 
 def test_a_layer_with_two_adapters_or_with_none_keeps_the_family_from_running(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,8 +203,11 @@ def test_each_result_is_given_out_once() -> None:
 def test_an_inference_tensor_is_computed_alone() -> None:
     model = seeing_model()
     with torch.inference_mode():
-        model(X.clone())
+        model(torch.randn(9, WIDTH))  # not few, which run alone anyhow
     assert attention_of(model).waiting == [None] * 3
+    with torch.no_grad():
+        model(torch.randn(9, WIDTH))
+    assert attention_of(model).waiting == [[1, 2], [2], None]
 
 
 def test_a_family_that_was_dissolved_stays_so() -> None:

@@ -8,12 +8,12 @@ import pytest
 import torch
 from bounds import make_layer
 from filelock import FileLock
-from measurements import a_machine, half_times, needs_native, restart, small_weights  # noqa: F401  (fixtures)
+from measurements import a_machine, choose, entry, half_times, needs_native, restart, small_weights  # noqa: F401  (fixtures)
 from torch import Tensor
 
 import fastlora
 from fastlora import functional, ops
-from fastlora.choice import measure, table, trial
+from fastlora.choice import measure, problems, table, trial
 from fastlora.frozen import packed, products
 
 
@@ -80,12 +80,15 @@ def test_the_trial_runs_once_and_is_kept(machine: Path, timed: list[list[str]]) 
         torch.get_rng_state(), before
     )  # a run's random numbers do not depend on whether there was a trial
     many, few = ["reference", "cpu product"], ["reference", "cpu product", "cpu few_rows"]
-    assert timed == [few, many] * 2 + [many] * 2 + [["reference", "cpu"]] * 8
+    by_rank = ["reference", *(f"cpu {way}" for way in table.WAYS["cpu", table.rank_case(2)])]
+    assert timed == [few, many] * 2 + [many] * 2 + [by_rank] * 4 + [["reference", "cpu"]] * 8
     held = table.entries("cpu")
     assert {(one.rows, one.way) for one in held if one.op.startswith("frozen")} == {
         (rows, "product") for rows in (1, 8, 64)
     }
-    held = [one for one in held if not one.op.startswith("frozen")]
+    ranked = [one for one in held if one.op.startswith(table.rank_case(2))]
+    assert {(one.rows, one.dropout) for one in ranked} == {(64, False), (64, True)}
+    held = [one for one in held if not one.op.startswith("frozen") and one not in ranked]
     assert {one.op for one in held} == {"lora_linear", "lora_linear_backward"}
     assert {(one.rows, one.dropout) for one in held} == {(1, False), (8, False), (64, False), (64, True)}
     assert {one.size for one in held} == {"small"} and {one.dtype for one in held} == {"float32"}
@@ -97,12 +100,13 @@ def test_the_trial_runs_once_and_is_kept(machine: Path, timed: list[list[str]]) 
     fastlora.accelerate(peft_model())
     restart()
     fastlora.accelerate(peft_model())
-    assert len(timed) == 14
+    assert len(timed) == 18
     fastlora.accelerate(peft_model(), frozen=True)
     model.add_adapter("other", model.peft_config["default"])
     fastlora.accelerate(model)
     assert {one.op.removesuffix("_backward") for one in table.entries("cpu")} == {
         "frozen_linear",
+        table.rank_case(2),
         "lora_linear",
         "multi_lora",
     }
@@ -128,8 +132,68 @@ def test_no_trial(machine: Path, timed: list[list[str]], monkeypatch: pytest.Mon
     restart()
     trial.try_out({"lora_linear": [torch.ones(8, 8, device="meta"), torch.ones(8, 8, dtype=torch.float64)]})
     assert timed == [] and not machine.exists()
-    trial.try_out(small_weights())
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        trial.try_out(small_weights())
+    assert timed == []
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)  # nobody asks: it may raise there
+        trial.try_out(small_weights())
     assert len(timed) == 8
+    monkeypatch.setattr(table, "alone", lambda device_type: pytest.fail("nothing is missing, and a lock is asked for"))
+    trial.try_out(small_weights())
+
+
+@needs_native
+def test_what_another_process_measured_meanwhile_is_not_measured(
+    machine: Path, timed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor is a file written that says nothing new; nor one where nothing could be measured."""
+    kept: list[Any] = []
+    missing, bars = iter((["one"], [])), []
+    monkeypatch.setattr(trial, "_missing", lambda *_: next(missing))
+    monkeypatch.setattr(table, "keep", lambda *what: kept.append(what))
+    monkeypatch.setattr(trial, "tqdm", lambda steps, **bar: bars.append(bar) or steps)
+    trial.try_out({"lora_linear": [torch.ones(8, 8)]})
+    trial._try_out(torch.device("cpu"), problems.listed("cpu", ["lora_linear"], [torch.float64], ["small"]))
+    assert timed == [] and kept == []
+    assert all(bar["leave"] is False and bar["disable"] is None for bar in bars) and len(bars) == 2
+
+
+@needs_native
+@pytest.mark.parametrize("rank", [0, 1])
+def test_all_processes_choose_as_the_first_does(
+    rank: int, machine: Path, timed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = {"cpu": [list(entry(2.0))]}
+    sent: list[Any] = []
+
+    def broadcast(what: list[Any], src: int) -> None:
+        sent.append((what[0], src))
+        what[:] = [told] if rank else what
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    trial.try_out(small_weights())
+    assert len(timed) == (0 if rank else 8)
+    assert sent == [({"cpu": []} if rank else table.state(), 0)]
+    assert table.is_fixed() is bool(rank) and choose() == ("reference" if rank else "cpu")
+
+
+def test_where_a_weight_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, card = torch.device("cpu"), torch.device("cuda", 1)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for there, places in ((False, [cpu]), (True, [cpu, torch.device("cuda", 0)])):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert trial._places(cpu) == places and trial._places(card) == [card]
+    assert trial._dtypes(card, torch.float32) == [torch.float32, torch.bfloat16]
+    assert trial._dtypes(card, torch.float16) == [torch.float16] and trial._dtypes(cpu, torch.float32) == [
+        torch.float32
+    ]
 
 
 def test_a_model_that_is_yet_to_be_moved_has_a_trial_on_the_card(

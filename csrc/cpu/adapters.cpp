@@ -476,8 +476,7 @@ Batch split_rows(const Tensor& x, const Adapters& adapters, const std::vector<in
   int64_t gradient_row = 0, panel_row = 0, pair_row = 0;
   for (int64_t i = 0; i < static_cast<int64_t>(adapters.a.size()); ++i) {
     const int64_t layer = i / adapters.each(), of_layer = i % adapters.each();
-    // reference.py::drop_threshold and keep_scale.
-    const int64_t threshold = drops ? static_cast<int64_t>(65536 * adapters.dropout_p[i] + 0.5) : 0;
+    const Drop drop = drop_of(drops ? adapters.dropout_p[i] : 0);
     Segment segment{};
     segment.begin = bounds[of_layer];
     segment.end = bounds[of_layer + 1];
@@ -488,8 +487,8 @@ Batch split_rows(const Tensor& x, const Adapters& adapters, const std::vector<in
     segment.pair_row = pair_row;
     segment.tiled = takes_tiles(x, segment.end - segment.begin, segment.rank);
     segment.seed = seeds ? static_cast<uint64_t>(seeds->const_data_ptr<int64_t>()[layer]) : 0;
-    segment.threshold = static_cast<uint32_t>(threshold);
-    segment.factor = threshold < 65536 ? static_cast<float>(65536.0 / static_cast<double>(65536 - threshold)) : 0.0f;
+    segment.threshold = drop.threshold;
+    segment.factor = drop.factor;
     batch.segments.push_back(segment);
     batch.is_whole = batch.is_whole && segment.rank == batch.ranks;
     gradient_row += segment.rank;

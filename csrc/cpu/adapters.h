@@ -25,6 +25,17 @@ inline Kind kind_of(const Tensor& tensor) {
 
 static_assert(COLUMN_UNIT % 64 == 0);  // what keep_bytes rounds up to
 
+/// reference.py::drop_threshold and keep_scale.
+struct Drop {
+  uint32_t threshold;
+  float factor;
+};
+
+inline Drop drop_of(double p) {
+  const auto threshold = static_cast<uint32_t>(65536 * p + 0.5);
+  return {threshold, threshold < 65536 ? static_cast<float>(65536.0 / (65536 - threshold)) : 0.0f};
+}
+
 inline float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
 /// The matrix itself where each row lies together in memory, however far the rows are apart; else a copy.

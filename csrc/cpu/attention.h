@@ -1,8 +1,8 @@
-// out = softmax(scale q kᵀ) v of one segment of tokens and one head of keys, for all heads of queries that share it; and its gradients. Compiled once
-// per instruction set, as vector.h.
+// out = softmax(scale q kᵀ) v of some queries and one head of keys, for all heads of queries that share it; and its gradients. Compiled once per
+// instruction set, as vector.h.
 //
-// The segment's keys and values are widened to float32 once; they stay in the second-level cache. A block of queries then meets a block of keys at a
-// time, with a running maximum and sum (Milakov and Gimelshein 2018, Online normalizer calculation for softmax; Dao et al. 2022, FlashAttention).
+// A part's keys and values are widened to float32 once; they stay in the second-level cache. A block of queries then meets a block of keys at a
+// time, the ancestors' before its own, with a running maximum and sum (Milakov and Gimelshein 2018, Online normalizer calculation for softmax; Dao et al. 2022, FlashAttention).
 // The backward computes the probabilities again, from lse = log sum exp. All sums are float32, of at most BLOCK products before they are added.
 #pragma once
 
@@ -92,18 +92,40 @@ struct Room {
   }
 };
 
-struct Sizes {
-  int64_t tokens, width;
-
-  int64_t columns() const { return padded(width, WIDTH); }      // of a row of q, k or v
-  int64_t keys() const { return padded(tokens, PANEL_COLUMNS); }  // of a row of kᵀ
+/// Where the keys of one segment lie in the room, widened, and the sums of their gradients.
+struct Stretch {
+  Panel keys, values, turned_keys, turned_values, dk, dv;  // the last three are a backward's
 };
 
-int64_t attention_room(int64_t tokens, int64_t width, bool backward) {
-  const Sizes sizes{tokens, width};
-  const int64_t whole = padded(tokens, WIDTH) * sizes.columns(), turned = sizes.columns() * sizes.keys();
-  const int64_t rows = padded(QUERIES, WIDTH) * sizes.columns(), scores = padded(QUERIES, WIDTH) * KEYS;
-  return backward ? 4 * whole + 2 * turned + 3 * rows + 2 * scores : 2 * whole + turned + 2 * rows + scores;
+/// The next in the room; the sums where they are left for others.
+inline Stretch next_stretch(Room& room, const Attention& task, int64_t kv_head, const AttentionKeys& of, bool backward) {
+  const int64_t columns = padded(task.width, WIDTH), across = padded(of.count, PANEL_COLUMNS);
+  Stretch stretch{room.panel(of.count, columns), room.panel(of.count, columns), room.panel(columns, across), {}, {}, {}};
+  if (!backward) return stretch;
+  stretch.turned_values = room.panel(columns, across);
+  if (of.sum < 0) {
+    stretch.dk = room.panel(of.count, columns), stretch.dv = room.panel(of.count, columns);
+  } else {
+    float* left = task.sums + kv_head * task.sum_stride + of.sum;
+    stretch.dk = {left, task.sum_columns}, stretch.dv = {left + of.count * task.sum_columns, task.sum_columns};
+  }
+  return stretch;
+}
+
+int64_t attention_room(const AttentionPart& part, int64_t width, bool backward) {
+  const int64_t columns = padded(width, WIDTH);
+  const auto room_of = [&](const AttentionKeys& keys) {
+    const int64_t whole = padded(keys.count, WIDTH) * columns, turned = columns * padded(keys.count, PANEL_COLUMNS);
+    return backward ? 4 * whole + 2 * turned : 2 * whole + turned;
+  };
+  int64_t before = 0, most = 0;
+  for (int64_t i = 0; i < part.ancestor_count; ++i) before += room_of(part.ancestors[i]);
+  for (int64_t i = 0; i < part.query_count; ++i) {
+    const int64_t own = room_of(part.queries[i].keys);
+    most = own > most ? own : most;
+  }
+  const int64_t rows = padded(QUERIES, WIDTH) * columns, scores = padded(QUERIES, WIDTH) * KEYS;
+  return before + most + (backward ? 3 * rows + 2 * scores : 2 * rows + scores);
 }
 
 /// e^x, and 0 where that is below e^-87.
@@ -123,145 +145,213 @@ inline void score(Panel a, int64_t width, Panel turned, bool causal, int64_t que
   }
 }
 
+/// The keys and values of a segment in their places, and zeros where the gradients are summed.
 template <class T>
-void attention_of(const Attention& task, int64_t begin, int64_t end, int64_t kv_head, float* memory) {
-  const Sizes sizes{end - begin, task.width};
-  const int64_t group = task.heads / task.kv_heads, columns = sizes.columns(), width = task.width;
+Stretch load_stretch(Room& room, const Attention& task, int64_t kv_head, const AttentionKeys& of, bool backward) {
+  const Stretch stretch = next_stretch(room, task, kv_head, of, backward);
+  widen<T>(task.k, task.k_stride, kv_head, of.begin, of.count, task.width, stretch.keys);
+  widen<T>(task.v, task.v_stride, kv_head, of.begin, of.count, task.width, stretch.values);
+  turn(stretch.keys, of.count, task.width, stretch.turned_keys);
+  if (!backward) return stretch;
+  turn(stretch.values, of.count, task.width, stretch.turned_values);
+  for (int64_t i = 0; i < of.count * stretch.dk.stride; i += WIDTH) store(stretch.dk.data + i, Floats{}), store(stretch.dv.data + i, Floats{});
+  return stretch;
+}
+
+/// Calls body(stretch, causal, limit) for all that a block of queries sees, the eldest ancestor first: of each the first `limit` keys.
+template <class Body>
+inline void for_each_seen(
+    Room room, const Attention& task, const AttentionPart& part, const AttentionQueries& own, int64_t kv_head, bool backward, int64_t end,
+    const Body& body) {
+  for (int64_t i = 0; i <= part.ancestor_count; ++i) {
+    const bool is_own = i == part.ancestor_count, causal = is_own && task.causal;
+    const AttentionKeys& keys = is_own ? own.keys : part.ancestors[i];
+    body(next_stretch(room, task, kv_head, keys, backward), causal, causal ? end : keys.count);
+  }
+}
+
+template <class T>
+void attention_of(const Attention& task, const AttentionPart& part, int64_t kv_head, float* memory) {
+  const int64_t group = task.heads / task.kv_heads, width = task.width, columns = padded(width, WIDTH);
   Room room{memory};
-  const Panel keys = room.panel(sizes.tokens, columns), values = room.panel(sizes.tokens, columns);
-  const Panel turned = room.panel(columns, sizes.keys());
   const Panel query = room.panel(QUERIES, columns), total = room.panel(QUERIES, columns), scores = room.panel(QUERIES, KEYS);
-  widen<T>(task.k, task.k_stride, kv_head, begin, sizes.tokens, width, keys);
-  widen<T>(task.v, task.v_stride, kv_head, begin, sizes.tokens, width, values);
-  turn(keys, sizes.tokens, width, turned);
-  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-    for (int64_t i0 = 0; i0 < sizes.tokens; i0 += QUERIES) {
-      const int64_t queries = fewer(QUERIES, sizes.tokens - i0), limit = task.causal ? i0 + queries : sizes.tokens;
-      float highest[QUERIES], sum[QUERIES];
-      for (int64_t i = 0; i < queries; ++i) highest[i] = NOWHERE, sum[i] = 0;
-      widen<T>(task.q, task.q_stride, head, begin + i0, queries, width, query);
-      for (int64_t j0 = 0; j0 < limit; j0 += KEYS) {
-        const int64_t there = fewer(KEYS, limit - j0);
-        score(query, width, turned, task.causal, i0, queries, j0, there, scores);
+  const Room stretches = room;
+  for (int64_t i = 0; i < part.ancestor_count; ++i) load_stretch<T>(room, task, kv_head, part.ancestors[i], false);
+  for (int64_t of = 0; of < part.query_count; ++of) {
+    const AttentionQueries& own = part.queries[of];
+    Room last = room;
+    load_stretch<T>(last, task, kv_head, own.keys, false);
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+      for (int64_t i0 = 0; i0 < own.count; i0 += QUERIES) {
+        const int64_t queries = fewer(QUERIES, own.count - i0), place = own.first + i0;
+        float highest[QUERIES], sum[QUERIES];
+        for (int64_t i = 0; i < queries; ++i) highest[i] = NOWHERE, sum[i] = 0;
+        widen<T>(task.q, task.q_stride, head, own.begin + i0, queries, width, query);
+        bool met = false;  // keys before these
+        for_each_seen(stretches, task, part, own, kv_head, false, place + queries, [&](const Stretch& stretch, bool causal, int64_t limit) {
+          for (int64_t j0 = 0; j0 < limit; j0 += KEYS) {
+            const int64_t there = fewer(KEYS, limit - j0);
+            score(query, width, stretch.turned_keys, causal, place, queries, j0, there, scores);
+            for (int64_t i = 0; i < queries; ++i) {
+              const int64_t count = seen(causal, place, j0, there, i);
+              // Where the tile's other rows see more, this one's share of it is zeros.
+              const int64_t tile = i / TILE_ROWS * TILE_ROWS + TILE_ROWS - 1, depth = seen(causal, place, j0, there, fewer(tile, queries - 1));
+              float* row = scores.row(i);
+              if (depth <= 0) continue;
+              Floats most = Floats{} + highest[i];
+              for (int64_t j = 0; j < depth; j += WIDTH) {
+                const Floats value = task.scale * load(row + j);
+                store(row + j, value);
+              }
+              for (int64_t j = count < 0 ? 0 : count; j < padded(depth, WIDTH); ++j) row[j] = NOWHERE;
+              for (int64_t j = 0; j < depth; j += WIDTH) {
+                const Floats value = load(row + j);
+                most = (Floats)choose(value > most, (Words)value, (Words)most);
+              }
+              float now = most[0];
+              for (int n = 1; n < WIDTH; ++n) now = most[n] > now ? most[n] : now;
+              Floats sums{};
+              for (int64_t j = 0; j < depth; j += WIDTH) {
+                const Floats p = probability(load(row + j) - now);
+                store(row + j, p);
+                sums += p;
+              }
+              float added = 0;
+              for (int n = 0; n < WIDTH; ++n) added += sums[n];
+              const float before = met ? probability(Floats{} + (highest[i] - now))[0] : 0;
+              highest[i] = now;
+              sum[i] = sum[i] * before + added;
+              if (met) {
+                for (int64_t l = 0; l < columns; l += WIDTH) store(total.row(i) + l, load(total.row(i) + l) * before);
+              }
+            }
+            for (int64_t i = 0; i < queries; i += TILE_ROWS) {
+              const int64_t count = fewer(TILE_ROWS, queries - i), depth = seen(causal, place, j0, there, i + count - 1);
+              if (depth <= 0) continue;
+              multiply(count, width, depth, scores.row(i), KEYS, 1, {stretch.values.row(j0), columns}, {total.row(i), columns}, met);
+            }
+            met = true;
+          }
+        });
         for (int64_t i = 0; i < queries; ++i) {
-          const int64_t count = seen(task.causal, i0, j0, there, i);
-          // Where the tile's other rows see more, this one's share of it is zeros.
-          const int64_t tile = i / TILE_ROWS * TILE_ROWS + TILE_ROWS - 1, depth = seen(task.causal, i0, j0, there, fewer(tile, queries - 1));
-          float* row = scores.row(i);
-          if (depth <= 0) continue;
-          Floats most = Floats{} + highest[i];
-          for (int64_t j = 0; j < depth; j += WIDTH) {
-            const Floats value = task.scale * load(row + j);
-            store(row + j, value);
-          }
-          for (int64_t j = count < 0 ? 0 : count; j < padded(depth, WIDTH); ++j) row[j] = NOWHERE;
-          for (int64_t j = 0; j < depth; j += WIDTH) {
-            const Floats value = load(row + j);
-            most = (Floats)choose(value > most, (Words)value, (Words)most);
-          }
-          float now = most[0];
-          for (int n = 1; n < WIDTH; ++n) now = most[n] > now ? most[n] : now;
-          Floats sums{};
-          for (int64_t j = 0; j < depth; j += WIDTH) {
-            const Floats p = probability(load(row + j) - now);
-            store(row + j, p);
-            sums += p;
-          }
-          float part = 0;
-          for (int n = 0; n < WIDTH; ++n) part += sums[n];
-          const float before = j0 ? probability(Floats{} + (highest[i] - now))[0] : 0;
-          highest[i] = now;
-          sum[i] = sum[i] * before + part;
-          if (j0) {
-            for (int64_t l = 0; l < columns; l += WIDTH) store(total.row(i) + l, load(total.row(i) + l) * before);
-          }
+          const int64_t row = (own.begin + i0 + i) * task.heads + head;
+          for (int64_t l = 0; l < columns; l += WIDTH) store(total.row(i) + l, load(total.row(i) + l) / sum[i]);
+          task.lse[row] = highest[i] + __builtin_logf(sum[i]);
         }
-        for (int64_t i = 0; i < queries; i += TILE_ROWS) {
-          const int64_t count = fewer(TILE_ROWS, queries - i), depth = seen(task.causal, i0, j0, there, i + count - 1);
-          if (depth <= 0) continue;
-          multiply(count, width, depth, scores.row(i), KEYS, 1, {values.row(j0), columns}, {total.row(i), columns}, j0 != 0);
-        }
+        narrow_rows(total, queries, width, static_cast<T*>(task.out) + ((own.begin + i0) * task.heads + head) * width, task.heads * width);
       }
-      for (int64_t i = 0; i < queries; ++i) {
-        const int64_t row = (begin + i0 + i) * task.heads + head;
-        for (int64_t l = 0; l < columns; l += WIDTH) store(total.row(i) + l, load(total.row(i) + l) / sum[i]);
-        task.lse[row] = highest[i] + __builtin_logf(sum[i]);
-      }
-      narrow_rows(total, queries, width, static_cast<T*>(task.out) + ((begin + i0) * task.heads + head) * width, task.heads * width);
     }
   }
+}
+
+template <class T>
+void narrow_sums(const Attention& task, int64_t kv_head, const AttentionKeys& of, const Stretch& stretch) {
+  if (of.sum >= 0) return;
+  const int64_t place = (of.begin * task.kv_heads + kv_head) * task.width;
+  narrow_rows(stretch.dk, of.count, task.width, static_cast<T*>(task.dk) + place, task.kv_heads * task.width);
+  narrow_rows(stretch.dv, of.count, task.width, static_cast<T*>(task.dv) + place, task.kv_heads * task.width);
 }
 
 /// dV = Pᵀ dout;  dS = scale P (dout Vᵀ - rowsum(dout out));  dQ = dS K;  dK = dSᵀ Q.
 template <class T>
-void attention_gradients_of(const Attention& task, int64_t begin, int64_t end, int64_t kv_head, float* memory) {
-  const Sizes sizes{end - begin, task.width};
-  const int64_t group = task.heads / task.kv_heads, columns = sizes.columns(), width = task.width;
+void attention_gradients_of(const Attention& task, const AttentionPart& part, int64_t kv_head, float* memory) {
+  const int64_t group = task.heads / task.kv_heads, width = task.width, columns = padded(width, WIDTH);
   Room room{memory};
-  const Panel keys = room.panel(sizes.tokens, columns), values = room.panel(sizes.tokens, columns);
-  const Panel dk = room.panel(sizes.tokens, columns), dv = room.panel(sizes.tokens, columns);
-  const Panel turned_keys = room.panel(columns, sizes.keys()), turned_values = room.panel(columns, sizes.keys());
   const Panel query = room.panel(QUERIES, columns), dout = room.panel(QUERIES, columns), dq = room.panel(QUERIES, columns);
   const Panel scores = room.panel(QUERIES, KEYS), dscores = room.panel(QUERIES, KEYS);
-  widen<T>(task.k, task.k_stride, kv_head, begin, sizes.tokens, width, keys);
-  widen<T>(task.v, task.v_stride, kv_head, begin, sizes.tokens, width, values);
-  turn(keys, sizes.tokens, width, turned_keys);
-  turn(values, sizes.tokens, width, turned_values);
-  for (int64_t i = 0; i < sizes.tokens * columns; i += WIDTH) store(dk.data + i, Floats{}), store(dv.data + i, Floats{});
+  const Room stretches = room;
+  for (int64_t i = 0; i < part.ancestor_count; ++i) load_stretch<T>(room, task, kv_head, part.ancestors[i], true);
   const int64_t dense[2] = {task.heads * width, width};
-  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-    for (int64_t i0 = 0; i0 < sizes.tokens; i0 += QUERIES) {
-      const int64_t queries = fewer(QUERIES, sizes.tokens - i0), limit = task.causal ? i0 + queries : sizes.tokens;
-      widen<T>(task.q, task.q_stride, head, begin + i0, queries, width, query);
-      widen<T>(task.dout, dense, head, begin + i0, queries, width, dout);
-      float along[QUERIES];
-      const T* out = static_cast<const T*>(task.out) + ((begin + i0) * task.heads + head) * width;
-      for (int64_t i = 0; i < queries; ++i) {
-        along[i] = sum_over(width, [&](int64_t l, int64_t count) { return load(dout.row(i) + l) * load_up_to(out + i * dense[0] + l, count); });
-      }
-      for (int64_t j0 = 0; j0 < limit; j0 += KEYS) {
-        const int64_t there = fewer(KEYS, limit - j0);
-        score(query, width, turned_keys, task.causal, i0, queries, j0, there, scores);
-        score(dout, width, turned_values, task.causal, i0, queries, j0, there, dscores);
+  for (int64_t of = 0; of < part.query_count; ++of) {
+    const AttentionQueries& own = part.queries[of];
+    Room last = room;
+    const Stretch own_stretch = load_stretch<T>(last, task, kv_head, own.keys, true);
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+      for (int64_t i0 = 0; i0 < own.count; i0 += QUERIES) {
+        const int64_t queries = fewer(QUERIES, own.count - i0), place = own.first + i0;
+        widen<T>(task.q, task.q_stride, head, own.begin + i0, queries, width, query);
+        widen<T>(task.dout, dense, head, own.begin + i0, queries, width, dout);
+        float along[QUERIES];
+        const T* out = static_cast<const T*>(task.out) + ((own.begin + i0) * task.heads + head) * width;
         for (int64_t i = 0; i < queries; ++i) {
-          const float lse = task.lse[(begin + i0 + i) * task.heads + head];
-          int64_t count = seen(task.causal, i0, j0, there, i);
-          if (count < 0) count = 0;
-          for (int64_t j = 0; j < count; j += WIDTH) {
-            const Floats p = probability(load(scores.row(i) + j) * task.scale - lse);
-            store(scores.row(i) + j, p);
-            store(dscores.row(i) + j, p * (load(dscores.row(i) + j) - along[i]) * task.scale);
+          along[i] = sum_over(width, [&](int64_t l, int64_t count) { return load(dout.row(i) + l) * load_up_to(out + i * dense[0] + l, count); });
+        }
+        bool met = false;  // keys before these
+        for_each_seen(stretches, task, part, own, kv_head, true, place + queries, [&](const Stretch& stretch, bool causal, int64_t limit) {
+          for (int64_t j0 = 0; j0 < limit; j0 += KEYS) {
+            const int64_t there = fewer(KEYS, limit - j0);
+            score(query, width, stretch.turned_keys, causal, place, queries, j0, there, scores);
+            score(dout, width, stretch.turned_values, causal, place, queries, j0, there, dscores);
+            for (int64_t i = 0; i < queries; ++i) {
+              const float lse = task.lse[(own.begin + i0 + i) * task.heads + head];
+              int64_t count = seen(causal, place, j0, there, i);
+              if (count < 0) count = 0;
+              for (int64_t j = 0; j < count; j += WIDTH) {
+                const Floats p = probability(load(scores.row(i) + j) * task.scale - lse);
+                store(scores.row(i) + j, p);
+                store(dscores.row(i) + j, p * (load(dscores.row(i) + j) - along[i]) * task.scale);
+              }
+              for (int64_t j = count; j < padded(there, WIDTH); ++j) scores.row(i)[j] = 0, dscores.row(i)[j] = 0;
+            }
+            for (int64_t j = 0; j < there; j += TILE_ROWS) {
+              const int64_t count = fewer(TILE_ROWS, there - j);
+              const int64_t first = causal && j0 + j > place ? j0 + j - place : 0;  // the first query that sees the tile's first key
+              const int64_t depth = queries - first;
+              if (depth <= 0) break;
+              const Panel dk{stretch.dk.row(j0 + j), stretch.dk.stride}, dv{stretch.dv.row(j0 + j), stretch.dv.stride};
+              multiply(count, width, depth, scores.row(first) + j, 1, KEYS, {dout.row(first), columns}, dv, true);
+              multiply(count, width, depth, dscores.row(first) + j, 1, KEYS, {query.row(first), columns}, dk, true);
+            }
+            for (int64_t i = 0; i < queries; i += TILE_ROWS) {
+              const int64_t count = fewer(TILE_ROWS, queries - i), depth = seen(causal, place, j0, there, i + count - 1);
+              if (depth <= 0) continue;
+              multiply(count, width, depth, dscores.row(i), KEYS, 1, {stretch.keys.row(j0), columns}, {dq.row(i), columns}, met);
+            }
+            met = true;
           }
-          for (int64_t j = count; j < padded(there, WIDTH); ++j) scores.row(i)[j] = 0, dscores.row(i)[j] = 0;
-        }
-        for (int64_t j = 0; j < there; j += TILE_ROWS) {
-          const int64_t count = fewer(TILE_ROWS, there - j);
-          const int64_t first = task.causal && j0 + j > i0 ? j0 + j - i0 : 0;  // the first query that sees the tile's first key
-          const int64_t depth = queries - first;
-          if (depth <= 0) break;
-          multiply(count, width, depth, scores.row(first) + j, 1, KEYS, {dout.row(first), columns}, {dv.row(j0 + j), columns}, true);
-          multiply(count, width, depth, dscores.row(first) + j, 1, KEYS, {query.row(first), columns}, {dk.row(j0 + j), columns}, true);
-        }
-        for (int64_t i = 0; i < queries; i += TILE_ROWS) {
-          const int64_t count = fewer(TILE_ROWS, queries - i), depth = seen(task.causal, i0, j0, there, i + count - 1);
-          if (depth <= 0) continue;
-          multiply(count, width, depth, dscores.row(i), KEYS, 1, {keys.row(j0), columns}, {dq.row(i), columns}, j0 != 0);
-        }
+        });
+        narrow_rows(dq, queries, width, static_cast<T*>(task.dq) + ((own.begin + i0) * task.heads + head) * width, dense[0]);
       }
-      narrow_rows(dq, queries, width, static_cast<T*>(task.dq) + ((begin + i0) * task.heads + head) * width, dense[0]);
     }
+    narrow_sums<T>(task, kv_head, own.keys, own_stretch);
   }
-  const int64_t place = (begin * task.kv_heads + kv_head) * width;
-  narrow_rows(dk, sizes.tokens, width, static_cast<T*>(task.dk) + place, task.kv_heads * width);
-  narrow_rows(dv, sizes.tokens, width, static_cast<T*>(task.dv) + place, task.kv_heads * width);
+  Room again = stretches;
+  for (int64_t i = 0; i < part.ancestor_count; ++i) {
+    const AttentionKeys& of = part.ancestors[i];
+    narrow_sums<T>(task, kv_head, of, next_stretch(again, task, kv_head, of, true));
+  }
 }
 
-void attention(const Attention& task, int64_t begin, int64_t end, int64_t kv_head, float* room) {
-  with_kind(task.kind, [&](auto* type) { attention_of<std::remove_pointer_t<decltype(type)>>(task, begin, end, kv_head, room); });
+template <class T>
+void attention_sums_of(const Attention& task, const AttentionKeys* shares, int64_t count, int64_t kv_head, int64_t key, int64_t begin, int64_t end) {
+  const float* sums = task.sums + kv_head * task.sum_stride;
+  for (int64_t i = begin; i < end; ++i) {
+    const int64_t place = ((key + i) * task.kv_heads + kv_head) * task.width;
+    for_each_vector(task.width, [&](int64_t l, int64_t left) {
+      Floats dk{}, dv{};
+      for (const AttentionKeys* share = shares; share < shares + count; ++share) {
+        if (i >= share->count) continue;
+        const float* from = sums + share->sum + i * task.sum_columns + l;
+        dk += load(from), dv += load(from + share->count * task.sum_columns);
+      }
+      store_up_to(static_cast<T*>(task.dk) + place + l, dk, left);
+      store_up_to(static_cast<T*>(task.dv) + place + l, dv, left);
+    });
+  }
 }
 
-void attention_backward(const Attention& task, int64_t begin, int64_t end, int64_t kv_head, float* room) {
-  with_kind(task.kind, [&](auto* type) { attention_gradients_of<std::remove_pointer_t<decltype(type)>>(task, begin, end, kv_head, room); });
+void attention(const Attention& task, const AttentionPart& part, int64_t kv_head, float* room) {
+  with_kind(task.kind, [&](auto* type) { attention_of<std::remove_pointer_t<decltype(type)>>(task, part, kv_head, room); });
+}
+
+void attention_backward(const Attention& task, const AttentionPart& part, int64_t kv_head, float* room) {
+  with_kind(task.kind, [&](auto* type) { attention_gradients_of<std::remove_pointer_t<decltype(type)>>(task, part, kv_head, room); });
+}
+
+void attention_sum(const Attention& task, const AttentionKeys* shares, int64_t count, int64_t kv_head, int64_t key, int64_t begin, int64_t end) {
+  with_kind(task.kind, [&](auto* type) {
+    attention_sums_of<std::remove_pointer_t<decltype(type)>>(task, shares, count, kv_head, key, begin, end);
+  });
 }
 
 }  // namespace

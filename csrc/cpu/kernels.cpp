@@ -3,6 +3,7 @@
 
 #include "adapter_passes.h"
 #include "attention.h"
+#include "dropout.h"
 #include "few_rows.h"
 #include "product.h"
 #include "rms_norm.h"
@@ -26,8 +27,8 @@ void narrow(const float* from, int64_t count, uint16_t* to) {
 #define FASTLORA_NAME_OF(name) FASTLORA_TEXT(name)
 extern const Kernels passes;
 const Kernels passes = {
-    FASTLORA_NAME_OF(FASTLORA_ISA), HAS_DOTS, false, draw, read_pass, add_pass, narrow, few_rows, product_tiles, product,
+    FASTLORA_NAME_OF(FASTLORA_ISA), HAS_DOTS, false, draw, read_pass, add_pass, narrow, dropout, few_rows, product_tiles, product,
     rms_norm, rms_norm_backward, swiglu, swiglu_backward,
-    attention_room, attention, attention_backward, rotary};
+    QUERIES, attention_room, attention, attention_backward, attention_sum, rotary};
 
 }  // namespace fastlora::FASTLORA_ISA

@@ -74,6 +74,23 @@ struct Draw {
   int64_t keep_stride;
 };
 
+/// y [rows, width] = d(x), or y += d(x): dropout by the bits of keep, which are drawn first where they are to be.
+struct Dropout {
+  Kind kind;
+  int64_t width;
+  const void* x;  // a row every x_stride elements
+  int64_t x_stride;
+  uint8_t* keep;  // a row every keep_stride bytes
+  int64_t keep_stride;
+  bool draws;  // as a Draw of the seed and threshold
+  uint64_t seed;
+  uint32_t threshold;
+  float factor;  // of a kept element
+  bool adds;
+  void* y;  // a row every y_stride elements
+  int64_t y_stride;
+};
+
 constexpr int64_t COLUMN_UNIT = 64;      // cells begin at a multiple of this; panels and rows of bits are padded to one
 constexpr int64_t COEFFICIENT_UNIT = 8;
 constexpr int64_t TILE_LANES = 16, TILE_DEPTH = 32;
@@ -106,7 +123,7 @@ struct FewRows {
 
 constexpr int64_t FEW_ROWS = 8;
 
-/// y [M, N] = x Wᵀ + b for many rows, in float32.
+/// y [M, N] = x Wᵀ + b for many rows, or y += x Wᵀ, in float32.
 struct Product {
   int64_t rows, in, out;  // M, K, N
   const float* x;         // a row every x_stride elements
@@ -115,6 +132,7 @@ struct Product {
   int64_t weight_stride;
   bool by_column;
   const float* bias;      // [N] or null
+  bool adds;              // to y, without a bias
   float* y;               // dense
 };
 
@@ -162,24 +180,47 @@ struct Rotary {
   void* y;  // [batch, tokens, heads, width], dense
 };
 
-/// out = softmax(scale q kᵀ) v among the tokens of one segment, whose heads share the keys of theirs; or from dout the gradients.
+/// out = softmax(scale q kᵀ) v of the keys that a segment's queries see: its ancestors' and its own; or from dout the gradients.
 struct Attention {
   Kind kind;
   int64_t heads, kv_heads, width;  // H, a multiple of kv_heads; D
   float scale;
   bool causal;
-  const void* q;        // [tokens, heads, width]
+  const void* q;        // [T, heads, width]
   int64_t q_stride[2];  // of token, head
-  const void* k;        // [tokens, kv_heads, width]
+  const void* k;        // [N, kv_heads, width]
   int64_t k_stride[2];
   const void* v;
   int64_t v_stride[2];
   void* out;   // dense, as all below; the forward's
-  float* lse;  // [tokens, heads], the forward's
+  float* lse;  // [T, heads], the forward's
   const void* dout;
   void* dq;
   void* dk;
   void* dv;
+  float* sums;  // of dk and dv that several parts have a share of: for each head so many floats as sum_stride, in rows of sum_columns
+  int64_t sum_stride, sum_columns;
+};
+
+/// Keys of one segment, from its first on.
+struct AttentionKeys {
+  int64_t begin, count;  // of k and v
+  int64_t sum;  // where in the head's sums the part leaves its share of their dk, and behind that of their dv; -1: nobody else has one
+};
+
+/// Queries of one segment, and the keys of their own that they see.
+struct AttentionQueries {
+  int64_t begin, count;  // of q
+  int64_t first;         // the first one's number among the segment's
+  AttentionKeys keys;
+};
+
+/// What one thread computes alone, with one head of keys: queries that see the same ancestors, all of these in full, and before their own keys.
+struct AttentionPart {
+  const AttentionKeys* ancestors;
+  int64_t ancestor_count;
+  const AttentionQueries* queries;
+  int64_t query_count;
 };
 
 struct Kernels {
@@ -190,6 +231,7 @@ struct Kernels {
   void (*read)(const Read&, const Segments&, const Cell&);
   void (*add)(const Add&, const Segments&, const Cell&);
   void (*narrow)(const float* from, int64_t count, uint16_t* to);                       // to bfloat16
+  void (*dropout)(const Dropout&, int64_t row_begin, int64_t row_end);
   void (*few_rows)(const FewRows&, int64_t column_begin, int64_t column_end);           // columns of y
   int64_t (*product_tiles)(const Product&);  // down the first columns of y, then the next
   void (*product)(const Product&, int64_t tile_begin, int64_t tile_end, float* panel);  // room for PANEL_COLUMNS · min(K + 15, PRODUCT_DEPTH)
@@ -197,10 +239,12 @@ struct Kernels {
   void (*rms_norm_backward)(const RmsNorm&, int64_t row_begin, int64_t row_end);
   void (*swiglu)(const Swiglu&, int64_t row_begin, int64_t row_end);
   void (*swiglu_backward)(const Swiglu&, int64_t row_begin, int64_t row_end);
-  // The tokens begin to end of one segment, with one head of keys. The room that each needs, in floats.
-  int64_t (*attention_room)(int64_t tokens, int64_t width, bool backward);
-  void (*attention)(const Attention&, int64_t begin, int64_t end, int64_t kv_head, float* room);
-  void (*attention_backward)(const Attention&, int64_t begin, int64_t end, int64_t kv_head, float* room);
+  int64_t attention_block;  // queries that are computed together: only there may a segment's be cut without a change to what is computed
+  int64_t (*attention_room)(const AttentionPart&, int64_t width, bool backward);  // that a part needs, in floats
+  void (*attention)(const Attention&, const AttentionPart&, int64_t kv_head, float* room);
+  void (*attention_backward)(const Attention&, const AttentionPart&, int64_t kv_head, float* room);
+  // dk and dv of some of a segment's keys: the sums of what the parts have left, in their order.
+  void (*attention_sum)(const Attention&, const AttentionKeys* shares, int64_t count, int64_t kv_head, int64_t key, int64_t begin, int64_t end);
   void (*rotary)(const Rotary&, int64_t place_begin, int64_t place_end);  // tokens, row by row of the batch
 };
 

@@ -1,4 +1,4 @@
-// y = x Wᵀ + b in float32 for many rows. Compiled once per instruction set, as vector.h.
+// y = x Wᵀ + b, or y += x Wᵀ, in float32 for many rows. Compiled once per instruction set, as vector.h.
 //
 // The columns of y are computed in panels: the panel's rows of W are copied to [K, TILE_COLUMNS], which stays in the second-level cache while
 // the rows of x stream by, TILE_ROWS at a time, and a tile of y stays in registers. (Goto and van de Geijn, Anatomy of High-Performance
@@ -103,23 +103,24 @@ inline void copy(const float* from, float* to, int64_t count) {
   for (int64_t c = 0; c < count; ++c) to[c] = from[c];
 }
 
-/// The tiles `begin` to `end` of the panel of columns from n on: its products from k on, added to what y has unless they are the first.
+/// The tiles `begin` to `end` of the panel of columns from n on: its products from k on, added to what y has unless they begin it.
 void product_panel(const Product& task, int64_t n, int64_t begin, int64_t end, int64_t k, int64_t depth, const float* panel) {
   const int64_t columns = task.out - n < TILE_COLUMNS ? task.out - n : TILE_COLUMNS;
   const bool whole = columns == TILE_COLUMNS;  // else a tile is computed beside y
   alignas(64) float bias[TILE_COLUMNS] = {}, beside[TILE_ROWS * TILE_COLUMNS] = {};
   if (task.bias) copy(task.bias + n, bias, columns);
+  const bool adds = task.adds || k;
   for (int64_t tile = begin; tile < end; ++tile) {
     const int64_t row = tile * TILE_ROWS, rows = task.rows - row < TILE_ROWS ? task.rows - row : TILE_ROWS;
     const float* x = task.x + row * task.x_stride + k;
     float* y = task.y + row * task.out + n;
     float* to = whole ? y : beside;
     const int64_t stride = whole ? task.out : TILE_COLUMNS;
-    if (!whole && k) {
+    if (!whole && adds) {
       for (int64_t i = 0; i < rows; ++i) copy(y + i * task.out, beside + i * TILE_COLUMNS, columns);
     }
     with_count<TILE_ROWS>(rows, [&](auto count) {
-      product_tile<count()>(x, task.x_stride, panel, depth, k ? to : bias, k ? stride : 0, to, stride);
+      product_tile<count()>(x, task.x_stride, panel, depth, adds ? to : bias, adds ? stride : 0, to, stride);
     });
     if (!whole) {
       for (int64_t i = 0; i < rows; ++i) copy(beside + i * TILE_COLUMNS, y + i * task.out, columns);

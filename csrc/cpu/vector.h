@@ -99,19 +99,44 @@ inline void store(Float16* to, Floats value) {
 }
 #endif
 
-/// The first `count` elements of a vector; zeros beyond.
+#if defined(__AVX512F__)
+/// The first `count` lanes of a vector, at most all.
+inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((uint32_t{1} << count) - 1); }
+#endif
+
+/// The first `count` elements of a vector; zeros beyond, where nothing is read.
 template <class T>
 inline Floats load_some(const T* from, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return (Floats)_mm512_maskz_loadu_ps(first_lanes(count), from);
+  } else {
+    T buffer[WIDTH];
+    write(buffer, _mm256_maskz_loadu_epi16(first_lanes(count), from));
+    return load(buffer);
+  }
+#else
   T buffer[WIDTH] = {};
   for (int64_t i = 0; i < count; ++i) buffer[i] = from[i];
   return load(buffer);
+#endif
 }
 
 template <class T>
 inline void store_some(T* to, Floats value, int64_t count) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == sizeof(float)) {
+    _mm512_mask_storeu_ps(to, first_lanes(count), (__m512)value);
+  } else {
+    T buffer[WIDTH];
+    store(buffer, value);
+    _mm256_mask_storeu_epi16(to, first_lanes(count), read<__m256i>(buffer));
+  }
+#else
   T buffer[WIDTH];
   store(buffer, value);
   for (int64_t i = 0; i < count; ++i) to[i] = buffer[i];
+#endif
 }
 
 /// e^x to about an ulp: 2^n e^r with |r| <= ln(2) / 2, e^r by its Taylor series, whose eighth term is 5e-9. Held between 2^-126 and 2^127.

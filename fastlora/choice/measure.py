@@ -116,7 +116,7 @@ def is_out_of_memory(fault: Exception) -> bool:
 
 def ways(op: str, implementation: str) -> tuple[str, ...]:
     """The implementation's ways to run the operator; one without a name where it has no choice."""
-    return table.WAYS.get((implementation, op.removesuffix("_backward").removesuffix("_shared")), ("",))
+    return table.ways_of(implementation, op) or ("",)
 
 
 def _in_way(op: str, implementation: str, way: str) -> Callable[..., Any]:

@@ -9,6 +9,7 @@ rank 0's) stands in the place of both: a resumed run chooses as the run before d
 """
 
 import datetime
+import functools
 import json
 import math
 import os
@@ -50,17 +51,28 @@ class Measurement(NamedTuple):
     without_copy: str = ""  # the fastest of the others, where that one takes memory which a weight may not get
 
 
+RANKS = (16, 64, 256)  # for which the adapter's part is measured on a CPU
+
+
+@functools.cache
+def rank_case(rank: int) -> str:
+    """What the measurements of the adapter's part go by that are nearest to this rank, in powers."""
+    return f"lora_linear_rank_{next((one for one in RANKS if rank < 2 * one), RANKS[-1])}"
+
+
 WAYS = {
     ("triton", "lora_linear"): ("fused", "library"),
     ("triton", "multi_lora"): ("fused", "library"),
     ("cpu", "frozen_linear"): ("torch", "plain", "packed", "product", "few_rows"),
+    **{("cpu", rank_case(rank)): ("passes", "composed", "blocked") for rank in RANKS},
 }
 """How an implementation may compute an operator, its backward and the one for layers that share x: Triton in kernels of its own, or with the
 product left to torch's library; the CPU's frozen product by torch, by oneDNN on the weight as it lies or on a packed copy, or by
-csrc's kernels for many rows and for few."""
+csrc's kernels for many rows and for few; the CPU's adapter by csrc's passes, by torch's
+products, or by csrc's."""
 
 forced_way = ""
-"""The way that must be taken whatever was measured: for those who measure it."""
+"""The way that must be taken by whatever has it, whatever was measured: for those who measure it."""
 
 Table = dict[tuple[Hashable, ...], Measurement]  # by every field before `checked`
 
@@ -90,6 +102,11 @@ def lookup(
     return {one.implementation: one for one in sorted(ours, key=distance, reverse=True)}
 
 
+def ways_of(implementation: str, op: str) -> tuple[str, ...]:
+    """The implementation's WAYS to compute an operator or its backward, if it has several."""
+    return WAYS.get((implementation, op.removesuffix("_backward").removesuffix("_shared")), ())
+
+
 def way(
     implementation: str,
     op: str,
@@ -104,7 +121,7 @@ def way(
 
     without_copy: the fastest of the others instead, where that one takes a copy of the weight.
     """
-    if forced_way:
+    if forced_way and forced_way in ways_of(implementation, op):
         return "" if without_copy else forced_way
     key = implementation, op, device_type, dtype, rows.bit_length(), elements.bit_length(), dropout, without_copy
     found = choices.get(key)

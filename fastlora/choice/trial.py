@@ -183,7 +183,7 @@ def _here(
 ) -> Iterator[list[Measurement]]:
     for problem in todo:
         found = one_class(problem, device, seconds, refused)
-        if problem.op == "frozen_linear":
+        if ("cpu", problem.op) in table.WAYS:
             table.learn(device.type, found)  # the other operators are measured with it
         yield found
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastlora import ops, reference
 from fastlora.choice import table
-from fastlora.frozen import packed
+from fastlora.frozen import composed, packed
 
 FEW_ROWS = 8  # what few_rows_cpu takes
 LEAST_OF_MANY = 32  # the least rows of the class after theirs
@@ -178,6 +178,10 @@ def lora_linear(
             return [y], xa, NOTHING_DROPPED
         return *_few_rows_of_layers(x, weight, bias, lora_a, lora_b, scale, order, offsets), NOTHING_DROPPED
     ys = [frozen_linear(x, w, b) for w, b in zip(weight, bias, strict=True)]
+    if order is None:
+        way = composed.choose(x, weight[0], lora_a[0].shape[0], seed is not None, backward=False)
+        if way != composed.PASSES:
+            return ys, *composed.update(way, ys, x, lora_a, lora_b, scale, dropout_p, seed)
     return ys, *_update(ys, x, lora_a, lora_b, scale, dropout_p, seed, order, offsets)
 
 
@@ -205,7 +209,15 @@ def lora_linear_backward(
     for d, w in zip(dy if need_dx else (), weight, strict=False):
         part = frozen_linear_backward(d, w)
         dx = part if dx is None else dx.add_(part)
-    da, db = _update_backward(dx, dy, x, lora_a, lora_b, xa, keep, scale, dropout_p, order, offsets, need_da, need_db)
+    way = composed.PASSES
+    if order is None:
+        way = composed.choose(x, weight[0], lora_a[0].shape[0], keep.numel() != 0, backward=True)
+    if way != composed.PASSES:
+        da, db = composed.update_backward(way, dx, dy, x, lora_a, lora_b, xa, keep, scale, dropout_p, need_da, need_db)
+    else:
+        da, db = _update_backward(
+            dx, dy, x, lora_a, lora_b, xa, keep, scale, dropout_p, order, offsets, need_da, need_db
+        )
     return x.new_empty(0) if dx is None else dx, da, db
 
 

@@ -11,7 +11,7 @@ The equation and its gradients are fastlora/reference.py's.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -33,6 +33,7 @@ from fastlora.choice.problems import (
     mixed_rows,
     weights_in_turn,
 )
+from fastlora.frozen import composed
 from fastlora.gradients import differentiable_once, is_eager, rows_of, shaped, split
 from fastlora.ops import Choice
 
@@ -51,8 +52,12 @@ CASES = {
     (False, True): "multi_lora",
     (True, True): "multi_lora_shared",
 }
-"""What is measured apart, by whether layers share x and whether rows have adapters of their own."""
+"""What is measured apart, by whether layers share x and whether rows have adapters of their own.
 
+On a CPU also `table.rank_case` of several ranks: not whether to run, but by which products the adapter is added.
+"""
+
+CASE_OF = {case: which for which, case in CASES.items()}
 RANK, SCALE, DROPOUT_P = 16, 2.0, 0.1  # of what is measured
 NO_CONTEXT = nullcontext()
 
@@ -191,7 +196,8 @@ for _suffix, _schema, _run, _shapes in (
     ("", SCHEMA, _run_op, _fake),
     ("_backward", BACKWARD_SCHEMA, run_backward, _fake_backward),
 ):
-    ops.define(f"lora_linear{_suffix}", _schema, _run, _shapes, cases=[case + _suffix for case in CASES.values()])
+    _cases = *CASES.values(), *map(table.rank_case, table.RANKS)
+    ops.define(f"lora_linear{_suffix}", _schema, _run, _shapes, cases=[case + _suffix for case in _cases])
 # Many backwards at once (torch.autograd.grad's is_grads_batched): torch has rules for what the reference calls, and none for lists.
 ops.library.impl("lora_linear_backward", reference.lora_linear_backward, "Batched")
 
@@ -564,15 +570,16 @@ def _rows_of_index(x: Tensor, index: Tensor | RowGroups, adapters: int) -> RowGr
 
 
 def calls(
-    shared: bool, mixed: bool, M: int, K: int, N: int, dtype: torch.dtype, device: torch.device, dropout: bool
+    case: str, rank: int, M: int, K: int, N: int, dtype: torch.dtype, device: torch.device, dropout: bool
 ) -> dict[str, list[Call]]:
     """Arguments of a case and of its backward (choice/problems.py)."""
-    case, draw = CASES[shared, mixed], Draw(dtype, device)
+    shared, mixed = CASE_OF.get(case, (False, False))
+    draw = Draw(dtype, device)
     G, S = SIBLINGS if shared else 1, ADAPTERS if mixed else 1
     x, weight, dy = draw.linear(M, K, N)
     # In float32, as PEFT has them.
-    lora_a = [draw.normal(RANK, K, scale=K**-0.5, dtype=torch.float32) for _ in range(G * S)]
-    lora_b = [draw.normal(N, RANK, scale=RANK**-0.5, dtype=torch.float32) for _ in range(G * S)]
+    lora_a = [draw.normal(rank, K, scale=K**-0.5, dtype=torch.float32) for _ in range(G * S)]
+    lora_b = [draw.normal(N, rank, scale=rank**-0.5, dtype=torch.float32) for _ in range(G * S)]
     seed = draw.integers(2**62, G) if dropout else None
     bias = [draw.normal(N) if dropout else None] * G
     numbers = [SCALE] * (G * S), [DROPOUT_P if dropout else 0.0] * (G * S)
@@ -600,5 +607,15 @@ def comparable(results: Any, call: Call) -> list[Tensor]:
     return [*first, second, mask]
 
 
-for (_shared, _mixed), _case in CASES.items():
-    problems.operators[_case] = Measured(partial(calls, _shared, _mixed), linear_classes, comparable)
+def rank_classes(device_type: str, dtype: torch.dtype, sizes: Sequence[str]) -> Iterable[tuple[int, str, bool]]:
+    """Those of `linear_classes` where the adapter can be added in several ways."""
+    if device_type != "cpu":
+        return []
+    return [one for one in linear_classes(device_type, dtype, sizes) if one[0] >= composed.FEWEST_MEASURED]
+
+
+for _rank in table.RANKS:  # before the rest, which adds the adapter in the way that was faster
+    _case = table.rank_case(_rank)
+    problems.operators[_case] = Measured(partial(calls, _case, _rank), rank_classes, comparable, offers=composed.offers)
+for _case in CASE_OF:
+    problems.operators[_case] = Measured(partial(calls, _case, RANK), linear_classes, comparable)

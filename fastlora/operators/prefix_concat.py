@@ -123,10 +123,9 @@ class NowFunction(torch.autograd.Function):
         source, (need_prompts, need_embeds, *_) = saved[0], ctx.needs_input_grad
         if not is_eager(dout) or choose(dout, source.numel(), backward=True).implementation != "cpu":
             return *_gradients(ctx, saved, dout, need_prompts, need_embeds), None, None, None
+        # Autograd drops what nobody needs, and casts what has another dtype; but embeds may be None, which has no gradient.
         dprompts, dembeds = _now_backward(dout, source, ctx.prompts, ctx.tokens, need_prompts, need_embeds)
-        if need_prompts and dprompts.dtype is not ctx.dtype:
-            dprompts = dprompts.to(ctx.dtype)
-        return dprompts if need_prompts else None, dembeds if need_embeds else None, None, None, None
+        return dprompts, dembeds if need_embeds else None, None, None, None
 
 
 def _gradients(
@@ -219,8 +218,7 @@ Rest = tuple[Tensor | None, Tensor | None, Tensor, Tensor | None, Tensor | None]
 
 def _is_now(prompts: Tensor, prompt_index: Tensor | None, embeds: Tensor | None, rest: Rest) -> bool:
     """Whether csrc's entry for a call that nobody traces runs these arguments."""
-    eager = _now is not None and prompts.is_cpu and is_eager(prompts, prompt_index, embeds, *rest)
-    return eager and _is_native(embeds, rest)
+    return prompts.is_cpu and is_eager(prompts, prompt_index, embeds, *rest) and _is_native(embeds, rest)
 
 
 def _is_native(embeds: Tensor | None, rest: Rest) -> bool:
@@ -231,7 +229,7 @@ def _is_native(embeds: Tensor | None, rest: Rest) -> bool:
 def _may_run_now(prompts: Tensor, prompt_index: Any, embeds: Any, rest: tuple[Any, Any, Any, Any, Any]) -> bool:
     """The same for arguments that nobody has checked: csrc does, but for what is asked here."""
     input_ids, embedding, attention_mask, _, labels = rest
-    if _now is None or attention_mask is None or not is_eager(prompts, prompt_index, embeds, *rest):
+    if attention_mask is None or not is_eager(prompts, prompt_index, embeds, *rest):
         return False
     looked_up = embeds is None
     if (input_ids is None) is looked_up or (embedding is None) is looked_up:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fastlora import fusion, model_loss, ops
 from fastlora.checks import is_hooked
-from fastlora.choice import trial
+from fastlora.choice import table, trial
 from fastlora.frozen import packed
 from fastlora.peft import obstacles, siblings
 from fastlora.peft.layers import FrozenLinear, FusedLinear, compute, frozen_base, restore_layer
@@ -139,8 +139,13 @@ def _weights_by_operator(model: nn.Module) -> dict[str, list[Tensor]]:
     fused = [module for module in model.modules() if type(module) is FusedLinear]
     grouped = [layer for layer in fused if siblings.KEY in layer.__dict__]
     swapped = [base for base in map(frozen_base, model.modules()) if base is not None]
+    by_rank: dict[str, list[Tensor]] = {}
+    for layer in fused:
+        for rank in layer.r.values():
+            by_rank.setdefault(table.rank_case(rank), []).append(layer.base_layer.weight)
     return {
         "frozen_linear": [base.weight for base in swapped],
+        **by_rank,
         "lora_linear": [layer.base_layer.weight for layer in fused],
         "lora_linear_shared": [layer.base_layer.weight for layer in grouped],
         "multi_lora": [layer.base_layer.weight for layer in fused if len(layer.lora_A) > 1],

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastlora import fusion, model_loss, ops
-from fastlora.frozen import products
+from fastlora.frozen import composed, products
 from fastlora.operators import frozen_linear, lora_linear
 from fastlora.packing import is_compiled
 from fastlora.peft import obstacles, siblings
@@ -135,6 +135,10 @@ def _describe(layer: Any, base: Any, seen: Seen, compiled: bool = False) -> tupl
     if implementation == "cpu":
         fused = base is not layer and not seen.dropout
         reason += f"; x Wᵀ by {products.describe(weight, seen.dtype, rows, fused)}"
+        if base is not layer and not seen.mixed:
+            rank = max((layer.r[name] for name in obstacles.used_adapters(layer, None)), default=1)
+            adapter = composed.describe(like_x, weight, rank, seen.dropout)
+            reason += f"; {adapter}" if adapter else ""
     if family is not None and (seen.shared or not seen.mixed):
         few = siblings.are_few(seen.shape, weight.device)
         reason += f"; {family.describe(layer, few, seen.shared, together, compiled)}"
