@@ -1,9 +1,13 @@
 // A few rows, 1 to FEW_ROWS, as decoding has them: bound by reading W, which is read once; nothing is packed, A and B are read where they lie.
 //     few_rows_cpu         y = x Wᵀ + b
 //     few_rows_lora_cpu    y = x Wᵀ + b + s xa Bᵀ with xa = x Aᵀ, without dropout
+//     few_rows_now_cpu     the same of x [..., K], without xa: what a layer asks for that nobody differentiates
 //     few_rows_mixed_cpu   the same, where each row has an adapter of its own; lists cost a call of one adapter 3 microseconds more
 #include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <array>
 
 #include "adapters.h"
@@ -108,6 +112,79 @@ Tensor few_rows_cpu(
   return multiply(checked_rows(x, weight, bias), weight, bias, nullptr, kind_of(x));
 }
 
+/// The numbers of a tensor without gaps as float32.
+void widen(const Tensor& from, float* to) {
+  const int64_t count = from.numel();
+  switch (kind_of(from)) {
+    case Kind::FLOAT32: std::copy_n(static_cast<const float*>(from.const_data_ptr()), count, to); return;
+    case Kind::BFLOAT16: std::copy_n(static_cast<const torch::headeronly::BFloat16*>(from.const_data_ptr()), count, to); return;
+    case Kind::FLOAT16: std::copy_n(static_cast<const torch::headeronly::Half*>(from.const_data_ptr()), count, to); return;
+  }
+}
+
+Tensor few_rows_now_cpu(
+    const Tensor& x,       // [..., K]
+    const Tensor& weight,  // [N, K], dense by row
+    const std::optional<Tensor>& bias, const Tensor& lora_a, const Tensor& lora_b, double scale) {
+  check_cpu(x, "x");
+  check_dtype(x, "x", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+  STD_TORCH_CHECK(x.dim() >= 1, "x: got ", describe(x), ", expected at least one dimension");
+  const auto shape = x.sizes();
+  const int64_t K = shape[shape.size() - 1], rows = K ? x.numel() / K : 0;
+  STD_TORCH_CHECK(rows >= 1 && rows <= FEW_ROWS, "x: got ", describe(x), ", expected 1 to ", FEW_ROWS, " rows");
+  check(weight, "weight", {ANY, K}, {x.scalar_type()}, x);
+  STD_TORCH_CHECK(K == 1 || weight.stride(1) == 1, "weight: got rows with gaps, expected rows that lie together");
+  const int64_t N = weight.size(0), R = lora_a.dim() ? lora_a.size(0) : 0;
+  if (bias) check(*bias, "bias", {N}, {x.scalar_type()}, x);
+  check(lora_a, "lora_a", {ANY, K}, {x.scalar_type(), ScalarType::Float}, x);
+  STD_TORCH_CHECK(R >= 1, "lora_a: got ", describe(lora_a), ", expected a rank of at least 1");
+  check(lora_b, "lora_b", {N, R}, {lora_a.scalar_type()}, x);
+
+  const Tensor from = dense(x), a = with_dense_rows(lora_a), b = dense(lora_b), dense_bias = bias ? dense(*bias) : x;
+  const Kind kind = kind_of(x), adapter_kind = kind_of(a);
+  const bool widens = adapter_kind != kind;
+  const Memory memory((rows * R + (widens ? rows * K : 0)) * sizeof(float));
+  float* const xa = memory.as<float>();
+  if (widens) widen(from, xa + rows * R);
+
+  FewRows task{};
+  task.kind = adapter_kind;
+  task.rows = rows;
+  task.in = K;
+  task.x = widens ? xa + rows * R : from.const_data_ptr();
+  task.x_stride = K;
+  task.weight = a.const_data_ptr();
+  task.weight_stride = a.stride(0);
+  task.wide = true;
+  task.y = xa;
+  task.y_stride = R;
+  run(task, R);
+  for (int64_t i = 0; i < rows * R; ++i) xa[i] *= static_cast<float>(scale);
+
+  std::vector<int64_t> sizes(shape.begin(), shape.end());
+  sizes.back() = N;
+  const Tensor y = new_tensor(x, sizes, x.scalar_type());
+  std::array<const void*, FEW_ROWS> lora_b_of_row;
+  std::array<int64_t, FEW_ROWS> rank_of_row;
+  lora_b_of_row.fill(b.const_data_ptr());
+  rank_of_row.fill(R);
+  task.kind = kind;
+  task.adapter_kind = adapter_kind;
+  task.x = from.const_data_ptr();
+  task.weight = weight.const_data_ptr();
+  task.weight_stride = weight.stride(0);
+  task.wide = false;
+  task.bias = bias ? dense_bias.const_data_ptr() : nullptr;
+  task.y = y.mutable_data_ptr();
+  task.y_stride = N;
+  task.xa = xa;
+  task.xa_stride = R;
+  task.lora_b = lora_b_of_row.data();
+  task.rank = rank_of_row.data();
+  run(task, N);
+  return y;
+}
+
 std::tuple<Tensor, Tensor> few_rows_mixed_cpu(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::vector<Tensor>& lora_a,  // S of [R_i, K]
     const std::vector<Tensor>& lora_b,                                                                            // S of [N, R_i]
@@ -131,6 +208,7 @@ std::tuple<Tensor, Tensor> few_rows_lora_cpu(
 STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("few_rows_cpu", TORCH_BOX(&few_rows_cpu));
   m.impl("few_rows_lora_cpu", TORCH_BOX(&few_rows_lora_cpu));
+  m.impl("few_rows_now_cpu", TORCH_BOX(&few_rows_now_cpu));
   m.impl("few_rows_mixed_cpu", TORCH_BOX(&few_rows_mixed_cpu));
 }
 
