@@ -203,7 +203,81 @@ std::tuple<Tensor, Tensor> few_rows_lora_cpu(
   return few_rows_mixed_cpu(x, weight, bias, {lora_a}, {lora_b}, {scale}, std::nullopt, std::nullopt);
 }
 
+/// xa_i = x A_iᵀ of at most FEW_ROWS rows of one adapter, which lie apart in x and in xa.
+void project_some(const Tensor& x, const Tensor& a, const int64_t* row, int64_t count, float* xa, int64_t ranks) {
+  const int64_t K = x.size(1), R = a.size(0), size = static_cast<int64_t>(x.element_size());
+  const Memory gathered(count * K * size), projected(count * R * sizeof(float));
+  for (int64_t i = 0; i < count; ++i) {
+    const char* from = static_cast<const char*>(x.const_data_ptr()) + row[i] * x.stride(0) * size;
+    std::copy_n(from, K * size, gathered.as<char>() + i * K * size);
+  }
+  FewRows task{};
+  task.kind = kind_of(x);
+  task.rows = count;
+  task.in = K;
+  task.x = gathered.as<void>();
+  task.x_stride = K;
+  task.weight = a.const_data_ptr();
+  task.weight_stride = a.stride(0);
+  task.wide = true;
+  task.y = projected.as<void>();
+  task.y_stride = R;
+  kernels().few_rows(task, 0, R);
+  for (int64_t i = 0; i < count; ++i) std::copy_n(projected.as<float>() + i * R, R, xa + row[i] * ranks);
+}
+
+/// One row of y += s_i xa_i B_iᵀ: a product without depth, whose bias is the row as it was.
+void add_to_row(const Tensor& y, int64_t row, const Tensor& b, const float* scaled) {
+  const void* const lora_b = b.const_data_ptr();
+  const int64_t rank = b.size(1);
+  FewRows task{};
+  task.kind = kind_of(y);
+  task.rows = 1;
+  task.x = task.weight = lora_b;
+  task.y = static_cast<char*>(y.mutable_data_ptr()) + row * y.stride(0) * static_cast<int64_t>(y.element_size());
+  task.bias = task.y;
+  task.adapter_kind = kind_of(b);
+  task.xa = scaled;
+  task.lora_b = &lora_b;
+  task.rank = &rank;
+  kernels().few_rows(task, 0, y.size(1));
+}
+
 }  // namespace
+
+bool have_few_rows(const Batch& batch) {
+  return batch.order && std::all_of(batch.segments.begin(), batch.segments.end(), [](const Segment& segment) {
+    return segment.end - segment.begin <= FEW_ROWS && segment.threshold == 0;
+  });
+}
+
+std::tuple<Tensor, Tensor> add_updates_of_few_rows(const std::vector<Tensor>& y, const Tensor& x, const Adapters& adapters, const Batch& batch) {
+  const Tensor rows = with_dense_rows(kind_of(adapters.a[0]) == kind_of(x) ? x : torch::stable::to(x, ScalarType::Float));
+  const Tensor xa = new_projection(x, batch);
+  std::vector<Tensor> a, b;
+  for (const Tensor& one : adapters.a) a.push_back(with_dense_rows(one));
+  for (const Tensor& one : adapters.b) b.push_back(dense(one));
+  const int64_t count = static_cast<int64_t>(a.size()), ranks = batch.ranks;
+  const int64_t work = batch.rows * ranks * (x.size(1) + y[0].size(1)) / count;  // of an adapter, about
+  torch::stable::parallel_for(0, count, GRAIN / (work + 1) + 1, [&](int64_t first, int64_t last) {
+    std::vector<float> scaled(ranks);
+    for (int64_t i = first; i < last; ++i) {
+      const Segment& segment = batch.segments[i];
+      if (segment.begin == segment.end) continue;
+      const int64_t layer = i / adapters.each();
+      const int64_t* const order = batch.order + segment.begin;
+      float* const own = floats(xa) + layer * batch.rows * ranks;
+      project_some(rows, a[i], order, segment.end - segment.begin, own, ranks);
+      for (int64_t place = 0; place < segment.end - segment.begin; ++place) {
+        const float* from = own + order[place] * ranks;
+        for (int64_t r = 0; r < segment.rank; ++r) scaled[r] = static_cast<float>(adapters.scale[i]) * from[r];
+        add_to_row(y[layer], order[place], b[i], scaled.data());
+      }
+    }
+  });
+  for (const Tensor& one : y) batch.poison_invalid(one);
+  return {xa, new_tensor(x, {0}, ScalarType::Byte)};
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("few_rows_cpu", TORCH_BOX(&few_rows_cpu));
