@@ -58,7 +58,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "another dtype": lambda layer: setattr(layer.base_layer.weight, "data", torch.ones(N, K).bfloat16()),
     "another shape": lambda layer: setattr(layer.lora_A["default"].weight, "data", torch.ones(2, K + 1)),
     "another rank": lambda layer: setattr(layer.lora_B["default"].weight, "data", torch.ones(N, 3)),
-    "another device": lambda layer: setattr(layer.lora_B["default"].weight, "data", torch.ones(N, 2, device="meta")),
+    "another device": lambda layer: layer.lora_B["default"].to_empty(device="meta"),
     "another A": lambda layer: setattr(layer.lora_A["default"], "weight", nn.Parameter(torch.ones(2, K))),
     "another module B": lambda layer: layer.lora_B.__setitem__("default", nn.Linear(2, N, bias=False)),
     "a bias of B": lambda layer: setattr(layer.lora_B["default"], "bias", nn.Parameter(torch.ones(N))),
@@ -150,6 +150,7 @@ def test_what_a_layer_knows_is_its_own_and_goes_with_what_it_had() -> None:
         assert not {ACTIVE, MIXED} & other.__dict__.keys()
     replica = layer._replicate_for_data_parallel()
     assert find(replica, X, None) is None and find(layer, X, None) is not None
+    del replica
     weight = weakref.ref(layer.lora_A["other"].weight)
     layer.delete_adapter("other")
     gc.collect()
