@@ -1,4 +1,4 @@
-"""csrc's few_rows_now_cpu, and few rows of each adapter in a mixed batch: the numbers of few_rows_lora_cpu, whose bounds test_frozen_products.py holds."""
+"""csrc's few_rows_now_cpu, which computes as few_rows_lora_cpu does, and mixed batches in which each adapter has a few rows."""
 
 from typing import Any
 

@@ -138,7 +138,7 @@ def test_what_a_call_brings_is_looked_at() -> None:
         seen.append(find(layer, X, None))
     assert seen == [None, None] and find(layer, X, None) is not None
     assert find(layer, X, NAMES) is None and plan_call(layer, X, NAMES)[0] == ["default", "other"]
-    assert find(layer, X, tuple(list(NAMES))) is not None and find(layer, X, NAMES[::-1]) is None
+    assert find(layer, X, (*NAMES[:2], "other")) is not None and find(layer, X, NAMES[::-1]) is None
 
 
 def test_what_a_layer_knows_is_its_own_and_goes_with_what_it_had() -> None:
@@ -201,9 +201,7 @@ def test_csrc_says_what_is_as_it_was() -> None:
         (torch.ones(2), "shape", torch.Size([2])),
     )
     assert known.unchanged(*state)
-    for number, wrong in enumerate(
-        ((one, "b", items), (empty, list), (items,), (items, (1, 3)), (items, "shape", 2))
-    ):
+    for number, wrong in enumerate(((one, "b", items), (empty, list), (items,), (items, (1, 3)), (items, "shape", 2))):
         assert not known.unchanged(*state[:number], wrong, *state[number + 1 :])
     assert not known.unchanged((one, "a", type(None)), *state[1:])
     assert not known.unchanged(*state[:3], (items, (1,)), state[4])

@@ -294,7 +294,7 @@ _few_rows_now = ops.native("few_rows_now_cpu")
 def compute_few(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
 ) -> Tensor | None:  # [..., N]
-    """`compute` of one layer without dropout and without gradients, in one call of csrc's; None where x has no few rows on a CPU, or somebody traces."""
+    """`compute` of one layer without dropout or gradients, in one call of csrc's; None where x has no few rows on a CPU, or somebody traces."""
     K = x.shape[-1]
     rows = x.numel() // K if K else 0
     if _few_rows_now is None or not 1 <= rows <= products.FEW_ROWS or not is_eager(x, weight, bias, lora_a, lora_b):

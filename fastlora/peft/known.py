@@ -1,8 +1,8 @@
-"""A layer's last plan, and whether it still holds: making it anew looks at some fifty objects in Python, which takes a small layer longer than its work.
+"""A layer's last plan, and whether it still holds: making it anew looks at some fifty objects, which takes a small layer longer than its work.
 
-A plan holds as long as all that it was read from is as it was: the same modules, parameters and numbers in the same places, still without hooks, still
-frozen and of the same dtypes and shapes. csrc looks at all that again before each call (`unchanged.h`), in a tenth of the time; at anything else than it
-was, the plan is made anew. Nothing tells the layer of a change, so that none can be missed. Without the native extension every call makes its plan.
+A plan holds as long as all that it was read from is as it was: the same modules, parameters and numbers in the same places, still without hooks,
+still frozen and of the same dtypes and shapes. csrc looks at all that again before each call (`unchanged.h`), in a tenth of the time; where anything
+has changed, the plan is made anew. Nothing tells the layer of a change, so that none can be missed. Without the native extension every call makes its plan.
 """
 
 from collections.abc import Callable, Sequence
@@ -72,7 +72,17 @@ class _State:
 
     def matrix(self, tensor: Tensor) -> None:
         self.types += (tensor, type(tensor))
-        self.attributes += (tensor, "dtype", tensor.dtype, tensor, "shape", tensor.shape, tensor, "device", tensor.device)
+        self.attributes += (
+            tensor,
+            "dtype",
+            tensor.dtype,
+            tensor,
+            "shape",
+            tensor.shape,
+            tensor,
+            "device",
+            tensor.device,
+        )
 
     def frozen(self, tensor: Tensor | None) -> None:
         if tensor is not None:

@@ -47,10 +47,8 @@ def detach(tuner: nn.Module) -> None:
     tuner.__dict__.pop(METHOD, None)
 
 
-def enable(
-    tuner: Any, layer_class: type[nn.Module], *args: Any, **kwargs: Any
-) -> AbstractContextManager[None]:
-    """The context of a forward: ours where it has names to hand out and nothing else to do; PEFT's own, which knows what to raise, in all other cases."""
+def enable(tuner: Any, layer_class: type[nn.Module], *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+    """The context of a forward: ours where it has names to hand out and nothing else to do; else PEFT's own, which knows what to raise."""
     names = kwargs.get("adapter_names")
     if names is not None and not torch.compiler.is_compiling() and kwargs.get("alora_offsets") is None:
         beams = kwargs.get("num_beams")  # of which an encoder has one
