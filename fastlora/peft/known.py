@@ -2,7 +2,8 @@
 
 A plan holds as long as all that it was read from is as it was: the same modules, parameters and numbers in the same places, still without hooks,
 still frozen and of the same dtypes and shapes. csrc looks at all that again before each call (`unchanged.h`), in a tenth of the time; where anything
-has changed, the plan is made anew. Nothing tells the layer of a change, so that none can be missed. Without the native extension every call makes its plan.
+has changed, the plan is made anew. Nothing tells the layer of a change, so that none can be missed. Without the native extension every call makes
+its plan.
 """
 
 from collections.abc import Callable, Sequence
