@@ -99,7 +99,7 @@ def _state_of(layer: Any, names: AdapterNames, used: Sequence[str]) -> tuple[tup
     state.empty += obstacles.GLOBAL_HOOKS
     state.item(own, "_disable_adapters")
     state.empty.append(state.item(own, "merged_adapters"))
-    wanted = names
+    wanted: Any = names
     if names is None:
         active = state.item(own, "_active_adapter")
         wanted = [active] if isinstance(active, str) else active
