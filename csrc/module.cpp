@@ -3,8 +3,18 @@
 #include <pybind11/pybind11.h>
 
 #include "cpu/kernels.h"
+#include "unchanged.h"
 
 namespace py = pybind11;
+
+namespace {
+
+// Called once a layer and call: without pybind11's way of arguments, which costs as much again.
+PyMethodDef unchanged_method{
+    "unchanged", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(fastlora::unchanged)), METH_FASTCALL,
+    "unchanged(items, types, empty, lists, attributes): whether Python's objects still have what they had (fastlora/peft/known.py)."};
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The native operators of fastlora and what they were compiled with.";
@@ -22,4 +32,5 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "isa", [] { return fastlora::kernels().isa; },
       "The instruction set that runs: portable, avx2, avx512 or avx512bf16 (FASTLORA_ISA forces one); amx and amx_emulated only where it names them.");
+  m.attr("unchanged") = py::reinterpret_steal<py::object>(PyCFunction_NewEx(&unchanged_method, nullptr, nullptr));
 }

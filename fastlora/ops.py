@@ -31,6 +31,8 @@ for _schema in (
     # y = x Wᵀ + b for 1 to 8 rows, bound by reading W once; with an adapter; with one for each row.
     "few_rows_cpu(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "few_rows_lora_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scale) -> (Tensor y, Tensor xa)",
+    # Of x [..., K], where nobody asks for xa.
+    "few_rows_now_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor lora_a, Tensor lora_b, float scale) -> Tensor",
     "few_rows_mixed_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor[] lora_a, Tensor[] lora_b, float[] scale, Tensor? order, Tensor? offsets)"
     " -> (Tensor y, Tensor xa)",
     # The same for many rows, in float32.

@@ -84,6 +84,13 @@ Tensor new_projection(const Tensor& v, const Batch& batch);
 /// y[g] += s_i xa_i B_iᵀ with xa_i = d_i(x) A_iᵀ, for the rows of each segment; xa and keep [layers, M, keep_bytes], without elements if none drops.
 std::tuple<Tensor, Tensor> add_updates(const std::vector<Tensor>& y, const Tensor& x, const Adapters& adapters, const Batch& batch);
 
+/// Whether nothing is dropped and each adapter of a mixed batch has a few rows at most, as decoding has them.
+bool have_few_rows(const Batch& batch);
+
+/// `add_updates` for those (few_rows.cpp): A and B are read where they lie, since packing them costs more than their rows' work.
+std::tuple<Tensor, Tensor> add_updates_of_few_rows(
+    const std::vector<Tensor>& y, const Tensor& x, const Adapters& adapters, const Batch& batch);
+
 /// dx += d_i'(dxa_i A_i), where there is a dx; every dA_i and every dB_i one after the other; one that is not needed has no elements.
 std::tuple<Tensor, Tensor> add_updates_backward(
     const Tensor* dx, const std::vector<Tensor>& dy, const Tensor& x, const Adapters& adapters, const Tensor& xa, const Batch& batch,

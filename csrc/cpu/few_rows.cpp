@@ -1,9 +1,13 @@
 // A few rows, 1 to FEW_ROWS, as decoding has them: bound by reading W, which is read once; nothing is packed, A and B are read where they lie.
 //     few_rows_cpu         y = x Wᵀ + b
 //     few_rows_lora_cpu    y = x Wᵀ + b + s xa Bᵀ with xa = x Aᵀ, without dropout
+//     few_rows_now_cpu     the same of x [..., K], without xa: what a layer asks for that nobody differentiates
 //     few_rows_mixed_cpu   the same, where each row has an adapter of its own; lists cost a call of one adapter 3 microseconds more
 #include <torch/csrc/stable/library.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <array>
 
 #include "adapters.h"
@@ -108,6 +112,79 @@ Tensor few_rows_cpu(
   return multiply(checked_rows(x, weight, bias), weight, bias, nullptr, kind_of(x));
 }
 
+/// The numbers of a tensor without gaps as float32.
+void widen(const Tensor& from, float* to) {
+  const int64_t count = from.numel();
+  switch (kind_of(from)) {
+    case Kind::FLOAT32: std::copy_n(static_cast<const float*>(from.const_data_ptr()), count, to); return;
+    case Kind::BFLOAT16: std::copy_n(static_cast<const torch::headeronly::BFloat16*>(from.const_data_ptr()), count, to); return;
+    case Kind::FLOAT16: std::copy_n(static_cast<const torch::headeronly::Half*>(from.const_data_ptr()), count, to); return;
+  }
+}
+
+Tensor few_rows_now_cpu(
+    const Tensor& x,       // [..., K]
+    const Tensor& weight,  // [N, K], dense by row
+    const std::optional<Tensor>& bias, const Tensor& lora_a, const Tensor& lora_b, double scale) {
+  check_cpu(x, "x");
+  check_dtype(x, "x", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+  STD_TORCH_CHECK(x.dim() >= 1, "x: got ", describe(x), ", expected at least one dimension");
+  const auto shape = x.sizes();
+  const int64_t K = shape[shape.size() - 1], rows = K ? x.numel() / K : 0;
+  STD_TORCH_CHECK(rows >= 1 && rows <= FEW_ROWS, "x: got ", describe(x), ", expected 1 to ", FEW_ROWS, " rows");
+  check(weight, "weight", {ANY, K}, {x.scalar_type()}, x);
+  STD_TORCH_CHECK(K == 1 || weight.stride(1) == 1, "weight: got rows with gaps, expected rows that lie together");
+  const int64_t N = weight.size(0), R = lora_a.dim() ? lora_a.size(0) : 0;
+  if (bias) check(*bias, "bias", {N}, {x.scalar_type()}, x);
+  check(lora_a, "lora_a", {ANY, K}, {x.scalar_type(), ScalarType::Float}, x);
+  STD_TORCH_CHECK(R >= 1, "lora_a: got ", describe(lora_a), ", expected a rank of at least 1");
+  check(lora_b, "lora_b", {N, R}, {lora_a.scalar_type()}, x);
+
+  const Tensor from = dense(x), a = with_dense_rows(lora_a), b = dense(lora_b), dense_bias = bias ? dense(*bias) : x;
+  const Kind kind = kind_of(x), adapter_kind = kind_of(a);
+  const bool widens = adapter_kind != kind;
+  const Memory memory((rows * R + (widens ? rows * K : 0)) * sizeof(float));
+  float* const xa = memory.as<float>();
+  if (widens) widen(from, xa + rows * R);
+
+  FewRows task{};
+  task.kind = adapter_kind;
+  task.rows = rows;
+  task.in = K;
+  task.x = widens ? xa + rows * R : from.const_data_ptr();
+  task.x_stride = K;
+  task.weight = a.const_data_ptr();
+  task.weight_stride = a.stride(0);
+  task.wide = true;
+  task.y = xa;
+  task.y_stride = R;
+  run(task, R);
+  for (int64_t i = 0; i < rows * R; ++i) xa[i] *= static_cast<float>(scale);
+
+  std::vector<int64_t> sizes(shape.begin(), shape.end());
+  sizes.back() = N;
+  const Tensor y = new_tensor(x, sizes, x.scalar_type());
+  std::array<const void*, FEW_ROWS> lora_b_of_row;
+  std::array<int64_t, FEW_ROWS> rank_of_row;
+  lora_b_of_row.fill(b.const_data_ptr());
+  rank_of_row.fill(R);
+  task.kind = kind;
+  task.adapter_kind = adapter_kind;
+  task.x = from.const_data_ptr();
+  task.weight = weight.const_data_ptr();
+  task.weight_stride = weight.stride(0);
+  task.wide = false;
+  task.bias = bias ? dense_bias.const_data_ptr() : nullptr;
+  task.y = y.mutable_data_ptr();
+  task.y_stride = N;
+  task.xa = xa;
+  task.xa_stride = R;
+  task.lora_b = lora_b_of_row.data();
+  task.rank = rank_of_row.data();
+  run(task, N);
+  return y;
+}
+
 std::tuple<Tensor, Tensor> few_rows_mixed_cpu(
     const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const std::vector<Tensor>& lora_a,  // S of [R_i, K]
     const std::vector<Tensor>& lora_b,                                                                            // S of [N, R_i]
@@ -126,11 +203,86 @@ std::tuple<Tensor, Tensor> few_rows_lora_cpu(
   return few_rows_mixed_cpu(x, weight, bias, {lora_a}, {lora_b}, {scale}, std::nullopt, std::nullopt);
 }
 
+/// xa_i = x A_iᵀ of at most FEW_ROWS rows of one adapter, which lie apart in x and in xa.
+void project_some(const Tensor& x, const Tensor& a, const int64_t* row, int64_t count, float* xa, int64_t ranks) {
+  const int64_t K = x.size(1), R = a.size(0), size = static_cast<int64_t>(x.element_size());
+  const Memory gathered(count * K * size), projected(count * R * sizeof(float));
+  for (int64_t i = 0; i < count; ++i) {
+    const char* from = static_cast<const char*>(x.const_data_ptr()) + row[i] * x.stride(0) * size;
+    std::copy_n(from, K * size, gathered.as<char>() + i * K * size);
+  }
+  FewRows task{};
+  task.kind = kind_of(x);
+  task.rows = count;
+  task.in = K;
+  task.x = gathered.as<void>();
+  task.x_stride = K;
+  task.weight = a.const_data_ptr();
+  task.weight_stride = a.stride(0);
+  task.wide = true;
+  task.y = projected.as<void>();
+  task.y_stride = R;
+  kernels().few_rows(task, 0, R);
+  for (int64_t i = 0; i < count; ++i) std::copy_n(projected.as<float>() + i * R, R, xa + row[i] * ranks);
+}
+
+/// One row of y += s_i xa_i B_iᵀ: a product without depth, whose bias is the row as it was.
+void add_to_row(const Tensor& y, int64_t row, const Tensor& b, const float* scaled) {
+  const void* const lora_b = b.const_data_ptr();
+  const int64_t rank = b.size(1);
+  FewRows task{};
+  task.kind = kind_of(y);
+  task.rows = 1;
+  task.x = task.weight = lora_b;
+  task.y = static_cast<char*>(y.mutable_data_ptr()) + row * y.stride(0) * static_cast<int64_t>(y.element_size());
+  task.bias = task.y;
+  task.adapter_kind = kind_of(b);
+  task.xa = scaled;
+  task.lora_b = &lora_b;
+  task.rank = &rank;
+  kernels().few_rows(task, 0, y.size(1));
+}
+
 }  // namespace
+
+bool have_few_rows(const Batch& batch) {
+  return batch.order && std::all_of(batch.segments.begin(), batch.segments.end(), [](const Segment& segment) {
+    return segment.end - segment.begin <= FEW_ROWS && segment.threshold == 0;
+  });
+}
+
+std::tuple<Tensor, Tensor> add_updates_of_few_rows(const std::vector<Tensor>& y, const Tensor& x, const Adapters& adapters, const Batch& batch) {
+  const Tensor rows = with_dense_rows(kind_of(adapters.a[0]) == kind_of(x) ? x : torch::stable::to(x, ScalarType::Float));
+  const Tensor xa = new_projection(x, batch);
+  std::vector<Tensor> a, b;
+  for (const Tensor& one : adapters.a) a.push_back(with_dense_rows(one));
+  for (const Tensor& one : adapters.b) b.push_back(dense(one));
+  const int64_t count = static_cast<int64_t>(a.size()), ranks = batch.ranks;
+  const int64_t work = batch.rows * ranks * (x.size(1) + y[0].size(1)) / count;  // of an adapter, about
+  torch::stable::parallel_for(0, count, GRAIN / (work + 1) + 1, [&](int64_t first, int64_t last) {
+    std::vector<float> scaled(ranks);
+    for (int64_t i = first; i < last; ++i) {
+      const Segment& segment = batch.segments[i];
+      if (segment.begin == segment.end) continue;
+      const int64_t layer = i / adapters.each();
+      const int64_t* const order = batch.order + segment.begin;
+      float* const own = floats(xa) + layer * batch.rows * ranks;
+      project_some(rows, a[i], order, segment.end - segment.begin, own, ranks);
+      for (int64_t place = 0; place < segment.end - segment.begin; ++place) {
+        const float* from = own + order[place] * ranks;
+        for (int64_t r = 0; r < segment.rank; ++r) scaled[r] = static_cast<float>(adapters.scale[i]) * from[r];
+        add_to_row(y[layer], order[place], b[i], scaled.data());
+      }
+    }
+  });
+  for (const Tensor& one : y) batch.poison_invalid(one);
+  return {xa, new_tensor(x, {0}, ScalarType::Byte)};
+}
 
 STABLE_TORCH_LIBRARY_IMPL(fastlora, CPU, m) {
   m.impl("few_rows_cpu", TORCH_BOX(&few_rows_cpu));
   m.impl("few_rows_lora_cpu", TORCH_BOX(&few_rows_lora_cpu));
+  m.impl("few_rows_now_cpu", TORCH_BOX(&few_rows_now_cpu));
   m.impl("few_rows_mixed_cpu", TORCH_BOX(&few_rows_mixed_cpu));
 }
 

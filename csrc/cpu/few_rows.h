@@ -163,8 +163,27 @@ void few_rows_by_column(const FewRows& task, int64_t begin, int64_t end) {
   }
 }
 
+/// y = b + xa_i B_iᵀ, without a weight: as many columns at once as one sum of a vector's lanes can be of.
+template <class T>
+void few_rows_without_depth(const FewRows& task, int64_t begin, int64_t end) {
+  for (int64_t i = 0; i < task.rows; ++i) {
+    int64_t n = begin;
+    for (; n + WIDTH <= end; n += WIDTH) {
+      Floats total[WIDTH] = {};
+      add_adapter<WIDTH>(task, i, n, total);
+      finish<T>(task, i, n, sums(total), WIDTH);
+    }
+    for (; n < end; ++n) {
+      Floats total[WIDTH] = {};
+      add_adapter<1>(task, i, n, total);
+      finish<T>(task, i, n, sums(total), 1);
+    }
+  }
+}
+
 template <class T>
 void few_rows_of(const FewRows& task, int64_t begin, int64_t end) {
+  if (!task.in) return few_rows_without_depth<T>(task, begin, end);
   if (task.by_column) return few_rows_by_column<T>(task, begin, end);
   with_count<FEW_ROWS>(task.rows, [&](auto rows) {
     constexpr int AT_ONCE = WIDTH == 16 ? (rows() <= 6 ? 4 : 3) : (rows() <= 2 ? 4 : 2);  // rows of W at once: rows x AT_ONCE sums in registers

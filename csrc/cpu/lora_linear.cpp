@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> lora_update_cpu(
   const Adapters adapters{static_cast<int64_t>(y.size()), lora_a, lora_b, scale, dropout_p, seed, std::nullopt};
   const Batch batch = checked_batch(x, check_outputs(y, "y", x), adapters, order, offsets);
   for (const Tensor& one : y) check_written(one, "y");
-  return add_updates(y, x, adapters, batch);
+  return have_few_rows(batch) ? add_updates_of_few_rows(y, x, adapters, batch) : add_updates(y, x, adapters, batch);
 }
 
 std::tuple<Tensor, Tensor> lora_update_backward_cpu(

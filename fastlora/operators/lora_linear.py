@@ -33,7 +33,7 @@ from fastlora.choice.problems import (
     mixed_rows,
     weights_in_turn,
 )
-from fastlora.frozen import composed
+from fastlora.frozen import composed, products
 from fastlora.gradients import differentiable_once, is_eager, rows_of, shaped, split
 from fastlora.ops import Choice
 
@@ -291,6 +291,27 @@ def compute(
         if torch.is_grad_enabled():
             return LoRALinearFunction.apply(x, weight, bias, scale, dropout_p, seed, order, offsets, *lora_a, *lora_b)
         return _forward(x, weight, bias, lora_a, lora_b, scale, dropout_p, seed, order, offsets)[0]
+
+
+_few_rows_now = ops.native("few_rows_now_cpu")
+
+
+def compute_few(
+    x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
+) -> Tensor | None:  # [..., N]
+    """`compute` of one layer without dropout or gradients, in one call of csrc's; None where x has no few rows on a CPU, or somebody traces."""
+    K = x.shape[-1]
+    rows = x.numel() // K if K else 0
+    if _few_rows_now is None or not 1 <= rows <= products.FEW_ROWS or not is_eager(x, weight, bias, lora_a, lora_b):
+        return None
+    key = "few rows", ops.forced, x.device.type, x.dtype, rows, weight.numel()
+    native = table.choices.get(key)
+    if native is None:
+        native = x.dtype in ops.KERNEL_DTYPES and choose(x.reshape(rows, K), weight).implementation == "cpu"
+        table.choices[key] = native
+    if not native or weight.stride(1) != 1:  # one that lies by column is not in all dtypes csrc's (frozen/products.py)
+        return None
+    return _few_rows_now(x, weight, bias, lora_a, lora_b, scale)
 
 
 # ---- what a caller may call

@@ -4,7 +4,9 @@ Parameters, submodules, state-dict keys and hooks on the layer stay where they a
 remain PEFT's own business. Frozen layers without an adapter are swapped where that is asked for. On a CPU the frozen weights may have packed copies.
 
 obstacles    what a layer is about to compute, or what stands in the way
+known        a layer's last plan, and whether it still holds
 siblings     layers that share x
+mixed        the names of a mixed batch, handed to all layers
 layers       the classes that layers are swapped to
 reporting    what computes each layer, and why
 
@@ -24,7 +26,7 @@ from fastlora import fusion, model_loss, ops
 from fastlora.checks import is_hooked
 from fastlora.choice import table, trial
 from fastlora.frozen import packed
-from fastlora.peft import obstacles, siblings
+from fastlora.peft import mixed, obstacles, siblings
 from fastlora.peft.layers import FrozenLinear, FusedLinear, compute, frozen_base, restore_layer
 from fastlora.peft.reporting import LayerReport, Report, report
 
@@ -117,6 +119,7 @@ def accelerate(
         if isinstance(module, BaseTuner):
             for name in UNLOADING:
                 module.__dict__[name] = functools.partial(_unload_restored, module, name)
+            mixed.attach(module, FusedLinear)
     for family in siblings.find_families(model, lambda module: type(module) is FusedLinear, compute):
         family.attach()
     if layers and not any(type(layer) is FusedLinear for layer in layers):
@@ -173,4 +176,5 @@ def restore(model: nn.Module) -> nn.Module:
         if isinstance(module, BaseTuner):
             for name in UNLOADING:
                 module.__dict__.pop(name, None)
+            mixed.detach(module)
     return model

@@ -12,11 +12,15 @@ from fastlora import checks
 from fastlora.frozen import packed
 from fastlora.operators import frozen_linear, lora_linear
 from fastlora.operators.lora_linear import RowGroups, group_rows
-from fastlora.peft import obstacles, siblings
+from fastlora.peft import known, mixed, obstacles, siblings
 from fastlora.peft.obstacles import Plan
 
 SEEN, OWN_FORWARD = "_fastlora_seen", "_fastlora_own_forward"
 """Under which a layer's `__dict__` has its last calls, for `report`."""
+
+
+NOT_COPIED = (siblings.KEY, known.ACTIVE, known.MIXED)
+"""What a copy or a pickle of a layer leaves out of its `__dict__`."""
 
 
 class Seen(NamedTuple):
@@ -50,19 +54,23 @@ class FusedLinear(lora.Linear):
     lora_B: Any
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter_names = kwargs.get("adapter_names")
-        used = obstacles.used_adapters(self, adapter_names)
-        if args or len(kwargs) > (adapter_names is not None) and _has_more(kwargs):
-            plan: Plan | str = "the call has arguments besides x"
+        adapter_names = mixed.names_of(self) if mixed.under_way else None
+        if adapter_names is None:
+            adapter_names = kwargs.get("adapter_names")
         else:
-            plan = obstacles.plan_call(self, x, used, adapter_names is not None)
+            kwargs["adapter_names"] = adapter_names
+        names = None if adapter_names is None else tuple(adapter_names)
+        if args or len(kwargs) > (names is not None) and _has_more(kwargs):
+            plan: Plan | str = "the call has arguments besides x"
+            used: Sequence[str] = obstacles.used_adapters(self, names)
+        else:
+            used, plan = known.plan_call(self, x, names)
         if isinstance(plan, str):
             own = super().forward(x, *args, **kwargs)
             _note_own_forward(self, plan, passing=plan != obstacles.lasting_plan(self, used))
             return own
-        if adapter_names is not None:
-            self._check_forward_args(x, adapter_names=adapter_names)
-        names = None if adapter_names is None else tuple(adapter_names)
+        if names is not None and len(names) != len(x):
+            self._check_forward_args(x, adapter_names=names)  # raises, as of all that it checks the rest are obstacles
         if torch.compiler.is_compiling():
             return compute([plan], x, used, names)[0]
         family = self.__dict__.get(siblings.KEY)
@@ -74,10 +82,10 @@ class FusedLinear(lora.Linear):
         return y
 
     def __getstate__(self) -> dict[str, Any]:
-        # Or a copy of one layer would take its parent and its siblings along.
-        return {name: value for name, value in self.__dict__.items() if name != siblings.KEY}
+        # Or a copy of one layer would take its parent and its siblings along, or weights that it has no more.
+        return {name: value for name, value in self.__dict__.items() if name not in NOT_COPIED}
 
-    # PEFT writes into the base weight through `.data`.
+    # What a layer knows would keep the weights alive that PEFT replaces or moves. It writes into the base weight through `.data`.
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
         with packed.rewriting(self.base_layer):
@@ -88,10 +96,16 @@ class FusedLinear(lora.Linear):
             super().unmerge()
 
     def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        known.forget(self)
         with packed.rewriting(self.base_layer):  # OLoRA begins by changing it
             super().update_layer(*args, **kwargs)
 
+    def delete_adapter(self, *args: Any, **kwargs: Any) -> None:
+        known.forget(self)
+        super().delete_adapter(*args, **kwargs)
+
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        known.forget(self)
         with packed.rewriting(self.base_layer):  # moved: the copies are of no use, wherever it goes
             return super()._apply(*args, **kwargs)
 
@@ -110,10 +124,15 @@ def _has_more(kwargs: dict[str, Any]) -> bool:
     return any(value is not None for name, value in kwargs.items() if name != "adapter_names")
 
 
-def compute(plans: Sequence[Plan], x: Tensor, used: Sequence[str], names: siblings.AdapterNames) -> Sequence[Tensor]:
+def compute(plans: Sequence[Plan], x: Tensor, used: Sequence[str], names: known.AdapterNames) -> Sequence[Tensor]:
     """The results of layers that share x and, in a mixed batch, the adapters of its rows."""
     weight, bias, transposed, lora_a, lora_b, scale, dropout_p = plans[0]
     cast = checks.autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
+    alone = len(lora_a) == 1 and names is None and len(plans) == 1 and cast is None and not transposed
+    if alone and not dropout_p[0] and not torch.is_grad_enabled():
+        y = lora_linear.compute_few(x, weight, bias, lora_a[0], lora_b[0], scale[0])
+        if y is not None:
+            return [y]
     rows = None if names is None else _rows_of(names, tuple(used), x.device, torch.is_inference_mode_enabled())
     if len(plans) > 1:
         lora_a, lora_b = [a for one in plans for a in one.lora_a], [b for one in plans for b in one.lora_b]
@@ -187,6 +206,7 @@ def restore_layer(module: Any) -> None:
     base = frozen_base(module)
     if base is not None:
         packed.detach(base)
+        known.forget(module)
         if type(module) in (FusedLinear, FrozenLinear):
             module.__class__ = lora.Linear if type(module) is FusedLinear else nn.Linear
         else:  # torch.nn.utils.parametrize has derived a class for this module since

@@ -21,7 +21,8 @@ from fastlora import checks
 from fastlora.checks import is_hooked
 from fastlora.frozen import products
 from fastlora.operators import lora_linear
-from fastlora.peft import obstacles
+from fastlora.peft import known, obstacles
+from fastlora.peft.known import AdapterNames
 from fastlora.peft.obstacles import Plan
 
 KEY = "_fastlora_family"
@@ -37,9 +38,6 @@ NAMES = (
 )
 CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn")
 """Whose query reads something else."""
-
-AdapterNames = tuple[str, ...] | None
-"""Of a mixed batch, one name an example; None: every row has the active adapter."""
 
 Compute = Callable[[Sequence[Plan], Tensor, Sequence[str], AdapterNames], Sequence[Tensor]]
 """The results of layers, by their plans, for the same x, with these adapters."""
@@ -132,10 +130,9 @@ class Family:
             return None
         names, plans, first = mode[0], [], obstacles.used_adapters(self.layers[place], mode[0])
         for i, layer in enumerate(self.layers):
-            used = first if i == place else obstacles.used_adapters(layer, names)
+            used, own = (first, plan) if i == place else known.plan_call(layer, x, names)
             if is_hooked(layer) or (used != first if names is not None else len(used) != 1):
                 return None
-            own = plan if i == place else obstacles.plan_call(layer, x, used, names is not None)
             if isinstance(own, str) or own.lora_a[0].dtype != plan.lora_a[0].dtype:
                 return None
             plans.append(own)
