@@ -121,7 +121,7 @@ def read_config(file: Path) -> Any:
         raise AdapterError(file, "peft_type", f"expected one of {wanted}, got {shown(method)}")
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType  # takes seconds to import
 
-    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)]
+    config_class: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)]
     types_of = _json_types(config_class)
     unknown = sorted(values.keys() - types_of.keys())
     if unknown:  # written by another PEFT

@@ -228,7 +228,7 @@ def _once(folder: Path, run: Run | None, given: Comparison, retained: float | No
     if retained is not None:
         measured["forgetting"] = measured["retained_loss"] - retained
     name, kind, method = (run.name, run.kind, run.method) if run else (BASE, BASE, BASE)
-    outcome = Outcome(name, kind, method, run and run.r, run and run.lr, **measured, **trained)
+    outcome = Outcome(name, kind, method, run.r if run else None, run.lr if run else None, **measured, **trained)
     writing.make(folder)
     writing.whole(path, (json.dumps(asdict(outcome), indent=2) + "\n").encode())
     return outcome
@@ -288,7 +288,7 @@ def _measure(run: Run | None, given: Comparison, folder: Path) -> dict[str, Any]
     whole = run is None or run.method in WHOLE
     path = str(given.model) if run is None else str(folder) if whole else None
     model, tokenizer = load_model(path, {} if whole else {"default": folder}, dtype=given.dtype)
-    same = {"batch_size": given.batch_size, "max_length": given.max_length, "limit": given.limit}
+    same: dict[str, Any] = {"batch_size": given.batch_size, "max_length": given.max_length, "limit": given.limit}
     held = evaluate(
         model, tokenizer, given.eval_data, generations=given.generations, max_new_tokens=given.max_new_tokens, **same
     )

@@ -26,7 +26,9 @@ PROMPTS: tuple[Method, ...] = ("prompt", "prefix", "ptuning", "cartridge")
 WHOLE: tuple[Method, ...] = ("bitfit", "full")
 """What is saved as a model, not as an adapter: PEFT has no file for biases alone."""
 OPTIONS_OF: dict[str, tuple[Method, ...]] = {
-    **dict.fromkeys(("r", "lora_alpha", "lora_dropout", "use_rslora"), (*RANKED, "full")),  # full has always taken them, and has no use for them
+    **dict.fromkeys(
+        ("r", "lora_alpha", "lora_dropout", "use_rslora"), (*RANKED, "full")
+    ),  # full has always taken them, and has no use for them
     "target_modules": (*RANKED, "ia3", "norm"),
     "num_virtual_tokens": PROMPTS,
     **dict.fromkeys(("prompt_tuning_init", "prompt_tuning_init_text"), ("prompt",)),

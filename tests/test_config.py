@@ -19,7 +19,13 @@ def make(**options: Any) -> TrainConfig:
     return TrainConfig(**{"model": "some/model", "data": "rows.jsonl", "output": "out", **options})
 
 
-WRONG = {int: ["16", 2.5, True, [1], None], float: ["x", True, [1.0], {}], bool: [1, "yes"], str: [1, b"x"], list: [3, ["a"], (1,)]}
+WRONG = {
+    int: ["16", 2.5, True, [1], None],
+    float: ["x", True, [1.0], {}],
+    bool: [1, "yes"],
+    str: [1, b"x"],
+    list: [3, ["a"], (1,)],
+}
 
 
 @pytest.mark.parametrize("name", [field.name for field in fields(TrainConfig)])
