@@ -57,7 +57,8 @@ def accelerate(
     """Make a PEFT LoRA model faster, in place, with the same results; returns the model.
 
     Swaps the class of every `peft.tuners.lora.Linear` that can be fused (nn.Linear or Conv1D underneath, frozen, plain LoRA) to a
-    subclass whose forward and backward run as one operator. Layers that share x, as query, key and value do, read it once
+    subclass whose forward and backward run as one operator; and of what `target_parameters` wraps around a mixture's experts, where a few random
+    numbers show that they compute what is computed here (experts.py). Layers that share x, as query, key and value do, read it once
     (siblings.py). Call it again after new layers were added; `restore` undoes it.
 
     frozen: also swap every plain frozen nn.Linear without an adapter, such as lm_head; the model then needs no LoRA layers.

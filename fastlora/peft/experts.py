@@ -32,7 +32,7 @@ from fastlora.swap import derive, is_derived, undo
 IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")
 """Of transformers' experts, those that compute what their modules say; others may be a card's own kernels."""
 
-DESCRIPTION = ("num_experts", "has_gate", "has_bias", "is_transposed", "has_post_expert_norm")
+DESCRIPTION = ("config", "num_experts", "has_gate", "has_bias", "is_transposed")
 """What transformers' `use_experts_implementation` says of a module of experts."""
 
 GROUPED = ("cuda",)
@@ -179,11 +179,11 @@ def _projection(experts: Any, name: str) -> Projection | str:
 
 def _plain_plan(experts: Any) -> Plan | str:
     """The plan of a module of experts without adapters, or why it cannot be made."""
-    if any(not hasattr(experts, name) for name in DESCRIPTION) or not hasattr(experts, "config"):
+    if not all(hasattr(experts, name) for name in DESCRIPTION):
         return f"{type(experts).__name__} is no module of experts as transformers describes them"
-    if experts.has_post_expert_norm:
+    if getattr(experts, "has_post_expert_norm", False):  # which, like the next, not every transformers knows
         return "the experts' results are normed"
-    if experts._is_expert_parallel:
+    if getattr(experts, "_is_expert_parallel", False):
         return "the experts are spread over devices"
     up = _projection(experts, _names(experts)[0])
     down = _projection(experts, _names(experts)[1])
@@ -241,7 +241,7 @@ def _add_adapter(projection: Projection, wrapper: Any, adapter: str) -> str | No
     return None
 
 
-def _plan_call(outer: Any, x: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Plan | str:
+def plan_call(outer: Any, x: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Plan | str:
     """The plan of a call, or why it runs PEFT's own forward."""
     plan = lasting_plan(outer)
     if isinstance(plan, str):
@@ -279,7 +279,7 @@ def _dtype_obstacle(plan: Plan, x: Tensor) -> str | None:
             return f"the bias is {checks.shown(bias)} and the weight {checks.shown(weight)}"
         for a, b in zip(lora_a, lora_b, strict=True):
             if a.dtype not in (up.dtype, torch.float32) or {a.dtype, b.dtype} != {lora_a[0].dtype}:
-                return f"the adapter is {name_of(a.dtype)} and the weight {name_of(up.dtype)}"
+                return f"an adapter is {name_of(a.dtype)} and {name_of(b.dtype)}, and the weight {name_of(up.dtype)}"
             if a.shape[0] % E or a.shape[1] != K or b.shape != (N, a.shape[0]) or {a.device, b.device} != {x.device}:
                 return f"an adapter is {checks.shown(a)} and {checks.shown(b)}, and the weight {checks.shown(weight)}"
     return None
@@ -295,7 +295,7 @@ def with_experts(plain: Any) -> type:
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling():
             return plain.forward(self, x, *args, **kwargs)
-        plan = _plan_call(self, x, args, kwargs)
+        plan = plan_call(self, x, args, kwargs)
         if isinstance(plan, Plan):
             y = compute(plan, x, *args)
             if y is not None:
