@@ -40,6 +40,7 @@ def assert_module_within_bound(family, dtype, adapters_float32, inputs=8, **opti
     exact = wrapper_of(set_implementation(copy.deepcopy(model).double(), "eager"))
     peer = wrapper_of(copy.deepcopy(model))
     ours = wrapper_of(fastlora.accelerate(model))
+    assert experts.is_derived(ours)
     runs = []
     for seed in range(inputs):
         given = routed(seed=seed, dtype=dtype)
@@ -133,6 +134,36 @@ def test_nothing_of_the_experts_size_is_made():
         with LargestMade() as made:
             call(wrapper, given)
         assert (made.elements < size) == accelerated
+
+
+def test_only_experts_with_rows_are_called(monkeypatch):
+    wrapper, called = wrapper_of(fastlora.accelerate(moe_model())), []
+    compute = experts.lora_linear.compute
+    monkeypatch.setattr(experts.lora_linear, "compute", lambda *args: called.append(len(args[0])) or compute(*args))
+    given = routed()
+    wrapper(given.x, given.index, given.weights)
+    assert len(called) == 2 * (E - 1) and sum(called) == 2 * given.index.numel() and all(called)
+
+
+def projection(N, K, r, dtype=torch.float32):
+    adapters = [torch.empty(2 * r, K)], [torch.empty(N, 2 * r)], [1.0]
+    return experts.Projection(torch.empty(2, N, K, dtype=dtype), None, *(adapters if r else ([], [], [])))
+
+
+def test_torchs_grouped_products_take_what_begins_at_16_bytes(monkeypatch):
+    def is_grouped(up=(8, 12, 4), down=(12, 4, 8), dtype=torch.float32):
+        plan = experts.Plan(None, projection(*up, dtype=dtype), projection(*down, dtype=dtype))
+        return experts._is_grouped(plan, torch.empty(1, dtype=dtype))
+
+    assert not is_grouped()
+    monkeypatch.setattr(experts, "GROUPED", ("cpu",))
+    assert is_grouped() and is_grouped(up=(8, 12, 0)) and not is_grouped(dtype=torch.float64)
+    assert not is_grouped(dtype=torch.bfloat16)  # 12 columns are 24 bytes
+    assert is_grouped((8, 16, 8), (16, 8, 8), torch.bfloat16)
+    for wrong in range(3):
+        odd = [8, 8, 8]
+        odd[wrong] = 6
+        assert not is_grouped(up=odd) and not is_grouped(down=odd)
 
 
 def test_two_steps_are_bitwise_equal():

@@ -7,6 +7,8 @@ import torch
 from moe_models import call, config, moe_model, routed, run, set_implementation, wrapper_of
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.modules import module as nn_module
+from torch.nn.utils import parametrize
 from transformers import MixtralForCausalLM, NemotronHConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -64,9 +66,24 @@ def set_scaling(model):
     wrapper_of(model).scaling["default"] = torch.tensor(2.0)
 
 
+def set_up_requires_grad(model):
+    wrapper_of(model).get_base_layer().gate_up_proj.requires_grad_(True)
+
+
+def parametrize_a(model):
+    parametrize.register_parametrization(wrapper_of(model).lora_A["default"], "weight", nn.Identity())
+
+
+def parametrize_b(model):
+    parametrize.register_parametrization(wrapper_of(model).lora_B["default"], "weight", nn.Identity())
+
+
 @pytest.mark.parametrize(
     ("change", "obstacle"),
     [
+        (set_up_requires_grad, "the base weight or bias is trained"),
+        (parametrize_a, "the weights of adapter 'default' are no parameters"),
+        (parametrize_b, "the weights of adapter 'default' are no parameters"),
         (lambda m: m.merge_adapter(), "the adapter is merged"),
         (lambda m: m.base_model.disable_adapter_layers(), "adapters are disabled"),
         (lambda m: m.base_model.set_adapter([]), "no adapter is active"),
@@ -107,6 +124,28 @@ def test_obstacles_of_a_module(model, change, obstacle):
 def test_obstacles_of_a_call(model, change, obstacle):
     x, *args = change(*routed()[:3])
     assert str(experts.plan_call(wrapper_of(model), x, args, {})).startswith(obstacle)
+
+
+def test_a_call_with_more_than_three_arguments(model):
+    x, *args = routed()[:3]
+    found = experts.plan_call(wrapper_of(model), x, args, {"adapter_names": None})
+    assert found == "the call has other arguments than x, index and weights"
+
+
+class Labelled(torch.Tensor):
+    """A tensor that means more than its numbers."""
+
+
+def test_what_is_not_a_plain_tensor(model):
+    x, *args = routed()[:3]
+    assert experts.plan_call(wrapper_of(model), x.as_subclass(Labelled), args, {}) == "x is a Labelled"
+
+
+def test_global_hooks_see_the_modules_inside(model):
+    x, *args = routed()[:3]
+    with nn_module.register_module_forward_hook(lambda *_: None):
+        assert experts.plan_call(wrapper_of(model), x, args, {}) == "a global hook is set"
+    assert isinstance(experts.plan_call(wrapper_of(model), x, args, {}), experts.Plan)
 
 
 def test_arguments_by_name_are_pefts_business(model):
@@ -209,6 +248,8 @@ def mixtral(kind=MixtralExperts):
         (lambda m: setattr(m, "has_post_expert_norm", True), "the experts' results are normed"),
         (lambda m: setattr(m, "_is_expert_parallel", True), "the experts are spread over devices"),
         (lambda m: setattr(m, "act_fn", nn.Tanh()), None),
+        (lambda m: delattr(m, "has_post_expert_norm"), None),
+        (lambda m: delattr(m, "_is_expert_parallel"), None),
         (lambda m: m.register_parameter("more", nn.Parameter(torch.ones(2))), "MixtralExperts has the parameters gate"),
         (lambda m: delattr(m, "has_gate"), "MixtralExperts is no module of experts as transformers describes them"),
     ],
@@ -260,6 +301,8 @@ def test_a_bias_with_an_adapter_is_pefts_business():
     fastlora.accelerate(model)
     call(wrapper_of(model), routed())
     assert reason_of(model)[1] == "PEFT's own forward: gate_up_proj_bias has an adapter"
+    model.base_model.set_adapter([])
+    assert experts.lasting_plan(wrapper_of(model)) == "no adapter is active"
 
 
 def test_a_weight_that_is_no_experts_is_pefts_business():
