@@ -41,6 +41,28 @@ def test_report_tells_what_runs(model):
     assert reason_of(model, f"{NAME}.base_layer") == (kind, f"with base_model.model.model.{NAME}")
 
 
+def test_report_tells_of_a_few_rows_and_of_a_wrapper_alone(model):
+    given = routed(T=1)
+    wrapper = wrapper_of(model)
+    wrapper(given.x, given.index, given.weights)
+    outer, inner = fastlora.report(wrapper)
+    assert outer.reason.startswith("1 row for each of 5 experts: ") and inner.name == "base_layer"
+
+
+def test_what_the_trial_is_told_of(model):
+    assert experts.weights(moe_model()) == []
+    assert [tuple(one.shape) for one in experts.weights(model)] == [(48, 32), (32, 24)] * 2
+    card = fastlora.accelerate(moe_model("gpt_oss"))
+    assert [tuple(one.shape) for one in experts.weights(card)] == [(48, 32), (32, 24)] * 2
+    for one in (model, card):
+        assert experts.weight_of(wrapper_of(one).get_base_layer()).shape == (48, 32)
+
+
+def test_a_second_call_changes_nothing(model):
+    kind = type(wrapper_of(model))
+    assert type(wrapper_of(fastlora.accelerate(model))) is kind
+
+
 def test_report_tells_of_a_card(model, monkeypatch):
     monkeypatch.setattr(experts, "GROUPED", ("cpu",))
     assert "all experts at once, by torch's grouped products" in reason_of(model)[1]
@@ -124,6 +146,58 @@ def test_obstacles_of_a_module(model, change, obstacle):
 def test_obstacles_of_a_call(model, change, obstacle):
     x, *args = change(*routed()[:3])
     assert str(experts.plan_call(wrapper_of(model), x, args, {})).startswith(obstacle)
+
+
+def give(module, name, **other):
+    """Another dtype, device or shape for a parameter."""
+    parameter = getattr(module, name)
+    shape = other.pop("shape", parameter.shape)
+    setattr(module, name, nn.Parameter(torch.zeros(shape, **other), requires_grad=False))
+
+
+X = "x is float32 [17, 32] on cpu and the weights"
+BIAS, ADAPTER = "the bias is ", "an adapter is "
+
+
+@pytest.mark.parametrize(
+    ("change", "obstacle"),
+    [
+        (lambda base, outer: give(base, "down_proj", dtype=torch.float64), X),
+        (lambda base, outer: give(base, "gate_up_proj", device="meta"), X),
+        (lambda base, outer: give(base, "down_proj", device="meta"), X),
+        (lambda base, outer: give(base, "down_proj_bias", dtype=torch.float64), BIAS),
+        (lambda base, outer: give(base, "down_proj_bias", shape=(5, 33)), BIAS),
+        (lambda base, outer: give(base, "gate_up_proj_bias", device="meta"), BIAS),
+        (lambda base, outer: outer.lora_A["default"].half() and outer.lora_B["default"].half(), f"{ADAPTER}float16"),
+        (lambda base, outer: give(outer.lora_A["default"], "weight", shape=(15, 23)), ADAPTER),
+        (lambda base, outer: give(outer.lora_A["default"], "weight", device="meta"), ADAPTER),
+        (
+            lambda base, outer: (
+                give(outer.lora_A["default"], "weight", shape=(14, 24)),
+                give(outer.lora_B["default"], "weight", shape=(32, 14)),
+            ),
+            ADAPTER,
+        ),
+    ],
+)
+def test_what_does_not_go_together(change, obstacle):
+    wrapper = wrapper_of(fastlora.accelerate(moe_model("gpt_oss")))
+    x, *args = routed()[:3]
+    assert isinstance(experts.plan_call(wrapper, x, args, {}), experts.Plan)
+    change(wrapper.get_base_layer(), wrapper)
+    assert str(experts.plan_call(wrapper, x, args, {})).startswith(obstacle)
+
+
+@pytest.mark.parametrize(
+    ("computed_by", "told"), [(None, "eager"), ("eager", "eager"), ("batched_mm", "batched_mm"), ("grouped_mm", None)]
+)
+def test_whose_experts_autocast_casts(model, computed_by, told):
+    wrapper_of(model).get_base_layer().config._experts_implementation = computed_by
+    x, *args = routed()[:3]
+    with torch.autocast("cpu", torch.bfloat16):
+        plan = experts.plan_call(wrapper_of(model), x, args, {})
+    assert isinstance(plan, experts.Plan) if told is None else plan == f"autocast is on, and the experts are {told}'s"
+    assert isinstance(experts.plan_call(wrapper_of(model), x, args, {}), experts.Plan)
 
 
 def test_a_call_with_more_than_three_arguments(model):
@@ -217,6 +291,11 @@ class Doubled(MixtralExperts):
         return 2 * super().forward(*args)
 
 
+class Several(MixtralExperts):
+    def forward(self, *args):
+        return (super().forward(*args),)
+
+
 class Broken(MixtralExperts):
     def forward(self, x, index, weights):
         return x.view(-1, 33)
@@ -244,6 +323,7 @@ def mixtral(kind=MixtralExperts):
     [
         (lambda m: m, None),
         (lambda m: mixtral(Doubled), "Doubled computes something else"),
+        (lambda m: mixtral(Several), "Several computes something else"),
         (lambda m: mixtral(Broken), "Broken cannot be tried on a few numbers: "),
         (lambda m: setattr(m, "has_post_expert_norm", True), "the experts' results are normed"),
         (lambda m: setattr(m, "_is_expert_parallel", True), "the experts are spread over devices"),

@@ -386,12 +386,6 @@ def weights(model: nn.Module) -> list[Tensor]:
     return [one.weight[0] for plan in plans if isinstance(plan, Plan) for one in (plan.up, plan.down)]
 
 
-def has_wrapper(model: nn.Module, name: str) -> bool:
-    """Whether the wrapper of that name in the model lies in another one."""
-    around, _, last = name.rpartition(".")
-    return last == "base_layer" and isinstance(model.get_submodule(around), ParamWrapper)
-
-
 def swapped_base(layer: Any) -> Any:
     """The module of experts that a swapped wrapper multiplies by, or None for other modules."""
     return wrappers_of(layer)[1] if isinstance(layer, ParamWrapper) and is_derived(layer) else None

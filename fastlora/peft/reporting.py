@@ -63,7 +63,7 @@ def layers(model: nn.Module) -> list[LayerReport]:
     found: list[LayerReport] = []
     for name, module in model.named_modules():
         compiled = f"{name}.".startswith(prefixes)
-        if isinstance(module, experts.ParamWrapper) and experts.has_wrapper(model, name):
+        if isinstance(module, experts.ParamWrapper) and name.endswith("base_layer"):
             around = found[-1]  # the wrapper around this one, which computes both
             told = f"with {around.name}" if around.implementation != "peft" else around.reason
             found.append(LayerReport(name, around.implementation, told))
