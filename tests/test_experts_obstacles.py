@@ -51,9 +51,10 @@ def test_report_tells_of_a_few_rows_and_of_a_wrapper_alone(model):
 
 def test_what_the_trial_is_told_of(model):
     assert experts.weights(moe_model()) == []
-    assert [tuple(one.shape) for one in experts.weights(model)] == [(48, 32), (32, 24)] * 2
+    expected = [((48, 32), [3, 3]), ((32, 24), [3, 3])] * 2
+    assert [(tuple(one.shape), ranks) for one, ranks in experts.weights(model)] == expected
     card = fastlora.accelerate(moe_model("gpt_oss"))
-    assert [tuple(one.shape) for one in experts.weights(card)] == [(48, 32), (32, 24)] * 2
+    assert [(tuple(one.shape), ranks) for one, ranks in experts.weights(card)] == expected
     for one in (model, card):
         assert experts.weight_of(wrapper_of(one).get_base_layer()).shape == (48, 32)
 

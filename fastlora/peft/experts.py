@@ -380,10 +380,16 @@ def detach(module: nn.Module) -> None:
             module.__dict__.pop(name, None)
 
 
-def weights(model: nn.Module) -> list[Tensor]:
-    """Of each swapped wrapper's module, one expert's weights: what is multiplied by (choice/trial.py)."""
-    plans = [_plain_plan(wrappers_of(wrapper)[1]) for wrapper in _outermost(model) if is_derived(wrapper)]
-    return [one.weight[0] for plan in plans if isinstance(plan, Plan) for one in (plan.up, plan.down)]
+def weights(model: nn.Module) -> list[tuple[Tensor, list[int]]]:
+    """Of each swapped wrapper's module, one expert's weights, and the ranks of their adapters: what is multiplied by (choice/trial.py)."""
+    found = []
+    for wrapper in _outermost(model):
+        wrappers, experts = wrappers_of(wrapper)
+        plan = _plain_plan(experts)
+        if is_derived(wrapper) and isinstance(plan, Plan):
+            ranks = [rank for one in wrappers for rank in one.r.values()]
+            found += [(plan.up.weight[0], ranks), (plan.down.weight[0], ranks)]
+    return found
 
 
 def swapped_base(layer: Any) -> Any:
