@@ -55,6 +55,7 @@ MODULES = {
     "fastlora/peft/obstacles.py": OF_PEFT,
     "fastlora/peft/siblings.py": OF_PEFT,
     "fastlora/peft/reporting.py": OF_PEFT,
+    "fastlora/peft/experts.py": ("experts", "experts_obstacles"),
     "fastlora/peft/layers.py": ("layer_calls", "siblings", "sibling_modes"),
     "fastlora/operators/lora_linear.py": OF_OPERATORS,
     "fastlora/operators/rms_norm.py": ("rms_norm", *OF_ANY_OPERATOR),

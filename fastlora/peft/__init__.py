@@ -8,6 +8,7 @@ known        a layer's last plan, and whether it still holds
 siblings     layers that share x
 mixed        the names of a mixed batch, handed to all layers
 layers       the classes that layers are swapped to
+experts      LoRA on a mixture's experts
 reporting    what computes each layer, and why
 
 What swaps the model's loss, or what stands between its layers, is not PEFT's matter: model_loss.py, fusion.py.
@@ -26,9 +27,10 @@ from fastlora import fusion, model_loss, ops
 from fastlora.checks import is_hooked
 from fastlora.choice import table, trial
 from fastlora.frozen import packed
-from fastlora.peft import mixed, obstacles, siblings
+from fastlora.peft import experts, mixed, obstacles, siblings
 from fastlora.peft.layers import FrozenLinear, FusedLinear, compute, frozen_base, restore_layer
 from fastlora.peft.reporting import LayerReport, Report, report
+from fastlora.swap import is_derived
 
 __all__ = ["FrozenLinear", "FusedLinear", "LayerReport", "Report", "accelerate", "report", "restore"]
 
@@ -55,7 +57,8 @@ def accelerate(
     """Make a PEFT LoRA model faster, in place, with the same results; returns the model.
 
     Swaps the class of every `peft.tuners.lora.Linear` that can be fused (nn.Linear or Conv1D underneath, frozen, plain LoRA) to a
-    subclass whose forward and backward run as one operator. Layers that share x, as query, key and value do, read it once
+    subclass whose forward and backward run as one operator; and of what `target_parameters` wraps around a mixture's experts, where a few random
+    numbers show that they compute what is computed here (experts.py). Layers that share x, as query, key and value do, read it once
     (siblings.py). Call it again after new layers were added; `restore` undoes it.
 
     frozen: also swap every plain frozen nn.Linear without an adapter, such as lm_head; the model then needs no LoRA layers.
@@ -105,6 +108,7 @@ def accelerate(
         restore_layer(layer.base_layer)  # of a layer that got its adapter since the last call
         if type(layer) is not FusedLinear and obstacles.swap_obstacle(layer) is None:
             layer.__class__ = FusedLinear
+    experts.attach(model)
     for linear in plain:
         linear.__class__ = FrozenLinear
     bases = [base for base in map(frozen_base, model.modules()) if base is not None]
@@ -122,9 +126,9 @@ def accelerate(
             mixed.attach(module, FusedLinear)
     for family in siblings.find_families(model, lambda module: type(module) is FusedLinear, compute):
         family.attach()
-    if layers and not any(type(layer) is FusedLinear for layer in layers):
+    if layers and not any(type(layer) is FusedLinear or is_derived(layer) for layer in layers):
         warnings.warn(
-            f"fastlora.accelerate fused none of {len(layers)} LoRA layers: {obstacles.swap_obstacle(layers[0])}",
+            f"fastlora.accelerate fused none of {len(layers)} LoRA layers: {experts.obstacle_of(layers[0])}",
             stacklevel=2,
         )
     trial.try_out({**_weights_by_operator(model), **fusion.weights(model)})
@@ -142,14 +146,15 @@ def _weights_by_operator(model: nn.Module) -> dict[str, list[Tensor]]:
     fused = [module for module in model.modules() if type(module) is FusedLinear]
     grouped = [layer for layer in fused if siblings.KEY in layer.__dict__]
     swapped = [base for base in map(frozen_base, model.modules()) if base is not None]
+    of_experts = experts.weights(model)
     by_rank: dict[str, list[Tensor]] = {}
-    for layer in fused:
-        for rank in layer.r.values():
-            by_rank.setdefault(table.rank_case(rank), []).append(layer.base_layer.weight)
+    for weight, ranks in [*((layer.base_layer.weight, layer.r.values()) for layer in fused), *of_experts]:
+        for rank in ranks:
+            by_rank.setdefault(table.rank_case(rank), []).append(weight)
     return {
-        "frozen_linear": [base.weight for base in swapped],
+        "frozen_linear": [*(base.weight for base in swapped), *(weight for weight, _ in of_experts)],
         **by_rank,
-        "lora_linear": [layer.base_layer.weight for layer in fused],
+        "lora_linear": [*(layer.base_layer.weight for layer in fused), *(weight for weight, _ in of_experts)],
         "lora_linear_shared": [layer.base_layer.weight for layer in grouped],
         "multi_lora": [layer.base_layer.weight for layer in fused if len(layer.lora_A) > 1],
         "multi_lora_shared": [layer.base_layer.weight for layer in grouped if len(layer.lora_A) > 1],
@@ -172,6 +177,7 @@ def restore(model: nn.Module) -> nn.Module:
         siblings.leave(module)
         model_loss.detach(module)
         fusion.detach(module)
+        experts.detach(module)
         restore_layer(module)
         if isinstance(module, BaseTuner):
             for name in UNLOADING:

@@ -30,7 +30,7 @@ class Seen(NamedTuple):
     dtype: torch.dtype
     dropout: bool = False
     mixed: bool = False  # a mixed batch
-    shared: bool = False  # computed with its siblings
+    shared: bool = False  # computed with its siblings; experts: all at once
 
 
 class OwnForward(NamedTuple):
@@ -41,7 +41,7 @@ class OwnForward(NamedTuple):
     before: Seen | None  # the last fused call up to then
 
 
-def _note_own_forward(layer: nn.Module, obstacle: str, passing: bool) -> None:
+def note_own_forward(layer: nn.Module, obstacle: str, passing: bool) -> None:
     if not torch.compiler.is_compiling():
         layer.__dict__[OWN_FORWARD] = OwnForward(obstacle, passing, layer.__dict__.get(SEEN))
 
@@ -67,7 +67,7 @@ class FusedLinear(lora.Linear):
             used, plan = known.plan_call(self, x, names)
         if isinstance(plan, str):
             own = super().forward(x, *args, **kwargs)
-            _note_own_forward(self, plan, passing=plan != obstacles.lasting_plan(self, used))
+            note_own_forward(self, plan, passing=plan != obstacles.lasting_plan(self, used))
             return own
         if names is not None and len(names) != len(x):
             self._check_forward_args(x, adapter_names=names)  # raises, as of all that it checks the rest are obstacles
@@ -168,7 +168,7 @@ class FrozenLinear(nn.Linear):
         obstacle = lasting or obstacles.input_obstacle(x)
         if obstacle is not None:
             y = super().forward(x)
-            _note_own_forward(self, obstacle, passing=lasting is None)
+            note_own_forward(self, obstacle, passing=lasting is None)
             return y
         y = frozen_linear.frozen_linear(x, weight, bias)
         if not torch.compiler.is_compiling():

@@ -11,7 +11,7 @@ from fastlora import fusion, model_loss, ops
 from fastlora.frozen import composed, products
 from fastlora.operators import frozen_linear, lora_linear
 from fastlora.packing import is_compiled
-from fastlora.peft import obstacles, siblings
+from fastlora.peft import experts, obstacles, siblings
 from fastlora.peft.layers import OWN_FORWARD, SEEN, FrozenLinear, Seen, frozen_base
 
 ROWS_BEFORE_ANY_CALL = 512
@@ -60,10 +60,14 @@ def report(model: nn.Module) -> Report:
 def layers(model: nn.Module) -> list[LayerReport]:
     """`report`, without the parts that are told together."""
     prefixes = tuple(f"{name}." if name else "" for name, module in model.named_modules() if is_compiled(module))
-    found = []
+    found: list[LayerReport] = []
     for name, module in model.named_modules():
         compiled = f"{name}.".startswith(prefixes)
-        if isinstance(module, (LoraLayer, FrozenLinear)):
+        if isinstance(module, experts.ParamWrapper) and name.endswith("base_layer"):
+            around = found[-1]  # the wrapper around this one, which computes both
+            told = f"with {around.name}" if around.implementation != "peft" else around.reason
+            found.append(LayerReport(name, around.implementation, told))
+        elif isinstance(module, (LoraLayer, FrozenLinear)):
             found.append(LayerReport(name, *_explain(module, compiled)))
         elif model_loss.KEY in module.__dict__:
             path, reason = module.__dict__[model_loss.KEY].describe(replaced="forward" in module.__dict__)
@@ -74,9 +78,9 @@ def layers(model: nn.Module) -> list[LayerReport]:
 
 def _explain(layer: Any, compiled: bool) -> tuple[str, str]:
     """(implementation, reason) of a layer; compiled: torch.compile may run it, which nobody observes."""
-    base = frozen_base(layer)
+    base = frozen_base(layer) or experts.swapped_base(layer)
     if base is None:
-        return "peft", obstacles.swap_obstacle(layer) or "not accelerated: call fastlora.accelerate(model)"
+        return "peft", experts.obstacle_of(layer) or "not accelerated: call fastlora.accelerate(model)"
     plain = "nn.Linear's own forward" if base is layer else "PEFT's own forward"
     seen, own = layer.__dict__.get(SEEN), layer.__dict__.get(OWN_FORWARD)
     obstacle = _present_obstacle(layer, base, seen)
@@ -105,6 +109,9 @@ def _present_obstacle(layer: Any, base: Any, seen: Seen | None) -> str | None:
     """Why the next call will run the forward of the layer's own class, as far as the layer tells, or None."""
     if base is layer:
         return obstacles.weight_obstacle(layer.weight, layer.bias)
+    if isinstance(layer, experts.ParamWrapper):
+        lasting = experts.lasting_plan(layer)
+        return lasting if isinstance(lasting, str) else None
     mixed = seen is not None and seen.mixed
     found = obstacles.lasting_plan(layer, list(layer.lora_A) if mixed else obstacles.used_adapters(layer, None))
     return found if isinstance(found, str) else None
@@ -112,7 +119,10 @@ def _present_obstacle(layer: Any, base: Any, seen: Seen | None) -> str | None:
 
 def _describe(layer: Any, base: Any, seen: Seen, compiled: bool = False) -> tuple[str, str]:
     """(implementation, reason) of a fused call."""
-    weight = linear_weight(base)
+    of_experts = isinstance(layer, experts.ParamWrapper)
+    weight = experts.weight_of(base) if of_experts else linear_weight(base)
+    if of_experts and seen.shared:
+        return "reference", "all experts at once, by torch's grouped products"
     rows = math.prod(seen.shape[:-1])
     like_x = siblings.like_rows(seen.shape, weight, seen.dtype)
     family = layer.__dict__.get(siblings.KEY)
@@ -131,7 +141,8 @@ def _describe(layer: Any, base: Any, seen: Seen, compiled: bool = False) -> tupl
         (implementation, reason, _), together = chosen(backward=False)
     except ops.ImplementationError as error:
         return str(ops.forced), f"cannot run: {error}"
-    reason = f"{rows} row{'s' * (rows != 1)}: {reason}"
+    each = f" for each of {base.num_experts} experts" if of_experts else ""
+    reason = f"{rows} row{'s' * (rows != 1)}{each}: {reason}"
     if implementation == "cpu":
         fused = base is not layer and not seen.dropout
         reason += f"; x Wᵀ by {products.describe(weight, seen.dtype, rows, fused)}"
@@ -152,6 +163,9 @@ def _describe(layer: Any, base: Any, seen: Seen, compiled: bool = False) -> tupl
 
 
 def _before_any_call(layer: Any, base: Any, compiled: bool) -> Seen:
+    if isinstance(layer, experts.ParamWrapper):
+        weight = experts.weight_of(base)
+        return Seen((ROWS_BEFORE_ANY_CALL, weight.shape[1]), weight.dtype, shared=weight.device.type in experts.GROUPED)
     used = [] if base is layer else obstacles.used_adapters(layer, None)
     drops = [obstacles.adapter_of(layer, name)[2] for name in used]
     dropout = any(one.p for one in drops if isinstance(one, nn.Dropout) and one.training)
