@@ -285,6 +285,20 @@ def adapter_files() -> Files:
     return {CONFIG: json.dumps(plain).encode(), WEIGHTS: save(tensors, {"format": "pt"})}
 
 
+def prompt_files() -> Files:
+    """A soft prompt's folder."""
+    import torch
+    from peft import PrefixTuningConfig
+    from safetensors.torch import save
+
+    from fastlora.adapters import CONFIG, WEIGHTS
+
+    sizes = {"token_dim": 8, "num_layers": 2, "num_attention_heads": 2, "encoder_hidden_size": 8}
+    config = PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, num_transformer_submodules=1, **sizes)
+    tensors = {"prompt_embeddings": torch.ones(3, 32)}
+    return {CONFIG: json.dumps(config.to_dict()).encode(), WEIGHTS: save(tensors, {"format": "pt"})}
+
+
 def read_adapter(folder: Path, files: Files) -> None:
     from fastlora import adapters
 
@@ -296,8 +310,11 @@ def read_adapter(folder: Path, files: Files) -> None:
     except FileNotFoundError as error:
         assert adapters.CONFIG not in files or adapters.WEIGHTS not in files, error
         return
-    largest = max(adapter.config.r, *(adapter.config.rank_pattern or {"": 1}).values())
-    assert largest <= adapters.LARGEST_RANK, adapter.config
+    if adapter.config.peft_type == "LORA":
+        sizes = [adapter.config.r, *(adapter.config.rank_pattern or {}).values()]
+    else:
+        sizes = [getattr(adapter.config, name, None) or 1 for name in adapters.SIZES]
+    assert all(1 <= size <= adapters.LARGEST_RANK for size in sizes), adapter.config
     for key, tensor in adapter.tensors.items():
         assert tensor.numel() and tensor.is_floating_point() and bool(tensor.isfinite().all()), key
         assert tensor.nbytes <= len(files[adapters.WEIGHTS]), key
@@ -366,6 +383,7 @@ TARGETS: dict[str, Target] = {
     "table": Target(table_files, change_files, read_table),
     "examples": Target(examples_files, change_lines, read_lines),
     "adapter": Target(adapter_files, change_files, read_adapter),
+    "prompt": Target(prompt_files, change_files, read_adapter),
     "checkpoint": Target(checkpoint_files, change_checkpoint, read_checkpoint),
 }
 
