@@ -5,6 +5,8 @@
     multi_lora              the same, where each row of x has its own adapter; group_rows sorts the rows once for many layers
     multi_lora_shared       both
     frozen_linear           y = x Wᵀ + b
+    dora_factor             c = m / ‖W + s B A‖, row by row
+    scale_columns           y = c ∘ u + b
     prefix_concat           rows [P ; x] with mask, positions and labels
     linear_cross_entropy    the loss of labels under logits h Wᵀ + b
     attention               softmax(scale q kᵀ) v within segments of tokens, and over what they share
@@ -20,6 +22,7 @@ where a backward is differentiated again.
 
 from fastlora.checks import raise_pending
 from fastlora.operators.attention import attention
+from fastlora.operators.dora_factor import dora_factor
 from fastlora.operators.frozen_linear import frozen_linear
 from fastlora.operators.linear_cross_entropy import linear_cross_entropy
 from fastlora.operators.lora_linear import (
@@ -33,12 +36,14 @@ from fastlora.operators.lora_linear import (
 from fastlora.operators.prefix_concat import Prefixed, prefix_concat
 from fastlora.operators.rms_norm import rms_norm
 from fastlora.operators.rotary import rotary
+from fastlora.operators.scale_columns import scale_columns
 from fastlora.operators.swiglu import swiglu
 
 __all__ = [
     "Prefixed",
     "RowGroups",
     "attention",
+    "dora_factor",
     "frozen_linear",
     "group_rows",
     "linear_cross_entropy",
@@ -50,5 +55,6 @@ __all__ = [
     "raise_pending",
     "rms_norm",
     "rotary",
+    "scale_columns",
     "swiglu",
 ]

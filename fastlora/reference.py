@@ -221,6 +221,46 @@ def frozen_linear_backward(dy: Tensor, weight: Tensor) -> Tensor:  # dx [M, K]
     return readable_rows(dy) @ weight
 
 
+def scale_columns(
+    u: Tensor,  # [M, N]
+    factor: Tensor,  # [N], in float32 or wider
+    bias: Tensor | None,  # [N], u's dtype, frozen
+) -> Tensor:  # y [M, N]
+    """y = c ∘ u + b, one factor a column, in float32 or wider, rounded once.
+
+    DoRA's epilogue, with u = (W + s B A) x (Liu et al. 2024, equation 5), and what IA³ does to keys, values and an MLP's activations (Liu et al.
+    2022, Few-Shot Parameter-Efficient Fine-Tuning, section 3.3).
+    """
+    scaled = _wide(u) * factor
+    return (scaled if bias is None else scaled + _wide(bias)).to(u.dtype)
+
+
+def scale_columns_backward(dy: Tensor, u: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:  # du [M, N], dfactor [N]
+    """du = c ∘ dy, rounded once;  dc = the sum over the rows of dy ∘ u, in c's dtype."""
+    d = _wide(dy)
+    return (d * factor).to(u.dtype), (d * _wide(u)).sum(0).to(factor.dtype)
+
+
+def dora_factor(
+    magnitude: Tensor,  # m [N], W's dtype or float32
+    weight: Tensor,  # W [N, K], frozen
+    lora_a: Tensor,  # A [R, K], W's dtype or float32
+    lora_b: Tensor,  # B [N, R], A's dtype
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # factor [N], norm [N] in float32 or wider
+    """c = m / ‖W + s B A‖, the norm of each row (Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation, equation 5).
+
+    In float32 or wider, whatever the dtypes.
+    """
+    norm = torch.addmm(_wide(weight), _wide(lora_b), _wide(lora_a), alpha=scale).norm(dim=1)
+    return _wide(magnitude) / norm, norm
+
+
+def dora_factor_backward(dfactor: Tensor, magnitude: Tensor, norm: Tensor) -> Tensor:  # dmagnitude [N]
+    """dm = dc / ‖W + s B A‖: the norm counts as a constant (section 4.3)."""
+    return (dfactor / norm).to(magnitude.dtype)
+
+
 def prefix_layout(
     starts: Tensor,  # [S + 1] int64: prompt s is the rows starts[s] : starts[s + 1] of the prompts
     max_prompt: int,

@@ -12,7 +12,7 @@ from fastlora import checks
 from fastlora.frozen import packed
 from fastlora.operators import frozen_linear, lora_linear
 from fastlora.operators.lora_linear import RowGroups, group_rows
-from fastlora.peft import known, mixed, obstacles, siblings
+from fastlora.peft import composed, known, mixed, obstacles, siblings
 from fastlora.peft.obstacles import Plan
 
 SEEN, OWN_FORWARD = "_fastlora_seen", "_fastlora_own_forward"
@@ -126,8 +126,20 @@ def _has_more(kwargs: dict[str, Any]) -> bool:
 
 def compute(plans: Sequence[Plan], x: Tensor, used: Sequence[str], names: known.AdapterNames) -> Sequence[Tensor]:
     """The results of layers that share x and, in a mixed batch, the adapters of its rows."""
-    weight, bias, transposed, lora_a, lora_b, scale, dropout_p = plans[0]
+    ys = _compute_updates(plans, x, used, names)
+    if any(plan.added for plan in plans):
+        return [composed.add_biases(y, plan) for y, plan in zip(ys, plans, strict=True)]
+    return ys
+
+
+def _compute_updates(
+    plans: Sequence[Plan], x: Tensor, used: Sequence[str], names: known.AdapterNames
+) -> Sequence[Tensor]:
+    """The same without biases that are trained."""
+    weight, bias, transposed, lora_a, lora_b, scale, dropout_p, magnitude, _ = plans[0]
     cast = checks.autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
+    if magnitude:
+        return composed.compute_dora(plans, x, cast)
     alone = len(lora_a) == 1 and names is None and len(plans) == 1 and cast is None and not transposed
     if alone and not dropout_p[0] and not torch.is_grad_enabled():
         y = lora_linear.compute_few(x, weight, bias, lora_a[0], lora_b[0], scale[0])
