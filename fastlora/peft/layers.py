@@ -12,7 +12,7 @@ from fastlora import checks
 from fastlora.frozen import packed
 from fastlora.operators import frozen_linear, lora_linear
 from fastlora.operators.lora_linear import RowGroups, group_rows
-from fastlora.peft import composed, known, mixed, obstacles, siblings
+from fastlora.peft import composed, known, mixed, obstacles, probing, siblings
 from fastlora.peft.obstacles import Plan
 
 SEEN, OWN_FORWARD = "_fastlora_seen", "_fastlora_own_forward"
@@ -219,6 +219,7 @@ def restore_layer(module: Any) -> None:
     if base is not None:
         packed.detach(base)
         known.forget(module)
+        base.__dict__.pop(probing.KEY, None)
         if type(module) in (FusedLinear, FrozenLinear):
             module.__class__ = lora.Linear if type(module) is FusedLinear else nn.Linear
         else:  # torch.nn.utils.parametrize has derived a class for this module since

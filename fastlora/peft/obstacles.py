@@ -20,6 +20,7 @@ from fastlora import checks
 from fastlora.checks import is_hooked
 from fastlora.choice.table import name_of
 from fastlora.frozen import packed
+from fastlora.peft import probing
 
 GLOBAL_HOOKS = (
     nn_module._global_forward_hooks,
@@ -82,7 +83,7 @@ class Plan(NamedTuple):
 def plan_of_base(layer: nn.Module) -> Plan | str:
     """The plan of the frozen layer under a LoRA layer, without adapters yet, or why it cannot be fused."""
     base: Any = layer._modules["base_layer"]
-    if getattr(type(base), "forward", None) not in FROZEN_FORWARDS:
+    if getattr(type(base), "forward", None) not in FROZEN_FORWARDS and not probing.is_linear(base):
         return f"the base layer is a {type(base).__name__}"
     weight, bias = parameter(base, "weight"), parameter(base, "bias")
     is_trained = bias is not None and bias.requires_grad  # LoraConfig's bias="lora_only" and "all"
@@ -217,6 +218,8 @@ def swap_obstacle(layer: Any) -> str | None:
         return f"{type(layer).__module__}.{type(layer).__name__} is not fused"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the object"  # which would go on calling the one it found
+    if type(layer.base_layer).forward not in FROZEN_FORWARDS:
+        probing.probe(layer.base_layer)
     plan = plan_of_base(layer)
     if isinstance(plan, str):
         return plan
