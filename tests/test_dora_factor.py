@@ -15,9 +15,13 @@ SCALE = 1.5
 Case = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-@pytest.fixture(params=["reference", "blocks"])
+@pytest.fixture(params=["reference", "blocks", "cpu"])
 def chosen(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Blocks are no implementation that can be forced for all operators: they run where plain PyTorch is not."""
+    """Blocks are no implementation that can be forced for all operators: they run where neither plain PyTorch is, nor native code."""
+    if request.param == "cpu" and not ops.has("dora_factor", "cpu"):
+        pytest.skip("the extension is not built")
+    if request.param == "blocks":
+        monkeypatch.delitem(ops.implementations, ("dora_factor", "cpu"), raising=False)
     monkeypatch.setattr(ops, "forced", "reference" if request.param == "reference" else None)
     return request.param
 
@@ -108,7 +112,8 @@ def test_autocast_leaves_it_alone(chosen):
     assert torch.equal(found, dora_factor(*given, SCALE))
 
 
-def test_nothing_as_large_as_the_weight_is_made(monkeypatch):
+@pytest.mark.parametrize("chosen", ["blocks"], indirect=True)
+def test_nothing_as_large_as_the_weight_is_made(chosen, monkeypatch):
     """But for the room, which is as large as it is told to be."""
     monkeypatch.setattr(operator, "ELEMENTS_AT_ONCE", {"cpu": 640})
     made, empty = [], Tensor.new_empty
@@ -141,9 +146,41 @@ def test_opcheck(chosen, dtype):
 
 
 def test_the_choice(monkeypatch):
-    assert operator.choose().implementation == "blocks"
+    """Native code where the weight's rows lie together, in what it computes in."""
+    weight = torch.ones(5, 4)
+    if ops.has("dora_factor", "cpu"):
+        assert operator.choose(weight).implementation == "cpu"
+    for other in (weight.T, weight.double(), weight.to("meta")):
+        assert operator.choose(other).implementation == "blocks"
     monkeypatch.setattr(ops, "forced", "reference")
-    assert operator.choose() == ops.Choice("reference", "FASTLORA_IMPL")
+    assert operator.choose(weight) == ops.Choice("reference", "FASTLORA_IMPL")
+
+
+def test_as_many_threads_as_there_are_give_the_same_bits(chosen):
+    given, threads, found = draw(333, 70, 5, torch.float32), torch.get_num_threads(), []
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        found.append(dora_factor(*given, SCALE))
+    torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("weight", (torch.ones(4), torch.ones(2, 4), torch.ones(5, 2))),
+        ("weight", (torch.ones(5, 4).double(), torch.ones(2, 4), torch.ones(5, 2))),
+        ("lora_a", (torch.ones(5, 4), torch.ones(2, 3), torch.ones(5, 2))),
+        ("lora_a", (torch.ones(5, 4), torch.ones(2, 4).half(), torch.ones(5, 2))),
+        ("lora_b", (torch.ones(5, 4), torch.ones(2, 4), torch.ones(5, 3))),
+        ("lora_b", (torch.ones(5, 4), torch.ones(2, 4), torch.ones(4, 2))),
+    ],
+)
+def test_native_code_checks_as_well(name, arguments):
+    if ops.native("dora_norm_cpu") is None:
+        pytest.skip("the extension is not built")
+    with pytest.raises(RuntimeError, match=name):
+        ops.native("dora_norm_cpu")(*arguments, SCALE)
 
 
 def test_the_reference_is_the_paper():

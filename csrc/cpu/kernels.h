@@ -182,6 +182,18 @@ struct ScaleColumns {
 
 constexpr int64_t SUMMED_ROWS = 32;  // that are added up before their sum is
 
+/// norm [rows]: of the rows of W + scale B A.
+struct DoraNorm {
+  Kind kind;
+  int64_t width, rank;
+  const void* weight;  // [rows, width], a row every weight_stride elements
+  int64_t weight_stride;
+  const float* lora_a;  // [rank, width], dense
+  const float* lora_b;  // [rows, rank], dense
+  float scale;
+  float* norm;
+};
+
 /// y = x cos + turned(x) sin of every head's row [width], where turned(x) is (-x2, x1) of x's halves (x1, x2); or, inverse, the gradient's transpose.
 struct Rotary {
   Kind kind;
@@ -256,6 +268,7 @@ struct Kernels {
   void (*swiglu_backward)(const Swiglu&, int64_t row_begin, int64_t row_end);
   void (*scale_columns)(const ScaleColumns&, int64_t row_begin, int64_t row_end);
   void (*scale_columns_backward)(const ScaleColumns&, int64_t row_begin, int64_t row_end, float* total, float* room);  // [width] both
+  void (*dora_norm)(const DoraNorm&, int64_t row_begin, int64_t row_end);
   int64_t attention_block;  // queries that are computed together: only there may a segment's be cut without a change to what is computed
   int64_t (*attention_room)(const AttentionPart&, int64_t width, bool backward);  // that a part needs, in floats
   void (*attention)(const Attention&, const AttentionPart&, int64_t kv_head, float* room);

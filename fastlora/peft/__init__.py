@@ -27,7 +27,7 @@ from fastlora import fusion, model_loss, ops
 from fastlora.checks import is_hooked
 from fastlora.choice import table, trial
 from fastlora.frozen import packed
-from fastlora.peft import experts, mixed, obstacles, siblings
+from fastlora.peft import experts, mixed, obstacles, scaled, siblings
 from fastlora.peft.layers import FrozenLinear, FusedLinear, compute, frozen_base, restore_layer
 from fastlora.peft.reporting import LayerReport, Report, report
 from fastlora.swap import is_derived
@@ -94,9 +94,10 @@ def accelerate(
     budget = packed.Budget(pack_budget)
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     plain = _frozen_layers(model) if frozen else []
-    if not layers and not frozen and not loss and not fuse:
+    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if not adapted and not frozen and not loss and not fuse:
         raise ValueError("model: has no PEFT LoRA layers, expected the result of peft.get_peft_model with a LoraConfig")
-    if not layers and not plain and not loss and not fuse:
+    if not adapted and not plain and not loss and not fuse:
         raise ValueError(
             "model: has no LoRA layers and no frozen nn.Linear, expected one (model.requires_grad_(False) freezes)"
         )
@@ -109,6 +110,7 @@ def accelerate(
         if type(layer) is not FusedLinear and obstacles.swap_obstacle(layer) is None:
             layer.__class__ = FusedLinear
     experts.attach(model)
+    left = [obstacle for one in adapted if not isinstance(one, LoraLayer) and (obstacle := scaled.attach(one))]
     for linear in plain:
         linear.__class__ = FrozenLinear
     bases = [base for base in map(frozen_base, model.modules()) if base is not None]
@@ -131,8 +133,16 @@ def accelerate(
             f"fastlora.accelerate fused none of {len(layers)} LoRA layers: {experts.obstacle_of(layers[0])}",
             stacklevel=2,
         )
+    if left and len(left) == len(adapted):
+        warnings.warn(
+            f"fastlora.accelerate left {len(left)} layers to PEFT: {left[0]}{LEFT * (not (frozen or loss or fuse))}",
+            stacklevel=2,
+        )
     trial.try_out({**_weights_by_operator(model), **fusion.weights(model)})
     return model
+
+
+LEFT = "; frozen=True, fuse=True and loss=True speed up the rest of the model"
 
 
 def _weights_of_others(model: nn.Module, bases: Sequence[nn.Module]) -> packed.Places:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
-from peft.tuners import lora
+from peft.tuners import ia3, lora
 from torch import Tensor, nn
 
 from fastlora import checks
@@ -14,6 +14,7 @@ from fastlora.operators import frozen_linear, lora_linear
 from fastlora.operators.lora_linear import RowGroups, group_rows
 from fastlora.peft import composed, known, mixed, obstacles, probing, siblings
 from fastlora.peft.obstacles import Plan
+from fastlora.swap import is_derived, undo
 
 SEEN, OWN_FORWARD = "_fastlora_seen", "_fastlora_own_forward"
 """Under which a layer's `__dict__` has its last calls, for `report`."""
@@ -208,7 +209,7 @@ obstacles.FROZEN_FORWARDS.append(FrozenLinear.forward)
 
 def frozen_base(module: Any) -> Any:
     """The layer whose weight a swapped layer multiplies by, or None for other modules."""
-    if type(module) is FusedLinear:
+    if type(module) is FusedLinear or (isinstance(module, ia3.Linear) and is_derived(module)):  # scaled.py
         return module.base_layer
     return module if isinstance(module, FrozenLinear) else None
 
@@ -222,6 +223,8 @@ def restore_layer(module: Any) -> None:
         base.__dict__.pop(probing.KEY, None)
         if type(module) in (FusedLinear, FrozenLinear):
             module.__class__ = lora.Linear if type(module) is FusedLinear else nn.Linear
+        elif is_derived(module):
+            undo(module)
         else:  # torch.nn.utils.parametrize has derived a class for this module since
             type(module).__bases__ = (nn.Linear,)
         for name in (SEEN, OWN_FORWARD):
