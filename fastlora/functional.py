@@ -9,6 +9,7 @@
     scale_columns           y = c ∘ u + b
     prefix_concat           rows [P ; x] with mask, positions and labels
     linear_cross_entropy    the loss of labels under logits h Wᵀ + b
+    lora_cross_entropy      the same under h Wᵀ + b + xa Bᵀ
     attention               softmax(scale q kᵀ) v within segments of tokens, and over what they share
     rms_norm                x w / sqrt(mean(x²) + eps)
     rotary                  queries and keys turned by the angles of their positions
@@ -25,6 +26,7 @@ from fastlora.operators.attention import attention
 from fastlora.operators.dora_factor import dora_factor
 from fastlora.operators.frozen_linear import frozen_linear
 from fastlora.operators.linear_cross_entropy import linear_cross_entropy
+from fastlora.operators.lora_cross_entropy import lora_cross_entropy
 from fastlora.operators.lora_linear import (
     RowGroups,
     group_rows,
@@ -47,6 +49,7 @@ __all__ = [
     "frozen_linear",
     "group_rows",
     "linear_cross_entropy",
+    "lora_cross_entropy",
     "lora_linear",
     "lora_linear_shared",
     "multi_lora",

@@ -407,6 +407,47 @@ def linear_cross_entropy_backward(
     return dweight, weight.new_empty(0) if bias is None else dlogits.sum(0).to(bias.dtype)
 
 
+def lora_cross_entropy(
+    hidden: Tensor,  # [n, D]
+    xa: Tensor,  # [n, R], hidden's dtype: s d(h) Aᵀ
+    weight: Tensor,  # [V, D], frozen
+    bias: Tensor | None,  # [V], frozen
+    lora_b: Tensor,  # [V, R]
+    labels: Tensor,  # [n] int64
+    need_dhidden: bool,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # loss, highest, total, dhidden as linear_cross_entropy; dxa [n, R], or no elements
+    """`linear_cross_entropy` of z = h Wᵀ + b + xa Bᵀ;  dxa = softmax(z) B - B[label]."""
+    hidden, xa, b = readable_rows(hidden), readable_rows(xa), lora_b.to(hidden.dtype)
+    logits = _updated_logits(hidden, xa, weight, bias, b)
+    highest = logits.amax(1, keepdim=True)
+    total = (logits - highest).exp().sum(1, keepdim=True)
+    loss = (highest - logits.gather(1, labels[:, None]) + total.log()).sum()
+    dhidden, dxa = logits.new_empty(0), logits.new_empty(0)
+    if need_dhidden:
+        softmax = ((logits - highest).exp() / total).to(hidden.dtype)
+        w = weight.to(hidden.dtype)
+        dhidden = (softmax @ w).to(logits.dtype) - w[labels]
+        dxa = (softmax @ b).to(logits.dtype) - b[labels]
+    return loss, highest, total, dhidden, dxa
+
+
+def lora_cross_entropy_backward(
+    dloss: Tensor, hidden: Tensor, xa: Tensor, weight: Tensor, bias: Tensor | None, lora_b: Tensor, labels: Tensor, highest: Tensor, total: Tensor
+) -> Tensor:  # dB [V, R]  # fmt: skip
+    """dB = dzᵀ xa with dz = (softmax(z) - one-hot) dloss, rounded to h's dtype before it meets xa."""
+    hidden, xa = readable_rows(hidden), readable_rows(xa)
+    dlogits = (_updated_logits(hidden, xa, weight, bias, lora_b.to(hidden.dtype)) - highest).exp() * (dloss / total)
+    dlogits = dlogits.scatter_add(1, labels[:, None], -dloss.to(dlogits.dtype).expand(len(labels), 1))
+    return (dlogits.to(hidden.dtype).T @ xa).to(lora_b.dtype)
+
+
+def _updated_logits(hidden: Tensor, xa: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+    return _wide(logits.addmm_(xa, b.T))
+
+
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [n, V], in float32 or wider
     logits = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
     return _wide(logits)

@@ -6,6 +6,7 @@ scale_columns           one factor a column: the epilogue of DoRA's layers and o
 dora_factor             DoRA's factors
 prefix_concat           soft prompts in front of a batch
 linear_cross_entropy    the loss of labels under a language model's head
+lora_cross_entropy      the same where the head has an adapter
 attention               softmax attention within segments of tokens
 rms_norm                a frozen root mean square norm
 rotary                  queries and keys turned by the angles of their positions

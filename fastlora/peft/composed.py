@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastlora.operators import dora_factor, lora_linear, scale_columns
 from fastlora.operators.frozen_linear import frozen_linear
+from fastlora.operators.lora_cross_entropy import lora_cross_entropy
 from fastlora.peft.obstacles import Plan
 
 
@@ -57,3 +58,21 @@ def add_biases(y: Tensor, plan: Plan) -> Tensor:
     for bias, scale in plan.added:
         y = y.add_(bias if scale == 1.0 else bias * scale)
     return y
+
+
+def head_obstacle(plan: Plan) -> str | None:
+    """Why a head's loss is not computed without its logits, or None."""
+    if plan.magnitude:
+        return "the head has a DoRA adapter"
+    if plan.added:
+        return "the head has a bias that is trained, or B one"
+    return None
+
+
+def cross_entropy(plan: Plan, hidden: Tensor, labels: Tensor) -> Tensor:
+    """The summed cross entropy of labels [n] under a head with adapters, of hidden [n, D]; dropout is torch's own."""
+    kept = F.dropout(hidden, plan.dropout_p[0]) if plan.dropout_p[0] else hidden
+    xa = [F.linear(kept, a.to(kept.dtype)) * scale for a, scale in zip(plan.lora_a, plan.scale, strict=True)]
+    lora_b = plan.lora_b
+    both = (torch.cat(xa, 1), torch.cat(lora_b, 1)) if len(xa) > 1 else (xa[0], lora_b[0])
+    return lora_cross_entropy(hidden, both[0], plan.linear_weight, plan.bias, both[1], labels)

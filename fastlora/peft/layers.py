@@ -82,6 +82,24 @@ class FusedLinear(lora.Linear):
         self.__dict__[SEEN] = Seen(x.shape, y.dtype, any(plan.dropout_p), names is not None, shared is not None)
         return y
 
+    def cross_entropy_obstacle(self) -> str | None:
+        """Why `cross_entropy` cannot be asked just now, or None: for a language model's head (language_model_loss.py)."""
+        used = obstacles.used_adapters(self, None)
+        if len(used) > 1 and any(type(obstacles.adapter_of(self, name)[2]) is nn.Dropout for name in used):
+            return "several adapters are active with dropout"  # in training, and asked in eval mode as well
+        plan = obstacles.lasting_plan(self, used)
+        return plan if isinstance(plan, str) else composed.head_obstacle(plan)
+
+    def cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """The summed cross entropy of labels [n] under the layer's result for hidden [n, D], without that result."""
+        used = obstacles.used_adapters(self, None)
+        plan = obstacles.plan_call(self, hidden, used, mixed=False)
+        if isinstance(plan, str):
+            raise ValueError(f"hidden: {plan}")
+        loss = composed.cross_entropy(plan, hidden, labels)
+        self.__dict__[SEEN] = Seen(hidden.shape, hidden.dtype, any(plan.dropout_p))
+        return loss
+
     def __getstate__(self) -> dict[str, Any]:
         # Or a copy of one layer would take its parent and its siblings along, or weights that it has no more.
         return {name: value for name, value in self.__dict__.items() if name not in NOT_COPIED}
