@@ -187,9 +187,31 @@ def test_a_dora_beside_a_plain_lora_in_one_family():
         assert "PEFT" not in reason_of(model, f"layers.0.self_attn.{name}")[1]
 
 
+def test_a_layer_in_another_mode_or_with_other_magnitudes_computes_anew():
+    """As PEFT does, which asks the layer, not its dropout alone, whether it is trained."""
+    model, _ = dora_model(lora_dropout=0.5)
+    peer = copy.deepcopy(model)
+    fastlora.accelerate(model)
+    x = torch.randn(4, 32)
+    for change in (
+        lambda layer: layer.train(),
+        lambda layer: setattr(layer, "training", False),
+        lambda layer: setattr(layer, "training", True),
+        lambda layer: layer.lora_magnitude_vector["default"].weight.data.mul_(2),
+        lambda layer: setattr(layer.lora_magnitude_vector["default"], "weight", torch.nn.Parameter(torch.ones(32))),
+    ):
+        found = []
+        for each in (model, peer):
+            change(q_proj(each))
+            torch.manual_seed(3)
+            found.append(q_proj(each)(x))
+        assert torch.allclose(*found, atol=1e-5)
+
+
 def test_a_hooked_magnitude_is_called():
     model, _ = dora_model()
     fastlora.accelerate(model)
+    logits(model)
     seen = []
     q_proj(model).lora_magnitude_vector["default"].register_forward_hook(lambda *_: seen.append(1))
     logits(model)
@@ -199,6 +221,7 @@ def test_a_hooked_magnitude_is_called():
 def test_a_magnitude_elsewhere_is_left_to_peft():
     model, _ = dora_model()
     fastlora.accelerate(model)
+    logits(model)
     holder = q_proj(model).lora_magnitude_vector["default"]
     holder.weight = torch.nn.Parameter(holder.weight.detach().double())
     logits(model)

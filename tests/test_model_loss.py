@@ -297,7 +297,6 @@ def test_a_loss_function_of_its_own_stays():
     ("options", "path", "reason"),
     [
         ({"target_modules": ["q_proj", "lm_head"]}, "fused", "a block of the vocabulary at a time"),
-        ({"target_modules": ["q_proj", "lm_head"], "use_dora": True}, "labelled", "the head has a DoRA adapter"),
         ({"modules_to_save": ["lm_head"]}, "labelled", "the head is a ModulesToSaveWrapper"),
     ],
 )

@@ -3,6 +3,7 @@
 
 #include "adapter_passes.h"
 #include "attention.h"
+#include "dora_norm.h"
 #include "dropout.h"
 #include "few_rows.h"
 #include "product.h"

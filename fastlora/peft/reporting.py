@@ -70,7 +70,7 @@ def layers(model: nn.Module) -> list[LayerReport]:
             found.append(LayerReport(name, around.implementation, told))
         elif isinstance(module, (LoraLayer, FrozenLinear)):
             found.append(LayerReport(name, *_explain(module, compiled)))
-        elif isinstance(module, BaseTunerLayer):
+        elif isinstance(module, BaseTunerLayer) and not name.endswith(".token_adapter"):  # trainable_token_indices
             found.append(LayerReport(name, *scaled.describe(module)))
         elif model_loss.KEY in module.__dict__:
             path, reason = module.__dict__[model_loss.KEY].describe(replaced="forward" in module.__dict__)
