@@ -54,6 +54,9 @@ def _frozen_layers(model: nn.Module) -> list[nn.Module]:
     ]
 
 
+LEFT = "; frozen=True, fuse=True and loss=True speed up the rest of the model"
+
+
 def accelerate(
     model: nn.Module, *, frozen: bool = False, loss: bool = False, fuse: bool = False, pack_budget: int | None = None
 ) -> nn.Module:
@@ -147,9 +150,6 @@ def accelerate(
         )
     trial.try_out({**_weights_by_operator(model), **fusion.weights(model)})
     return model
-
-
-LEFT = "; frozen=True, fuse=True and loss=True speed up the rest of the model"
 
 
 def _weights_of_others(model: nn.Module, bases: Sequence[nn.Module]) -> packed.Places:
