@@ -88,9 +88,9 @@ class _State:
     def frozen(self, tensor: Tensor) -> None:
         self.attributes += (tensor, "requires_grad", False)
 
-    def bias(self, tensor: Tensor | None) -> None:
-        """Of the base layer, trained or not, or of B."""
-        if tensor is not None:
+    def bias(self, tensor: Any) -> None:
+        """Of the base layer, trained or not, or of B; None or MISSING where there is none."""
+        if tensor is not None and tensor is not MISSING:
             self.attributes += (tensor, "requires_grad", tensor.requires_grad)
             if tensor.requires_grad:
                 self.matrix(tensor)
