@@ -19,7 +19,7 @@ QEMU ?= $(shell command -v qemu-x86_64 || command -v qemu-x86_64-static)
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
 
 OF_OPERATORS := lora_linear lora_linear_shared multi_lora multi_lora_shared
-OF_BLOCKS := attention rms_norm rotary swiglu
+OF_BLOCKS := attention dora_factor rms_norm rotary scale_columns swiglu
 FROZEN := frozen_products packed packed_freshness packed_models
 
 .PHONY: demo test mutants fuzz sanitize emulate imitate gpu wheel docs lint bench base clean

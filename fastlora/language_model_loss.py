@@ -91,7 +91,7 @@ class LanguageModelLoss:
             return cross_entropy(_own_logits(self.model, inputs, counted), labels)
         rows = _rows_of(self.model, head, inputs, counted, without_head=self.path == FUSED)
         if self.path == FUSED:
-            return linear_cross_entropy(rows, head.weight, head.bias, labels)
+            return head_cross_entropy(head, rows, labels)
         return cross_entropy(rows, labels)
 
     def _inputs(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Any], Tensor, Tensor]:
@@ -141,12 +141,27 @@ def choose_path(head: Any, own: Tensor, rows_of: Callable[..., Tensor]) -> tuple
     for factor in (1.0, STRETCHED_LOGIT / max(own.abs().max().item(), 1e-3)):
         theirs = rows_of(factor=factor)
         try:
-            ours = F.linear(rows_of(factor=factor, without_head=True), head.weight, head.bias)
+            rows = rows_of(factor=factor, without_head=True)
+            ours = head(rows) if hasattr(head, LOSS) else F.linear(rows, head.weight, head.bias)
         except UNFIT as error:
             return LABELLED, f"the model changes the logits after its head: {error}"
         if not nearly_equal(ours, theirs):
             return LABELLED, "the model changes the logits after its head"
     return FUSED, ""
+
+
+LOSS = "cross_entropy"
+"""The method by which a head that is more than a product computes its own loss, of hidden states [n, D] and labels [n], without logits; and
+`cross_entropy_obstacle` says why it cannot, or None. A LoRA layer has them once it is accelerated (peft/layers.py).
+"""
+
+
+def head_cross_entropy(head: Any, hidden: Tensor, labels: Tensor) -> Tensor:
+    """The summed cross entropy of labels [n] under the head's logits of hidden [n, D]; the head has no obstacle."""
+    if hasattr(head, LOSS):
+        loss: Tensor = getattr(head, LOSS)(hidden, labels)
+        return loss
+    return linear_cross_entropy(hidden, head.weight, head.bias, labels)
 
 
 def output_embedding(model: Any) -> Any:
@@ -156,6 +171,9 @@ def output_embedding(model: Any) -> Any:
 
 def head_obstacle(head: nn.Module) -> str | None:
     """Why the head is more than a product with its weight, or None as far as one can see without its values."""
+    if hasattr(head, LOSS):
+        obstacle: str | None = getattr(head, f"{LOSS}_obstacle")()
+        return "the head carries a hook" if obstacle is None and is_hooked(head) else obstacle
     if not isinstance(head, nn.Linear) or next(head.children(), None) is not None:
         return f"the head is a {type(head).__name__}"
     if type(head.weight) not in (nn.Parameter, Tensor):

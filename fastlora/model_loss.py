@@ -28,11 +28,11 @@ from fastlora.language_model_loss import (
     IGNORE,
     choose_path,
     cross_entropy,
+    head_cross_entropy,
     head_obstacle,
     output_embedding,
     undisturbed,
 )
-from fastlora.operators.linear_cross_entropy import linear_cross_entropy
 from fastlora.packing import UNFIT
 from fastlora.swap import derive, undo
 
@@ -89,7 +89,7 @@ class _Labelled:
         if labels is not self._labels or logits.shape[:-1] != (1, len(targets)):
             raise UnfitError("the model changes its labels, or what its head gives, before its loss")
         if self._fused:
-            total = linear_cross_entropy(logits[0], self._head.weight, self._head.bias, targets)
+            total = head_cross_entropy(self._head, logits[0], targets)
         else:
             total = cross_entropy(logits[0], targets)
         if num_items_in_batch is None:

@@ -47,6 +47,8 @@ for _schema in (
     "draw_dropout_cpu(Tensor x, float p, Tensor seed) -> (Tensor y, Tensor keep)",
     "dropout_cpu(Tensor x, float p, Tensor keep) -> Tensor",
     "add_dropout_cpu(Tensor(a!) y, Tensor x, float p, Tensor keep) -> ()",
+    # The norms of the rows of W + s B A, for dora_factor.
+    "dora_norm_cpu(Tensor weight, Tensor lora_a, Tensor lora_b, float scale) -> Tensor",
     # prefix_concat for a call that nobody traces: plain numbers for what is no data; missing: whether a token's number does not exist (1), or a
     # prompt's (2).
     "prefix_concat_now_cpu(Tensor prompts, int[] starts, int max_prompt, Tensor? prompt_index, Tensor? embeds, Tensor? input_ids, Tensor? embedding,"

@@ -221,6 +221,46 @@ def frozen_linear_backward(dy: Tensor, weight: Tensor) -> Tensor:  # dx [M, K]
     return readable_rows(dy) @ weight
 
 
+def scale_columns(
+    u: Tensor,  # [M, N]
+    factor: Tensor,  # [N], in float32 or wider
+    bias: Tensor | None,  # [N], u's dtype, frozen
+) -> Tensor:  # y [M, N]
+    """y = c ∘ u + b, one factor a column, in float32 or wider, rounded once.
+
+    DoRA's epilogue, with u = (W + s B A) x (Liu et al. 2024, equation 5), and what IA³ does to keys, values and an MLP's activations (Liu et al.
+    2022, Few-Shot Parameter-Efficient Fine-Tuning, section 3.3).
+    """
+    scaled = _wide(u) * factor
+    return (scaled if bias is None else scaled + _wide(bias)).to(u.dtype)
+
+
+def scale_columns_backward(dy: Tensor, u: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:  # du [M, N], dfactor [N]
+    """du = c ∘ dy, rounded once;  dc = the sum over the rows of dy ∘ u, in c's dtype."""
+    d = _wide(dy)
+    return (d * factor).to(u.dtype), (d * _wide(u)).sum(0).to(factor.dtype)
+
+
+def dora_factor(
+    magnitude: Tensor,  # m [N], W's dtype or float32
+    weight: Tensor,  # W [N, K], frozen
+    lora_a: Tensor,  # A [R, K], W's dtype or float32
+    lora_b: Tensor,  # B [N, R], A's dtype
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # factor [N], norm [N] in float32 or wider
+    """c = m / ‖W + s B A‖, the norm of each row (Liu et al. 2024, DoRA: Weight-Decomposed Low-Rank Adaptation, equation 5).
+
+    In float32 or wider, whatever the dtypes.
+    """
+    norm = torch.addmm(_wide(weight), _wide(lora_b), _wide(lora_a), alpha=scale).norm(dim=1)
+    return _wide(magnitude) / norm, norm
+
+
+def dora_factor_backward(dfactor: Tensor, magnitude: Tensor, norm: Tensor) -> Tensor:  # dmagnitude [N]
+    """dm = dc / ‖W + s B A‖: the norm counts as a constant (section 4.3)."""
+    return (dfactor / norm).to(magnitude.dtype)
+
+
 def prefix_layout(
     starts: Tensor,  # [S + 1] int64: prompt s is the rows starts[s] : starts[s + 1] of the prompts
     max_prompt: int,
@@ -365,6 +405,47 @@ def linear_cross_entropy_backward(
     dlogits = dlogits.scatter_add(1, labels[:, None], -dloss.to(dlogits.dtype).expand(len(labels), 1))
     dweight = (dlogits.to(hidden.dtype).T @ hidden).to(weight.dtype)
     return dweight, weight.new_empty(0) if bias is None else dlogits.sum(0).to(bias.dtype)
+
+
+def lora_cross_entropy(
+    hidden: Tensor,  # [n, D]
+    xa: Tensor,  # [n, R], hidden's dtype: s d(h) Aᵀ
+    weight: Tensor,  # [V, D], frozen
+    bias: Tensor | None,  # [V], frozen
+    lora_b: Tensor,  # [V, R]
+    labels: Tensor,  # [n] int64
+    need_dhidden: bool,
+) -> tuple[
+    Tensor, Tensor, Tensor, Tensor, Tensor
+]:  # loss, highest, total, dhidden as linear_cross_entropy; dxa [n, R], or no elements
+    """`linear_cross_entropy` of z = h Wᵀ + b + xa Bᵀ;  dxa = softmax(z) B - B[label]."""
+    hidden, xa, b = readable_rows(hidden), readable_rows(xa), lora_b.to(hidden.dtype)
+    logits = _updated_logits(hidden, xa, weight, bias, b)
+    highest = logits.amax(1, keepdim=True)
+    total = (logits - highest).exp().sum(1, keepdim=True)
+    loss = (highest - logits.gather(1, labels[:, None]) + total.log()).sum()
+    dhidden, dxa = logits.new_empty(0), logits.new_empty(0)
+    if need_dhidden:
+        softmax = ((logits - highest).exp() / total).to(hidden.dtype)
+        w = weight.to(hidden.dtype)
+        dhidden = (softmax @ w).to(logits.dtype) - w[labels]
+        dxa = (softmax @ b).to(logits.dtype) - b[labels]
+    return loss, highest, total, dhidden, dxa
+
+
+def lora_cross_entropy_backward(
+    dloss: Tensor, hidden: Tensor, xa: Tensor, weight: Tensor, bias: Tensor | None, lora_b: Tensor, labels: Tensor, highest: Tensor, total: Tensor
+) -> Tensor:  # dB [V, R]  # fmt: skip
+    """dB = dzᵀ xa with dz = (softmax(z) - one-hot) dloss, rounded to h's dtype before it meets xa."""
+    hidden, xa = readable_rows(hidden), readable_rows(xa)
+    dlogits = (_updated_logits(hidden, xa, weight, bias, lora_b.to(hidden.dtype)) - highest).exp() * (dloss / total)
+    dlogits = dlogits.scatter_add(1, labels[:, None], -dloss.to(dlogits.dtype).expand(len(labels), 1))
+    return (dlogits.to(hidden.dtype).T @ xa).to(lora_b.dtype)
+
+
+def _updated_logits(hidden: Tensor, xa: Tensor, weight: Tensor, bias: Tensor | None, b: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype))
+    return _wide(logits.addmm_(xa, b.T))
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [n, V], in float32 or wider

@@ -59,6 +59,14 @@ def _rms_norm(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return functional.rms_norm(x, weight[0], 1e-6)
 
 
+def _lora_cross_entropy(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return functional.lora_cross_entropy(x, x[:, :R], weight, None, weight[:, :R], torch.arange(M))
+
+
+def _scale_columns(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return functional.scale_columns(x, x[0], None)
+
+
 def _swiglu(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return functional.swiglu(x, weight[:M])
 
@@ -72,7 +80,7 @@ def _attention(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
     return functional.attention(x[:, None], x[:, None], weight[:M, None], torch.tensor([0, M]))[:, 0]
 
 
-WITHOUT_ADAPTER = [_cross_entropy, _rms_norm, _swiglu, _attention]
+WITHOUT_ADAPTER = [_cross_entropy, _lora_cross_entropy, _rms_norm, _scale_columns, _swiglu, _attention]
 LINEAR = [_frozen_linear, _prefix_concat, _rotary]  # in x: dx does not depend on x, nor on anything that is trained
 FUNCTIONS = [_lora_linear, _shared, _multi_lora, _multi_lora_shared, *WITHOUT_ADAPTER, *LINEAR]
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]

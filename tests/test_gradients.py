@@ -49,6 +49,10 @@ def _rms_norm(x: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     return functional.rms_norm(x, weight[0], 1e-6)
 
 
+def _scale_columns(x: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    return functional.scale_columns(x, weight[0], weight[1])
+
+
 def _swiglu(x: Tensor, a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
     return functional.swiglu(x, weight[0].expand_as(x))
 
@@ -70,11 +74,12 @@ FUNCTIONS = {
     _multi_lora_shared: "lora_linear",
     _frozen_linear: "frozen_linear",
     _rms_norm: "rms_norm",
+    _scale_columns: "scale_columns",
     _swiglu: "swiglu",
     _rotary: "rotary",
     _attention: "attention",
 }
-WITHOUT_ADAPTER = [_frozen_linear, _rms_norm, _swiglu, _rotary, _attention]
+WITHOUT_ADAPTER = [_frozen_linear, _rms_norm, _scale_columns, _swiglu, _rotary, _attention]
 Function = Callable[..., Tensor]
 EVERY = pytest.mark.parametrize("function", FUNCTIONS)
 MODES = pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])

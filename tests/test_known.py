@@ -25,9 +25,11 @@ NAMES = ("default", "__base__", "other")
 pytestmark = pytest.mark.skipif(known.unchanged is None, reason="needs the native extension")
 
 
-def layer_of(dropout: float = 0.0) -> Any:
+def layer_of(dropout: float = 0.0, **options: Any) -> Any:
     torch.manual_seed(0)
-    config = peft.LoraConfig(r=2, lora_dropout=dropout, target_modules=["0"], init_lora_weights=False)
+    config = peft.LoraConfig(
+        **{"r": 2, "lora_dropout": dropout, "target_modules": ["0"], "init_lora_weights": False, **options}
+    )
     model = peft.get_peft_model(nn.Sequential(nn.Linear(K, N)), config)
     model.add_adapter("other", config)
     layer = fastlora.accelerate(model).base_model.model[0]
@@ -93,6 +95,59 @@ def test_every_change_is_seen(change: str, names: Any) -> None:
     assert plan == expected if isinstance(plan, str) else plan.is_as(expected)
     if names is None or "active" not in change:
         assert plan is not before[1]
+
+
+def magnitudes(layer: Any) -> Any:
+    return layer.lora_magnitude_vector["default"]
+
+
+DORA_CHANGES: dict[str, Callable[[Any], Any]] = {
+    "another magnitude": lambda layer: setattr(magnitudes(layer), "weight", nn.Parameter(torch.ones(N))),
+    "another dtype": lambda layer: setattr(magnitudes(layer).weight, "data", torch.ones(N).half()),
+    "another shape": lambda layer: setattr(magnitudes(layer).weight, "data", torch.ones(N + 1)),
+    "another module": lambda layer: layer.lora_magnitude_vector.__setitem__("default", nn.Linear(1, N)),
+    "a hook": lambda layer: magnitudes(layer).register_forward_hook(hook),
+    "training, but not the layer": lambda layer: layer.lora_dropout.train(),
+    "training": lambda layer: layer.train(),
+    "the layer alone": lambda layer: layer.__dict__.__setitem__("training", False),
+    "no variant": lambda layer: layer.lora_variant.clear(),
+}
+
+
+@pytest.mark.parametrize("change", DORA_CHANGES)
+def test_every_change_of_a_dora_is_seen(change: str) -> None:
+    layer = layer_of(dropout=0.5, use_dora=True)
+    layer.set_adapter("default")
+    if change == "the layer alone":
+        layer.train()
+    before = plan_call(layer, X, None)[1]
+    assert before.magnitude and before is plan_call(layer, X, None)[1]
+    DORA_CHANGES[change](layer)
+    plan, expected = plan_call(layer, X, None)[1], fresh(layer, None)[1]
+    assert plan is not before and type(plan) is type(expected)
+    assert plan == expected if isinstance(plan, str) else plan.is_as(expected)
+
+
+BIASES: dict[str, Callable[[Any], Any]] = {
+    "frozen": lambda layer: layer.base_layer.bias.requires_grad_(False),
+    "another": lambda layer: setattr(layer.base_layer, "bias", nn.Parameter(torch.ones(N))),
+    "another shape": lambda layer: setattr(layer.base_layer.bias, "data", torch.ones(1)),
+    "another of B": lambda layer: setattr(layer.lora_B["default"], "bias", nn.Parameter(torch.ones(N))),
+    "another dtype of B": lambda layer: setattr(layer.lora_B["default"].bias, "data", torch.ones(N).half()),
+}
+
+
+@pytest.mark.parametrize("change", BIASES)
+def test_every_change_of_a_trained_bias_is_seen(change: str) -> None:
+    layer = layer_of(lora_bias=True, init_lora_weights=True)
+    layer.base_layer.bias.requires_grad_()
+    layer.set_adapter("default")
+    before = plan_call(layer, X, None)[1]
+    assert len(before.added) == 2 and before is plan_call(layer, X, None)[1]
+    BIASES[change](layer)
+    plan, expected = plan_call(layer, X, None)[1], fresh(layer, None)[1]
+    assert plan is not before and type(plan) is type(expected)
+    assert plan == expected if isinstance(plan, str) else plan.is_as(expected)
 
 
 def test_adapters_that_come_are_seen() -> None:

@@ -170,7 +170,6 @@ BASE: dict[str, tuple[Change, str]] = {
         "the weight is int8",
     ),
     "trained weight": (lambda base: base.weight.requires_grad_(), "the base weight or bias is trained"),
-    "trained bias": (lambda base: base.bias.requires_grad_(), "the base weight or bias is trained"),
     "hook": (hook, "the base layer carries a hook"),
     "forward": (
         lambda base: setattr(base, "__class__", type("Own", (nn.Linear,), {"forward": lambda self, x: x})),
@@ -218,10 +217,6 @@ ADAPTER: dict[str, tuple[Change, str]] = {
         lambda layer: layer.lora_dropout.update({"default": nn.AlphaDropout(0.5)}),
         f"{MADE}Linear, Linear, AlphaDropout",
     ),
-    "bias": (
-        lambda layer: layer.lora_B.update({"default": nn.Linear(R, N)}),
-        "adapter 'default' has a bias (lora_bias)",
-    ),
     "A computed": (
         lambda layer: nn.utils.parametrize.register_parametrization(layer.lora_A["default"], "weight", nn.Identity()),
         f"{MADE}ParametrizedLinear, Linear, Identity",
@@ -252,11 +247,75 @@ def test_the_adapter(case: str) -> None:
     assert plan_of(layer) == swap_obstacle(layer) == obstacle
 
 
+def make_dora(**options: Any) -> Any:
+    config = peft.LoraConfig(r=R, target_modules=["0"], use_dora=True, **options)
+    return peft.get_peft_model(nn.Sequential(nn.Linear(K, N)), config).base_model.model[0]
+
+
 def test_a_variant_is_named() -> None:
-    model = peft.get_peft_model(
-        nn.Sequential(nn.Linear(K, N)), peft.LoraConfig(r=R, target_modules=["0"], use_dora=True)
-    )
-    assert plan_of(model.base_model.model[0]) == "adapter 'default' is a Dora variant"
+    layer = make_dora()
+    layer.lora_variant["default"] = type("OwnLinearVariant", (type(layer.lora_variant["default"]),), {})()
+    assert plan_of(layer) == swap_obstacle(layer) == "adapter 'default' is a Own variant"
+
+
+MAGNITUDES: dict[str, tuple[Change, str]] = {
+    "hook": (hook, "adapter 'default' has a DoraLinearLayer for its magnitudes, or a hook there"),
+    "class": (
+        lambda holder: setattr(holder, "__class__", type("Own", (type(holder),), {})),
+        "adapter 'default' has a Own for its magnitudes, or a hook there",
+    ),
+    "shape": (
+        lambda holder: setattr(holder, "weight", nn.Parameter(torch.ones(1, N))),
+        f"a magnitude or bias is float32 [1, 6] on cpu, and the weight {FITS}",
+    ),
+    "dtype": (
+        lambda holder: setattr(holder, "weight", nn.Parameter(torch.ones(N).half())),
+        f"a magnitude or bias is float16 [6] on cpu, and the weight {FITS}",
+    ),
+    "device": (
+        lambda holder: setattr(holder, "weight", nn.Parameter(torch.ones(N, device="meta"))),
+        f"a magnitude or bias is float32 [6] on meta, and the weight {FITS}",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MAGNITUDES)
+def test_the_magnitudes(case: str) -> None:
+    change, obstacle = MAGNITUDES[case]
+    layer = make_dora()
+    plan = plan_of(layer)
+    assert isinstance(plan, Plan) and plan.magnitude[0] is layer.lora_magnitude_vector["default"].weight
+    change(layer.lora_magnitude_vector["default"])
+    assert plan_of(layer) == obstacle
+
+
+def test_dropout_of_a_dora_is_asked_of_the_layer_too() -> None:
+    """As PEFT asks it."""
+    layer = make_dora(lora_dropout=0.5)
+    assert plan_of(layer).dropout_p == [0.5]
+    layer.training = False
+    assert plan_of(layer).dropout_p == [0.0]
+    layer.train().lora_dropout.eval()
+    assert plan_of(layer).dropout_p == [0.0]
+
+
+def test_biases_that_may_be_trained() -> None:
+    layer = make_layer()
+    layer.base_layer.bias.requires_grad_()
+    layer.lora_B["default"] = nn.Linear(R, N)
+    layer.scaling["default"] = 3
+    plan = plan_of(layer)
+    assert isinstance(plan, Plan) and plan.bias is None
+    assert [(id(bias), scale) for bias, scale in plan.added] == [
+        (id(layer.base_layer.bias), 1.0),
+        (id(layer.lora_B["default"].bias), 3.0),
+    ]
+    assert plan_of(layer, mixed=True) == "a mixed batch has a DoRA adapter or a trained bias"
+    assert plan_of(make_dora(), mixed=True) == "a mixed batch has a DoRA adapter or a trained bias"
+    layer.base_layer.bias.requires_grad_(False)
+    assert plan_of(layer).bias is layer.base_layer.bias and len(plan_of(layer).added) == 1
+    layer.lora_B["default"].bias = nn.Parameter(torch.ones(N - 1))
+    assert plan_of(layer) == f"a magnitude or bias is float32 [5] on cpu, and the weight {FITS}"
 
 
 def test_one_adapter_that_fits_is_reason_enough_to_swap() -> None:

@@ -167,6 +167,33 @@ struct Swiglu {
   void* dup;
 };
 
+/// y [rows, width] = factor u + bias by column; or from dy the gradient du, in y's place, and the factor's.
+struct ScaleColumns {
+  Kind kind;
+  int64_t width;
+  const void* u;  // a row every u_stride elements
+  int64_t u_stride;
+  const float* factor;  // [width], dense
+  const void* bias;     // [width], dense, or null
+  const void* dy;       // a gradient's; a row every dy_stride elements
+  int64_t dy_stride;
+  void* y;  // dense
+};
+
+constexpr int64_t SUMMED_ROWS = 32;  // that are added up before their sum is
+
+/// norm [rows]: of the rows of W + scale B A.
+struct DoraNorm {
+  Kind kind;
+  int64_t width, rank;
+  const void* weight;  // [rows, width], a row every weight_stride elements
+  int64_t weight_stride;
+  const float* lora_a;  // [rank, width], dense
+  const float* lora_b;  // [rows, rank], dense
+  float scale;
+  float* norm;
+};
+
 /// y = x cos + turned(x) sin of every head's row [width], where turned(x) is (-x2, x1) of x's halves (x1, x2); or, inverse, the gradient's transpose.
 struct Rotary {
   Kind kind;
@@ -239,6 +266,9 @@ struct Kernels {
   void (*rms_norm_backward)(const RmsNorm&, int64_t row_begin, int64_t row_end);
   void (*swiglu)(const Swiglu&, int64_t row_begin, int64_t row_end);
   void (*swiglu_backward)(const Swiglu&, int64_t row_begin, int64_t row_end);
+  void (*scale_columns)(const ScaleColumns&, int64_t row_begin, int64_t row_end);
+  void (*scale_columns_backward)(const ScaleColumns&, int64_t row_begin, int64_t row_end, float* total, float* room);  // [width] both
+  void (*dora_norm)(const DoraNorm&, int64_t row_begin, int64_t row_end);
   int64_t attention_block;  // queries that are computed together: only there may a segment's be cut without a change to what is computed
   int64_t (*attention_room)(const AttentionPart&, int64_t width, bool backward);  // that a part needs, in floats
   void (*attention)(const Attention&, const AttentionPart&, int64_t kv_head, float* room);

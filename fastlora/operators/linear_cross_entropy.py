@@ -158,23 +158,46 @@ def _vocabulary_blocks(rows: int, weight: Tensor) -> Iterator[slice]:
     return _slices(weight.shape[0], max(1, at_once // max(rows, 1)))
 
 
+class Update(NamedTuple):
+    """What an adapter adds to the logits: xa Bᵀ (lora_cross_entropy.py)."""
+
+    xa: Tensor  # [n, R]
+    lora_b: Tensor  # [V, R]
+    dxa: Tensor  # [n, R], zeros; out: the gradient; or no elements
+
+    def of(self, rows: slice) -> "Update":
+        return Update(self.xa[rows], self.lora_b, self.dxa[rows])
+
+
 class _Block(NamedTuple):
-    """A block of the vocabulary: its part of W, and what its labels are there."""
+    """A block of the vocabulary: its part of W, and of B if there is an adapter, and what its labels are there."""
 
     weight: Tensor  # [v, D]
+    lora_b: Tensor | None  # [v, R]
     logits: Tensor  # [n, v], of which the caller may make what it likes
     here: Tensor  # [n, 1], whether the row's label is in this block
     label: Tensor  # [n, 1], the label counted from the block's start; 0 where it is in another
 
 
-def _block(x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, columns: slice, scratch: Tensor) -> _Block:
+def _block(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    columns: slice,
+    scratch: Tensor,
+    update: Update | None = None,
+) -> _Block:
     w = weight[columns].to(x.dtype)
-    b = None if bias is None else bias[columns].to(x.dtype)
-    logits = frozen_linear.run(x, w, b)
+    c = None if bias is None else bias[columns].to(x.dtype)
+    b = None if update is None else update.lora_b[columns].to(x.dtype)
+    logits = frozen_linear.run(x, w, c)
+    if update is not None and b is not None:
+        logits.addmm_(update.xa, b.t())
     if logits.dtype != scratch.dtype:  # a new tensor for each block would cost more in page faults than the copy
         logits = scratch[: logits.numel()].view_as(logits).copy_(logits)
     here = ((labels >= columns.start) & (labels < columns.stop))[:, None]
-    return _Block(w, logits, here, (labels[:, None] - columns.start) * here)
+    return _Block(w, b, logits, here, (labels[:, None] - columns.start) * here)
 
 
 def _scratch(x: Tensor, weight: Tensor) -> Tensor:
@@ -193,22 +216,28 @@ def _pass_over_vocabulary(
     total: Tensor,  # [n, 1], out: the sum of exp(logit - highest)
     picked: Tensor,  # [n, 1], out: the labels' logits
     dx: Tensor | None,  # [n, D], zeros; out: the gradient
+    update: Update | None = None,
 ) -> None:
     scratch = _scratch(x, weight)
     highest.fill_(torch.finfo(highest.dtype).min)
     total.zero_()
     for columns in _vocabulary_blocks(x.shape[0], weight):
-        block = _block(x, weight, bias, labels, columns, scratch)
+        block = _block(x, weight, bias, labels, columns, scratch, update)
         picked.copy_(torch.where(block.here, block.logits.gather(1, block.label), picked))
         higher = torch.maximum(highest, block.logits.amax(1, keepdim=True))
         weights = block.logits.sub_(higher).exp_()
         shrink = (highest - higher).exp_()
         total.mul_(shrink).add_(weights.sum(1, keepdim=True))
         if dx is not None:
-            dx.mul_(shrink).add_(frozen_linear.run_backward(weights.to(x.dtype), block.weight))
+            narrow = weights.to(x.dtype)
+            dx.mul_(shrink).add_(frozen_linear.run_backward(narrow, block.weight))
+            if update is not None and block.lora_b is not None:
+                update.dxa.mul_(shrink).add_(narrow @ block.lora_b)
         highest.copy_(higher)
     if dx is not None:
         dx.div_(total).sub_(weight[labels])
+        if update is not None:
+            update.dxa.div_(total).sub_(update.lora_b[labels])
 
 
 def _weight_gradients(
@@ -219,16 +248,11 @@ def _weight_gradients(
     The largest logit goes first, then the division: one rounded logarithm of the sum would stand in every softmax, with an error of its own size.
     """
     dweight, dbias = torch.empty_like(weight), weight.new_empty(0) if bias is None else torch.empty_like(bias)
-    rows_at_once = min(hidden.shape[0], ROWS_AT_ONCE)
-    scratch = _scratch(hidden[:rows_at_once], weight)
-    for columns in _vocabulary_blocks(rows_at_once, weight):
+    for columns, parts in logit_gradients(dloss, hidden, weight, bias, labels, highest, total):
         dw = _accumulator(hidden, dweight[columns].shape).zero_()
         db = dw.new_zeros(dw.shape[0])
-        for rows in _slices(hidden.shape[0], ROWS_AT_ONCE):
+        for rows, dlogits in parts:
             x = hidden[rows]
-            block = _block(x, weight, bias, labels[rows], columns, scratch)
-            dlogits = block.logits.sub_(highest[rows]).exp_().mul_(dloss / total[rows])
-            dlogits.scatter_add_(1, block.label, -block.here.to(dlogits.dtype) * dloss)
             dw.add_(dlogits.to(x.dtype).t() @ x)
             db.add_(dlogits.sum(0))
         dweight[columns] = dw
@@ -237,16 +261,48 @@ def _weight_gradients(
     return dweight, dbias
 
 
-def _in_blocks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, need_dhidden: bool
+def logit_gradients(
+    dloss: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    highest: Tensor,
+    total: Tensor,
+    update: Update | None = None,
+) -> Iterator[tuple[slice, Iterator[tuple[slice, Tensor]]]]:
+    """For each block of the vocabulary, a slice of it: for some rows at a time, a slice of those, their dz [n, v], which the next overwrites."""
+    rows_at_once = min(hidden.shape[0], ROWS_AT_ONCE)
+    scratch = _scratch(hidden[:rows_at_once], weight)
+
+    def parts(columns: slice) -> Iterator[tuple[slice, Tensor]]:
+        for rows in _slices(hidden.shape[0], ROWS_AT_ONCE):
+            own = None if update is None else update.of(rows)
+            block = _block(hidden[rows], weight, bias, labels[rows], columns, scratch, own)
+            dlogits = block.logits.sub_(highest[rows]).exp_().mul_(dloss / total[rows])
+            yield rows, dlogits.scatter_add_(1, block.label, -block.here.to(dlogits.dtype) * dloss)
+
+    for columns in _vocabulary_blocks(rows_at_once, weight):
+        yield columns, parts(columns)
+
+
+def in_blocks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    need_dhidden: bool,
+    update: Update | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """reference.py::linear_cross_entropy, a block of the vocabulary at a time; with an update, of the logits that it adds to."""
     dhidden = _accumulator(hidden, hidden.shape if need_dhidden else (0,)).zero_()  # [n, D]
     highest, total, picked = (_accumulator(hidden, (hidden.shape[0], 1)) for _ in range(3))  # [n, 1]
     for rows in _slices(hidden.shape[0], ROWS_AT_ONCE):
         found = highest[rows], total[rows], picked[rows]
-        _pass_over_vocabulary(hidden[rows], weight, bias, labels[rows], *found, dhidden[rows] if need_dhidden else None)
+        dx, own = dhidden[rows] if need_dhidden else None, None if update is None else update.of(rows)
+        _pass_over_vocabulary(hidden[rows], weight, bias, labels[rows], *found, dx, own)
     return (highest - picked + total.log()).sum(), highest, total, dhidden
 
 
-ops.implement("linear_cross_entropy", "blocks", _in_blocks)
+ops.implement("linear_cross_entropy", "blocks", in_blocks)
 ops.implement("linear_cross_entropy_backward", "blocks", _weight_gradients)

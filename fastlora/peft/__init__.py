@@ -1,14 +1,17 @@
-"""`accelerate`, `restore`, `report`: any PEFT LoRA model made faster in place by swapping the class of its LoRA layers.
+"""`accelerate`, `restore`, `report`: any PEFT LoRA or IA³ model made faster in place by swapping the class of its adapted layers.
 
 Parameters, submodules, state-dict keys and hooks on the layer stay where they are, so that saving, adding, switching, disabling and merging adapters
 remain PEFT's own business. Frozen layers without an adapter are swapped where that is asked for. On a CPU the frozen weights may have packed copies.
 
 obstacles    what a layer is about to compute, or what stands in the way
+probing      whether a base layer computes what nn.Linear does
 known        a layer's last plan, and whether it still holds
 siblings     layers that share x
 mixed        the names of a mixed batch, handed to all layers
+composed     what a LoRA layer computes around the operator: DoRA's factors, trained biases, a head's loss
 layers       the classes that layers are swapped to
 experts      LoRA on a mixture's experts
+scaled       IA³'s layers
 reporting    what computes each layer, and why
 
 What swaps the model's loss, or what stands between its layers, is not PEFT's matter: model_loss.py, fusion.py.
@@ -27,7 +30,7 @@ from fastlora import fusion, model_loss, ops
 from fastlora.checks import is_hooked
 from fastlora.choice import table, trial
 from fastlora.frozen import packed
-from fastlora.peft import experts, mixed, obstacles, siblings
+from fastlora.peft import experts, mixed, obstacles, scaled, siblings
 from fastlora.peft.layers import FrozenLinear, FusedLinear, compute, frozen_base, restore_layer
 from fastlora.peft.reporting import LayerReport, Report, report
 from fastlora.swap import is_derived
@@ -51,15 +54,22 @@ def _frozen_layers(model: nn.Module) -> list[nn.Module]:
     ]
 
 
+LEFT = "; frozen=True, fuse=True and loss=True speed up the rest of the model"
+
+
 def accelerate(
     model: nn.Module, *, frozen: bool = False, loss: bool = False, fuse: bool = False, pack_budget: int | None = None
 ) -> nn.Module:
-    """Make a PEFT LoRA model faster, in place, with the same results; returns the model.
+    """Make a PEFT LoRA or IA³ model faster, in place, with the same results; returns the model.
 
     Swaps the class of every `peft.tuners.lora.Linear` that can be fused (nn.Linear or Conv1D underneath, frozen, plain LoRA) to a
     subclass whose forward and backward run as one operator; and of what `target_parameters` wraps around a mixture's experts, where a few random
     numbers show that they compute what is computed here (experts.py). Layers that share x, as query, key and value do, read it once
     (siblings.py). Call it again after new layers were added; `restore` undoes it.
+    Swaps the class of every `peft.tuners.lora.Linear` that can be fused (nn.Linear, Conv1D or what computes the same underneath, frozen, plain
+    LoRA or DoRA, with trained biases or without) to a subclass whose forward and backward run as one operator, with a factor a column for
+    DoRA. Layers that share x, as query, key and value do, read it once (siblings.py). IA³'s layers are swapped, too (scaled.py). Layers of PEFT's
+    other methods stay PEFT's. Call it again after new layers were added; `restore` undoes it.
 
     frozen: also swap every plain frozen nn.Linear without an adapter, such as lm_head; the model then needs no LoRA layers.
     loss: also swap the class of the transformers model with the language model's head. In training mode with gradients on,
@@ -69,7 +79,7 @@ def accelerate(
     that; what the model adds to it is added still. The first batch decides, by comparing a few tokens' logits and loss with the model's own,
     whether the model allows it in full, in part or not; `report` says so. The model needs no LoRA layers: full fine-tuning can have the loss alone.
     A model that is compiled as a whole keeps its own loss: compile its layers. TRL's SFTTrainer has a fused head of its own, which stays; its
-    versions from before that read the logits, and get them.
+    versions from before that read the logits, and get them. A head with LoRA has its loss so, too, unless that is a DoRA or has a trained bias.
     fuse: also swap the classes of a Llama-like model's norms, gated MLPs and attention, as far as they compute what our operators do, which a few
     random numbers decide (fusion.py): RMSNorm, SwiGLU, rotary embeddings, and on a CPU the attention that transformers leaves to torch. With
     `loss=True` a padded batch then runs without its padding, where a small batch shows that the model gives the same (packing.py).
@@ -88,15 +98,16 @@ def accelerate(
         ValueError: the model has nothing to accelerate, or no head where its loss is to be, or pack_budget is no number of bytes.
         fastlora.ops.ImplementationError: FASTLORA_IMPL names nothing that this machine can run.
     Warns:
-        UserWarning: not one of the LoRA layers could be fused.
+        UserWarning: not one of the LoRA layers could be fused, or the model has layers of PEFT's other methods alone.
     """
     ops.read_environment()
     budget = packed.Budget(pack_budget)
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     plain = _frozen_layers(model) if frozen else []
-    if not layers and not frozen and not loss and not fuse:
+    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if not adapted and not frozen and not loss and not fuse:
         raise ValueError("model: has no PEFT LoRA layers, expected the result of peft.get_peft_model with a LoraConfig")
-    if not layers and not plain and not loss and not fuse:
+    if not adapted and not plain and not loss and not fuse:
         raise ValueError(
             "model: has no LoRA layers and no frozen nn.Linear, expected one (model.requires_grad_(False) freezes)"
         )
@@ -109,6 +120,7 @@ def accelerate(
         if type(layer) is not FusedLinear and obstacles.swap_obstacle(layer) is None:
             layer.__class__ = FusedLinear
     experts.attach(model)
+    left = [obstacle for one in adapted if not isinstance(one, LoraLayer) and (obstacle := scaled.attach(one))]
     for linear in plain:
         linear.__class__ = FrozenLinear
     bases = [base for base in map(frozen_base, model.modules()) if base is not None]
@@ -129,6 +141,11 @@ def accelerate(
     if layers and not any(type(layer) is FusedLinear or is_derived(layer) for layer in layers):
         warnings.warn(
             f"fastlora.accelerate fused none of {len(layers)} LoRA layers: {experts.obstacle_of(layers[0])}",
+            stacklevel=2,
+        )
+    if left and len(left) == len(adapted):
+        warnings.warn(
+            f"fastlora.accelerate left {len(left)} layers to PEFT: {left[0]}{LEFT * (not (frozen or loss or fuse))}",
             stacklevel=2,
         )
     trial.try_out({**_weights_by_operator(model), **fusion.weights(model)})

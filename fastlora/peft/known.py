@@ -85,9 +85,15 @@ class _State:
             tensor.device,
         )
 
-    def frozen(self, tensor: Tensor | None) -> None:
-        if tensor is not None:
-            self.attributes += (tensor, "requires_grad", False)
+    def frozen(self, tensor: Tensor) -> None:
+        self.attributes += (tensor, "requires_grad", False)
+
+    def bias(self, tensor: Any) -> None:
+        """Of the base layer, trained or not, or of B; None or MISSING where there is none."""
+        if tensor is not None and tensor is not MISSING:
+            self.attributes += (tensor, "requires_grad", tensor.requires_grad)
+            if tensor.requires_grad:
+                self.matrix(tensor)
 
     def all(self) -> tuple[tuple[Any, ...], ...]:
         return tuple(map(tuple, (self.items, self.types, self.empty, self.lists, self.attributes)))
@@ -114,7 +120,7 @@ def _state_of(layer: Any, names: AdapterNames, used: Sequence[str]) -> tuple[tup
         return None
     state.matrix(weight)
     state.frozen(weight)
-    state.frozen(bias)
+    state.bias(bias)
     variants, scaling = state.item(own, "lora_variant"), state.item(own, "scaling")
     parts = [
         state.item(state.item(children, part).__dict__, "_modules") for part in ("lora_A", "lora_B", "lora_dropout")
@@ -129,9 +135,14 @@ def _state_of(layer: Any, names: AdapterNames, used: Sequence[str]) -> tuple[tup
         for linear in matrices:
             parameters = state.item(state.plain(linear), "_parameters")
             state.matrix(state.item(parameters, "weight"))
-            state.item(parameters, "bias")
+            state.bias(state.item(parameters, "bias"))
         for name in ("p", "training"):
             state.item(state.plain(dropout), name)
+        if layer.lora_variant.get(adapter) is not None:  # DoRA's
+            state.item(own, "training")
+            magnitudes = state.item(state.item(children, "lora_magnitude_vector").__dict__, "_modules")
+            parameters = state.item(state.plain(state.item(magnitudes, adapter)), "_parameters")
+            state.matrix(state.item(parameters, "weight"))
     return state.all()
 
 

@@ -5,15 +5,16 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple, Self
 
 import torch
-from peft.tuners import lora
+from peft.tuners import ia3, lora
 from torch import Tensor, nn
 
 from fastlora import checks
 from fastlora.frozen import packed
 from fastlora.operators import frozen_linear, lora_linear
 from fastlora.operators.lora_linear import RowGroups, group_rows
-from fastlora.peft import known, mixed, obstacles, siblings
+from fastlora.peft import composed, known, mixed, obstacles, probing, siblings
 from fastlora.peft.obstacles import Plan
+from fastlora.swap import is_derived, undo
 
 SEEN, OWN_FORWARD = "_fastlora_seen", "_fastlora_own_forward"
 """Under which a layer's `__dict__` has its last calls, for `report`."""
@@ -81,6 +82,24 @@ class FusedLinear(lora.Linear):
         self.__dict__[SEEN] = Seen(x.shape, y.dtype, any(plan.dropout_p), names is not None, shared is not None)
         return y
 
+    def cross_entropy_obstacle(self) -> str | None:
+        """Why `cross_entropy` cannot be asked just now, or None: for a language model's head (language_model_loss.py)."""
+        used = obstacles.used_adapters(self, None)
+        if len(used) > 1 and any(type(obstacles.adapter_of(self, name)[2]) is nn.Dropout for name in used):
+            return "several adapters are active with dropout"  # in training, and asked in eval mode as well
+        plan = obstacles.lasting_plan(self, used)
+        return plan if isinstance(plan, str) else composed.head_obstacle(plan)
+
+    def cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """The summed cross entropy of labels [n] under the layer's result for hidden [n, D], without that result."""
+        used = obstacles.used_adapters(self, None)
+        plan = obstacles.plan_call(self, hidden, used, mixed=False)
+        if isinstance(plan, str):
+            raise ValueError(f"hidden: {plan}")
+        loss = composed.cross_entropy(plan, hidden, labels)
+        self.__dict__[SEEN] = Seen(hidden.shape, hidden.dtype, any(plan.dropout_p))
+        return loss
+
     def __getstate__(self) -> dict[str, Any]:
         # Or a copy of one layer would take its parent and its siblings along, or weights that it has no more.
         return {name: value for name, value in self.__dict__.items() if name not in NOT_COPIED}
@@ -126,8 +145,20 @@ def _has_more(kwargs: dict[str, Any]) -> bool:
 
 def compute(plans: Sequence[Plan], x: Tensor, used: Sequence[str], names: known.AdapterNames) -> Sequence[Tensor]:
     """The results of layers that share x and, in a mixed batch, the adapters of its rows."""
-    weight, bias, transposed, lora_a, lora_b, scale, dropout_p = plans[0]
+    ys = _compute_updates(plans, x, used, names)
+    if any(plan.added for plan in plans):
+        return [composed.add_biases(y, plan) for y, plan in zip(ys, plans, strict=True)]
+    return ys
+
+
+def _compute_updates(
+    plans: Sequence[Plan], x: Tensor, used: Sequence[str], names: known.AdapterNames
+) -> Sequence[Tensor]:
+    """The same without biases that are trained."""
+    weight, bias, transposed, lora_a, lora_b, scale, dropout_p, magnitude, _ = plans[0]
     cast = checks.autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
+    if magnitude:
+        return composed.compute_dora(plans, x, cast)
     alone = len(lora_a) == 1 and names is None and len(plans) == 1 and cast is None and not transposed
     if alone and not dropout_p[0] and not torch.is_grad_enabled():
         y = lora_linear.compute_few(x, weight, bias, lora_a[0], lora_b[0], scale[0])
@@ -196,7 +227,7 @@ obstacles.FROZEN_FORWARDS.append(FrozenLinear.forward)
 
 def frozen_base(module: Any) -> Any:
     """The layer whose weight a swapped layer multiplies by, or None for other modules."""
-    if type(module) is FusedLinear:
+    if type(module) is FusedLinear or (isinstance(module, ia3.Linear) and is_derived(module)):  # scaled.py
         return module.base_layer
     return module if isinstance(module, FrozenLinear) else None
 
@@ -207,8 +238,11 @@ def restore_layer(module: Any) -> None:
     if base is not None:
         packed.detach(base)
         known.forget(module)
+        base.__dict__.pop(probing.KEY, None)
         if type(module) in (FusedLinear, FrozenLinear):
             module.__class__ = lora.Linear if type(module) is FusedLinear else nn.Linear
+        elif is_derived(module):
+            undo(module)
         else:  # torch.nn.utils.parametrize has derived a class for this module since
             type(module).__bases__ = (nn.Linear,)
         for name in (SEEN, OWN_FORWARD):

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from peft.tuners import lora
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
@@ -18,6 +20,7 @@ from fastlora import checks
 from fastlora.checks import is_hooked
 from fastlora.choice.table import name_of
 from fastlora.frozen import packed
+from fastlora.peft import probing
 
 GLOBAL_HOOKS = (
     nn_module._global_forward_hooks,
@@ -60,6 +63,10 @@ class Plan(NamedTuple):
     lora_b: list[Tensor]
     scale: list[float]
     dropout_p: list[float]
+    magnitude: list[Tensor]  # m [N] of the one adapter, if that is a DoRA; none else
+    added: list[
+        tuple[Tensor, float]
+    ]  # biases [N] that may be trained, and what each is multiplied by before it is added to the result
 
     @property
     def linear_weight(self) -> Tensor:  # [N, K]
@@ -67,8 +74,8 @@ class Plan(NamedTuple):
 
     def is_as(self, other: "Plan") -> bool:
         """Whether another plan, for the same x, has the same result."""
-        mine = self.weight, self.bias, *self.lora_a, *self.lora_b
-        its = other.weight, other.bias, *other.lora_a, *other.lora_b
+        mine = self.weight, self.bias, *self.lora_a, *self.lora_b, *self.magnitude, *(one for one, _ in self.added)
+        its = other.weight, other.bias, *other.lora_a, *other.lora_b, *other.magnitude, *(one for one, _ in other.added)
         same_numbers = (self.scale, self.dropout_p) == (other.scale, other.dropout_p)
         return same_numbers and len(mine) == len(its) and all(map(operator.is_, mine, its))
 
@@ -76,13 +83,15 @@ class Plan(NamedTuple):
 def plan_of_base(layer: nn.Module) -> Plan | str:
     """The plan of the frozen layer under a LoRA layer, without adapters yet, or why it cannot be fused."""
     base: Any = layer._modules["base_layer"]
-    if getattr(type(base), "forward", None) not in FROZEN_FORWARDS:
+    if getattr(type(base), "forward", None) not in FROZEN_FORWARDS and not probing.is_linear(base):
         return f"the base layer is a {type(base).__name__}"
     weight, bias = parameter(base, "weight"), parameter(base, "bias")
-    obstacle = weight_obstacle(weight, bias)
+    is_trained = bias is not None and bias.requires_grad  # LoraConfig's bias="lora_only" and "all"
+    obstacle = weight_obstacle(weight, None if is_trained else bias)
     if obstacle is None and is_hooked(base):
         return "the base layer carries a hook"
-    return obstacle or Plan(weight, bias, isinstance(base, Conv1D), [], [], [], [])
+    trained = [(bias, 1.0)] if is_trained else []
+    return obstacle or Plan(weight, None if is_trained else bias, isinstance(base, Conv1D), [], [], [], [], [], trained)
 
 
 def adapter_of(layer: nn.Module, adapter: str) -> tuple[Any, Any, Any]:
@@ -97,15 +106,14 @@ def adapter_of(layer: nn.Module, adapter: str) -> tuple[Any, Any, Any]:
 
 def add_adapter(plan: Plan, layer: Any, adapter: str) -> str | None:
     """Take one adapter of a LoRA layer into the plan, or say why it cannot be fused."""
-    if adapter in layer.lora_variant:
-        return f"adapter {adapter!r} is a {type(layer.lora_variant[adapter]).__name__.removesuffix('LinearVariant')} variant"
+    variant = layer.lora_variant.get(adapter)
+    if variant is not None and type(variant) is not DoraLinearVariant:
+        return f"adapter {adapter!r} is a {type(variant).__name__.removesuffix('LinearVariant')} variant"
     lora_a, lora_b, dropout = adapter_of(layer, adapter)
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear or type(dropout) not in (nn.Dropout, nn.Identity):
         return (
             f"adapter {adapter!r} is made of {type(lora_a).__name__}, {type(lora_b).__name__}, {type(dropout).__name__}"
         )
-    if parameter(lora_b, "bias") is not None:
-        return f"adapter {adapter!r} has a bias (lora_bias)"
     a, b, scale = lora_a._parameters.get("weight"), lora_b._parameters.get("weight"), layer.scaling[adapter]
     if type(a) is not nn.Parameter or type(b) is not nn.Parameter:
         kinds = {type(parameter(one, "weight")).__name__ for one in (lora_a, lora_b)}
@@ -114,10 +122,21 @@ def add_adapter(plan: Plan, layer: Any, adapter: str) -> str | None:
         return f"the scaling of adapter {adapter!r} is a {type(scale).__name__}"
     if is_hooked(lora_a, lora_b, dropout):
         return f"adapter {adapter!r} carries a hook"
+    drops = type(dropout) is nn.Dropout and dropout.training
+    if variant is not None:
+        magnitude: Any = layer._modules["lora_magnitude_vector"]._modules[adapter]
+        if type(magnitude) is not DoraLinearLayer or is_hooked(magnitude):
+            return f"adapter {adapter!r} has a {type(magnitude).__name__} for its magnitudes, or a hook there"
+        own: Any = magnitude._parameters["weight"]
+        plan.magnitude.append(own)
+        drops = drops and layer.training  # PEFT asks both
     plan.lora_a.append(a)
     plan.lora_b.append(b)
     plan.scale.append(float(scale))
-    plan.dropout_p.append(dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0)
+    plan.dropout_p.append(dropout.p if drops else 0.0)
+    bias = parameter(lora_b, "bias")
+    if bias is not None:  # lora_bias
+        plan.added.append((bias, float(scale)))
     return None
 
 
@@ -178,7 +197,14 @@ def plan_call(layer: Any, x: Any, used: Sequence[str], mixed: bool) -> Plan | st
             return f"the adapter is {name_of(a.dtype)} and x is {name_of(dtype)}"
         if a.shape != (R, K) or b.shape != (N, R) or a.device != device or b.device != device:
             return f"an adapter is {checks.shown(a)} and {checks.shown(b)}, and x {checks.shown(x)}"
+    for one in (*plan.magnitude, *(bias for bias, _ in plan.added)):
+        if one.shape != (N,) or one.device != device or one.dtype not in (weight.dtype, torch.float32):
+            return f"a magnitude or bias is {checks.shown(one)}, and the weight {checks.shown(weight)}"
+    if mixed and (plan.magnitude or plan.added):
+        return "a mixed batch has a DoRA adapter or a trained bias"
     if len(used) > 1:
+        if plan.magnitude:
+            return "several adapters are active, and one is a DoRA"
         if any(a.dtype != plan.lora_a[0].dtype for a in plan.lora_a):
             return "the adapters have different dtypes"
         if not mixed and any(plan.dropout_p):
@@ -192,6 +218,8 @@ def swap_obstacle(layer: Any) -> str | None:
         return f"{type(layer).__module__}.{type(layer).__name__} is not fused"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the object"  # which would go on calling the one it found
+    if type(layer.base_layer).forward not in FROZEN_FORWARDS:
+        probing.probe(layer.base_layer)
     plan = plan_of_base(layer)
     if isinstance(plan, str):
         return plan

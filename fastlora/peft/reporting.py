@@ -4,6 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -11,7 +12,7 @@ from fastlora import fusion, model_loss, ops
 from fastlora.frozen import composed, products
 from fastlora.operators import frozen_linear, lora_linear
 from fastlora.packing import is_compiled
-from fastlora.peft import experts, obstacles, siblings
+from fastlora.peft import experts, obstacles, scaled, siblings
 from fastlora.peft.layers import OWN_FORWARD, SEEN, FrozenLinear, Seen, frozen_base
 
 ROWS_BEFORE_ANY_CALL = 512
@@ -69,6 +70,8 @@ def layers(model: nn.Module) -> list[LayerReport]:
             found.append(LayerReport(name, around.implementation, told))
         elif isinstance(module, (LoraLayer, FrozenLinear)):
             found.append(LayerReport(name, *_explain(module, compiled)))
+        elif isinstance(module, BaseTunerLayer) and not name.endswith(".token_adapter"):  # trainable_token_indices
+            found.append(LayerReport(name, *scaled.describe(module)))
         elif model_loss.KEY in module.__dict__:
             path, reason = module.__dict__[model_loss.KEY].describe(replaced="forward" in module.__dict__)
             reason = f"{NOT_OBSERVED}; in its last eager call {reason}" if compiled else reason

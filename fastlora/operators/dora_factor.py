@@ -1,0 +1,150 @@
+"""c = m / ‖W + s B A‖: what a DoRA layer multiplies each column of its result by. The norm counts as a constant in the backward.
+
+The equation and its gradient are fastlora/reference.py::dora_factor and dora_factor_backward. W + s B A is never there as a whole: a few rows at a
+time are added up, squared and summed in a cache. That reads W once, as the sum of ‖W‖², 2 s W Aᵀ Bᵀ and s² B A Aᵀ Bᵀ would, without its
+cancellation where an adapter takes away what W has, and without anything kept that could be stale.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora import checks, ops
+from fastlora.checks import wrong
+from fastlora.gradients import differentiable_once, is_eager
+from fastlora.ops import Choice
+
+ELEMENTS_AT_ONCE = {"cpu": 2**19}  # of W + s B A: 2 MiB in float32, which stay in a cache
+ELEMENTS_ELSEWHERE = 2**24
+
+
+def choose(weight: Tensor) -> Choice:
+    """Which implementation runs `dora_factor` on a weight like this [N, K]."""
+    if ops.forced == "reference":
+        return Choice("reference", "FASTLORA_IMPL")
+    if weight.stride(1) == 1 and ops.obstacle_of("dora_factor", "cpu", weight.device, weight.dtype) is None:
+        return Choice("cpu", "native C++, a few rows of the weight at a time")
+    return Choice("blocks", "a few rows of the weight at a time")
+
+
+def run(magnitude: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """reference.py::dora_factor, by the implementation that was chosen."""
+    return ops.implementations["dora_factor", choose(weight).implementation](magnitude, weight, *rest)
+
+
+def run_backward(dfactor: Tensor, magnitude: Tensor, norm: Tensor) -> Tensor:
+    """reference.py::dora_factor_backward."""
+    return ops.implementations["dora_factor_backward", "reference"](dfactor, magnitude, norm)
+
+
+def _fake(magnitude, weight, lora_a, lora_b, scale):
+    factor = weight.new_empty(weight.shape[0], dtype=torch.promote_types(weight.dtype, torch.float32))
+    return factor, torch.empty_like(factor)
+
+
+def _fake_backward(dfactor, magnitude, norm):
+    return torch.empty_like(magnitude)
+
+
+ops.define(
+    "dora_factor",
+    "(Tensor magnitude, Tensor weight, Tensor lora_a, Tensor lora_b, float scale) -> (Tensor factor, Tensor norm)",
+    run,
+    _fake,
+)
+ops.define(
+    "dora_factor_backward", "(Tensor dfactor, Tensor magnitude, Tensor norm) -> Tensor", run_backward, _fake_backward
+)
+
+
+class DoRAFactorFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, magnitude, weight, lora_a, lora_b, scale):  # -> factor [N]
+        factor, norm = compute(magnitude, weight, lora_a, lora_b, scale)
+        ctx.save_for_backward(magnitude, norm)
+        return factor
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, saved, dfactor):
+        magnitude, norm = saved
+        call = run_backward if is_eager(dfactor, magnitude, norm) else torch.ops.fastlora.dora_factor_backward
+        return call(dfactor, magnitude, norm), None, None, None, None
+
+
+def compute(magnitude: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """(factor, norm) without a gradient, past the dispatcher where nobody traces."""
+    call = run if is_eager(magnitude, *rest[:3]) else torch.ops.fastlora.dora_factor
+    return call(magnitude, *rest)
+
+
+def apply(magnitude: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> Tensor:
+    """The operator, differentiable, on arguments that its caller has checked."""
+    with checks.without_autocast(weight.device):
+        if torch.is_grad_enabled() and magnitude.requires_grad:
+            return DoRAFactorFunction.apply(magnitude, weight, lora_a, lora_b, scale)
+        with torch.no_grad():
+            return compute(magnitude, weight, lora_a, lora_b, scale)[0]
+
+
+def dora_factor(
+    magnitude: Tensor,  # [N]
+    weight: Tensor,  # [N, K], frozen
+    lora_a: Tensor,  # [R, K]
+    lora_b: Tensor,  # [N, R]
+    scale: float,
+) -> Tensor:  # [N]
+    """c = m / ‖W + scale · B A‖, row by row: the factors of a DoRA layer, for `scale_columns` (Liu et al. 2024, DoRA, equation 5).
+
+    In float32, or float64 for a float64 weight. magnitude, lora_a and lora_b have the weight's dtype or float32. The gradient goes to
+    magnitude alone: the norm counts as a constant, as the paper has it (section 4.3).
+
+    Raises:
+        TypeError: an argument is no tensor or no number.
+        ValueError: a shape, dtype or device does not fit, or weight requires a gradient.
+    """
+    checks.check_floats(weight, "weight")
+    if weight.dim() != 2:
+        raise wrong("weight", weight, "shape [N, K]")
+    (N, K), allowed = weight.shape, (weight.dtype, torch.float32)
+    checks.check_floats(lora_a, "lora_a")
+    R = lora_a.shape[0] if lora_a.dim() else 0
+    for value, name, shape in ((magnitude, "magnitude", (N,)), (lora_a, "lora_a", (R, K)), (lora_b, "lora_b", (N, R))):
+        checks.check_floats(value, name)
+        if value.shape != shape or value.dtype not in allowed or value.device != weight.device:
+            raise wrong(name, value, f"{weight.dtype} or float32 {list(shape)} on {weight.device}")
+    checks.check_number(scale, "scale")
+    checks.check_frozen(weight=weight)
+    checks.check_transforms(magnitude, weight, lora_a, lora_b)
+    return apply(magnitude, weight, lora_a, lora_b, float(scale))
+
+
+def _in_blocks(
+    magnitude: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    N, K = weight.shape
+    a, b, norm = lora_a.to(wide), lora_b.to(wide), weight.new_empty(N, dtype=wide)
+    rows = max(1, ELEMENTS_AT_ONCE.get(weight.device.type, ELEMENTS_ELSEWHERE) // max(K, 1))
+    room = a.new_empty(min(rows, N), K)
+    for start in range(0, N, rows):
+        w = weight[start : start + rows]
+        torch.addmm(w.to(wide), b[start : start + rows], a, alpha=scale, out=room[: len(w)])
+        torch.linalg.vector_norm(room[: len(w)], dim=1, out=norm[start : start + rows])
+    return magnitude.to(wide) / norm, norm
+
+
+_norm = ops.native("dora_norm_cpu")
+
+
+def _by_native_code(
+    magnitude: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    norm = _norm(weight, lora_a.float(), lora_b.float(), scale)
+    return magnitude.float() / norm, norm
+
+
+ops.implement("dora_factor", "blocks", _in_blocks)
+if _norm is not None:
+    ops.implement("dora_factor", "cpu", _by_native_code)

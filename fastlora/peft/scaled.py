@@ -1,0 +1,162 @@
+"""IA³'s layers (Liu et al. 2022): a frozen product, with one factor a column before it (`feedforward_modules`) or after it. PEFT's class gets one
+derived from it, whose forward is two operators: `frozen_linear` and `scale_columns`.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners import ia3
+from torch import Tensor, nn
+
+from fastlora import checks, ops
+from fastlora.choice.table import name_of
+from fastlora.frozen import packed
+from fastlora.operators import frozen_linear, scale_columns
+from fastlora.peft import obstacles, probing
+from fastlora.peft.layers import OWN_FORWARD, SEEN, Seen, note_own_forward, restore_layer
+from fastlora.swap import derive, is_derived
+
+
+class Scaling(NamedTuple):
+    """What a call computes."""
+
+    weight: Tensor  # [N, K]
+    bias: Tensor | None
+    factors: list[Tensor]  # of each active adapter, [1, K] or [N, 1]: their product scales x or the result
+
+
+def lasting_plan(layer: Any) -> Scaling | str:
+    """The plan of any call just now, or why it runs PEFT's own forward."""
+    if layer.disable_adapters:
+        return "adapters are disabled"
+    if layer.merged:
+        return "the adapter is merged"
+    own = layer._modules["ia3_l"]
+    factors = [own[name] for name in layer.active_adapters if name in own]
+    if not factors:
+        return "no adapter is active"
+    if any(obstacles.GLOBAL_HOOKS):
+        return "a global hook is set"
+    plan = obstacles.plan_of_base(layer)
+    if isinstance(plan, str):
+        return plan
+    if plan.added:
+        return "the base weight or bias is trained"
+    weight = plan.linear_weight
+    columns = weight.shape[1 if layer.is_feedforward else 0]
+    for one in factors:
+        if type(one) is not nn.Parameter or one.numel() != columns or one.device != weight.device:
+            return f"a factor is {checks.shown(one)}, and the weight {checks.shown(weight)}"
+        if one.dtype not in (weight.dtype, torch.float32):
+            return f"a factor is {name_of(one.dtype)} and the weight {name_of(weight.dtype)}"
+    return Scaling(weight, plan.bias, factors)
+
+
+def _plan_call(layer: Any, x: Any) -> Scaling | str:
+    plan = lasting_plan(layer)
+    if isinstance(plan, str):
+        return plan
+    obstacle = obstacles.input_obstacle(x)
+    if obstacle is not None:
+        return obstacle
+    cast, weight = checks.autocast_dtype(x), plan.weight
+    if x.shape[-1] != weight.shape[1] or x.device != weight.device or (cast is None and x.dtype != weight.dtype):
+        return f"x is {checks.shown(x)} and the weight {checks.shown(weight)}"
+    return plan
+
+
+def _scale(rows: Tensor, factors: list[Tensor]) -> Tensor:
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    factor = factors[0].flatten().to(wide)
+    for one in factors[1:]:
+        factor = factor * one.flatten()
+    return scale_columns.apply(rows, factor, None)
+
+
+@functools.cache
+def with_scaling(plain: Any) -> type:
+    """The class derived from `peft.tuners.ia3.Linear`."""
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        plan = "the call has arguments besides x" if args or kwargs else _plan_call(self, x)
+        if isinstance(plan, str):
+            note_own_forward(self, plan, passing=plan != lasting_plan(self))
+            return plain.forward(self, x, *args, **kwargs)
+        if self.is_feedforward:
+            y = frozen_linear.frozen_linear(_scale(x, plan.factors), plan.weight, plan.bias)
+        else:
+            y = _scale(frozen_linear.frozen_linear(x, plan.weight, plan.bias), plan.factors)
+        if not torch.compiler.is_compiling():
+            self.__dict__[SEEN] = Seen(x.shape, y.dtype)
+        return y
+
+    # PEFT writes into the base weight through `.data`.
+
+    def merge(self: Any, *args: Any, **kwargs: Any) -> None:
+        with packed.rewriting(self.base_layer):
+            plain.merge(self, *args, **kwargs)
+
+    def unmerge(self: Any) -> None:
+        with packed.rewriting(self.base_layer):
+            plain.unmerge(self)
+
+    def _apply(self: Any, *args: Any, **kwargs: Any) -> Any:
+        with packed.rewriting(self.base_layer):
+            return plain._apply(self, *args, **kwargs)
+
+    return derive(plain, with_scaling, forward=forward, merge=merge, unmerge=unmerge, _apply=_apply)
+
+
+def is_swapped(layer: nn.Module) -> bool:
+    return isinstance(layer, ia3.Linear) and is_derived(layer)
+
+
+def swap_obstacle(layer: Any) -> str | None:
+    """Why the layer's class is not swapped, or None."""
+    if type(layer) is not ia3.Linear:
+        return f"{type(layer).__module__}.{type(layer).__name__} is not fused"
+    if "forward" in layer.__dict__:
+        return "its forward was replaced on the object"
+    if type(layer.base_layer).forward not in obstacles.FROZEN_FORWARDS:
+        probing.probe(layer.base_layer)
+    plan = obstacles.plan_of_base(layer)
+    return plan if isinstance(plan, str) else "the base weight or bias is trained" if plan.added else None
+
+
+def attach(layer: Any) -> str | None:
+    """Swap the class of an IA³ layer; why not, or None."""
+    if is_swapped(layer):
+        return None
+    if type(layer) is ia3.Linear:
+        restore_layer(layer.base_layer)  # of a layer that got its adapter since the last call
+    obstacle = swap_obstacle(layer)
+    if obstacle is None:
+        kind: Any = type(layer)
+        layer.__class__ = with_scaling(kind)
+    return obstacle
+
+
+def describe(layer: Any) -> tuple[str, str]:
+    """(implementation, reason), for people, of the layer's last call that nobody compiled."""
+    if not is_swapped(layer):
+        return "peft", swap_obstacle(layer) or "not accelerated: call fastlora.accelerate(model)"
+    seen: Seen | None = layer.__dict__.get(SEEN)
+    own, obstacle = layer.__dict__.get(OWN_FORWARD), lasting_plan(layer)
+    if own is not None and own.before is seen:
+        return "reference", f"PEFT's own forward: {own.obstacle}"
+    if isinstance(obstacle, str):
+        return "reference", f"PEFT's own forward from now on: {obstacle}"
+    if seen is None:
+        return "reference", "not called yet, unless compiled"
+    rows = math.prod(seen.shape[:-1])
+    weight = obstacle.weight
+    like = weight.new_empty(1, 1, dtype=seen.dtype).expand(rows, weight.shape[1])
+    try:
+        choice, how = scale_columns.choose(like), frozen_linear.choose(like, weight)
+    except ops.ImplementationError as error:
+        return str(ops.forced), f"cannot run: {error}"
+    where = "before" if layer.is_feedforward else "after"
+    reason = f"{rows} row{'s' * (rows != 1)}: {how.reason}; one factor a column {where} it: {choice.reason}"
+    return choice.implementation, reason
