@@ -6,6 +6,7 @@
 #include "dropout.h"
 #include "few_rows.h"
 #include "product.h"
+#include "quantised.h"
 #include "rms_norm.h"
 #include "rotary.h"
 #include "swiglu.h"
@@ -28,6 +29,7 @@ void narrow(const float* from, int64_t count, uint16_t* to) {
 extern const Kernels passes;
 const Kernels passes = {
     FASTLORA_NAME_OF(FASTLORA_ISA), HAS_DOTS, false, draw, read_pass, add_pass, narrow, dropout, few_rows, product_tiles, product,
+    dequantise, few_rows_quantised,
     rms_norm, rms_norm_backward, swiglu, swiglu_backward,
     QUERIES, attention_room, attention, attention_backward, attention_sum, rotary};
 
