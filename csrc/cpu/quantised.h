@@ -47,7 +47,13 @@ inline Floats elements(const Quantised& weight, int64_t place, int64_t count) {
     from = some;
   }
   if constexpr (FOUR_BITS) return decoded(from, weight.code);
+#if defined(__AVX512F__)
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(read<__m128i>(from)));
+#elif defined(__AVX2__)
+  return (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
   return __builtin_convertvector(__builtin_convertvector(read<Bytes>(from), Integers), Floats);
+#endif
 }
 
 /// Calls body(place, count, block) for the parts of a row's columns that lie in one block each.
@@ -68,18 +74,6 @@ inline void store_exactly(T* to, Floats value) {
   store(to, value);
 }
 inline void store_exactly(BFloat16* to, Floats value) { write(to, __builtin_convertvector(to_bfloat16(value), Halves)); }
-
-/// The numbers of type T that are nearest, as float.
-template <class T>
-inline Floats rounded(Floats value) {
-  T buffer[WIDTH];
-  store_exactly(buffer, value);
-  return load(buffer);
-}
-template <>
-inline Floats rounded<float>(Floats value) {
-  return value;
-}
 
 template <bool FOUR_BITS, class T>
 void dequantise_rows(const Dequantise& task, int64_t begin, int64_t end) {
@@ -106,29 +100,63 @@ void dequantise(const Dequantise& task, int64_t begin, int64_t end) {
   });
 }
 
+/// sum[i G + g] += x[i] · W[g] over the STEP columns from `column` on, or the `left` that there are, which lie in one block of each of G rows of W.
+template <int I, int G, bool FOUR_BITS, class T>
+struct FewRowsStep {
+  static constexpr int64_t STEP = WIDTH;
+
+  static inline __attribute__((always_inline)) void add(
+      const Quantised& weight, int64_t place, const Floats* factor, const T* const* x, int64_t column, int64_t left, Floats* sum) {
+    Floats rows[G], values[I];
+    for_each<G>([&](auto g) __attribute__((always_inline)) {
+      T some[WIDTH];
+      store(some, elements<FOUR_BITS>(weight, place + g * weight.in, left) * factor[g]);
+      rows[g] = load(some);
+    });
+    for_each<I>([&](auto i) __attribute__((always_inline)) { values[i] = load_up_to(x[i] + column, left); });
+    for_each<I * G>([&](auto j) __attribute__((always_inline)) { sum[j] += values[j / G] * rows[j % G]; });
+  }
+};
+
+#if defined(__AVX512BF16__)
+/// The same in bfloat16: two products a lane.
+template <int I, int G, bool FOUR_BITS>
+struct FewRowsStep<I, G, FOUR_BITS, BFloat16> {
+  static constexpr int64_t STEP = 2 * WIDTH;
+
+  static inline __attribute__((always_inline)) void add(
+      const Quantised& weight, int64_t place, const Floats* factor, const BFloat16* const* x, int64_t column, int64_t left, Floats* sum) {
+    const __mmask32 lanes = lanes_below(left);
+    __m512i rows[G], values[I];
+    for_each<G>([&](auto g) __attribute__((always_inline)) {
+      const int64_t first = place + g * weight.in;
+      const Floats low = elements<FOUR_BITS>(weight, first, left) * factor[g];
+      const Floats high = elements<FOUR_BITS>(weight, first + WIDTH, left - WIDTH) * factor[g];
+      rows[g] = (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+    });
+    for_each<I>([&](auto i) __attribute__((always_inline)) { values[i] = load_pairs(x[i] + column, lanes); });
+    for_each<I * G>([&](auto j) __attribute__((always_inline)) { sum[j] = dot(sum[j], values[j / G], rows[j % G]); });
+  }
+};
+#endif
+
 /// The columns n to n + G of y, for I rows. Several at once only where the blocks of the weight's rows begin alike.
 template <int I, int G, bool FOUR_BITS, class T>
 void few_rows_quantised_tile(const FewRows& task, const Quantised& weight, int64_t n) {
+  using Step = FewRowsStep<I, G, FOUR_BITS, T>;
   constexpr int SUMS = (I * G + WIDTH - 1) / WIDTH * WIDTH;
   Floats total[SUMS] = {};
+  const T* x[I];
+  for (int i = 0; i < I; ++i) x[i] = static_cast<const T*>(task.x) + i * task.x_stride;
   const int64_t start = n * weight.in;
-  for_each_block(weight, n, 0, weight.in, [&](int64_t place, int64_t count, int64_t block) {
+  for_each_block(weight, n, 0, weight.in, [&](int64_t place, int64_t count, int64_t block) __attribute__((always_inline)) {
     Floats sum[I * G], factor[G];
     for_each<I * G>([&](auto j) __attribute__((always_inline)) { sum[j] = total[j]; });
     for_each<G>([&](auto g) __attribute__((always_inline)) { factor[g] = Floats{} + factor_of(weight, block + g * (weight.in / weight.block)); });
-    const auto step = [&](int64_t l, int64_t left) __attribute__((always_inline)) {
-      Floats rows[G];
-      for_each<G>([&](auto g) __attribute__((always_inline)) {
-        rows[g] = rounded<T>(elements<FOUR_BITS>(weight, place + g * weight.in + l, left) * factor[g]);
-      });
-      for_each<I>([&](auto i) __attribute__((always_inline)) {
-        const Floats x = load_up_to(static_cast<const T*>(task.x) + i * task.x_stride + place - start + l, left);
-        for_each<G>([&](auto g) __attribute__((always_inline)) { sum[i * G + g] += x * rows[g]; });
-      });
-    };
+    const int64_t column = place - start;
     int64_t l = 0;
-    for (; l + WIDTH <= count; l += WIDTH) step(l, WIDTH);
-    if (l < count) step(l, count - l);
+    for (; l + Step::STEP <= count; l += Step::STEP) Step::add(weight, place + l, factor, x, column + l, Step::STEP, sum);
+    if (l < count) Step::add(weight, place + l, factor, x, column + l, count - l, sum);
     for_each<I * G>([&](auto j) __attribute__((always_inline)) { total[j] = sum[j]; });
   });
   float flat[SUMS];
