@@ -300,7 +300,9 @@ _few_rows_now = ops.native("few_rows_now_cpu")
 def compute_few(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
 ) -> Tensor | None:  # [..., N]
-    """`compute` of one layer without dropout or gradients, in one call of csrc's; None where x has no few rows on a CPU, W is quantised or somebody traces."""
+    """`compute` of one layer without dropout or gradients, in one call of csrc's; None where x has no few rows on a CPU, W is quantised, or somebody
+    traces.
+    """
     K = x.shape[-1]
     rows = x.numel() // K if K else 0
     if type(weight) is QuantisedWeight:
