@@ -375,7 +375,12 @@ def _expected(adapter: Adapter, model: nn.Module) -> tuple[dict[str, Tensor], se
     memo: dict[int, Any] = {}
     for tensor in chain(model.parameters(), model.buffers()):
         empty = torch.empty_like(tensor, device="meta")
-        memo[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
+        if isinstance(tensor, nn.Parameter):
+            empty = nn.Parameter(empty, tensor.requires_grad)
+            if issubclass(type(tensor), nn.Parameter):  # PEFT asks bitsandbytes' of how they were quantised
+                empty = torch.Tensor._make_subclass(type(tensor), empty.detach(), tensor.requires_grad)
+                vars(empty).update(vars(tensor))
+        memo[id(tensor)] = empty
     config = _without_beginning(adapter.config)
     # Of a prompt, PEFT would make what the config asks for before the file has shown that it holds as much.
     nowhere = torch.device("meta") if config.is_prompt_learning else nullcontext()

@@ -117,6 +117,8 @@ class TrainConfig:
         "auto: computes in bfloat16 on a GPU that has it, else in float32, and saves a whole model as its base is stored.",
         "auto",
     )
+    load_in_4bit: bool = option("Keep the base's linear layers in 4 bits (QLoRA: NF4, double quantisation).", False)
+    load_in_8bit: bool = option("Keep the base's linear layers in int8.", False)
     gradient_checkpointing: bool = option("Compute activations twice to save memory.", False)
     save_steps: int = option("Steps between checkpoints: what a kill loses at most.", 50)
     resume: bool = option("Go on from the newest checkpoint; without one, start afresh.", False)
@@ -179,6 +181,16 @@ class TrainConfig:
             raise ValueError(
                 f"encoder_hidden_size={self.encoder_hidden_size}: a prefix has one with prefix_projection only"
             )
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit exclude each other: expected one of them")
+        for name in ("load_in_4bit", "load_in_8bit"):
+            if getattr(self, name) and self.method != "lora":
+                raise ValueError(f"{name}=True: method={self.method} takes no quantised base, expected method=lora")
+
+    @property
+    def bits(self) -> int | None:
+        """Of an element of the base's linear layers, where they are quantised as they are loaded."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
     def _check_numbers(self) -> None:
         counts = ("epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "save_steps", "resume_from")

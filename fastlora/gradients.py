@@ -73,7 +73,8 @@ def split(flat: Tensor, like: Sequence[Tensor], wanted: Sequence[bool]) -> list[
     return [part.view_as(one) if wants else None for part, one, wants in zip(parts, like, wanted, strict=True)]
 
 
-PLAIN_TYPES = frozenset((Tensor, torch.nn.Parameter, type(None)))
+PLAIN_TYPES = {Tensor, torch.nn.Parameter, type(None)}
+"""Of what an operator takes without a tracer; frozen/quantised.py adds its own."""
 _SELECT, _VIEWS = (
     torch._C.DispatchKeySet(key) for key in (torch._C.DispatchKey.BackendSelect, torch._C.DispatchKey.ADInplaceOrView)
 )

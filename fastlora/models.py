@@ -34,11 +34,13 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def load_base(path: str, dtype: torch.dtype | None, device: torch.device) -> Any:
+def load_base(path: str, dtype: torch.dtype | None, device: torch.device, bits: int | None = None) -> Any:
     """The causal language model saved in a folder, or known to the hub by that id.
 
     Args:
         dtype: None: the one that its config names, or else the one that its first weights are stored in.
+        bits: 4 or 8: its linear layers are quantised by bitsandbytes, lm_head aside: to NF4 with double quantisation (Dettmers et al. 2023, QLoRA),
+            or to int8; it must be there (`require_bitsandbytes`). None: they are as they are stored.
 
     Raises:
         ValueError: the folder holds an adapter, the model is no decoder, or its files are damaged, or lack weights that it has.
@@ -53,6 +55,8 @@ def load_base(path: str, dtype: torch.dtype | None, device: torch.device) -> Any
             " (transformers' trainers take it, with fastlora.accelerate)"
         )
     options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told below
+    if bits is not None:
+        options |= {"quantization_config": _quantisation(bits, dtype), "device_map": {"": device}}
     with _named(path, "the model"), _without_report():
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             path, dtype=dtype or "auto", trust_remote_code=False, **options
@@ -68,7 +72,30 @@ def load_base(path: str, dtype: torch.dtype | None, device: torch.device) -> Any
     ends = model.generation_config.eos_token_id
     if not fits(ends, int | list[int] | None):
         raise ValueError(f"model={path}: generation_config.json: eos_token_id: expected tokens, got {shown(ends)}")
-    return model.to(device)
+    return model if bits is not None else model.to(device)
+
+
+def require_bitsandbytes(bits: int) -> None:
+    """Raise ImportError, which names the option, where bitsandbytes is not there or transformers finds it too old."""
+    from transformers.utils.import_utils import BITSANDBYTES_MIN_VERSION, is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise ImportError(
+            f"load_in_{bits}bit=True: needs bitsandbytes {BITSANDBYTES_MIN_VERSION} or newer: pip install bitsandbytes"
+        )
+
+
+def _quantisation(bits: int, dtype: torch.dtype | None) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype or torch.float32,
+    )
 
 
 @contextmanager

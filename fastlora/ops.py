@@ -38,6 +38,11 @@ for _schema in (
     # The same for many rows, in float32.
     "product_cpu(Tensor x, Tensor weight, Tensor? bias) -> Tensor",
     "add_product_cpu(Tensor(a!) y, Tensor x, Tensor weight) -> ()",
+    # Some rows and columns of a weight in 4 bits or 8; and a few rows' product with one.
+    "dequantise_cpu(Tensor(a!) to, Tensor packed, Tensor? code, Tensor factor, Tensor? factor_codes, Tensor? factor_code, float factor_offset,"
+    " int block, int factor_block, int rows, int columns, int row, int column) -> ()",
+    "few_rows_quantised_cpu(Tensor x, Tensor packed, Tensor? code, Tensor factor, Tensor? factor_codes, Tensor? factor_code, float factor_offset,"
+    " int block, int factor_block, int rows, int columns, Tensor? bias) -> Tensor",
     # What lora_linear adds to products with frozen weights: to y, and to dx.
     "lora_update_cpu(Tensor(a!)[] y, Tensor x, Tensor[] lora_a, Tensor[] lora_b, float[] scale, float[] dropout_p, Tensor? seed, Tensor? order,"
     " Tensor? offsets) -> (Tensor xa, Tensor keep)",

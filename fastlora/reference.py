@@ -261,6 +261,34 @@ def dora_factor_backward(dfactor: Tensor, magnitude: Tensor, norm: Tensor) -> Te
     return (dfactor / norm).to(magnitude.dtype)
 
 
+def dequantise(
+    packed: Tensor,  # any shape: uint8, two elements of W a byte, the first in the higher bits; or, without a code, int8
+    code: Tensor | None,  # [16] float32, what four bits stand for
+    factor: Tensor,  # [blocks] float32; or, where there are factor_codes, [ceil(blocks / factor_block)]
+    factor_codes: Tensor | None,  # [blocks] uint8
+    factor_code: Tensor | None,  # [256] float32, with them
+    factor_offset: float,
+    block: int,
+    factor_block: int,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype,
+) -> Tensor:  # W [N, K] of dtype
+    """W = code[q] f, or q f: `block` elements of W, which lies by row, share the factor f (Dettmers et al. 2023, QLoRA, section 3).
+
+    With factor_codes f = factor_code[c] g + factor_offset, where `factor_block` of the factors share g: double quantisation. Every operation is
+    one of float32, rounded by itself, and the result is rounded once to dtype: bit for bit what bitsandbytes' dequantize_4bit gives.
+    """
+    if code is None:
+        elements = packed.flatten().float()
+    else:
+        elements = code[torch.stack((packed.flatten() >> 4, packed.flatten() & 15), 1).flatten().long()]
+    if factor_codes is not None and factor_code is not None:
+        shared = factor.repeat_interleave(factor_block)[: factor_codes.numel()]
+        factor = factor_code[factor_codes.long()] * shared + factor_offset
+    return (elements * factor.repeat_interleave(block)[: rows * columns]).reshape(rows, columns).to(dtype)
+
+
 def prefix_layout(
     starts: Tensor,  # [S + 1] int64: prompt s is the rows starts[s] : starts[s + 1] of the prompts
     max_prompt: int,

@@ -9,10 +9,11 @@ _plain: dict[type, type] = {}
 """The class that each derived class was derived from."""
 
 
-def derive(plain: Any, make: Callable[[Any], type], **methods: Any) -> type:
+def derive(plain: Any, make: Callable[[Any], type], *before: type, **methods: Any) -> type:
     """The class derived from a module's, with these methods. Its name is the same: transformers writes it into a saved model's config.
 
-    make: the module-level function that returns this class for `plain` again, cached: by it a copy or pickle finds the class.
+    make: the module-level function that returns this class for `plain` again, cached: by it a copy or pickle finds the class. before: classes
+    whose methods go before the plain one's.
     """
 
     def reduce(self: Any, protocol: Any) -> Any:
@@ -20,7 +21,7 @@ def derive(plain: Any, make: Callable[[Any], type], **methods: Any) -> type:
         return (_new, (make, plain), *rest) if type(self) is derived else (made, args, *rest)
 
     own = {name: vars(plain)[name] for name in ("__doc__", "__module__", "__qualname__") if name in vars(plain)}
-    derived: type = type(plain.__name__, (plain,), {**own, **methods, "__reduce_ex__": reduce})
+    derived: type = type(plain.__name__, (*before, plain), {**own, **methods, "__reduce_ex__": reduce})
     _plain[derived] = plain
     return derived
 

@@ -36,7 +36,7 @@ from fastlora.config import RANKED, SEEDS, WHOLE, TrainConfig
 from fastlora.data.examples import read_examples
 from fastlora.data.rows import Encoded, Row, batches, collate, encode, pad_token_id
 from fastlora.language_model_loss import IGNORE, LanguageModelLoss
-from fastlora.models import load_tokenizer, require_positions, resolve_dtype
+from fastlora.models import load_tokenizer, require_bitsandbytes, require_positions, resolve_dtype
 from fastlora.typed import listed
 
 logger = logging.getLogger("fastlora")
@@ -92,6 +92,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         CheckpointError: the checkpoint to go on from is damaged; the message says which older one is not.
         ValueError: the output is the base model's folder; resume was asked for with other options or data than the
             checkpoint's; a name in target_modules matches nothing; compile, and there is no C++ compiler; the model's files are damaged.
+        ImportError: load_in_4bit or load_in_8bit, and there is no bitsandbytes.
         OSError: the data or the model is not there, or the output folder cannot be written into.
         TrainingError: the loss or the gradient is not finite, no gradient reaches any trained weight, or the disk is full.
         TrainingInterrupted: Ctrl-C or SIGTERM, after the checkpoint.
@@ -99,6 +100,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     output = Path(config.output)
     if config.compile:
         trainable.require_compiler()
+    if config.bits is not None:
+        require_bitsandbytes(config.bits)
     writing.require_apart(output, model=str(config.model))
     accelerator = Accelerator(mixed_precision="no")
     with writing.locked(output) if accelerator.is_main_process else nullcontext():  # by one process for all

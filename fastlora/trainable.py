@@ -31,7 +31,7 @@ def build(config: TrainConfig, dtype: torch.dtype, device: torch.device, resume_
         if config.accelerate:
             accelerate(model, frozen=config.method == "bitfit", fuse=True)
     else:
-        model = _add_adapter(load_base(str(config.model), dtype, device), config, resume_from)
+        model = _add_adapter(load_base(str(config.model), dtype, device, config.bits), config, resume_from)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.compile:

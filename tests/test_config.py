@@ -119,6 +119,15 @@ def test_full_training_takes_no_target_modules():
         make(method="full", target_modules=["q_proj"])
 
 
+def test_a_quantised_base_is_of_one_kind_and_not_trained():
+    assert [make(**{name: True}).bits for name in ("load_in_4bit", "load_in_8bit")] == [4, 8] and make().bits is None
+    with pytest.raises(ValueError, match="^load_in_4bit and load_in_8bit exclude each other"):
+        make(load_in_4bit=True, load_in_8bit=True)
+    for name in ("load_in_4bit", "load_in_8bit"):
+        with pytest.raises(ValueError, match=f"^{name}=True: method=full takes no quantised base"):
+            make(method="full", **{name: True})
+
+
 def test_a_path_is_a_model_too(tmp_path):
     (tmp_path / "there").mkdir()
     assert make(model=tmp_path / "there" / "..").model == str(tmp_path)

@@ -23,6 +23,7 @@ from bounds import (
 )
 from lora_arguments import Arguments, one_layer
 from test_product import check_shapes
+from test_quantised import check_elements, check_products
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -175,6 +176,8 @@ def test_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("EXPECTED_ISA", isa)
     run_apart("test_native", check_instruction_set)
     run_apart("test_product", check_shapes)
+    run_apart("test_quantised", check_elements)
+    run_apart("test_quantised", check_products)
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

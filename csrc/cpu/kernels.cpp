@@ -7,6 +7,7 @@
 #include "dropout.h"
 #include "few_rows.h"
 #include "product.h"
+#include "quantised.h"
 #include "rms_norm.h"
 #include "rotary.h"
 #include "scale_columns.h"
@@ -30,7 +31,7 @@ void narrow(const float* from, int64_t count, uint16_t* to) {
 extern const Kernels passes;
 const Kernels passes = {
     FASTLORA_NAME_OF(FASTLORA_ISA), HAS_DOTS, false, draw, read_pass, add_pass, narrow, dropout, few_rows, product_tiles, product,
-    rms_norm, rms_norm_backward, swiglu, swiglu_backward, scale_columns, scale_columns_backward, dora_norm,
+    dequantise, few_rows_quantised, rms_norm, rms_norm_backward, swiglu, swiglu_backward, scale_columns, scale_columns_backward, dora_norm,
     QUERIES, attention_room, attention, attention_backward, attention_sum, rotary};
 
 }  // namespace fastlora::FASTLORA_ISA

@@ -139,6 +139,29 @@ struct Product {
 constexpr int64_t PRODUCT_DEPTH = 2048;  // of K that a panel of W has at most: it stays in the second-level cache
 constexpr int64_t PANEL_COLUMNS = 64;    // of y, at most
 
+/// A weight [N, K] in 4 bits or 8, element (n, k) at n K + k: W = code[q] f, or q f, where `block` elements share the factor f.
+/// fastlora/reference.py::dequantise.
+struct Quantised {
+  int64_t in;             // K, even where there is a code
+  const uint8_t* packed;  // with a code two elements a byte, the first in the higher bits; else int8
+  const float* code;      // [16] or null
+  int64_t block;          // even where there is a code
+  const float* factor;    // [blocks]; or, where there are factor_codes, of factor_block blocks each
+  const uint8_t* factor_codes;  // [blocks] or null: f = factor_code[c] factor + factor_offset, each operation rounded
+  const float* factor_code;     // [256]
+  int64_t factor_block;
+  float factor_offset;
+};
+
+/// The columns column_begin to column_end of some rows, row `first_row` at `to`, each rounded once; the columns even where there is a code.
+struct Dequantise {
+  Quantised weight;
+  Kind kind;
+  int64_t first_row, column_begin, column_end;
+  void* to;
+  int64_t to_stride;  // elements
+};
+
 /// y [rows, width] = x rstd w with rstd = 1 / sqrt(mean(x²) + eps); or from dy the gradient dx, in y's place.
 struct RmsNorm {
   Kind kind;
@@ -262,6 +285,8 @@ struct Kernels {
   void (*few_rows)(const FewRows&, int64_t column_begin, int64_t column_end);           // columns of y
   int64_t (*product_tiles)(const Product&);  // down the first columns of y, then the next
   void (*product)(const Product&, int64_t tile_begin, int64_t tile_end, float* panel);  // room for PANEL_COLUMNS · min(K + 15, PRODUCT_DEPTH)
+  void (*dequantise)(const Dequantise&, int64_t row_begin, int64_t row_end);                                      // rows of the weight
+  void (*few_rows_quantised)(const FewRows&, const Quantised&, int64_t column_begin, int64_t column_end);  // its weight is the other; no adapters
   void (*rms_norm)(const RmsNorm&, int64_t row_begin, int64_t row_end);
   void (*rms_norm_backward)(const RmsNorm&, int64_t row_begin, int64_t row_end);
   void (*swiglu)(const Swiglu&, int64_t row_begin, int64_t row_end);

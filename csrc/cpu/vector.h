@@ -36,6 +36,7 @@ typedef uint32_t Words __attribute__((vector_size(WIDTH * 4)));
 typedef int32_t Integers __attribute__((vector_size(WIDTH * 4)));
 typedef uint64_t Longs __attribute__((vector_size(WIDTH * 4)));
 typedef uint16_t Halves __attribute__((vector_size(WIDTH * 2)));
+typedef int8_t Bytes __attribute__((vector_size(WIDTH)));
 
 template <class Vector>
 inline Vector read(const void* from) {
@@ -57,17 +58,19 @@ inline void store(float* to, Floats value) { write(to, value); }
 
 inline Floats load(const BFloat16* from) { return (Floats)(__builtin_convertvector(read<Halves>(from), Words) << 16); }
 
+/// The bits of the nearest bfloat16, ties to even; subnormal numbers are what they are.
+inline Words to_bfloat16(Floats value) {
+  const Words bits = (Words)value;
+  return choose(value == value, (bits + 0x7fff + ((bits >> 16) & 1)) >> 16, Words{} + 0x7fc0);
+}
+
 #if defined(__AVX512BF16__)
 /// The instructions for bfloat16 round to nearest, ties to even, and take a subnormal number for zero.
 constexpr bool HAS_DOTS = true;
 inline void store(BFloat16* to, Floats value) { write(to, _mm512_cvtneps_pbh((__m512)value)); }
 #else
 constexpr bool HAS_DOTS = false;
-inline void store(BFloat16* to, Floats value) {
-  const Words bits = (Words)value;
-  const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
-  write(to, __builtin_convertvector(choose(value == value, rounded, Words{} + 0x7fc0), Halves));
-}
+inline void store(BFloat16* to, Floats value) { write(to, __builtin_convertvector(to_bfloat16(value), Halves)); }
 #endif
 
 #if defined(__AVX512F__)

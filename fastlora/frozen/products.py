@@ -13,7 +13,7 @@ weights that lie by row, as `nn.Linear`'s do in the forward, and by column, as t
 
 Two are never gone in float32, since they sum a dot product in one chain of roundings, with errors beyond our bound: oneDNN's, 2 to 5 times MKL's
 from K 256 on, and few_rows by column, 4 to 10 times from K 1024 on (AMD Zen 5, torch 2.13, 2026-11-29). Where nothing was measured, torch
-multiplies.
+multiplies. A weight in 4 bits or 8 is one more: panels of it are dequantised, and multiplied by in one of these (quantised.py).
 """
 
 from collections.abc import Sequence
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from fastlora import ops, reference
 from fastlora.choice import table
-from fastlora.frozen import composed, packed
+from fastlora.frozen import composed, packed, quantised
+from fastlora.frozen.quantised import QuantisedWeight
 
 FEW_ROWS = 8  # what few_rows_cpu takes
 LEAST_OF_MANY = 32  # the least rows of the class after theirs
@@ -64,6 +65,8 @@ def _class_of(rows: int) -> int:
 
 def _takes(way: str, dtype: torch.dtype, rows: int, weight: Tensor) -> bool:
     """Whether this very weight [N, K], which may lie by row, by column or with gaps, can be multiplied by in this way."""
+    if type(weight) is QuantisedWeight:
+        return False
     if way in ("few_rows", "product") and weight.stride(1) != 1 and weight.stride(0) != 1:
         return False
     return offers(_measured_as(weight), way, dtype, rows)
@@ -90,6 +93,8 @@ def _find_way(x: Tensor, weight: Tensor) -> tuple[str, Tensor | None]:
 def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # [M, K], [N, K], [N] -> [M, N]
     """y = x Wᵀ + b (reference.py::frozen_linear), in the way that is fastest here."""
     _check("x", x, weight, 1)
+    if type(weight) is QuantisedWeight:
+        return _multiply_quantised(x, weight, bias)
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype != x.dtype):
         raise ValueError(f"bias: got {bias.dtype} {list(bias.shape)}, expected {x.dtype} [{weight.shape[0]}]")
     return _multiply(*_find_way(x, weight), x, weight, bias)
@@ -98,6 +103,8 @@ def frozen_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # 
 def frozen_linear_backward(dy: Tensor, weight: Tensor) -> Tensor:  # [M, N], [N, K] -> [M, K]
     """dx = dy W (reference.py::frozen_linear_backward), in the way that is fastest here."""
     _check("dy", dy, weight, 0)
+    if type(weight) is QuantisedWeight:
+        return _multiply_quantised_backward(dy, weight)
     weight = weight.t()
     return _multiply(*_find_way(dy, weight), dy, weight, None)
 
@@ -109,6 +116,50 @@ def _check(name: str, x: Tensor, weight: Tensor, dimension: int) -> None:
         )
     if x.dtype != weight.dtype or x.device != weight.device:
         raise ValueError(f"weight: got {weight.dtype} on {weight.device}, expected {x.dtype} on {x.device}")
+
+
+def _multiply_quantised(x: Tensor, weight: QuantisedWeight, bias: Tensor | None) -> Tensor:
+    """y = x Wᵀ + b in the weight's own dtype, rounded to x's: rows of W at a time, and in registers where there are a few rows of x."""
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias: got shape {list(bias.shape)}, expected [{weight.shape[0]}]")
+    if weight.own_product is not None:
+        return weight.own_product(x, bias)
+    rows, bias = x.to(weight.compute), None if bias is None else bias.to(weight.compute)
+    if 1 <= x.shape[0] <= FEW_ROWS and quantised.takes_few_rows(weight):
+        return quantised.few_rows(rows, weight, bias).to(x.dtype)
+    parts = quantised.panels(weight, 0)
+    if len(parts) == 1:
+        return _multiply_by_panel(rows, weight.panel(0, weight.shape[0], 0, weight.shape[1]), bias).to(x.dtype)
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    for first, count in parts:
+        own = slice(first, first + count)
+        panel = weight.panel(first, count, 0, weight.shape[1])
+        y[:, own] = _multiply_by_panel(rows, panel, None if bias is None else bias[own])
+    return y
+
+
+def _multiply_quantised_backward(dy: Tensor, weight: QuantisedWeight) -> Tensor:
+    """dx = dy W in the weight's own dtype, rounded to dy's: columns of W at a time."""
+    rows, N = dy.to(weight.compute), weight.shape[0]
+    parts = quantised.panels(weight, 1)
+    if len(parts) == 1:
+        return _multiply_by_panel(rows, weight.panel(0, N, 0, weight.shape[1]).t(), None).to(dy.dtype)
+    dx = dy.new_empty(dy.shape[0], weight.shape[1])
+    for first, count in parts:
+        dx[:, first : first + count] = _multiply_by_panel(rows, weight.panel(0, N, first, count).t(), None)
+    return dx
+
+
+def _multiply_by_panel(x: Tensor, panel: Tensor, bias: Tensor | None) -> Tensor:
+    """In the fastest way without a copy of the panel, which is gone after this call."""
+    return _multiply(_way_by_panel(x, panel), None, x, panel, bias)
+
+
+def _way_by_panel(x: Tensor, panel: Tensor) -> str:
+    if not (x.numel() and panel.numel()):
+        return "torch"
+    way = _way(x.dtype, x.shape[0], panel)
+    return _way(x.dtype, x.shape[0], panel, without_copy=True) if way == "packed" else way
 
 
 def _multiply(way: str, copy: Tensor | None, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -140,6 +191,8 @@ def describe(weight: Tensor, dtype: torch.dtype, rows: int, fused: bool = False)
 
     fused: whether `lora_linear` does, without dropout.
     """
+    if type(weight) is QuantisedWeight:
+        return _describe_quantised(weight, rows)
     if fused and _takes("few_rows", dtype, rows, weight):
         return f"{TITLES['few_rows']}, with the adapter"
     found = table.lookup("cpu", _measured_as(weight), dtype, _class_of(rows), weight.numel(), False).get("cpu")
@@ -160,6 +213,17 @@ def describe(weight: Tensor, dtype: torch.dtype, rows: int, fused: bool = False)
     if not registered.has_room(weight):
         return f"{other}, {_mebibytes(packed.copy_bytes(weight))} does not fit the pack_budget"
     return f"oneDNN, packed when first called{why}"
+
+
+def _describe_quantised(weight: QuantisedWeight, rows: int) -> str:
+    if weight.own_product is not None:
+        return f"the library's own product from {weight.title}, which quantises x, too"
+    if rows <= FEW_ROWS and quantised.takes_few_rows(weight):
+        return f"{TITLES['few_rows']}, from {weight.title} as it is read"
+    parts = quantised.panels(weight, 0)
+    panel = torch.empty(parts[0][1], weight.shape[1], dtype=weight.compute, device="meta")
+    pieces = "" if len(parts) == 1 else f", {parts[0][1]} of {weight.shape[0]} rows at a time"
+    return f"{describe(panel, weight.compute, rows)}; {weight.title} dequantised{pieces}"
 
 
 def _mebibytes(count: int) -> str:

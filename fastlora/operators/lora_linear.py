@@ -34,6 +34,7 @@ from fastlora.choice.problems import (
     weights_in_turn,
 )
 from fastlora.frozen import composed, products
+from fastlora.frozen.quantised import QuantisedWeight
 from fastlora.gradients import differentiable_once, is_eager, rows_of, shaped, split
 from fastlora.ops import Choice
 
@@ -299,9 +300,13 @@ _few_rows_now = ops.native("few_rows_now_cpu")
 def compute_few(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scale: float
 ) -> Tensor | None:  # [..., N]
-    """`compute` of one layer without dropout or gradients, in one call of csrc's; None where x has no few rows on a CPU, or somebody traces."""
+    """`compute` of one layer without dropout or gradients, in one call of csrc's; None where x has no few rows on a CPU, W is quantised, or somebody
+    traces.
+    """
     K = x.shape[-1]
     rows = x.numel() // K if K else 0
+    if type(weight) is QuantisedWeight:
+        return None
     if _few_rows_now is None or not 1 <= rows <= products.FEW_ROWS or not is_eager(x, weight, bias, lora_a, lora_b):
         return None
     key = "few rows", ops.forced, x.device.type, x.dtype, rows, weight.numel()

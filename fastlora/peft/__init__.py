@@ -6,6 +6,7 @@ remain PEFT's own business. Frozen layers without an adapter are swapped where t
 obstacles    what a layer is about to compute, or what stands in the way
 probing      whether a base layer computes what nn.Linear does
 known        a layer's last plan, and whether it still holds
+quantised    the weights of quantised layers
 siblings     layers that share x
 mixed        the names of a mixed batch, handed to all layers
 composed     what a LoRA layer computes around the operator: DoRA's factors, trained biases, a head's loss
@@ -30,8 +31,8 @@ from fastlora import fusion, model_loss, ops
 from fastlora.checks import is_hooked
 from fastlora.choice import table, trial
 from fastlora.frozen import packed
-from fastlora.peft import experts, mixed, obstacles, scaled, siblings
-from fastlora.peft.layers import FrozenLinear, FusedLinear, compute, frozen_base, restore_layer
+from fastlora.peft import experts, mixed, obstacles, quantised, scaled, siblings
+from fastlora.peft.layers import FrozenLinear, Fused, FusedLinear, compute, frozen_base, fused_class, restore_layer
 from fastlora.peft.reporting import LayerReport, Report, report
 from fastlora.swap import is_derived
 
@@ -62,7 +63,8 @@ def accelerate(
 ) -> nn.Module:
     """Make a PEFT LoRA or IA³ model faster, in place, with the same results; returns the model.
 
-    Swaps the class of every `peft.tuners.lora.Linear` that can be fused (nn.Linear or Conv1D underneath, frozen, plain LoRA) to a
+    Swaps the class of every `peft.tuners.lora.Linear` that can be fused (nn.Linear or Conv1D underneath, frozen, plain LoRA), and on a CPU of those
+    over bitsandbytes' NF4, FP4 and int8 layers and torchao's int8 weights (quantised.py), to a
     subclass whose forward and backward run as one operator; and of what `target_parameters` wraps around a mixture's experts, where a few random
     numbers show that they compute what is computed here (experts.py). Layers that share x, as query, key and value do, read it once
     (siblings.py). Call it again after new layers were added; `restore` undoes it.
@@ -117,8 +119,10 @@ def accelerate(
         fusion.attach(model)
     for layer in layers:
         restore_layer(layer.base_layer)  # of a layer that got its adapter since the last call
-        if type(layer) is not FusedLinear and obstacles.swap_obstacle(layer) is None:
-            layer.__class__ = FusedLinear
+        if not isinstance(layer, Fused) and obstacles.swap_obstacle(layer) is None:
+            own: Any = type(layer)
+            layer.__class__ = fused_class(own)
+            quantised.hold(layer.base_layer)
     experts.attach(model)
     left = [obstacle for one in adapted if not isinstance(one, LoraLayer) and (obstacle := scaled.attach(one))]
     for linear in plain:
@@ -135,10 +139,10 @@ def accelerate(
         if isinstance(module, BaseTuner):
             for name in UNLOADING:
                 module.__dict__[name] = functools.partial(_unload_restored, module, name)
-            mixed.attach(module, FusedLinear)
-    for family in siblings.find_families(model, lambda module: type(module) is FusedLinear, compute):
+            mixed.attach(module, Fused)
+    for family in siblings.find_families(model, lambda module: isinstance(module, Fused), compute):
         family.attach()
-    if layers and not any(type(layer) is FusedLinear or is_derived(layer) for layer in layers):
+    if layers and not any(isinstance(layer, Fused) or is_derived(layer) for layer in layers):
         warnings.warn(
             f"fastlora.accelerate fused none of {len(layers)} LoRA layers: {experts.obstacle_of(layers[0])}",
             stacklevel=2,
@@ -160,21 +164,22 @@ def _weights_of_others(model: nn.Module, bases: Sequence[nn.Module]) -> packed.P
 
 def _weights_by_operator(model: nn.Module) -> dict[str, list[Tensor]]:
     """For each operator, the frozen weights that the swapped layers call it with."""
-    fused = [module for module in model.modules() if type(module) is FusedLinear]
+    fused = [module for module in model.modules() if isinstance(module, Fused)]
     grouped = [layer for layer in fused if siblings.KEY in layer.__dict__]
     swapped = [base for base in map(frozen_base, model.modules()) if base is not None]
+    weight_of = obstacles.multiplied
     of_experts = experts.weights(model)
     by_rank: dict[str, list[Tensor]] = {}
-    for weight, ranks in [*((layer.base_layer.weight, layer.r.values()) for layer in fused), *of_experts]:
+    for weight, ranks in [*((weight_of(layer.base_layer), layer.r.values()) for layer in fused), *of_experts]:
         for rank in ranks:
             by_rank.setdefault(table.rank_case(rank), []).append(weight)
     return {
-        "frozen_linear": [*(base.weight for base in swapped), *(weight for weight, _ in of_experts)],
+        "frozen_linear": [*(weight_of(base) for base in swapped), *(weight for weight, _ in of_experts)],
         **by_rank,
-        "lora_linear": [*(layer.base_layer.weight for layer in fused), *(weight for weight, _ in of_experts)],
-        "lora_linear_shared": [layer.base_layer.weight for layer in grouped],
-        "multi_lora": [layer.base_layer.weight for layer in fused if len(layer.lora_A) > 1],
-        "multi_lora_shared": [layer.base_layer.weight for layer in grouped if len(layer.lora_A) > 1],
+        "lora_linear": [*(weight_of(layer.base_layer) for layer in fused), *(weight for weight, _ in of_experts)],
+        "lora_linear_shared": [weight_of(layer.base_layer) for layer in grouped],
+        "multi_lora": [weight_of(layer.base_layer) for layer in fused if len(layer.lora_A) > 1],
+        "multi_lora_shared": [weight_of(layer.base_layer) for layer in grouped if len(layer.lora_A) > 1],
     }
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastlora import checks
+from fastlora.frozen.quantised import QuantisedWeight
 from fastlora.peft import obstacles
 from fastlora.peft.obstacles import Plan
 
@@ -169,7 +170,8 @@ def plan_call(layer: Any, x: Any, names: AdapterNames) -> tuple[Sequence[str], P
         return known.used, known.plan
     used = obstacles.used_adapters(layer, names)
     plan = obstacles.plan_call(layer, x, used, names is not None)
-    if not tracing and unchanged is not None and not isinstance(plan, str):
+    # A quantised weight hangs on more than that, and looks at it in every call (quantised.py).
+    if not tracing and unchanged is not None and isinstance(plan, Plan) and type(plan.weight) is not QuantisedWeight:
         state = _state_of(layer, names, used)
         cast = checks.autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
         if state is not None:

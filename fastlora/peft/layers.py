@@ -2,19 +2,18 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import torch
 from peft.tuners import ia3, lora
 from torch import Tensor, nn
 
-from fastlora import checks
+from fastlora import checks, swap
 from fastlora.frozen import packed
 from fastlora.operators import frozen_linear, lora_linear
 from fastlora.operators.lora_linear import RowGroups, group_rows
-from fastlora.peft import composed, known, mixed, obstacles, probing, siblings
+from fastlora.peft import composed, known, mixed, obstacles, probing, quantised, siblings
 from fastlora.peft.obstacles import Plan
-from fastlora.swap import is_derived, undo
 
 SEEN, OWN_FORWARD = "_fastlora_seen", "_fastlora_own_forward"
 """Under which a layer's `__dict__` has its last calls, for `report`."""
@@ -42,13 +41,19 @@ class OwnForward(NamedTuple):
     before: Seen | None  # the last fused call up to then
 
 
+if TYPE_CHECKING:
+    _Layer = lora.Linear
+else:
+    _Layer = object
+
+
 def note_own_forward(layer: nn.Module, obstacle: str, passing: bool) -> None:
     if not torch.compiler.is_compiling():
         layer.__dict__[OWN_FORWARD] = OwnForward(obstacle, passing, layer.__dict__.get(SEEN))
 
 
-class FusedLinear(lora.Linear):
-    """`peft.tuners.lora.Linear` whose forward is one fused operator, where the layer's state allows."""
+class Fused(_Layer):
+    """What a LoRA layer of PEFT becomes, by going before its class: its forward is one fused operator, where the layer's state allows."""
 
     base_layer: Any  # PEFT's attributes, which nn.Module types as Tensor | Module
     lora_A: Any
@@ -139,6 +144,16 @@ class FusedLinear(lora.Linear):
         return base
 
 
+class FusedLinear(Fused, lora.Linear):
+    """`peft.tuners.lora.Linear` as it is swapped."""
+
+
+@functools.cache
+def fused_class(plain: Any) -> type:
+    """What a layer of that class is swapped to: those of quantised bases have classes of their own."""
+    return FusedLinear if plain is lora.Linear else swap.derive(plain, fused_class, Fused)
+
+
 def _has_more(kwargs: dict[str, Any]) -> bool:
     return any(value is not None for name, value in kwargs.items() if name != "adapter_names")
 
@@ -227,7 +242,7 @@ obstacles.FROZEN_FORWARDS.append(FrozenLinear.forward)
 
 def frozen_base(module: Any) -> Any:
     """The layer whose weight a swapped layer multiplies by, or None for other modules."""
-    if type(module) is FusedLinear or (isinstance(module, ia3.Linear) and is_derived(module)):  # scaled.py
+    if isinstance(module, Fused) or (isinstance(module, ia3.Linear) and swap.is_derived(module)):  # scaled.py
         return module.base_layer
     return module if isinstance(module, FrozenLinear) else None
 
@@ -239,10 +254,11 @@ def restore_layer(module: Any) -> None:
         packed.detach(base)
         known.forget(module)
         base.__dict__.pop(probing.KEY, None)
-        if type(module) in (FusedLinear, FrozenLinear):
+        quantised.release(base)
+        if swap.is_derived(module):
+            swap.undo(module)
+        elif type(module) in (FusedLinear, FrozenLinear):
             module.__class__ = lora.Linear if type(module) is FusedLinear else nn.Linear
-        elif is_derived(module):
-            undo(module)
         else:  # torch.nn.utils.parametrize has derived a class for this module since
             type(module).__bases__ = (nn.Linear,)
         for name in (SEEN, OWN_FORWARD):

@@ -37,7 +37,7 @@ def names_of(layer: nn.Module) -> tuple[str, ...] | None:
     return None if given is None else given.get(layer)
 
 
-def attach(tuner: nn.Module, layer_class: type[nn.Module]) -> None:
+def attach(tuner: nn.Module, layer_class: type) -> None:
     """Put `enable` before a tuner's own context, if it has PEFT's. layer_class: of the layers that ask for their names."""
     if getattr(type(tuner), METHOD, None) is LoraModel._enable_peft_forward_hooks:
         tuner.__dict__[METHOD] = functools.partial(enable, tuner, layer_class)
@@ -47,7 +47,7 @@ def detach(tuner: nn.Module) -> None:
     tuner.__dict__.pop(METHOD, None)
 
 
-def enable(tuner: Any, layer_class: type[nn.Module], *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+def enable(tuner: Any, layer_class: type, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
     """The context of a forward: ours where it has names to hand out and nothing else to do; else PEFT's own, which knows what to raise."""
     names = kwargs.get("adapter_names")
     if names is not None and not torch.compiler.is_compiling() and kwargs.get("alora_offsets") is None:
@@ -58,12 +58,12 @@ def enable(tuner: Any, layer_class: type[nn.Module], *args: Any, **kwargs: Any) 
     return type(tuner)._enable_peft_forward_hooks(tuner, *args, **kwargs)
 
 
-def _layers(model: nn.Module, layer_class: type[nn.Module]) -> list[Any]:
+def _layers(model: nn.Module, layer_class: type) -> list[Any]:
     """The model's layers of that class; none where it has other modules whose adapter goes by name, or may run on other threads."""
     found, left = [], [model]
     while left:
         module = left.pop()
-        if type(module) is layer_class:
+        if isinstance(module, layer_class):
             found.append(module)
         elif isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper, nn.DataParallel)):
             return []

@@ -20,7 +20,8 @@ from fastlora import checks
 from fastlora.checks import is_hooked
 from fastlora.choice.table import name_of
 from fastlora.frozen import packed
-from fastlora.peft import probing
+from fastlora.frozen.quantised import QuantisedWeight
+from fastlora.peft import probing, quantised
 
 GLOBAL_HOOKS = (
     nn_module._global_forward_hooks,
@@ -53,6 +54,12 @@ FROZEN_FORWARDS = [nn.Linear.forward, Conv1D.forward]
 """Of the layers whose product is ours to make; layers.py adds its own."""
 
 
+def multiplied(base: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight of a frozen layer as the operators take it. dtype: of x, which a quantised weight follows; None: that of the layer's own product."""
+    found = quantised.base_of(base)
+    return found.weight(dtype) if isinstance(found, quantised.Base) else parameter(base, "weight")
+
+
 class Plan(NamedTuple):
     """What the operator takes for one layer besides x; the lists have an entry an adapter."""
 
@@ -83,7 +90,19 @@ class Plan(NamedTuple):
 def plan_of_base(layer: nn.Module) -> Plan | str:
     """The plan of the frozen layer under a LoRA layer, without adapters yet, or why it cannot be fused."""
     base: Any = layer._modules["base_layer"]
-    if getattr(type(base), "forward", None) not in FROZEN_FORWARDS and not probing.is_linear(base):
+    plain = getattr(type(base), "forward", None) in FROZEN_FORWARDS
+    weight: Any = parameter(base, "weight") if plain else None
+    if (
+        type(weight) is not nn.Parameter and not torch.compiler.is_compiling()
+    ):  # compiled, quantised layers are left to their libraries
+        found = quantised.base_of(base)
+        if isinstance(found, str):
+            return found
+        if found is not None:
+            hooked = is_hooked(base)
+            plan = Plan(found.weight(), base.bias, False, [], [], [], [], [], [])
+            return "the base layer carries a hook" if hooked else plan
+    if not plain and not probing.is_linear(base):
         return f"the base layer is a {type(base).__name__}"
     weight, bias = parameter(base, "weight"), parameter(base, "bias")
     is_trained = bias is not None and bias.requires_grad  # LoraConfig's bias="lora_only" and "all"
@@ -109,6 +128,8 @@ def add_adapter(plan: Plan, layer: Any, adapter: str) -> str | None:
     variant = layer.lora_variant.get(adapter)
     if variant is not None and type(variant) is not DoraLinearVariant:
         return f"adapter {adapter!r} is a {type(variant).__name__.removesuffix('LinearVariant')} variant"
+    if variant is not None and type(plan.weight) is QuantisedWeight:
+        return f"adapter {adapter!r} is a DoRA on a quantised weight"
     lora_a, lora_b, dropout = adapter_of(layer, adapter)
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear or type(dropout) not in (nn.Dropout, nn.Identity):
         return (
@@ -187,6 +208,10 @@ def plan_call(layer: Any, x: Any, used: Sequence[str], mixed: bool) -> Plan | st
     if obstacle is not None:
         return obstacle
     cast = checks.autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
+    if type(plan.weight) is QuantisedWeight:
+        if cast is not None:
+            return "autocast is on, and the weight quantised"
+        plan = plan._replace(weight=multiplied(layer._modules["base_layer"], x.dtype))
     dtype, device, weight = cast or x.dtype, x.device, plan.weight
     K, N = weight.shape if plan.transposed else reversed(weight.shape)
     if x.shape[-1] != K or device != weight.device or (cast is None and dtype != weight.dtype):
@@ -212,9 +237,17 @@ def plan_call(layer: Any, x: Any, used: Sequence[str], mixed: bool) -> Plan | st
     return plan
 
 
+QUANTISED = (
+    "peft.tuners.lora.bnb.Linear4bit",
+    "peft.tuners.lora.bnb.Linear8bitLt",
+    "peft.tuners.lora.torchao.TorchaoLoraLinear",
+)
+"""The layers of PEFT over quantised bases that can be fused; by name, since their modules need the libraries."""
+
+
 def swap_obstacle(layer: Any) -> str | None:
     """Why the layer's class is not swapped, or None: nothing that it holds now could be fused."""
-    if type(layer) is not lora.Linear:
+    if type(layer) is not lora.Linear and f"{type(layer).__module__}.{type(layer).__name__}" not in QUANTISED:
         return f"{type(layer).__module__}.{type(layer).__name__} is not fused"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the object"  # which would go on calling the one it found

@@ -3,6 +3,7 @@
 import math
 from typing import Any, NamedTuple
 
+import torch
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -19,8 +20,9 @@ ROWS_BEFORE_ANY_CALL = 512
 NOT_OBSERVED = "compiled: not observed"
 
 
-def linear_weight(base: nn.Module) -> Tensor:  # [N, K]
-    weight = obstacles.parameter(base, "weight")
+def linear_weight(base: nn.Module, dtype: torch.dtype | None = None) -> Tensor:  # [N, K]
+    """The weight that a layer multiplies by, for an x of that dtype."""
+    weight = obstacles.multiplied(base, dtype)
     return weight.t() if isinstance(base, Conv1D) else weight
 
 
@@ -123,7 +125,7 @@ def _present_obstacle(layer: Any, base: Any, seen: Seen | None) -> str | None:
 def _describe(layer: Any, base: Any, seen: Seen, compiled: bool = False) -> tuple[str, str]:
     """(implementation, reason) of a fused call."""
     of_experts = isinstance(layer, experts.ParamWrapper)
-    weight = experts.weight_of(base) if of_experts else linear_weight(base)
+    weight = experts.weight_of(base) if of_experts else linear_weight(base, seen.dtype)
     if of_experts and seen.shared:
         return "reference", "all experts at once, by torch's grouped products"
     rows = math.prod(seen.shape[:-1])
@@ -134,7 +136,7 @@ def _describe(layer: Any, base: Any, seen: Seen, compiled: bool = False) -> tupl
     def chosen(backward: bool) -> tuple[ops.Choice, bool]:
         """The choice, and whether it runs the layer's family together."""
         if shared:
-            first = linear_weight(frozen_base(family.layers[0]))
+            first = linear_weight(frozen_base(family.layers[0]), seen.dtype)
             return lora_linear.choose_shared(like_x, first, seen.dropout, backward, mixed=seen.mixed)
         if base is layer:
             return frozen_linear.choose(like_x, weight, backward), False
@@ -173,4 +175,4 @@ def _before_any_call(layer: Any, base: Any, compiled: bool) -> Seen:
     drops = [obstacles.adapter_of(layer, name)[2] for name in used]
     dropout = any(one.p for one in drops if isinstance(one, nn.Dropout) and one.training)
     shared = siblings.KEY in layer.__dict__ and len(used) == 1 and not compiled
-    return Seen((ROWS_BEFORE_ANY_CALL, layer.in_features), base.weight.dtype, dropout, shared=shared)
+    return Seen((ROWS_BEFORE_ANY_CALL, layer.in_features), linear_weight(base).dtype, dropout, shared=shared)

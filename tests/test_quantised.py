@@ -1,0 +1,214 @@
+"""frozen/quantised.py and csrc/cpu/quantised.h: weights in 4 bits and 8, bit for bit the reference's, and products with them within the bound."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bounds import INPUTS, assert_within_bound_over_inputs, gapped, print_accepted
+from quantised_weights import KINDS, dense, stored, weight
+
+from fastlora import functional, ops
+from fastlora.choice import table
+from fastlora.frozen import products, quantised
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# N, K: nothing, one pair, less than a vector, blocks that end within rows and within vectors, more than a block.
+SHAPES = ((0, 64), (5, 0), (1, 2), (7, 10), (9, 130), (6, 100), (33, 64), (40, 192))
+
+pytestmark = pytest.mark.skipif(
+    not ops.availability()[1].present,
+    reason="the native extension is not built (make demo, or pip install -e . with g++)",
+)
+
+
+def check_elements() -> None:
+    """In a process of its own, too, for every instruction set (test_native.py)."""
+    for kind in KINDS:
+        for N, K in SHAPES:
+            for dtype in FLOATS:
+                torch.manual_seed(N + K)
+                one = weight(kind, N, K, dtype)
+                whole = dense(one)
+                assert torch.equal(one.panel(0, N, 0, K), whole), (kind, N, K, dtype)
+                if N > 3 and K > 8:
+                    assert torch.equal(one.panel(1, N - 2, 2, K - 6), whole[1 : N - 1, 2 : K - 4]), (kind, N, K, dtype)
+
+
+def check_products() -> None:
+    for kind in KINDS:
+        for dtype in FLOATS:
+            for N, K in SHAPES:
+                for M in (0, 1, 2, 3, 5, 8, 9, 33):
+                    torch.manual_seed(M + N + K)
+                    one = weight(kind, N, K, dtype)
+                    forward, backward = [], []
+                    for _ in range(INPUTS):
+                        x, bias, dy = (torch.randn(*size).to(dtype) for size in ((M, K), (N,), (M, N)))
+                        w = dense(one)
+                        y = products.frozen_linear(gapped(x), one, gapped(bias))
+                        forward.append((y, F.linear(x, w, bias), F.linear(x.double(), w.double(), bias.double())))
+                        backward.append(
+                            (products.frozen_linear_backward(gapped(dy), one), dy @ w, dy.double() @ w.double())
+                        )
+                    assert_within_bound_over_inputs("y", forward)
+                    assert_within_bound_over_inputs("dx", backward)
+
+
+def test_elements_are_the_references_bit_for_bit() -> None:
+    check_elements()
+
+
+def test_products_are_within_the_bound() -> None:
+    check_products()
+
+
+@pytest.mark.parametrize("factor", [1e-41, 3e38, float("inf"), float("nan")])
+def test_elements_at_the_ends_of_the_range(factor: float) -> None:
+    """Subnormal numbers are kept, also in bfloat16, whose instructions would make them zero."""
+    made = stored("four bits", 4, 64)
+    made = made._replace(factor=torch.full_like(made.factor, factor))
+    for dtype in FLOATS:
+        one = quantised.QuantisedWeight(made, "four bits", dtype, dtype)
+        torch.testing.assert_close(one.panel(0, 4, 0, 64), dense(one), rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("way", table.WAYS["cpu", "frozen_linear"])
+def test_panels_go_every_way(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A weight in several panels, the last of them smaller; a panel has no packed copy, and torch's way stands for that."""
+    monkeypatch.setattr(table, "forced_way", way)
+    monkeypatch.setattr(quantised, "PANEL", 64 * 130)
+    one = weight("four bits, double", 200, 130, torch.float32)
+    w = dense(one)
+    assert quantised.panels(one, 0) == [(0, 64), (64, 64), (128, 64), (192, 8)]
+    assert quantised.panels(one, 1) == [(0, 64), (64, 64), (128, 2)]
+    x, bias, dy = torch.randn(20, 130), torch.randn(200), torch.randn(20, 200)
+    y = products.frozen_linear(x, one, bias), F.linear(x, w, bias), F.linear(x.double(), w.double(), bias.double())
+    assert_within_bound_over_inputs("y", [y])
+    assert_within_bound_over_inputs(
+        "dx", [(products.frozen_linear_backward(dy, one), dy @ w, dy.double() @ w.double())]
+    )
+
+
+def test_another_dtype_computes_and_rounds_to_that_of_x() -> None:
+    """As a layer of bitsandbytes does with its compute dtype."""
+    one = weight("four bits", 48, 64, torch.float32, compute=torch.bfloat16)
+    assert one.dtype is torch.float32
+    for M in (2, 30):
+        x, bias, dy = torch.randn(M, 64), torch.randn(48), torch.randn(M, 48)
+        own = weight("four bits", 48, 64, torch.bfloat16)
+        own.stored = one.stored
+        y = products.frozen_linear(x.bfloat16(), own, bias.bfloat16()).float()
+        assert torch.equal(products.frozen_linear(x, one, bias), y)
+        dx = products.frozen_linear_backward(dy.bfloat16(), own).float()
+        assert torch.equal(products.frozen_linear_backward(dy, one), dx)
+
+
+def test_threads_change_nothing() -> None:
+    one, x = weight("four bits, double", 300, 320, torch.bfloat16), torch.randn(2, 320).bfloat16()
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3, 7):
+            torch.set_num_threads(count)
+            results.append((one.panel(0, 300, 0, 320), products.frozen_linear(x, one, None)))
+    finally:
+        torch.set_num_threads(threads)
+    for panel, y in results[1:]:
+        assert torch.equal(panel, results[0][0]) and torch.equal(y, results[0][1])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("forced", ["cpu", "reference"])
+def test_the_operator_takes_it_as_any_weight(kind: str, forced: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With its gradients and dropout, and whoever implements it: the reference sees W as a whole."""
+    monkeypatch.setattr(ops, "forced", forced)
+    one = weight(kind, 48, 64, torch.float32)
+    x, a, b = torch.randn(20, 64), torch.randn(4, 64), torch.randn(48, 4)
+    results = []
+    for w in (one, dense(one)):
+        given = [tensor.clone().requires_grad_() for tensor in (x, a, b)]
+        torch.manual_seed(5)
+        y = functional.lora_linear(given[0], w, torch.ones(48), *given[1:], 0.5, dropout_p=0.25)
+        y.square().sum().backward()
+        results.append([y.detach(), *(tensor.grad for tensor in given)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
+
+
+def test_gradients_by_gradcheck() -> None:
+    one = weight("four bits", 6, 8, torch.float64)
+    given = [torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in ((5, 8), (3, 8), (6, 3))]
+    torch.autograd.gradcheck(lambda x, a, b: functional.lora_linear(x, one, None, a, b, 0.5), given)
+
+
+def test_an_operation_that_knows_nothing_of_it_gets_all_of_it() -> None:
+    one = weight("int8", 5, 8, torch.float32)
+    assert torch.equal(one + 0, dense(one)) and torch.equal(one.t().contiguous(), dense(one).t())
+    assert "int8" in repr(one)
+
+
+def test_wrong_arguments_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    made = stored("four bits, double", 6, 128)
+    right = {"to": torch.empty(6, 128), **made._asdict(), "row": 0, "column": 0}
+    few = {"x": torch.randn(3, 128), **made._asdict(), "bias": torch.randn(6)}
+    of_weight = {
+        "packed: int8": ("packed", {"packed": made.packed.char()}),
+        "packed: too few": ("packed", {"packed": made.packed[:-1]}),
+        "packed: gaps": ("packed", {"packed": made.packed.repeat(1, 2)[:, :1]}),
+        "code: fifteen": ("code", {"code": made.code[:15]}),
+        "code: float64": ("code", {"code": made.code.double()}),
+        "code: none, and four bits": ("packed", {"code": None}),
+        "factor: too many": ("factor", {"factor": torch.rand(2)}),
+        "factor: bfloat16": ("factor", {"factor": made.factor.bfloat16()}),
+        "factor_codes: too few": ("factor_codes", {"factor_codes": made.factor_codes[:-1]}),
+        "factor_codes: int8": ("factor_codes", {"factor_codes": made.factor_codes.char()}),
+        "factor_codes: none": ("factor_code", {"factor_codes": None}),
+        "factor_code: none": ("factor_code", {"factor_code": None}),
+        "factor_code: too few": ("factor_code", {"factor_code": made.factor_code[:255]}),
+        "block: 0": ("block", {"block": 0}),
+        "block: odd": ("block", {"block": 63}),
+        "factor_block: 0": ("factor_block", {"factor_block": 0}),
+        "rows: too many": ("packed", {"rows": 7}),
+        "rows: below 0": ("rows", {"rows": -1}),
+        "columns: odd": ("columns", {"columns": 3, "rows": 256}),
+    }
+    of_panel = {
+        "to: one dimension": ("to", {"to": torch.empty(128)}),
+        "to: float64": ("to", {"to": torch.empty(6, 128).double()}),
+        "to: gaps": ("to", {"to": torch.empty(6, 256)[:, ::2]}),
+        "to: too high": ("row", {"to": torch.empty(7, 128)}),
+        "row: below 0": ("row", {"row": -1}),
+        "row: beyond": ("row", {"row": 1}),
+        "column: beyond": ("column", {"column": 2}),
+        "column: odd": ("column", {"to": torch.empty(6, 4), "column": 1}),
+        "column: an odd width": ("column", {"to": torch.empty(6, 3)}),
+    }
+    of_rows = {
+        "x: nine rows": ("x", {"x": torch.randn(9, 128)}),
+        "x: no rows": ("x", {"x": torch.randn(0, 128)}),
+        "x: another K": ("x", {"x": torch.randn(3, 126)}),
+        "x: float64": ("x", {"x": torch.randn(3, 128).double()}),
+        "bias: another N": ("bias", {"bias": torch.randn(7)}),
+        "bias: dtype": ("bias", {"bias": torch.randn(6).bfloat16()}),
+    }
+    print_accepted("dequantise_cpu", right, {**of_weight, **of_panel})
+    print_accepted("few_rows_quantised_cpu", few, {**of_weight, **of_rows})
+    assert capsys.readouterr().out == ""
+
+
+def test_products_refuse_what_does_not_fit() -> None:
+    one = weight("int8", 5, 8, torch.float32)
+    for x in (torch.randn(3, 7), torch.randn(8), torch.randn(3, 8).bfloat16()):
+        with pytest.raises(ValueError, match="^(x|weight): got"):
+            products.frozen_linear(x, one, None)
+    with pytest.raises(ValueError, match="^dy: got"):
+        products.frozen_linear_backward(torch.randn(3, 6), one)
+    with pytest.raises(ValueError, match="^bias: got"):
+        products.frozen_linear(torch.randn(3, 8), one, torch.randn(6))
+
+
+def test_what_multiplies_is_told() -> None:
+    words = [products.describe(weight("four bits", 96, 64, torch.float32), torch.float32, rows) for rows in (1, 100)]
+    assert words[0] == "native C++, a few rows, from four bits as it is read"
+    assert words[1] == "torch, not measured on this kind of CPU; four bits dequantised"
+    big = weight("int8", 2**13, 2**9, torch.float32)
+    assert products.describe(big, torch.float32, 100).endswith("int8 dequantised, 4096 of 8192 rows at a time")
