@@ -77,7 +77,7 @@ MODULES = {
     "fastlora/choice/problems.py": ("problems", "measure"),
     "fastlora/choice/measure.py": ("measure", "trial"),
     "fastlora/choice/clock.py": ("clock", "measure"),
-    "fastlora/choice/trial.py": ("trial", "trial_answer", "trial_scripts", "tune"),
+    "fastlora/choice/trial.py": ("trial", "trial_again", "trial_answer", "trial_scripts", "tune"),
     "fastlora/choice/table.py": ("table*", "trial*", "measure*", "tune", "one_choice", "ops"),
     "fastlora/frozen/packed.py": OF_FROZEN,
     "fastlora/frozen/products.py": OF_FROZEN,

@@ -20,6 +20,7 @@ HEAD = (
     "import json, os, signal, sys, time",
     "names, device, seconds, refused = json.loads(sys.argv[1])",
     "def say(*line): print(json.dumps(line), flush=True)",
+    "signal.signal(signal.SIGINT, signal.SIG_DFL)",  # a shell's background jobs are born without it
 )
 
 
@@ -87,6 +88,15 @@ def test_how_it_ended(lines: tuple[str, ...], words: str, script: Callable[..., 
     yielded, refused, told = script(*lines)
     assert yielded == [] and refused == set()
     assert len(told) == 1 and told[0].startswith(f"fastlora: {END}") and words in told[0]
+
+
+def test_what_is_tried_again_though_it_is_refused_ends_it(script: Callable[..., Any]) -> None:
+    _, refused, told = script("say('trying', ['a', ['cpu']])", "sys.exit(4)")
+    assert refused == {("a", "float32", "cpu")}
+    assert told == [
+        "fastlora: cpu is refused for a: its process ended with code 4",
+        f"fastlora: {END}its process ended with code 4",
+    ]
 
 
 def test_the_modules_and_the_input_of_the_process_apart(

@@ -197,7 +197,7 @@ def _apart(
         UserWarning: an implementation is refused; or the rest cannot be measured, as where the card's memory is full.
     """
     left = list(todo)
-    while left:
+    while True:
         op, runs, end = "", [], ""
         for kind, what in _run_apart(left, device, seconds, refused):
             if kind == "trying":
@@ -211,12 +211,14 @@ def _apart(
                 yield [Measurement(*one) for one in more]
             else:
                 end = end or what  # what the process said goes before what is seen of it
-        if left and not runs:
+        if not left:
+            return
+        guilty = {(op, table.name_of(left[0].dtype), run) for run in runs} - refused
+        if not guilty:  # what is refused already ends the next process as well
             warnings.warn(f"fastlora: no more is measured on {device}: {end}", stacklevel=2)
             return
-        if left:
-            refused.update((op, table.name_of(left[0].dtype), run) for run in runs)
-            warnings.warn(f"fastlora: {', '.join(runs)} is refused for {op}: {end}", stacklevel=2)
+        refused.update(guilty)
+        warnings.warn(f"fastlora: {', '.join(runs)} is refused for {op}: {end}", stacklevel=2)
 
 
 def _run_apart(
