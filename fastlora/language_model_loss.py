@@ -33,7 +33,7 @@ def _float32_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 IGNORE = -100  # cross entropy's ignore_index: a label that does not count
-FUSED, LABELLED, ALL, OWN = "fused", "labelled", "all", "own"
+FUSED, LABELLED, ALL = "fused", "labelled", "all"
 PROBE_TOKENS = 16
 STRETCHED_LOGIT = 100.0  # beyond what a head gives in training; any soft cap shows there
 
@@ -47,7 +47,6 @@ class LanguageModelLoss:
                    the hidden states in their place)
         labelled   the model's own head, and what the model does after it, on the labelled positions only
         all        the model's own logits of all positions
-        own        the model's own loss: a PeftModel with soft prompts, whose rows may run together, lays out the labels itself
 
     A padded batch is run without its padding where packing.py finds that the model gives the same then.
 
@@ -57,7 +56,7 @@ class LanguageModelLoss:
         model: what is called; DistributedDataParallel may stand around it.
 
     Attributes:
-        path: fused, labelled, all or own; None before the first call.
+        path: fused, labelled or all; None before the first call.
         reason: why no faster path was taken.
         packs: whether padding is left out.
     """
@@ -77,10 +76,6 @@ class LanguageModelLoss:
                 are its input's own tokens; an encoder-decoder's are the decoder's tokens.
         """
         inputs, counted, labels = self._inputs(batch)
-        if getattr(self._inner, "_is_prompt_learning", False) and labels.numel():
-            self.path, self.reason = OWN, "the model has a soft prompt"
-            loss = self.model(**batch, use_cache=False).loss
-            return loss.to(torch.promote_types(loss.dtype, torch.float32)) * labels.numel()
         head = output_embedding(self._inner)
         if self.path is None or (self.path == FUSED and head_obstacle(head)):
             self.path, self.reason = self._choose(head, inputs)
