@@ -154,6 +154,29 @@ def test_each_text_is_as_it_were_alone(family: str, method: str, setting: str) -
                 assert_near(one.grad, other.grad, coarse, name)
 
 
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("method", ["prompt tuning", "prefix tuning"])
+def test_a_prompt_before_what_rows_begin_with(method: str, inference: bool) -> None:
+    """`share_prefix` runs that once, too."""
+    model, plain = prompted(method), prompted(method)
+    fastlora.accelerate(model, share_prefix=True)
+    template = torch.randint(5, VOCABULARY, (10,), generator=torch.Generator().manual_seed(7))
+    texts = [torch.cat((template, text)) for text in TEXTS]
+    ids = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+    labels = torch.where((mask == 1) & (torch.arange(ids.shape[1]) > 10), ids, IGNORE)
+    with torch.set_grad_enabled(not inference):
+        out = model.train(not inference)(input_ids=ids, attention_mask=mask, labels=labels)
+    prompt = 0 if inference or method in prompted_models.KEYED else P
+    assert f"{prompt + 10 + 27} tokens run" in model.__dict__[prompts.KEY].last[1]
+    expected = [alone(plain.train(not inference), method, text) for text in texts]
+    for row, logits in enumerate(expected):
+        assert_near(out.logits[row, : len(logits) - 1], logits[1:], torch.float64, "logits")
+    pairs = zip(expected, labels, texts, strict=True)
+    totals = [loss_alone(logits, label[: len(text)].clone()) for logits, label, text in pairs]
+    assert_near(out.loss, sum(one for one, _ in totals) / sum(count for _, count in totals), torch.float32, "loss")
+
+
 def with_more_adapters(method: str, family: str) -> Any:
     model = prompted(method, family)
     torch.manual_seed(5)

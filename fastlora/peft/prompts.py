@@ -220,6 +220,8 @@ def _parameters(base: Any) -> Mapping[str, Any]:
 def _causal(model: Any, plain: Any, state: State, given: dict[str, Any]) -> Any:
     """A causal language model's output for a batch, with the logits of its own tokens only: [B, T, V]."""
     past = given.get("past_key_values")
+    if given.get("input_ids") is None and given.get("inputs_embeds") is None:
+        raise ValueError("input_ids: got None, expected the batch's tokens, or inputs_embeds")
     if past is not None and KEY not in past.__dict__:
         state.last = APART, "PEFT's own forward: past_key_values was given"
         return plain.forward(model, **given)
@@ -278,8 +280,17 @@ def _begin(model: Any, state: State, given: dict[str, Any], names: Any, tasks: A
         return _apart(model, state, batch, found, "the model's logits are others where rows share a prompt")
     last_apart = not found.keys and batch.predicts_first()
     root_of = [found.of[row] for row in batch.rows.batch_rows(batch.shape[1])]
+    shares = sharing.KEY in base.__dict__ and batch.embeds is None
     tree = trees.grow(
-        batch.rows, batch.shape, found.roots(), root_of, keys_only=keys_only, last_apart=last_apart, device=batch.device
+        batch.rows,
+        batch.shape,
+        found.roots(),
+        root_of,
+        keys_only=keys_only,
+        last_apart=last_apart,
+        ids=batch.tokens if shares else None,
+        targets=sharing.targets_of(given),
+        device=batch.device,
     )
     if sharing.too_long(base, tree):
         return _apart(model, state, batch, found, f"some layer sees {sharing.window_of(base)} tokens")
