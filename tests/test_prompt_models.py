@@ -84,7 +84,7 @@ def test_copies_and_pickles(method: str) -> None:
             fastlora.restore(other)
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
-    assert (model(**GIVEN).logits - logits).abs().max() < 1e-5
+    assert torch.allclose(model(**GIVEN).logits[RIGHT == 1], logits[RIGHT == 1])
 
 
 def test_what_is_told() -> None:
