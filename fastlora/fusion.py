@@ -273,7 +273,14 @@ PLAIN_OPTIONS = (
     "max_length_k",
     "segment_parents",
 )
-IGNORED_OPTIONS = ("position_ids", "use_cache", "num_items_in_batch", "output_attentions", "output_hidden_states")
+IGNORED_OPTIONS = (
+    "position_ids",
+    "use_cache",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "seq_idx",  # of texts packed in a row, as cu_seq_lens_q has them
+)
 
 
 def _attention_obstacle(

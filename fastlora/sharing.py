@@ -43,8 +43,10 @@ class State:
     ways: dict[bool, list[str]] = field(default_factory=dict)  # keys_only: what is exact
     last: tuple[str, str] | None = None  # (way, reason) of the last call
 
-    def describe(self) -> tuple[str, str]:
-        return self.last or (APART, "not called yet, unless compiled")
+    def describe(self, replaced: bool = False) -> tuple[str, str]:
+        """(way, reason), for people. replaced: somebody has put another forward before the model's, as TRL and Liger do."""
+        never = f"not called yet, unless compiled{', or by the forward that was put before it' * replaced}"
+        return self.last or (APART, never)
 
 
 def arguments(tree: Tree, way: str, dtype: torch.dtype, keys: Keys | None = None) -> dict[str, Any]:
@@ -104,11 +106,10 @@ def run(call: Callable[..., Any], given: Mapping[str, Any], tree: Tree, kept: in
     places = tree.places[:, columns(kept)]
     few = takes_kept and given.get("labels") is None and places.numel() < len(tree.source)
     out = call(**given, **({"logits_to_keep": places.flatten()} if few else {}))
-    logits = out.logits
-    if logits is not None:
-        logits = logits[0] if few else logits[0][places.flatten()]
-        logits = logits.view(*places.shape, -1)
-    return type(out)(**{**out, "logits": logits})
+    if out.get("logits") is None:
+        return out
+    logits = out.logits[0] if few else out.logits[0][places.flatten()]
+    return type(out)(**{**out, "logits": logits.view(*places.shape, -1)})
 
 
 def labelled(given: Mapping[str, Any], tree: Tree) -> dict[str, Any]:
@@ -241,8 +242,10 @@ def call_obstacle(model: Any, given: Mapping[str, Any]) -> str | None:
     return transform_obstacle()
 
 
-TAKEN = ("inputs_embeds", "logits_to_keep", "ignore_index")
-"""What a call may be given beside packing.py's."""
+BOUNDS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""Of texts that are packed in a row; position_ids say the same."""
+TAKEN = ("inputs_embeds", "logits_to_keep", "ignore_index", "fused_lm_head", *BOUNDS)
+"""What a call may be given beside packing.py's. TRL's fused head sums over the tokens with labels."""
 
 
 def too_long(model: Any, tree: Tree) -> bool:
@@ -306,7 +309,7 @@ def _shared(model: Any, call: Callable[..., Any], state: State, given: dict[str,
     ids: Tensor = given["input_ids"]
     dtype = model.get_input_embeddings().weight.dtype
     rest = {name: value for name, value in given.items() if name not in (*MAY_BE_GIVEN, *TAKEN)}
-    for name in ("num_items_in_batch", "ignore_index", "return_dict"):
+    for name in ("num_items_in_batch", "ignore_index", "return_dict", "fused_lm_head"):
         if given.get(name) is not None:
             rest[name] = given[name]
     row = {"input_ids": found.gather(ids, 0), **arguments(found, way, dtype), **labelled(given, found)}

@@ -11,10 +11,11 @@ import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, TrainableTokensConfig, get_peft_model
 from prompted_models import FAMILIES, METHODS, VOCABULARY, llama, prompted, tasks_of
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import fastlora
 from fastlora import fusion
+from fastlora.demo import BASE_MODEL
 from fastlora.peft import prompts
 
 IDS = torch.randint(5, VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(3))
@@ -176,6 +177,33 @@ def test_trainer(method: str, tmp_path: Path) -> None:
         trainer.train()
         losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     assert torch.allclose(*map(torch.tensor, losses), rtol=1e-3) and losses[0][-1] != losses[0][0]
+
+
+@pytest.mark.parametrize("method", ["prompt tuning", "prefix tuning"])
+def test_trl(method: str, tmp_path: Path) -> None:
+    """Its fused head gets the rows that share a prompt; texts that it packs give the losses of a padded batch."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    tokenizer = AutoTokenizer.from_pretrained(BASE_MODEL)
+    rows = [{"prompt": "a b c " * n, "completion": "d e f"} for n in range(1, 9)]
+    losses = []
+    for packs, accelerated in ((False, False), (False, True), (True, True)):
+        torch.manual_seed(0)
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(BASE_MODEL), METHODS[method]())
+        if accelerated:
+            fastlora.accelerate(model, loss=True, fuse=True)
+        arguments = trl.SFTConfig(
+            output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, logging_steps=1, report_to=[], use_cpu=True, bf16=False,
+            save_strategy="no", learning_rate=0.01, disable_tqdm=True, seed=1, padding_free=packs, max_length=None,
+        )  # fmt: skip
+        trainer = trl.SFTTrainer(
+            model=model, args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+        )
+        trainer.train()
+        losses.append(torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
+        if accelerated:
+            assert told(model)[0] == "tree"
+    assert torch.allclose(losses[0], losses[1], rtol=5e-3) and torch.allclose(losses[1], losses[2], rtol=1e-4)
 
 
 def test_mixed_precision() -> None:

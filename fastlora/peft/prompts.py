@@ -248,7 +248,7 @@ class Batch:
 
     def rest(self, *taken: str) -> dict[str, Any]:
         """What is given beside tokens, mask, positions and labels."""
-        return {name: value for name, value in self.given.items() if name not in (*LAID_OUT, *taken)}
+        return {name: value for name, value in self.given.items() if name not in (*GIVEN_ANEW, *taken)}
 
     def predicts_first(self) -> bool:
         """Whether some row's first token has a label, which the prompt's last row is to predict."""
@@ -261,6 +261,7 @@ class Batch:
 
 LAID_OUT = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "labels", "shift_labels", "token_type_ids")
 """What has a value for each token."""
+GIVEN_ANEW = (*LAID_OUT, *sharing.BOUNDS)
 
 
 def _begin(model: Any, state: State, given: dict[str, Any], names: Any, tasks: Any) -> Any:
@@ -470,7 +471,7 @@ def _apart(model: Any, state: State, batch: Batch, found: Prompts, reason: str) 
         out = base(**given)
     if not given["use_cache"] and "past_key_values" in out:
         out = type(out)(**{**out, "past_key_values": None})
-    if out.logits is None:
+    if out.get("logits") is None:
         return out
     kept = batch.given.get("logits_to_keep", 0)
     logits = apart.gather(out.logits, shift)

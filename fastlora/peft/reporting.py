@@ -76,7 +76,11 @@ def layers(model: nn.Module) -> list[LayerReport]:
             found.append(LayerReport(name, *scaled.describe(module)))
         for key, what in ((prompts.KEY, "prompt"), (sharing.KEY, "share_prefix")):
             if key in module.__dict__:
-                found.append(LayerReport(f"{name}.{what}".lstrip("."), *module.__dict__[key].describe()))
+                found.append(
+                    LayerReport(
+                        f"{name}.{what}".lstrip("."), *module.__dict__[key].describe("forward" in module.__dict__)
+                    )
+                )
         if model_loss.KEY in module.__dict__:
             path, reason = module.__dict__[model_loss.KEY].describe(replaced="forward" in module.__dict__)
             reason = f"{NOT_OBSERVED}; in its last eager call {reason}" if compiled else reason
