@@ -316,6 +316,10 @@ def _shared(model: Any, call: Callable[..., Any], state: State, given: dict[str,
     return run(call, {**rest, **row}, found, given.get("logits_to_keep") or 0, takes_kept)
 
 
+TELLERS: list[Callable[[nn.Module], bool]] = []
+"""What else may tell a model's layers of a batch's rows: each says whether it does so just now."""
+
+
 def _is_told(hook: Any) -> bool:
     """Whether a hook gives a layer something, as PEFT's do for a call."""
     return isinstance(hook, functools.partial) and bool(hook.keywords)
@@ -339,6 +343,8 @@ def _tree_of(model: Any, given: Mapping[str, Any]) -> Tree | str:
         return f"the mask has {mask.dim()} dimensions"
     if any(_is_told(hook) for module in model.modules() for hook in module._forward_pre_hooks.values()):
         return "a layer is told of the rows by a hook, as of their adapters"
+    if any(tells(model) for tells in TELLERS):
+        return "the rows have adapters of their own"
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
     targets = targets_of(given)
     if targets is not None and bool((targets[~real] != IGNORE).any()):

@@ -195,6 +195,7 @@ def test_trl(method: str, tmp_path: Path) -> None:
         arguments = trl.SFTConfig(
             output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=4, logging_steps=1, report_to=[], use_cpu=True, bf16=False,
             save_strategy="no", learning_rate=0.01, disable_tqdm=True, seed=1, padding_free=packs, max_length=None,
+            gradient_checkpointing=accelerated,
         )  # fmt: skip
         trainer = trl.SFTTrainer(
             model=model, args=arguments, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer

@@ -144,7 +144,7 @@ def test_at_inference() -> None:
         ({"return_dict": False}, "return_dict"),
         ({"attention_mask": torch.ones(4, 1, 20, 20).bool().tril()}, "4 dimensions"),
         ({"attention_mask": None, "position_ids": torch.arange(20).remainder(10).expand(4, 20)}, "several texts"),
-        ({"adapter_names": ["default"] * 4}, "hook"),
+        ({"adapter_names": ["default"] * 4}, "adapters"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

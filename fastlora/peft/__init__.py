@@ -209,6 +209,13 @@ def _weights_by_operator(model: nn.Module) -> dict[str, list[Tensor]]:
     }
 
 
+def _has_mixed_rows(model: nn.Module) -> bool:
+    return mixed.under_way > 0 and any(mixed.names_of(module) is not None for module in model.modules())
+
+
+sharing.TELLERS.append(_has_mixed_rows)
+
+
 UNLOADING = ("unload", "merge_and_unload")
 """The methods of PEFT's tuners that hand out a plain model."""
 
