@@ -11,12 +11,19 @@ import torch
 from peft import LoraConfig, PeftModel, PeftModelForCausalLM, TrainableTokensConfig, get_peft_model
 from prompted_models import FAMILIES, METHODS, VOCABULARY, llama, prompted, tasks_of
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForQuestionAnswering,
+    Trainer,
+    TrainingArguments,
+)
 
 import fastlora
 from fastlora import fusion
 from fastlora.demo import BASE_MODEL
-from fastlora.peft import prompts
+from fastlora.peft import ensemble, prompts
 
 IDS = torch.randint(5, VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(3))
 RIGHT = torch.tensor([[1] * 7 + [0] * 4, [1] * 11, [1] * 9 + [0] * 2])
@@ -219,6 +226,44 @@ def test_mixed_precision() -> None:
     ours.loss.backward()
     grad: Tensor = model.prompt_encoder["default"].embedding.weight.grad
     assert grad.dtype == torch.float32 and bool(grad.isfinite().all()) and bool((grad != 0).any())
+
+
+@pytest.mark.parametrize("method", ["prompt tuning", "prefix tuning"])
+def test_an_ensemble(method: str) -> None:
+    model = prompted(method)
+    torch.manual_seed(5)
+    model.add_adapter("second", METHODS[method](num_virtual_tokens=3))
+    fastlora.accelerate(model.double().eval())
+    batch = {"input_ids": IDS, "attention_mask": RIGHT}
+    with torch.no_grad():
+        found = ensemble(model, ["default", "second", "__base__"], **batch)
+        each = [
+            model(**batch, adapter_names=[name] * 3).logits.softmax(-1) for name in ("default", "second", "__base__")
+        ]
+    expected = torch.stack(each).mean(0)
+    assert torch.allclose(found.exp()[RIGHT == 1], expected[RIGHT == 1], rtol=1e-4)
+    with pytest.raises(ValueError, match="adapter_names"):
+        ensemble(model, [], **batch)
+
+
+def test_attention_dropout_under_autocast() -> None:
+    """The mask is cast with what it masks."""
+    model = fastlora.accelerate(prompted("prompt tuning", dtype=torch.float32, attention_dropout=0.1))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(**GIVEN)
+    out.loss.backward()
+    assert told(model)[0] == "mask" and bool(out.logits[RIGHT == 1].isfinite().all())
+    assert bool((model.prompt_encoder["default"].embedding.weight.grad != 0).any())
+
+
+def test_classes_that_are_left_to_peft() -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    base = BertForQuestionAnswering(BertConfig(**sizes, vocab_size=VOCABULARY))
+    model = get_peft_model(base, METHODS["prompt tuning"](task_type="QUESTION_ANS"))
+    kind = type(model)
+    with pytest.warns(UserWarning, match="PeftModelForQuestionAnswering to PEFT"):
+        fastlora.accelerate(model)
+    assert type(model) is kind
 
 
 def test_only_prompts_are_taken() -> None:

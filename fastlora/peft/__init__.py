@@ -35,10 +35,11 @@ from fastlora.choice import table, trial
 from fastlora.frozen import packed
 from fastlora.peft import experts, mixed, obstacles, prompts, quantised, scaled, siblings
 from fastlora.peft.layers import FrozenLinear, Fused, FusedLinear, compute, frozen_base, fused_class, restore_layer
+from fastlora.peft.prompts import ensemble
 from fastlora.peft.reporting import LayerReport, Report, report
 from fastlora.swap import is_derived
 
-__all__ = ["FrozenLinear", "FusedLinear", "LayerReport", "Report", "accelerate", "report", "restore"]
+__all__ = ["FrozenLinear", "FusedLinear", "LayerReport", "Report", "accelerate", "ensemble", "report", "restore"]
 
 
 def _frozen_layers(model: nn.Module) -> list[nn.Module]:

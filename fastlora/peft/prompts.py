@@ -7,6 +7,7 @@ input, have it in each row (operators/prefix_concat.py). Parameters, adapters an
 
 import functools
 import inspect
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,8 +80,10 @@ def attach(model: Any) -> None:
     """Swap the class of a PeftModel with soft prompts.
 
     Warns:
-        UserWarning: a prompt has rows that PEFT never uses.
+        UserWarning: the model is of a class that is left to PEFT, or a prompt has rows that PEFT never uses.
     """
+    if KEY not in model.__dict__ and type(model) not in FORWARDS:
+        warnings.warn(f"fastlora.accelerate leaves the prompts of a {type(model).__name__} to PEFT", stacklevel=3)
     if KEY not in model.__dict__ and type(model) in FORWARDS:
         kind: Any = type(model)
         model.__class__ = with_prompts(kind)
@@ -166,6 +169,26 @@ def find_prompts(model: Any, count: int, names: Sequence[str] | None, tasks: Ten
     lengths = [model.peft_config[name].num_virtual_tokens for name, _ in found]
     places = {pair: i for i, pair in enumerate(found)}
     return Prompts(lengths, [places.get(pair, -1) for pair in pairs], embedded, keys, found)
+
+
+def ensemble(model: Any, adapter_names: Sequence[str], **given: Tensor) -> Tensor:  # [B, T, V]
+    """The logarithms of the mean probabilities under several prompts for one task, each row once under each, in one batch.
+
+    (Lester et al. 2021, section 6, lets the prompts vote on answers; the mean also tells them apart where they disagree.)
+
+    given: input_ids or inputs_embeds, attention_mask, position_ids; a batch's rows each.
+
+    Raises:
+        ValueError: adapter_names is empty, or names what is no adapter.
+    """
+    if not adapter_names:
+        raise ValueError(f"adapter_names: got {adapter_names!r}, expected at least one")
+    count = len(adapter_names)
+    repeated = {name: value.repeat(count, *(1,) * (value.dim() - 1)) for name, value in given.items()}
+    rows = next(iter(given.values())).shape[0]
+    logits = model(**repeated, adapter_names=[name for name in adapter_names for _ in range(rows)]).logits
+    of_each: Tensor = logits.unflatten(0, (count, rows)).log_softmax(-1)
+    return of_each.logsumexp(0) - math.log(count)
 
 
 def _as_if_active(model: Any, name: str) -> Any:
