@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from fastlora import packing
+from fastlora import packing, trees
 from fastlora.bounds import nearly_equal
 from fastlora.checks import is_hooked
 from fastlora.operators.linear_cross_entropy import LOGITS_AT_ONCE, linear_cross_entropy
@@ -114,7 +114,9 @@ class LanguageModelLoss:
         probe, counted = _probe(inputs)
         with undisturbed(self._inner):
             own = _own_logits(self._inner, probe, counted)
-            if not self._inner.config.is_encoder_decoder:
+            # A model whose rows share what they begin with leaves padding out itself.
+            shares = any(trees.KEY in module.__dict__ for module in self._inner.modules())
+            if not self._inner.config.is_encoder_decoder and not shares:
                 self.packs = packing.is_exact(lambda **given: self._inner(**given).logits, own.shape[1])
             return choose_path(head, own, functools.partial(_rows_of, self._inner, head, probe, counted))
 
@@ -196,9 +198,13 @@ def _rows_of(
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0]
-        if hidden.shape[:-1] != counted.shape:
+        places = trees.look_up(counted)
+        if places is not None:
+            rows = hidden.flatten(0, 1)[places][None]
+        elif hidden.shape[:-1] == counted.shape:
+            rows = hidden[counted][None]
+        else:
             raise ValueError(f"the head is given {list(hidden.shape)}, expected {[*counted.shape, hidden.shape[-1]]}")
-        rows = hidden[counted][None]
         return (rows if factor == 1.0 else rows * factor, *args[1:])
 
     handle = head.register_forward_pre_hook(select, prepend=True)

@@ -25,11 +25,9 @@ from fastlora.checks import transform_obstacle
 from fastlora.language_model_loss import output_embedding, undisturbed
 from fastlora.packing import MAY_BE_GIVEN, PROBE_TOKENS, UNFIT, is_compiled
 from fastlora.swap import derive, undo
-from fastlora.trees import IGNORE, Root, Tree
+from fastlora.trees import IGNORE, KEY, Root, Tree
 
 TREE, MASK, APART = "tree", "mask", "apart"
-KEY = "_fastlora_shared"
-"""Under which a model's `__dict__` has its State."""
 PROBE_PROMPT = 10  # more than trees.LEAST_SHARED
 
 Keys = Sequence[tuple[Tensor, Tensor]]
@@ -103,10 +101,12 @@ def run(call: Callable[..., Any], given: Mapping[str, Any], tree: Tree, kept: in
 
     kept: as a model's `logits_to_keep`. takes_kept: whether the model has that.
     """
+    every = isinstance(kept, int) and kept == 0
     places = tree.places[:, columns(kept)]
-    few = takes_kept and given.get("labels") is None and places.numel() < len(tree.source)
-    out = call(**given, **({"logits_to_keep": places.flatten()} if few else {}))
-    if out.get("logits") is None:
+    few = takes_kept and not every and given.get("labels") is None and places.numel() < len(tree.source)
+    with trees.laying_out(tree.places) as laid:
+        out = call(**given, **({"logits_to_keep": places.flatten()} if few else {}))
+    if laid.taken or out.get("logits") is None:
         return out
     logits = out.logits[0] if few else out.logits[0][places.flatten()]
     return type(out)(**{**out, "logits": logits.view(*places.shape, -1)})
@@ -209,8 +209,8 @@ def find_way(
 
     call: the model's forward; embed: of tokens.
     """
-    if keys_only not in state.ways:
-        state.ways[keys_only] = _probe(model, call, embed, keys_only)
+    if not state.ways:  # both at once: in a later call somebody may have hooked the head
+        state.ways = {kind: _probe(model, call, embed, kind) for kind in (False, True)}
     drops = attention_drops(model)
     return next((way for way in state.ways[keys_only] if way != TREE or not drops), APART)
 
@@ -298,10 +298,11 @@ def with_shared_prefix(plain: Any) -> type:
 
 def _shared(model: Any, call: Callable[..., Any], state: State, given: dict[str, Any], takes_kept: bool) -> Any:
     """The model's output, what rows begin with run once; or why not."""
-    found = _tree_of(model, given)
-    if not isinstance(found, str):
-        way = find_way(state, model, call, model.get_input_embeddings())
-        if way == APART:
+    found: Tree | str | None = call_obstacle(model, given) or _row_obstacle(model)
+    if found is None:
+        way = find_way(state, model, call, model.get_input_embeddings())  # at the first call, whatever rows that has
+        found = _tree_of(model, given)
+        if not isinstance(found, str) and way == APART:
             found = "the model's logits are others where rows have tokens in common"
     state.last = (APART, found) if isinstance(found, str) else (way, _told(found, given))
     if isinstance(found, str):
@@ -320,6 +321,13 @@ TELLERS: list[Callable[[nn.Module], bool]] = []
 """What else may tell a model's layers of a batch's rows: each says whether it does so just now."""
 
 
+def _row_obstacle(model: nn.Module) -> str | None:
+    """Why a model's layers know of a batch's rows, or None."""
+    if any(_is_told(hook) for module in model.modules() for hook in module._forward_pre_hooks.values()):
+        return "a layer is told of the rows by a hook, as of their adapters"
+    return "the rows have adapters of their own" if any(tells(model) for tells in TELLERS) else None
+
+
 def _is_told(hook: Any) -> bool:
     """Whether a hook gives a layer something, as PEFT's do for a call."""
     return isinstance(hook, functools.partial) and bool(hook.keywords)
@@ -332,19 +340,12 @@ def _told(tree: Tree, given: Mapping[str, Any]) -> str:
 def _tree_of(model: Any, given: Mapping[str, Any]) -> Tree | str:
     """What a batch's rows begin with, or why there is no use in it."""
     ids, mask = given.get("input_ids"), given.get("attention_mask")
-    obstacle = call_obstacle(model, given)
-    if obstacle is not None:
-        return obstacle
     if ids is None or given.get("inputs_embeds") is not None:
         return "no input_ids were given"
     if given.get("return_dict") is False or (given.get("return_dict") is None and not model.config.return_dict):
         return "return_dict was False"
     if mask is not None and mask.shape != ids.shape:
         return f"the mask has {mask.dim()} dimensions"
-    if any(_is_told(hook) for module in model.modules() for hook in module._forward_pre_hooks.values()):
-        return "a layer is told of the rows by a hook, as of their adapters"
-    if any(tells(model) for tells in TELLERS):
-        return "the rows have adapters of their own"
     real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask != 0
     targets = targets_of(given)
     if targets is not None and bool((targets[~real] != IGNORE).any()):

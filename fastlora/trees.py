@@ -6,7 +6,10 @@ A token sees the segments above its own in full, and its own up to itself: what 
 those of its row alone, and what is shared is computed once, forward and backward. The positions are each row's own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +17,8 @@ from torch import Tensor
 
 IGNORE = -100  # cross entropy's ignore_index
 LEAST_SHARED = 8  # tokens that are worth a segment
+KEY = "_fastlora_shared"
+"""Under which a model's `__dict__` has what sharing.py knows of it, where its rows share what they begin with."""
 
 
 class Tree(NamedTuple):
@@ -67,6 +72,37 @@ def _numbered(starts: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     segment = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
     place = torch.arange(int(starts[-1])) - starts[segment]
     return segment.to(device), place.to(device)
+
+
+@dataclass
+class LaidOut:
+    """Where a batch's tokens stand while a model runs them otherwise than they were given."""
+
+    places: Tensor  # [B, T] int64: among the tokens that the model's head is given
+    taken: bool = False  # whether somebody has looked them up, and the head's output is theirs
+
+
+_laid_out: ContextVar[LaidOut | None] = ContextVar("fastlora_laid_out", default=None)
+
+
+@contextmanager
+def laying_out(places: Tensor) -> Iterator[LaidOut]:
+    """Let whoever hooks the head find a batch's tokens."""
+    laid = LaidOut(places)
+    token = _laid_out.set(laid)
+    try:
+        yield laid
+    finally:
+        _laid_out.reset(token)
+
+
+def look_up(counted: Tensor) -> Tensor | None:
+    """Where those of a batch's tokens stand that count, bool [B, T]; None where they stand as they were given."""
+    laid = _laid_out.get()
+    if laid is None or laid.places.shape != counted.shape:
+        return None
+    laid.taken = True
+    return laid.places[counted]
 
 
 class Rows(NamedTuple):

@@ -23,6 +23,7 @@ from transformers import (
 import fastlora
 from fastlora import fusion
 from fastlora.demo import BASE_MODEL
+from fastlora.language_model_loss import LanguageModelLoss
 from fastlora.peft import ensemble, prompts
 
 IDS = torch.randint(5, VOCABULARY, (3, 11), generator=torch.Generator().manual_seed(3))
@@ -212,6 +213,35 @@ def test_trl(method: str, tmp_path: Path) -> None:
         if accelerated:
             assert told(model)[0] == "tree"
     assert torch.allclose(losses[0], losses[1], rtol=5e-3) and torch.allclose(losses[1], losses[2], rtol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["tree", "mask", "apart"])
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "multitask prompts"])
+def test_the_loss_of_the_training_loop(method: str, way: str) -> None:
+    """`LanguageModelLoss` leaves it to the model where the labelled tokens stand."""
+    model = fastlora.accelerate(prompted(method, dtype=torch.float32), fuse=True, loss=True)
+    if way == "mask":
+        model.base_model.set_attn_implementation("eager")
+    elif way == "apart":
+        model.__dict__[prompts.KEY].ways = {False: [], True: []}
+    left = {
+        name: torch.stack([row.roll(int((RIGHT[i] == 0).sum())) for i, row in enumerate(one)])
+        for name, one in GIVEN.items()
+    }
+    left["labels"][torch.arange(3), (RIGHT == 0).sum(1)] = -100  # no token stands before a row's first
+    total = LanguageModelLoss(model)
+    loss = total(left)
+    loss.backward()
+    ours = [one.grad.clone() for one in model.parameters() if one.grad is not None]
+    assert total.path == "own", total.reason
+    model.zero_grad()
+    logits = model(**{name: value for name, value in left.items() if name != "labels"}).logits
+    labels = torch.nn.functional.pad(left["labels"][:, 1:], (0, 1), value=-100)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+    expected.backward()
+    assert torch.allclose(loss, expected, rtol=1e-4) and told(model)[0] == way
+    for one, other in zip(ours, [one.grad for one in model.parameters() if one.grad is not None], strict=True):
+        assert (one - other).abs().max() <= 1e-3 * other.abs().max()
 
 
 def test_mixed_precision() -> None:

@@ -13,6 +13,7 @@ from transformers import BertConfig, BertForSequenceClassification, MistralConfi
 
 import fastlora
 from fastlora import sharing
+from fastlora.language_model_loss import LanguageModelLoss
 
 TEMPLATE, OWN = 14, (5, 3, 6, 4)
 
@@ -212,6 +213,26 @@ def test_full_fine_tuning_and_restoring() -> None:
     fastlora.restore(model)
     assert type(model) is kind and {type(one) for one in model.modules()} == {type(one) for one in plain.modules()}
     assert not any(sharing.KEY in module.__dict__ for module in model.modules())
+
+
+@pytest.mark.parametrize("every", [False, True], ids=["some tokens", "every token"])
+def test_the_loss_of_the_training_loop(every: bool) -> None:
+    """`LanguageModelLoss` asks for no loss of the model's, so that tokens that predict may be shared, too: each of their labels counts."""
+    model, plain = both(dtype=torch.float32, fuse=True, frozen=True)
+    given = batch()
+    if every:
+        given["labels"] = given["input_ids"].where(given["attention_mask"] == 1, IGNORE)
+    losses = [LanguageModelLoss(one.train())(given) for one in (model, plain)]
+    assert torch.allclose(*losses, rtol=1e-5)
+    assert state_of(model).last == (
+        "tree",
+        f"80 tokens of rows, {int(given['attention_mask'].sum()) - 2 * TEMPLATE} run",
+    )
+    for loss in losses:
+        loss.backward()
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if theirs.grad is not None:
+            assert (ours.grad - theirs.grad).abs().max() <= 1e-4 * theirs.grad.abs().max(), name
 
 
 def test_attention_dropout_is_torchs() -> None:

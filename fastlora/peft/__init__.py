@@ -1,4 +1,4 @@
-"""`accelerate`, `restore`, `report`: any PEFT LoRA, IA³ or soft prompt model made faster in place by swapping classes, its adapted layers' or its own.
+"""`accelerate`, `restore`, `report`: any PEFT model with LoRA, IA³ or a soft prompt made faster in place, by other classes for its parts.
 
 Parameters, submodules, state-dict keys and hooks on the layer stay where they are, so that saving, adding, switching, disabling and merging adapters
 remain PEFT's own business. Frozen layers without an adapter are swapped where that is asked for. On a CPU the frozen weights may have packed copies.

@@ -474,8 +474,8 @@ def _apart(model: Any, state: State, batch: Batch, found: Prompts, reason: str) 
             if name in batch.given:
                 laid[name] = apart.spread(batch.given[name].expand(batch.shape), fill)
         inner = Batch(model, {**given, **laid, "attention_mask": real.long()})
-        out = _cached(model, inner, found, found.keys)
         shift = torch.zeros(apart.count, dtype=torch.long, device=batch.device)
+        out = _cached(model, inner, found, found.keys)
     else:
         labels = batch.given.get("labels")
         labels = None if labels is None else apart.spread(labels, IGNORE)
