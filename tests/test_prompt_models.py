@@ -215,10 +215,13 @@ def test_trl(method: str, tmp_path: Path) -> None:
     assert torch.allclose(losses[0], losses[1], rtol=5e-3) and torch.allclose(losses[1], losses[2], rtol=1e-4)
 
 
-@pytest.mark.parametrize("way", ["tree", "mask", "apart"])
+PATHS = {"tree": "fused", "mask": "fused", "apart": "all"}
+
+
+@pytest.mark.parametrize("way", PATHS)
 @pytest.mark.parametrize("method", [method for method in METHODS if method != "multitask prompts"])
 def test_the_loss_of_the_training_loop(method: str, way: str) -> None:
-    """`LanguageModelLoss` leaves it to the model where the labelled tokens stand."""
+    """`LanguageModelLoss` finds the labelled tokens where they stand."""
     model = fastlora.accelerate(prompted(method, dtype=torch.float32), fuse=True, loss=True)
     if way == "mask":
         model.base_model.set_attn_implementation("eager")
@@ -233,7 +236,7 @@ def test_the_loss_of_the_training_loop(method: str, way: str) -> None:
     loss = total(left)
     loss.backward()
     ours = [one.grad.clone() for one in model.parameters() if one.grad is not None]
-    assert total.path == "own", total.reason
+    assert total.path == PATHS[way], total.reason
     model.zero_grad()
     logits = model(**{name: value for name, value in left.items() if name != "labels"}).logits
     labels = torch.nn.functional.pad(left["labels"][:, 1:], (0, 1), value=-100)
