@@ -128,8 +128,28 @@ def _is_mlp(module: Any) -> bool:
 @functools.cache
 def with_attention(plain: Any) -> type:
     """The class derived from an attention's: its own forward, in which two names mean something else."""
+    names = plain.forward.__globals__
+    return _renaming(
+        plain, with_attention, {ROTARY: _Rotary(names[ROTARY]), INTERFACES: _Interfaces(names[INTERFACES], attend)}
+    )
+
+
+@functools.cache
+def with_segments(plain: Any) -> type:
+    """The class derived from an attention's that attends by our operator where it is told of segments and their parents, and else as it is."""
+    interfaces = plain.forward.__globals__[INTERFACES]
+    derived = _renaming(plain, with_segments, {INTERFACES: _Interfaces(interfaces, attend_segments)})
+    _segmented.add(derived)
+    return derived
+
+
+_segmented: set[type] = set()
+"""What `with_segments` has derived."""
+
+
+def _renaming(plain: Any, make: Callable[[Any], type], meanings: dict[str, Any]) -> type:
+    """The class derived from an attention's, in whose forward these names mean something else."""
     own = plain.forward
-    meanings = {ROTARY: _Rotary(own.__globals__[ROTARY]), INTERFACES: _Interfaces(own.__globals__[INTERFACES])}
     ours = types.FunctionType(
         own.__code__, {**own.__globals__, **meanings}, own.__name__, own.__defaults__, own.__closure__
     )
@@ -145,13 +165,13 @@ def with_attention(plain: Any) -> type:
             )
         return own(self, *args, **kwargs)
 
-    return derive(plain, with_attention, forward=forward)
+    return derive(plain, make, forward=forward)
 
 
 def _is_attention(module: Any) -> bool:
-    own = type(module).forward
-    if not isinstance(own, types.FunctionType) or not {ROTARY, INTERFACES} <= set(own.__code__.co_names):
+    if not _names(module, ROTARY, INTERFACES):
         return False
+    own = type(module).forward
     if getattr(module, "sliding_window", None) is not None:
         return False
     q, k, cos, sin = (
@@ -162,6 +182,12 @@ def _is_attention(module: Any) -> bool:
     )
     turned = own.__globals__[ROTARY](q, k, cos, sin)
     return all(map(nearly_equal, turned, reference.rotary(q, k, cos, sin)))
+
+
+def _names(module: Any, *names: str) -> bool:
+    """Whether a module's forward is a function that reads these of its file's names."""
+    own = type(module).forward
+    return isinstance(own, types.FunctionType) and set(names) <= set(own.__code__.co_names)
 
 
 class _Rotary:
@@ -179,14 +205,23 @@ class _Rotary:
 
 
 class _Interfaces:
-    """In the place of transformers' table of attentions: torch's is ours where that fits."""
+    """In the place of transformers' table of attentions: in torch's place there stands another."""
 
-    def __init__(self, own: Any) -> None:
-        self.own = own
+    def __init__(self, own: Any, other: Callable[..., Any]) -> None:
+        self.own, self.other = own, other
 
     def get_interface(self, name: str, default: Any) -> Any:
         found = self.own.get_interface(name, default)
-        return attend if found is sdpa_attention_forward else found
+        return self.other if found is sdpa_attention_forward else found
+
+
+def attend_segments(module: Any, *args: Any, **options: Any) -> tuple[Tensor, None]:
+    """As transformers' sdpa_attention_forward, and where there are segments with parents, `attend`: sharing.py gives none that a window cuts."""
+    there = options.get("segment_parents") is not None
+    if there:
+        options.pop("sliding_window", None)
+    found: tuple[Tensor, None] = (attend if there else sdpa_attention_forward)(module, *args, **options)
+    return found
 
 
 def attend(
@@ -195,13 +230,17 @@ def attend(
     """As transformers' sdpa_attention_forward, of q [B, H, T, D], k and v: by our operator where nothing is masked but what comes later.
 
     options: cu_seq_lens_q [segments + 1] says which of a batch's one row of tokens see one another; the mask then says nothing. segment_parents
-    [segments] says whose keys they see before their own (operators/attention.py), which lie as cu_seq_lens_k has it.
+    [segments] says whose keys they see before their own (operators/attention.py), which lie as cu_seq_lens_k has it. key_roots has for each layer the
+    keys and values [1, key heads, their rows, D] that lie before all others, of segments without queries.
 
     Raises:
         ValueError: there is a cu_seq_lens_q, and more that the operator has not; segment_parents is no tree, or without a cu_seq_lens_q.
     """
     starts, parents = options.get("cu_seq_lens_q"), options.get("segment_parents")
     key_starts = None if parents is None else options.get("cu_seq_lens_k")
+    before = options.pop("key_roots", None)
+    if before is not None:
+        key, value = (torch.cat(pair, 2) for pair in zip(before[module.layer_idx], (key, value), strict=True))
     if parents is not None and starts is None:
         raise ValueError("segment_parents: got no cu_seq_lens_q beside it, expected where its segments begin")
     obstacle = _attention_obstacle(query, key, value, None if starts is not None else attention_mask, options)
@@ -234,7 +273,14 @@ PLAIN_OPTIONS = (
     "max_length_k",
     "segment_parents",
 )
-IGNORED_OPTIONS = ("position_ids", "use_cache", "num_items_in_batch", "output_attentions", "output_hidden_states")
+IGNORED_OPTIONS = (
+    "position_ids",
+    "use_cache",
+    "num_items_in_batch",
+    "output_attentions",
+    "output_hidden_states",
+    "seq_idx",  # of texts packed in a row, as cu_seq_lens_q has them
+)
 
 
 def _attention_obstacle(
@@ -285,8 +331,18 @@ def _parts(model: nn.Module) -> Iterator[tuple[Part, nn.Module]]:
 def attach(model: nn.Module) -> None:
     """Swap the classes of the model's parts, as far as they are what we think they are."""
     for part, module in _parts(model):
+        if type(module) in _segmented:
+            undo(module)
         if not is_derived(module) and part.fits(module):
             module.__class__ = part.derived(type(module))
+
+
+def attach_segments(model: nn.Module) -> None:
+    """Swap the classes of attentions that `attach` has not swapped, for segments with parents alone."""
+    for part, module in _parts(model):
+        if part is PARTS["Attention"] and not is_derived(module) and _names(module, INTERFACES):
+            kind: Any = type(module)
+            module.__class__ = with_segments(kind)
 
 
 def detach(module: nn.Module) -> None:
@@ -301,7 +357,7 @@ def weights(model: nn.Module) -> dict[str, list[Tensor]]:
     found: dict[str, list[Tensor]] = defaultdict(list)
     for part, module in _parts(model):
         if is_derived(module):
-            for op in part.ops:
+            for op in part.ops[:1] if type(module) in _segmented else part.ops:
                 found[op].append(next(module.parameters()))
     return found
 
@@ -310,13 +366,17 @@ def describe(model: nn.Module) -> list[tuple[str, str, str]]:
     """(which parts, implementation, reason), for people, where some part of the model was swapped: of their last calls, alike ones together."""
     alike: dict[tuple[str, str, str], int] = defaultdict(int)
     parts = list(_parts(model))
-    for part, module in parts if any(is_derived(module) for _, module in parts) else []:
+    for part, module in parts if any(_is_fused(module) for _, module in parts) else []:
         alike[type(module).__name__, *_explain(part, module)] += 1
     return [(f"{count} x {name}", implementation, reason) for (name, implementation, reason), count in alike.items()]
 
 
+def _is_fused(module: nn.Module) -> bool:
+    return is_derived(module) and type(module) not in _segmented
+
+
 def _explain(part: Part, module: nn.Module) -> tuple[str, str]:
-    if not is_derived(module):
+    if not _is_fused(module):
         return "transformers", f"its own forward: it computes something else than {part.ops[0]}"
     seen: Seen | None = module.__dict__.get(SEEN)
     if seen is None:

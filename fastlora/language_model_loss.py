@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from fastlora import packing
+from fastlora import packing, trees
 from fastlora.bounds import nearly_equal
 from fastlora.checks import is_hooked
 from fastlora.operators.linear_cross_entropy import LOGITS_AT_ONCE, linear_cross_entropy
@@ -33,7 +33,7 @@ def _float32_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 IGNORE = -100  # cross entropy's ignore_index: a label that does not count
-FUSED, LABELLED, ALL, OWN = "fused", "labelled", "all", "own"
+FUSED, LABELLED, ALL = "fused", "labelled", "all"
 PROBE_TOKENS = 16
 STRETCHED_LOGIT = 100.0  # beyond what a head gives in training; any soft cap shows there
 
@@ -47,7 +47,6 @@ class LanguageModelLoss:
                    the hidden states in their place)
         labelled   the model's own head, and what the model does after it, on the labelled positions only
         all        the model's own logits of all positions
-        own        the model's own loss: a PeftModel with soft prompts, whose rows may run together, lays out the labels itself
 
     A padded batch is run without its padding where packing.py finds that the model gives the same then.
 
@@ -57,7 +56,7 @@ class LanguageModelLoss:
         model: what is called; DistributedDataParallel may stand around it.
 
     Attributes:
-        path: fused, labelled, all or own; None before the first call.
+        path: fused, labelled or all; None before the first call.
         reason: why no faster path was taken.
         packs: whether padding is left out.
     """
@@ -77,10 +76,6 @@ class LanguageModelLoss:
                 are its input's own tokens; an encoder-decoder's are the decoder's tokens.
         """
         inputs, counted, labels = self._inputs(batch)
-        if getattr(self._inner, "_is_prompt_learning", False) and labels.numel():
-            self.path, self.reason = OWN, "the model has a soft prompt"
-            loss = self.model(**batch, use_cache=False).loss
-            return loss.to(torch.promote_types(loss.dtype, torch.float32)) * labels.numel()
         head = output_embedding(self._inner)
         if self.path is None or (self.path == FUSED and head_obstacle(head)):
             self.path, self.reason = self._choose(head, inputs)
@@ -114,7 +109,9 @@ class LanguageModelLoss:
         probe, counted = _probe(inputs)
         with undisturbed(self._inner):
             own = _own_logits(self._inner, probe, counted)
-            if not self._inner.config.is_encoder_decoder:
+            # A model whose rows share what they begin with leaves padding out itself.
+            shares = any(trees.KEY in module.__dict__ for module in self._inner.modules())
+            if not self._inner.config.is_encoder_decoder and not shares:
                 self.packs = packing.is_exact(lambda **given: self._inner(**given).logits, own.shape[1])
             return choose_path(head, own, functools.partial(_rows_of, self._inner, head, probe, counted))
 
@@ -196,9 +193,13 @@ def _rows_of(
 
     def select(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden = args[0]
-        if hidden.shape[:-1] != counted.shape:
+        places = trees.look_up(counted)
+        if places is not None:
+            rows = hidden.flatten(0, 1)[places][None]
+        elif hidden.shape[:-1] == counted.shape:
+            rows = hidden[counted][None]
+        else:
             raise ValueError(f"the head is given {list(hidden.shape)}, expected {[*counted.shape, hidden.shape[-1]]}")
-        rows = hidden[counted][None]
         return (rows if factor == 1.0 else rows * factor, *args[1:])
 
     handle = head.register_forward_pre_hook(select, prepend=True)

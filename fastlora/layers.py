@@ -354,6 +354,49 @@ class SoftPrompt(nn.Module):
         ids = torch.randint(population, (num_prompts, num_virtual_tokens), device=embedding.device)
         return cls.from_tokens(embedding, ids)
 
+    @classmethod
+    def from_class_labels(
+        cls,
+        embedding: Tensor,
+        labels: Sequence[Tensor | Sequence[int]],
+        num_virtual_tokens: int,
+        most_common: int = 5000,
+    ) -> Self:
+        """A prompt whose first rows begin as the classes' names (Lester et al. 2021, section 2.1.1), and the rest as `from_vocabulary`.
+
+        labels: of each class the tokens of its name; a row is their mean. Of more classes than rows the first have one.
+
+        Raises:
+            ValueError: there is no class, or one without tokens.
+            IndexError: a token is not in the embedding.
+        """
+        if len(labels) < 1:
+            raise wrong("labels", list(labels), "at least one class")
+        prompt = cls.from_vocabulary(embedding, num_virtual_tokens, most_common=most_common)
+        for row, label in enumerate(labels[:num_virtual_tokens]):
+            ids = torch.as_tensor(label, dtype=torch.long, device=embedding.device).reshape(-1)
+            prompt.prompt_embeddings.data[0, row] = cls.from_tokens(embedding, ids).prompt_embeddings.data[0].mean(0)
+        return prompt
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module, adapter_name: str = "default") -> None:
+        """Let PEFT's prompt tuning begin as this prompt, in a model whose files are then PEFT's. Where PEFT has twice the rows, both halves do.
+
+        Raises:
+            ValueError: the model has no such adapter with a table of prompt rows, or of another size.
+        """
+        encoders: Any = getattr(model, "prompt_encoder", {})
+        encoder: Any = encoders[adapter_name] if adapter_name in encoders else None
+        table: Any = getattr(encoder, "embedding", None)
+        rows = self.prompt_embeddings[0]
+        alone = encoder is not None and [*encoder.children()] == [table]  # P-tuning's goes through a network
+        if len(self.prompt_embeddings) != 1 or not alone:
+            raise ValueError(f"adapter_name: got {adapter_name!r}, expected a prompt of PEFT's for the one here")
+        halves = table.weight.shape[0] // rows.shape[0]
+        if table.weight.shape != (halves * rows.shape[0], rows.shape[1]) or halves not in (1, 2):
+            raise wrong("model", table.weight, f"a prompt of shape {list(rows.shape)}, or with twice the rows")
+        table.weight.copy_(rows.repeat(halves, 1))
+
     def forward(self, embeds: Tensor | None, attention_mask: Tensor, **options: Tensor | None) -> Prefixed:
         """`functional.prefix_concat` with this module's prompts; its options are that function's."""
         return functional.prefix_concat(self.prompt_embeddings, embeds, attention_mask, **options)

@@ -117,8 +117,7 @@ def _add_adapter(model: Any, config: TrainConfig, resume_from: Path | None) -> A
         except ValueError as error:  # a module that is no layer, say
             raise ValueError(f"{_blamed(config)}: {error}") from error
     if config.accelerate:
-        soft = model.active_peft_config.is_prompt_learning  # LanguageModelLoss leaves the loss to the model then
-        accelerate(model, frozen=True, fuse=True, loss=soft, pack_budget=config.pack_budget)
+        accelerate(model, frozen=True, fuse=True, pack_budget=config.pack_budget)
     return model
 
 

@@ -18,7 +18,7 @@ KERNELS = (
 # From the bottom up; a file imports only from floors below its own, or from its own package.
 FLOORS = (
     ("bounds", "checks", "choice.clock", "distribution", "memory", "reading", "swap", "typed", "writing"),
-    ("reference", "gradients", "packing", "choice.table"),
+    ("reference", "gradients", "packing", "trees", "choice.table"),
     ("ops",),
     ("frozen",),
     ("_C", "kernels", "native", "choice.problems"),
@@ -26,7 +26,7 @@ FLOORS = (
     ("choice.measure",),
     ("functional", "choice.trial"),
     ("layers", "language_model_loss", "fusion"),
-    ("model_loss",),
+    ("model_loss", "sharing"),
     ("peft",),
     ("fastlora",),  # the package itself
     ("adapters", "data", "checkpoint", "metrics", "environment"),

@@ -309,7 +309,7 @@ def test_what_is_turned_as_usual_is_turned_by_the_operator(ran: list[str]) -> No
 
 def test_only_torchs_attention_is_ours() -> None:
     own = ALL_ATTENTION_FUNCTIONS
-    table = fusion._Interfaces(own)
+    table = fusion._Interfaces(own, fusion.attend)
     assert table.get_interface("sdpa", None) is fusion.attend
     assert table.get_interface("eager", sdpa_attention_forward) is fusion.attend
     assert table.get_interface("eager", print) is print

@@ -5,7 +5,9 @@ import pickle
 
 import pytest
 import torch
+from peft import LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 import fastlora
@@ -203,9 +205,51 @@ def test_soft_prompt_begins_inside_the_vocabulary():
     assert (rows[:, None] == embedding[:4]).all(-1).any(1).all()
 
 
+def test_soft_prompt_begins_as_the_classes_names():
+    embedding = torch.randn(20, 8)
+    prompt = fastlora.SoftPrompt.from_class_labels(embedding, [[3], torch.tensor([4, 5])], 4, most_common=2)
+    rows = prompt.prompt_embeddings[0]
+    assert torch.equal(rows[0], embedding[3]) and torch.equal(rows[1], embedding[4:6].mean(0))
+    assert (rows[2:, None] == embedding[:2]).all(-1).any(1).all()
+    assert fastlora.SoftPrompt.from_class_labels(embedding, [[3], [4], [5]], 2).prompt_embeddings.shape == (1, 2, 8)
+
+
+def test_soft_prompt_for_peft():
+    def model(config):
+        return get_peft_model(LlamaForCausalLM(LlamaConfig(**SMALL)), config)
+
+    prompt = fastlora.SoftPrompt.from_vocabulary(torch.randn(20, 8), 3)
+    for more in ({}, {"num_transformer_submodules": 2}):
+        peft = model(PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, **more))
+        prompt.copy_to(peft)
+        expected = prompt.prompt_embeddings[0].repeat(more.get("num_transformer_submodules", 1), 1)
+        assert torch.equal(peft.prompt_encoder["default"].embedding.weight, expected)
+        assert torch.equal(get_peft_model_state_dict(peft)["prompt_embeddings"], expected)
+    for config in (
+        PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=3, encoder_hidden_size=4),
+        LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"),
+    ):
+        with pytest.raises(ValueError, match=r"adapter_name|model"):
+            prompt.copy_to(model(config))
+    with pytest.raises(ValueError, match="adapter_name"):
+        prompt.copy_to(peft, "other")
+
+
+SMALL = {
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "vocab_size": 20,
+}
+
+
 @pytest.mark.parametrize(
     ("call", "error", "names"),
     [
+        (lambda: fastlora.SoftPrompt.from_class_labels(torch.randn(4, 8), [], 2), ValueError, "labels"),
+        (lambda: fastlora.SoftPrompt.from_class_labels(torch.randn(4, 8), [[]], 2), ValueError, "input_ids"),
         (lambda: fastlora.LoRALinear.from_linear(nn.Conv1d(1, 1, 1)), TypeError, "linear"),
         (lambda: fastlora.LoRALinear.from_linear(nn.Linear(2, 2), r=0), ValueError, "r:"),
         (lambda: fastlora.LoRALinear.from_linear(nn.Linear(2, 2), lora_dropout=1.0), ValueError, "lora_dropout"),

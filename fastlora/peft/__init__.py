@@ -1,4 +1,4 @@
-"""`accelerate`, `restore`, `report`: any PEFT LoRA or IA³ model made faster in place by swapping the class of its adapted layers.
+"""`accelerate`, `restore`, `report`: any PEFT model with LoRA, IA³ or a soft prompt made faster in place, by other classes for its parts.
 
 Parameters, submodules, state-dict keys and hooks on the layer stay where they are, so that saving, adding, switching, disabling and merging adapters
 remain PEFT's own business. Frozen layers without an adapter are swapped where that is asked for. On a CPU the frozen weights may have packed copies.
@@ -13,9 +13,10 @@ composed     what a LoRA layer computes around the operator: DoRA's factors, tra
 layers       the classes that layers are swapped to
 experts      LoRA on a mixture's experts
 scaled       IA³'s layers
+prompts      the class that a PeftModel with soft prompts is swapped to
 reporting    what computes each layer, and why
 
-What swaps the model's loss, or what stands between its layers, is not PEFT's matter: model_loss.py, fusion.py.
+What swaps the model's loss, what stands between its layers, or what its rows share, is not PEFT's matter: model_loss.py, fusion.py, sharing.py.
 """
 
 import functools
@@ -23,20 +24,22 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+from peft import PeftModelForCausalLM
 from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from fastlora import fusion, model_loss, ops
+from fastlora import fusion, model_loss, ops, sharing
 from fastlora.checks import is_hooked
 from fastlora.choice import table, trial
 from fastlora.frozen import packed
-from fastlora.peft import experts, mixed, obstacles, quantised, scaled, siblings
+from fastlora.peft import experts, mixed, obstacles, prompts, quantised, scaled, siblings
 from fastlora.peft.layers import FrozenLinear, Fused, FusedLinear, compute, frozen_base, fused_class, restore_layer
+from fastlora.peft.prompts import ensemble
 from fastlora.peft.reporting import LayerReport, Report, report
 from fastlora.swap import is_derived
 
-__all__ = ["FrozenLinear", "FusedLinear", "LayerReport", "Report", "accelerate", "report", "restore"]
+__all__ = ["FrozenLinear", "FusedLinear", "LayerReport", "Report", "accelerate", "ensemble", "report", "restore"]
 
 
 def _frozen_layers(model: nn.Module) -> list[nn.Module]:
@@ -59,9 +62,15 @@ LEFT = "; frozen=True, fuse=True and loss=True speed up the rest of the model"
 
 
 def accelerate(
-    model: nn.Module, *, frozen: bool = False, loss: bool = False, fuse: bool = False, pack_budget: int | None = None
+    model: nn.Module,
+    *,
+    frozen: bool = False,
+    loss: bool = False,
+    fuse: bool = False,
+    share_prefix: bool = False,
+    pack_budget: int | None = None,
 ) -> nn.Module:
-    """Make a PEFT LoRA or IA³ model faster, in place, with the same results; returns the model.
+    """Make a PEFT model with LoRA, IA³ or a soft prompt faster, in place, with the same results; returns the model.
 
     Swaps the class of every `peft.tuners.lora.Linear` that can be fused (nn.Linear or Conv1D underneath, frozen, plain LoRA), and on a CPU of those
     over bitsandbytes' NF4, FP4 and int8 layers and torchao's int8 weights (quantised.py), to a
@@ -72,6 +81,10 @@ def accelerate(
     LoRA or DoRA, with trained biases or without) to a subclass whose forward and backward run as one operator, with a factor a column for
     DoRA. Layers that share x, as query, key and value do, read it once (siblings.py). IA³'s layers are swapped, too (scaled.py). Layers of PEFT's
     other methods stay PEFT's. Call it again after new layers were added; `restore` undoes it.
+
+    A PeftModel with a soft prompt (prompt tuning, P-tuning, multitask prompts, prefix tuning, a cartridge) gets a class derived from its own, in
+    which each row is as it were alone, in any padding, packed or generated from; a causal model's prompt runs once for all rows (peft/prompts.py).
+    Its logits are of the batch's own tokens, [B, T, V]. `adapter_names=` gives each row its own prompt, as it gives it its own LoRA.
 
     frozen: also swap every plain frozen nn.Linear without an adapter, such as lm_head; the model then needs no LoRA layers.
     loss: also swap the class of the transformers model with the language model's head. In training mode with gradients on,
@@ -85,6 +98,9 @@ def accelerate(
     fuse: also swap the classes of a Llama-like model's norms, gated MLPs and attention, as far as they compute what our operators do, which a few
     random numbers decide (fusion.py): RMSNorm, SwiGLU, rotary embeddings, and on a CPU the attention that transformers leaves to torch. With
     `loss=True` a padded batch then runs without its padding, where a small batch shows that the model gives the same (packing.py).
+    share_prefix: also let the causal model run what a batch's rows begin with once, as an instruction's template or the G answers to one prompt:
+    tokens that are the same, at the same positions, up to the first that predicts one with a label (sharing.py). Exact, forward and backward, as a
+    small batch shows first; dropout draws once for a token that is shared. `report` says how many tokens the last call has saved.
     pack_budget: bytes that packed copies of frozen weights may take on a CPU, 0 for none; None: a sixteenth of the machine's memory. A
     copy is made by the first product for which it was measured to pay on this kind of machine; `report` names those that did not fit. A write to
     a frozen weight is seen, by whatever hand (packed.py). A weight that another module has, too, such as a tied embedding, has no copies.
@@ -107,16 +123,27 @@ def accelerate(
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     plain = _frozen_layers(model) if frozen else []
     adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    if not adapted and not frozen and not loss and not fuse:
+    prompted = [module for module in model.modules() if prompts.is_prompted(module)]
+    more = bool(prompted) or loss or fuse or share_prefix
+    if not adapted and not frozen and not more:
         raise ValueError("model: has no PEFT LoRA layers, expected the result of peft.get_peft_model with a LoraConfig")
-    if not adapted and not plain and not loss and not fuse:
+    if not adapted and not plain and not more:
         raise ValueError(
             "model: has no LoRA layers and no frozen nn.Linear, expected one (model.requires_grad_(False) freezes)"
         )
+    outer = any(sharing.KEY in module.__dict__ for module in model.modules())
+    for module in model.modules() if outer else ():
+        sharing.detach(module)  # it stands before the loss
     if loss:
         model_loss.attach(model)
+    if share_prefix or outer:
+        sharing.attach(model)
     if fuse:
         fusion.attach(model)
+    for module in prompted:
+        prompts.attach(module)
+    if share_prefix or outer or any(isinstance(module, PeftModelForCausalLM) for module in prompted):
+        fusion.attach_segments(model)
     for layer in layers:
         restore_layer(layer.base_layer)  # of a layer that got its adapter since the last call
         if not isinstance(layer, Fused) and obstacles.swap_obstacle(layer) is None:
@@ -183,6 +210,13 @@ def _weights_by_operator(model: nn.Module) -> dict[str, list[Tensor]]:
     }
 
 
+def _has_mixed_rows(model: nn.Module) -> bool:
+    return mixed.under_way > 0 and any(mixed.names_of(module) is not None for module in model.modules())
+
+
+sharing.TELLERS.append(_has_mixed_rows)
+
+
 UNLOADING = ("unload", "merge_and_unload")
 """The methods of PEFT's tuners that hand out a plain model."""
 
@@ -197,6 +231,8 @@ def restore(model: nn.Module) -> nn.Module:
     """Undo `accelerate`, in place, and free the packed copies; returns the model."""
     for module in model.modules():
         siblings.leave(module)
+        prompts.detach(module)
+        sharing.detach(module)
         model_loss.detach(module)
         fusion.detach(module)
         experts.detach(module)

@@ -9,11 +9,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastlora import fusion, model_loss, ops
+from fastlora import fusion, model_loss, ops, sharing
 from fastlora.frozen import composed, products
 from fastlora.operators import frozen_linear, lora_linear
 from fastlora.packing import is_compiled
-from fastlora.peft import experts, obstacles, scaled, siblings
+from fastlora.peft import experts, obstacles, prompts, scaled, siblings
 from fastlora.peft.layers import OWN_FORWARD, SEEN, FrozenLinear, Seen, frozen_base
 
 ROWS_BEFORE_ANY_CALL = 512
@@ -74,7 +74,14 @@ def layers(model: nn.Module) -> list[LayerReport]:
             found.append(LayerReport(name, *_explain(module, compiled)))
         elif isinstance(module, BaseTunerLayer) and not name.endswith(".token_adapter"):  # trainable_token_indices
             found.append(LayerReport(name, *scaled.describe(module)))
-        elif model_loss.KEY in module.__dict__:
+        for key, what in ((prompts.KEY, "prompt"), (sharing.KEY, "share_prefix")):
+            if key in module.__dict__:
+                found.append(
+                    LayerReport(
+                        f"{name}.{what}".lstrip("."), *module.__dict__[key].describe("forward" in module.__dict__)
+                    )
+                )
+        if model_loss.KEY in module.__dict__:
             path, reason = module.__dict__[model_loss.KEY].describe(replaced="forward" in module.__dict__)
             reason = f"{NOT_OBSERVED}; in its last eager call {reason}" if compiled else reason
             found.append(LayerReport(f"{name}.loss".lstrip("."), path, reason))

@@ -1,0 +1,164 @@
+"""Accelerated soft prompts where the prompt sees the input, or the output is a row's: each text's values are those of that text alone, unpadded."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from peft import (
+    MultitaskPromptTuningConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
+from prompted_models import IGNORE, TASKS, P
+from torch import Tensor
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    LlamaForTokenClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+import fastlora
+
+IDS = torch.randint(5, 90, (3, 11), generator=torch.Generator().manual_seed(3))
+MASK = torch.tensor([[0] * 4 + [1] * 7, [1] * 11, [1] * 9 + [0] * 2])
+ANSWERS = torch.randint(5, 90, (3, 6), generator=torch.Generator().manual_seed(4))
+ANSWERS[0, 4:] = IGNORE
+METHODS = {
+    "prompt tuning": PromptTuningConfig,
+    "P-tuning": lambda **given: PromptEncoderConfig(**given, encoder_hidden_size=16),
+    "multitask prompts": lambda **given: MultitaskPromptTuningConfig(**given, num_tasks=3),
+    "prefix tuning": PrefixTuningConfig,
+}
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 96,
+    "max_position_embeddings": 40,
+    "initializer_range": 0.3,
+}
+BERT = BertConfig(**SIZES, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+LLAMA = LlamaConfig(**SIZES, pad_token_id=0, classifier_dropout=0.0)
+ROBERTA = RobertaConfig(**SIZES, hidden_dropout_prob=0, attention_probs_dropout_prob=0, pad_token_id=1)
+MODELS = {
+    "bert": (BertForSequenceClassification, BERT, "SEQ_CLS"),
+    "roberta": (RobertaForSequenceClassification, ROBERTA, "SEQ_CLS"),
+    "llama": (LlamaForSequenceClassification, LLAMA, "SEQ_CLS"),
+    "bert, each token": (BertForTokenClassification, BERT, "TOKEN_CLS"),
+    "llama, each token": (LlamaForTokenClassification, LLAMA, "TOKEN_CLS"),
+    "bert, hidden states": (BertModel, BERT, "FEATURE_EXTRACTION"),
+}
+
+
+def pair(model: type, config: Any, method: str, task_type: str, **more: Any) -> tuple[Any, Any]:
+    """Accelerated, and PEFT's own."""
+    torch.manual_seed(0)
+    found = get_peft_model(model(config), METHODS[method](task_type=task_type, num_virtual_tokens=P, **more))
+    plain = copy.deepcopy(found)
+    return fastlora.accelerate(found), plain
+
+
+def t5(method: str, submodules: int | None) -> tuple[Any, Any]:
+    config = T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=96, dropout_rate=0, decoder_start_token_id=0
+    )
+    return pair(T5ForConditionalGeneration, config, method, "SEQ_2_SEQ_LM", num_transformer_submodules=submodules)
+
+
+def text(row: int) -> Tensor:
+    return IDS[row : row + 1, MASK[row] == 1]
+
+
+def tasks_of(method: str, rows: Any) -> dict[str, Tensor]:
+    return {"task_ids": TASKS[rows]} if method == "multitask prompts" else {}
+
+
+@pytest.mark.filterwarnings("ignore:adapter 'default' has")
+@pytest.mark.parametrize("submodules", [1, None])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_encoder_decoder(method: str, submodules: int | None) -> None:
+    if method == "prefix tuning" and submodules == 1:
+        pytest.skip("PEFT itself takes no such prefix: it gives the decoder's cross-attention the cache")
+    model, plain = t5(method, submodules)
+    out = model(input_ids=IDS, attention_mask=MASK, labels=ANSWERS, **tasks_of(method, slice(None)))
+    total, count = torch.zeros(()), 0
+    for row in range(3):
+        one = slice(row, row + 1)
+        own = plain(input_ids=text(row), labels=ANSWERS[one], **tasks_of(method, one))
+        assert torch.allclose(out.logits[row, -6:], own.logits[0, -6:], atol=1e-5)
+        labels = int((ANSWERS[row] != IGNORE).sum())
+        total, count = total + own.loss * labels, count + labels
+    assert torch.allclose(out.loss, total / count)
+    out.loss.backward()
+    (total / count).backward()
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if theirs.grad is not None:
+            assert torch.allclose(ours.grad, theirs.grad, atol=1e-6, rtol=1e-4), name
+    if submodules == 1:
+        assert bool(model.prompt_encoder["default"].embedding.weight.grad.any(1).all())  # every row is trained
+
+
+@pytest.mark.filterwarnings("ignore:adapter 'default' has")
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_encoder_decoder_generates(method: str, beams: int) -> None:
+    model, plain = (one.eval() for one in t5(method, None))
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": beams, "eos_token_id": None}
+    out = model.generate(input_ids=IDS, attention_mask=MASK, **options, **tasks_of(method, slice(None)))
+    for row in range(3):
+        one = slice(row, row + 1)
+        assert torch.equal(out[row], plain.generate(input_ids=text(row), **options, **tasks_of(method, one))[0])
+
+
+def test_rows_that_nobody_trains_are_told() -> None:
+    with pytest.warns(UserWarning, match="10 rows, of which PEFT uses 5"):
+        t5("prompt tuning", None)
+
+
+@pytest.mark.parametrize("method", ["prompt tuning", "P-tuning", "prefix tuning"])
+@pytest.mark.parametrize("name", MODELS)
+def test_an_encoder(name: str, method: str) -> None:
+    kind, config, task_type = MODELS[name]
+    model, plain = pair(kind, config, method, task_type)
+    types = (
+        {"token_type_ids": (IDS % 2) * MASK}
+        if kind in (BertForSequenceClassification, BertForTokenClassification)
+        else {}
+    )
+    labels = {"SEQ_CLS": torch.tensor([0, 1, 1]), "TOKEN_CLS": (IDS % 2).masked_fill(MASK == 0, IGNORE)}.get(task_type)
+    given = {} if labels is None else {"labels": labels}
+    out = model(input_ids=IDS, attention_mask=MASK, **types, **given)
+    losses = []
+    for row in range(3):
+        there = MASK[row] == 1
+        more = {what: value[row : row + 1, there] for what, value in types.items()}
+        own = plain(input_ids=text(row), attention_mask=torch.ones_like(text(row)), **more)
+        if task_type == "FEATURE_EXTRACTION":
+            found, expected = out.last_hidden_state[row], own.last_hidden_state[0]
+            found = found[: len(expected)]
+        elif task_type == "TOKEN_CLS":
+            found, expected = out.logits[row, there], own.logits[0, -int(there.sum()) :]
+            losses.append(torch.nn.functional.cross_entropy(expected, labels[row, there], reduction="none"))
+        else:
+            found, expected = out.logits[row], own.logits[0]
+            losses.append(torch.nn.functional.cross_entropy(expected, labels[row])[None])
+        assert torch.allclose(found, expected, atol=1e-5)
+    if losses:
+        loss = torch.cat(losses).mean()
+        assert torch.allclose(out.loss, loss)
+        for one in (out.loss, loss):
+            one.backward()
+        ours, theirs = (one.prompt_encoder["default"].embedding.weight.grad for one in (model, plain))
+        assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-4)
