@@ -124,6 +124,10 @@ class Fused(_Layer):
         with packed.rewriting(self.base_layer):  # OLoRA begins by changing it
             super().update_layer(*args, **kwargs)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        known.forget(self)  # with assign=True the base gets another weight
+        super()._load_from_state_dict(*args, **kwargs)
+
     def delete_adapter(self, *args: Any, **kwargs: Any) -> None:
         known.forget(self)
         super().delete_adapter(*args, **kwargs)
