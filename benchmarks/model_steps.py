@@ -22,8 +22,8 @@ from .trainer import WAYS, Setting, measure
 INSIDE, COMMAND, PLAIN, COMPILED, FULL = "fuse", "train", "trainer", "compiled", "full"  # of WAYS
 SPEEDS = {"bfloat16": {COMMAND: 4.0, INSIDE: 3.0}, "float32": {COMMAND: 2.0, INSIDE: 1.7}}  # at least, of PLAIN's
 MEMORY, OVER_FULL = 0.45, 0.60  # at most
-STEPS = 3  # a process, the first one not timed
-ROUNDS = 2
+STEPS = 4  # a process, the first one not timed
+ROUNDS = 1
 SIZES: dict[str, dict[str, Any]] = {
     "SmolLM2-135M's shape": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152,
                              "num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},

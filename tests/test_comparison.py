@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import tiny
+from process_here import Here
 from typer.testing import CliRunner
 
 from fastlora import cli, comparison
@@ -32,24 +33,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 SMALL: dict[str, Any] = {"max_steps": 3, "batch_size": 4, "max_length": 64, "max_new_tokens": 3, "r": [2]}
-
-
-class Here:
-    """In the place of a process."""
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def __enter__(self) -> "Here":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def submit(self, function: Any, *args: Any) -> "Here":
-        self.found = function(*args)
-        return self
-
-    def result(self) -> Any:
-        return self.found
 
 
 @pytest.fixture

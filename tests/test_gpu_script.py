@@ -1,6 +1,7 @@
 """`make gpu` rehearsed with a card that hangs, faults and is slow: benchmarks/gpu.sh with its commands replaced, and its runner of tests with tests
 that end their process in every way that a card has."""
 
+import functools
 import json
 import os
 import re
@@ -73,7 +74,11 @@ def runner(folder: Path, *options: str, **files: str) -> "subprocess.Popen[str]"
     paths = [str(folder / f"test_{name}.py") for name in files]
     command = [sys.executable, "benchmarks/card_tests.py", "--out", str(folder), "--within", str(folder), *options]
     quick = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    return subprocess.Popen([*command, *paths], cwd=ROOT, env=quick, stdout=subprocess.PIPE, text=True)
+    # A shell's background jobs, and what they start, ignore SIGINT.
+    heeds = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(
+        [*command, *paths], cwd=ROOT, env=quick, stdout=subprocess.PIPE, text=True, preexec_fn=heeds
+    )
 
 
 def results(folder: Path) -> dict[str, Any]:

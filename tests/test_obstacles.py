@@ -169,6 +169,5 @@ def test_layers_added_later_say_how_to_be_accelerated():
 def test_model_without_lora_is_refused():
     with pytest.raises(ValueError, match="model"):
         fastlora.accelerate(nn.Linear(2, 2))
-    prompted = peft.get_peft_model(llama()[0], peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
     with pytest.raises(ValueError, match="model"):
-        fastlora.accelerate(prompted)
+        fastlora.accelerate(llama()[0])

@@ -1,11 +1,11 @@
 """The benchmark of what a Trainer user gains: its ways train on the same rows, and a loss that differs is not timed."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 import torch
+from process_here import Here
 
 from benchmarks import model_steps, plot, session, trainer
 from benchmarks.step import StepError
@@ -24,24 +24,6 @@ def test_every_way_trains_on_the_same_rows(setting: trainer.Setting) -> None:
     for way, one in runs.items():
         assert len(one.seconds) == len(one.losses) == 2 and all(seconds > 0 for seconds in one.seconds), way
         assert one.losses[0] == pytest.approx(runs["trainer"].losses[0], rel=1e-4), way
-
-
-class Here:
-    """In the place of a process."""
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def __enter__(self) -> "Here":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def submit(self, function: Any, *args: Any) -> "Here":
-        self.found = function(*args)
-        return self
-
-    def result(self) -> trainer.Run:
-        return self.found
 
 
 def test_a_loss_that_differs_is_not_timed(setting: trainer.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
