@@ -1,7 +1,6 @@
 """peft/obstacles.py: where a fused forward would not be PEFT's, PEFT's own runs, and `report` names what is in the way."""
 
 import numpy as np
-import peft
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
