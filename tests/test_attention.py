@@ -55,9 +55,9 @@ CASES = {
     "by turns behind two": Case((4, 5, 6, 7, 8, 3), parents=(-1, -1, 1, 0, 1, 0)),
     "keys that nobody sees": Case((0, 3, 0), parents=(-1, -1, 1), keys=(5, 3, 2)),
     "no queries": Case((0, 0), parents=(-1, 0), keys=(5, 3)),
-    "beyond a block, behind more": Case((150, 60, 70, 130), 4, 2, 24, parents=(-1, 0, 0, 1)),
+    "beyond a block, behind more": Case((150, 60, 70, 130), 3, 1, 24, parents=(-1, 0, 0, 1)),
     "several a part": Case((200, *[30] * 9), parents=(-1, *[0] * 9)),
-    "cut": Case((530,), 4, 2),
+    "cut": Case((530,), 2, 1),
     "cut, everyone sees all": Case((530,), 2, 1, causal=False),
     "cut, behind keys": Case((0, 530, 3), 4, 2, parents=(-1, 0, 0), keys=(70, 530, 3)),
 }
