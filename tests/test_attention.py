@@ -59,7 +59,7 @@ CASES = {
     "several a part": Case((200, *[30] * 9), parents=(-1, *[0] * 9)),
     "cut": Case((530,), 2, 1),
     "cut, everyone sees all": Case((530,), 2, 1, causal=False),
-    "cut, behind keys": Case((0, 530, 3), 4, 2, parents=(-1, 0, 0), keys=(70, 530, 3)),
+    "cut, behind keys": Case((0, 530, 3), 2, 1, parents=(-1, 0, 0), keys=(70, 530, 3)),
 }
 
 

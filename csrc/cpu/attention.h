@@ -252,7 +252,35 @@ void narrow_sums(const Attention& task, int64_t kv_head, const AttentionKeys& of
   narrow_rows(stretch.dv, of.count, task.width, static_cast<T*>(task.dv) + place, task.kv_heads * task.width);
 }
 
-/// dV = Pᵀ dout;  dS = scale P (dout Vᵀ - rowsum(dout out));  dQ = dS K;  dK = dSᵀ Q.
+/// Of each query one over the sum of its probabilities as lse gives them, and rowsum(P dP) of those that add up to one, dP = dout Vᵀ.
+///
+/// lse and out are rounded. Where one key has nearly all the weight, dS is a small difference of dP and rowsum(dout out), and errs by as much;
+/// the sums of the very P and dP that it is made of do not (reference.py::attention_backward).
+template <class ForEach>
+void sum_rows(const Attention& task, const AttentionQueries& own, int64_t i0, int64_t queries, int64_t head, const Panel& query, const Panel& dout,
+              const Panel& scores, const Panel& dscores, const ForEach& for_each, float* factor, float* along) {
+  const int64_t place = own.first + i0;
+  for (int64_t i = 0; i < queries; ++i) factor[i] = along[i] = 0;
+  for_each([&](const Stretch& stretch, bool causal, int64_t limit) {
+    for (int64_t j0 = 0; j0 < limit; j0 += KEYS) {
+      const int64_t there = fewer(KEYS, limit - j0);
+      score(query, task.width, stretch.turned_keys, causal, place, queries, j0, there, scores);
+      score(dout, task.width, stretch.turned_values, causal, place, queries, j0, there, dscores);
+      for (int64_t i = 0; i < queries; ++i) {
+        const int64_t count = seen(causal, place, j0, there, i);
+        if (count <= 0) continue;
+        const float lse = task.lse[(own.begin + i0 + i) * task.heads + head];
+        for (int64_t j = 0; j < count; j += WIDTH) store(scores.row(i) + j, probability(load(scores.row(i) + j) * task.scale - lse));
+        factor[i] += sum_over(count, [&](int64_t j, int64_t left) { return load_up_to(scores.row(i) + j, left); });
+        along[i] += sum_over(count, [&](int64_t j, int64_t left) { return load_up_to(scores.row(i) + j, left) * load_up_to(dscores.row(i) + j, left); });
+      }
+    }
+  });
+  for (int64_t i = 0; i < queries; ++i) factor[i] = 1 / factor[i], along[i] *= factor[i];
+}
+
+/// dV = Pᵀ dout;  dS = scale P (dP - rowsum(P dP)), dP = dout Vᵀ;  dQ = dS K;  dK = dSᵀ Q. Of 16 bits rowsum(P dP) is rowsum(dout out), which eager
+/// knows no better.
 template <class T>
 void attention_gradients_of(const Attention& task, const AttentionPart& part, int64_t kv_head, float* memory) {
   const int64_t group = task.heads / task.kv_heads, width = task.width, columns = padded(width, WIDTH);
@@ -271,13 +299,19 @@ void attention_gradients_of(const Attention& task, const AttentionPart& part, in
         const int64_t queries = fewer(QUERIES, own.count - i0), place = own.first + i0;
         widen<T>(task.q, task.q_stride, head, own.begin + i0, queries, width, query);
         widen<T>(task.dout, dense, head, own.begin + i0, queries, width, dout);
-        float along[QUERIES];
+        const auto for_each = [&](const auto& body) { for_each_seen(stretches, task, part, own, kv_head, true, place + queries, body); };
+        float along[QUERIES], factor[QUERIES];
         const T* out = static_cast<const T*>(task.out) + ((own.begin + i0) * task.heads + head) * width;
-        for (int64_t i = 0; i < queries; ++i) {
-          along[i] = sum_over(width, [&](int64_t l, int64_t count) { return load(dout.row(i) + l) * load_up_to(out + i * dense[0] + l, count); });
+        if constexpr (std::is_same_v<T, float>) {
+          sum_rows(task, own, i0, queries, head, query, dout, scores, dscores, for_each, factor, along);
+        } else {
+          for (int64_t i = 0; i < queries; ++i) {
+            factor[i] = 1;
+            along[i] = sum_over(width, [&](int64_t l, int64_t count) { return load(dout.row(i) + l) * load_up_to(out + i * dense[0] + l, count); });
+          }
         }
         bool met = false;  // keys before these
-        for_each_seen(stretches, task, part, own, kv_head, true, place + queries, [&](const Stretch& stretch, bool causal, int64_t limit) {
+        for_each([&](const Stretch& stretch, bool causal, int64_t limit) {
           for (int64_t j0 = 0; j0 < limit; j0 += KEYS) {
             const int64_t there = fewer(KEYS, limit - j0);
             score(query, width, stretch.turned_keys, causal, place, queries, j0, there, scores);
@@ -287,7 +321,7 @@ void attention_gradients_of(const Attention& task, const AttentionPart& part, in
               int64_t count = seen(causal, place, j0, there, i);
               if (count < 0) count = 0;
               for (int64_t j = 0; j < count; j += WIDTH) {
-                const Floats p = probability(load(scores.row(i) + j) * task.scale - lse);
+                const Floats p = probability(load(scores.row(i) + j) * task.scale - lse) * factor[i];
                 store(scores.row(i) + j, p);
                 store(dscores.row(i) + j, p * (load(dscores.row(i) + j) - along[i]) * task.scale);
               }
