@@ -232,7 +232,7 @@ def compare(**options: Any) -> None:
     from fastlora.comparison import compare, rows
 
     options["methods"] = [name.strip() for name in options["methods"].split(",")]
-    for name, kind in (("r", int), ("lr", float), ("token_indices", int)):
+    for name, kind in (("r", int), ("lr", float), ("lr_factors", float), ("token_indices", int)):
         if options[name] is not None:
             options[name] = _numbers(name, options[name], kind)
     given = Comparison(**options)

@@ -57,6 +57,11 @@ class Comparison:
         None,
         typed=str,
     )
+    lr_factors: list[float] | None = option(
+        "Factors with commas, in place of lr: each method is trained with its own default rate times each.",
+        None,
+        typed=str,
+    )
     max_steps: int | None = option("Optimiser steps of each run.", None)
     max_tokens: int | None = option("Tokens of each run, in place of steps.", None)
     max_seconds: float | None = option("Seconds of steps of each run, in place of steps.", None)
@@ -85,6 +90,8 @@ class Comparison:
         for name in budgets:
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={shown(getattr(self, name))}: expected more than 0")
+        if self.lr and self.lr_factors:
+            raise ValueError("lr and lr_factors exclude each other: expected one of them")
         if self.limit is not None and self.limit < 1:
             raise ValueError(f"limit={self.limit}: expected at least 1")
         if "peft" in self.methods:
@@ -94,7 +101,9 @@ class Comparison:
 
     def runs(self) -> list["Run"]:
         """What is trained, in order."""
-        rates: dict[Method, Sequence[float]] = {one: self.lr or (DEFAULT_LR[one],) for one in self.methods}
+        rates: dict[Method, Sequence[float]] = {
+            one: self.lr or [DEFAULT_LR[one] * factor for factor in self.lr_factors or (1,)] for one in self.methods
+        }
         return [
             Run(method, r, lr)
             for method in dict.fromkeys(self.methods)
@@ -194,7 +203,7 @@ def best(found: Iterable[Outcome]) -> list[Outcome]:
 
 def _setup(given: Comparison) -> dict[str, Any]:
     """What every run of a comparison has in common."""
-    changes = {"methods", "r", "lr", "output", "overwrite"}  # which add runs, and change none
+    changes = {"methods", "r", "lr", "lr_factors", "output", "overwrite"}  # which add runs, and change none
     values = {one.name: getattr(given, one.name) for one in fields(given) if one.name not in changes}
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 

@@ -85,6 +85,8 @@ def test_the_best_rate_of_each_kind_is_told() -> None:
 def test_ranks_and_rates_make_runs(files: dict[str, Path]) -> None:
     given = Comparison(**files, output="o", methods=["dora", "norm"], r=[1, 4])
     assert given.runs() == [Run("dora", 1, 2e-4), Run("dora", 4, 2e-4), Run("norm", None, 1e-3)]
+    own = replace(given, lr_factors=[1, 0.5], r=[4]).runs()
+    assert own == [Run("dora", 4, 2e-4), Run("dora", 4, 1e-4), Run("norm", None, 1e-3), Run("norm", None, 5e-4)]
     config = given.config_of(given.runs()[1], Path("x"))
     assert (config.method, config.r, config.lora_alpha) == ("dora", 4, 8)
 
@@ -119,6 +121,8 @@ def test_a_budget_of_seconds_is_measured_first(
         ({"max_steps": 1, "max_tokens": 5}, "max_steps and max_tokens exclude each other"),
         ({"max_seconds": 0.0}, "max_seconds=0.0: expected more than 0"),
         ({"limit": 0}, "limit=0: expected at least 1"),
+        ({"lr": [0.1], "lr_factors": [1.0]}, "lr and lr_factors exclude each other"),
+        ({"lr_factors": [-1.0]}, "lr=-0.0002: expected"),
         ({"r": [0]}, "r=0: expected at least 1"),
         ({"methods": ["tokens"]}, "token_indices: method=tokens needs one"),
     ],
