@@ -71,18 +71,6 @@ inline void multiply(Tiles& tiles, const Operand& left, const Operand& right, in
   });
 }
 
-/// Lane j of vector i becomes lane i of vector j: blocks of 2 STEP lanes of vectors STEP apart change places.
-template <int STEP = WIDTH / 2>
-inline void transpose(Floats* vectors) {
-  for (int i = 0; i < WIDTH; ++i) {
-    if (i & STEP) continue;
-    const Floats low = exchanged<STEP, false>(vectors[i], vectors[i + STEP]);
-    vectors[i + STEP] = exchanged<STEP, true>(vectors[i], vectors[i + STEP]);
-    vectors[i] = low;
-  }
-  if constexpr (STEP > 1) transpose<STEP / 2>(vectors);
-}
-
 /// 32 columns from l on of row i, zero where dropped, or where there is no such row.
 template <bool DROPS>
 inline __m512i load_row(const Block<const BFloat16, PART_ROWS>& block, int64_t rows, int64_t i, int64_t l, int64_t columns) {

@@ -226,23 +226,6 @@ void project_some(const Tensor& x, const Tensor& a, const int64_t* row, int64_t 
   for (int64_t i = 0; i < count; ++i) std::copy_n(projected.as<float>() + i * R, R, xa + row[i] * ranks);
 }
 
-/// One row of y += s_i xa_i B_iᵀ: a product without depth, whose bias is the row as it was.
-void add_to_row(const Tensor& y, int64_t row, const Tensor& b, const float* scaled) {
-  const void* const lora_b = b.const_data_ptr();
-  const int64_t rank = b.size(1);
-  FewRows task{};
-  task.kind = kind_of(y);
-  task.rows = 1;
-  task.x = task.weight = lora_b;
-  task.y = static_cast<char*>(y.mutable_data_ptr()) + row * y.stride(0) * static_cast<int64_t>(y.element_size());
-  task.bias = task.y;
-  task.adapter_kind = kind_of(b);
-  task.xa = scaled;
-  task.lora_b = &lora_b;
-  task.rank = &rank;
-  kernels().few_rows(task, 0, y.size(1));
-}
-
 }  // namespace
 
 bool have_few_rows(const Batch& batch) {
@@ -260,19 +243,26 @@ std::tuple<Tensor, Tensor> add_updates_of_few_rows(const std::vector<Tensor>& y,
   const int64_t count = static_cast<int64_t>(a.size()), ranks = batch.ranks;
   const int64_t work = batch.rows * ranks * (x.size(1) + y[0].size(1)) / count;  // of an adapter, about
   torch::stable::parallel_for(0, count, GRAIN / (work + 1) + 1, [&](int64_t first, int64_t last) {
-    std::vector<float> scaled(ranks);
     for (int64_t i = first; i < last; ++i) {
       const Segment& segment = batch.segments[i];
       if (segment.begin == segment.end) continue;
       const int64_t layer = i / adapters.each();
       const int64_t* const order = batch.order + segment.begin;
       float* const own = floats(xa) + layer * batch.rows * ranks;
-      project_some(rows, a[i], order, segment.end - segment.begin, own, ranks);
-      for (int64_t place = 0; place < segment.end - segment.begin; ++place) {
-        const float* from = own + order[place] * ranks;
-        for (int64_t r = 0; r < segment.rank; ++r) scaled[r] = static_cast<float>(adapters.scale[i]) * from[r];
-        add_to_row(y[layer], order[place], b[i], scaled.data());
+      const Tensor& to = y[layer];
+      FewRowsUpdate task{};
+      task.kind = kind_of(to);
+      task.rows = segment.end - segment.begin;
+      project_some(rows, a[i], order, task.rows, own, ranks);
+      for (int64_t place = 0; place < task.rows; ++place) {
+        task.y[place] = static_cast<char*>(to.mutable_data_ptr()) + order[place] * to.stride(0) * static_cast<int64_t>(to.element_size());
+        task.xa[place] = own + order[place] * ranks;
       }
+      task.scale = static_cast<float>(adapters.scale[i]);
+      task.adapter_kind = kind_of(b[i]);
+      task.lora_b = b[i].const_data_ptr();
+      task.rank = segment.rank;
+      kernels().few_rows_update(task, 0, to.size(1));
     }
   });
   for (const Tensor& one : y) batch.poison_invalid(one);

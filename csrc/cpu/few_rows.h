@@ -1,4 +1,5 @@
-// y = x Wᵀ + b + xa_i B_iᵀ for a few rows: bound by reading W once, whoever computes. Compiled once per instruction set, as vector.h.
+// y = x Wᵀ + b + xa_i B_iᵀ for a few rows: bound by reading W once, whoever computes; and y_i += s xa_i Bᵀ for rows of one adapter that lie apart.
+// Compiled once per instruction set, as vector.h.
 #pragma once
 
 #include <type_traits>
@@ -16,14 +17,6 @@ inline void with_count(int64_t count, const Body& body) {
     if (count < MOST) return with_count<MOST - 1>(count, body);
   }
   body(std::integral_constant<int, MOST>{});
-}
-
-/// Calls body with each compile-time number below COUNT: what it indexes stays in registers, which unrolled loops do not ensure.
-template <int COUNT, class Body>
-inline void for_each(const Body& body) {
-  [&]<int... NUMBER>(std::integer_sequence<int, NUMBER...>) __attribute__((always_inline)) {
-    (body(std::integral_constant<int, NUMBER>{}), ...);
-  }(std::make_integer_sequence<int, COUNT>{});
 }
 
 /// total[i G + g] = x[i] · w[g] for G rows of the weight, `stride` elements apart. Fetches the next G rows meanwhile.
@@ -163,27 +156,56 @@ void few_rows_by_column(const FewRows& task, int64_t begin, int64_t end) {
   }
 }
 
-/// y = b + xa_i B_iᵀ, without a weight: as many columns at once as one sum of a vector's lanes can be of.
-template <class T>
-void few_rows_without_depth(const FewRows& task, int64_t begin, int64_t end) {
-  for (int64_t i = 0; i < task.rows; ++i) {
-    int64_t n = begin;
-    for (; n + WIDTH <= end; n += WIDTH) {
-      Floats total[WIDTH] = {};
-      add_adapter<WIDTH>(task, i, n, total);
-      finish<T>(task, i, n, sums(total), WIDTH);
-    }
-    for (; n < end; ++n) {
-      Floats total[WIDTH] = {};
-      add_adapter<1>(task, i, n, total);
-      finish<T>(task, i, n, sums(total), 1);
-    }
+/// Rows n to n + count of B_i, the ranks from r on: lane c of ranks[d] is B[n + c][r + d]; zeros for what is not there.
+template <class B>
+inline void load_ranks(const B* lora_b, int64_t rank, int64_t n, int64_t count, int64_t r, Floats* ranks) {
+  const int64_t depth = rank - r;
+  for (int c = 0; c < WIDTH; ++c) {
+    const B* from = lora_b + (n + c) * rank + r;
+    ranks[c] = c >= count ? Floats{} : depth >= WIDTH ? load(from) : load_some(from, depth);
   }
+  transpose(ranks);
+}
+
+/// The columns n to n + count of y's rows, at most a vector of them.
+template <int M, class T>
+inline void few_rows_update_of(const FewRowsUpdate& task, int64_t n, int64_t count) {
+  Floats total[M] = {};
+  for (int64_t r = 0; r < task.rank; r += WIDTH) {
+    Floats ranks[WIDTH];
+    switch (task.adapter_kind) {
+      case Kind::FLOAT32: load_ranks(static_cast<const float*>(task.lora_b), task.rank, n, count, r, ranks); break;
+      case Kind::BFLOAT16: load_ranks(static_cast<const BFloat16*>(task.lora_b), task.rank, n, count, r, ranks); break;
+      case Kind::FLOAT16: load_ranks(static_cast<const Float16*>(task.lora_b), task.rank, n, count, r, ranks); break;
+    }
+    const int64_t depth = task.rank - r < WIDTH ? task.rank - r : WIDTH;
+    Floats part[M] = {};  // summed by itself, so that rounding grows with the parts, not with R
+    for (int64_t d = 0; d < depth; ++d) {
+      for_each<M>([&](auto i) __attribute__((always_inline)) { part[i] += task.xa[i][r + d] * ranks[d]; });
+    }
+    for (int i = 0; i < M; ++i) total[i] += part[i];
+  }
+  for (int i = 0; i < M; ++i) {
+    T* to = static_cast<T*>(task.y[i]) + n;
+    store_some(to, load_some(to, count) + task.scale * total[i], count);
+  }
+}
+
+void few_rows_update(const FewRowsUpdate& task, int64_t begin, int64_t end) {
+  with_count<FEW_ROWS>(task.rows, [&](auto rows) {
+    for (int64_t n = begin; n < end; n += WIDTH) {
+      const int64_t count = end - n < WIDTH ? end - n : WIDTH;
+      switch (task.kind) {
+        case Kind::FLOAT32: few_rows_update_of<rows(), float>(task, n, count); break;
+        case Kind::BFLOAT16: few_rows_update_of<rows(), BFloat16>(task, n, count); break;
+        case Kind::FLOAT16: few_rows_update_of<rows(), Float16>(task, n, count); break;
+      }
+    }
+  });
 }
 
 template <class T>
 void few_rows_of(const FewRows& task, int64_t begin, int64_t end) {
-  if (!task.in) return few_rows_without_depth<T>(task, begin, end);
   if (task.by_column) return few_rows_by_column<T>(task, begin, end);
   with_count<FEW_ROWS>(task.rows, [&](auto rows) {
     constexpr int AT_ONCE = WIDTH == 16 ? (rows() <= 6 ? 4 : 3) : (rows() <= 2 ? 4 : 2);  // rows of W at once: rows x AT_ONCE sums in registers

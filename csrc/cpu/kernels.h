@@ -123,6 +123,18 @@ struct FewRows {
 
 constexpr int64_t FEW_ROWS = 8;
 
+/// y_i += s xa_i Bᵀ for 1 to FEW_ROWS rows of one adapter, rounded once.
+struct FewRowsUpdate {
+  Kind kind;
+  int64_t rows;
+  void* y[FEW_ROWS];         // each [N] of `kind`
+  const float* xa[FEW_ROWS];  // each [R]
+  float scale;
+  Kind adapter_kind;
+  const void* lora_b;  // [N, R], dense
+  int64_t rank;        // R
+};
+
 /// y [M, N] = x Wᵀ + b for many rows, or y += x Wᵀ, in float32.
 struct Product {
   int64_t rows, in, out;  // M, K, N
@@ -283,6 +295,7 @@ struct Kernels {
   void (*narrow)(const float* from, int64_t count, uint16_t* to);                       // to bfloat16
   void (*dropout)(const Dropout&, int64_t row_begin, int64_t row_end);
   void (*few_rows)(const FewRows&, int64_t column_begin, int64_t column_end);           // columns of y
+  void (*few_rows_update)(const FewRowsUpdate&, int64_t column_begin, int64_t column_end);
   int64_t (*product_tiles)(const Product&);  // down the first columns of y, then the next
   void (*product)(const Product&, int64_t tile_begin, int64_t tile_end, float* panel);  // room for PANEL_COLUMNS · min(K + 15, PRODUCT_DEPTH)
   void (*dequantise)(const Dequantise&, int64_t row_begin, int64_t row_end);                                      // rows of the weight

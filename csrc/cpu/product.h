@@ -24,21 +24,6 @@ constexpr int TILE_COLUMNS = TILE_VECTORS * WIDTH;
 constexpr int64_t DEPTH_BLOCK = 128;  // products summed by themselves, so that rounding grows with the blocks, not with K
 static_assert(PRODUCT_DEPTH % DEPTH_BLOCK == 0 && PRODUCT_DEPTH % WIDTH == 0 && TILE_COLUMNS <= PANEL_COLUMNS);
 
-/// Lane j of vectors[i] and lane i of vectors[j] change places.
-template <int STEP = WIDTH / 2>
-inline void transpose(Floats* vectors) {
-  if constexpr (STEP > 0) {
-    for_each<WIDTH>([&](auto i) __attribute__((always_inline)) {
-      if constexpr (i() / STEP % 2 == 0) {
-        const Floats low = exchanged<STEP, false>(vectors[i()], vectors[i() + STEP]);
-        vectors[i() + STEP] = exchanged<STEP, true>(vectors[i()], vectors[i() + STEP]);
-        vectors[i()] = low;
-      }
-    });
-    transpose<STEP / 2>(vectors);
-  }
-}
-
 /// panel[l][c] = W[n + c][k + l] for `depth` products; zeros for the columns of y that are not there. Writes whole vectors of l.
 void pack_panel(const Product& task, int64_t n, int64_t k, int64_t depth, float* panel) {
   const float* w = task.weight + (task.by_column ? k * task.weight_stride + n : n * task.weight_stride + k);

@@ -193,6 +193,29 @@ inline Floats sums(Floats* vectors) {
   }
 }
 
+/// Calls body with each compile-time number below COUNT: what it indexes stays in registers, which unrolled loops do not ensure.
+template <int COUNT, class Body>
+inline void for_each(const Body& body) {
+  [&]<int... NUMBER>(std::integer_sequence<int, NUMBER...>) __attribute__((always_inline)) {
+    (body(std::integral_constant<int, NUMBER>{}), ...);
+  }(std::make_integer_sequence<int, COUNT>{});
+}
+
+/// Lane j of vectors[i] and lane i of vectors[j] change places.
+template <int STEP = WIDTH / 2>
+inline void transpose(Floats* vectors) {
+  if constexpr (STEP > 0) {
+    for_each<WIDTH>([&](auto i) __attribute__((always_inline)) {
+      if constexpr (i() / STEP % 2 == 0) {
+        const Floats low = exchanged<STEP, false>(vectors[i()], vectors[i() + STEP]);
+        vectors[i() + STEP] = exchanged<STEP, true>(vectors[i()], vectors[i() + STEP]);
+        vectors[i()] = low;
+      }
+    });
+    transpose<STEP / 2>(vectors);
+  }
+}
+
 #if defined(__AVX512BF16__)
 /// The pairs of bfloat16 in the lanes that are set; zeros elsewhere, where nothing is read.
 inline __m512i load_pairs(const BFloat16* from, __mmask32 lanes) { return _mm512_maskz_loadu_epi16(lanes, from); }
