@@ -50,7 +50,7 @@ OF_OPERATORS = (
     "problems",
 )
 OF_ANY_OPERATOR = ("gradients", "derivatives", "problems")
-OF_FROZEN = ("packed*", "frozen*", "product*", "native*", "lora_linear", "multi_lora")
+OF_FROZEN = ("packed*", "frozen*", "product*", "native*", "quantised", "lora_linear", "multi_lora")
 MODULES = {
     "fastlora/peft/obstacles.py": OF_PEFT,
     "fastlora/peft/siblings.py": OF_PEFT,
@@ -65,6 +65,10 @@ MODULES = {
     "fastlora/peft/composed.py": ("dora", "trained_biases", "head_adapters"),
     "fastlora/peft/scaled.py": ("ia3", "other_methods"),
     "fastlora/peft/probing.py": ("probing",),
+    "fastlora/peft/known.py": ("known",),
+    "fastlora/peft/mixed.py": ("mixed_batches",),
+    "fastlora/peft/quantised.py": ("quantised_models",),
+    "fastlora/trees.py": ("trees",),
     "fastlora/operators/swiglu.py": ("swiglu", *OF_ANY_OPERATOR),
     "fastlora/operators/rotary.py": ("rotary", *OF_ANY_OPERATOR),
     "fastlora/operators/attention.py": ("attention", *OF_ANY_OPERATOR),
@@ -81,6 +85,8 @@ MODULES = {
     "fastlora/choice/table.py": ("table*", "trial*", "measure*", "tune", "one_choice", "ops"),
     "fastlora/frozen/packed.py": OF_FROZEN,
     "fastlora/frozen/products.py": OF_FROZEN,
+    "fastlora/frozen/composed.py": ("composed",),
+    "fastlora/frozen/quantised.py": ("quantised",),
 }
 """What is mutated, and the tests that belong to it: patterns between `test_` and `.py`."""
 
