@@ -51,6 +51,8 @@ def test_a_prompts_last_row_in_each_row(keys_only: bool) -> None:
     source = [8, 9, -2, 1, 2, 3, -3, 4, 5, 6, 7]
     assert tree.source.tolist() == ([] if keys_only else [-1]) + source
     assert tree.position_ids.tolist()[-9:] == [1, 2, 3, 4, 0, 1, 2, 3, 4]
+    there = 1 - keys_only  # the other row of the first prompt
+    assert tree.places[REAL].tolist() == [there + place for place in (3, 4, 5, 7, 8, 9, 10, 0, 1)]
     assert tree.labels(torch.arange(12).view(3, 4)).tolist()[0][-9:] == [-100, 1, 2, 3, -100, 4, 5, 6, 7]
 
 
@@ -96,13 +98,23 @@ def test_rows_that_begin_alike() -> None:
         assert follow(tree, given["ids"], row, given["real"]) == text.tolist()
         assert tree.position_ids[tree.places[row][given["real"][row]]].tolist() == list(range(len(text)))
     assert trees.shares(tree, given["rows"])
-    assert not trees.shares(trees.grow(given["rows"], given["ids"].shape), given["rows"])
+    apart = trees.grow(given["rows"], given["ids"].shape)
+    assert not trees.shares(apart, given["rows"]) and apart.parents.tolist() == [-1] * 5
     values = torch.randn(*given["ids"].shape, 3)
     assert torch.equal(tree.gather(values, torch.nan)[0], values.flatten(0, 1)[tree.source])
     expected = given["ids"].flatten()[tree.source]
     expected[[int(start) for start, end in zip(tree.starts, tree.starts[1:], strict=False) if start < end]] = -100
     assert tree.starts[-2] == tree.starts[-1]  # of the row that the others begin with nothing is left
     assert torch.equal(tree.labels(given["ids"])[0], expected)
+
+
+def test_the_least_that_is_worth_a_segment_is_shared_beside_rows_that_share_less() -> None:
+    least = trees.LEAST_SHARED
+    texts = [torch.cat((WORDS[:least], WORDS[20 + i : 25 + i])) for i in range(2)]
+    for own in (3, 0):
+        given = batch(*texts, torch.cat((WORDS[:own], WORDS[30:35])))
+        tree = trees.grow(given["rows"], given["ids"].shape, ids=given["ids"])
+        assert len(tree.source) == least + 5 + 5 + own + 5
 
 
 def test_embeddings_of_a_batch_have_the_prompts_as_zeros() -> None:
