@@ -230,8 +230,8 @@ def _share(segments: list[_Segment], group: Sequence[_Own], root: int, spelt: _S
     ]  # rows from .. to .., so many of whose tokens have a segment, and the last of these
     while waiting:
         low, high, depth, parent = waiting.pop()
-        shared = min(common[low : high - 1], default=0)
-        if high - low > 1 and shared >= depth + LEAST_SHARED:
+        shared = min(common[low : high - 1], default=0)  # of a row alone nothing
+        if shared >= depth + LEAST_SHARED:
             segments.append(_Segment(ordered[low].start + depth, shared - depth, parent, tuple(ordered[low:high])))
             depth, parent = shared, len(segments) - 1
         if high - low == 1:

@@ -50,7 +50,7 @@ OF_OPERATORS = (
     "problems",
 )
 OF_ANY_OPERATOR = ("gradients", "derivatives", "problems")
-OF_FROZEN = ("packed*", "frozen*", "product*", "native*", "lora_linear", "multi_lora")
+OF_FROZEN = ("packed*", "frozen*", "product*", "native*", "quantised", "composed", "lora_linear", "multi_lora")
 MODULES = {
     "fastlora/peft/obstacles.py": OF_PEFT,
     "fastlora/peft/siblings.py": OF_PEFT,
@@ -65,6 +65,11 @@ MODULES = {
     "fastlora/peft/composed.py": ("dora", "trained_biases", "head_adapters"),
     "fastlora/peft/scaled.py": ("ia3", "other_methods"),
     "fastlora/peft/probing.py": ("probing",),
+    "fastlora/peft/known.py": ("known",),
+    "fastlora/peft/mixed.py": ("mixed_batches",),
+    "fastlora/peft/quantised.py": ("quantised_models",),
+    "fastlora/trees.py": ("trees",),
+    "fastlora/sharing.py": ("sharing", "share_prefix"),
     "fastlora/operators/swiglu.py": ("swiglu", *OF_ANY_OPERATOR),
     "fastlora/operators/rotary.py": ("rotary", *OF_ANY_OPERATOR),
     "fastlora/operators/attention.py": ("attention", *OF_ANY_OPERATOR),
@@ -81,6 +86,8 @@ MODULES = {
     "fastlora/choice/table.py": ("table*", "trial*", "measure*", "tune", "one_choice", "ops"),
     "fastlora/frozen/packed.py": OF_FROZEN,
     "fastlora/frozen/products.py": OF_FROZEN,
+    "fastlora/frozen/composed.py": ("composed",),
+    "fastlora/frozen/quantised.py": ("quantised",),
 }
 """What is mutated, and the tests that belong to it: patterns between `test_` and `.py`."""
 
@@ -236,6 +243,21 @@ def key_of(code: types.CodeType) -> tuple[str, int]:
     return code.co_qualname, code.co_firstlineno
 
 
+def graphs_from_now_on() -> list[Any]:
+    """What torch.compile makes from now on: what it traces is not called, and no profiler sees it."""
+    graphs: list[Any] = []
+    guards: Any = sys.modules.get("torch._guards")
+    if guards is not None:
+        begin = guards.TracingContext.__init__
+
+        def noted(graph: Any, *args: Any, **kwargs: Any) -> None:
+            begin(graph, *args, **kwargs)
+            graphs.append(graph)
+
+        guards.TracingContext.__init__ = noted
+    return graphs
+
+
 class Runner:
     """A plugin of pytest: in the place of running the tests that were collected it runs them on mutants."""
 
@@ -280,11 +302,15 @@ class Runner:
         took, failed = [], []
         files = {str(path) for path in self.mutants}
         seen: set[str] = set()
+        graphs = graphs_from_now_on()
+
+        def see(code: types.CodeType) -> None:
+            if code.co_filename in files:
+                seen.add(f"{code.co_filename} {code.co_qualname.split('.<locals>')[0]}")
 
         def note(frame: types.FrameType, event: str, _: Any) -> None:
-            code = frame.f_code
-            if event == "call" and code.co_filename in files:
-                seen.add(f"{code.co_filename} {code.co_qualname.split('.<locals>')[0]}")
+            if event == "call":
+                see(frame.f_code)
 
         for i, item in enumerate(self.session.items):
             before, began = self.session.testsfailed, time.monotonic()
@@ -293,6 +319,9 @@ class Runner:
             self.run_test(item, self.session.items[i + 1] if i + 1 < len(self.session.items) else None)
             sys.setprofile(None)
             took.append(time.monotonic() - began)
+            for code in (code for graph in graphs for code in graph.traced_code):
+                see(code)
+            graphs.clear()
             if self.session.testsfailed > before:
                 failed.append(item.nodeid)
                 self.session.shouldfail = False

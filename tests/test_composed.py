@@ -152,6 +152,46 @@ def test_what_is_not_needed_has_no_elements(way: str, monkeypatch: pytest.Monkey
             assert torch.equal(found, one) if is_needed else found.numel() == 0
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_each_product_is_what_it_says(way: str) -> None:
+    """With gaps, too, and whatever the factor."""
+    products, M, N, K = composed.PRODUCTS[way], 9, 7, 6
+    for layout in (lambda matrix: matrix, *LAYOUTS.values()):
+        x, w, c = torch.randn(M, K), layout(torch.randn(N, K)), torch.randn(M, 3)
+        torch.testing.assert_close(products.multiply(x, w), x @ w.T)
+        v = layout(torch.randn(M, K))
+        torch.testing.assert_close(products.sums(c, v), c.T @ v)
+        torch.testing.assert_close(products.sums_by_column(c, v), v.T @ c)
+        for factor in (1.0, 2.0, 0.5):
+            y = torch.randn(M, N)
+            expected = y + factor * (x @ w.T)
+            products.add(y, x, w, factor)
+            torch.testing.assert_close(y, expected)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("layers", [1, 2])
+def test_what_drops_nothing_keeps_no_bits(way: str, layers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether there is a seed or not; of one layer, or of several, if none drops."""
+    monkeypatch.setattr(table, "forced_way", way)
+    x, weight, _, a, b, dy = (None if one is None else one.detach() for one in make_layer(12, 16, 20, 4))
+    for seed in (None, torch.arange(layers)):
+        given = Arguments(x, *([one] * layers for one in (weight, None, a, b)), [2.0] * layers, [0.0] * layers, seed)
+        _, xa, keep = given.forward("cpu")
+        assert keep.shape == (0,) and keep.dtype is torch.uint8 and xa.shape == (layers, 12, 4)
+
+
+def test_what_has_no_elements_goes_by_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As does everything, where csrc cannot drop."""
+    x, weight = torch.zeros(64, 16), torch.zeros(20, 16)
+    hold(measured("composed"))
+    assert composed.choose(x, weight, 4, False, False) == "composed"
+    assert composed.choose(x[:, :0], weight[:, :0], 4, False, False) == composed.PASSES
+    assert composed.choose(x, weight[:0], 4, False, False) == composed.PASSES
+    monkeypatch.setattr(composed, "_draw_dropout", None)
+    assert composed.choose(x, weight, 4, False, False) == composed.PASSES
+
+
 def test_the_measured_way_is_gone(ways: list[str]) -> None:
     """That of the nearest rank, in the forward and the backward each its own; passes where rows are few, mixed, or nothing was measured."""
 

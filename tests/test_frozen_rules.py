@@ -141,6 +141,18 @@ def test_without_a_copy_the_fastest_of_the_others(monkeypatch: pytest.MonkeyPatc
     assert products._find_way(x, weight) == ("plain", None)
 
 
+def test_a_panel_goes_the_fastest_way_without_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is gone after the product."""
+    ways, asked = iter(("packed", "plain", "product")), []
+    monkeypatch.setattr(products, "_way", lambda *case, **more: asked.append((case, more)) or next(ways))
+    x, panel = torch.ones(3, 4), torch.ones(6, 4)
+    assert products._way_by_panel(x, panel) == "plain"
+    case = (torch.float32, 3, panel)
+    assert asked == [(case, {}), (case, {"without_copy": True})]
+    assert products._way_by_panel(x, panel) == "product" and len(asked) == 3
+    assert products._way_by_panel(x[:0], panel) == products._way_by_panel(x, panel[:0]) == "torch" and len(asked) == 3
+
+
 def test_each_product_asks_for_its_own_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[Any] = []
     monkeypatch.setattr(table, "way", lambda *case: asked.append(case) or "torch")

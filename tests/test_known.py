@@ -11,6 +11,7 @@ import peft
 import pytest
 import torch
 from peft_models import peft_model
+from quantised_weights import weight as quantised_weight
 from torch import nn
 from torch.nn.modules import module as nn_module
 
@@ -179,7 +180,8 @@ class Own(torch.Tensor):
 def test_what_a_call_brings_is_looked_at() -> None:
     layer = layer_of()
     plan = plan_call(layer, X, None)[1]
-    for x in (X.double(), X[:, :-1], X.to("meta"), X.to_sparse(), X.as_subclass(Own), X.sum(), None):
+    nested = torch.nested.nested_tensor([X, X[:2]])
+    for x in (X.double(), X[:, :-1], X.to("meta"), X.to_sparse(), X.as_subclass(Own), X.sum(), nested, None):
         assert find(layer, x, None) is None and isinstance(plan_call(layer, x, None)[1], str)
     assert find(layer, X[0], None) is not None
     with torch.autocast("cpu", torch.bfloat16):
@@ -229,6 +231,20 @@ def test_a_compiler_is_told_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     plan_call(layer, X, None)
     assert ACTIVE not in layer.__dict__
+
+
+def test_what_nobody_can_look_at_again_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the native extension nothing; nor a quantised weight's plan, which hangs on more."""
+    layer = layer_of()
+    with monkeypatch.context() as patch:
+        patch.setattr(known, "unchanged", None)
+        plan = plan_call(layer, X, None)[1]
+        assert isinstance(plan, obstacles.Plan) and ACTIVE not in layer.__dict__
+    quantised = plan._replace(weight=quantised_weight("int8", N, K, torch.float32))
+    with monkeypatch.context() as patch:
+        patch.setattr(obstacles, "plan_call", lambda *_: quantised)
+        assert plan_call(layer, X, None)[1] is quantised and ACTIVE not in layer.__dict__
+    assert plan_call(layer, X, None)[1].is_as(plan) and ACTIVE in layer.__dict__
 
 
 def test_a_weight_that_is_computed_makes_a_plan_each_time() -> None:

@@ -108,6 +108,42 @@ def test_generate_and_beams(pair: Any, walks: list[Any]) -> None:
         assert bool(walks) is own
 
 
+def test_what_else_is_asked_of_a_context_is_pefts(pair: Any, walks: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = pair
+    model.base_model.model.register_module("nothing", None)  # as a module without an optional part has it
+    fastlora.accelerate(model)
+
+    def is_ours(names: Any = NAMES, **more: Any) -> bool:
+        walks.clear()
+        with model._enable_peft_forward_hooks(adapter_names=names, **more):
+            assert mixed.under_way == (not walks) and walks in ([], [names])
+        return not walks
+
+    assert is_ours() and is_ours(num_beams=None) and is_ours(num_beams=1)
+    assert is_ours(["__base__"] * 3) and is_ours(["other"] * 3)
+    assert not is_ours(num_beams=2) and not is_ours(alora_offsets=[1, None, 2])
+    with pytest.raises(TypeError, match="subscriptable"):
+        is_ours({"default"})  # in no order
+    assert walks == [{"default"}]
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        assert not is_ours()
+    model.base_model.model.model = torch.nn.DataParallel(model.base_model.model.model)
+    assert not is_ours()  # its replicas run in other threads
+
+
+def test_a_tuner_with_a_context_of_its_own_keeps_it() -> None:
+    class Own(LoraModel):
+        def _enable_peft_forward_hooks(self, *_: Any, **__: Any) -> Any:
+            raise NotImplementedError
+
+    model, _ = peft_model()
+    model.base_model.__class__ = Own
+    fastlora.accelerate(model)
+    assert mixed.METHOD not in model.base_model.__dict__
+    fastlora.restore(model)
+
+
 def test_modules_of_another_kind_are_left_to_peft(walks: list[Any]) -> None:
     model, _ = peft_model(modules_to_save=["lm_head"], target_modules=["q_proj"])
     model.add_adapter("other", LoraConfig(r=3, target_modules=["q_proj"], modules_to_save=["lm_head"]))

@@ -75,6 +75,7 @@ WRONG: dict[str, tuple[str, dict[str, Any]]] = {
     "embedding: on meta": ("embedding", {**IDS, "embedding": torch.ones(7, 5, device="meta")}),
     "embedding: requires grad": ("embedding", {**IDS, "embedding": torch.ones(7, 5, requires_grad=True)}),
     "prompt_index: None of three": ("prompt_index", {"prompt_index": None}),
+    "prompt_index: None of two": ("prompt_index", {"prompts": torch.ones(2, 2, 5), "prompt_index": None}),
     "prompt_index: a list": ("prompt_index", {"prompt_index": [0, 1]}),
     "prompt_index: floats": ("prompt_index", {"prompt_index": torch.zeros(2)}),
     "prompt_index: bools": ("prompt_index", {"prompt_index": torch.zeros(2, dtype=torch.bool)}),

@@ -88,6 +88,54 @@ def test_panels_go_every_way(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The places of the panels that are dequantised: row, rows, column, columns."""
+    places: list[tuple[int, ...]] = []
+    panel = quantised.QuantisedWeight.panel
+    noted = lambda self, *place: places.append(place) or panel(self, *place)  # noqa: E731
+    monkeypatch.setattr(quantised.QuantisedWeight, "panel", noted)
+    return places
+
+
+@pytest.mark.parametrize("panel", [64 * 100, 100 * 100], ids=["two", "one"])
+def test_no_more_than_a_panel_is_dequantised_at_a_time(
+    panel: int, asked: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(quantised, "PANEL", panel)
+    monkeypatch.setattr(quantised, "PANEL_UNIT", 4)
+    one, x = weight("four bits", 100, 100, torch.float32), torch.randn(20, 100)
+    w = dense(one)
+    two = panel < 100 * 100
+    for bias in (None, torch.randn(100)):
+        y = products.frozen_linear(x, one, bias)
+        torch.testing.assert_close(y, F.linear(x, w, bias), rtol=1e-4, atol=1e-4)
+        assert asked == ([(0, 64, 0, 100), (64, 36, 0, 100)] if two else [(0, 100, 0, 100)])
+        asked.clear()
+    torch.testing.assert_close(products.frozen_linear_backward(x, one), x @ w, rtol=1e-4, atol=1e-4)
+    assert asked == ([(0, 100, 0, 64), (0, 100, 64, 36)] if two else [(0, 100, 0, 100)])
+
+
+def test_a_few_rows_are_multiplied_by_what_is_dequantised_in_registers(asked: list[tuple[int, ...]]) -> None:
+    one = weight("four bits", 48, 64, torch.float32)
+    for rows in (1, 8, 9):
+        products.frozen_linear(torch.randn(rows, 64), one, None)
+        assert len(asked) == (rows == 9)
+
+
+def test_a_product_of_the_librarys_own_goes_before() -> None:
+    given: list[object] = []
+
+    def own(x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        given.extend((x, bias))
+        return torch.full((len(x), 48), 3.0)
+
+    one = quantised.QuantisedWeight(stored("int8", 48, 64), "int8", torch.float32, torch.float32, own)
+    x, bias = torch.randn(2, 64), torch.randn(48)
+    assert (products.frozen_linear(x, one, bias) == 3.0).all() and given[0] is x and given[1] is bias
+    assert products.describe(one, torch.float32, 2).startswith("the library's own product from int8")
+
+
 def test_another_dtype_computes_and_rounds_to_that_of_x() -> None:
     """As a layer of bitsandbytes does with its compute dtype."""
     one = weight("four bits", 48, 64, torch.float32, compute=torch.bfloat16)
@@ -144,6 +192,31 @@ def test_an_operation_that_knows_nothing_of_it_gets_all_of_it() -> None:
     one = weight("int8", 5, 8, torch.float32)
     assert torch.equal(one + 0, dense(one)) and torch.equal(one.t().contiguous(), dense(one).t())
     assert "int8" in repr(one)
+
+
+def test_without_the_native_extension_the_reference_dequantises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it does for what csrc does not compute in, and for other devices."""
+    one, wide = weight("int8", 5, 8, torch.float32), weight("int8", 5, 8, torch.float64)
+    assert quantised.is_native() and quantised.takes_few_rows(one) and not quantised.takes_few_rows(wide)
+    assert not quantised.takes_few_rows(weight("int8", 5, 0, torch.float32))
+    assert wide.panel(1, 3, 2, 4).dtype is torch.float64
+    expected = one.panel(1, 3, 2, 4)
+    parts = [part.to("meta") if isinstance(part, torch.Tensor) else part for part in one.stored]
+    elsewhere = quantised.QuantisedWeight(quantised.Stored(*parts), "int8", torch.float32, torch.float32)
+    assert elsewhere.is_meta and elsewhere.panel(1, 3, 2, 4).is_meta
+    monkeypatch.setattr(quantised, "_few_rows", None)
+    monkeypatch.setattr(quantised, "_dequantise", None)
+    assert not quantised.is_native() and not quantised.takes_few_rows(one)
+    found = one.panel(1, 3, 2, 4)
+    assert torch.equal(found, expected) and found.is_contiguous()
+
+
+def test_panels_of_what_is_smaller_than_one() -> None:
+    assert quantised.panels(weight("int8", 5, 0, torch.float32), 0) == [(0, 5)]
+    assert quantised.panels(weight("int8", 5, 0, torch.float32), 1) == []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quantised, "PANEL", 1)
+        assert quantised.panels(weight("int8", 70, 4, torch.float32), 0) == [(0, 64), (64, 6)]
 
 
 def test_wrong_arguments_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
@@ -210,5 +283,9 @@ def test_what_multiplies_is_told() -> None:
     words = [products.describe(weight("four bits", 96, 64, torch.float32), torch.float32, rows) for rows in (1, 100)]
     assert words[0] == "native C++, a few rows, from four bits as it is read"
     assert words[1] == "torch, not measured on this kind of CPU; four bits dequantised"
+    words = [products.describe(weight("four bits", 96, 64, torch.float32), torch.float32, rows) for rows in (8, 9)]
+    assert "as it is read" in words[0] and "dequantised" in words[1]
+    nothing = products.describe(weight("int8", 5, 0, torch.float32), torch.float32, 1)
+    assert nothing == "torch, not measured on this kind of CPU; int8 dequantised"
     big = weight("int8", 2**13, 2**9, torch.float32)
     assert products.describe(big, torch.float32, 100).endswith("int8 dequantised, 4096 of 8192 rows at a time")

@@ -39,7 +39,7 @@ def test_prompts_as_keys_and_of_other_lengths() -> None:
     tree = trees.grow(rows, REAL.shape, [Root(3, 0), Root(1, 3)], [1, -1, 0], keys_only=True)
     assert tree.source.tolist() == [4, 5, 6, 7, 8, 9, 1, 2, 3]  # rows of one prompt together, those without first
     assert tree.starts.tolist() == [0, 0, 0, 4, 6, 9] and tree.key_starts.tolist() == [0, 3, 4, 8, 10, 13]
-    assert tree.parents.tolist() == [-1, -1, -1, 0, 1]
+    assert tree.parents.tolist() == [-1, -1, -1, 0, 1] and tree.keys_before == 4
     assert tree.position_ids.tolist() == [0, 1, 2, 3, 3, 4, 1, 2, 3]
     assert seen_by(tree)[4] == [0, 1, 2, 8] and seen_by(tree)[6] == [3, 10] and seen_by(tree)[0] == [4]
 
@@ -51,6 +51,8 @@ def test_a_prompts_last_row_in_each_row(keys_only: bool) -> None:
     source = [8, 9, -2, 1, 2, 3, -3, 4, 5, 6, 7]
     assert tree.source.tolist() == ([] if keys_only else [-1]) + source
     assert tree.position_ids.tolist()[-9:] == [1, 2, 3, 4, 0, 1, 2, 3, 4]
+    there = 1 - keys_only  # the other row of the first prompt
+    assert tree.places[REAL].tolist() == [there + place for place in (3, 4, 5, 7, 8, 9, 10, 0, 1)]
     assert tree.labels(torch.arange(12).view(3, 4)).tolist()[0][-9:] == [-100, 1, 2, 3, -100, 4, 5, 6, 7]
 
 
@@ -60,6 +62,8 @@ def test_packed_texts() -> None:
     assert rows.bounds == [0, 3, 7] and rows.texts == 2 and rows.batch_rows(7) == [0, 0]
     tree = trees.grow(rows, (1, 7), [Root(2, 0)], [0, 0])
     assert tree.position_ids.tolist() == [0, 1, 2, 3, 4, 2, 3, 4, 5] and tree.starts.tolist() == [0, 2, 5, 9]
+    again = trees.find_rows(torch.ones(1, 4, dtype=torch.bool), torch.tensor([[0, 0, 1, 1]]))
+    assert again.bounds == [0, 1, 3, 4]
     gaps = trees.find_rows(REAL, torch.tensor([[0, 3, 5, 6]]))
     assert gaps.positions.tolist() == [3, 5, 6, 0, 3, 5, 6, 0, 3] and gaps.bounds == [0, 3, 7, 9]
 
@@ -94,6 +98,31 @@ def test_rows_that_begin_alike() -> None:
         assert follow(tree, given["ids"], row, given["real"]) == text.tolist()
         assert tree.position_ids[tree.places[row][given["real"][row]]].tolist() == list(range(len(text)))
     assert trees.shares(tree, given["rows"])
+    apart = trees.grow(given["rows"], given["ids"].shape)
+    assert not trees.shares(apart, given["rows"]) and apart.parents.tolist() == [-1] * 5
+    values = torch.randn(*given["ids"].shape, 3)
+    assert torch.equal(tree.gather(values, torch.nan)[0], values.flatten(0, 1)[tree.source])
+    expected = given["ids"].flatten()[tree.source]
+    expected[[int(start) for start, end in zip(tree.starts, tree.starts[1:], strict=False) if start < end]] = -100
+    assert tree.starts[-2] == tree.starts[-1]  # of the row that the others begin with nothing is left
+    assert torch.equal(tree.labels(given["ids"])[0], expected)
+
+
+def test_the_least_that_is_worth_a_segment_is_shared_beside_rows_that_share_less() -> None:
+    least = trees.LEAST_SHARED
+    texts = [torch.cat((WORDS[:least], WORDS[20 + i : 25 + i])) for i in range(2)]
+    for own in (3, 0):
+        given = batch(*texts, torch.cat((WORDS[:own], WORDS[30:35])))
+        tree = trees.grow(given["rows"], given["ids"].shape, ids=given["ids"])
+        assert len(tree.source) == least + 5 + 5 + own + 5
+
+
+def test_embeddings_of_a_batch_have_the_prompts_as_zeros() -> None:
+    tree = trees.grow(trees.find_rows(REAL, None), REAL.shape, [Root(2, 0)], [0, 0, 0])
+    values = torch.randn(3, 4, 5, 2)
+    found = tree.gather(values, 0)
+    assert found.shape == (1, 11, 5, 2) and not found[0, :2].any()
+    assert torch.equal(found[0, 2:], values[REAL])
 
 
 def test_what_predicts_is_not_shared() -> None:
@@ -137,3 +166,19 @@ def test_any_batch(seed: int) -> None:
     assert len(tree.source) <= sum(map(len, texts))
     for row, text in enumerate(texts):
         assert follow(tree, given["ids"], row, given["real"]) == text.tolist()
+
+
+def test_where_a_batchs_tokens_stand_is_looked_up() -> None:
+    """Of the batch that runs just now, the innermost; and it is noted that somebody has."""
+    places = torch.arange(20, 32).view(3, 4)
+    assert trees.look_up(REAL) is None
+    with trees.laying_out(places) as laid:
+        assert trees.look_up(REAL[:2]) is None and not laid.taken
+        assert trees.look_up(REAL).tolist() == [21, 22, 23, 24, 25, 26, 27, 28, 29] and laid.taken
+        with trees.laying_out(places[:2]) as inner:
+            assert trees.look_up(REAL) is None and not inner.taken
+            assert len(trees.look_up(REAL[:2])) == 7 and inner.taken
+        assert trees.look_up(REAL[:2]) is None
+    with pytest.raises(RuntimeError, match="on purpose"), trees.laying_out(places):
+        raise RuntimeError("on purpose")
+    assert trees.look_up(REAL) is None

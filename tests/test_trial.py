@@ -130,7 +130,9 @@ def test_no_trial(machine: Path, timed: list[list[str]], monkeypatch: pytest.Mon
     table.load_state({})
     trial.try_out(small_weights())
     restart()
-    trial.try_out({"lora_linear": [torch.ones(8, 8, device="meta"), torch.ones(8, 8, dtype=torch.float64)]})
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "alone", lambda device_type: pytest.fail("nothing runs there, and a lock is asked for"))
+        trial.try_out({"lora_linear": [torch.ones(8, 8, device="meta"), torch.ones(8, 8, dtype=torch.float64)]})
     assert timed == [] and not machine.exists()
     with monkeypatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: True)
@@ -181,6 +183,17 @@ def test_all_processes_choose_as_the_first_does(
     assert len(timed) == (0 if rank else 8)
     assert sent == [({"cpu": []} if rank else table.state(), 0)]
     assert table.is_fixed() is bool(rank) and choose() == ("reference" if rank else "cpu")
+
+
+@needs_native
+def test_a_torch_without_distributed_measures(
+    machine: Path, timed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no `is_initialized`, either."""
+    monkeypatch.setattr(torch.distributed, "is_available", lambda: False)
+    monkeypatch.delattr(torch.distributed, "is_initialized")
+    trial.try_out(small_weights())
+    assert len(timed) == 8
 
 
 def test_where_a_weight_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from fastlora.choice import trial
 from fastlora.choice.problems import Problem
 
 TODO = [Problem("lora_linear", torch.float32, 64, size, False) for size in ("small", "large")]
+END = "no more is measured on cpu: "
 FOUND = [entry(0.5), entry(0.5, "lora_linear_backward")]
 HEAD = (
     "import json, os, signal, sys, time",
@@ -63,15 +65,13 @@ def test_it_is_asked_for_what_is_left_and_told_what_is_refused(script: Callable[
     assert second == f"fastlora: 1 ['float32', 64, 'large', False] cpu 0.25 {sorted(map(list, (here, *apart)))}"
 
 
-END = "no more is measured on cpu: "
-
-
 @pytest.mark.parametrize(
     ("lines", "words"),
     [
         (("os._exit(3)",), "its process ended with code 3"),
         (("sys.exit()",), "its process ended with code 0"),
-        (("sys.stderr.write('first\\nlast\\n')", "sys.exit(1)"), "last"),
+        (("sys.stderr.write('first\\nlast\\n')", "sys.exit(1)"), f"{END}last"),
+        (("sys.stderr.write('alone')",), f"{END}alone"),
         (("say('ended', 'a fault')", "sys.stderr.write('a trace')", "sys.exit(1)"), "a fault"),
         (("sys.stderr.write('noise')", "sys.stderr.flush()", "os.abort()"), "it ended its process (SIGABRT)"),
         (
@@ -88,6 +88,83 @@ def test_how_it_ended(lines: tuple[str, ...], words: str, script: Callable[..., 
     yielded, refused, told = script(*lines)
     assert yielded == [] and refused == set()
     assert len(told) == 1 and told[0].startswith(f"fastlora: {END}") and words in told[0]
+
+
+def test_what_ends_its_process_is_to_blame(script: Callable[..., Any]) -> None:
+    """By a signal of its own; those from outside, above, are no kernel's fault."""
+    _, refused, told = script("if not refused: say('trying', ['a', ['cpu']])", "if not refused: os.abort()")
+    assert refused == {("a", "float32", "cpu")}
+    assert told[0] == "fastlora: cpu is refused for a: it ended its process (SIGABRT)"
+
+
+def test_what_says_nothing_is_ended(script: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trial, "PATIENCE", 1.0)
+    assert script("time.sleep(600)")[2] == [f"fastlora: {END}it did not end within 1 s"]
+
+
+class Watchdog:
+    """In the place of threading.Timer: it is never patient too long, and notes what becomes of it."""
+
+    def __init__(self, seconds: float, function: Callable[[], None]) -> None:
+        self.waits = [one for one in Watchdog.all if one.said == ["started"]]  # at the same time
+        self.seconds, self.function, self.daemon, self.said = seconds, function, False, []
+        Watchdog.all.append(self)
+
+    all: list["Watchdog"] = []
+
+    def start(self) -> None:
+        assert self.daemon  # or Python could not end before it
+        self.said.append("started")
+
+    def cancel(self) -> None:
+        self.said.append("cancelled")
+
+
+def test_each_word_is_waited_for_anew(script: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one watchdog at a time, the last of which watches the end, too; none outlives the process."""
+    monkeypatch.setattr(Watchdog, "all", [])
+    monkeypatch.setattr("threading.Timer", Watchdog)
+    script("say('warning', 'fastlora: one')", "say('warning', 'fastlora: two')")
+    assert [one.seconds for one in Watchdog.all] == [trial.PATIENCE] * 3
+    assert all(one.said[:2] == ["started", "cancelled"] and not one.waits for one in Watchdog.all)
+    assert all(one.function.__name__ == "kill" for one in Watchdog.all)
+
+
+def test_no_file_is_left_open(script: Callable[..., Any]) -> None:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in trial._run_apart(TODO, torch.device("cpu"), 0.25, set()):
+            ...
+    assert found == []
+
+
+@pytest.mark.parametrize("python", ["", None])
+def test_where_python_does_not_know_itself(python: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a program that has Python in it."""
+    monkeypatch.setattr(sys, "executable", python)
+    ((kind, words),) = trial._run_apart(TODO, torch.device("cpu"), 0.25, set())
+    assert kind == "ended" and words.startswith("no process can be started: ")
+
+
+@pytest.mark.parametrize(("kind", "expected"), [("cpu", "_here"), ("cuda", "_apart")])
+def test_where_a_fault_ends_the_process_it_is_one_apart(
+    kind: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[str] = []
+    for place in ("_here", "_apart"):
+        monkeypatch.setattr(trial, place, lambda *_, place=place: places.append(place) or [[]])
+    assert list(trial._measured(TODO, torch.device(kind), 0.25, set())) == [[]]
+    assert places == [expected]
+
+
+def test_what_others_are_measured_with_is_known_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    learnt: list[Any] = []
+    monkeypatch.setattr(trial, "one_class", lambda problem, *_: [entry(0.5, problem.op)])
+    monkeypatch.setattr(trial.table, "learn", lambda *what: learnt.append(what))
+    todo = [one._replace(op=op) for one, op in zip(TODO, ("lora_linear", "frozen_linear"), strict=True)]
+    found = list(trial._here(todo, torch.device("cpu"), 0.25, set()))
+    assert found == [[entry(0.5, "lora_linear")], [entry(0.5, "frozen_linear")]]
+    assert learnt == [("cpu", found[1])]
 
 
 def test_what_is_tried_again_though_it_is_refused_ends_it(script: Callable[..., Any]) -> None:

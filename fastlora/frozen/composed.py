@@ -91,7 +91,7 @@ def choose(x: Tensor, weight: Tensor, rank: int, dropout: bool, backward: bool) 
         return PASSES
     case = table.rank_case(rank) + "_backward" * backward
     way = table.way("cpu", case, "cpu", x.dtype, max(rows, FEWEST_MEASURED), weight.numel(), dropout)
-    return way if way and offers(case, way, x.dtype, rows) else PASSES
+    return way if offers(case, way, x.dtype, rows) else PASSES
 
 
 def describe(x: Tensor, weight: Tensor, rank: int, dropout: bool) -> str:
