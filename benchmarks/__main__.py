@@ -1,10 +1,11 @@
-"""python -m benchmarks [lora_linear multi_lora prefix_concat step goals launch prompts] [--quick] [--json] [--out FOLDER] [--device cuda] [--no-gate]
+"""python -m benchmarks [VERB ...] [--quick] [--json] [--out FOLDER] [--device cuda] [--no-gate]
 
+The verbs are lora_linear, multi_lora, prefix_concat, step, goals, launch, prompts and families.
 Runs the tests of each operator named (all by default), and times it only if they are green: fastlora against the
 frozen layer alone, PEFT, PEFT under torch.compile, torch's products and the merged weight. `goals` fills the table of
 what fastlora wants to reach on this kind of device (on a CPU with a whole training step in its first rows: of random weights
 of SmolLM2-135M's shape, or of --model on --data), `launch` says what a call of a small layer costs the host; `prompts` in which settings soft prompts
-are right on a CPU, and what they cost there.
+are right on a CPU, and what they cost there; `families` that, DoRA, quantised bases and a mixture's experts.
 Exit codes: 0 done, 1 something was wrong and was not timed, 2 wrong arguments, 3 (goals) something broke
 this process: `--resume` goes on in another one, without it.
 """
@@ -25,6 +26,7 @@ import torch
 from . import gate
 from .card_goals import BARE_LINES, card_lines
 from .cases import OPERATORS, cases_of
+from .families import family_lines
 from .goals import Goal, layer_lines
 from .launch import launch_lines
 from .machine import Machine, results_folder, this_machine
@@ -49,7 +51,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--out", type=Path, default=None, help="where (default: benchmarks/results); implies --json")
     add("--device", default="cpu", help="cpu (default) or cuda")
     add("--no-gate", action="store_true", help="do not run the tests (each case is still checked)")
-    add("--readme", action="store_true", help="only print benchmarks/README.md's table of the newest result file")
+    add(
+        "--readme",
+        action="store_true",
+        help="only print benchmarks/README.md's table of the newest result file, of goals or families",
+    )
     add("--seconds", type=float, default=math.inf, help="goals: begin nothing after that long")
     add("--bare", action="store_true", help="goals on a card: three, of fastlora alone, as CUDA graphs")
     add("--model", help="goals on a CPU: the model of the training step, a folder or a hub id")
@@ -68,6 +74,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         parser.error(f"--device: got {arguments.device!r}, expected cpu or cuda")
+    if arguments.readme and {*arguments.operators} - {"goals", "families"}:
+        parser.error(
+            f"--readme: got {', '.join(arguments.operators)}, expected goals or families, whose tables are there"
+        )
     if arguments.bare and device.type == "cpu":
         parser.error("--bare: measures goals on a card: expected --device cuda")
     if arguments.data is not None and not arguments.data.is_file():
@@ -134,6 +144,10 @@ def _goal_lines(command: Command) -> dict[str, Line]:
     return dict(list(lines.items())[: QUICK_LINES if arguments.quick else None])
 
 
+def _only_on_a_cpu(lines: Callable[[], dict[str, Line]], command: Command) -> dict[str, Line]:
+    return lines() if command.machine.device == "cpu" and not command.arguments.quick else {}
+
+
 Lines = Callable[[Command], dict[str, Line]]
 Table = Callable[[Sequence[Any], Sequence[str]], str]  # of rows and notes
 
@@ -143,8 +157,11 @@ VERBS: dict[str, tuple[Lines, Table]] = {
     "step": (lambda command: step_lines(cases_of("step", command.device, command.arguments.quick)), step_table),
     "goals": (_goal_lines, goals_table),
     "launch": (lambda _: launch_lines(), goals_table),
-    "prompts": (lambda command: prompt_lines() if command.machine.device == "cpu" else {}, goals_table),
+    "prompts": (partial(_only_on_a_cpu, prompt_lines), goals_table),
+    "families": (partial(_only_on_a_cpu, family_lines), goals_table),
 }
+WITHIN = {"prompts"}
+"""What is measured by itself only where it is named: another verb has all of it."""
 
 
 def _measure(name: str, command: Command) -> int:
@@ -153,7 +170,8 @@ def _measure(name: str, command: Command) -> int:
     lines_of, table = VERBS[name]
     lines = lines_of(command)
     if not lines:
-        print(f"{name}: left out (--quick)", flush=True)
+        why = "--quick" if arguments.quick else "measured on a CPU only"
+        print(f"{name}: left out ({why})", flush=True)
         return 0
     file = "first" if arguments.bare and name == "goals" else name
     path = machine.path(arguments.out, file)
@@ -176,12 +194,12 @@ def _measure(name: str, command: Command) -> int:
     return int(len(record.begun) < len(lines) or bool(record.failed)) if whole else HUNG_CODE
 
 
-def _print_readme(device: torch.device, folder: Path) -> int:
-    """Print benchmarks/README.md's table of the newest result file of the goals on this kind of device; returns the exit code."""
-    contents = [json.loads(path.read_text()) for path in sorted(folder.glob("*-goals.json"))]
+def _print_readme(name: str, device: torch.device, folder: Path) -> int:
+    """Print benchmarks/README.md's table of the newest result file of that verb on this kind of device; returns the exit code."""
+    contents = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*-{name}.json"))]
     found = [content for content in contents if content["machine"].get("device", "cpu") == device.type]
     if not found:
-        _say(f"{folder} holds no goals: run python -m benchmarks goals --device {device.type} --json")
+        _say(f"{folder} holds no {name}: run python -m benchmarks {name} --device {device.type} --json")
         return 1
     print(goals_markdown([Goal(**row) for row in found[-1]["rows"]]))
     return 0
@@ -196,8 +214,9 @@ def main(argv: Sequence[str]) -> int:
         return exit_.code if isinstance(exit_.code, int) else 2
     device = torch.device(arguments.device)
     if arguments.readme:
-        return _print_readme(device, arguments.out)
-    names = [name for name in VERBS if name in (arguments.operators or VERBS)]
+        return max(_print_readme(name, device, arguments.out) for name in arguments.operators or ["goals"])
+    wanted = arguments.operators or VERBS.keys() - WITHIN
+    names = [name for name in VERBS if name in wanted]
     machine = this_machine(device)
     print(machine.line(), flush=True)
     green = [name for name in names if _is_green(name, device, arguments)]

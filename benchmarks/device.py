@@ -98,6 +98,18 @@ def clock_of(device: torch.device) -> Clock:
     return CudaClock(device) if device.type == "cuda" else HostClock(device)
 
 
+def reset_peak() -> None:
+    """Let this process's peak of resident memory be what it holds now, after free pages went back to the system.
+
+    Raises:
+        AttributeError: this is not glibc.
+        OSError: there is no /proc, or a container forbids it.
+    """
+    ctypes.CDLL(None).malloc_trim(0)
+    with open("/proc/self/clear_refs", "w") as refs:
+        refs.write("5")  # proc(5): resets the peak resident set size to its present value
+
+
 def peak_of_call(run: Run, device: torch.device) -> int | None:
     """Bytes that one warm call holds at its peak, beyond what was there before it and its scratch memory included.
 
@@ -112,11 +124,9 @@ def peak_of_call(run: Run, device: torch.device) -> int | None:
         wait_for(device)
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)
-        with open("/proc/self/clear_refs", "w") as refs:
-            refs.write("5")  # proc(5): resets the peak resident set size to its present value
+        reset_peak()
         before = resident("VmRSS")
         run(0)
         return resident("VmHWM") - before
-    except (AttributeError, OSError):  # no glibc, no /proc, or a container that forbids the reset
+    except (AttributeError, OSError):
         return None

@@ -2,12 +2,11 @@
 
 OLMoE and Mixtral with random weights, and the frozen model without adapters, whose backward is as long: what its embeddings give requires a gradient.
 The losses must agree, then the steps are timed in turn (fastlora/choice/clock.py). `beyond` is a step's peak memory less that of the frozen
-model's step: what the adapters cost. `FACTOR` and `SHARE` are the goals.
+model's step, in a process of its own each: what the adapters cost. `FACTOR` and `SHARE` are the goals.
 """
 
 import argparse
-import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,14 +14,19 @@ from typing import Any, NamedTuple
 import torch
 
 import fastlora
-from fastlora.choice.clock import HostClock, time_in_turn
+from fastlora.choice.clock import HostClock, Run, time_in_turn
 
 from .device import peak_of_call
+from .goals import Goal
 from .machine import this_machine
+from .session import Line, Session
+from .small_llama import TOLERANCE
+from .step import own_process, require_agreement
 
 FACTOR, SHARE = 2.0, 0.5
 """How many times as fast as PEFT a step should be, and how much of the memory that PEFT's adapters cost ours may."""
-TOLERANCE = {"float32": 1e-4, "bfloat16": 1e-2}  # of the loss, relative
+WAYS = ("peft", "frozen", "fastlora")
+SECONDS = 5.0  # of timing, a model in a dtype
 CPU = torch.device("cpu")
 
 
@@ -55,6 +59,11 @@ class Row(NamedTuple):
     peft_beyond: int | None
     fastlora_beyond: int | None
 
+    def share(self) -> float | None:
+        """The part of the memory that PEFT's adapters cost; None where the system does not tell it."""
+        theirs, ours = self.peft_beyond, self.fastlora_beyond
+        return None if theirs is None or ours is None or theirs <= 0 else ours / theirs
+
 
 def _olmoe(sizes: dict[str, Any], experts: int) -> Any:
     from transformers import OlmoeConfig, OlmoeForCausalLM
@@ -86,35 +95,52 @@ def _model(name: str, setting: Setting, dtype: str) -> Any:
     return MODELS[name](sizes, setting.experts).to(getattr(torch, dtype))
 
 
+def _way(name: str, dtype: str, setting: Setting, way: str) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    model = _model(name, setting, dtype)
+    if way == "frozen":
+        model.requires_grad_(False).enable_input_require_grads()
+        return model
+    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    adapter = LoraConfig(r=setting.r, target_modules=[], target_parameters=parameters, init_lora_weights=False)
+    torch.manual_seed(1)
+    peer = get_peft_model(model, adapter)
+    return fastlora.accelerate(peer) if way == "fastlora" else peer
+
+
+def _step(model: Any, setting: Setting) -> float:
+    ids = torch.randint(setting.vocabulary, (setting.batch, setting.tokens), generator=torch.Generator().manual_seed(2))
+    model.zero_grad()
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return float(loss.detach())
+
+
+def _bytes_of(name: str, dtype: str, setting: Setting, way: str) -> int | None:
+    """At the peak of one warm step of this process, beyond what was there before it."""
+    model = _way(name, dtype, setting, way)
+    _step(model, setting)
+    return peak_of_call(lambda _: _step(model, setting), CPU)
+
+
 def measure(name: str, dtype: str, setting: Setting, seconds: float) -> Row:
     """One model's row.
 
     Raises:
-        RuntimeError: fastlora's loss is not PEFT's.
+        StepError: fastlora's loss is not PEFT's.
     """
-    from peft import LoraConfig, get_peft_model
-
-    frozen = _model(name, setting, dtype).requires_grad_(False)
-    frozen.enable_input_require_grads()
-    parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    adapter = LoraConfig(r=setting.r, target_modules=[], target_parameters=parameters, init_lora_weights=False)
-    peer = get_peft_model(_model(name, setting, dtype), adapter)
-    ours = fastlora.accelerate(copy.deepcopy(peer))
-    ids = torch.randint(0, setting.vocabulary, (setting.batch, setting.tokens))
-
-    def step(model: Any) -> Any:
-        model.zero_grad()
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        return loss.item()
-
-    expected, found = step(peer), step(ours)
-    if not abs(found - expected) <= TOLERANCE[dtype] * abs(expected):
-        raise RuntimeError(f"{name}, {dtype}: fastlora's loss is {found}, PEFT's {expected}: nothing is timed")
-    models = {"peft": peer, "frozen": frozen, "fastlora": ours}
-    runs = {way: partial(lambda model, _: step(model), model) for way, model in models.items()}
+    models = {way: _way(name, dtype, setting, way) for way in WAYS}
+    losses = {way: _step(models[way], setting) for way in ("peft", "fastlora")}
+    require_agreement(losses, TOLERANCE[dtype], f"{name}, {dtype}")
+    runs: dict[str, Run] = {
+        way: partial(lambda model, _: _step(model, setting), model) for way, model in models.items()
+    }
     timed = time_in_turn(runs, HostClock(CPU), seconds)
-    peaks = {way: peak_of_call(run, CPU) for way, run in runs.items()}
+    peaks: dict[str, int | None] = {}
+    for way in WAYS:
+        with own_process() as process:
+            peaks[way] = process.submit(_bytes_of, name, dtype, setting, way).result()
 
     def beyond(way: str) -> int | None:
         peak, base = peaks[way], peaks["frozen"]
@@ -125,16 +151,44 @@ def measure(name: str, dtype: str, setting: Setting, seconds: float) -> Row:
     return Row(f"{name}, {dtype}", frozen_time, peft_time, own_time, factor, beyond("peft"), beyond("fastlora"))
 
 
+def expert_lines(setting: Setting = DEFAULT) -> dict[str, Line]:
+    """A line a model and dtype, by its title."""
+
+    def line(_: Session, name: str, dtype: str) -> Iterator[Goal]:
+        row, case = (
+            measure(name, dtype, setting, SECONDS),
+            f"{name}, {setting.experts} experts, {setting.batch} x {setting.tokens} tokens",
+        )
+        seconds = {"frozen": row.frozen, "peft": row.peft, "fastlora": row.fastlora}
+        yield Goal(
+            f"experts, LoRA r {setting.r}: times PEFT's step's speed, {dtype}", case, dtype, FACTOR, row.factor, 1.0,
+            at_least=True, seconds=seconds,
+        )  # fmt: skip
+        share = row.share()
+        if share is not None:
+            yield Goal(
+                f"experts, LoRA r {setting.r}: part of what PEFT's adapters take, {dtype}",
+                case,
+                dtype,
+                SHARE,
+                share,
+                1.0,
+            )
+
+    return {
+        f"experts, {name}, {dtype}": partial(line, name=name, dtype=dtype) for dtype in TOLERANCE for name in MODELS
+    }
+
+
 def shown(rows: Sequence[Row]) -> str:
     """As a table for people."""
     head = ("a training step", "frozen", "PEFT", "fastlora", "times PEFT's speed", "beyond: PEFT", "fastlora", "share")
     cells: list[tuple[str, ...]] = [head]
     for row in rows:
         times = [f"{1e3 * one:.1f} ms" for one in (row.frozen, row.peft, row.fastlora)]
-        theirs, ours = row.peft_beyond, row.fastlora_beyond
-        mebibytes = ["" if one is None else f"{one / 2**20:.1f} MiB" for one in (theirs, ours)]
-        share = "" if theirs is None or ours is None or theirs <= 0 else f"{ours / theirs:.2f}"
-        cells.append((row.name, *times, f"{row.factor:.2f}", *mebibytes, share))
+        mebibytes = ["" if one is None else f"{one / 2**20:.1f} MiB" for one in (row.peft_beyond, row.fastlora_beyond)]
+        share = row.share()
+        cells.append((row.name, *times, f"{row.factor:.2f}", *mebibytes, "" if share is None else f"{share:.2f}"))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 
@@ -142,7 +196,7 @@ def shown(rows: Sequence[Row]) -> str:
 def main(arguments: Sequence[str] | None = None, setting: Setting = DEFAULT) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.experts", description=__doc__)
     parser.add_argument("--dtype", nargs="+", choices=list(TOLERANCE), default=list(TOLERANCE))
-    parser.add_argument("--seconds", type=float, default=5.0, help="to time each model in each dtype")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help="to time each model in each dtype")
     given = parser.parse_args(arguments)
     rows = [measure(name, dtype, setting, given.seconds) for dtype in given.dtype for name in MODELS]
     print(this_machine(CPU).line())

@@ -60,7 +60,9 @@ class Machine:
     def write(self, folder: Path, name: str, command: Sequence[str], result: Mapping[str, Any]) -> Path:
         """Write what was found into its file, whole; returns it."""
         path = self.path(folder, name)
-        content = {"operator": name, "command": " ".join(command), "machine": self, **result}
+        # Where somebody's folders lie is nothing for a file that is shown to others.
+        told = " ".join(Path(word).name if Path(word).is_absolute() else word for word in command)
+        content = {"operator": name, "command": told, "machine": self, **result}
         path.parent.mkdir(parents=True, exist_ok=True)
         writing.whole(path, (json.dumps(content, indent=1, default=_plain) + "\n").encode())
         return path

@@ -1,7 +1,7 @@
 """Soft prompts, PEFT's and the same accelerated: in which settings each text's values are those of the text alone, and what a step and a token cost.
 
-Right is what a small model of random weights gives for each text alone, unpadded, its prompt in front by concatenation. Times are of a Llama of
-random weights, hidden size 576, 6 layers, and 100 rows of prompt, in turn; half of a row's 128 tokens have no label.
+Right is what a small model of random weights gives for each text alone, unpadded, its prompt in front by concatenation. Times are of the Llama of
+`small_llama.py` and 100 rows of prompt, in turn; half of a row's 128 tokens have no label.
 """
 
 import copy
@@ -17,18 +17,11 @@ from fastlora.choice.clock import Run, time_in_turn
 
 from .device import clock_of
 from .goals import Goal
-from .session import Line, Session, first_line
+from .session import Line, Session, first_line, seconds_of
+from .small_llama import ACCELERATED, ROWS, SECONDS, SIZES, TOKENS, TOLERANCE, base_model, make_batch, step, step_times
 from .step import own_process, require_agreement
 
-P, ROWS, TOKENS, TEMPLATE, OWN = 100, 8, 128, 200, 60
-SIZES: dict[str, Any] = {
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-}
+P, TEMPLATE, OWN = 100, 200, 60
 SMALL: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -42,11 +35,9 @@ SMALL: dict[str, Any] = {
 FEW = 5  # rows of a small model's prompt
 LENGTHS = (7, 11, 9)
 RIGHT = 1e-3  # of the largest logit
+LORA, EACH_ROW = "fastlora's LoRA r 16", "fastlora, each row"
 TIMES_FASTER = {"prompt tuning": 1.8, "prefix tuning": 1.5, "P-tuning": 1.5}
 OVER_LORA, SHARED_FASTER, SHARED_MEMORY, OVER_BARE = 1.25, 2.5, 0.5, 1.1
-LOSS_TOLERANCE = 1e-4
-SECONDS = 12.0  # of timing, a line
-ACCELERATED = {"loss": True, "fuse": True, "frozen": True}
 
 
 def _config(method: str, rows: int) -> Any:
@@ -67,12 +58,10 @@ def _config(method: str, rows: int) -> Any:
 METHODS = ("prompt tuning", "P-tuning", "multitask prompts", "prefix tuning", "cartridge")
 
 
-def _model(method: str, sizes: Mapping[str, Any], rows: int = P) -> Any:
+def _model(method: str, sizes: Mapping[str, Any], dtype: str, rows: int = P) -> Any:
     import peft
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.manual_seed(0)
-    base = LlamaForCausalLM(LlamaConfig(**sizes))
+    base = base_model(sizes, dtype)
     torch.manual_seed(1)
     model: Any = peft.get_peft_model(base, _config(method, rows))
     return model.train()
@@ -193,7 +182,7 @@ def _verdict(setting: str, model: Any, alone: _Alone) -> str:
 def _settings(session: Session, method: str) -> Iterator[Goal]:
     import fastlora
 
-    plain = _model(method, SMALL, FEW)
+    plain = _model(method, SMALL, "float32", FEW)
     if method != "multitask prompts":
         torch.manual_seed(3)
         plain.add_adapter("other", _config(method, FEW))
@@ -213,112 +202,82 @@ def _settings(session: Session, method: str) -> Iterator[Goal]:
     )  # fmt: skip
 
 
-def _batch(shared: int, tokens: int, unlabelled: int) -> dict[str, Tensor]:
-    ids = torch.randint(5, SIZES["vocab_size"], (ROWS, tokens), generator=torch.Generator().manual_seed(4))
-    ids[:, :shared] = ids[0, :shared]
-    labels = ids.clone()
-    labels[:, :unlabelled] = -100
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-
-def _step(model: Any, batch: Mapping[str, Tensor]) -> float:
-    loss = model(**batch).loss
-    loss.backward()
-    model.zero_grad()
-    return float(loss)
-
-
-def _seconds(session: Session, models: Mapping[str, Any], batch: Mapping[str, Tensor]) -> dict[str, float]:
-    """Of a step of each model, the first the baseline."""
-
-    def step(_: int, model: Any) -> None:
-        _step(model, batch)
-
-    runs: dict[str, Run] = {name: partial(step, model=model) for name, model in models.items()}
-    return {name: one.seconds for name, one in time_in_turn(runs, clock_of(session.device), SECONDS).items()}
-
-
-def _steps(session: Session, method: str) -> Iterator[Goal]:
+def _steps(session: Session, method: str, dtype: str) -> Iterator[Goal]:
     import fastlora
 
-    plain = _model(method, SIZES)
+    plain = _model(method, SIZES, dtype)
     models = {"peft": plain, "fastlora": fastlora.accelerate(copy.deepcopy(plain), **ACCELERATED)}
-    batch = _batch(0, TOKENS, TOKENS // 2)
-    losses = {name: _step(model, batch) for name, model in models.items()}
-    require_agreement(losses, LOSS_TOLERANCE, method)
-    models["fastlora's LoRA r 16"] = fastlora.accelerate(_model("LoRA", SIZES), **ACCELERATED)
-    seconds = _seconds(session, models, batch)
+    batch = make_batch(SIZES["vocab_size"], TOKENS, TOKENS // 2)
+    require_agreement({name: step(model, batch) for name, model in models.items()}, TOLERANCE[dtype], method)
+    models[LORA] = fastlora.accelerate(_model("LoRA", SIZES, dtype), **ACCELERATED)
+    times = step_times(session, models, batch)
     case = f"{ROWS} x {TOKENS} tokens, {P} rows of prompt"
-    faster = seconds["peft"] / seconds["fastlora"]
     yield Goal(
-        f"{method}: times PEFT's step's speed", case, "float32", TIMES_FASTER[method], faster, 1.0, at_least=True, seconds=seconds
+        f"{method}: times PEFT's step's speed, {dtype}", case, dtype, TIMES_FASTER[method], 1 / times["fastlora"].ratio, 1.0,
+        at_least=True, seconds=seconds_of(times),
     )  # fmt: skip
-    lora = seconds["fastlora's LoRA r 16"]
     goal = OVER_LORA if method == "prompt tuning" else None
-    yield Goal(
-        f"{method}: over fastlora's LoRA r 16",
-        case,
-        "float32",
-        goal,
-        seconds["fastlora"] / lora,
-        seconds["peft"] / lora,
-    )
+    ours, theirs = (times[who].ratio / times[LORA].ratio for who in ("fastlora", "peft"))
+    yield Goal(f"{method}: over {LORA}, {dtype}", case, dtype, goal, ours, theirs)
 
 
 WAYS: dict[str, dict[str, bool] | None] = {
     "peft": None,
     "fastlora": {**ACCELERATED, "share_prefix": True},
-    "fastlora, each row": ACCELERATED,
+    EACH_ROW: ACCELERATED,
 }
 
 
-def _lora(way: str) -> Any:
+def _lora(way: str, dtype: str) -> Any:
     import fastlora
 
-    model, options = _model("LoRA", SIZES), WAYS[way]
+    model, options = _model("LoRA", SIZES, dtype), WAYS[way]
     return model if options is None else fastlora.accelerate(model, **options)
 
 
-def _bytes_of(way: str) -> int | None:
+def _template_batch() -> dict[str, Tensor]:
+    return make_batch(SIZES["vocab_size"], TEMPLATE + OWN, TEMPLATE + OWN // 4, TEMPLATE)
+
+
+def _bytes_of(way: str, dtype: str) -> int | None:
     """What two steps take beyond the model, in this process."""
-    model = _lora(way)
+    model, batch = _lora(way, dtype), _template_batch()
     before = memory.peak(torch.device("cpu"))
     for _ in range(2):
-        _step(model, _batch(TEMPLATE, TEMPLATE + OWN, TEMPLATE + OWN // 4))
+        step(model, batch)
     after = memory.peak(torch.device("cpu"))
     return None if before is None or after is None else after - before
 
 
-def _shared(session: Session) -> Iterator[Goal]:
-    batch = _batch(TEMPLATE, TEMPLATE + OWN, TEMPLATE + OWN // 4)
-    models = {way: _lora(way) for way in WAYS}
-    require_agreement({way: _step(model, batch) for way, model in models.items()}, LOSS_TOLERANCE, "share_prefix")
-    seconds = _seconds(session, models, batch)
+def _shared(session: Session, dtype: str) -> Iterator[Goal]:
+    batch = _template_batch()
+    models = {way: _lora(way, dtype) for way in WAYS}
+    require_agreement({way: step(model, batch) for way, model in models.items()}, TOLERANCE[dtype], "share_prefix")
+    times = step_times(session, models, batch)
     case = f"{TEMPLATE} shared tokens, {ROWS} x {OWN} of their own"
-    each = {"fastlora, each row": seconds["peft"] / seconds["fastlora, each row"]}
     yield Goal(
-        "share_prefix, LoRA r 16: times PEFT's step's speed", case, "float32", SHARED_FASTER, seconds["peft"] / seconds["fastlora"],
-        1.0, at_least=True, seconds=seconds, rivals=each,
+        f"share_prefix, LoRA r 16: times PEFT's step's speed, {dtype}", case, dtype, SHARED_FASTER, 1 / times["fastlora"].ratio,
+        1.0, at_least=True, seconds=seconds_of(times), rivals={EACH_ROW: 1 / times[EACH_ROW].ratio},
     )  # fmt: skip
     found: dict[str, int | None] = {}
     for way in WAYS:
         with own_process() as process:
-            found[way] = process.submit(_bytes_of, way).result()
+            found[way] = process.submit(_bytes_of, way, dtype).result()
     if all(found.values()):
         parts = {way: some / found["peft"] for way, some in found.items()}  # type: ignore[operator]
-        rivals = {way: part for way, part in parts.items() if way not in ("peft", "fastlora")}
         yield Goal(
-            "share_prefix, LoRA r 16: part of the memory beyond the model", case, "float32", SHARED_MEMORY, parts["fastlora"], 1.0, rivals=rivals
+            f"share_prefix, LoRA r 16: part of the memory beyond the model, {dtype}", case, dtype, SHARED_MEMORY, parts["fastlora"], 1.0,
+            rivals={EACH_ROW: parts[EACH_ROW]},
         )  # fmt: skip
 
 
-def _token(session: Session) -> Iterator[Goal]:
+def _token(session: Session, dtype: str) -> Iterator[Goal]:
     """The first new token of one row of 32, and the bare model's with as many cached tokens as the prompt has rows."""
     from transformers import DynamicCache
 
     import fastlora
 
-    plain = _model("prompt tuning", SIZES).eval()
+    plain = _model("prompt tuning", SIZES, dtype).eval()
     models = {"peft": plain, "fastlora": fastlora.accelerate(copy.deepcopy(plain)).eval()}
     bare = plain.base_model
     ids = torch.randint(5, SIZES["vocab_size"], (1, P + 32), generator=torch.Generator().manual_seed(5))
@@ -338,17 +297,18 @@ def _token(session: Session) -> Iterator[Goal]:
         "bare": with_cache,
         **{name: partial(answer, model=model) for name, model in models.items()},
     }
-    times = time_in_turn(runs, clock_of(session.device), SECONDS / 4)
-    seconds = {name: one.seconds for name, one in times.items()}
-    over = {name: one / seconds["bare"] for name, one in seconds.items()}
+    times = time_in_turn(runs, clock_of(session.device), SECONDS / 2)
     yield Goal(
-        "a new token over the bare model's behind a cache", f"{P} rows of prompt", "float32", OVER_BARE, over["fastlora"], over["peft"],
-        seconds=seconds,
+        f"a new token over the bare model's behind a cache, {dtype}", f"{P} rows of prompt", dtype, OVER_BARE, times["fastlora"].ratio,
+        times["peft"].ratio, seconds=seconds_of(times),
     )  # fmt: skip
 
 
 def prompt_lines() -> dict[str, Line]:
-    """The settings of each method, and what has a goal, by their titles."""
+    """The settings of each method, and what has a goal in each dtype, by their titles."""
     lines: dict[str, Line] = {f"settings, {method}": partial(_settings, method=method) for method in METHODS}
-    lines |= {f"a step, {method}": partial(_steps, method=method) for method in TIMES_FASTER}
-    return {**lines, "what rows share": _shared, "a new token": _token}
+    for dtype in TOLERANCE:
+        lines |= {f"a step, {method}, {dtype}": partial(_steps, method=method, dtype=dtype) for method in TIMES_FASTER}
+        lines |= {f"what rows share, {dtype}": partial(_shared, dtype=dtype)}
+        lines |= {f"a new token, {dtype}": partial(_token, dtype=dtype)}
+    return lines

@@ -107,6 +107,7 @@ def _quantity(value: float | None, unit: str) -> str:
         "us": f"{value:.1f} us",
         "tokens/s": f"{value:,.0f} tokens/s",
         "cells": f"{value:.0f}",
+        "settings": f"{value:.0f}",
     }
     return exact.get(unit, f"{value:.2f}")
 
@@ -147,6 +148,11 @@ def _legend(goals: Sequence[Goal]) -> list[str]:
             "eager: launched by Python; CUDA graph: replayed. A name ending in 32: with float32 adapters under autocast, else they are bfloat16;"
             " reference, triton, cuda: fastlora forced to use that implementation",
             MEANINGS["addmm"],
+        ]
+    if all(one.frozen is None for one in goals):
+        return [
+            "goals: times PEFT's speed, a part of its memory, or time over that of what is named; medians timed in turn;"
+            " fastlora: PEFT's model as `accelerate` leaves it"
         ]
     return [
         "goals: time over the machine's limit, over the plain frozen layer, or over PEFT's training step, medians timed in turn;"

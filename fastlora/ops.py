@@ -61,8 +61,9 @@ for _schema in (
     " -> (Tensor embeds, Tensor attention_mask, Tensor position_ids, Tensor labels, Tensor source, int missing)",
     "prefix_concat_backward_now_cpu(Tensor dout, Tensor source, int[] prompts, int tokens, bool need_prompts, bool need_embeds)"
     " -> (Tensor dprompts, Tensor dembeds)",
-    # A number that changes with the elements of a weight: by it frozen/packed.py sees that one was written to.
-    "fingerprint_cpu(Tensor weight) -> int",
+    # A number that changes with the elements of a weight, with 256 of them or with all: by it frozen/packed.py and operators/dora_factor.py see
+    # that one was written to.
+    "fingerprint_cpu(Tensor weight, bool whole=False) -> int",
 ):
     library.define(_schema)
 

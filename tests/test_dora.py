@@ -108,7 +108,7 @@ def test_compiles_whole():
 
 
 def test_a_trained_magnitude_changes_the_result_and_the_norm_follows_the_adapter():
-    """Nothing is kept from one call to the next."""
+    """Nothing is kept from one step to the next."""
     model, labels = dora_model()
     peer = copy.deepcopy(model)
     fastlora.accelerate(model)

@@ -1,15 +1,18 @@
-// fingerprint_cpu: a number that changes with the elements of a weight, from 256 of them, spread over all of it.
+// fingerprint_cpu: a number that changes with the elements of a weight, from 256 of them, spread over all of it, or from every one.
 //
 // A packed copy of a weight is used only while the weight's own numbers stand still, and of many writes torch keeps no count (fused optimisers,
 // `.data`, numpy, another process). The weight is cut into SAMPLES pieces of equal length, row after row; of each piece one element is read, whose
 // place in it follows from the golden ratio, so that no column is favoured. A write to the whole weight passes only if it leaves every one of
-// them bit for bit as it was. A weight of no more elements than that is read whole.
+// them bit for bit as it was. A weight of no more elements than that is read whole. So are an adapter's A and B where `whole` asks for it, which
+// are small, and written to in any place: each change of one element gives another number, and two changes the same one by a chance of 2^-64.
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
 
 #include <cstring>
 #include <utility>
 
 #include "../check.h"
+#include "new_tensor.h"
 
 namespace fastlora {
 namespace {
@@ -50,7 +53,31 @@ uint64_t hash(const Matrix& matrix) {
   return sum;
 }
 
-int64_t fingerprint_cpu(const Tensor& weight) {  // [N, K]
+/// Of every element: eight sums side by side, each of every eighth word of eight bytes, so that no product waits for the one before.
+uint64_t hash_all(const char* data, int64_t bytes) {
+  constexpr int64_t SUMS = 8, WORD = sizeof(uint64_t);
+  uint64_t sums[SUMS];
+  for (int64_t i = 0; i < SUMS; ++i) sums[i] = PRIME + static_cast<uint64_t>(i);
+  const auto add = [](uint64_t& sum, uint64_t word) {
+    sum = (sum ^ word) * PRIME;
+    sum ^= sum >> 32;
+  };
+  int64_t at = 0;
+  for (; at + SUMS * WORD <= bytes; at += SUMS * WORD) {
+    uint64_t words[SUMS];
+    std::memcpy(words, data + at, sizeof words);
+    for (int64_t i = 0; i < SUMS; ++i) add(sums[i], words[i]);
+  }
+  for (int64_t i = 0; at < bytes; at += WORD, ++i) {
+    uint64_t word = 0;
+    std::memcpy(&word, data + at, static_cast<size_t>(bytes - at < WORD ? bytes - at : WORD));
+    add(sums[i], word);
+  }
+  for (int64_t i = 1; i < SUMS; ++i) add(sums[0], sums[i]);
+  return sums[0];
+}
+
+int64_t fingerprint_cpu(const Tensor& weight, bool whole) {  // [N, K]
   check_cpu(weight, "weight");
   check_shape(weight, "weight", {ANY, ANY});
   check_dtype(weight, "weight", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
@@ -61,6 +88,10 @@ int64_t fingerprint_cpu(const Tensor& weight) {  // [N, K]
     std::swap(matrix.row_stride, matrix.column_stride);
   }
   STD_TORCH_CHECK(matrix.data, "weight: got ", describe(weight), " without memory, expected a weight that can be read");
+  if (whole) {
+    const Tensor all = dense(weight);
+    return static_cast<int64_t>(hash_all(static_cast<const char*>(all.const_data_ptr()), all.numel() * all.element_size()));
+  }
   return static_cast<int64_t>(weight.element_size() == 4 ? hash<uint32_t>(matrix) : hash<uint16_t>(matrix));
 }
 

@@ -2,13 +2,17 @@
 
 The equation and its gradient are fastlora/reference.py::dora_factor and dora_factor_backward. W + s B A is never there as a whole: a few rows at a
 time are added up, squared and summed in a cache. That reads W once, as the sum of ‖W‖², 2 s W Aᵀ Bᵀ and s² B A Aᵀ Bᵀ would, without its
-cancellation where an adapter takes away what W has, and without anything kept that could be stale.
+cancellation where an adapter takes away what W has.
+
+A layer that answers one token after the other asks for the same norms each time, and keeps them where it runs without gradients on a CPU. Before each
+use W is looked at as frozen/packed.py looks at a weight that has a copy, and A and B, which are what training writes to, in every element.
 """
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastlora import checks, ops
 from fastlora.checks import wrong
@@ -86,6 +90,55 @@ def apply(magnitude: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, sca
             return DoRAFactorFunction.apply(magnitude, weight, lora_a, lora_b, scale)
         with torch.no_grad():
             return compute(magnitude, weight, lora_a, lora_b, scale)[0]
+
+
+_fingerprint = ops.native("fingerprint_cpu")
+_steps = 0
+
+
+@torch._disable_dynamo
+def _count_step(*_: Any) -> None:
+    """After every step of every optimiser: fused ones write what no version counts, and perhaps little of a weight."""
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class KeptNorm:
+    """The norms of one layer's W + s B A as they were computed last, and what W, s, A and B were then."""
+
+    def __init__(self) -> None:
+        self.found: tuple[tuple[Any, ...], Tensor] | None = (
+            None  # state, norm [N]: written and read in one piece, by any thread
+        )
+
+
+def _state_of(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> tuple[Any, ...] | None:
+    """What shows that one of them was written to; None where nothing would."""
+    tensors = weight, lora_a, lora_b
+    if _fingerprint is None or not is_eager(*tensors) or any(one.is_inference() for one in tensors):
+        return None
+    if any(one.device.type != "cpu" or one.dtype not in ops.KERNEL_DTYPES for one in tensors):
+        return None
+    seen = *((one.data_ptr(), one._version) for one in tensors), *(_fingerprint(one, True) for one in (lora_a, lora_b))
+    return _steps, ops.forced, scale, seen, _fingerprint(weight)
+
+
+def apply_kept(
+    kept: KeptNorm, magnitude: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float
+) -> Tensor:
+    """`apply`; without gradients the norms are kept until W, s, A or B change. What passes is a write to a part of W, as frozen/packed.py tells."""
+    state = None if torch.is_grad_enabled() else _state_of(weight, lora_a, lora_b, scale)
+    if state is None or not is_eager(magnitude, weight):
+        return apply(magnitude, weight, lora_a, lora_b, scale)
+    if kept.found is not None and kept.found[0] == state:
+        norm = kept.found[1]
+        return magnitude.to(norm.dtype) / norm
+    factor, norm = compute(magnitude, weight, lora_a, lora_b, scale)
+    kept.found = state, norm
+    return factor
 
 
 def dora_factor(

@@ -44,7 +44,8 @@ def _updated(plans: Sequence[Plan], x: Tensor, cast: torch.dtype | None) -> Sequ
 
 
 def _factor(plan: Plan) -> Tensor:
-    return dora_factor.apply(plan.magnitude[0], plan.linear_weight, plan.lora_a[0], plan.lora_b[0], plan.scale[0])
+    given = plan.magnitude[0], plan.linear_weight, plan.lora_a[0], plan.lora_b[0], plan.scale[0]
+    return dora_factor.apply_kept(plan.norm, *given)
 
 
 def _with_dropout(plan: Plan, x: Tensor, cast: torch.dtype | None) -> Tensor:

@@ -112,10 +112,12 @@ class Fused(_Layer):
     # What a layer knows would keep the weights alive that PEFT replaces or moves. It writes into the base weight through `.data`.
 
     def merge(self, *args: Any, **kwargs: Any) -> None:
+        known.forget(self)
         with packed.rewriting(self.base_layer):
             super().merge(*args, **kwargs)
 
     def unmerge(self) -> None:
+        known.forget(self)
         with packed.rewriting(self.base_layer):
             super().unmerge()
 
@@ -174,7 +176,7 @@ def _compute_updates(
     plans: Sequence[Plan], x: Tensor, used: Sequence[str], names: known.AdapterNames
 ) -> Sequence[Tensor]:
     """The same without biases that are trained."""
-    weight, bias, transposed, lora_a, lora_b, scale, dropout_p, magnitude, _ = plans[0]
+    weight, bias, transposed, lora_a, lora_b, scale, dropout_p, magnitude, *_ = plans[0]
     cast = checks.autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
     if magnitude:
         return composed.compute_dora(plans, x, cast)

@@ -21,6 +21,7 @@ from fastlora.checks import is_hooked
 from fastlora.choice.table import name_of
 from fastlora.frozen import packed
 from fastlora.frozen.quantised import QuantisedWeight
+from fastlora.operators.dora_factor import KeptNorm
 from fastlora.peft import probing, quantised
 
 GLOBAL_HOOKS = (
@@ -71,6 +72,7 @@ class Plan(NamedTuple):
     scale: list[float]
     dropout_p: list[float]
     magnitude: list[Tensor]  # m [N] of the one adapter, if that is a DoRA; none else
+    norm: KeptNorm  # of that DoRA: kept as long as the plan is
     added: list[
         tuple[Tensor, float]
     ]  # biases [N] that may be trained, and what each is multiplied by before it is added to the result
@@ -100,7 +102,7 @@ def plan_of_base(layer: nn.Module) -> Plan | str:
             return found
         if found is not None:
             hooked = is_hooked(base)
-            plan = Plan(found.weight(), base.bias, False, [], [], [], [], [], [])
+            plan = Plan(found.weight(), base.bias, False, [], [], [], [], [], KeptNorm(), [])
             return "the base layer carries a hook" if hooked else plan
     if not plain and not probing.is_linear(base):
         return f"the base layer is a {type(base).__name__}"
@@ -110,7 +112,9 @@ def plan_of_base(layer: nn.Module) -> Plan | str:
     if obstacle is None and is_hooked(base):
         return "the base layer carries a hook"
     trained = [(bias, 1.0)] if is_trained else []
-    return obstacle or Plan(weight, None if is_trained else bias, isinstance(base, Conv1D), [], [], [], [], [], trained)
+    return obstacle or Plan(
+        weight, None if is_trained else bias, isinstance(base, Conv1D), [], [], [], [], [], KeptNorm(), trained
+    )
 
 
 def adapter_of(layer: nn.Module, adapter: str) -> tuple[Any, Any, Any]:
