@@ -97,10 +97,10 @@ def is_adapter(folder: str | Path) -> bool:
 
 
 METHODS = (
-    *("LORA", "IA3", "LN_TUNING", "TRAINABLE_TOKENS"),
+    *("LORA", "IA3", "LN_TUNING", "TRAINABLE_TOKENS", "BOTTLENECK"),
     *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "CARTRIDGE"),
 )
-"""PEFT's names of what is read here."""
+"""PEFT's names of what is read here, and that of bottleneck.py's adapters, which PEFT has none of."""
 
 
 def read_config(file: Path) -> Any:
@@ -119,9 +119,12 @@ def read_config(file: Path) -> Any:
     if method not in METHODS:
         wanted = ", ".join(map(repr, METHODS))
         raise AdapterError(file, "peft_type", f"expected one of {wanted}, got {shown(method)}")
-    from peft import PEFT_TYPE_TO_CONFIG_MAPPING, PeftType  # takes seconds to import
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING  # takes seconds to import
 
-    config_class: Any = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method)]
+    import fastlora.bottleneck  # noqa: F401  (enters its adapters there)
+
+    by_name: dict[str, Any] = {one.value: config for one, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    config_class = by_name[method]
     types_of = _json_types(config_class)
     unknown = sorted(values.keys() - types_of.keys())
     if unknown:  # written by another PEFT
@@ -194,6 +197,8 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank_pattern": (lambda ranks: all(map(_is_rank, (ranks or {}).values())), f"ranks from 1 to {LARGEST_RANK:,}"),
     "lora_alpha": (is_number, "a number that float32 holds"),
     "alpha_pattern": (lambda alphas: all(map(is_number, (alphas or {}).values())), "numbers that float32 holds"),
+    "reduction_factor": (_is_rank, f"a number from 1 to {LARGEST_RANK:,}"),
+    "scaling": (lambda value: value is None or is_number(value), "a number that float32 holds"),
     "lora_dropout": (lambda p: 0 <= p < 1, "a probability of at least 0 and less than 1"),
     "trainable_token_indices": (_are_tokens, "tokens, 0 or more"),
     "token_indices": (_are_tokens, "tokens, 0 or more"),

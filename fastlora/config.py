@@ -10,14 +10,27 @@ from fastlora.data.rows import Truncation
 from fastlora.typed import check_fields, is_finite, shown
 
 Method = Literal[
-    "lora", "dora", "prompt", "prefix", "ptuning", "cartridge", "ia3", "norm", "tokens", "bitfit", "full", "peft"
+    "lora",
+    "dora",
+    "prompt",
+    "prefix",
+    "ptuning",
+    "cartridge",
+    "ia3",
+    "adapter",
+    "norm",
+    "tokens",
+    "bitfit",
+    "full",
+    "peft",
 ]
 Dtype = Literal["auto", "float32", "bfloat16"]
 PromptInit = Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"]
+NonLinearity = Literal["relu", "gelu", "swish", "tanh"]
 DEFAULT_LR: dict[Method, float] = {
     **{"lora": 2e-4, "dora": 2e-4, "peft": 2e-4, "full": 2e-5},
     **{"prompt": 1e-2, "prefix": 1e-2, "ptuning": 1e-3, "cartridge": 1e-3},
-    **{"ia3": 5e-3, "norm": 1e-3, "tokens": 1e-3, "bitfit": 1e-3},
+    **{"ia3": 5e-3, "adapter": 3e-4, "norm": 1e-3, "tokens": 1e-3, "bitfit": 1e-3},
 }
 """AdamW's; soft prompts and scales want far more than a matrix does (Lester et al. 2021 train a prompt at 0.3, with Adafactor)."""
 DEFAULT_R = 16
@@ -29,7 +42,8 @@ OPTIONS_OF: dict[str, tuple[Method, ...]] = {
     **dict.fromkeys(
         ("r", "lora_alpha", "lora_dropout", "use_rslora"), (*RANKED, "full")
     ),  # full has always taken them, and has no use for them
-    "target_modules": (*RANKED, "ia3", "norm"),
+    "target_modules": (*RANKED, "ia3", "adapter", "norm"),
+    **dict.fromkeys(("reduction_factor", "non_linearity", "is_parallel", "scaling"), ("adapter",)),
     "num_virtual_tokens": PROMPTS,
     **dict.fromkeys(("prompt_tuning_init", "prompt_tuning_init_text"), ("prompt",)),
     "prefix_projection": ("prefix",),
@@ -73,8 +87,8 @@ class TrainConfig:
         "Folder for the adapter, metrics.jsonl, loss.png, summary.json and checkpoints/.", typed=Path
     )
     method: Method = option(
-        "What is trained: an adapter (lora, dora, ia3), a soft prompt (prompt, prefix, ptuning, cartridge), a part of the model (norm, tokens,"
-        " bitfit), the whole of it (full), or what peft_config says (peft).",
+        "What is trained: an adapter (lora, dora, ia3; adapter: a bottleneck behind each sublayer), a soft prompt (prompt, prefix, ptuning,"
+        " cartridge), a part of the model (norm, tokens, bitfit), the whole of it (full), or what peft_config says (peft).",
         "lora",
     )
     peft_config: str | Path | None = option(
@@ -87,6 +101,10 @@ class TrainConfig:
     target_modules: str | list[str] = option(  # as PEFT: a str is all-linear or a regular expression
         "all-linear, names with commas (q_proj,v_proj), or a regular expression.", "all-linear", typed=str
     )
+    reduction_factor: int = option("The model's width over a bottleneck adapter's.", 16)
+    non_linearity: NonLinearity = option("Of a bottleneck adapter.", "swish")
+    is_parallel: bool = option("Put bottleneck adapters beside the MLPs, not behind attention and MLPs.", False)
+    scaling: float | None = option("What they give is scaled by it. [default: 1, and 4 where they are parallel]", None)
     num_virtual_tokens: int = option("Length of a soft prompt, in tokens.", 20)
     prompt_tuning_init: PromptInit = option(
         "What a prompt begins as: RANDOM numbers, tokens drawn from the vocabulary, or those of a TEXT.", "SAMPLE_VOCAB"
@@ -194,7 +212,7 @@ class TrainConfig:
 
     def _check_numbers(self) -> None:
         counts = ("epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "save_steps", "resume_from")
-        allocated = ("r", "num_virtual_tokens", "encoder_hidden_size")
+        allocated = ("r", "reduction_factor", "num_virtual_tokens", "encoder_hidden_size")
         for name in (*counts, *allocated, "max_length"):
             value, least = getattr(self, name), 2 if name == "max_length" else 1
             most = LARGEST_RANK if name in allocated else MOST
@@ -208,8 +226,10 @@ class TrainConfig:
         for name in ("lr", "lora_alpha", "weight_decay", "max_grad_norm"):
             if not (is_finite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name}={shown(getattr(self, name))}: expected a finite number, 0 or more")
-        if not is_number(self.lora_alpha):
-            raise ValueError(f"lora_alpha={shown(self.lora_alpha)}: expected a number that float32 holds")
+        for name in ("lora_alpha", "scaling"):
+            value = getattr(self, name)
+            if value is not None and not is_number(value):
+                raise ValueError(f"{name}={shown(value)}: expected a number that float32 holds")
         if not 0 <= self.seed < SEEDS:
             raise ValueError(f"seed={shown(self.seed)}: expected 0 to {SEEDS - 1}")
         if self.pack_budget is not None and not 0 <= self.pack_budget < 2**63:

@@ -63,7 +63,7 @@ def merge(
         BlockingIOError: a training or another merge writes into it.
         ValueError: the output folder is the adapter's or the base's, or in it or around it; the adapter makes some weight infinite or NaN.
         AdapterError: the adapter's files are not what they should be.
-        TypeError: the adapter has layers whose update is no sum (DoRA and other variants).
+        TypeError: the adapter has layers whose update is no sum (DoRA and other variants), or is a soft prompt or a bottleneck adapter.
         OSError: something is not there, or the disk is full.
         MergeError: the written model is not the merged one.
     """
@@ -162,8 +162,11 @@ def fold(peft_model: Any) -> tuple[Any, Errors]:
 
     Raises:
         ValueError: some weight would become infinite or NaN.
-        TypeError: a layer's update is no sum (DoRA and other variants), or its weight is quantised.
+        TypeError: a layer's update is no sum (DoRA and other variants), or its weight is quantised; the adapter is none of weights: a soft prompt,
+            or a bottleneck.
     """
+    if any(config.is_prompt_learning for config in peft_model.peft_config.values()):
+        raise TypeError("adapter: a soft prompt cannot be merged: it stands before the tokens, and changes no weight")
     base = peft_model.get_base_model()
     configs = {id(config): config for config in (base.config, base.config.get_text_config())}.values()
     flags = [(config, config.tie_word_embeddings) for config in configs if hasattr(config, "tie_word_embeddings")]

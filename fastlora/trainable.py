@@ -132,7 +132,8 @@ def peft_config(model: Any, config: TrainConfig) -> Any:
     """PEFT's configuration of the method.
 
     Raises:
-        ValueError: a name in target_modules matches nothing; a token has no row in the model's embedding; peft_config is no file of PEFT's.
+        ValueError: a name in target_modules matches nothing; no sublayer has a name that is known; a token has no row in the model's embedding;
+            peft_config is no file of PEFT's.
         OSError: peft_config is not there.
     """
     import peft
@@ -151,6 +152,15 @@ def peft_config(model: Any, config: TrainConfig) -> Any:
         if config.method == "norm":
             return peft.LNTuningConfig(target_modules=named or _norms(model), **options)
         return _ia3_config(model, named, options)
+    if config.method == "adapter":
+        from fastlora.bottleneck import BottleneckConfig, sublayers
+
+        whole = config.target_modules == "all-linear"
+        named = sublayers(model, config.is_parallel) if whole else targets(model, config.target_modules)
+        options |= {
+            one: getattr(config, one) for one in ("reduction_factor", "non_linearity", "is_parallel", "scaling")
+        }
+        return BottleneckConfig(target_modules=named, **options)
     if config.method == "tokens":
         rows, most = model.get_input_embeddings().weight.shape[0], max(config.token_indices or [0])
         if most >= rows:

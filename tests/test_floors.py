@@ -25,7 +25,7 @@ FLOORS = (
     ("operators",),
     ("choice.measure",),
     ("functional", "choice.trial"),
-    ("layers", "language_model_loss", "fusion"),
+    ("bottleneck", "layers", "language_model_loss", "fusion"),
     ("model_loss", "sharing"),
     ("peft",),
     ("fastlora",),  # the package itself

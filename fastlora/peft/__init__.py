@@ -21,7 +21,7 @@ What swaps the model's loss, what stands between its layers, or what its rows sh
 
 import functools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from peft import PeftModelForCausalLM
@@ -29,7 +29,8 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from fastlora import fusion, model_loss, ops, sharing
+from fastlora import bottleneck, fusion, model_loss, ops, sharing
+from fastlora.bottleneck import BottleneckLayer
 from fastlora.checks import is_hooked
 from fastlora.choice import table, trial
 from fastlora.frozen import packed
@@ -45,7 +46,7 @@ __all__ = ["FrozenLinear", "FusedLinear", "LayerReport", "Report", "accelerate",
 def _frozen_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that are, or may become, a FrozenLinear: frozen, plain, and not part of an adapter."""
     adapters = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    inside = {part for adapter in adapters for part in adapter.modules()}
+    inside = {part for adapter in adapters for part in _parts(adapter)}
     layers = [module for module in model.modules() if type(module) in (nn.Linear, FrozenLinear)]
     return [
         layer
@@ -56,6 +57,11 @@ def _frozen_layers(model: nn.Module) -> list[nn.Module]:
             or (obstacles.weight_obstacle(layer.weight, layer.bias) is None and not is_hooked(layer))
         )
     ]
+
+
+def _parts(adapter: nn.Module) -> Iterable[nn.Module]:
+    """What an adapter's layer is made of. A bottleneck adapter stands around a whole sublayer, whose layers are the model's."""
+    return bottleneck.own_parts(adapter) if isinstance(adapter, BottleneckLayer) else adapter.modules()
 
 
 LEFT = "; frozen=True, fuse=True and loss=True speed up the rest of the model"
@@ -122,7 +128,11 @@ def accelerate(
     budget = packed.Budget(pack_budget)
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     plain = _frozen_layers(model) if frozen else []
-    adapted = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    adapted = [
+        module
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, BottleneckLayer)
+    ]
     prompted = [module for module in model.modules() if prompts.is_prompted(module)]
     more = bool(prompted) or loss or fuse or share_prefix
     if not adapted and not frozen and not more:

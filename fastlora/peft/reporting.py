@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastlora import fusion, model_loss, ops, sharing
+from fastlora.bottleneck import BottleneckLayer
 from fastlora.frozen import composed, products
 from fastlora.operators import frozen_linear, lora_linear
 from fastlora.packing import is_compiled
@@ -17,6 +18,9 @@ from fastlora.peft import experts, obstacles, prompts, scaled, siblings
 from fastlora.peft.layers import OWN_FORWARD, SEEN, FrozenLinear, Seen, frozen_base
 
 ROWS_BEFORE_ANY_CALL = 512
+BOTTLENECK = (
+    "a bottleneck adapter around a sublayer, two small products in plain PyTorch; the sublayer's parts are told apart"
+)
 NOT_OBSERVED = "compiled: not observed"
 
 
@@ -72,6 +76,8 @@ def layers(model: nn.Module) -> list[LayerReport]:
             found.append(LayerReport(name, around.implementation, told))
         elif isinstance(module, (LoraLayer, FrozenLinear)):
             found.append(LayerReport(name, *_explain(module, compiled)))
+        elif isinstance(module, BottleneckLayer):
+            found.append(LayerReport(name, "reference", BOTTLENECK))
         elif isinstance(module, BaseTunerLayer) and not name.endswith(".token_adapter"):  # trainable_token_indices
             found.append(LayerReport(name, *scaled.describe(module)))
         for key, what in ((prompts.KEY, "prompt"), (sharing.KEY, "share_prefix")):
