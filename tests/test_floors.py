@@ -31,7 +31,7 @@ FLOORS = (
     ("fastlora",),  # the package itself
     ("adapters", "data", "checkpoint", "metrics", "environment"),
     ("config", "models"),
-    ("generation", "steps"),
+    ("generation", "steps", "course"),
     ("evaluation", "merge", "trainable"),
     ("train",),
     ("demo", "comparison"),
