@@ -34,7 +34,7 @@ FLOORS = (
     ("generation", "steps", "course"),
     ("evaluation", "merge", "trainable"),
     ("train",),
-    ("demo", "comparison"),
+    ("demo", "comparison", "sweep"),
     ("benchmarks",),
     ("cli",),
     ("__main__",),
