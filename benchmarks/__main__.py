@@ -1,10 +1,11 @@
-"""python -m benchmarks [lora_linear multi_lora prefix_concat step goals launch prompts] [--quick] [--json] [--out FOLDER] [--device cuda] [--no-gate]
+"""python -m benchmarks [lora_linear multi_lora prefix_concat step goals launch prompts sweep]
+    [--quick] [--json] [--out FOLDER] [--device cuda] [--no-gate]
 
 Runs the tests of each operator named (all by default), and times it only if they are green: fastlora against the
 frozen layer alone, PEFT, PEFT under torch.compile, torch's products and the merged weight. `goals` fills the table of
 what fastlora wants to reach on this kind of device (on a CPU with a whole training step in its first rows: of random weights
 of SmolLM2-135M's shape, or of --model on --data), `launch` says what a call of a small layer costs the host; `prompts` in which settings soft prompts
-are right on a CPU, and what they cost there.
+are right on a CPU, and what they cost there; `sweep` what adapters gain that are trained in one batch.
 Exit codes: 0 done, 1 something was wrong and was not timed, 2 wrong arguments, 3 (goals) something broke
 this process: `--resume` goes on in another one, without it.
 """
@@ -34,6 +35,7 @@ from .operators import measure_operator
 from .prompts import prompt_lines
 from .session import HUNG_CODE, OUT_OF_TIME, Line, Record, measure_lines
 from .step import step_lines
+from .sweep import sweep_lines, sweep_table
 from .table import goals_markdown, goals_table, operator_table, step_table
 
 QUICK_SECONDS = 4.0
@@ -144,6 +146,7 @@ VERBS: dict[str, tuple[Lines, Table]] = {
     "goals": (_goal_lines, goals_table),
     "launch": (lambda _: launch_lines(), goals_table),
     "prompts": (lambda command: prompt_lines() if command.machine.device == "cpu" else {}, goals_table),
+    "sweep": (lambda command: sweep_lines(command.arguments.quick), sweep_table),
 }
 
 
