@@ -1,11 +1,12 @@
 """python -m benchmarks [VERB ...] [--quick] [--json] [--out FOLDER] [--device cuda] [--no-gate]
 
-The verbs are lora_linear, multi_lora, prefix_concat, step, goals, launch, prompts and families.
+The verbs are lora_linear, multi_lora, prefix_concat, step, goals, launch, prompts, families and sweep.
 Runs the tests of each operator named (all by default), and times it only if they are green: fastlora against the
 frozen layer alone, PEFT, PEFT under torch.compile, torch's products and the merged weight. `goals` fills the table of
 what fastlora wants to reach on this kind of device (on a CPU with a whole training step in its first rows: of random weights
 of SmolLM2-135M's shape, or of --model on --data), `launch` says what a call of a small layer costs the host; `prompts` in which settings soft prompts
-are right on a CPU, and what they cost there; `families` that, DoRA, quantised bases and a mixture's experts.
+are right on a CPU, and what they cost there; `families` that, DoRA, quantised bases and a mixture's experts; `sweep` what adapters gain that are
+trained in one batch.
 Exit codes: 0 done, 1 something was wrong and was not timed, 2 wrong arguments, 3 (goals) something broke
 this process: `--resume` goes on in another one, without it.
 """
@@ -36,6 +37,7 @@ from .operators import measure_operator
 from .prompts import prompt_lines
 from .session import HUNG_CODE, OUT_OF_TIME, Line, Record, measure_lines
 from .step import step_lines
+from .sweep import sweep_lines, sweep_table
 from .table import goals_markdown, goals_table, operator_table, step_table
 
 QUICK_SECONDS = 4.0
@@ -159,6 +161,7 @@ VERBS: dict[str, tuple[Lines, Table]] = {
     "launch": (lambda _: launch_lines(), goals_table),
     "prompts": (partial(_only_on_a_cpu, prompt_lines), goals_table),
     "families": (partial(_only_on_a_cpu, family_lines), goals_table),
+    "sweep": (lambda command: sweep_lines(command.arguments.quick), sweep_table),
 }
 WITHIN = {"prompts"}
 """What is measured by itself only where it is named: another verb has all of it."""

@@ -53,8 +53,8 @@ class Material:
         return [{"prompt": "\n\n".join(one.prompt for one in row), "completion": row[-1].completion} for row in rows]
 
 
-def save_random(name: str, folder: Path) -> None:
-    """A Llama of one of SIZES, with the shipped tokenizer."""
+def save_random(name: str, folder: Path, **more: Any) -> None:
+    """A Llama of one of SIZES, but for what `more` says, with the shipped tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
     from fastlora.demo import BASE_MODEL
@@ -62,7 +62,7 @@ def save_random(name: str, folder: Path) -> None:
     torch.manual_seed(0)
     tokenizer: Any = AutoTokenizer.from_pretrained(BASE_MODEL)
     tokens = {which: getattr(tokenizer, which) for which in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    AutoModelForCausalLM.from_config(LlamaConfig(**SIZES[name], **tokens)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(LlamaConfig(**{**SIZES[name], **tokens, **more})).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 

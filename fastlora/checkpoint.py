@@ -131,7 +131,7 @@ def verify(path: Path) -> None:
         raise CheckpointError(
             f"{path / MANIFEST} is missing: the checkpoint is damaged, or of an earlier version of fastlora, which wrote none"
         )
-    manifest = _read_json(path / MANIFEST)
+    manifest = read_json(path / MANIFEST)
     step: Any = manifest.get("step")
     digests: Any = manifest.get("files")
     # Written anew it has the same bytes, or some have changed.
@@ -169,7 +169,12 @@ def _manifest(step: int, digests: dict[str, str]) -> bytes:
     return (json.dumps({**content, "sha256": own}, indent=2) + "\n").encode()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a checkpoint's file.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no object.
+    """
     try:
         return reading.json_file(path)
     except (OSError, ValueError) as error:
@@ -177,7 +182,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_training(path: Path) -> Training:
-    content = _read_json(path)
+    content = read_json(path)
     names = {field.name for field in fields(Training)}
     for name in sorted(content.keys() ^ names):
         raise CheckpointError(f"{path}: {'no key' if name in names else 'unknown key'} {shown(name)}")
@@ -188,42 +193,83 @@ def _read_training(path: Path) -> Training:
 
 
 def _read_state(path: Path, processes: int) -> dict[str, Any]:
+    state = load_state(path, *sorted(STATE))
+    check_course(f"{path}", state)
+    check_generators(path, state["rng"], processes)
+    check_tuned(path, state["tuned"])
+    return state
+
+
+def load_state(path: Path, *keys: str) -> dict[str, Any]:
+    """The state in a file of torch's, which has these keys; what they hold is unchecked.
+
+    Raises:
+        CheckpointError: it cannot be read, or has other keys.
+    """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch, zipfile and pickle raise what they like
         raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-    _require_keys(f"{path}", state, *sorted(STATE))
-    optimizer, rng = state["optimizer"], state["rng"]
-    _require_keys(f"{path}: optimizer", optimizer, "state", "param_groups")
+    require_keys(f"{path}", state, *keys)
+    return state
+
+
+def check_course(where: str, state: Mapping[str, Any]) -> None:
+    """
+    state: has optimizer and scheduler.
+
+    Raises:
+        CheckpointError: they are no states of an optimiser and of a schedule; the message begins with `where`.
+    """
+    optimizer = state["optimizer"]
+    require_keys(f"{where}: optimizer", optimizer, "state", "param_groups")
     for name, value, hint, expected in (
-        ("optimizer.state", optimizer["state"], dict[int, dict[str, Tensor]], "tensors by parameter and name"),
-        ("optimizer.param_groups", optimizer["param_groups"], list[dict[str, Any]], "a list of groups"),
-        ("tuned", state["tuned"], dict[str, list[list[Any]]], "measurements by device"),
+        ("state", optimizer["state"], dict[int, dict[str, Tensor]], "tensors by parameter and name"),
+        ("param_groups", optimizer["param_groups"], list[dict[str, Any]], "a list of groups"),
     ):
         if not fits(value, hint):
-            raise CheckpointError(f"{path}: {name}: expected {expected}")
+            raise CheckpointError(f"{where}: optimizer.{name}: expected {expected}")
     if not fits(state["scheduler"], dict[str, Any]):
-        raise CheckpointError(f"{path}: scheduler: expected a state, got {shown(state['scheduler'])}")
+        raise CheckpointError(f"{where}: scheduler: expected a state, got {shown(state['scheduler'])}")
+
+
+def check_generators(path: Path, rng: Any, processes: int) -> None:
+    """
+    Raises:
+        CheckpointError: `set_rng_state` cannot take what there is for each process.
+    """
     if not isinstance(rng, list) or len(rng) != processes:
         raise CheckpointError(f"{path}: rng: expected a list of {processes}, one a process")
     for number, one in enumerate(rng):
         _check_rng(f"{path}: rng[{number}]", one)
-    for entry in chain.from_iterable(state["tuned"].values()):
+
+
+def check_tuned(path: Path, tuned: Any) -> None:
+    """
+    Raises:
+        CheckpointError: `table.load_state` cannot take it.
+    """
+    if not fits(tuned, dict[str, list[list[Any]]]):
+        raise CheckpointError(f"{path}: tuned: expected measurements by device")
+    for entry in chain.from_iterable(tuned.values()):
         try:
             table.checked(table.Measurement(*entry))
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{path}: tuned: {error}") from None
-    return state
 
 
-def _require_keys(where: str, value: Any, *keys: str) -> None:
+def require_keys(where: str, value: Any, *keys: str) -> None:
+    """
+    Raises:
+        CheckpointError: value is no dict of just these keys; the message begins with `where`.
+    """
     if not isinstance(value, dict) or set(value) != set(keys):
         raise CheckpointError(f"{where}: expected the keys {', '.join(keys)}")
 
 
 def _check_rng(where: str, state: Any) -> None:
     """Try a process's generators on some that nobody uses."""
-    _require_keys(where, state, "python", "numpy", "torch", "cuda")
+    require_keys(where, state, "python", "numpy", "torch", "cuda")
     tries: dict[str, Callable[[Any], Any]] = {
         "python": random.Random().setstate,
         "numpy": numpy.random.RandomState().set_state,

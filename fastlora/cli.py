@@ -1,4 +1,4 @@
-"""The command line: `fastlora train | compare | eval | generate | merge | bench | tune | env | demo`.
+"""The command line: `fastlora train | compare | sweep | eval | generate | merge | bench | tune | env | demo`.
 
 Every command is a thin call of the function of the same name; what is slow to import is imported inside, so that --help
 is quick. Exit codes: 0 done, 1 training went wrong, 2 wrong options or data, 130 interrupted. An expected error is one
@@ -28,6 +28,7 @@ from fastlora import __version__
 from fastlora.comparison import Comparison
 from fastlora.config import Dtype, TrainConfig
 from fastlora.data.rows import Truncation
+from fastlora.sweep.jobs import Sweep
 
 app = typer.Typer(
     help="Fused kernels for parameter-efficient fine-tuning: train an adapter, measure it, use it.",
@@ -239,6 +240,28 @@ def compare(**options: Any) -> None:
     found = list(rows(compare(given)))
     _print_table([list(row.values()) for row in found], headings=list(found[0]), title="fastlora compare")
     print(f"written to {Path(given.output) / 'compare.json'}; of each method's rates the best on eval_data is shown")
+
+
+@command
+@_with_options_of(Sweep)
+def sweep(**options: Any) -> None:
+    """Train many LoRA adapters in one run over one frozen base: ranks, rates, seeds, layers; and name the best."""
+    _quiet()
+    from fastlora.sweep.outcome import best, rows
+    from fastlora.sweep.run import sweep
+
+    for name, kind in (("r", int), ("lr", float), ("lora_alpha", float), ("lora_dropout", float), ("seed", int)):
+        if options[name] is not None:
+            options[name] = _numbers(name, options[name], kind)
+    if options["target_modules"] is not None:
+        options["target_modules"] = [_module_names(one.strip()) for one in options["target_modules"].split(";")]
+    given = Sweep(**options)
+    outcomes = sweep(given)
+    found = rows(outcomes, best(outcomes))
+    _print_table([list(row.values()) for row in found], headings=list(found[0]), title="fastlora sweep")
+    for data, one in best(outcomes).items():
+        print(f"* {one.name} is the best by {data}: {one.output}")
+    print(f"written to {Path(given.output) / 'sweep.json'} and sweep.html")
 
 
 @command

@@ -14,22 +14,35 @@ from torch.utils.checkpoint import checkpoint
 from fastlora import packing, trees
 from fastlora.bounds import nearly_equal
 from fastlora.checks import is_hooked
-from fastlora.operators.linear_cross_entropy import LOGITS_AT_ONCE, linear_cross_entropy
+from fastlora.operators.linear_cross_entropy import (
+    LOGITS_AT_ONCE,
+    linear_cross_entropy,
+    linear_cross_entropy_by_row,
+)
 from fastlora.packing import UNFIT
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """The summed cross entropy of labels [n] under logits [n, V], float32; only a few rows at a time are made float32."""
+    return torch.stack(_cross_entropies(logits, labels, "sum")).sum()
+
+
+def cross_entropy_by_row(logits: Tensor, labels: Tensor) -> Tensor:
+    """`cross_entropy` before its sum, [n]."""
+    return torch.cat(_cross_entropies(logits, labels, "none"))
+
+
+def _cross_entropies(logits: Tensor, labels: Tensor, reduction: str) -> list[Tensor]:
     rows = max(1, LOGITS_AT_ONCE.get(logits.device.type, LOGITS_AT_ONCE["cuda"]) // logits.shape[1])
     parts = zip(logits.split(rows), labels.split(rows), strict=True)
-    losses = [
-        checkpoint(_float32_cross_entropy, *part, use_reentrant=False, preserve_rng_state=False) for part in parts
+    return [
+        checkpoint(_float32_cross_entropy, *part, reduction, use_reentrant=False, preserve_rng_state=False)
+        for part in parts
     ]
-    return torch.stack(losses).sum()
 
 
-def _float32_cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction="sum")
+def _float32_cross_entropy(logits: Tensor, labels: Tensor, reduction: str) -> Tensor:
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels, reduction=reduction)
 
 
 IGNORE = -100  # cross entropy's ignore_index: a label that does not count
@@ -75,19 +88,42 @@ class LanguageModelLoss:
             batch: input_ids and labels [B, T] int64, with -100 for a token that does not count; what else the model takes. A causal model's labels
                 are its input's own tokens; an encoder-decoder's are the decoder's tokens.
         """
-        inputs, counted, labels = self._inputs(batch)
-        head = output_embedding(self._inner)
+        return self._compute(batch, cross_entropy, head_cross_entropy)
+
+    def by_token(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The labelled tokens' own losses [n], float32, row after row: whoever trains several adapters on a batch weighs them apart.
+
+        Args:
+            batch: as of the sum.
+
+        Raises:
+            ValueError: the head has an adapter, or is trained.
+        """
+        return self._compute(batch, cross_entropy_by_row, _head_cross_entropy_by_row)
+
+    def choose(self, batch: Mapping[str, Tensor]) -> None:
+        """Choose the path by a batch, as the first call does by its own."""
+        self._require_path(output_embedding(self._inner), self._inputs(batch)[0])
+
+    def _require_path(self, head: Any, inputs: Mapping[str, Any]) -> None:
         if self.path is None or (self.path == FUSED and head_obstacle(head)):
             self.path, self.reason = self._choose(head, inputs)
+
+    def _compute(
+        self, batch: Mapping[str, Tensor], of_logits: Callable[..., Tensor], of_head: Callable[..., Tensor]
+    ) -> Tensor:
+        inputs, counted, labels = self._inputs(batch)
+        head = output_embedding(self._inner)
+        self._require_path(head, inputs)
         real = packing.real_tokens(self._inner, inputs) if self.packs else None
         if real is not None and not bool((counted & ~real).any()):
             inputs, counted = packing.pack(inputs, real), counted[real][None]
         if self.path == ALL:
-            return cross_entropy(_own_logits(self.model, inputs, counted), labels)
+            return of_logits(_own_logits(self.model, inputs, counted), labels)
         rows = _rows_of(self.model, head, inputs, counted, without_head=self.path == FUSED)
         if self.path == FUSED:
-            return head_cross_entropy(head, rows, labels)
-        return cross_entropy(rows, labels)
+            return of_head(head, rows, labels)
+        return of_logits(rows, labels)
 
     def _inputs(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Any], Tensor, Tensor]:
         """What the model is called with; the positions that count, bool [B, T]; their labels [n]."""
@@ -159,6 +195,12 @@ def head_cross_entropy(head: Any, hidden: Tensor, labels: Tensor) -> Tensor:
         loss: Tensor = getattr(head, LOSS)(hidden, labels)
         return loss
     return linear_cross_entropy(hidden, head.weight, head.bias, labels)
+
+
+def _head_cross_entropy_by_row(head: Any, hidden: Tensor, labels: Tensor) -> Tensor:
+    if hasattr(head, LOSS):
+        raise ValueError("the head has an adapter: its tokens' losses are not told apart")
+    return linear_cross_entropy_by_row(hidden, head.weight, head.bias, labels)
 
 
 def output_embedding(model: Any) -> Any:

@@ -10,8 +10,6 @@ import datetime
 import json
 import logging
 import math
-import random
-import signal
 import sys
 import threading
 import time
@@ -33,9 +31,18 @@ from fastlora import __version__, checkpoint, metrics, trainable, writing
 from fastlora.checkpoint import Checkpoint, CheckpointError
 from fastlora.choice import table
 from fastlora.config import RANKED, SEEDS, WHOLE, TrainConfig
+from fastlora.course import (
+    Course,
+    TrainingError,
+    TrainingInterrupted,
+    count_tokens,
+    load_state,
+    scheduler,
+    stop_signals,
+)
 from fastlora.data.examples import read_examples
-from fastlora.data.rows import Encoded, Row, batches, collate, encode, pad_token_id
-from fastlora.language_model_loss import IGNORE, LanguageModelLoss
+from fastlora.data.rows import Encoded, Row, collate, encode, pad_token_id
+from fastlora.language_model_loss import LanguageModelLoss
 from fastlora.models import load_tokenizer, require_bitsandbytes, require_positions, resolve_dtype
 from fastlora.typed import listed
 
@@ -43,17 +50,6 @@ logger = logging.getLogger("fastlora")
 
 # Data and how it is cut are compared by the rows' tokens.
 MAY_DIFFER_ON_RESUME = {"data", "truncation", "output", "save_steps", "resume", "resume_from", "overwrite"}
-
-LEAST = {"step": 1.0, "exp_avg": -math.inf, "exp_avg_sq": 0.0}
-"""What AdamW keeps of each weight, and the smallest value of it."""
-
-
-class TrainingError(RuntimeError):
-    """Training went wrong and would only go on in vain."""
-
-
-class TrainingInterrupted(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM; a checkpoint was written first."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +110,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         if progress:
             run.announce()
         run.claim_output()
-        with _stop_signals() as stop:
+        with stop_signals() as stop:
             run.loop(stop, progress)
         return run.finish()
 
@@ -174,35 +170,6 @@ def _newest(config: TrainConfig) -> Checkpoint | None:
         raise CheckpointError(f"{error}; {way_out}") from error
 
 
-class _Plan:
-    """Which rows each optimiser step takes."""
-
-    def __init__(self, config: TrainConfig, rows: Sequence[Row], processes: int) -> None:
-        self.config, self.rows, self.processes = config, rows, processes
-        self.rows_per_step = config.batch_size * config.gradient_accumulation_steps * processes
-        self.steps_per_epoch = math.ceil(len(rows) / self.rows_per_step)
-        self.steps = config.max_steps or config.epochs * self.steps_per_epoch
-        self._order: tuple[int, list[int]] = (-1, [])
-
-    def step_rows(self, step: int) -> list[Row]:
-        """The rows of a step, counted from 0, over all processes."""
-        epoch, position = divmod(step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            order = list(range(len(self.rows)))
-            random.Random(f"fastlora {self.config.seed} {epoch}").shuffle(order)
-            self._order = epoch, order
-        chosen = self._order[1][position * self.rows_per_step : (position + 1) * self.rows_per_step]
-        return [self.rows[i] for i in chosen]
-
-    def batches(self, rows: Sequence[Row], process: int) -> list[Sequence[Row]]:
-        """The rows of a step as the batches of one process; every process gets as many batches as the others."""
-        # Where there are too few, one process has a row of which nothing counts.
-        return [
-            part[process :: self.processes] or [Row(part[0].input_ids, [IGNORE] * len(part[0].labels))]
-            for part in batches(rows, self.config.batch_size * self.processes)
-        ]
-
-
 class _Run:
     """One run: the model, and all else that a checkpoint holds."""
 
@@ -212,14 +179,14 @@ class _Run:
         self.config, self.data, self.tokenizer = config, data, tokenizer
         self.output = Path(config.output)
         self.accelerator = accelerator
-        self.plan = _Plan(config, data.rows, self.accelerator.num_processes)
+        self.course = Course(config, data.rows, self.accelerator.num_processes)
         self.stored_dtype = trainable.stored_dtype(str(config.model))
         self.dtype = resolve_dtype(config.dtype, self.accelerator.device) or self.stored_dtype
         self.step = 0
         self.setup = self._setup()
         self.records: list[dict[str, float]] = []  # of the steps that were done before this run
         if saved:
-            _require_same(saved, self.setup, self.plan.steps)
+            _require_same(saved, self.setup, self.course.steps)
             self.records = metrics.read(self.output, saved.training.step)
             table.load_state(saved.state["tuned"])
         set_seed(config.seed)
@@ -231,7 +198,7 @@ class _Run:
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         lr = config.lr or 0.0
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=lr, weight_decay=config.weight_decay)
-        self.scheduler = _scheduler(config, self.optimizer, self.plan.steps)
+        self.scheduler = scheduler(config, self.optimizer, self.course.steps)
         self.wrapped = self.accelerator.prepare_model(self.model)
         self.loss = LanguageModelLoss(self.wrapped)
         if saved:
@@ -241,30 +208,8 @@ class _Run:
         self.step = saved.training.step
         if self.config.method not in (*RANKED, *WHOLE):
             checkpoint.load_weights(saved.folder, self.trained)
-        path, optimizer, scheduler = saved.folder / "state.pt", saved.state["optimizer"], saved.state["scheduler"]
-        # All but the moments follows from the options and the step.
-        rate = self.scheduler.base_lrs[0] * self.scheduler.lr_lambdas[0](self.step)
-        done = {"last_epoch": self.step, "_step_count": self.step + 1, "_last_lr": [rate]}
-        if not _is_equal(scheduler, {**self.scheduler.state_dict(), **done}):
-            raise CheckpointError(f"{path}: scheduler: expected the state of step {self.step}")
-        groups = [{**group, "lr": rate} for group in self.optimizer.state_dict()["param_groups"]]
-        if not _is_equal(optimizer["param_groups"], groups):
-            raise CheckpointError(f"{path}: optimizer.param_groups: expected AdamW's of step {self.step} of this run")
-        trained = list(self.trained.items())
-        for index, state in optimizer["state"].items():
-            name, parameter = trained[index] if 0 <= index < len(trained) else (f"parameter {index}", None)
-            if parameter is None or set(state) != set(LEAST):
-                raise CheckpointError(f"{path}: optimizer: {name}: expected {', '.join(LEAST)} of a trained weight")
-            for key, value in state.items():
-                shape = [] if key == "step" else list(parameter.shape)
-                whole = list(value.shape) == shape and value.is_floating_point() and value.isfinite().all()
-                if not whole or (value < LEAST[key]).any():
-                    raise CheckpointError(
-                        f"{path}: optimizer: {key} of {name}: expected numbers of shape {shape} from {LEAST[key]:g} on,"
-                        f" got {value.dtype} of shape {list(value.shape)}"
-                    )
-        self.optimizer.load_state_dict(optimizer)
-        self.scheduler.load_state_dict(scheduler)
+        path = saved.folder / "state.pt"
+        load_state(path, saved.state, self.step, self.trained, self.optimizer, self.scheduler)
         checkpoint.set_rng_state(saved.state["rng"][self.accelerator.process_index])
 
     def _setup(self) -> dict[str, Any]:
@@ -293,12 +238,12 @@ class _Run:
         """Say on stderr what is about to run."""
         if not self.accelerator.is_main_process:
             return
-        config, rows, plan = self.config, self.data, self.plan
+        config, rows, course = self.config, self.data, self.course
         trained, parameters = _count(self.trained.values()), _count(self.model.parameters())
         lines = {
             f"fastlora {__version__}": f"{config.method}, {config.model}, {parameters:,} parameters",
             "rows": f"{len(rows.rows):,}" + (f", and {len(rows.dropped):,} dropped" if rows.dropped else ""),
-            "steps": f"{plan.steps:,} of {plan.rows_per_step} rows"
+            "steps": f"{course.steps:,} of {course.rows_per_step} rows"
             + (f", from step {self.step + 1:,} on" if self.step else ""),
             "trained": f"{trained:,} parameters, {100 * trained / parameters:.3g} %",
             "device": f"{self.accelerator.device}, {table.name_of(self.dtype)}, {self.setup['threads']} thread{'s' * (self.setup['threads'] > 1)}"
@@ -312,7 +257,7 @@ class _Run:
     def loop(self, stop: threading.Event, progress: bool) -> None:
         """Go on to the last step, with metrics and checkpoints; a stop that was asked for ends it after a step."""
         bar = tqdm(
-            total=self.plan.steps,
+            total=self.course.steps,
             initial=self.step,
             unit="step",
             dynamic_ncols=True,
@@ -321,7 +266,7 @@ class _Run:
         )
         first = self.step
         with bar:
-            while self.step < self.plan.steps:
+            while self.step < self.course.steps:
                 record, stopped = self._train_step(stop, check_gradients=self.step == first)
                 if self.accelerator.is_main_process:
                     with self._writing(metrics.NAME):
@@ -330,17 +275,17 @@ class _Run:
                     f"loss {record['loss']:.4f}, {record['tokens_per_second']:.0f} tokens/s", refresh=False
                 )
                 bar.update()
-                if stopped or self.step % self.config.save_steps == 0 or self.step == self.plan.steps:
+                if stopped or self.step % self.config.save_steps == 0 or self.step == self.course.steps:
                     self._save_checkpoint()
-                if stopped and self.step < self.plan.steps:
+                if stopped and self.step < self.course.steps:
                     raise TrainingInterrupted(
-                        f"stopped after step {self.step} of {self.plan.steps}; the same with resume=True goes on"
+                        f"stopped after step {self.step} of {self.course.steps}; the same with resume=True goes on"
                         f" from {checkpoint.folder(self.output, self.step)}"
                     )
 
     def _train_step(self, stop: threading.Event, check_gradients: bool) -> tuple[dict[str, float], bool]:
         began = time.perf_counter()
-        rows = self.plan.step_rows(self.step)
+        rows = self.course.step_rows(self.step)
         learning_rate = self.scheduler.get_last_lr()[0]
         loss = self._backward(rows)
         # One exchange tells all processes the loss and whether one of them was asked to stop.
@@ -360,11 +305,11 @@ class _Run:
         seconds = time.perf_counter() - began
         record = {
             "step": self.step,
-            "epoch": self.step / self.plan.steps_per_epoch,
+            "epoch": self.step / self.course.steps_per_epoch,
             "loss": value,
             "grad_norm": norm,  # before it is cut
             "learning_rate": learning_rate,
-            "tokens_per_second": _tokens(rows) / seconds,
+            "tokens_per_second": count_tokens(rows) / seconds,
             "seconds": seconds,
         }
         return record, asked > 0
@@ -373,7 +318,7 @@ class _Run:
         """Gradients of a step's mean loss a labelled token; returns this process's share of that loss, a scalar."""
         labelled = sum(row.labelled for row in rows)
         total = torch.zeros((), device=self.accelerator.device)
-        parts = self.plan.batches(rows, self.accelerator.process_index)
+        parts = self.course.batches(rows, self.accelerator.process_index)
         casts = self.config.method in WHOLE and self.dtype != torch.float32
         autocast = torch.autocast(total.device.type, self.dtype) if casts else nullcontext()
         for i, part in enumerate(parts):
@@ -383,7 +328,7 @@ class _Run:
                 batch = {name: value.to(total.device) for name, value in batch.items()}
                 with autocast:
                     loss = self.loss(batch) / labelled
-                self.accelerator.backward(loss * self.plan.processes)  # DDP takes the mean over processes
+                self.accelerator.backward(loss * self.course.processes)  # DDP takes the mean over processes
             total += loss.detach()
         return total
 
@@ -491,7 +436,7 @@ class _Run:
         losses = [record["loss"] for record in records]
         ends = max(1, min(10, len(losses) // 2))  # steps
         seconds = sum(record["seconds"] for record in records)
-        tokens = sum(_tokens(self.plan.step_rows(step)) for step in range(self.step))
+        tokens = sum(count_tokens(self.course.step_rows(step)) for step in range(self.step))
         weights = "model.safetensors" if self.config.method in WHOLE else "adapter_model.safetensors"
         return TrainResult(
             steps=self.step,
@@ -512,30 +457,6 @@ class _Run:
             loss_path=self.loss.path,
             output=str(self.output),
         )
-
-
-def _scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-    """transformers' schedule of that name, but for the warm-up: its first step, of w, has 1/w of the learning rate, not 0."""
-    from torch.optim.lr_scheduler import LambdaLR
-    from transformers import get_scheduler
-
-    # The last step is behind the warm-up: some schedules divide by the number of those that are.
-    warmup = min(math.ceil(config.warmup_ratio * steps), steps - 1)
-    name = config.lr_scheduler_type
-    theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
-    rising = 0 if name == "constant" else warmup
-    return LambdaLR(optimizer, lambda step: (step + 1) / rising if step < rising else theirs(step))
-
-
-def _is_equal(value: Any, expected: Any) -> bool:
-    try:
-        return bool(value == expected)
-    except Exception:  # a tensor in the place of a number
-        return False
-
-
-def _tokens(rows: Sequence[Row]) -> int:
-    return sum(len(row.input_ids) for row in rows)
 
 
 def _count(parameters: Iterable[Tensor]) -> int:
@@ -576,23 +497,3 @@ def _require_same(saved: Checkpoint, now: dict[str, Any], steps: int) -> None:
     if then.threads != now["threads"]:
         text = "%s was written with %d threads, this run has %d: the last bits may differ from an uninterrupted run's"
         logger.warning(text, saved.folder, then.threads, now["threads"])
-
-
-@contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set; a second Ctrl-C interrupts at once."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # Python lets only the main thread handle signals
-        yield stop
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, before[signal.SIGINT])
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

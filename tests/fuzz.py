@@ -16,8 +16,9 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -354,13 +355,13 @@ def checkpoint_files() -> Files:
         return {path.name: path.read_bytes() for path in checkpoint.folder(Path(output), STEP).iterdir()}
 
 
-def change_checkpoint(random: Random, files: Files) -> Files:
+def change_checkpoint(random: Random, files: Files, names: Sequence[str] = ("training.json", "state.pt")) -> Files:
     """Mostly bytes that the manifest must betray; at times what a manifest vouches for is nonsense."""
     from fastlora import checkpoint
 
     if random.random() < 0.8:
         return change_files(random, files)
-    name = random.choice(["training.json", "state.pt"])
+    name = random.choice(names)
     files = {**files, name: CHANGES.get(Path(name).suffix, change_bytes)(random, files[name])}
     digests = {name: sha256(data).hexdigest() for name, data in files.items() if name != checkpoint.MANIFEST}
     return {**files, checkpoint.MANIFEST: checkpoint._manifest(STEP, digests)}
@@ -379,12 +380,83 @@ def read_checkpoint(folder: Path, files: Files) -> None:
     assert found.training.step == STEP and set(found.state) == checkpoint.STATE
 
 
+# A sweep's jobs, and its checkpoint
+
+
+def jobs_files() -> Files:
+    text = "- name: one\n  r: 4\n  lr: 1e-3\n  target_modules: [q_proj, v_proj]\n- {lr: 2.5e-4, seed: 3, use_rslora: true, max_steps: 7}\n"
+    return {"jobs.yaml": text.encode()}
+
+
+def read_jobs(folder: Path, files: Files) -> None:
+    from fastlora.sweep import Sweep, jobs_of
+
+    try:
+        jobs = jobs_of(Sweep(model="m", data="d", eval_data="e", output="o", jobs=folder / "jobs.yaml"))
+    except (TypeError, ValueError) as error:
+        assert "jobs.yaml" in str(error), error
+        return
+    assert jobs and len({job.name for job in jobs}) == len(jobs)
+    for job in jobs:
+        assert job.folder.parent == Path("o/jobs") and job.config.method == "lora" and job.config.r >= 1, job
+
+
+def sweep_files() -> Files:
+    import torch
+
+    from fastlora import checkpoint
+    from fastlora.choice import table
+
+    weight = torch.nn.Parameter(torch.ones(2, 3))
+    optimizer = torch.optim.AdamW([weight])
+    weight.square().sum().backward()
+    optimizer.step()
+    own = {"optimizer": optimizer.state_dict(), "scheduler": {"last_epoch": STEP, "_last_lr": [1e-3]}}
+    state = {"jobs": {"one": own}, "rng": [checkpoint.rng_state()], "tuned": table.state()}
+    jobs = {
+        "one": {"status": "running", "reason": "", "step": STEP, "evaluations": [[3, 1.5]]},
+        "two": {"status": "halved", "reason": "step 3: last", "step": 3, "evaluations": [[3, 2.5]]},
+    }
+    content = {
+        "step": STEP,
+        "seconds": 1.5,
+        "setup": {"jobs": {"one": {"r": 4}, "two": {}}, "threads": 2},
+        "jobs": jobs,
+    }
+
+    def fill(folder: Path) -> None:
+        torch.save(state, folder / "state.pt")
+        (folder / "sweep.json").write_text(json.dumps(content))
+
+    with tempfile.TemporaryDirectory() as output:
+        checkpoint.save(Path(output), STEP, fill)
+        return {path.name: path.read_bytes() for path in checkpoint.folder(Path(output), STEP).iterdir()}
+
+
+def read_sweep(folder: Path, files: Files) -> None:
+    from fastlora import checkpoint
+    from fastlora.sweep import saved
+
+    try:
+        found = saved.read(folder)
+    except checkpoint.CheckpointError as error:
+        assert str(folder) in str(error), error
+        return
+    assert found.step == STEP and all(one.step <= STEP for one in found.jobs.values())
+    try:
+        saved.require_same(found, {"jobs": {"one": {"r": 4}}, "threads": 2})
+    except ValueError as error:
+        assert str(folder) in str(error), error
+
+
 TARGETS: dict[str, Target] = {
     "table": Target(table_files, change_files, read_table),
     "examples": Target(examples_files, change_lines, read_lines),
     "adapter": Target(adapter_files, change_files, read_adapter),
     "prompt": Target(prompt_files, change_files, read_adapter),
     "checkpoint": Target(checkpoint_files, change_checkpoint, read_checkpoint),
+    "jobs": Target(jobs_files, change_files, read_jobs),
+    "sweep": Target(sweep_files, partial(change_checkpoint, names=("sweep.json", "state.pt")), read_sweep),
 }
 
 

@@ -11,7 +11,7 @@ from transformers import get_scheduler
 from transformers.trainer_utils import SchedulerType
 
 from fastlora.config import SCHEDULES, TrainConfig
-from fastlora.train import _scheduler
+from fastlora.course import scheduler
 from fastlora.typed import fits, shown
 
 
@@ -149,12 +149,12 @@ def test_a_schedule_works_or_is_refused_with_those_that_do(name):
 
 def learning_rates(config: TrainConfig, steps: int) -> list[float]:
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=config.lr)
-    scheduler = _scheduler(config, optimizer, steps)
+    schedule = scheduler(config, optimizer, steps)
     rates = []
     for _ in range(steps):
-        rates.append(scheduler.get_last_lr()[0])
+        rates.append(schedule.get_last_lr()[0])
         optimizer.step()
-        scheduler.step()
+        schedule.step()
     return rates
 
 

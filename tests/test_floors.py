@@ -31,10 +31,10 @@ FLOORS = (
     ("fastlora",),  # the package itself
     ("adapters", "data", "checkpoint", "metrics", "environment"),
     ("config", "models"),
-    ("generation", "steps"),
+    ("generation", "steps", "course"),
     ("evaluation", "merge", "trainable"),
     ("train",),
-    ("demo", "comparison"),
+    ("demo", "comparison", "sweep"),
     ("benchmarks",),
     ("cli",),
     ("__main__",),

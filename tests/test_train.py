@@ -31,12 +31,13 @@ from transformers import AutoModelForCausalLM
 import fastlora
 from fastlora import checkpoint
 from fastlora.config import TrainConfig
+from fastlora.course import Course, TrainingError
 from fastlora.data.examples import DataError
 from fastlora.data.rows import Row
 from fastlora.evaluation import evaluate
 from fastlora.frozen import packed
 from fastlora.models import load_model
-from fastlora.train import TrainingError, _Plan, train
+from fastlora.train import train
 
 METRICS = {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_per_second", "seconds"}
 
@@ -66,13 +67,13 @@ def test_training_lowers_the_held_out_loss_and_leaves_its_files(config, base, tm
 
 def test_the_defaults_take_fifty_steps_or_more_on_400_rows(base, data, tmp_path):
     config = TrainConfig(model=str(base), data=data, output=tmp_path)
-    assert _Plan(config, [Row([1, 2], [1, 2])] * 400, processes=1).steps >= 50
+    assert Course(config, [Row([1, 2], [1, 2])] * 400, processes=1).steps >= 50
 
 
 def test_every_epoch_takes_every_row_once_and_processes_share_a_step(config):
     rows = [Row([n, n], [n, n]) for n in range(21)]
     config = replace(config, batch_size=2, gradient_accumulation_steps=2)
-    plan = _Plan(config, rows, processes=3)
+    plan = Course(config, rows, processes=3)
     assert plan.steps_per_epoch == 2
     epochs = [[row.input_ids[0] for step in (e, e + 1) for row in plan.step_rows(step)] for e in (0, 2)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(21)) and epochs[0] != epochs[1]

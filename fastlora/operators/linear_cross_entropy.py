@@ -118,6 +118,42 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, la
         return LinearCrossEntropyFunction.apply(hidden, weight, bias, labels)
 
 
+class ByRowFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels):  # [n, D], [V, D], [V], [n] -> [n]
+        call = run if is_eager(hidden, weight, bias, labels) else torch.ops.fastlora.linear_cross_entropy
+        _, highest, total, dhidden = call(hidden, weight, bias, labels, ctx.needs_input_grad[0])
+        ctx.save_for_backward(hidden, dhidden)
+        picked = torch.linalg.vecdot(hidden.to(highest.dtype), weight[labels].to(highest.dtype))
+        if bias is not None:
+            picked = picked + bias[labels].to(highest.dtype)
+        return (highest + total.log()).squeeze(1) - picked.to(hidden.dtype)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, saved, dlosses):
+        hidden, dhidden = saved
+        return (dhidden * dlosses[:, None]).to(hidden.dtype), None, None, None
+
+
+def linear_cross_entropy_by_row(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """`linear_cross_entropy` before its sum, [n], for a frozen weight and bias: whoever weighs rows apart takes the loss of several batches at once.
+
+    A label's own logit is taken once more, as a product of two rows rounded as the logits are: of a 16-bit logit the last bit may be another.
+
+    Args, Raises: as `linear_cross_entropy`; also ValueError, where weight or bias is trained.
+    """
+    dtype = checks.autocast_dtype(hidden)
+    _check(hidden, weight, bias, labels, autocast=dtype is not None)
+    checks.check_transforms(hidden, weight, bias)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.requires_grad:
+            raise ValueError(f"{name}: requires a gradient, expected it frozen")
+    hidden = hidden.to(dtype or hidden.dtype)
+    with checks.without_autocast(hidden.device):
+        return ByRowFunction.apply(hidden, weight, bias, labels)
+
+
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, autocast: bool) -> None:
     checks.check_floats(hidden, "hidden")
     if hidden.dim() != 2:

@@ -65,17 +65,20 @@ class Fused(_Layer):
             adapter_names = kwargs.get("adapter_names")
         else:
             kwargs["adapter_names"] = adapter_names
-        names = None if adapter_names is None else tuple(adapter_names)
+        of_rows = adapter_names if isinstance(adapter_names, mixed.RowNames) else None
+        names = of_rows if adapter_names is None or of_rows is not None else tuple(adapter_names)
         if args or len(kwargs) > (names is not None) and _has_more(kwargs):
             plan: Plan | str = "the call has arguments besides x"
             used: Sequence[str] = obstacles.used_adapters(self, names)
         else:
             used, plan = known.plan_call(self, x, names)
+        if of_rows is not None and (not used or isinstance(plan, str) or not of_rows.fit(x)):
+            return self._without_own(x, used, plan)
         if isinstance(plan, str):
             own = super().forward(x, *args, **kwargs)
             note_own_forward(self, plan, passing=plan != obstacles.lasting_plan(self, used))
             return own
-        if names is not None and len(names) != len(x):
+        if names is not None and of_rows is None and len(names) != len(x):
             self._check_forward_args(x, adapter_names=names)  # raises, as of all that it checks the rest are obstacles
         if torch.compiler.is_compiling():
             return compute([plan], x, used, names)[0]
@@ -85,6 +88,14 @@ class Fused(_Layer):
         )
         y = compute([plan], x, used, names)[0] if shared is None else shared
         self.__dict__[SEEN] = Seen(x.shape, y.dtype, any(plan.dropout_p), names is not None, shared is not None)
+        return y
+
+    def _without_own(self, x: Tensor, used: Sequence[str], plan: Plan | str) -> Tensor:
+        """What a layer gives that has none of a batch's adapters; PEFT's own forward does not know `RowNames`."""
+        if used:
+            told = plan if isinstance(plan, str) else f"x is {checks.shown(x)}, and the names are of another batch"
+            raise ValueError(f"a batch of several adapters: {told}")
+        y: Tensor = self.base_layer(x)
         return y
 
     def cross_entropy_obstacle(self) -> str | None:
@@ -185,7 +196,11 @@ def _compute_updates(
         y = lora_linear.compute_few(x, weight, bias, lora_a[0], lora_b[0], scale[0])
         if y is not None:
             return [y]
-    rows = None if names is None else _rows_of(names, tuple(used), x.device, torch.is_inference_mode_enabled())
+    rows = None
+    if isinstance(names, mixed.RowNames):
+        rows = names.groups(tuple(used), x)
+    elif names is not None:
+        rows = _rows_of(names, tuple(used), x.device, torch.is_inference_mode_enabled())
     if len(plans) > 1:
         lora_a, lora_b = [a for one in plans for a in one.lora_a], [b for one in plans for b in one.lora_b]
         scale, dropout_p = [s for one in plans for s in one.scale], [p for one in plans for p in one.dropout_p]

@@ -3,6 +3,9 @@
 PEFT hooks every layer anew in each forward, which costs a small model's token as much as a layer or two, and a hooked layer has no siblings. So
 `accelerate` puts `enable` before the context in which a tuner does so. Where every adapted module is one of our layers, the names wait in a context
 variable, by layer: each asks for its own. They are seen by the thread, or task, that gave them, as long as its context lasts, and by no other model.
+
+PEFT refuses names in training. A loop that trains several adapters at once hands them out itself, by `training`: with `RowNames`, which also know
+a batch whose padding was left out.
 """
 
 import functools
@@ -10,13 +13,15 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Self
 
 import torch
 from peft.tuners.lora import LoraModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
+
+from fastlora.operators.lora_linear import RowGroups, group_rows
 
 METHOD = "_enable_peft_forward_hooks"
 """Of a tuner: the context of a forward, with the arguments of the model's."""
@@ -26,6 +31,41 @@ BASE = "__base__"
 
 under_way = 0
 """How many contexts are open, in all threads: a layer asks for no names where there are none, and a compiler knows by it when to trace anew."""
+
+
+class RowNames(tuple[str, ...]):
+    """The adapters of a batch, each once; which example has which stays the same in all layers, and in a batch without its padding.
+
+    As plain names do, it equals another of the same adapters: a layer's plan hangs on nothing else.
+    """
+
+    lengths: Sequence[int]
+    examples: Sequence[str]
+    _groups: dict[Any, RowGroups]
+
+    def __new__(cls, examples: Sequence[str], lengths: Sequence[int]) -> Self:
+        """examples: the adapter of each; lengths: its tokens."""
+        self = super().__new__(cls, dict.fromkeys(examples))
+        self.examples, self.lengths, self._groups = examples, lengths, {}
+        return self
+
+    def fit(self, x: Tensor) -> bool:
+        """Whether x [B, T, K] has an entry an example, or x [1, n, K] a row a token."""
+        return len(x) == len(self.examples) or x.shape[:-1].numel() == sum(self.lengths)
+
+    def groups(self, used: tuple[str, ...], x: Tensor) -> RowGroups:
+        """The rows of x, sorted once for all layers that have these adapters; they fit."""
+        by_token = len(x) != len(self.examples)
+        key = used, by_token, x.device, torch.is_inference_mode_enabled()
+        found = self._groups.get(key)
+        if found is None:
+            number = {adapter: i for i, adapter in enumerate(used)}
+            index = torch.tensor([number.get(name, -1) for name in self.examples])
+            if by_token:
+                index = index.repeat_interleave(torch.tensor(self.lengths))
+            found = self._groups[key] = group_rows(index.to(x.device), len(used))
+        return found
+
 
 _names: ContextVar[dict[nn.Module, tuple[str, ...]] | None] = ContextVar("fastlora_adapter_names", default=None)
 _lock = threading.Lock()
@@ -56,6 +96,22 @@ def enable(tuner: Any, layer_class: type, *args: Any, **kwargs: Any) -> Abstract
         if layers and isinstance(names, (list, tuple)) and _are_known(names, layers):
             return _handing_out(dict.fromkeys(layers, tuple(names)))
     return type(tuner)._enable_peft_forward_hooks(tuner, *args, **kwargs)
+
+
+def training(tuner: Any, layer_class: type, names: RowNames) -> AbstractContextManager[None]:
+    """A context in which the tuner's layers, of that class, run each example by its own adapter, in training, too: forward and backward.
+
+    Raises:
+        ValueError: a name is no adapter's, or the model has other modules whose adapter goes by name.
+    """
+    layers = _layers(tuner.model, layer_class)
+    if not layers:
+        raise ValueError(
+            "model: expected LoRA layers of linear layers alone, each fused (`fastlora.report` says why one is not)"
+        )
+    if not _are_known(names, layers):
+        raise ValueError(f"names={tuple(names)!r}: expected adapters of the model")
+    return _handing_out(dict.fromkeys(layers, names))
 
 
 def _layers(model: nn.Module, layer_class: type) -> list[Any]:
