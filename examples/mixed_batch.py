@@ -3,7 +3,7 @@
 python examples/mixed_batch.py                                     the shipped base model, on a CPU in seconds
 python examples/mixed_batch.py HuggingFaceTB/SmolLM2-135M-Instruct --steps 50 --lr 2e-4
 
-PEFT refuses `adapter_names` in training mode. In eval mode it takes them, and gradients flow; dropout is then off.
+PEFT refuses `adapter_names` in training mode; accelerated, a model takes them, each row with its own adapter's dropout.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> tuple[list[float], torch.Tensor,
     model = get_peft_model(base, LoraConfig(r=16, target_modules="all-linear"), adapter_name=TASKS[0])
     model.add_adapter(TASKS[1], LoraConfig(r=4, target_modules="all-linear"))  # ranks may differ
     model.set_requires_grad(TASKS)
-    fastlora.accelerate(model).eval()
+    fastlora.accelerate(model).train()
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     pairs = list(zip(*(generate(task, 2 * options.steps, seed=0) for task in TASKS), strict=True))
@@ -45,6 +45,7 @@ def main(arguments: list[str] | None = None) -> tuple[list[float], torch.Tensor,
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
+    model.eval()
     prompts = tokenizer([one.prompt for one in pairs[0]], return_tensors="pt", padding=True, padding_side="left")
     answers = model.generate(**prompts, adapter_names=TASKS, max_new_tokens=16)
     print(f"loss {losses[0]:.3f} to {losses[-1]:.3f}", *map(repr, tokenizer.batch_decode(answers)), sep="\n")

@@ -63,6 +63,8 @@ class Fused(_Layer):
         adapter_names = mixed.names_of(self) if mixed.under_way else None
         if adapter_names is None:
             adapter_names = kwargs.get("adapter_names")
+            if adapter_names is None and SEEN in self.__dict__:
+                mixed.require_names(self.__dict__[SEEN].mixed)
         else:
             kwargs["adapter_names"] = adapter_names
         of_rows = adapter_names if isinstance(adapter_names, mixed.RowNames) else None

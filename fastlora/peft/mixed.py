@@ -4,13 +4,14 @@ PEFT hooks every layer anew in each forward, which costs a small model's token a
 `accelerate` puts `enable` before the context in which a tuner does so. Where every adapted module is one of our layers, the names wait in a context
 variable, by layer: each asks for its own. They are seen by the thread, or task, that gave them, as long as its context lasts, and by no other model.
 
-PEFT refuses names in training. A loop that trains several adapters at once hands them out itself, by `training`: with `RowNames`, which also know
-a batch whose padding was left out.
+So are names in training, which PEFT refuses. Where a block's activations are checkpointed, its layers are called again in the backward, behind that
+context: what checkpoints a transformers block then remembers the names along with the block's inputs. A loop that trains several adapters at once
+hands them out itself, by `training`: with `RowNames`, which also know a batch whose padding was left out.
 """
 
 import functools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, Self
@@ -25,6 +26,9 @@ from fastlora.operators.lora_linear import RowGroups, group_rows
 
 METHOD = "_enable_peft_forward_hooks"
 """Of a tuner: the context of a forward, with the arguments of the model's."""
+
+CHECKPOINT = "_gradient_checkpointing_func"
+"""Of a transformers block that is checkpointed: (forward, *its inputs)."""
 
 BASE = "__base__"
 """PEFT's name for an example without an adapter."""
@@ -91,10 +95,17 @@ def enable(tuner: Any, layer_class: type, *args: Any, **kwargs: Any) -> Abstract
     """The context of a forward: ours where it has names to hand out and nothing else to do; else PEFT's own, which knows what to raise."""
     names = kwargs.get("adapter_names")
     if names is not None and not torch.compiler.is_compiling() and kwargs.get("alora_offsets") is None:
+        unknown = sorted(set(names) - {BASE, *tuner.peft_config}) if isinstance(names, (list, tuple)) else []
+        if unknown:
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; loaded are"
+                f" {', '.join(tuner.peft_config)}, and {BASE} is none"
+            )
         beams = kwargs.get("num_beams")  # of which an encoder has one
-        layers = [] if tuner.training or (isinstance(beams, int) and beams > 1) else _layers(tuner.model, layer_class)
+        layers = [] if isinstance(beams, int) and beams > 1 else _layers(tuner.model, layer_class)
         if layers and isinstance(names, (list, tuple)) and _are_known(names, layers):
-            return _handing_out(dict.fromkeys(layers, tuple(names)))
+            given = dict.fromkeys(layers, tuple(names))
+            return _remembering(tuner.model, given) if tuner.training else _handing_out(given)
     return type(tuner)._enable_peft_forward_hooks(tuner, *args, **kwargs)
 
 
@@ -136,6 +147,43 @@ def _are_known(names: Sequence[str], layers: Sequence[Any]) -> bool:
         if not wanted:
             return True
     return False
+
+
+@contextmanager
+def _remembering(model: nn.Module, given: dict[nn.Module, tuple[str, ...]]) -> Iterator[None]:
+    """`_handing_out`, again where a checkpointed block is computed again."""
+    blocks = [block for block in model.modules() if getattr(block, "gradient_checkpointing", False)]
+    own = {block: block.__dict__[CHECKPOINT] for block in blocks if CHECKPOINT in block.__dict__}
+    for block, checkpoint in own.items():
+        block.__dict__[CHECKPOINT] = functools.partial(_checkpoint, checkpoint, given)
+    try:
+        with _handing_out(given):
+            yield
+    finally:
+        for block, checkpoint in own.items():
+            block.__dict__[CHECKPOINT] = checkpoint
+
+
+def _checkpoint(
+    checkpoint: Callable[..., Any], given: dict[nn.Module, tuple[str, ...]], forward: Callable[..., Any], *args: Any
+) -> Any:
+    def with_names(*inputs: Any) -> Any:
+        with _handing_out(given):
+            return forward(*inputs)
+
+    return checkpoint(with_names, *args)
+
+
+def require_names(seen_mixed: bool) -> None:
+    """
+    Raises:
+        RuntimeError: a layer is called without names in a backward, and its last call had some: somebody checkpoints it in a way of his own.
+    """
+    if seen_mixed and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "adapter_names: a layer is computed again in the backward, without the names that it was given; a mixed batch is"
+            " checkpointed by model.gradient_checkpointing_enable(), or not at all"
+        )
 
 
 @contextmanager

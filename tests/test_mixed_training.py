@@ -1,0 +1,95 @@
+"""A batch with an adapter a row, in training: as each row by itself, dropout and checkpointed activations included."""
+
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft_models import IDS, a_pair, peft_model, q_proj  # noqa: F401  (a fixture)
+from torch.utils.checkpoint import checkpoint
+
+import fastlora
+from fastlora.peft import mixed
+from fastlora.peft.layers import SEEN
+
+NAMES = ["default", "__base__", "other"]
+WEIGHTS = torch.linspace(-1, 1, 11 * 96).view(11, 96)  # of a row's logits in what is minimised
+
+
+def gradients(model: Any) -> dict[str, torch.Tensor]:
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def row_by_row(model: Any) -> dict[str, torch.Tensor]:
+    """The gradients of both adapters, each from its own row alone; the base's row has none."""
+    for row, name in enumerate(NAMES):
+        if name != mixed.BASE:
+            model.set_adapter(name)
+            (model(input_ids=IDS[row : row + 1]).logits * WEIGHTS).sum().backward()
+    model.set_requires_grad(["default", "other"])
+    return gradients(model)
+
+
+def all_at_once(model: Any, rows: list[int]) -> None:
+    (model(input_ids=IDS[rows], adapter_names=[NAMES[row] for row in rows]).logits * WEIGHTS).sum().backward()
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["kept", "checkpointed", "reentrant"])
+def test_gradients_are_those_of_each_row_alone(pair: Any, reentrant: bool | None) -> None:
+    model, peer = (one.train() for one in pair)
+    expected = row_by_row(peer)
+    model.set_requires_grad(["default", "other"])
+    if reentrant is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+    fastlora.accelerate(model)
+    block = model.base_model.model.model.layers[0]
+    own = block.__dict__.get(mixed.CHECKPOINT)
+    all_at_once(model, [2, 1, 0])
+    found = gradients(model)
+    assert q_proj(model).__dict__[SEEN].mixed and block.__dict__.get(mixed.CHECKPOINT) is own
+    assert found.keys() == expected.keys() and len(found) == 2 * 2 * 7 * 2
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+    # Two forwards, and then both backwards: each knows its own names.
+    outs = [(model(input_ids=IDS[[row]], adapter_names=[NAMES[row]]).logits * WEIGHTS).sum() for row in (0, 2)]
+    sum(outs).backward()
+    for name, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+    assert mixed.under_way == 0
+
+
+def test_checkpointing_draws_the_same_dropout_again() -> None:
+    model, _ = peft_model(lora_dropout=0.5)
+    model.add_adapter("other", LoraConfig(r=3, lora_dropout=0.2, target_modules="all-linear", init_lora_weights=False))
+    model.set_requires_grad(["default", "other"])
+    fastlora.accelerate(model.train())
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        torch.manual_seed(5)
+        all_at_once(model, [0, 1, 2])
+        found.append(gradients(model))
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-5, atol=1e-6)
+
+
+def test_what_somebody_else_checkpoints_is_not_computed_without_its_names(pair: Any) -> None:
+    model, _ = pair
+    model.train().set_requires_grad(["default", "other"])
+    fastlora.accelerate(model)
+    with model._enable_peft_forward_hooks(adapter_names=NAMES):
+        x = model.get_input_embeddings()(IDS).requires_grad_()
+        y = checkpoint(q_proj(model), x, use_reentrant=False)
+    with pytest.raises(RuntimeError, match="adapter_names: a layer is computed again in the backward"):
+        y.sum().backward()
+
+
+def test_a_model_that_is_not_all_fused_is_refused_as_peft_refuses_it() -> None:
+    model, _ = peft_model(modules_to_save=["lm_head"], target_modules=["q_proj"])
+    fastlora.accelerate(model.train())
+    with pytest.raises(ValueError, match="training mode"):
+        model(input_ids=IDS, adapter_names=["default"] * 3)
