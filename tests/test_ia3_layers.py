@@ -68,8 +68,8 @@ OBSTACLES: dict[str, Any] = {
     "no adapter is active": lambda layer: layer.set_adapter([]),
     "the base layer is a Bilinear": lambda layer: setattr(layer.base_layer, "__class__", nn.Bilinear),
     "the base weight or bias is trained": lambda layer: layer.base_layer.weight.requires_grad_(),
-    "a factor is float32 [2, 3] on cpu, and the weight float32 [6, 8] on cpu": lambda layer: put(
-        layer, nn.Parameter(torch.ones(2, 3))
+    "a factor is float32 [2, 5] on cpu, and the weight float32 [6, 8] on cpu": lambda layer: put(
+        layer, nn.Parameter(torch.ones(2, 5))
     ),
     "a factor is float32 [1] on cpu": lambda layer: put(layer, nn.Parameter(torch.ones(1))),
     "a factor is float32 [48] on cpu": lambda layer: put(layer, Own(torch.ones(48))),
@@ -113,7 +113,7 @@ def test_a_global_hook_sees_the_modules_inside(layer: Any) -> None:
 
 
 def test_several_factors_each_fit(layer: Any) -> None:
-    layer.update_layer("other", init_ia3_weights=True, inference_mode=False)
+    layer.update_layer("other", init_ia3_weights=True, config=IA3Config())
     layer.ia3_l["other"].data.fill_(2.0)
     layer.set_adapter(["default", "other", "absent"])
     assert torch.allclose(layer(X), expected_of(layer), atol=1e-6) and "factor a column" in why(layer)
@@ -165,7 +165,7 @@ def test_what_stands_in_the_way_of_one_call(x: Tensor, words: str, layer: Any) -
 
 def test_under_autocast_x_may_have_another_dtype(layer: Any) -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        y, own = layer(X.double()), expected_of(layer, X)
+        y, own = layer(X.half()), expected_of(layer, X)
     assert y.dtype is torch.bfloat16 and torch.allclose(y.float(), own.float(), atol=0.05)
     assert "factor a column" in why(layer)
 
