@@ -187,6 +187,14 @@ def test_it_is_told_with_its_reason(way: str, rows: int, expected: str, monkeypa
         assert products.describe(torch.zeros(64, 128)[:, ::2], torch.float32, rows) == "torch"
 
 
+def test_a_way_that_nobody_measured_is_told_without_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.zeros(64, 64)
+    hold(entry(0.5, FORWARD))
+    assert products.describe(weight, torch.float32, 64) == "torch, not measured on this kind of CPU"
+    monkeypatch.setattr(table, "forced_way", "product")
+    assert products.describe(weight, torch.float32, 64) == "native C++"
+
+
 def test_it_is_told_that_a_few_rows_are_multiplied_with_their_adapter() -> None:
     """Whatever was measured of the product alone."""
     weight, few = torch.zeros(64, 64), "native C++, a few rows, with the adapter"

@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners import lora
 from peft_models import peft_model
 from quantised_weights import weight as quantised_weight
 from torch import nn
@@ -151,6 +152,52 @@ def test_every_change_of_a_trained_bias_is_seen(change: str) -> None:
     assert plan == expected if isinstance(plan, str) else plan.is_as(expected)
 
 
+def test_every_change_of_a_mixed_batchs_adapters_is_seen() -> None:
+    """Of those that it names, whichever is active and whatever names come before; and of no other."""
+    layer = layer_of(dropout=0.5)
+    layer.set_adapter("default")
+    names = ("absent", "__base__", "other")
+    changes = (
+        lambda: layer.set_scale("other", 3.0),
+        lambda: setattr(layer.lora_A["other"], "weight", nn.Parameter(torch.ones(2, K))),
+        lambda: layer.lora_dropout["other"].train(),
+    )
+    for change in changes:
+        before = plan_call(layer, X, names)[1]
+        assert before is plan_call(layer, X, names)[1]
+        change()
+        plan = plan_call(layer, X, names)[1]
+        assert plan is not before and plan.is_as(fresh(layer, names)[1])
+    layer.set_scale("default", 5.0)
+    assert plan_call(layer, X, names)[1] is plan
+
+
+def test_an_active_adapter_may_be_a_word() -> None:
+    """As PEFT's layers begin."""
+    layer = layer_of()
+    layer._active_adapter = "default"
+    before = plan_call(layer, X, None)
+    assert before[0] == ["default"] and plan_call(layer, X, None)[1] is before[1]
+    layer.set_scale("default", 3.0)
+    assert plan_call(layer, X, None)[1].is_as(fresh(layer, None)[1]) and not before[1].is_as(fresh(layer, None)[1])
+    layer._active_adapter = "other"
+    assert plan_call(layer, X, None)[0] == ["other"]
+
+
+def test_adapters_that_come_without_a_word_are_seen() -> None:
+    layer = layer_of()
+    layer.set_adapter(["default"])
+    layer._active_adapter.append("late")
+    config = peft.LoraConfig(r=2, init_lora_weights=False)
+    lora.Linear.update_layer(layer, "late", 2, lora_alpha=4, config=config)
+    module = layer.lora_A.pop("late")
+    names = ("default", "late")
+    assert plan_call(layer, X, None)[0] == plan_call(layer, X, names)[0] == ["default"]
+    assert find(layer, X, None) is not None and find(layer, X, names) is not None
+    layer.lora_A["late"] = module
+    assert plan_call(layer, X, None)[0] == plan_call(layer, X, names)[0] == ["default", "late"]
+
+
 def test_adapters_that_come_are_seen() -> None:
     layer = layer_of()
     layer.set_adapter(["default"])
@@ -251,6 +298,12 @@ def test_a_weight_that_is_computed_makes_a_plan_each_time() -> None:
     layer = layer_of()
     weight = layer.base_layer._parameters.pop("weight").detach()
     layer.base_layer.__dict__["weight"] = weight
+    assert not isinstance(plan_call(layer, X, None)[1], str) and ACTIVE not in layer.__dict__
+    layer = layer_of()
+    layer.base_layer.__dict__["bias"] = layer.base_layer._parameters.pop("bias").detach()
+    assert not isinstance(plan_call(layer, X, None)[1], str) and ACTIVE not in layer.__dict__
+    layer = layer_of(lora_bias=True, init_lora_weights=True)
+    layer.lora_B["default"].__dict__["bias"] = layer.lora_B["default"]._parameters.pop("bias").detach()
     assert not isinstance(plan_call(layer, X, None)[1], str) and ACTIVE not in layer.__dict__
 
 

@@ -93,7 +93,23 @@ def test_one_that_computes_the_same_is_fused(bias, dtype):
     assert probing.KEY not in layer_of(model).base_layer.__dict__
 
 
-@pytest.mark.parametrize("kind", [Clipped, Noisy, Silent, Wider, Short, Buffered])
+class Holding(Same):
+    """What it does may depend on that module."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.inner = nn.Identity()
+
+
+class Owning(Same):
+    """Or on that parameter."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes)
+        self.more = nn.Parameter(torch.ones(()), requires_grad=False)
+
+
+@pytest.mark.parametrize("kind", [Clipped, Noisy, Silent, Wider, Short, Buffered, Holding, Owning])
 def test_one_that_computes_something_else_is_pefts(kind):
     model = wrapped(kind)
     with pytest.warns(UserWarning, match=f"the base layer is a {kind.__name__}"):
@@ -108,6 +124,26 @@ def test_a_class_whose_forward_changes_is_asked_again(monkeypatch):
     monkeypatch.setattr(Same, "forward", lambda self, rows: nn.Linear.forward(self, rows) + 100)
     assert torch.allclose(model(x), before + 100, atol=1e-4)
     assert "the base layer is a Same" in fastlora.report(model)[0].reason
+
+
+def test_what_has_no_values_is_not_called(monkeypatch):
+    layer, seen = Same(8, 6, device="meta"), []
+    monkeypatch.setattr(Same, "forward", lambda self, rows: seen.append(rows) or nn.Linear.forward(self, rows))
+    probing.probe(layer)
+    assert seen == [] and not probing.is_linear(layer)
+    other = nn.Bilinear(8, 8, 6)
+    probing.probe(other)
+    assert not probing.is_linear(other)
+
+
+def test_what_was_found_out_is_found_out_again(monkeypatch):
+    layer = Same(8, 6).requires_grad_(False).eval()
+    probing.probe(layer)
+    assert probing.is_linear(layer) and not layer.training
+    layer.register_buffer("scale", torch.ones(()))
+    probing.probe(layer)
+    assert not probing.is_linear(layer) and probing.KEY not in layer.__dict__
+    assert not probing.is_linear(nn.Linear(8, 6))
 
 
 def test_a_hook_is_not_called_to_find_out():

@@ -90,8 +90,8 @@ class _State:
         self.attributes += (tensor, "requires_grad", False)
 
     def bias(self, tensor: Any) -> None:
-        """Of the base layer, trained or not, or of B; None or MISSING where there is none."""
-        if tensor is not None and tensor is not MISSING:
+        """Of the base layer, trained or not, or of B; None where there is none."""
+        if tensor is not None:
             self.attributes += (tensor, "requires_grad", tensor.requires_grad)
             if tensor.requires_grad:
                 self.matrix(tensor)
@@ -101,7 +101,7 @@ class _State:
 
 
 def _state_of(layer: Any, names: AdapterNames, used: Sequence[str]) -> tuple[tuple[Any, ...], ...] | None:
-    """All that `obstacles.lasting_plan` and `used_adapters` have read of a layer; None where a weight is no item of its module's."""
+    """What `obstacles.lasting_plan` and `used_adapters` have read of a layer; None where a weight or bias is no item of its module's."""
     state, own = _State(), layer.__dict__
     state.empty += obstacles.GLOBAL_HOOKS
     state.item(own, "_disable_adapters")
@@ -136,7 +136,10 @@ def _state_of(layer: Any, names: AdapterNames, used: Sequence[str]) -> tuple[tup
         for linear in matrices:
             parameters = state.item(state.plain(linear), "_parameters")
             state.matrix(state.item(parameters, "weight"))
-            state.bias(state.item(parameters, "bias"))
+            bias = state.item(parameters, "bias")
+            if bias is MISSING:
+                return None
+            state.bias(bias)
         for name in ("p", "training"):
             state.item(state.plain(dropout), name)
         if layer.lora_variant.get(adapter) is not None:  # DoRA's
