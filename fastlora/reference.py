@@ -261,6 +261,42 @@ def dora_factor_backward(dfactor: Tensor, magnitude: Tensor, norm: Tensor) -> Te
     return (dfactor / norm).to(magnitude.dtype)
 
 
+def lora_embedding(
+    rows: Tensor,  # W[ids] [M, D]
+    ids: Tensor,  # [M] int64 or int32
+    lora_a: Tensor,  # A [R, V], rows' dtype or float32
+    lora_b: Tensor,  # B [D, R], A's dtype
+    scale: float,
+) -> tuple[Tensor, Tensor]:  # y [M, D], a [R, M] in float32 or wider
+    """y = W[ids] + s (B A[:, ids])ᵀ, in float32 or wider, rounded once.
+
+    Of an embedding, whose x is one-hot, A has columns where it had a product (Hu et al. 2021, LoRA, with a table for W).
+    """
+    a = _wide(lora_a.index_select(1, ids))
+    return torch.addmm(_wide(rows), a.t(), _wide(lora_b).t(), alpha=scale).to(rows.dtype), a
+
+
+def lora_embedding_backward(
+    dy: Tensor,  # [M, D]
+    ids: Tensor,  # [M]
+    a: Tensor,  # [R, M], as forward left it
+    lora_a: Tensor,  # for its shape and dtype
+    lora_b: Tensor,
+    scale: float,
+    padding_idx: int | None,  # the token whose column of A has no gradient, as in nn.Embedding
+) -> tuple[Tensor, Tensor]:  # dA [R, V], dB [D, R]
+    """dA[:, i] = s Bᵀ Σ dy over the tokens that are i;  dB = s dyᵀ aᵀ. In float32 or wider, rounded once."""
+    d = _wide(dy)
+    da = (_wide(lora_b).t() @ d.t()).mul_(scale)
+    if d.device.type == "cpu":
+        total = d.new_zeros(lora_a.shape).index_add_(1, ids, da)  # one after the other
+    else:  # where index_add_ would add in any order
+        total = torch.ops.aten.embedding_dense_backward(da.t(), ids, lora_a.shape[1], -1, False).t()
+    if padding_idx is not None:
+        total[:, padding_idx] = 0
+    return total.to(lora_a.dtype), (d.t() @ a.t()).mul_(scale).to(lora_b.dtype)
+
+
 def dequantise(
     packed: Tensor,  # any shape: uint8, two elements of W a byte, the first in the higher bits; or, without a code, int8
     code: Tensor | None,  # [16] float32, what four bits stand for

@@ -147,15 +147,6 @@ def test_unsupported_layers_keep_pefts_forward_and_say_so():
     assert reason_of(model) == ("peft", "adapter 'default' is a ALora variant")
 
 
-def test_embedding_adapter_is_left_to_peft():
-    model, labels = peft_model(target_modules=["embed_tokens", "q_proj"])
-    eager = run(model, labels)
-    fastlora.accelerate(model)
-    assert reason_of(model, "embed_tokens") == ("peft", "peft.tuners.lora.layer.Embedding is not fused")
-    for name, value in run(model, labels).items():
-        assert torch.allclose(value, eager[name], atol=1e-5), name
-
-
 def test_layers_added_later_say_how_to_be_accelerated():
     model, _ = peft_model(target_modules=["q_proj"])
     fastlora.accelerate(model)

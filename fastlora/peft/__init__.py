@@ -12,6 +12,7 @@ mixed        the names of a mixed batch, handed to all layers
 composed     what a LoRA layer computes around the operator: DoRA's factors, trained biases, a head's loss
 layers       the classes that layers are swapped to
 experts      LoRA on a mixture's experts
+embeddings   LoRA on embeddings
 scaled       IA³'s layers
 prompts      the class that a PeftModel with soft prompts is swapped to
 reporting    what computes each layer, and why
@@ -34,7 +35,7 @@ from fastlora.bottleneck import BottleneckLayer
 from fastlora.checks import is_hooked
 from fastlora.choice import table, trial
 from fastlora.frozen import packed
-from fastlora.peft import experts, mixed, obstacles, prompts, quantised, scaled, siblings
+from fastlora.peft import embeddings, experts, mixed, obstacles, prompts, quantised, reporting, scaled, siblings
 from fastlora.peft.layers import FrozenLinear, Fused, FusedLinear, compute, frozen_base, fused_class, restore_layer
 from fastlora.peft.prompts import ensemble
 from fastlora.peft.reporting import LayerReport, Report, report
@@ -78,15 +79,12 @@ def accelerate(
 ) -> nn.Module:
     """Make a PEFT model with LoRA, IA³ or a soft prompt faster, in place, with the same results; returns the model.
 
-    Swaps the class of every `peft.tuners.lora.Linear` that can be fused (nn.Linear or Conv1D underneath, frozen, plain LoRA), and on a CPU of those
-    over bitsandbytes' NF4, FP4 and int8 layers and torchao's int8 weights (quantised.py), to a
-    subclass whose forward and backward run as one operator; and of what `target_parameters` wraps around a mixture's experts, where a few random
-    numbers show that they compute what is computed here (experts.py). Layers that share x, as query, key and value do, read it once
-    (siblings.py). Call it again after new layers were added; `restore` undoes it.
     Swaps the class of every `peft.tuners.lora.Linear` that can be fused (nn.Linear, Conv1D or what computes the same underneath, frozen, plain
-    LoRA or DoRA, with trained biases or without) to a subclass whose forward and backward run as one operator, with a factor a column for
-    DoRA. Layers that share x, as query, key and value do, read it once (siblings.py). IA³'s layers are swapped, too (scaled.py). Layers of PEFT's
-    other methods stay PEFT's. Call it again after new layers were added; `restore` undoes it.
+    LoRA or DoRA, with trained biases or without), and on a CPU of those over bitsandbytes' NF4, FP4 and int8 layers and torchao's int8 weights
+    (quantised.py), to a subclass whose forward and backward run as one operator, with a factor a column for DoRA; and of what `target_parameters`
+    wraps around a mixture's experts, where a few random numbers show that they compute what is computed here (experts.py). Layers that share x,
+    as query, key and value do, read it once (siblings.py). LoRA on embeddings is swapped, too (embeddings.py), and so are IA³'s layers (scaled.py).
+    Layers of PEFT's other methods stay PEFT's. Call it again after new layers were added; `restore` undoes it.
 
     A PeftModel with a soft prompt (prompt tuning, P-tuning, multitask prompts, prefix tuning, a cartridge) gets a class derived from its own, in
     which each row is as it were alone, in any padding, packed or generated from; a causal model's prompt runs once for all rows (peft/prompts.py).
@@ -160,6 +158,7 @@ def accelerate(
             own: Any = type(layer)
             layer.__class__ = fused_class(own)
             quantised.hold(layer.base_layer)
+        embeddings.attach(layer)
     experts.attach(model)
     left = [obstacle for one in adapted if not isinstance(one, LoraLayer) and (obstacle := scaled.attach(one))]
     for linear in plain:
@@ -181,7 +180,7 @@ def accelerate(
         family.attach()
     if layers and not any(isinstance(layer, Fused) or is_derived(layer) for layer in layers):
         warnings.warn(
-            f"fastlora.accelerate fused none of {len(layers)} LoRA layers: {experts.obstacle_of(layers[0])}",
+            f"fastlora.accelerate fused none of {len(layers)} LoRA layers: {reporting.obstacle_of(layers[0])}",
             stacklevel=2,
         )
     if left and len(left) == len(adapted):
@@ -245,6 +244,7 @@ def restore(model: nn.Module) -> nn.Module:
         sharing.detach(module)
         model_loss.detach(module)
         fusion.detach(module)
+        embeddings.detach(module)
         experts.detach(module)
         restore_layer(module)
         if isinstance(module, BaseTuner):

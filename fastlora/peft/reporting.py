@@ -4,7 +4,7 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.layer import Embedding, LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -14,7 +14,7 @@ from fastlora.bottleneck import BottleneckLayer
 from fastlora.frozen import composed, products
 from fastlora.operators import frozen_linear, lora_linear
 from fastlora.packing import is_compiled
-from fastlora.peft import experts, obstacles, prompts, scaled, siblings
+from fastlora.peft import embeddings, experts, obstacles, prompts, scaled, siblings
 from fastlora.peft.layers import OWN_FORWARD, SEEN, FrozenLinear, Seen, frozen_base
 
 ROWS_BEFORE_ANY_CALL = 512
@@ -74,6 +74,8 @@ def layers(model: nn.Module) -> list[LayerReport]:
             around = found[-1]  # the wrapper around this one, which computes both
             told = f"with {around.name}" if around.implementation != "peft" else around.reason
             found.append(LayerReport(name, around.implementation, told))
+        elif isinstance(module, Embedding):
+            found.append(LayerReport(name, *embeddings.describe(module)))
         elif isinstance(module, (LoraLayer, FrozenLinear)):
             found.append(LayerReport(name, *_explain(module, compiled)))
         elif isinstance(module, BottleneckLayer):
@@ -92,6 +94,11 @@ def layers(model: nn.Module) -> list[LayerReport]:
             reason = f"{NOT_OBSERVED}; in its last eager call {reason}" if compiled else reason
             found.append(LayerReport(f"{name}.loss".lstrip("."), path, reason))
     return found
+
+
+def obstacle_of(layer: Any) -> str | None:
+    """Why the class of a LoRA layer is not swapped, or None."""
+    return embeddings.swap_obstacle(layer) if isinstance(layer, Embedding) else experts.obstacle_of(layer)
 
 
 def _explain(layer: Any, compiled: bool) -> tuple[str, str]:
