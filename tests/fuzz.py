@@ -388,6 +388,18 @@ def jobs_files() -> Files:
     return {"jobs.yaml": text.encode()}
 
 
+def change_jobs(random: Random, files: Files) -> Files:
+    """Bytes, or a value: JSON is YAML."""
+    ((name, data),) = files.items()
+    if random.random() < 0.5:
+        return {name: change_bytes(random, data)}
+    jobs = [
+        {"name": "one", "r": 4, "lr": 1e-3, "data": "x", "target_modules": ["q_proj"]},
+        {"eval_data": "y", "use_rslora": True},
+    ]
+    return {name: change_json(random, json.dumps(jobs).encode())}
+
+
 def read_jobs(folder: Path, files: Files) -> None:
     from fastlora.sweep import Sweep, jobs_of
 
@@ -455,7 +467,7 @@ TARGETS: dict[str, Target] = {
     "adapter": Target(adapter_files, change_files, read_adapter),
     "prompt": Target(prompt_files, change_files, read_adapter),
     "checkpoint": Target(checkpoint_files, change_checkpoint, read_checkpoint),
-    "jobs": Target(jobs_files, change_files, read_jobs),
+    "jobs": Target(jobs_files, change_jobs, read_jobs),
     "sweep": Target(sweep_files, partial(change_checkpoint, names=("sweep.json", "state.pt")), read_sweep),
 }
 
