@@ -13,6 +13,20 @@ Method = Literal[
     "lora", "dora", "prompt", "prefix", "ptuning", "cartridge", "ia3", "norm", "tokens", "bitfit", "full", "peft"
 ]
 Dtype = Literal["auto", "float32", "bfloat16"]
+CombinationType = Literal[
+    "linear",
+    "cat",
+    "svd",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
+MajoritySignMethod = Literal["total", "frequency"]
 PromptInit = Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"]
 DEFAULT_LR: dict[Method, float] = {
     **{"lora": 2e-4, "dora": 2e-4, "peft": 2e-4, "full": 2e-5},
