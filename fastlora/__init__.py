@@ -43,7 +43,8 @@ def _load_triton() -> None:
 ops.implement_later("triton", _load_triton)
 
 if TYPE_CHECKING:
-    from fastlora.peft import accelerate, report, restore
+    from fastlora.peft import accelerate, merged, report, restore
+    from fastlora.receipts import receipt
 
 __version__ = distribution.__version__
 __all__ = [
@@ -53,14 +54,21 @@ __all__ = [
     "SoftPrompt",
     "accelerate",
     "functional",
+    "merged",
     "ops",
+    "receipt",
     "report",
     "restore",
 ]
 
+LATER = {
+    **dict.fromkeys(("accelerate", "merged", "report", "restore"), "fastlora.peft"),
+    "receipt": "fastlora.receipts",
+}
+"""Where to find what takes seconds to import, as peft does: only who asks for it waits."""
+
 
 def __getattr__(name: str) -> Any:
-    # peft takes seconds to import: only who accelerates a PEFT model waits for it.
-    if name in ("accelerate", "report", "restore"):
-        return getattr(importlib.import_module("fastlora.peft"), name)
+    if name in LATER:
+        return getattr(importlib.import_module(LATER[name]), name)
     raise AttributeError(f"module 'fastlora' has no attribute {name!r}")

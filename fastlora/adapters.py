@@ -19,16 +19,18 @@ from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, is_dataclass
 from enum import Enum
+from hashlib import sha256
 from itertools import chain
 from pathlib import Path
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+import safetensors.torch
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fastlora import reading
+from fastlora import reading, receipts
+from fastlora.layers import BASE
 from fastlora.typed import fits, listed, shown, spelt
 
 logger = logging.getLogger("fastlora")
@@ -57,6 +59,7 @@ class Adapter:
     folder: Path
     config: Any  # PEFT's, of one of METHODS
     tensors: dict[str, Tensor]  # by PEFT's keys, on the CPU
+    hashes: Mapping[str, str]  # SHA-256 of the two files, by name
 
     @property
     def base(self) -> str | None:
@@ -82,14 +85,19 @@ def read(folder: str | Path) -> Adapter:
             raise FileNotFoundError(
                 f"adapter={folder}: expected an adapter folder in PEFT's format, there is no {name}{hint}"
             )
+    hashes = {CONFIG: receipts.file_hash(folder / CONFIG)}
     config = read_config(folder / CONFIG)
-    _check_header(folder / WEIGHTS)
+    # Read once: what is checked and hashed is what is used, whoever writes to the file meanwhile.
+    content = (folder / WEIGHTS).read_bytes()
+    hashes[WEIGHTS] = sha256(content).hexdigest()
+    _check_header(folder / WEIGHTS, content)
     try:
-        tensors = load_file(folder / WEIGHTS)
+        tensors = dict(sorted(safetensors.torch.load(content).items()))
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise AdapterError(folder / WEIGHTS, None, f"no safetensors file: {error}") from error
+    del content  # the tensors have memory of their own
     _check_tensors(folder / WEIGHTS, config, tensors)
-    return Adapter(folder, config, tensors)
+    return Adapter(folder, config, tensors, hashes)
 
 
 def is_adapter(folder: str | Path) -> bool:
@@ -208,19 +216,17 @@ RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
 """What a config's value must be, beyond its type."""
 
 
-def _check_header(file: Path) -> None:
+def _check_header(file: Path, content: bytes) -> None:
     """A safetensors file is 8 bytes of length, a JSON header of that length, and the tensors' bytes, one behind the other without a gap."""
-    size = file.stat().st_size
-    with file.open("rb") as content:
-        start = content.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or not 2 <= length <= min(size - 8, LARGEST_HEADER):
-            got = f"a header of {length:,} bytes" if len(start) == 8 else "no length of a header"
-            raise AdapterError(file, None, f"no safetensors file, or a part of one: {size:,} bytes, with {got}")
-        try:
-            header = reading.json_object(content.read(length))
-        except ValueError as error:
-            raise AdapterError(file, None, str(error)) from error
+    size = len(content)
+    length = int.from_bytes(content[:8], "little")
+    if size < 8 or not 2 <= length <= min(size - 8, LARGEST_HEADER):
+        got = f"a header of {length:,} bytes" if size >= 8 else "no length of a header"
+        raise AdapterError(file, None, f"no safetensors file, or a part of one: {size:,} bytes, with {got}")
+    try:
+        header = reading.json_object(content[8 : 8 + length])
+    except ValueError as error:
+        raise AdapterError(file, None, str(error)) from error
     header.pop("__metadata__", None)
     end = 0
     for begin, stop, key in sorted((*_offsets(file, size, key, entry), key) for key, entry in header.items()):
@@ -311,16 +317,32 @@ def check(adapter: Adapter, model: nn.Module, *, allow_missing: bool = False) ->
     Raises:
         AdapterError: the config does not fit the model, or a key is missing, unknown, or of another shape.
     """
+    own = dict(model.named_parameters(remove_duplicate=False))
+    return fitting(adapter, expect(adapter, model), own, allow_missing=allow_missing)
+
+
+class Expected(NamedTuple):
+    """What PEFT would save of an adapter of some config on some model."""
+
+    tensors: dict[str, Tensor]  # on the meta device
+    embeddings: set[str]  # keys of whole embeddings that it may write beside them
+    model: Any  # the PeftModel, on the meta device
+
+
+def fitting(
+    adapter: Adapter, wanted: Expected, own: Mapping[str, Tensor], *, allow_missing: bool = False
+) -> dict[str, Tensor]:
+    """`check`, where it is known already what is expected. own: the model's weights by name."""
     file = adapter.folder / WEIGHTS
-    expected, embeddings, empty_model = _expected(adapter, model)
+    expected, embeddings, empty_model = wanted
     given = dict(adapter.tensors)
     if given.keys() - expected.keys() - embeddings and adapter.config.peft_type == "LORA":
         given = _renamed(given, empty_model)
     for key in [key for key in given if key not in expected and key in embeddings]:
         name = WRAPPERS.sub("", key.removeprefix("base_model.model."))
-        tensor, own = given.pop(key), dict(model.named_parameters(remove_duplicate=False)).get(name)
+        tensor, weight = given.pop(key), own.get(name)
         # The model's own, or what the model's own is, rounded.
-        if own is None or tensor.shape != own.shape or not torch.equal(tensor.to(own), own.detach()):
+        if weight is None or tensor.shape != weight.shape or not torch.equal(tensor.to(weight), weight.detach()):
             raise AdapterError(
                 file, key, "an embedding of another base: it differs from the model's, which an adapter may not change"
             )
@@ -372,11 +394,8 @@ def _check_patterns(adapter: Adapter, model: nn.Module) -> None:
             raise AdapterError(adapter.folder / CONFIG, key, problem) from None
 
 
-def _expected(adapter: Adapter, model: nn.Module) -> tuple[dict[str, Tensor], set[str], Any]:
-    """What PEFT would save of the adapter on this model, on the meta device; the keys of embeddings that it may write beside it; and that model."""
-    from peft import get_peft_model_state_dict
-
-    _check_patterns(adapter, model)
+def without_memory(model: nn.Module) -> nn.Module:
+    """A copy on the meta device."""
     memo: dict[int, Any] = {}
     for tensor in chain(model.parameters(), model.buffers()):
         empty = torch.empty_like(tensor, device="meta")
@@ -386,20 +405,32 @@ def _expected(adapter: Adapter, model: nn.Module) -> tuple[dict[str, Tensor], se
                 empty = torch.Tensor._make_subclass(type(tensor), empty.detach(), tensor.requires_grad)
                 vars(empty).update(vars(tensor))
         memo[id(tensor)] = empty
+    return copy.deepcopy(model, memo)
+
+
+def expect(adapter: Adapter, model: nn.Module, **options: Any) -> Expected:
+    """What PEFT would save of the adapter on this model, which has none. options: of PEFT, as it makes the layers.
+
+    Raises:
+        AdapterError: PEFT cannot make them.
+    """
+    from peft import get_peft_model_state_dict
+
+    _check_patterns(adapter, model)
     config = _without_beginning(adapter.config)
     # Of a prompt, PEFT would make what the config asks for before the file has shown that it holds as much.
     nowhere = torch.device("meta") if config.is_prompt_learning else nullcontext()
     with warnings.catch_warnings(), nowhere:
         warnings.simplefilter("ignore")  # PEFT says it again when the adapter is loaded
         try:
-            empty_model = _with_adapter(copy.deepcopy(model, memo), "default", config, low_cpu_mem_usage=True)
+            empty_model = _with_adapter(without_memory(model), "default", config, low_cpu_mem_usage=True, **options)
             expected = get_peft_model_state_dict(empty_model, save_embedding_layers=False)
             embeddings = get_peft_model_state_dict(empty_model, save_embedding_layers=True).keys() - expected.keys()
         except Exception as error:  # PEFT's, of any kind: re.error, KeyError, ...
             problem = f"PEFT cannot put it on {type(model).__name__}: {type(error).__name__}: {error}"
             raise AdapterError(adapter.folder / CONFIG, None, problem) from error
     _check_tokens(adapter, empty_model)
-    return expected, embeddings, empty_model
+    return Expected(expected, embeddings, empty_model)
 
 
 def _without_beginning(config: Any) -> Any:
@@ -434,8 +465,76 @@ def _check_tokens(adapter: Adapter, empty_model: Any) -> None:
                 raise AdapterError(adapter.folder / CONFIG, "trainable_token_indices", problem)
 
 
+def _changes_something(adapter: Adapter, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> bool:
+    """Whether a model computes anything else with these tensors than without: told by them and the model's own weights, before it has them.
+
+    What is not known to change nothing changes something.
+    """
+    config = adapter.config
+    alphas = [getattr(config, "lora_alpha", 1), *(getattr(config, "alpha_pattern", None) or {}).values()]
+
+    def changes(key: str, tensor: Tensor) -> bool:
+        if end := ENDS.search(key):
+            other = tensors.get(key[: end.start(1)] + "AB"[end[1] == "A"] + key[end.end(1) :])
+            return any(alphas) and bool(tensor.any()) and (other is None or bool(other.any()))
+        if ".lora_magnitude_vector" in key:
+            return _scales(tensor, own.get(_base_name(key.partition(".lora_magnitude_vector")[0] + ".weight")))
+        if key.endswith("lora_B.bias"):
+            return any(alphas) and bool(tensor.any())
+        if key.endswith(".ia3_l"):
+            return bool((tensor != 1).any())
+        at, token_rows, _ = key.partition(".trainable_tokens_delta")
+        at = _base_name(at.removesuffix(".token_adapter").replace(".ln_tuning_layers", ""))
+        weight: Any = own.get(f"{at}.weight" if token_rows else at)
+        tokens = _tokens_of(config, at) if token_rows else None
+        if weight is not None and tokens is not None:
+            weight = weight.detach()[tokens]
+        same = weight is not None and weight.shape == tensor.shape and not weight.is_meta
+        return not (same and torch.equal(tensor.to(weight), weight.detach()))
+
+    return any(changes(key, tensor) for key, tensor in tensors.items())
+
+
+def _base_name(key: str) -> str:
+    return WRAPPERS.sub("", key.removeprefix("base_model.model."))
+
+
+def _scales(magnitude: Tensor, weight: Tensor | None) -> bool:
+    """Whether a DoRA's magnitudes differ from the norms of W's rows or, as Conv1D has it, columns by more than their rounding."""
+    if weight is None or weight.is_meta or weight.dim() != 2 or not weight.is_floating_point():
+        return True
+    short = any(one.dtype.itemsize == 2 for one in (magnitude, weight))
+    norms = [torch.linalg.vector_norm(weight.detach().float(), dim=dim).cpu() for dim in (0, 1)]
+    tolerance = 1e-2 if short else 1e-5
+    return not any(
+        norm.shape == magnitude.flatten().shape and torch.allclose(magnitude.flatten().float(), norm, rtol=tolerance)
+        for norm in norms
+    )
+
+
+def _tokens_of(config: Any, layer: str) -> list[int] | None:
+    """The tokens of an embedding whose rows an adapter has."""
+    tokens = getattr(config, "trainable_token_indices", None) or getattr(config, "token_indices", None)
+    if isinstance(tokens, dict):
+        return next((own for name, own in tokens.items() if f".{layer}".endswith(f".{name}")), None)
+    return tokens
+
+
+def require_name(name: str) -> None:
+    """Raise ValueError where an adapter cannot be called so: PEFT keeps adapters by name among a module's children."""
+    if not name or "." in name or name == BASE:
+        raise ValueError(f"adapter name {name!r}: expected a name without dots other than {BASE}")
+    if hasattr(nn.ModuleDict, name) or hasattr(nn.ParameterDict, name):
+        raise ValueError(f"adapter name {name!r}: torch's modules have something of that name, expected another one")
+
+
 def load(
-    model: Any, adapters: Mapping[str, Adapter], *, is_trainable: bool = False, allow_missing: bool = False
+    model: Any,
+    adapters: Mapping[str, Adapter],
+    *,
+    is_trainable: bool = False,
+    allow_missing: bool = False,
+    allow_noop: bool = False,
 ) -> Any:
     """The model with the adapters on it, as a PeftModel; the first is the active one.
 
@@ -444,10 +543,11 @@ def load(
         adapters: by adapter name.
         is_trainable: for training, in place of use.
         allow_missing: tensors that are not in the file are as PEFT begins.
+        allow_noop: take also an adapter that changes nothing, as one whose B are all zero; it may always be trained on.
 
     Raises:
-        AdapterError: as `check`; or one of several adapters is of another method, or one that changes the base under the others; or is_trainable,
-            and the file holds what a prompt's encoder gave, not the encoder.
+        AdapterError: as `check`; or an adapter changes nothing; or one of several adapters is of another method, or one that changes the base under
+            the others; or is_trainable, and the file holds what a prompt's encoder gave, not the encoder.
     """
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
@@ -455,7 +555,7 @@ def load(
     for adapter in adapters.values():
         config = adapter.config
         if len(adapters) > 1:
-            _require_an_untouched_base(adapter)
+            require_an_untouched_base(adapter)
         if config.peft_type != first.config.peft_type:
             problem = f"expected {first.config.peft_type.value}, as the first adapter's, got {config.peft_type.value}"
             raise AdapterError(adapter.folder / CONFIG, "peft_type", problem)
@@ -467,19 +567,39 @@ def load(
             problem = "its encoder is not in the file: it can be used, but not trained on"
             raise AdapterError(adapter.folder / CONFIG, "peft_type", problem)
     checked = {name: check(adapter, model, allow_missing=allow_missing) for name, adapter in adapters.items()}
+    if not (allow_noop or is_trainable):
+        own = dict(model.named_parameters(remove_duplicate=False))
+        for name, tensors in checked.items():
+            require_a_change(adapters[name], tensors, own)
+    sources: dict[str, receipts.Source] = {}
     for name, tensors in checked.items():
         config = copy.deepcopy(adapters[name].config)
         config.inference_mode = not is_trainable
         if config.is_prompt_learning and is_trainable and hasattr(config, "prompt_tuning_init"):
             config.prompt_tuning_init = "RANDOM"  # its values are in the file
         model = _with_adapter(model, name, config)
+        missing: set[str] = set()
+        given = set(adapters[name].tensors) - tensors.keys()
         if allow_missing:  # PEFT wants every tensor of modules_to_save: what is missing stays as it has begun
-            tensors = {**get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False), **tensors}
+            begun = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+            missing = begun.keys() - tensors.keys()
+            tensors = {**begun, **tensors}
         set_peft_model_state_dict(model, tensors, adapter_name=name)
+        read = adapters[name]
+        sources[name] = receipts.Source(str(read.folder), read.hashes, tuple(sorted(given)), tuple(sorted(missing)))
+    for name, source in sources.items():
+        receipts.note(model, name, source)
     return model
 
 
-def _require_an_untouched_base(adapter: Adapter) -> None:
+def require_a_change(adapter: Adapter, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Raise AdapterError where a model with these weights of its own computes the same with the adapter's tensors as without."""
+    if not _changes_something(adapter, tensors, own):
+        problem = "changes nothing: with it the model computes what it does without (allow_noop=True takes it)"
+        raise AdapterError(adapter.folder / WEIGHTS, None, problem)
+
+
+def require_an_untouched_base(adapter: Adapter) -> None:
     """Refuse, beside others, an adapter that PEFT makes by writing into the base: theirs would no longer be the one they were trained on."""
     config = adapter.config
     if config.peft_type != "LORA":

@@ -1,4 +1,4 @@
-"""The command line: `fastlora train | compare | sweep | eval | generate | merge | bench | tune | env | demo`.
+"""The command line: `fastlora train | compare | sweep | eval | generate | merge | receipt | bench | tune | env | demo`.
 
 Every command is a thin call of the function of the same name; what is slow to import is imported inside, so that --help
 is quick. Exit codes: 0 done, 1 training went wrong, 2 wrong options or data, 130 interrupted. An expected error is one
@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, Field, asdict, fields
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 from rich.console import Console
@@ -26,7 +26,7 @@ from typer.main import get_command
 
 from fastlora import __version__
 from fastlora.comparison import Comparison
-from fastlora.config import Dtype, TrainConfig
+from fastlora.config import CombinationType, Dtype, MajoritySignMethod, TrainConfig
 from fastlora.data.rows import Truncation
 from fastlora.sweep.jobs import Sweep
 
@@ -60,6 +60,7 @@ DtypeOption = Annotated[Dtype, typer.Option(help="auto: bfloat16 on a GPU that c
 AllowMissingOption = Annotated[
     bool, typer.Option("--allow-missing", help="Take an adapter that lacks tensors: those are as PEFT begins.")
 ]
+AllowNoopOption = Annotated[bool, typer.Option("--allow-noop", help="Take an adapter that changes nothing.")]
 NewTokensOption = Annotated[int, typer.Option(min=1, help="Length of an answer, at most.")]
 BatchOption = Annotated[int, typer.Option(min=1, help="Rows a batch.")]
 
@@ -279,6 +280,7 @@ def eval_(
     limit: Annotated[int | None, typer.Option(min=1, help="Take only the first so many rows.")] = None,
     dtype: DtypeOption = "auto",
     allow_missing: AllowMissingOption = False,
+    allow_noop: AllowNoopOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of the table.")] = False,
 ) -> None:
     """Held-out loss, perplexity, exact match and ROUGE."""
@@ -289,7 +291,11 @@ def eval_(
 
     examples = read_examples(data)  # bad lines are reported before anything is loaded
     loaded, tokenizer = load_model(
-        model, {"default": adapter} if adapter else {}, dtype=dtype, allow_missing=allow_missing
+        model,
+        {"default": adapter} if adapter else {},
+        dtype=dtype,
+        allow_missing=allow_missing,
+        allow_noop=allow_noop,
     )
     result = evaluate(
         loaded,
@@ -331,6 +337,7 @@ def generate(
     batch_size: BatchOption = 8,
     dtype: DtypeOption = "auto",
     allow_missing: AllowMissingOption = False,
+    allow_noop: AllowNoopOption = False,
 ) -> None:
     """Greedy answers; with several adapters, each one's, swapped on one base."""
     _quiet()
@@ -344,7 +351,7 @@ def generate(
     if chat:
         prompts = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
     adapters = _named_adapters(adapter or [])
-    loaded, tokenizer = load_model(model, adapters, dtype=dtype, allow_missing=allow_missing)
+    loaded, tokenizer = load_model(model, adapters, dtype=dtype, allow_missing=allow_missing, allow_noop=allow_noop)
     names: list[str | None] = [*adapters] or [None]
     answers = [
         generate(
@@ -380,19 +387,83 @@ def _named_adapters(arguments: list[str]) -> dict[str, Path]:
 
 @command
 def merge(
-    adapter: Annotated[Path, typer.Option(help="Adapter folder.")],
-    output: Annotated[Path, typer.Option(help="Folder for the merged model.")],
+    adapter: Annotated[list[Path], typer.Option(help="Adapter folder; several are made into one adapter.")],
+    output: Annotated[Path, typer.Option(help="Folder for the merged model, or of several adapters the combined one.")],
     model: OptionalModelOption = None,
     dtype: Annotated[Dtype, typer.Option(help="auto: as the base is stored.")] = "auto",
+    weights: Annotated[str | None, typer.Option(help="Of several adapters: a number each, with commas.")] = None,
+    combination_type: Annotated[
+        CombinationType | None, typer.Option(help="How several are combined; the names are PEFT's.")
+    ] = None,
+    density: Annotated[
+        float | None, typer.Option(help="Share of values that ties, dare_* and magnitude_prune keep.")
+    ] = None,
+    svd_rank: Annotated[
+        int | None, typer.Option(help="Rank of an svd's result. [default: the adapters' largest]")
+    ] = None,
+    majority_sign_method: Annotated[MajoritySignMethod, typer.Option(help="Of ties: who elects a sign.")] = "total",
+    seed: Annotated[int, typer.Option(help="Of what dare_* drops.")] = 0,
     overwrite: Annotated[bool, OPTIONS["overwrite"]] = False,
     allow_missing: AllowMissingOption = False,
+    allow_noop: AllowNoopOption = False,
 ) -> None:
-    """Fold an adapter into its base's weights, and report what rounding cost."""
+    """Fold an adapter into its base's weights, and report what rounding cost; or make several adapters into one."""
     _quiet()
-    from fastlora.merge import merge
+    allowed = {"overwrite": overwrite, "allow_missing": allow_missing, "allow_noop": allow_noop}
+    if combination_type is None:
+        if len(adapter) > 1:
+            raise ValueError("combination_type: several adapters are combined by one of cat, svd, linear, ties, ...")
+        for name, value in {"weights": weights, "density": density, "svd_rank": svd_rank}.items():
+            if value is not None:
+                raise ValueError(f"{name}={value}: expected combination_type={get_args(CombinationType)[0]} or another")
+        from fastlora.merge import merge
 
-    report = merge(model, adapter, output, dtype=dtype, overwrite=overwrite, allow_missing=allow_missing)
-    _print_values("fastlora merge", asdict(report))
+        _print_values("fastlora merge", asdict(merge(model, adapter[0], output, dtype=dtype, **allowed)))
+        return
+    from fastlora.combine import combine
+
+    if dtype != "auto":
+        raise ValueError(f"dtype={dtype}: a combined adapter is float32, expected auto")
+    report = combine(
+        model,
+        adapter,
+        output,
+        weights=[] if weights is None else _numbers("weights", weights, float),
+        combination_type=combination_type,
+        density=density,
+        svd_rank=svd_rank,
+        majority_sign_method=majority_sign_method,
+        seed=seed,
+        **allowed,
+    )
+    found = asdict(report)
+    _print_table([(name, _shown(error)) for name, error in found.pop("layer_errors").items()], ("layer", "error"))
+    _print_values("fastlora merge", found)
+
+
+@command
+def receipt(
+    adapter: Annotated[list[str], typer.Option(help="Adapter folder, or name=folder; may be given several times.")],
+    model: OptionalModelOption = None,
+    dtype: Annotated[Dtype, typer.Option(help="auto: as the base is stored.")] = "auto",
+    allow_missing: AllowMissingOption = False,
+    allow_noop: AllowNoopOption = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of the table.")] = False,
+) -> None:
+    """What each adapter changes, layer by layer, and by how much; one that changes nothing ends in an error."""
+    _quiet()
+    from fastlora.models import load_model
+    from fastlora.receipts import receipt
+
+    chosen = "stored" if dtype == "auto" else dtype
+    loaded, _ = load_model(
+        model, _named_adapters(adapter), dtype=chosen, accelerate=False, allow_missing=allow_missing, allow_noop=True
+    )
+    found = receipt(loaded)
+    print(json.dumps(asdict(found)) if as_json else found)
+    idle = [one.name for one in found.adapters if one.changes_nothing]
+    if idle and not allow_noop:
+        raise ValueError(f"adapter={idle[0]} changes nothing (allow_noop=True takes it)")
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)

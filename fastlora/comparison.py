@@ -296,7 +296,8 @@ def _measure(run: Run | None, given: Comparison, folder: Path) -> dict[str, Any]
 
     whole = run is None or run.method in WHOLE
     path = str(given.model) if run is None else str(folder) if whole else None
-    model, tokenizer = load_model(path, {} if whole else {"default": folder}, dtype=given.dtype)
+    # A rate too low to change anything is a result, too.
+    model, tokenizer = load_model(path, {} if whole else {"default": folder}, dtype=given.dtype, allow_noop=True)
     same: dict[str, Any] = {"batch_size": given.batch_size, "max_length": given.max_length, "limit": given.limit}
     held = evaluate(
         model, tokenizer, given.eval_data, generations=given.generations, max_new_tokens=given.max_new_tokens, **same

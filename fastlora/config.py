@@ -25,6 +25,20 @@ Method = Literal[
     "peft",
 ]
 Dtype = Literal["auto", "float32", "bfloat16"]
+CombinationType = Literal[
+    "linear",
+    "cat",
+    "svd",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+]
+MajoritySignMethod = Literal["total", "frequency"]
 PromptInit = Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"]
 NonLinearity = Literal["relu", "gelu", "swish", "tanh"]
 DEFAULT_LR: dict[Method, float] = {

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from fastlora import adapters, writing
 from fastlora.models import base_of, load_base, load_model
+from fastlora.receipts import BLOCK
 
 logger = logging.getLogger("fastlora")
 
 PROBES, PROBE_TOKENS = 4, 64
 LARGEST_LOSS = 0.05  # of the update, before a warning
-BLOCK = 1 << 22  # elements of a weight that are measured at once: a copy in float64 is large
 
 
 class MergeError(RuntimeError):
@@ -46,6 +46,7 @@ def merge(
     dtype: str = "auto",
     overwrite: bool = False,
     allow_missing: bool = False,
+    allow_noop: bool = False,
 ) -> MergeReport:
     """Write the base with W + s B A in every layer of the adapter: an ordinary transformers model, with its tokenizer.
 
@@ -56,7 +57,7 @@ def merge(
         model: the base: a folder or a hub id; None: the one that the adapter names.
         dtype: the merged weights' and the one the logits are compared in: auto (as the base is stored), float32 or bfloat16.
         overwrite: replace the model or adapter in the output folder; never the base's or the adapter's own folder.
-        allow_missing: as `load_model`'s.
+        allow_missing, allow_noop: as `load_model`'s.
 
     Raises:
         FileExistsError: the output folder holds a model or an adapter, and overwrite was not asked for.
@@ -79,15 +80,22 @@ def merge(
             raise FileExistsError(
                 f"output={output} holds a model or an adapter already ({held[0]}): overwrite=True replaces it"
             )
-        return _merge(base, adapter, output, dtype, allow_missing)
+        return _merge(base, adapter, output, dtype, allow_missing, allow_noop)
 
 
-def _merge(base: str, adapter: str | Path, output: Path, dtype: str, allow_missing: bool) -> MergeReport:
+def _merge(
+    base: str, adapter: str | Path, output: Path, dtype: str, allow_missing: bool, allow_noop: bool
+) -> MergeReport:
     chosen = "stored" if dtype == "auto" else dtype
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")  # merging is right here
         peft_model, tokenizer = load_model(
-            base, {"default": adapter}, dtype=chosen, accelerate=False, allow_missing=allow_missing
+            base,
+            {"default": adapter},
+            dtype=chosen,
+            accelerate=False,
+            allow_missing=allow_missing,
+            allow_noop=allow_noop,
         )
     probes = _probes(peft_model)
     before = _logits(peft_model, probes)

@@ -12,7 +12,6 @@ from accelerate import PartialState
 from fastlora import adapters as adapter_files
 from fastlora.adapters import Adapter
 from fastlora.data.rows import Row
-from fastlora.layers import BASE
 from fastlora.typed import fits, listed, shown
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -196,6 +195,7 @@ def load_model(
     dtype: str = "auto",
     accelerate: bool = True,
     allow_missing: bool = False,
+    allow_noop: bool = False,
 ) -> tuple[Any, Any]:
     """Load a base model and any number of adapters onto it, ready to answer.
 
@@ -205,6 +205,7 @@ def load_model(
         dtype: the base's: auto, float32, bfloat16, or stored, which is the checkpoint's own.
         accelerate: run the adapters' layers fused.
         allow_missing: tensors that an adapter's file lacks are as PEFT begins, with a warning, in place of an error.
+        allow_noop: take also an adapter that changes nothing: B zero in every layer, most often.
 
     Returns:
         The model, in eval mode, on the GPU if there is one; and its tokenizer.
@@ -218,12 +219,7 @@ def load_model(
     if not isinstance(adapters, Mapping) or not fits(dict(adapters), dict[str, str | Path]):
         raise TypeError(f"adapters={shown(adapters)}: expected folders by adapter name, as in {{'default': FOLDER}}")
     for name in adapters:
-        if not name or "." in name or name == BASE:
-            raise ValueError(f"adapter name {name!r}: expected a name without dots other than {BASE}")
-        if hasattr(torch.nn.ModuleDict, name) or hasattr(torch.nn.ParameterDict, name):  # PEFT keeps adapters there
-            raise ValueError(
-                f"adapter name {name!r}: torch's modules have something of that name, expected another one"
-            )
+        adapter_files.require_name(name)
     # As in training: this process's GPU if there is one, unless ACCELERATE_USE_CPU is set.
     device = PartialState().device
     chosen = resolve_dtype(dtype, device)
@@ -232,7 +228,8 @@ def load_model(
     tokenizer = load_tokenizer(base)
     model = load_base(base, chosen, device)
     if read:
-        model = adapter_files.load(model, read, allow_missing=allow_missing).requires_grad_(False)
+        loaded = adapter_files.load(model, read, allow_missing=allow_missing, allow_noop=allow_noop)
+        model = loaded.requires_grad_(False)
         if accelerate:
             from fastlora import peft
 

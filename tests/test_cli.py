@@ -25,6 +25,7 @@ import fastlora
 from fastlora import cli, environment
 from fastlora.checkpoint import CheckpointError
 from fastlora.cli import _module_names, _quiet, app
+from fastlora.combine import combine
 from fastlora.config import TrainConfig
 from fastlora.evaluation import evaluate
 from fastlora.generation import generate
@@ -67,6 +68,7 @@ def run(*words: object, code: int = 0) -> str:
         (cli.eval_, evaluate),
         (cli.generate, generate),
         (cli.merge, merge),
+        (cli.merge, combine),
     ],
 )
 def test_options_and_defaults_are_the_functions(command, function):
@@ -136,6 +138,34 @@ def test_eval_measures_base_and_adapter(folder):
     )
     assert "perplexity" in table and "rouge1" not in table
     assert "3, the same for every figure" in table
+
+
+def test_a_receipt_tells_what_an_adapter_changes_and_fails_where_that_is_nothing(folder, tmp_path):
+    table = run("receipt", "--adapter", folder / "truth", "--adapter", f"liar={folder / 'lies'}")
+    assert "adapter 'truth': LORA, float32: changes 14 of 14 layers" in table and "adapter 'liar'" in table
+    found = json.loads(run("receipt", "--adapter", folder / "truth", "--json"))
+    assert found["adapters"][0]["source"]["folder"] == str(folder / "truth")
+    idle = Path(shutil.copytree(folder / "truth", tmp_path / "idle"))
+    values = load_file(idle / "adapter_model.safetensors")
+    save_file({key: value * ("lora_A" in key) for key, value in values.items()}, idle / "adapter_model.safetensors")
+    for command in ("receipt", "generate", "merge"):
+        more = {"generate": ("--prompt", PROMPT), "merge": ("--output", tmp_path / "merged")}.get(command, ())
+        output = run(command, "--adapter", idle, *more, code=2)
+        assert "changes nothing" in output and "--allow-noop takes it" in output
+        run(command, "--adapter", idle, "--allow-noop", *more)
+
+
+def test_several_adapters_are_merged_into_one(folder, tmp_path):
+    both = ("merge", "--adapter", folder / "truth", "--adapter", folder / "lies", "--output", tmp_path / "both")
+    assert "--combination-type: several adapters" in run(*both, code=2)
+    assert "--weights []: expected 2 numbers" in run(*both, "--combination-type", "cat", code=2)
+    told = run(*both, "--combination-type", "cat", "--weights", "0.5,0.5")
+    assert "sum_relative_error" in told and "model.layers.1.mlp.down_proj" in told
+    assert json.loads((tmp_path / "both" / "adapter_config.json").read_text())["r"] == 16
+    assert run("generate", "--adapter", tmp_path / "both", "--prompt", PROMPT).splitlines()[-1]
+    alone = ("merge", "--adapter", folder / "truth", "--output", tmp_path / "one")
+    assert "--density 0.5: expected --combination-type" in run(*alone, "--density", 0.5, code=2)
+    assert "--dtype bfloat16" in run(*both, "--combination-type", "cat", "--dtype", "bfloat16", code=2)
 
 
 def test_generate_swaps_between_adapters_on_one_base(folder):

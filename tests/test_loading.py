@@ -40,7 +40,9 @@ def base(original, tmp_path) -> Path:
 
 def save_adapter(folder: Path, base: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(base)
-    get_peft_model(model, LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")).save_pretrained(folder)
+    get_peft_model(
+        model, LoraConfig(target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
+    ).save_pretrained(folder)
     return folder
 
 

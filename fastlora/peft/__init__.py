@@ -15,6 +15,7 @@ experts      LoRA on a mixture's experts
 embeddings   LoRA on embeddings
 scaled       IA³'s layers
 prompts      the class that a PeftModel with soft prompts is swapped to
+merging      adapters in the weights for a while, and the weights back bit for bit
 reporting    what computes each layer, and why
 
 What swaps the model's loss, what stands between its layers, or what its rows share, is not PEFT's matter: model_loss.py, fusion.py, sharing.py.
@@ -37,11 +38,22 @@ from fastlora.choice import table, trial
 from fastlora.frozen import packed
 from fastlora.peft import embeddings, experts, mixed, obstacles, prompts, quantised, reporting, scaled, siblings
 from fastlora.peft.layers import FrozenLinear, Fused, FusedLinear, compute, frozen_base, fused_class, restore_layer
+from fastlora.peft.merging import merged
 from fastlora.peft.prompts import ensemble
 from fastlora.peft.reporting import LayerReport, Report, report
 from fastlora.swap import is_derived
 
-__all__ = ["FrozenLinear", "FusedLinear", "LayerReport", "Report", "accelerate", "ensemble", "report", "restore"]
+__all__ = [
+    "FrozenLinear",
+    "FusedLinear",
+    "LayerReport",
+    "Report",
+    "accelerate",
+    "ensemble",
+    "merged",
+    "report",
+    "restore",
+]
 
 
 def _frozen_layers(model: nn.Module) -> list[nn.Module]:
