@@ -32,7 +32,7 @@ FLOORS = (
     ("adapters", "data", "checkpoint", "metrics", "environment"),
     ("config", "models"),
     ("generation", "steps", "course"),
-    ("evaluation", "merge", "trainable"),
+    ("evaluation", "merge", "serving", "trainable"),
     ("train",),
     ("demo", "comparison", "sweep"),
     ("benchmarks",),
