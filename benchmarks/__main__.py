@@ -6,7 +6,7 @@ frozen layer alone, PEFT, PEFT under torch.compile, torch's products and the mer
 what fastlora wants to reach on this kind of device (on a CPU with a whole training step in its first rows: of random weights
 of SmolLM2-135M's shape, or of --model on --data), `launch` says what a call of a small layer costs the host; `prompts` in which settings soft prompts
 are right on a CPU, and what they cost there; `families` that, DoRA, quantised bases and a mixture's experts; `sweep` what adapters gain that are
-trained in one batch.
+trained in one batch; `serve` what many clients of `fastlora serve` get over one at a time.
 Exit codes: 0 done, 1 something was wrong and was not timed, 2 wrong arguments, 3 (goals) something broke
 this process: `--resume` goes on in another one, without it.
 """
@@ -35,6 +35,7 @@ from .model_steps import Material
 from .model_steps import step_lines as model_step_lines
 from .operators import measure_operator
 from .prompts import prompt_lines
+from .serve import serve_lines
 from .session import HUNG_CODE, OUT_OF_TIME, Line, Record, measure_lines
 from .step import step_lines
 from .sweep import sweep_lines, sweep_table
@@ -60,7 +61,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--seconds", type=float, default=math.inf, help="goals: begin nothing after that long")
     add("--bare", action="store_true", help="goals on a card: three, of fastlora alone, as CUDA graphs")
-    add("--model", help="goals on a CPU: the model of the training step, a folder or a hub id")
+    add("--model", help="goals on a CPU, serve: the model of the training step or of the server, a folder or a hub id")
     add("--data", type=Path, help="goals on a CPU: its rows, JSONL of prompt and completion, or messages")
     add("--line-seconds", type=float, default=math.inf, help="goals: end the process where one takes longer")
     add("--resume", action="store_true", help="goals: go on from today's result file")
@@ -150,6 +151,10 @@ def _only_on_a_cpu(lines: Callable[[], dict[str, Line]], command: Command) -> di
     return lines() if command.machine.device == "cpu" and not command.arguments.quick else {}
 
 
+def _serve_lines(command: Command) -> dict[str, Line]:
+    return _only_on_a_cpu(partial(serve_lines, Material(command.arguments.model)), command)
+
+
 Lines = Callable[[Command], dict[str, Line]]
 Table = Callable[[Sequence[Any], Sequence[str]], str]  # of rows and notes
 
@@ -162,6 +167,7 @@ VERBS: dict[str, tuple[Lines, Table]] = {
     "prompts": (partial(_only_on_a_cpu, prompt_lines), goals_table),
     "families": (partial(_only_on_a_cpu, family_lines), goals_table),
     "sweep": (lambda command: sweep_lines(command.arguments.quick), sweep_table),
+    "serve": (_serve_lines, goals_table),
 }
 WITHIN = {"prompts"}
 """What is measured by itself only where it is named: another verb has all of it."""

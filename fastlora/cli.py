@@ -1,4 +1,4 @@
-"""The command line: `fastlora train | compare | sweep | eval | generate | merge | receipt | bench | tune | env | demo`.
+"""The command line: `fastlora train | compare | sweep | eval | generate | serve | merge | receipt | bench | tune | env | demo`.
 
 Every command is a thin call of the function of the same name; what is slow to import is imported inside, so that --help
 is quick. Exit codes: 0 done, 1 training went wrong, 2 wrong options or data, 130 interrupted. An expected error is one
@@ -369,6 +369,42 @@ def generate(
         print(f"> {text if isinstance(text, str) else text[-1]['content']}")
         for name, texts in zip(names, answers, strict=True):
             print(f"{name}: {texts[position].strip()}" if name else texts[position].strip())
+
+
+@command
+def serve(
+    model: Annotated[str, typer.Option(help="Base model: a folder or a hub id.")],
+    adapters: Annotated[
+        Path | None,
+        typer.Option(help="Folder of adapter folders, each served by its own name. [default: the base alone]"),
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="On 127.0.0.1; 0: any that is free.")] = 8000,
+    max_rows: Annotated[int, typer.Option(min=1, help="Answers under way at once.")] = 32,
+    max_length: Annotated[
+        int | None, typer.Option(min=8, help="Tokens of a prompt and its answer. [default: the model's, up to 2048]")
+    ] = None,
+    max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 64,
+    max_body_bytes: Annotated[int, typer.Option(min=1, help="Of a request.")] = 1 << 20,
+    dtype: DtypeOption = "auto",
+    allow_missing: AllowMissingOption = False,
+) -> None:
+    """Serve a base and its adapters behind OpenAI's interface on this machine, to try them: `model` names the adapter."""
+    from fastlora.serving.server import require_web, serve
+
+    require_web()
+    _quiet()
+    serve(
+        model,
+        adapters,
+        port=port,
+        max_rows=max_rows,
+        max_length=max_length,
+        max_queue=max_queue,
+        max_body_bytes=max_body_bytes,
+        dtype=dtype,
+        allow_missing=allow_missing,
+        say=functools.partial(print, flush=True),
+    )
 
 
 def _named_adapters(arguments: list[str]) -> dict[str, Path]:

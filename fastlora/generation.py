@@ -10,7 +10,7 @@ import torch
 from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 
-from fastlora.data.examples import BadLine, Prompt
+from fastlora.data.examples import BadLine, Message, Prompt
 from fastlora.data.rows import batches, cut_prompt, encode_prompt, pad_token_id, require_count, turn_end
 from fastlora.language_model_loss import evaluating
 from fastlora.layers import BASE
@@ -108,12 +108,23 @@ def leave_room(
     return [cut_prompt(tokenizer, row, room) for row in ids]
 
 
-def _greedy(model: Any, tokenizer: Any, max_new_tokens: int, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """What ends an answer, by the model's own configuration and its tokenizer."""
     ends = model.generation_config.eos_token_id
-    ends = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id}
+    return {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+
+
+def turn_ends(tokenizer: Any, messages: list[Message]) -> set[int]:
+    """What ends an assistant's turn behind these messages, as the chat template has it; nothing, where that is no token of its own."""
+    end = turn_end(tokenizer, messages)
+    return set() if end is None else {end}
+
+
+def _greedy(model: Any, tokenizer: Any, max_new_tokens: int, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    ends = end_tokens(model, tokenizer)
     chat = next((prompt for prompt in prompts if not isinstance(prompt, str)), None)
     if chat:
-        ends.add(turn_end(tokenizer, chat))  # training may have taught no other end
+        ends |= turn_ends(tokenizer, chat)  # training may have taught no other end
     return {
         "max_new_tokens": max_new_tokens,
         "do_sample": False,
@@ -122,7 +133,7 @@ def _greedy(model: Any, tokenizer: Any, max_new_tokens: int, prompts: Sequence[P
         "top_p": None,
         "top_k": None,
         "pad_token_id": pad_token_id(tokenizer),
-        "eos_token_id": sorted(ends - {None}) or None,
+        "eos_token_id": sorted(ends) or None,
     }
 
 

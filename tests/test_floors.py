@@ -34,7 +34,7 @@ FLOORS = (
     ("data", "checkpoint", "metrics", "environment"),
     ("config", "models"),
     ("generation", "steps", "course"),
-    ("evaluation", "merge", "trainable"),
+    ("evaluation", "merge", "serving", "trainable"),
     ("train", "combine"),
     ("demo", "comparison", "sweep"),
     ("benchmarks",),

@@ -54,10 +54,9 @@ def test_options_are_there() -> None:
     known = {option for one in every for option in (*one.opts, *one.secondary_opts)}
     for file in ("benchmarks/__main__.py", "benchmarks/gpu.sh"):
         known.update(re.findall(r"--[a-z-]+", (ROOT / file).read_text()))
-    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", ALL)) - {
-        "--nproc-per-node",
-        "--config",
-    }  # torchrun's and torchtune's
+    others = {"--nproc-per-node", "--config"}  # torchrun's and torchtune's
+    others |= {"--enable-lora", "--lora-modules", "--max-lora-rank"}  # vLLM's
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", ALL)) - others
     assert len(named) > 10 and not named - known
 
 

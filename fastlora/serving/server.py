@@ -1,0 +1,154 @@
+"""What `fastlora serve` starts: a base and a folder of adapters, the engine that answers with them, and a socket on this machine's loopback."""
+
+import importlib.util
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from fastlora import adapters as adapter_files
+from fastlora.adapters import Adapter
+from fastlora.generation import end_tokens
+from fastlora.models import load_model, positions
+from fastlora.serving.adapters import Adapters
+from fastlora.serving.engine import Engine
+
+LOOPBACK = "127.0.0.1"
+DEFAULT_LENGTH = 2048
+LINGERING = 120  # seconds that answers under way get to end, once the server is told to
+
+
+def require_web() -> None:
+    """Raise ImportError, which says what to type, where the web framework is not installed."""
+    if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"it needs {' and '.join(missing)}: pip install 'fastlora-kernels[serve]'")
+
+
+def adapter_folders(folder: str | Path) -> dict[str, Path]:
+    """The adapters in a folder, by the names of their own folders.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is an adapter's own, or has none in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"adapters={folder}: there is no such folder")
+    if adapter_files.is_adapter(folder):
+        raise ValueError(f"adapters={folder}: this is an adapter's own folder, expected one with such folders in it")
+    found = {one.name: one for one in sorted(folder.iterdir()) if adapter_files.is_adapter(one)}
+    if not found:
+        raise ValueError(f"adapters={folder}: no folder in it has an {adapter_files.CONFIG}")
+    return found
+
+
+def load_engine(
+    model: str,
+    adapters: str | Path | None = None,
+    *,
+    dtype: str = "auto",
+    max_rows: int = 32,
+    max_length: int | None = None,
+    max_queue: int = 64,
+    allow_missing: bool = False,
+) -> Engine:
+    """The engine of a base and the LoRA adapters in a folder, accelerated; it is not started.
+
+    Args:
+        model: the base: a folder, whose own name it is asked for by, or a hub id, which is its name.
+        adapters: a folder with an adapter's in each of its folders, which name them; None: the base alone.
+        dtype: the base's, as `load_model` takes it.
+        max_rows: answers under way at once.
+        max_length: tokens of a prompt and its answer; None: the model's positions, at most DEFAULT_LENGTH.
+        max_queue: requests that may wait.
+
+    Raises:
+        ValueError: a bad option, an adapter that a mixed batch cannot have, the base's name is an adapter's, too, a model that cannot be served.
+        OSError, AdapterError: as `load_model`.
+    """
+    import fastlora
+
+    base = Path(model).resolve().name if Path(model).is_dir() else model
+    folders = {} if adapters is None else adapter_folders(adapters)
+    if base in folders:
+        raise ValueError(f"adapters={folders[base]}: its name is the base model's: rename one of the folders")
+    for folder in folders.values():
+        _require_mixable(adapter_files.read(folder))
+    # PEFT's names have no dots, and none that torch's modules have.
+    inner = {name: f"adapter-{i}" for i, name in enumerate(folders)}
+    loaded, tokenizer = load_model(
+        model,
+        {inner[name]: folder for name, folder in folders.items()},
+        dtype=dtype,
+        accelerate=False,
+        allow_missing=allow_missing,
+    )
+    fastlora.accelerate(loaded.requires_grad_(False), frozen=True, fuse=True)
+    most = positions(loaded) or DEFAULT_LENGTH
+    length = min(most, DEFAULT_LENGTH) if max_length is None else max_length
+    if length > most:
+        raise ValueError(f"max_length={length}: the model has positions for {most}")
+    return Engine(loaded, tokenizer, Adapters(base, inner), max_rows=max_rows, max_length=length, max_queue=max_queue)
+
+
+def _require_mixable(adapter: Adapter) -> None:
+    """Raise ValueError unless rows of this adapter can share a batch with others'."""
+    config: Any = adapter.config
+    problem = None
+    if config.peft_type != "LORA":
+        problem = f"it is of {config.peft_type.value}"
+    elif config.use_dora:
+        problem = "it is a DoRA"
+    elif config.bias != "none" or config.lora_bias:
+        problem = "it has trained biases"
+    elif getattr(config, "alora_invocation_tokens", None):
+        problem = "it begins within a prompt (alora_invocation_tokens)"
+    if problem:
+        raise ValueError(f"adapters={adapter.folder}: {problem}, expected plain LoRA: others share no batch")
+
+
+def serve(
+    model: str,
+    adapters: str | Path | None = None,
+    *,
+    port: int = 8000,
+    max_body_bytes: int = 1 << 20,
+    say: Callable[[str], None] = print,
+    **options: Any,
+) -> None:
+    """Serve OpenAI's interface on the loopback until SIGTERM or Ctrl-C; then answers under way and waiting are ended first.
+
+    Args:
+        port: 0: any that is free.
+        max_body_bytes: of a request.
+        say: is told in a line where the server is and what can be asked for.
+        options: as `load_engine` takes them, with model and adapters.
+
+    Raises:
+        ImportError: the web framework is not installed.
+        OSError: the port is taken; and as `load_engine`.
+    """
+    require_web()
+    import uvicorn
+
+    from fastlora.serving.app import App
+
+    try:
+        listening = socket.create_server((LOOPBACK, port))
+    except OSError as error:
+        raise OSError(f"port={port}: {error.strerror or error}") from error
+    with listening:
+        engine = load_engine(model, adapters, **options)
+        app = App(engine, frozenset(end_tokens(engine.model, engine.tokenizer)), largest_body=max_body_bytes)
+        config = uvicorn.Config(
+            app, log_level="error", access_log=False, lifespan="on", timeout_graceful_shutdown=LINGERING
+        )
+        names = ", ".join(engine.adapters.names)
+        say(f"http://{LOOPBACK}:{listening.getsockname()[1]}/v1 answers as {names}; Ctrl-C ends it")
+        # uvicorn raises a signal again once it has ended: then nothing is left to do.
+        before = signal.signal(signal.SIGTERM, lambda *_: None)
+        try:
+            uvicorn.Server(config).run(sockets=[listening])
+        finally:
+            signal.signal(signal.SIGTERM, before)
