@@ -53,7 +53,7 @@ def enable(tuner: Any, layer_class: type, *args: Any, **kwargs: Any) -> Abstract
     if names is not None and not torch.compiler.is_compiling() and kwargs.get("alora_offsets") is None:
         beams = kwargs.get("num_beams")  # of which an encoder has one
         layers = [] if tuner.training or (isinstance(beams, int) and beams > 1) else _layers(tuner.model, layer_class)
-        if layers and isinstance(names, (list, tuple)) and _are_known(names, layers):
+        if isinstance(names, (list, tuple)) and _are_known(names, layers):
             return _handing_out(dict.fromkeys(layers, tuple(names)))
     return type(tuner)._enable_peft_forward_hooks(tuner, *args, **kwargs)
 
