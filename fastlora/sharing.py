@@ -92,8 +92,8 @@ def with_prompts(tree: Tree, embedded: Tensor, prompts: Tensor) -> Tensor:
 
 
 def columns(kept: int | Tensor) -> slice | Tensor:
-    """The columns of a batch that a model's `logits_to_keep` names."""
-    return kept if isinstance(kept, Tensor) else slice(-kept if kept else None, None)
+    """The columns of a batch that a model's `logits_to_keep` names: 0 for all."""
+    return kept if isinstance(kept, Tensor) else slice(-kept, None)
 
 
 def run(call: Callable[..., Any], given: Mapping[str, Any], tree: Tree, kept: int | Tensor, takes_kept: bool) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 import fastlora
-from fastlora import ops
+from fastlora import ops, swap
 from fastlora.frozen import packed
 from fastlora.frozen.packed import Budget
 from fastlora.peft import scaled
@@ -222,6 +222,9 @@ def test_which_classes_are_swapped() -> None:
     layer.base_layer.bias.requires_grad_(False)
     layer.__class__ = Derived
     assert scaled.attach(layer) == f"{__name__}.Derived is not fused" and scaled.describe(layer)[0] == "peft"
+    derived = nn.Linear(K, N)
+    derived.__class__ = swap.derive(nn.Linear, scaled.with_scaling)
+    assert not scaled.is_swapped(derived)
     other = peft.get_peft_model(nn.Sequential(nn.Linear(K, N)), peft.LoHaConfig(target_modules=["0"], r=2))
     assert not scaled.is_swapped(layer_of(other)) and "is not fused" in str(scaled.attach(layer_of(other)))
 

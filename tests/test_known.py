@@ -275,9 +275,14 @@ def test_a_restored_layer_knows_nothing() -> None:
 
 def test_a_compiler_is_told_nothing_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = layer_of()
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        plan = plan_call(layer, X, None)[1]
+        assert ACTIVE not in layer.__dict__
     plan_call(layer, X, None)
-    assert ACTIVE not in layer.__dict__
+    monkeypatch.setattr(known, "find", lambda *_: pytest.fail("it would trace csrc's look"))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert plan_call(layer, X, None)[1].is_as(plan)
 
 
 def test_what_nobody_can_look_at_again_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,6 +33,13 @@ class Noisy(nn.Linear):
         return super().forward(input) * (1.5 if self.training else 1)
 
 
+class Asleep(nn.Linear):
+    """In eval mode alone."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * (1 if self.training else 1.5)
+
+
 class Silent(nn.Linear):
     """The same values, another gradient."""
 
@@ -109,7 +116,7 @@ class Owning(Same):
         self.more = nn.Parameter(torch.ones(()), requires_grad=False)
 
 
-@pytest.mark.parametrize("kind", [Clipped, Noisy, Silent, Wider, Short, Buffered, Holding, Owning])
+@pytest.mark.parametrize("kind", [Clipped, Noisy, Asleep, Silent, Wider, Short, Buffered, Holding, Owning])
 def test_one_that_computes_something_else_is_pefts(kind):
     model = wrapped(kind)
     with pytest.warns(UserWarning, match=f"the base layer is a {kind.__name__}"):
@@ -131,9 +138,25 @@ def test_what_has_no_values_is_not_called(monkeypatch):
     monkeypatch.setattr(Same, "forward", lambda self, rows: seen.append(rows) or nn.Linear.forward(self, rows))
     probing.probe(layer)
     assert seen == [] and not probing.is_linear(layer)
-    other = nn.Bilinear(8, 8, 6)
-    probing.probe(other)
-    assert not probing.is_linear(other)
+
+
+class Alike(nn.Module):
+    """Of nn.Linear's parameters and product, but none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(6))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return input @ self.weight.T + self.bias
+
+
+def test_what_is_no_linear_layer_or_hooked_is_not_asked():
+    hooked = Same(8, 6)
+    hooked.register_forward_hook(lambda *_: None)
+    for layer in (Alike(), nn.Bilinear(8, 8, 6), hooked):
+        probing.probe(layer)
+        assert not probing.is_linear(layer)
 
 
 def test_what_was_found_out_is_found_out_again(monkeypatch):

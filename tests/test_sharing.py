@@ -88,15 +88,17 @@ class Head:
 
 
 @pytest.mark.parametrize("takes_kept", [True, False])
-@pytest.mark.parametrize("kept", [0, 1, torch.tensor([1, 3])], ids=["all", "last", "some"])
-def test_logits_come_back_where_the_batch_has_its_tokens(kept: Any, takes_kept: bool) -> None:
+@pytest.mark.parametrize(
+    ("kept", "columns"), [(0, [0, 1, 2, 3]), (1, [3]), (2, [2, 3]), (torch.tensor([1, 3]), [1, 3])], ids=str
+)
+def test_logits_come_back_where_the_batch_has_its_tokens(kept: Any, columns: list[int], takes_kept: bool) -> None:
     """Of the wanted columns; the model computes no others, where it can be told so and they are fewer."""
     tree, model = a_tree(), Head()
     row = tree.gather(IDS, 0)
     out = sharing.run(model, {"input_ids": row}, tree, kept, takes_kept)
-    expected, columns = IDS.where(REAL, row[0, 0]), sharing.columns(kept)  # padding: whatever stands first
-    assert out.logits.shape == (2, 4 if isinstance(kept, int) and kept == 0 else len(expected[0, columns]), VOCABULARY)
-    assert torch.equal(out.logits[..., 0], expected[:, columns]) and out.loss == 1
+    expected = IDS.where(REAL, row[0, 0])  # padding: whatever stands first
+    assert out.logits.shape == (2, len(columns), VOCABULARY) and out.loss == 1
+    assert torch.equal(out.logits[..., 0], expected[:, columns])
     few = takes_kept and not (isinstance(kept, int) and kept == 0)
     assert (model.kept is not None) is few
     if few:
@@ -153,6 +155,7 @@ def test_how_far_layers_see() -> None:
     for model, window in (
         (with_config(), None),
         (with_config(sliding_window=None), None),
+        (with_config(sliding_window=0), None),
         (with_config(sliding_window=6), 6),
         (with_config(sliding_window=6, use_sliding_window=True), 6),
         (with_config(sliding_window=6, use_sliding_window=False), None),
@@ -232,6 +235,9 @@ def test_logits_that_are_not_the_rows_own_are_refused() -> None:
     assert allows(noisy)
     noisy.noise = torch.tensor(0.1 / 4.5)
     assert not allows(noisy)
+    rounding = probe_of(lambda logits: logits * (1 + 1e-5))
+    rounding.noise = torch.zeros(())
+    assert allows(rounding)
 
 
 def test_a_probes_noise_is_what_padding_does() -> None:

@@ -103,7 +103,7 @@ def enable(tuner: Any, layer_class: type, *args: Any, **kwargs: Any) -> Abstract
             )
         beams = kwargs.get("num_beams")  # of which an encoder has one
         layers = [] if isinstance(beams, int) and beams > 1 else _layers(tuner.model, layer_class)
-        if layers and isinstance(names, (list, tuple)) and _are_known(names, layers):
+        if isinstance(names, (list, tuple)) and _are_known(names, layers):
             given = dict.fromkeys(layers, tuple(names))
             return _remembering(tuner.model, given) if tuner.training else _handing_out(given)
     return type(tuner)._enable_peft_forward_hooks(tuner, *args, **kwargs)
