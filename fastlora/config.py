@@ -52,6 +52,11 @@ RANKED: tuple[Method, ...] = ("lora", "dora")
 PROMPTS: tuple[Method, ...] = ("prompt", "prefix", "ptuning", "cartridge")
 WHOLE: tuple[Method, ...] = ("bitfit", "full")
 """What is saved as a model, not as an adapter: PEFT has no file for biases alone."""
+UNQUANTISED: dict[Method, str] = {
+    **dict.fromkeys(WHOLE, "it trains parameters of the base, and saves it as a model"),
+    "dora": "its norms are those of the base's own weights",
+}
+"""Why not."""
 OPTIONS_OF: dict[str, tuple[Method, ...]] = {
     **dict.fromkeys(
         ("r", "lora_alpha", "lora_dropout", "use_rslora"), (*RANKED, "full")
@@ -216,8 +221,10 @@ class TrainConfig:
         if self.load_in_4bit and self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit exclude each other: expected one of them")
         for name in ("load_in_4bit", "load_in_8bit"):
-            if getattr(self, name) and self.method != "lora":
-                raise ValueError(f"{name}=True: method={self.method} takes no quantised base, expected method=lora")
+            if getattr(self, name) and self.method in UNQUANTISED:
+                raise ValueError(
+                    f"{name}=True: method={self.method} takes no quantised base: {UNQUANTISED[self.method]}"
+                )
 
     @property
     def bits(self) -> int | None:

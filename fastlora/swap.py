@@ -36,5 +36,10 @@ def undo(module: nn.Module) -> None:
         module.__class__ = _plain[type(module)]
 
 
+def plain_of(kind: type) -> type:
+    """The class that a class was derived from, or itself."""
+    return _plain.get(kind, kind)
+
+
 def is_derived(module: nn.Module) -> bool:
     return type(module) in _plain

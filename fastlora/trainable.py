@@ -12,7 +12,7 @@ import torch
 from fastlora import adapters
 from fastlora.config import OPTIONS_OF, RANKED, WHOLE, TrainConfig
 from fastlora.models import load_base
-from fastlora.peft import accelerate
+from fastlora.peft import accelerate, quantised
 from fastlora.typed import listed
 
 
@@ -31,7 +31,10 @@ def build(config: TrainConfig, dtype: torch.dtype, device: torch.device, resume_
         if config.accelerate:
             accelerate(model, frozen=config.method == "bitfit", fuse=True)
     else:
-        model = _add_adapter(load_base(str(config.model), dtype, device, config.bits), config, resume_from)
+        base = load_base(str(config.model), dtype, device, config.bits)
+        for module in base.modules():
+            quantised.hold(module)  # it may be asked in eval mode, and must have a gradient afterwards
+        model = _add_adapter(base, config, resume_from)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.compile:

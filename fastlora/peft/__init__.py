@@ -37,7 +37,17 @@ from fastlora.checks import is_hooked
 from fastlora.choice import table, trial
 from fastlora.frozen import packed
 from fastlora.peft import embeddings, experts, mixed, obstacles, prompts, quantised, reporting, scaled, siblings
-from fastlora.peft.layers import FrozenLinear, Fused, FusedLinear, compute, frozen_base, fused_class, restore_layer
+from fastlora.peft.layers import (
+    FrozenLinear,
+    FrozenQuantised,
+    Fused,
+    FusedLinear,
+    compute,
+    frozen_base,
+    frozen_class,
+    fused_class,
+    restore_layer,
+)
 from fastlora.peft.merging import merged
 from fastlora.peft.prompts import ensemble
 from fastlora.peft.reporting import LayerReport, Report, report
@@ -60,16 +70,18 @@ def _frozen_layers(model: nn.Module) -> list[nn.Module]:
     """The layers that are, or may become, a FrozenLinear: frozen, plain, and not part of an adapter."""
     adapters = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     inside = {part for adapter in adapters for part in _parts(adapter)}
-    layers = [module for module in model.modules() if type(module) in (nn.Linear, FrozenLinear)]
-    return [
-        layer
-        for layer in layers
-        if layer not in inside
-        and (
-            type(layer) is FrozenLinear
-            or (obstacles.weight_obstacle(layer.weight, layer.bias) is None and not is_hooked(layer))
-        )
-    ]
+    return [module for module in model.modules() if module not in inside and _is_frozen_product(module)]
+
+
+def _is_frozen_product(module: Any) -> bool:
+    """Whether it is, or may become, a FrozenLinear or a FrozenQuantised."""
+    if isinstance(module, (FrozenLinear, FrozenQuantised)):
+        return type(module) is FrozenLinear or isinstance(module, FrozenQuantised)
+    if is_hooked(module):
+        return False
+    if isinstance(quantised.base_of(module), quantised.Base):
+        return True
+    return type(module) is nn.Linear and obstacles.weight_obstacle(module.weight, module.bias) is None
 
 
 def _parts(adapter: nn.Module) -> Iterable[nn.Module]:
@@ -102,7 +114,8 @@ def accelerate(
     which each row is as it were alone, in any padding, packed or generated from; a causal model's prompt runs once for all rows (peft/prompts.py).
     Its logits are of the batch's own tokens, [B, T, V]. `adapter_names=` gives each row its own prompt, as it gives it its own LoRA.
 
-    frozen: also swap every plain frozen nn.Linear without an adapter, such as lm_head; the model then needs no LoRA layers.
+    frozen: also swap every plain frozen nn.Linear without an adapter, such as lm_head, and on a CPU quantised layers without one; the model then
+    needs no LoRA layers.
     loss: also swap the class of the transformers model with the language model's head. In training mode with gradients on,
     `model(**batch).loss` then comes from the logits of labelled tokens only, a block of the vocabulary at a time
     (operators/linear_cross_entropy.py), and `logits` is None. In eval mode, without gradients or without labels the model runs as before and
@@ -174,7 +187,12 @@ def accelerate(
     experts.attach(model)
     left = [obstacle for one in adapted if not isinstance(one, LoraLayer) and (obstacle := scaled.attach(one))]
     for linear in plain:
-        linear.__class__ = FrozenLinear
+        if isinstance(quantised.base_of(linear), quantised.Base):
+            kind: Any = type(linear)
+            linear.__class__ = kind if isinstance(linear, FrozenQuantised) else frozen_class(kind)
+            quantised.hold(linear)
+        else:
+            linear.__class__ = FrozenLinear
     bases = [base for base in map(frozen_base, model.modules()) if base is not None]
     shared = _weights_of_others(model, bases)
     for base in bases:

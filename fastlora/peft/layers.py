@@ -263,11 +263,52 @@ class FrozenLinear(nn.Linear):
 obstacles.FROZEN_FORWARDS.append(FrozenLinear.forward)
 
 
+class FrozenQuantised(_Layer):
+    """What a quantised layer without an adapter becomes, by going before its class: its product is `functional.frozen_linear`."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        weight = "the call has arguments besides x" if args or kwargs else self._weight_for(x)
+        if isinstance(weight, str):
+            own = super().forward(x, *args, **kwargs)
+            note_own_forward(self, weight, passing=not isinstance(quantised.base_of(self), str))
+            return own
+        y = frozen_linear.frozen_linear(x, weight, obstacles.parameter(self, "bias"))
+        self.__dict__[SEEN] = Seen(x.shape, y.dtype)
+        return y
+
+    def _weight_for(self, x: Any) -> Tensor | str:
+        """The weight that a call with x multiplies by, or why the layer's own library does."""
+        if torch.compiler.is_compiling():
+            return "compiled"
+        found = quantised.base_of(self)
+        if not isinstance(found, quantised.Base):
+            return found or "the weight is not quantised any more"
+        obstacle = obstacles.input_obstacle(x)
+        if obstacle is not None:
+            return obstacle
+        if checks.autocast_dtype(x) is not None:
+            return "autocast is on, and the weight quantised"
+        if x.dtype not in checks.FLOATS or x.device.type != "cpu" or x.shape[-1] != self.in_features:
+            return f"x is {checks.shown(x)}, and the weight [{self.out_features}, {self.in_features}]"
+        return found.weight(x.dtype)
+
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names: Any) -> nn.Module:
+        """What PEFT asks of a layer that is more than its class, as it unloads a model: the plain one."""
+        restore_layer(self)
+        return self
+
+
+@functools.cache
+def frozen_class(plain: Any) -> type:
+    """What a quantised layer of that class is swapped to."""
+    return swap.derive(plain, frozen_class, FrozenQuantised)
+
+
 def frozen_base(module: Any) -> Any:
     """The layer whose weight a swapped layer multiplies by, or None for other modules."""
-    if isinstance(module, Fused) or (isinstance(module, ia3.Linear) and swap.is_derived(module)):  # scaled.py
+    if isinstance(module, Fused) or (swap.is_derived(module) and isinstance(module, ia3.IA3Layer)):  # scaled.py
         return module.base_layer
-    return module if isinstance(module, FrozenLinear) else None
+    return module if isinstance(module, (FrozenLinear, FrozenQuantised)) else None
 
 
 def restore_layer(module: Any) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fastlora import ops
 from fastlora.frozen import quantised
 from fastlora.frozen.quantised import QuantisedWeight, Stored
+from fastlora.swap import plain_of
 
 
 class Source(NamedTuple):
@@ -79,7 +80,7 @@ def base_of(layer: Any) -> Base | str | None:
 
 
 def _kind_of(layer: Any) -> tuple[Callable[..., Source | str], Callable[..., Base | str]] | None:
-    forward, bitsandbytes = getattr(type(layer), "forward", None), sys.modules.get("bitsandbytes")
+    forward, bitsandbytes = getattr(plain_of(type(layer)), "forward", None), sys.modules.get("bitsandbytes")
     if bitsandbytes is not None and forward is bitsandbytes.nn.Linear4bit.forward:
         return _look_at_four_bits, _read_four_bits
     if bitsandbytes is not None and forward is bitsandbytes.nn.Linear8bitLt.forward:
@@ -189,6 +190,8 @@ def _multiply_int8(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:  # [M,
 
 
 def _look_at_torchao(layer: Any, weight: Any) -> Source | str:
+    if type(weight).__name__ == "Int4OpaqueTensor":
+        return "torchao has packed its int4 weight for a kernel of torch's, which has no gradient"
     if type(weight).__name__ != "Int8Tensor":
         return f"the weight is a {type(weight).__name__}"
     if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:

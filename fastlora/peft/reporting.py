@@ -14,8 +14,8 @@ from fastlora.bottleneck import BottleneckLayer
 from fastlora.frozen import composed, products
 from fastlora.operators import frozen_linear, lora_linear
 from fastlora.packing import is_compiled
-from fastlora.peft import embeddings, experts, obstacles, prompts, scaled, siblings
-from fastlora.peft.layers import OWN_FORWARD, SEEN, FrozenLinear, Seen, frozen_base
+from fastlora.peft import embeddings, experts, obstacles, prompts, quantised, scaled, siblings
+from fastlora.peft.layers import OWN_FORWARD, SEEN, FrozenLinear, FrozenQuantised, Seen, frozen_base
 
 ROWS_BEFORE_ANY_CALL = 512
 BOTTLENECK = (
@@ -76,7 +76,7 @@ def layers(model: nn.Module) -> list[LayerReport]:
             found.append(LayerReport(name, around.implementation, told))
         elif isinstance(module, Embedding):
             found.append(LayerReport(name, *embeddings.describe(module)))
-        elif isinstance(module, (LoraLayer, FrozenLinear)):
+        elif isinstance(module, (LoraLayer, FrozenLinear, FrozenQuantised)):
             found.append(LayerReport(name, *_explain(module, compiled)))
         elif isinstance(module, BottleneckLayer):
             found.append(LayerReport(name, "reference", BOTTLENECK))
@@ -106,7 +106,8 @@ def _explain(layer: Any, compiled: bool) -> tuple[str, str]:
     base = frozen_base(layer) or experts.swapped_base(layer)
     if base is None:
         return "peft", experts.obstacle_of(layer) or "not accelerated: call fastlora.accelerate(model)"
-    plain = "nn.Linear's own forward" if base is layer else "PEFT's own forward"
+    own_name = "its own forward" if isinstance(layer, FrozenQuantised) else "nn.Linear's own forward"
+    plain = own_name if base is layer else "PEFT's own forward"
     seen, own = layer.__dict__.get(SEEN), layer.__dict__.get(OWN_FORWARD)
     obstacle = _present_obstacle(layer, base, seen)
     if own is not None and own.before is seen:  # the last call
@@ -132,14 +133,17 @@ def _explain(layer: Any, compiled: bool) -> tuple[str, str]:
 
 def _present_obstacle(layer: Any, base: Any, seen: Seen | None) -> str | None:
     """Why the next call will run the forward of the layer's own class, as far as the layer tells, or None."""
+    if isinstance(layer, FrozenQuantised):
+        found = quantised.base_of(layer)
+        return found if isinstance(found, str) else None
     if base is layer:
         return obstacles.weight_obstacle(layer.weight, layer.bias)
     if isinstance(layer, experts.ParamWrapper):
         lasting = experts.lasting_plan(layer)
         return lasting if isinstance(lasting, str) else None
     mixed = seen is not None and seen.mixed
-    found = obstacles.lasting_plan(layer, list(layer.lora_A) if mixed else obstacles.used_adapters(layer, None))
-    return found if isinstance(found, str) else None
+    plan = obstacles.lasting_plan(layer, list(layer.lora_A) if mixed else obstacles.used_adapters(layer, None))
+    return plan if isinstance(plan, str) else None
 
 
 def _describe(layer: Any, base: Any, seen: Seen, compiled: bool = False) -> tuple[str, str]:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from fastlora import checks, ops
 from fastlora.choice.table import name_of
 from fastlora.frozen import packed
+from fastlora.frozen.quantised import QuantisedWeight
 from fastlora.operators import frozen_linear, scale_columns
-from fastlora.peft import obstacles, probing
+from fastlora.peft import obstacles, probing, quantised
 from fastlora.peft.layers import OWN_FORWARD, SEEN, Seen, note_own_forward, restore_layer
 from fastlora.swap import derive, is_derived
 
@@ -62,6 +63,11 @@ def _plan_call(layer: Any, x: Any) -> Scaling | str:
     if obstacle is not None:
         return obstacle
     cast, weight = checks.autocast_dtype(x), plan.weight
+    if type(weight) is QuantisedWeight:
+        if cast is not None:
+            return "autocast is on, and the weight quantised"
+        weight = obstacles.multiplied(layer._modules["base_layer"], x.dtype)
+        plan = plan._replace(weight=weight)
     if x.shape[-1] != weight.shape[1] or x.device != weight.device or (cast is None and x.dtype != weight.dtype):
         return f"x is {checks.shown(x)} and the weight {checks.shown(weight)}"
     return plan
@@ -110,13 +116,25 @@ def with_scaling(plain: Any) -> type:
 
 
 def is_swapped(layer: nn.Module) -> bool:
-    return isinstance(layer, ia3.Linear) and is_derived(layer)
+    return isinstance(layer, ia3.IA3Layer) and is_derived(layer)
+
+
+QUANTISED = ("peft.tuners.ia3.bnb.Linear4bit", "peft.tuners.ia3.bnb.Linear8bitLt")
+"""PEFT's layers over bitsandbytes'; by name, since their module needs it."""
+
+
+def _can_be_swapped(layer: nn.Module) -> bool:
+    return type(layer) is ia3.Linear or _name_of(layer) in QUANTISED
+
+
+def _name_of(layer: nn.Module) -> str:
+    return f"{type(layer).__module__}.{type(layer).__name__}"
 
 
 def swap_obstacle(layer: Any) -> str | None:
     """Why the layer's class is not swapped, or None."""
-    if type(layer) is not ia3.Linear:
-        return f"{type(layer).__module__}.{type(layer).__name__} is not fused"
+    if not _can_be_swapped(layer):
+        return f"{_name_of(layer)} is not fused"
     if "forward" in layer.__dict__:
         return "its forward was replaced on the object"
     if type(layer.base_layer).forward not in obstacles.FROZEN_FORWARDS:
@@ -129,12 +147,13 @@ def attach(layer: Any) -> str | None:
     """Swap the class of an IA³ layer; why not, or None."""
     if is_swapped(layer):
         return None
-    if type(layer) is ia3.Linear:
+    if _can_be_swapped(layer):
         restore_layer(layer.base_layer)  # of a layer that got its adapter since the last call
     obstacle = swap_obstacle(layer)
     if obstacle is None:
         kind: Any = type(layer)
         layer.__class__ = with_scaling(kind)
+        quantised.hold(layer.base_layer)
     return obstacle
 
 
