@@ -32,7 +32,7 @@ def test_what_is_told_of_memory() -> None:
 
 
 def test_a_loss_that_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoil(model: Any) -> Any:
+    def spoil(model: Any, **_: bool) -> Any:
         model.get_output_embeddings().weight.data.mul_(2)
         return model
 
