@@ -153,8 +153,8 @@ def measure(name: str, dtype: str, setting: Setting, seconds: float) -> Row:
         return None if peak is None or base is None else peak - base
 
     frozen_time, peft_time, own_time = (timed[way].seconds for way in ("frozen", "peft", "fastlora"))
-    factors = (1 / timed[way].ratio for way in OPTIONS)
-    return Row(f"{name}, {dtype}", frozen_time, peft_time, own_time, *factors, beyond("peft"), beyond(ALONE))
+    factor, alone = (1 / timed[way].ratio for way in OPTIONS)
+    return Row(f"{name}, {dtype}", frozen_time, peft_time, own_time, factor, alone, beyond("peft"), beyond(ALONE))
 
 
 def expert_lines(setting: Setting = DEFAULT) -> dict[str, Line]:
