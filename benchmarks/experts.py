@@ -1,8 +1,9 @@
 """python -m benchmarks.experts: a training step of a small mixture whose experts have LoRA adapters, by PEFT and by fastlora.
 
 OLMoE and Mixtral with random weights, and the frozen model without adapters, whose backward is as long: what its embeddings give requires a gradient.
-The losses must agree, then the steps are timed in turn (fastlora/choice/clock.py). `beyond` is a step's peak memory less that of the frozen
-model's step, in a process of its own each: what the adapters cost. `FACTOR` and `SHARE` are the goals.
+The losses must agree, then the steps are timed in turn (fastlora/choice/clock.py), of fastlora with all that `accelerate` can do, and with its
+experts alone. `beyond` is the peak memory of a step with the experts alone less that of the frozen model's step, in a process of its own each: what
+the adapters cost. `FACTOR` and `SHARE` are the goals.
 """
 
 import argparse
@@ -20,12 +21,16 @@ from .device import peak_of_call
 from .goals import Goal
 from .machine import this_machine
 from .session import Line, Session
-from .small_llama import TOLERANCE
+from .small_llama import ACCELERATED, TOLERANCE
 from .step import own_process, require_agreement
 
 FACTOR, SHARE = 2.0, 0.5
 """How many times as fast as PEFT a step should be, and how much of the memory that PEFT's adapters cost ours may."""
-WAYS = ("peft", "frozen", "fastlora")
+ALONE = "fastlora, experts alone"
+OPTIONS: dict[str, dict[str, bool]] = {"fastlora": ACCELERATED, ALONE: {}}
+"""Of `accelerate`, in the ways that call it."""
+TRAINED = ("peft", *OPTIONS)
+WAYS = ("peft", "frozen", *OPTIONS)
 SECONDS = 5.0  # of timing, a model in a dtype
 CPU = torch.device("cpu")
 
@@ -56,6 +61,7 @@ class Row(NamedTuple):
     peft: float
     fastlora: float
     factor: float  # PEFT's time over fastlora's, the median over the rounds
+    alone: float  # the same, of the experts alone
     peft_beyond: int | None
     fastlora_beyond: int | None
 
@@ -106,7 +112,7 @@ def _way(name: str, dtype: str, setting: Setting, way: str) -> Any:
     adapter = LoraConfig(r=setting.r, target_modules=[], target_parameters=parameters, init_lora_weights=False)
     torch.manual_seed(1)
     peer = get_peft_model(model, adapter)
-    return fastlora.accelerate(peer) if way == "fastlora" else peer
+    return fastlora.accelerate(peer, **OPTIONS[way]) if way in OPTIONS else peer
 
 
 def _step(model: Any, setting: Setting) -> float:
@@ -131,14 +137,14 @@ def measure(name: str, dtype: str, setting: Setting, seconds: float) -> Row:
         StepError: fastlora's loss is not PEFT's.
     """
     models = {way: _way(name, dtype, setting, way) for way in WAYS}
-    losses = {way: _step(models[way], setting) for way in ("peft", "fastlora")}
+    losses = {way: _step(models[way], setting) for way in TRAINED}
     require_agreement(losses, TOLERANCE[dtype], f"{name}, {dtype}")
     runs: dict[str, Run] = {
         way: partial(lambda model, _: _step(model, setting), model) for way, model in models.items()
     }
     timed = time_in_turn(runs, HostClock(CPU), seconds)
     peaks: dict[str, int | None] = {}
-    for way in WAYS:
+    for way in ("peft", "frozen", ALONE):
         with own_process() as process:
             peaks[way] = process.submit(_bytes_of, name, dtype, setting, way).result()
 
@@ -147,8 +153,8 @@ def measure(name: str, dtype: str, setting: Setting, seconds: float) -> Row:
         return None if peak is None or base is None else peak - base
 
     frozen_time, peft_time, own_time = (timed[way].seconds for way in ("frozen", "peft", "fastlora"))
-    factor = 1 / timed["fastlora"].ratio
-    return Row(f"{name}, {dtype}", frozen_time, peft_time, own_time, factor, beyond("peft"), beyond("fastlora"))
+    factor, alone = (1 / timed[way].ratio for way in OPTIONS)
+    return Row(f"{name}, {dtype}", frozen_time, peft_time, own_time, factor, alone, beyond("peft"), beyond(ALONE))
 
 
 def expert_lines(setting: Setting = DEFAULT) -> dict[str, Line]:
@@ -182,13 +188,32 @@ def expert_lines(setting: Setting = DEFAULT) -> dict[str, Line]:
 
 def shown(rows: Sequence[Row]) -> str:
     """As a table for people."""
-    head = ("a training step", "frozen", "PEFT", "fastlora", "times PEFT's speed", "beyond: PEFT", "fastlora", "share")
+    head = (
+        "a training step",
+        "frozen",
+        "PEFT",
+        "fastlora",
+        "times PEFT's speed",
+        "experts alone",
+        "beyond: PEFT",
+        "fastlora",
+        "share",
+    )
     cells: list[tuple[str, ...]] = [head]
     for row in rows:
         times = [f"{1e3 * one:.1f} ms" for one in (row.frozen, row.peft, row.fastlora)]
         mebibytes = ["" if one is None else f"{one / 2**20:.1f} MiB" for one in (row.peft_beyond, row.fastlora_beyond)]
         share = row.share()
-        cells.append((row.name, *times, f"{row.factor:.2f}", *mebibytes, "" if share is None else f"{share:.2f}"))
+        cells.append(
+            (
+                row.name,
+                *times,
+                f"{row.factor:.2f}",
+                f"{row.alone:.2f}",
+                *mebibytes,
+                "" if share is None else f"{share:.2f}",
+            )
+        )
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in cells)
 

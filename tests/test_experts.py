@@ -25,6 +25,7 @@ from peft_models import assert_as_near_as
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastlora
+from fastlora import ops
 from fastlora.peft import experts
 
 DTYPES = {
@@ -170,6 +171,48 @@ def test_two_steps_are_bitwise_equal():
     model = fastlora.accelerate(moe_model())
     first, second = run(model), run(model)
     assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_a_gate_with_silu_is_one_operator_and_every_other_is_its_modules(monkeypatch):
+    """Also where the function is hooked, and where plain PyTorch was measured to be as fast."""
+    if not ops.has("swiglu", "cpu"):
+        pytest.skip("the extension is not built")
+    wrapper, calls, seen = wrapper_of(fastlora.accelerate(moe_model())), [], []
+    module, run_gate, given = experts.wrappers_of(wrapper)[1], experts.swiglu.swiglu, routed()
+    monkeypatch.setattr(experts.swiglu, "swiglu", lambda *args: calls.append(args) or run_gate(*args))
+    monkeypatch.setattr(ops, "forced", "cpu")
+
+    def count():
+        calls.clear()
+        wrapper(given.x, given.index, given.weights)
+        return len(calls)
+
+    assert count() == E - 1
+    hook = module.act_fn.register_forward_hook(lambda *_: seen.append(1))
+    assert count() == 0 and len(seen) == E - 1
+    hook.remove()
+    assert count() == E - 1
+    monkeypatch.setattr(type(module), "_apply_gate", lambda self, h: h[:, : h.shape[1] // 2])
+    assert count() == 0
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "act_fn", torch.nn.GELU())
+    monkeypatch.setattr(experts.swiglu, "swiglu", None)
+    wrapper(given.x, given.index, given.weights)
+    module.act_fn = torch.nn.SiLU()
+    monkeypatch.setattr(ops, "forced", "reference")
+    wrapper(given.x, given.index, given.weights)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_rows_go_to_their_experts_and_back(k):
+    """And their gradients, as through torch's own index_select."""
+    x = torch.randn(5, 4, requires_grad=True)
+    order = torch.randperm(5 * k)
+    rows = experts._Dispatch.apply(x, order, order.argsort(), k)
+    plain = x[:, None].expand(-1, k, -1).flatten(0, 1).index_select(0, order)
+    dy = torch.randn_like(plain)
+    found, expected = (torch.autograd.grad(one, x, dy)[0] for one in (rows, plain))
+    assert torch.equal(rows, plain) and torch.allclose(found, expected)
 
 
 def test_checkpointing_gives_the_same():

@@ -23,14 +23,16 @@ def test_each_model_has_a_row(capsys: pytest.CaptureFixture[str], monkeypatch: p
 
 
 def test_what_is_told_of_memory() -> None:
-    table = experts.shown([Row("a", 0.1, 0.3, 0.15, 2.0, 4 << 20, 1 << 20), Row("b", 0.1, 0.3, 0.15, 2.0, None, None)])
+    table = experts.shown(
+        [Row("a", 0.1, 0.3, 0.15, 2.0, 1.5, 4 << 20, 1 << 20), Row("b", 0.1, 0.3, 0.15, 2.0, 1.5, None, None)]
+    )
     _, first, second = (line.split() for line in table.splitlines())
-    assert first == "a 100.0 ms 300.0 ms 150.0 ms 2.00 4.0 MiB 1.0 MiB 0.25".split()
-    assert second == "b 100.0 ms 300.0 ms 150.0 ms 2.00".split()
+    assert first == "a 100.0 ms 300.0 ms 150.0 ms 2.00 1.50 4.0 MiB 1.0 MiB 0.25".split()
+    assert second == "b 100.0 ms 300.0 ms 150.0 ms 2.00 1.50".split()
 
 
 def test_a_loss_that_differs_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def spoil(model: Any) -> Any:
+    def spoil(model: Any, **_: bool) -> Any:
         model.get_output_embeddings().weight.data.mul_(2)
         return model
 

@@ -21,7 +21,7 @@ TINY = {
     "vocab_size": 96,
 }
 MIXTURE = experts.Setting(hidden=16, inner=8, layers=1, experts=3, vocabulary=32, batch=2, tokens=5, r=2)
-BYTES = {"peft": 100, "fastlora": 30, prompts.EACH_ROW: 60, "frozen": 10}
+BYTES = {"peft": 100, "fastlora": 30, prompts.EACH_ROW: 60, "frozen": 10, experts.ALONE: 30}
 GOALS = {
     "prompt tuning: times PEFT's step's speed": (1.8, True),
     "prompt tuning: over fastlora's LoRA r 16": (1.25, False),

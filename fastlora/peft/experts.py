@@ -19,11 +19,14 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
+from transformers.activations import ACT2FN
+from transformers.integrations import moe
 
 from fastlora import checks, ops
 from fastlora.bounds import nearly_equal
 from fastlora.choice.table import name_of
-from fastlora.operators import frozen_linear, lora_linear
+from fastlora.gradients import differentiable_once
+from fastlora.operators import frozen_linear, lora_linear, swiglu
 from fastlora.packing import UNFIT
 from fastlora.peft import obstacles
 from fastlora.peft.layers import OWN_FORWARD, SEEN, Seen, note_own_forward
@@ -37,6 +40,10 @@ DESCRIPTION = ("config", "num_experts", "has_gate", "has_bias", "is_transposed")
 
 GROUPED = ("cuda",)
 """The devices on which all experts are one product of torch's: to loop over them would wait for the card to say how many rows each has."""
+
+SILU = nn.SiLU, type(ACT2FN["silu"])
+DEFAULT_GATE = getattr(moe, "_default_apply_gate", object())
+"""Transformers' gate: the activation of the first half of the columns, times the second. With SiLU it is `swiglu`."""
 
 TOKENS, WIDTH, EACH = 5, 8, 2  # of the random numbers; experts of a token
 
@@ -57,8 +64,13 @@ class Plan(NamedTuple):
     experts: Any  # the module
     up: Projection
     down: Projection
+    is_swiglu: bool = False  # whether g(h) is silu(first half of the columns) second half
 
     def gate(self, h: Tensor) -> Tensor:
+        if self.is_swiglu:
+            choice = ops.choose("swiglu", h, len(h), h.numel() // 2, dropout=False)
+            if choice.implementation != "reference":  # else the module's own is as fast
+                return swiglu.swiglu(*h.chunk(2, dim=-1))
         return self.experts._apply_gate(h) if self.experts.has_gate else self.experts.act_fn(h)
 
 
@@ -74,10 +86,31 @@ def compute(plan: Plan, x: Tensor, index: Tensor, weights: Tensor) -> Tensor | N
     dtype, x = x.dtype, x.to(plan.up.weight.dtype)  # which differ under autocast alone
     owner, order = torch.sort(index.flatten(), stable=True)  # [T k]: rows of one expert lie together
     place = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
-    rows = x[:, None].expand(-1, k, -1).flatten(0, 1).index_select(0, order)  # [T k, D]
+    rows = _Dispatch.apply(x, order, place, k)  # [T k, D]
     with checks.without_autocast(x.device):
         y = _all_at_once(plan, rows, owner) if _is_grouped(plan, x) else _in_turn(plan, rows, owner)
-    return None if y is None else (y.index_select(0, place).view(T, k, -1) * weights[..., None]).sum(1).to(dtype)
+    return (
+        None
+        if y is None
+        else (_Dispatch.apply(y, place, order, 1).view(T, k, -1) * weights[..., None]).sum(1).to(dtype)
+    )
+
+
+class _Dispatch(torch.autograd.Function):
+    """Row order[i] // k of x as row i. place undoes order: the backward gathers, where index_select's own would add row by row."""
+
+    @staticmethod
+    def forward(ctx, x, order, place, k):  # [T, D], [T k], [T k] -> [T k, D]
+        ctx.save_for_backward(place)
+        ctx.k = k
+        return x.index_select(0, order if k == 1 else order.div(k, rounding_mode="floor"))
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx, saved, drows):
+        (place,) = saved
+        dx = drows.index_select(0, place)
+        return dx if ctx.k == 1 else dx.view(-1, ctx.k, dx.shape[1]).sum(1), None, None, None
 
 
 def _in_turn(plan: Plan, rows: Tensor, owner: Tensor) -> Tensor | None:  # [M, D], [M] int64 ascending -> y [M, D]
@@ -189,7 +222,12 @@ def _plain_plan(experts: Any) -> Plan | str:
     down = _projection(experts, _names(experts)[1])
     if isinstance(up, str) or isinstance(down, str):
         return up if isinstance(up, str) else str(down)
-    return Plan(experts, up, down)
+    return Plan(experts, up, down, _is_swiglu(experts))
+
+
+def _is_swiglu(experts: Any) -> bool:
+    own = experts.has_gate and getattr(type(experts), "_apply_gate", None) is DEFAULT_GATE
+    return own and type(experts.act_fn) in SILU and not checks.is_hooked(experts.act_fn)
 
 
 def _names(experts: Any) -> tuple[str, str]:
