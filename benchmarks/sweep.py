@@ -82,13 +82,9 @@ def _line(session: Session, dtype: Any, tokens: int) -> Iterator[Gain]:
             "peft": lambda _: peft(),
         }
         timed = time_in_turn(runs, clock_of(session.device), SECONDS)
-        yield Gain(
-            dtype,
-            tokens,
-            *(timed[one].seconds for one in runs),
-            JOBS * timed["alone"].ratio,
-            JOBS * timed["peft"].ratio,
-        )
+        seconds = {name: one.seconds for name, one in timed.items()}
+        gains = JOBS * timed["alone"].ratio, JOBS * timed["peft"].ratio
+        yield Gain(dtype, tokens, seconds["sweep"], seconds["alone"], seconds["peft"], *gains)
 
 
 def _write_rows(path: Path) -> Path:
@@ -107,10 +103,10 @@ def _peft(model: Path, dtype: Any, device: torch.device, ours: Any) -> Any:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).to(device)
+    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype))
     config = LoraConfig(r=R, lora_alpha=2 * R, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     torch.manual_seed(0)
-    peer: Any = get_peft_model(base, config).train()
+    peer: Any = get_peft_model(base.to(device), config).train()
     trained = [parameter for parameter in peer.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)

@@ -52,6 +52,17 @@ def test_however_the_rows_are_cut_into_batches(given, tmp_path):
         assert_as_alone(Path(one.output), job, tmp_path / "alone")
 
 
+def test_on_a_16_bit_base(given, tmp_path):
+    """Whose adapters are float32."""
+    given = replace(given, lr=[1e-3], dtype="bfloat16")
+    for job, one in zip(jobs_of(given), sweep(given, progress=False), strict=True):
+        expected = alone(job, tmp_path / "alone")
+        at_first = alone(replace(job, config=replace(job.config, lr=0.0)), tmp_path / "first")
+        assert distance(adapter(Path(one.output)), expected) <= 0.1 * distance(expected, at_first)
+        theirs = [record["loss"] for record in metrics.read(tmp_path / "alone" / job.name)]
+        assert [record["loss"] for record in metrics.read(Path(one.output))] == pytest.approx(theirs, rel=1e-2)
+
+
 def test_one_job_has_the_bits_that_it_has_alone(given, tmp_path):
     """With dropout, too: it draws the same masks."""
     given = replace(given, r=[3], lr=[1e-2], lora_dropout=[0.2])

@@ -60,8 +60,10 @@ def test_the_rest_of_a_killed_sweep_has_the_same_bits(finished, tmp_path):
     assert checkpoint.steps(finished.output) == [4, 6]
     again = copy_to(finished, tmp_path / "again", step=4)
     (again.output / "jobs" / "r2-lr0.01" / metrics.NAME).open("a").write('{"step": 7, "lo')  # what the kill cut short
+    (again.output / "jobs" / "r2-lr0.01" / f"{writing.UNFINISHED}adapter").mkdir()
     sweep(again, progress=False)
     assert_same_results(again, finished)
+    assert not list(again.output.rglob(f"{writing.UNFINISHED}*"))
 
 
 def test_a_finished_sweep_is_told_again_without_training(finished, tmp_path, monkeypatch):

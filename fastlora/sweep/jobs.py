@@ -207,7 +207,11 @@ def _job(given: Sweep, options: dict[str, Any]) -> Job:
         raise ValueError(f"patience={patience}: expected eval_steps as well, without them there is one held-out loss")
     if not isinstance(eval_data, str | Path):
         raise TypeError(f"eval_data={shown(eval_data)}: expected a file")
-    everywhere = {"dtype": given.dtype, "save_steps": given.save_steps, "pack_budget": given.pack_budget}
+    everywhere: dict[str, Any] = {
+        "dtype": given.dtype,
+        "save_steps": given.save_steps,
+        "pack_budget": given.pack_budget,
+    }
     output = Path(given.output) / JOBS / name
     config = TrainConfig(model=given.model, output=output, method="lora", **everywhere, **train)
     return Job(name, config, Path(eval_data), patience)

@@ -135,7 +135,8 @@ def _heat_map(group: Sequence[Outcome], best: Outcome | None) -> list[str]:
 
 
 def _running_mean(records: Sequence[Mapping[str, float]]) -> list[Point]:
-    mean, points = 0.0, []
+    mean = 0.0
+    points: list[Point] = []
     for record in records:
         mean = record["loss"] if not points else mean + SMOOTH * (record["loss"] - mean)
         points.append((record["step"], mean))

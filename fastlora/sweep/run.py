@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -140,8 +141,8 @@ class _Training:
             parameter.requires_grad_(True)
         config = self.job.config
         lr = config.lr or 0.0
-        rest = {"fused": True} if fused else {}
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=lr, weight_decay=config.weight_decay, **rest)
+        decay = config.weight_decay
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=lr, weight_decay=decay, fused=fused or None)
         self.scheduler = scheduler(config, self.optimizer, self.course.steps)
 
     def end(self, status: Status, reason: str = "") -> None:
@@ -246,6 +247,7 @@ class SweepRun:
         checkpoint.clear(self.output, after=self.step)
         for one in self.jobs:
             writing.make(one.job.folder)
+            checkpoint.clear(one.job.folder)  # an adapter that a kill left half-written
             with self._writing(metrics.NAME):
                 metrics.write(one.job.folder, one.records)
 
@@ -448,14 +450,14 @@ class SweepRun:
 
     def _measure(self, one: _Training) -> None:
         self._activate(one)
-        config = one.job.config
         found = evaluate(
             self.model,
             self.tokenizer,
             self.held_out[one.job.eval_data],
-            batch_size=config.batch_size,
-            max_length=config.max_length,
-            truncation=config.truncation,
+            # The same for all jobs, whatever rows they train on.
+            batch_size=self.given.batch_size,
+            max_length=self.given.max_length,
+            truncation=self.given.truncation,
             generations=False,
         )
         if math.isfinite(found.loss):
@@ -520,7 +522,7 @@ class SweepRun:
         for one in self.jobs:
             if one.progress.status != "diverged":
                 with self._writing(f"the adapter of {one.job.name}"):
-                    writing.publish(one.job.folder, lambda folder, one=one: self._write_adapter(one, folder))
+                    writing.publish(one.job.folder, partial(self._write_adapter, one))
             outcomes.append(self._outcome(one))
         content = {
             "fastlora": __version__,
