@@ -43,11 +43,13 @@ def _load_triton() -> None:
 ops.implement_later("triton", _load_triton)
 
 if TYPE_CHECKING:
+    from fastlora.bank import AdapterBank
     from fastlora.peft import accelerate, merged, report, restore
     from fastlora.receipts import receipt
 
 __version__ = distribution.__version__
 __all__ = [
+    "AdapterBank",
     "LoRAConv1D",
     "LoRALinear",
     "MultiLoRALinear",
@@ -64,6 +66,7 @@ __all__ = [
 LATER = {
     **dict.fromkeys(("accelerate", "merged", "report", "restore"), "fastlora.peft"),
     "receipt": "fastlora.receipts",
+    "AdapterBank": "fastlora.bank",
 }
 """Where to find what takes seconds to import, as peft does: only who asks for it waits."""
 

@@ -408,8 +408,8 @@ def without_memory(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def expect(adapter: Adapter, model: nn.Module, **options: Any) -> Expected:
-    """What PEFT would save of the adapter on this model, which has none. options: of PEFT, as it makes the layers.
+def expect(adapter: Adapter, model: nn.Module) -> Expected:
+    """What PEFT would save of the adapter on this model, which has none.
 
     Raises:
         AdapterError: PEFT cannot make them.
@@ -423,7 +423,7 @@ def expect(adapter: Adapter, model: nn.Module, **options: Any) -> Expected:
     with warnings.catch_warnings(), nowhere:
         warnings.simplefilter("ignore")  # PEFT says it again when the adapter is loaded
         try:
-            empty_model = _with_adapter(without_memory(model), "default", config, low_cpu_mem_usage=True, **options)
+            empty_model = _with_adapter(without_memory(model), "default", config, low_cpu_mem_usage=True)
             expected = get_peft_model_state_dict(empty_model, save_embedding_layers=False)
             embeddings = get_peft_model_state_dict(empty_model, save_embedding_layers=True).keys() - expected.keys()
         except Exception as error:  # PEFT's, of any kind: re.error, KeyError, ...

@@ -30,6 +30,7 @@ FLOORS = (
     ("peft",),
     ("receipts",),
     ("adapters",),
+    ("bank",),
     ("fastlora",),  # the package itself
     ("data", "checkpoint", "metrics", "environment"),
     ("config", "models"),

@@ -272,9 +272,7 @@ class Engine:
     def _go_on(self, rows: list[Row]) -> None:
         """The next token of all that are under way."""
         logits = self._step(0, rows, [[row.last] for row in rows])
-        if logits is None:
-            self._under_way.clear()
-        else:
+        if logits is not None:
             self._pick(rows, logits)
 
     def _step(self, first: int, rows: list[Row], tokens: list[list[int]]) -> Tensor | None:
@@ -284,6 +282,7 @@ class Engine:
             logits = self._batch.step(first, tokens, [row.filled for row in rows], [row.name for row in rows])
         except Exception as error:  # of any kind: out of memory, an adapter that went away
             logger.exception("a step of %d rows has failed", len(rows))
+            del self._under_way[first:]  # rows that are new are not there yet
             for i, row in enumerate(rows):
                 self._batch.cache.clear(first + i)
                 self._fail(row, EngineError(f"the model has failed: {type(error).__name__}"))
@@ -316,10 +315,10 @@ class Engine:
         if finish is not None:
             text += row.words.close()
             finish = "stop" if row.words.stopped else finish  # by what was held back
-        if not self._tell(row, Piece(text, row.count, finish)):
-            finish = "cancelled"
         if finish is not None:
             self._leave(row, finish)
+        if not self._tell(row, Piece(text, row.count, finish)) and finish is None:
+            self._leave(row, "cancelled")
 
     def _leave(self, row: Row, finish: str | None) -> None:
         """A row under way gives its slot to the last one. finish: None: its numbers are not finite."""

@@ -89,7 +89,8 @@ def load_engine(
     length = min(most, DEFAULT_LENGTH) if max_length is None else max_length
     if length > most:
         raise ValueError(f"max_length={length}: the model has positions for {most}")
-    return Engine(loaded, tokenizer, Adapters(base, inner), max_rows=max_rows, max_length=length, max_queue=max_queue)
+    names = Adapters(base, inner, loaded if inner else None)
+    return Engine(loaded, tokenizer, names, max_rows=max_rows, max_length=length, max_queue=max_queue)
 
 
 def _require_mixable(adapter: Adapter) -> None:

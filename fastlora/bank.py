@@ -1,0 +1,634 @@
+"""Many adapters on one base: thousands registered from their folders, as many of them in the model as a budget of bytes holds.
+
+A thread reads and checks files and builds an adapter's layers beside the model; what changes the model is a few insertions into its layers' tables,
+between two forwards. So nobody waits for a file but who asked for that adapter, and an adapter is there in all layers or in none.
+"""
+
+import copy
+import itertools
+import json
+import logging
+import threading
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from fastlora import adapters, peft, receipts
+from fastlora.adapters import Adapter, AdapterError, Expected
+from fastlora.checks import wrong
+from fastlora.layers import BASE
+from fastlora.peft import known
+from fastlora.peft.layers import Fused
+from fastlora.typed import listed, shown
+
+logger = logging.getLogger("fastlora")
+
+TEMPLATE = "default"
+"""The name of the adapter on the model without memory that an adapter's layers are copied from."""
+
+REFUSED: dict[str, Any] = {
+    **dict.fromkeys(
+        ("modules_to_save", "trainable_token_indices", "target_parameters", "alora_invocation_tokens"), None
+    ),
+    **dict.fromkeys(("arrow_config", "monteclora_config", "velora_config"), None),
+}
+"""What a config may not have in a bank: what PEFT keeps outside of its LoRA layers, or what looks at the model as it is added."""
+
+
+@dataclass(frozen=True)
+class BankStats:
+    registered: int
+    resident: int
+    pinned: int
+    bytes: int  # of the resident adapters
+    budget_bytes: int | None
+    hits: int  # names in `use` that were resident
+    misses: int  # and that had to be read
+    loads: int  # insertions into the model, swaps among them
+    swaps: int
+    evictions: int
+    failures: int  # files that could not be used
+
+
+class Layers(NamedTuple):
+    """An adapter's part of a model, beside it: by layer, by the layer's table of adapters, what belongs there."""
+
+    tables: dict[str, dict[str, Any]]
+    bytes: int
+
+
+class Template(NamedTuple):
+    """An adapter's layers on a model without memory, for all adapters of one config."""
+
+    expected: Expected
+    parameters: dict[str, nn.Parameter]  # by PEFT's keys
+    tables: dict[str, dict[str, Any]]
+
+
+@dataclass(eq=False)
+class Job:
+    """A folder that is to be read, and put into the model."""
+
+    folder: Path
+    config: Any
+    template: Template
+    is_swap: bool
+    future: "Future[None]" = field(default_factory=Future)
+    layers: Layers | None = None
+    source: receipts.Source | None = None
+
+
+@dataclass(eq=False)
+class Entry:
+    """A registered adapter."""
+
+    folder: Path
+    config: Any
+    template: Template
+    pinned: bool = False
+    resident: Layers | None = None
+    jobs: list[Job] = field(default_factory=list)
+    held: int = 0  # contexts of `use` that name it
+    used: int = 0  # when last
+
+
+class AdapterBank:
+    """Adapters by name for one model: registered from folders, read when wanted, evicted when the budget is full, least recently used first.
+
+        bank = AdapterBank(model, budget_bytes=2**30)
+        bank.register("anna", "adapters/anna")
+        bank.load("anna")                                  # in the background
+        with bank.use(["anna", "__base__"]) as adapter_names:
+            model.generate(**batch, adapter_names=adapter_names)
+
+    While a bank is used every forward of the model runs inside `use`: between them, and never within one, adapters come and go. All methods may be
+    called from any thread.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        budget_bytes: int | None = None,
+        autocast_adapter_dtype: bool = True,
+        allow_noop: bool = False,
+    ) -> None:
+        """
+        Args:
+            model: a PeftModel with LoRA, accelerated or not. The adapters that it has are its own: they stay, and are not counted.
+            budget_bytes: what the resident adapters may take together; None: as much as there is.
+            autocast_adapter_dtype: 16-bit values become float32, as PEFT loads them; False: they have the dtype of the layers' weights.
+            allow_noop: take also adapters that change nothing.
+
+        Raises:
+            TypeError: the model is no PeftModel with LoRA.
+            ValueError: budget_bytes is no number of bytes.
+        """
+        if not isinstance(model, PeftModel) or any(one.peft_type != "LORA" for one in model.peft_config.values()):
+            raise TypeError(f"model: got a {type(model).__name__}, expected a PeftModel with LoRA adapters")
+        if budget_bytes is not None and (not isinstance(budget_bytes, int) or budget_bytes < 0):
+            raise wrong("budget_bytes", budget_bytes, "a number of bytes, or None")
+        self.model: Any = model
+        self.budget_bytes = budget_bytes
+        self._autocast = autocast_adapter_dtype
+        self._allow_noop = allow_noop
+        bare: Any = peft.restore(adapters.without_memory(model))
+        self._skeleton: nn.Module = bare.unload()
+        weights = model.get_base_model().named_parameters(remove_duplicate=False)
+        self._own = {adapters.WRAPPERS.sub("", name): weight for name, weight in weights}
+        self._layers: dict[str, Any] = {}
+        self._find_layers()
+        self._templates: dict[str, Template] = {}
+        self._entries: dict[str, Entry] = {}
+        self._ready: list[tuple[str, Job]] = []
+        self._wanted: frozenset[str] = frozenset()  # what the one `use` that waits for files must not lose again
+        self._running = 0  # contexts of `use`
+        self._exclusive = 0  # who waits for them to end
+        self._ticks = itertools.count(1)
+        self._counts = dict.fromkeys(("hits", "misses", "loads", "swaps", "evictions", "failures"), 0)
+        self._changed = threading.Condition()
+        self._line = threading.Lock()
+        self._mine = threading.local()
+        self._reader = ThreadPoolExecutor(1, "fastlora-adapters")
+
+    # ---- what is there
+
+    @property
+    def registered(self) -> tuple[str, ...]:
+        """The adapters' names, in the order they were registered."""
+        with self._changed:
+            return tuple(self._entries)
+
+    @property
+    def resident(self) -> tuple[str, ...]:
+        """The names of those in the model, least recently used first."""
+        with self._changed:
+            return tuple(self._by_age())
+
+    @property
+    def stats(self) -> BankStats:
+        with self._changed:
+            return BankStats(
+                registered=len(self._entries),
+                resident=len(self._by_age()),
+                pinned=sum(entry.pinned for entry in self._entries.values()),
+                bytes=self._bytes(),
+                budget_bytes=self.budget_bytes,
+                **self._counts,
+            )
+
+    # ---- what may be used
+
+    def register(self, name: str, folder: str | Path) -> None:
+        """Make an adapter known. Its config is checked, and the layers that no adapter has had yet are made; its tensors are not read.
+
+        The first adapter with a config takes as long as PEFT takes for one; after new layers, `accelerate` the model again.
+
+        Raises:
+            ValueError: the name is taken, or cannot be one.
+            FileNotFoundError: there is no adapter in the folder.
+            AdapterError: the config is damaged, does not fit the model, or is none of plain LoRA's, rsLoRA's or DoRA's.
+        """
+        adapters.require_name(name)
+        with self._changed:
+            if name in self._entries or name in self.model.peft_config:
+                raise ValueError(f"name={name!r}: is registered already, expected another; swap() exchanges its files")
+        config, template = self._prepare(Path(folder))
+        with self._changed:
+            if name in self._entries:
+                raise ValueError(f"name={name!r}: is registered already, expected another; swap() exchanges its files")
+            self._entries[name] = Entry(Path(folder), config, template)
+
+    def unregister(self, name: str) -> None:
+        """Forget an adapter; a resident one leaves the model once no forward runs.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        with self._alone():
+            entry = self._entry(name)
+            if entry.resident is not None:
+                self._evict(name)
+            del self._entries[name]
+            for job in entry.jobs:
+                job.future.cancel()
+
+    def load(self, name: str) -> "Future[None]":
+        """Have an adapter read in the background. The future ends when it is in the model, or with the error of its files.
+
+        Raises:
+            ValueError: there is none of that name; those there are, are listed.
+        """
+        with self._changed:
+            entry = self._entry(name)
+            entry.used = next(self._ticks)
+            under_way = [job for job in entry.jobs if not job.is_swap]
+            if under_way:
+                return under_way[0].future
+            job = Job(entry.folder, entry.config, entry.template, is_swap=False)
+            if entry.resident is not None:
+                job.future.set_result(None)
+            else:
+                self._begin(name, job)
+            return job.future
+
+    def swap(self, name: str, folder: str | Path) -> "Future[None]":
+        """Have another folder's weights take the place of an adapter's, in all layers between two forwards. Until then, and if the new files
+        cannot be used, the old ones serve.
+
+        Raises:
+            ValueError, FileNotFoundError, AdapterError: as `register`'s; there is none of that name.
+        """
+        with self._changed:
+            self._entry(name)
+        config, template = self._prepare(Path(folder))
+        with self._changed:
+            self._entry(name)
+            job = Job(Path(folder), config, template, is_swap=True)
+            self._begin(name, job)
+            return job.future
+
+    def pin(self, name: str) -> "Future[None]":
+        """Load an adapter, and never evict it. Raises and returns as `load`."""
+        with self._changed:
+            future = self.load(name)
+            self._entries[name].pinned = True
+        return future
+
+    def unpin(self, name: str) -> None:
+        with self._changed:
+            self._entry(name).pinned = False
+
+    @contextmanager
+    def use(self, adapter_names: Iterable[str]) -> Iterator[list[str]]:
+        """Hold the adapters of a batch in the model while its forward runs; waits for those that are not there yet.
+
+        Args:
+            adapter_names: one name a row, "__base__" for none; the model's own adapters may be among them. An empty list: the base alone.
+
+        Yields:
+            The names, as the model takes them.
+
+        Raises:
+            ValueError: there is no adapter of a name; those there are, are listed. Or the budget does not hold them all.
+            AdapterError, OSError: a file cannot be used.
+            RuntimeError: inside another `use` of this thread, an adapter is not resident.
+        """
+        names = list(adapter_names)
+        with self._changed:
+            wanted = frozenset(names) - {BASE, *(set(self.model.peft_config) - set(self._entries))}
+            entries = [self._entry(name) for name in sorted(wanted)]
+            missing = sum(entry.resident is None for entry in entries)
+            self._counts["misses"] += missing
+            self._counts["hits"] += len(entries) - missing
+        self._enter(wanted)
+        try:
+            yield names
+        finally:
+            self._leave(wanted)
+
+    def close(self) -> None:
+        """End the reading thread; what is in the model stays, and what is under way is cancelled."""
+        self._reader.shutdown(cancel_futures=True)
+        with self._changed:
+            for entry in self._entries.values():
+                for job in entry.jobs:
+                    job.future.cancel()
+                entry.jobs.clear()
+            self._ready.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    # ---- forwards, and what happens between them
+
+    def _enter(self, wanted: frozenset[str]) -> None:
+        depth = getattr(self._mine, "depth", 0)
+        with self._changed:
+            self._touch(wanted)
+            # What is ready goes first, or a model that is never idle would never get it.
+            while not depth and self._running and (self._exclusive or self._insertable()):
+                self._changed.wait()
+            self._insert_when_idle()
+            if self._hold(wanted):
+                return
+        if depth:
+            raise RuntimeError(
+                f"adapter_names: {listed(sorted(wanted))} are not all resident, as inside another `use` they must be"
+            )
+        with self._line:  # one at a time, so that two do not take turns in evicting what the other waits for
+            try:
+                with self._changed:
+                    self._wanted = wanted
+                while True:
+                    for future in [self.load(name) for name in sorted(wanted)]:
+                        future.result()
+                    with self._changed:
+                        if self._hold(wanted):
+                            return
+            finally:
+                with self._changed:
+                    self._wanted = frozenset()
+                    self._insert_when_idle()
+                    self._changed.notify_all()
+
+    def _hold(self, wanted: frozenset[str]) -> bool:
+        """Hold the adapters if all are resident; the lock is held."""
+        entries = [self._entry(name) for name in wanted]
+        if any(entry.resident is None for entry in entries):
+            return False
+        for entry in entries:
+            entry.held += 1
+        self._running += 1
+        self._mine.depth = getattr(self._mine, "depth", 0) + 1
+        return True
+
+    def _leave(self, wanted: frozenset[str]) -> None:
+        with self._changed:
+            for name in wanted:
+                self._entries[name].held -= 1
+            self._touch(wanted)
+            self._running -= 1
+            self._mine.depth = getattr(self._mine, "depth", 1) - 1
+            self._insert_when_idle()
+            self._changed.notify_all()
+
+    def _touch(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._entry(name).used = next(self._ticks)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """While no forward runs, and none begins."""
+        if getattr(self._mine, "depth", 0):
+            raise RuntimeError("expected to be called outside of `use`, which holds the model as it is")
+        with self._changed:
+            self._exclusive += 1
+            try:
+                while self._running:
+                    self._changed.wait()
+                yield
+            finally:
+                self._exclusive -= 1
+                self._changed.notify_all()
+
+    def _insertable(self) -> bool:
+        """Whether what is ready could go into the model if no forward ran."""
+        return any(self._has_room(name, job) for name, job in self._ready)
+
+    def _has_room(self, name: str, job: Job) -> bool:
+        assert job.layers is not None
+        kept = sum(
+            entry.resident.bytes
+            for other, entry in self._entries.items()
+            if other != name and entry.resident is not None and not self._is_evictable(other)
+        )
+        return self.budget_bytes is None or kept + job.layers.bytes <= self.budget_bytes
+
+    def _is_evictable(self, name: str) -> bool:
+        entry = self._entries[name]
+        free = not entry.pinned and not entry.held and name not in self._wanted
+        return free and name not in self.model.base_model.active_adapters
+
+    def _insert_when_idle(self) -> None:
+        """Put what is ready into the model, if no forward runs; the lock is held."""
+        if self._running:
+            return
+        left = []
+        for name, job in self._ready:
+            entry = self._entries.get(name)
+            if entry is None or job not in entry.jobs:
+                continue  # unregistered meanwhile
+            if entry.resident is not None and not job.is_swap:
+                self._end(name, job)  # a swap has come before it
+            elif self._has_room(name, job):
+                self._insert(name, job)
+                self._end(name, job)
+            elif self._wanted and name not in self._wanted:
+                left.append((name, job))  # until the `use` that waits has had its turn
+            else:
+                takes = job.layers.bytes if job.layers else 0
+                problem = f"adapter {name!r} takes {takes:,}, more than those leave that are pinned or wanted with it"
+                self._end(name, job, ValueError(f"budget_bytes={self.budget_bytes}: {problem}"))
+        self._ready = left
+
+    def _insert(self, name: str, job: Job) -> None:
+        entry, layers = self._entries[name], job.layers
+        assert layers is not None
+        if entry.resident is not None:
+            self._remove(name)
+        if self.budget_bytes is not None:
+            for other in [one for one in self._by_age() if one != name and self._is_evictable(one)]:
+                if self._bytes() + layers.bytes <= self.budget_bytes:
+                    break
+                self._evict(other)
+        for path, tables in layers.tables.items():
+            layer = self._layers[path]
+            for table, value in tables.items():
+                if isinstance(value, nn.Module):
+                    value.train(layer.training)
+                _table(layer, table)[name] = value
+        entry.folder, entry.config, entry.template, entry.resident = job.folder, job.config, job.template, layers
+        self.model.peft_config[name] = copy.copy(job.config)
+        receipts.note(self.model, name, job.source)
+        self._counts["loads"] += 1
+        self._counts["swaps"] += job.is_swap
+
+    def _evict(self, name: str) -> None:
+        self._remove(name)
+        self._counts["evictions"] += 1
+
+    def _remove(self, name: str) -> None:
+        entry = self._entries[name]
+        for path in entry.resident.tables if entry.resident else ():
+            layer = self._layers[path]
+            for table in entry.resident.tables[path] if entry.resident else ():
+                del _table(layer, table)[name]
+            known.forget(layer)  # or its plan would keep the weights
+        entry.resident = None
+        self.model.peft_config.pop(name, None)
+        receipts.note(self.model, name, None)
+
+    def _end(self, name: str, job: Job, error: BaseException | None = None) -> None:
+        """Tell who waits for a job; the lock is held."""
+        entry = self._entries.get(name)
+        if entry is not None and job in entry.jobs:
+            entry.jobs.remove(job)
+        self._counts["failures"] += error is not None
+        if not job.future.set_running_or_notify_cancel():
+            return
+        if error is None:
+            job.future.set_result(None)
+        else:
+            job.future.set_exception(error)
+
+    def _entry(self, name: str) -> Entry:
+        entry = self._entries.get(name)
+        if entry is None:
+            have = [*self._entries, *(own for own in self.model.peft_config if own not in self._entries)]
+            raise ValueError(f"adapter {shown(name)}: there is none of that name, expected one of {listed(have)}")
+        return entry
+
+    def _by_age(self) -> list[str]:
+        there = [name for name, entry in self._entries.items() if entry.resident is not None]
+        return sorted(there, key=lambda name: self._entries[name].used)
+
+    def _bytes(self) -> int:
+        return sum(entry.resident.bytes for entry in self._entries.values() if entry.resident is not None)
+
+    # ---- files
+
+    def _begin(self, name: str, job: Job) -> None:
+        """Have a folder read; the lock is held."""
+        self._reader.submit(self._read, name, job)
+        self._entries[name].jobs.append(job)
+
+    def _read(self, name: str, job: Job) -> None:
+        """Read and check a folder, and build its layers: in the thread of its own."""
+        error: BaseException | None = None
+        with self._changed:
+            entry = self._entries.get(name)
+            if entry is not None and not job.is_swap:  # a swap may have come before it
+                job.folder, job.config, job.template = entry.folder, entry.config, entry.template
+        try:
+            job.layers, job.source = self._build(job)
+        except BaseException as caught:  # told to who waits
+            error = caught
+        with self._changed:
+            if error is not None:
+                self._end(name, job, error)
+            else:
+                self._ready.append((name, job))
+                self._insert_when_idle()
+            self._changed.notify_all()
+
+    def _build(self, job: Job) -> tuple[Layers, receipts.Source]:
+        read = adapters.read(job.folder)
+        if _signature(read.config) != _signature(job.config):
+            raise AdapterError(
+                job.folder / adapters.CONFIG, None, "it has changed since it was registered: swap() takes it"
+            )
+        expected, parameters, tables = job.template
+        given = adapters.fitting(read, expected, self._own)
+        if not self._allow_noop:
+            adapters.require_a_change(read, given, self._own)
+        memo: dict[int, Any] = {}
+        total = 0
+        for key, parameter in parameters.items():
+            weight = self._layers[_layer_of(key)].get_base_layer().weight
+            own = nn.Parameter(given[key].to(weight.device, self._dtype_beside(weight)), requires_grad=False)
+            memo[id(parameter)] = own
+            total += own.nbytes
+        source = receipts.Source(str(job.folder), read.hashes, tuple(sorted(read.tensors.keys() - given.keys())), ())
+        return Layers(copy.deepcopy(tables, memo), total), source
+
+    def _dtype_beside(self, weight: Tensor) -> torch.dtype:
+        """Of an adapter's values beside a weight, as PEFT has them."""
+        if (
+            not weight.is_floating_point()
+            or weight.dtype.itemsize < 2
+            or (weight.dtype.itemsize == 2 and self._autocast)
+        ):
+            return torch.float32
+        return weight.dtype
+
+    def _prepare(self, folder: Path) -> tuple[Any, Template]:
+        """The config in a folder, and the layers it asks for, which the model has from now on."""
+        if not adapters.is_adapter(folder):
+            raise FileNotFoundError(
+                f"folder={folder}: expected an adapter in PEFT's format, there is no {adapters.CONFIG}"
+            )
+        config = adapters.read_config(folder / adapters.CONFIG)
+        empty = Adapter(folder, config, {}, {})
+        if config.peft_type != "LORA":
+            problem = f"expected LORA, got {config.peft_type.value}: a bank has no other adapters"
+            raise AdapterError(folder / adapters.CONFIG, "peft_type", problem)
+        adapters.require_an_untouched_base(empty)
+        for key in REFUSED:
+            if getattr(config, key, None):
+                raise AdapterError(folder / adapters.CONFIG, key, "expected none in an adapter of a bank")
+        config.inference_mode = True
+        signature = _signature(config)
+        template = self._templates.get(signature)
+        if template is None:
+            template = self._make_template(empty)
+            if new := template.tables.keys() - self._layers.keys():
+                self._make_layers(config, sorted(new))
+            self._templates[signature] = template
+        return config, template
+
+    def _make_template(self, empty: Adapter) -> Template:
+        expected = adapters.expect(empty, self._skeleton)
+        model = expected.model
+        state = model.state_dict(keep_vars=True)
+        parameters = get_peft_model_state_dict(model, state, TEMPLATE, save_embedding_layers=False)
+        tables: dict[str, dict[str, Any]] = {}
+        for path, module in model.get_base_model().named_modules():
+            if isinstance(module, LoraLayer):
+                assert isinstance(module, nn.Module)
+                everything = {**module.__dict__, **module._modules}
+                tables[path] = {
+                    table: held[TEMPLATE]
+                    for table, held in everything.items()
+                    if isinstance(held, (dict, nn.ModuleDict, nn.ParameterDict)) and TEMPLATE in held
+                }
+        known_to_peft = set(map(id, parameters.values()))
+        held = [*model.named_parameters()]
+        if strange := [key for key, one in held if ".lora_" in key and id(one) not in known_to_peft]:
+            raise AdapterError(empty.folder / adapters.CONFIG, None, f"PEFT saves {strange[0]} in another form")
+        return Template(expected, parameters, tables)
+
+    def _make_layers(self, config: Any, new: list[str]) -> None:
+        """Have PEFT wrap the modules that no adapter has had yet."""
+        name = "fastlora_bank"
+        with self._alone():
+            was_fused = any(isinstance(layer, Fused) for layer in self._layers.values())
+            self.model.add_adapter(name, copy.copy(config), low_cpu_mem_usage=True)
+            self.model.delete_adapter(name)
+            self._find_layers()
+            for path in new:
+                layer = self._layers[path]
+                layer.train(layer.get_base_layer().training)
+        if was_fused:
+            logger.warning("adapters: %d layers are new (%s): call fastlora.accelerate(model) again", len(new), new[0])
+
+    def _find_layers(self) -> None:
+        for path, module in self.model.get_base_model().named_modules():
+            if isinstance(module, LoraLayer):
+                self._layers[path] = module
+
+
+def _table(layer: Any, name: str) -> Any:
+    return layer._modules[name] if name in layer._modules else layer.__dict__[name]
+
+
+def _layer_of(key: str) -> str:
+    return key.removeprefix("base_model.model.").partition(".lora_")[0]
+
+
+def _signature(config: Any) -> str:
+    """What of a config decides its layers: all but where it came from."""
+    values = {one.name: getattr(config, one.name) for one in fields(config)}
+    for name in (
+        "base_model_name_or_path",
+        "revision",
+        "inference_mode",
+        "auto_mapping",
+        "runtime_config",
+        "peft_version",
+    ):
+        values.pop(name, None)
+    return json.dumps(
+        values, default=lambda value: sorted(value) if isinstance(value, set) else str(value), sort_keys=True
+    )
