@@ -168,6 +168,10 @@ class TrainConfig:
     pack_budget: int | None = option(
         "Bytes for packed copies of frozen weights on a CPU, 0 for none. [default: 1/16 of its memory]", None
     )
+    share_prefix: bool = option(
+        "Run once a batch what its rows begin with: an instruction, or examples before a question. Of a causal model.",
+        False,
+    )
     compile: bool = option("Run the model's layers through torch.compile.", False)
 
     def __post_init__(self) -> None:
@@ -195,6 +199,8 @@ class TrainConfig:
             self.resume = True
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite exclude each other: expected one of them")
+        if self.share_prefix and not self.accelerate:
+            raise ValueError("share_prefix=True: expected accelerate=True, transformers has nothing like it")
         self.model = str(self.model)
         if Path(self.model).is_dir():
             self.model = str(Path(self.model).resolve())  # the adapter's files name it

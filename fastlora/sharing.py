@@ -272,6 +272,11 @@ def attach(model: nn.Module) -> None:
     raise ValueError(f"share_prefix=True: {type(model).__name__} has no causal transformers model in it")
 
 
+def last_calls(model: nn.Module) -> list[tuple[str, str]]:
+    """(way, reason) of the last call of what `attach` has changed."""
+    return [module.__dict__[KEY].describe() for module in model.modules() if KEY in module.__dict__]
+
+
 def detach(module: nn.Module) -> None:
     """Give a module its class back, if it was swapped."""
     if module.__dict__.pop(KEY, None) is not None:

@@ -27,7 +27,7 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from fastlora import __version__, checkpoint, metrics, trainable, writing
+from fastlora import __version__, checkpoint, metrics, sharing, trainable, writing
 from fastlora.checkpoint import Checkpoint, CheckpointError
 from fastlora.choice import table
 from fastlora.config import RANKED, SEEDS, WHOLE, TrainConfig
@@ -395,6 +395,10 @@ class _Run:
             with self._writing("the model" if self.config.method in WHOLE else "the adapter"):
                 writing.publish(self.output, self._write_model)
         self.accelerator.wait_for_everyone()
+        if self.config.share_prefix:
+            for way, reason in sharing.last_calls(self.model):
+                if way == sharing.APART:
+                    logger.warning("share_prefix: the last batch's rows ran each for itself: %s", reason)
         records = metrics.read(self.output, self.step)
         result = self._result(records, dtype)
         if self.accelerator.is_main_process:

@@ -29,7 +29,7 @@ def build(config: TrainConfig, dtype: torch.dtype, device: torch.device, resume_
         if config.method == "bitfit":
             _train_biases(model)
         if config.accelerate:
-            accelerate(model, frozen=config.method == "bitfit", fuse=True)
+            accelerate(model, frozen=config.method == "bitfit", fuse=True, share_prefix=config.share_prefix)
     else:
         base = load_base(str(config.model), dtype, device, config.bits)
         for module in base.modules():
@@ -120,7 +120,7 @@ def _add_adapter(model: Any, config: TrainConfig, resume_from: Path | None) -> A
         except ValueError as error:  # a module that is no layer, say
             raise ValueError(f"{_blamed(config)}: {error}") from error
     if config.accelerate:
-        accelerate(model, frozen=True, fuse=True, pack_budget=config.pack_budget)
+        accelerate(model, frozen=True, fuse=True, share_prefix=config.share_prefix, pack_budget=config.pack_budget)
     return model
 
 

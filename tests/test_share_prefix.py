@@ -2,9 +2,13 @@
 
 import copy
 import functools
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from prompted_models import FAMILIES, IGNORE, VOCABULARY, llama
@@ -12,8 +16,10 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, MistralConfig, MistralForCausalLM
 
 import fastlora
-from fastlora import sharing
+from fastlora import metrics, sharing
+from fastlora.config import TrainConfig
 from fastlora.language_model_loss import LanguageModelLoss
+from fastlora.train import train
 
 TEMPLATE, OWN = 14, (5, 3, 6, 4)
 
@@ -233,6 +239,34 @@ def test_the_loss_of_the_training_loop(every: bool) -> None:
     for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
         if theirs.grad is not None:
             assert (ours.grad - theirs.grad).abs().max() <= 1e-4 * theirs.grad.abs().max(), name
+
+
+def test_fastlora_train_trains_alike(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base, data = tiny.save_model(tmp_path / "base"), tmp_path / "data.jsonl"
+    begin = "The horse runs. The dog sleeps. The cat sings."
+    rows = [{**row, "prompt": f"{begin} {row['prompt']}"} for row in tiny.rows(24)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = TrainConfig(model=base, data=data, output=tmp_path / "apart", lora_dropout=0.0, r=4, lr=1e-2, max_steps=6)
+    ours = replace(config, output=tmp_path / "shared", share_prefix=True)
+    with tiny.on_cpu():
+        for one in (config, ours):
+            train(one, progress=False)
+    apart, shared = ([record["loss"] for record in metrics.read(one.output)] for one in (config, ours))
+    assert shared == pytest.approx(apart, rel=1e-3) and apart[-1] < apart[0]
+    assert "ran each for itself" not in caplog.text
+    with pytest.raises(ValueError, match="share_prefix=True: expected accelerate=True"):
+        replace(ours, accelerate=False)
+
+
+def test_what_shares_nothing_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base, data = tiny.save_model(tmp_path / "base"), tmp_path / "data.jsonl"
+    rows = [{"prompt": prompt, "completion": " It runs."} for prompt in ("The dog runs.", "It sleeps.")]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with tiny.on_cpu():
+        train(
+            TrainConfig(model=base, data=data, output=tmp_path / "out", share_prefix=True, max_steps=1), progress=False
+        )
+    assert "share_prefix: the last batch's rows ran each for itself" in caplog.text
 
 
 def test_attention_dropout_is_torchs() -> None:

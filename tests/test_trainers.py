@@ -72,6 +72,7 @@ def accuracy(predictions: Any) -> dict[str, float]:
 
 LOSS = {"loss": True}
 BLOCKS = {"frozen": True, "loss": True, "fuse": True}
+SHARED = {"share_prefix": True, **BLOCKS}
 BATCHES = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
 
 
@@ -89,11 +90,19 @@ BATCHES = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
             BLOCKS, False, "fused", {"gradient_checkpointing": True, "bf16": True}, id="blocks-checkpointing-autocast"
         ),
         pytest.param(LOSS, False, "all", {"label_smoothing_factor": 0.1}, id="smoothing"),
+        pytest.param(SHARED, False, "fused", {}, id="shared"),
     ],
 )
 def test_transformers_trainer(base, data, tmp_path, how, full, path, options):
     """An evaluation's metrics read logits; without metrics, it has its loss alone."""
     tokenizer = AutoTokenizer.from_pretrained(base)
+    if how is SHARED:  # rows that begin alike
+        pairs = [
+            {**row, "prompt": f"The horse runs. The dog sleeps. The cat sings. {row['prompt']}"}
+            for row in tiny.rows(32)
+        ]
+        data = tmp_path / "alike.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in pairs))
     rows = encode(read_examples(data), tokenizer, 64).rows
     tolerance = 0.02 if options.get("bf16") else 1e-3
 
@@ -112,6 +121,8 @@ def test_transformers_trainer(base, data, tmp_path, how, full, path, options):
 
     plain, ours = trainer(None), trainer(how)
     assert_same_training(plain, ours, tolerance)
+    shared = [line.implementation for line in fastlora.report(ours.model) if line.name.endswith("share_prefix")]
+    assert shared == ["tree"] * (how is SHARED)
     if path is not None:
         assert [line.implementation for line in fastlora.report(ours.model) if line.name.endswith("loss")] == [path]
     for _ in range(2):
@@ -122,16 +133,24 @@ def test_transformers_trainer(base, data, tmp_path, how, full, path, options):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
-@pytest.mark.parametrize("how", [{}, LOSS, BLOCKS], ids=["layers", "loss", "blocks"])
+@pytest.mark.parametrize("how", [{}, LOSS, BLOCKS, SHARED], ids=["layers", "loss", "blocks", "shared"])
 def test_trl_sft_trainer(base, data, tmp_path, how):
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
     rows = [json.loads(line) for line in data.read_text().splitlines()]
+    for row in rows:
+        row["prompt"] = (
+            f"The horse runs. The dog sleeps. The cat sings. {row['prompt']}"  # 8 tokens or more that all begin with
+        )
 
     def trainer(how: dict[str, bool] | None) -> SFTTrainer:
         arguments = SFTConfig(output_dir=str(tmp_path / str(how)), max_length=64, bf16=False, **OPTIONS)
         dataset, tokenizer = Dataset.from_list(rows), AutoTokenizer.from_pretrained(base)
         return SFTTrainer(a_model(base, False, how), arguments, train_dataset=dataset, processing_class=tokenizer)
 
-    assert_same_training(trainer(None), trainer(how))
+    ours = trainer(how)
+    assert_same_training(trainer(None), ours)
+    shared = [line for line in fastlora.report(ours.model) if "share_prefix" in line.name]
+    # TRL puts a forward of its own before the model's, with its own loss, and asks the layers below for hidden states.
+    assert ["put before it" in line.reason for line in shared] == [True] * (how is SHARED)
