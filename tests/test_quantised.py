@@ -191,6 +191,8 @@ def test_gradients_by_gradcheck() -> None:
 def test_an_operation_that_knows_nothing_of_it_gets_all_of_it() -> None:
     one = weight("int8", 5, 8, torch.float32)
     assert torch.equal(one + 0, dense(one)) and torch.equal(one.t().contiguous(), dense(one).t())
+    assert torch.zeros_like(one, dtype=torch.float64).dtype is torch.float64
+    assert torch.equal(one.__torch_dispatch__(torch.ops.aten.neg.default, (), (one,)), -dense(one))
     assert "int8" in repr(one)
 
 
