@@ -202,7 +202,10 @@ def test_without_the_native_extension_the_reference_dequantises(monkeypatch: pyt
     assert quantised.is_native() and quantised.takes_few_rows(one) and not quantised.takes_few_rows(wide)
     assert not quantised.takes_few_rows(weight("int8", 5, 0, torch.float32))
     assert wide.panel(1, 3, 2, 4).dtype is torch.float64
-    expected = one.panel(1, 3, 2, 4)
+    expected, dequantise = one.panel(1, 3, 2, 4), quantised._dequantise
+    made: list[torch.Tensor] = []
+    monkeypatch.setattr(quantised, "_dequantise", lambda to, *rest: made.append(to) or dequantise(to, *rest))
+    assert one.panel(1, 3, 2, 4) is made[0] and torch.equal(made[0], expected)
     parts = [part.to("meta") if isinstance(part, torch.Tensor) else part for part in one.stored]
     elsewhere = quantised.QuantisedWeight(quantised.Stored(*parts), "int8", torch.float32, torch.float32)
     assert elsewhere.is_meta and elsewhere.panel(1, 3, 2, 4).is_meta
@@ -219,6 +222,8 @@ def test_panels_of_what_is_smaller_than_one() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantised, "PANEL", 1)
         assert quantised.panels(weight("int8", 70, 4, torch.float32), 0) == [(0, 64), (64, 6)]
+        patch.setattr(quantised, "PANEL", 128)
+        assert quantised.panels(weight("int8", 130, 1, torch.float32), 0) == [(0, 128), (128, 2)]
 
 
 def test_wrong_arguments_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:
