@@ -201,6 +201,7 @@ def test_without_the_native_extension_the_reference_dequantises(monkeypatch: pyt
     one, wide = weight("int8", 5, 8, torch.float32), weight("int8", 5, 8, torch.float64)
     assert quantised.is_native() and quantised.takes_few_rows(one) and not quantised.takes_few_rows(wide)
     assert not quantised.takes_few_rows(weight("int8", 5, 0, torch.float32))
+    assert quantised.takes_few_rows(weight("int8", 5, 1, torch.float32))
     assert wide.panel(1, 3, 2, 4).dtype is torch.float64
     expected, dequantise = one.panel(1, 3, 2, 4), quantised._dequantise
     made: list[torch.Tensor] = []
