@@ -314,10 +314,8 @@ def _shared(model: Any, call: Callable[..., Any], state: State, given: dict[str,
         return found
     ids: Tensor = given["input_ids"]
     dtype = model.get_input_embeddings().weight.dtype
-    rest = {name: value for name, value in given.items() if name not in (*MAY_BE_GIVEN, *TAKEN)}
-    for name in ("num_items_in_batch", "ignore_index", "return_dict", "fused_lm_head"):
-        if given.get(name) is not None:
-            rest[name] = given[name]
+    kept = ("num_items_in_batch", "ignore_index", "return_dict", "fused_lm_head")
+    rest = {name: given[name] for name in kept if given.get(name) is not None}
     row = {"input_ids": found.gather(ids, 0), **arguments(found, way, dtype), **labelled(given, found)}
     return run(call, {**rest, **row}, found, given.get("logits_to_keep") or 0, takes_kept)
 

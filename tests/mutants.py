@@ -67,6 +67,13 @@ MODULES = {
     "fastlora/peft/probing.py": ("probing",),
     "fastlora/peft/known.py": ("known",),
     "fastlora/peft/mixed.py": ("mixed_batches",),
+    "fastlora/peft/prompts.py": (
+        "prompt_parts",
+        "prompt_generation",
+        "prompt_models",
+        "prompt_settings",
+        "prompts_of_encoders",
+    ),
     "fastlora/peft/quantised.py": ("quantised_layers",),
     "fastlora/trees.py": ("trees",),
     "fastlora/sharing.py": ("sharing", "share_prefix"),

@@ -225,8 +225,10 @@ def test_which_classes_are_swapped() -> None:
     derived = nn.Linear(K, N)
     derived.__class__ = swap.derive(nn.Linear, scaled.with_scaling)
     assert not scaled.is_swapped(derived)
-    other = peft.get_peft_model(nn.Sequential(nn.Linear(K, N)), peft.LoHaConfig(target_modules=["0"], r=2))
+    base = fastlora.accelerate(nn.Sequential(nn.Linear(K, N)).requires_grad_(False), frozen=True)
+    other = peft.get_peft_model(base, peft.LoHaConfig(target_modules=["0"], r=2))
     assert not scaled.is_swapped(layer_of(other)) and "is not fused" in str(scaled.attach(layer_of(other)))
+    assert type(layer_of(other).base_layer) is FrozenLinear  # which such a layer may well have
 
 
 class Same(nn.Linear):

@@ -191,6 +191,8 @@ def test_gradients_by_gradcheck() -> None:
 def test_an_operation_that_knows_nothing_of_it_gets_all_of_it() -> None:
     one = weight("int8", 5, 8, torch.float32)
     assert torch.equal(one + 0, dense(one)) and torch.equal(one.t().contiguous(), dense(one).t())
+    assert torch.zeros_like(one, dtype=torch.float64).dtype is torch.float64
+    assert torch.equal(one.__torch_dispatch__(torch.ops.aten.neg.default, (), (one,)), -dense(one))
     assert "int8" in repr(one)
 
 
@@ -199,8 +201,12 @@ def test_without_the_native_extension_the_reference_dequantises(monkeypatch: pyt
     one, wide = weight("int8", 5, 8, torch.float32), weight("int8", 5, 8, torch.float64)
     assert quantised.is_native() and quantised.takes_few_rows(one) and not quantised.takes_few_rows(wide)
     assert not quantised.takes_few_rows(weight("int8", 5, 0, torch.float32))
+    assert quantised.takes_few_rows(weight("int8", 5, 1, torch.float32))
     assert wide.panel(1, 3, 2, 4).dtype is torch.float64
-    expected = one.panel(1, 3, 2, 4)
+    expected, dequantise = one.panel(1, 3, 2, 4), quantised._dequantise
+    made: list[torch.Tensor] = []
+    monkeypatch.setattr(quantised, "_dequantise", lambda to, *rest: made.append(to) or dequantise(to, *rest))
+    assert one.panel(1, 3, 2, 4) is made[0] and torch.equal(made[0], expected)
     parts = [part.to("meta") if isinstance(part, torch.Tensor) else part for part in one.stored]
     elsewhere = quantised.QuantisedWeight(quantised.Stored(*parts), "int8", torch.float32, torch.float32)
     assert elsewhere.is_meta and elsewhere.panel(1, 3, 2, 4).is_meta
@@ -217,6 +223,8 @@ def test_panels_of_what_is_smaller_than_one() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quantised, "PANEL", 1)
         assert quantised.panels(weight("int8", 70, 4, torch.float32), 0) == [(0, 64), (64, 6)]
+        patch.setattr(quantised, "PANEL", 128)
+        assert quantised.panels(weight("int8", 130, 1, torch.float32), 0) == [(0, 128), (128, 2)]
 
 
 def test_wrong_arguments_are_refused_by_name(capsys: pytest.CaptureFixture[str]) -> None:

@@ -293,6 +293,9 @@ def test_what_stands_in_the_way_of_int8(monkeypatch: pytest.MonkeyPatch) -> None
         setattr(layer.weight, name, None)
         assert quantised.base_of(layer) == "the weight has not been quantised yet"
     layer = int8()
+    layer.weight.CB, layer.state.SCB = None, torch.rand(N)
+    assert quantised.base_of(layer) == "the weight has not been quantised yet"
+    layer = int8()
     layer.state.has_fp16_weights = True
     assert quantised.base_of(layer) == "bitsandbytes quantises the weight in every call"
     layer = int8()
@@ -339,3 +342,11 @@ def test_what_stands_in_the_way_of_torchao() -> None:
 
     layer.weight = Other(torch.zeros(N, K), requires_grad=False)
     assert quantised.base_of(layer) == "the weight is a Other"
+    layer = torchao()
+    layer.__class__ = Doubled
+    assert quantised.base_of(layer) is None
+
+
+class Doubled(nn.Linear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)

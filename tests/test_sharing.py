@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft_models import t5
 from prompted_models import llama
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaForCausalLM
@@ -185,7 +186,8 @@ def test_the_first_way_that_is_exact_found_once(monkeypatch: pytest.MonkeyPatch)
 def test_no_way_is_exact_where_the_model_takes_none_of_it() -> None:
     """It takes no embeddings, or no cache."""
     model = llama().eval()
-    embed = model.get_input_embeddings()
+    embed, config = model.get_input_embeddings(), model.config
+    config.get_text_config = lambda decoder=False: {True: config}[decoder]  # as of a model with more than one
     assert sharing._probe(model, model.forward, embed, False) == [MASK]  # its attention is its own
     assert sharing._probe(model, model.forward, embed, True) == [MASK]
 
@@ -333,9 +335,21 @@ class Model(LlamaForCausalLM):
 
     calls: list[dict[str, Any]]
 
+    def forward(self, input_ids: Any = None, attention_mask: Any = None, logits_to_keep: Any = 0, **rest: Any) -> Any:
+        self.calls.append(
+            {"input_ids": input_ids, "attention_mask": attention_mask, "logits_to_keep": logits_to_keep, **rest}
+        )
+        return super().forward(
+            input_ids=input_ids, attention_mask=attention_mask, logits_to_keep=logits_to_keep, **rest
+        )
+
+
+class Without(Model):
+    """It computes all logits, whatever is wanted."""
+
     def forward(self, input_ids: Any = None, attention_mask: Any = None, **rest: Any) -> Any:
-        self.calls.append({"input_ids": input_ids, "attention_mask": attention_mask, **rest})
-        return super().forward(input_ids=input_ids, attention_mask=attention_mask, **rest)
+        assert "logits_to_keep" not in rest
+        return super().forward(input_ids, attention_mask, **rest)
 
 
 @pytest.fixture
@@ -358,13 +372,54 @@ def test_a_forward_takes_its_arguments_by_place_or_name(model: Any, monkeypatch:
             assert model.__dict__[KEY].last == (MASK, "40 tokens of rows, 25 run")
             assert model.calls[-1]["input_ids"].shape == (1, 25)
         with pytest.raises(TypeError):
-            model(ALIKE, None, None)  # PEFT, or whoever else calls it, is told by the model itself
+            model(ALIKE, None, 0, None)  # PEFT, or whoever else calls it, is told by the model itself
         for name in ("num_items_in_batch", "ignore_index"):
-            model(ALIKE, **{name: 3})
+            model(ALIKE, **{name: 3, "output_attentions": None})
             assert model.calls[-1][name] == 3 and model.calls[-1]["input_ids"].shape == (1, 25)
+            assert "output_attentions" not in model.calls[-1]
+        known = model.__dict__[KEY].last
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
         model(ALIKE)
-        assert torch.equal(model.calls[-1]["input_ids"], ALIKE)
+        assert torch.equal(model.calls[-1]["input_ids"], ALIKE) and model.__dict__[KEY].last is known
+
+
+@pytest.mark.parametrize("kind", [Model, Without])
+def test_the_model_is_told_which_logits_are_wanted(kind: Any, model: Any) -> None:
+    sharing.detach(model)
+    model.__class__ = kind
+    with torch.no_grad():
+        expected = model(ALIKE).logits[:, -2:]
+        sharing.attach(model)
+        found = model(ALIKE, logits_to_keep=2).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+    kept = model.calls[-1]["logits_to_keep"]
+    assert kept == 0 if kind is Without else sorted(kept.tolist()) == [18, 19, 23, 24]
+
+
+def test_a_call_that_shares_nothing_is_the_models_own(model: Any) -> None:
+    """With what it was given, once; and the reason is kept."""
+    state = model.__dict__[KEY]
+    cases: dict[str, dict[str, Any]] = {
+        "use_cache was given": {"input_ids": ALIKE, "use_cache": True},
+        "no rows begin with the same 8 tokens before what they predict": {"input_ids": ALIKE[:1]},
+        "no input_ids were given": {"inputs_embeds": torch.ones(2, 20, 32)},
+    }
+    with torch.no_grad():
+        model(ALIKE)  # finds out which ways are exact
+        for reason, given in cases.items():
+            model.calls.clear()
+            assert isinstance(model(**given).logits, Tensor)
+            assert state.last == (APART, reason) and len(model.calls) == 1
+            assert all(model.calls[0][name] is value for name, value in given.items())
+        state.ways[False] = []
+        model(ALIKE)
+        assert state.last == (APART, "the model's logits are others where rows have tokens in common")
+        model(ALIKE[:1])
+        assert state.last == (APART, list(cases)[1])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sharing, "TELLERS", [lambda one: True])
+            model(ALIKE)
+        assert state.last == (APART, "the rows have adapters of their own")
 
 
 def test_a_model_without_its_state_is_its_own(model: Any) -> None:
@@ -387,6 +442,8 @@ def test_attaching_and_detaching(model: Any) -> None:
         sharing.attach(nn.Linear(1, 1))
     with pytest.raises(ValueError, match="share_prefix=True"):
         sharing.attach(model.model)  # it has no head
+    with pytest.raises(ValueError, match="share_prefix=True"):
+        sharing.attach(t5()[0])
 
 
 def test_a_cache_of_a_models_layers_is_read() -> None:

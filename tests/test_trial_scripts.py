@@ -22,7 +22,8 @@ HEAD = (
     "import json, os, signal, sys, time",
     "names, device, seconds, refused = json.loads(sys.argv[1])",
     "def say(*line): print(json.dumps(line), flush=True)",
-    "signal.signal(signal.SIGINT, signal.SIG_DFL)",  # a shell's background jobs are born without it
+    # A shell's background jobs are born without the first, nohup's without the second.
+    "for one in (signal.SIGINT, signal.SIGHUP): signal.signal(one, signal.SIG_DFL)",
 )
 
 
