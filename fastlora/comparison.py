@@ -46,7 +46,7 @@ class Comparison:
     data: str | Path = option("JSONL to train on: prompt and completion, or messages.", typed=Path)
     eval_data: str | Path = option("JSONL of held-out rows, of the same task.", typed=Path)
     output: str | Path = option("Folder for compare.json, compare.png and runs/.", typed=Path)
-    methods: list[Method] = option("Names with commas: lora,dora,prompt,prefix,ia3,norm,full.", typed=str)
+    methods: list[Method] = option("Names with commas: lora,dora,ia3,adapter,prompt,prefix,norm,full.", typed=str)
     retain_data: str | Path | None = option(
         "JSONL of other rows: how much their loss rises is what is forgotten.", None, typed=Path
     )
