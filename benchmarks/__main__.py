@@ -1,6 +1,6 @@
 """python -m benchmarks [VERB ...] [--quick] [--json] [--out FOLDER] [--device cuda] [--no-gate]
 
-The verbs are lora_linear, multi_lora, prefix_concat, step, goals, launch, prompts, families and sweep.
+The verbs are lora_linear, multi_lora, prefix_concat, step, goals, launch, prompts, families, sweep and serve.
 Runs the tests of each operator named (all by default), and times it only if they are green: fastlora against the
 frozen layer alone, PEFT, PEFT under torch.compile, torch's products and the merged weight. `goals` fills the table of
 what fastlora wants to reach on this kind of device (on a CPU with a whole training step in its first rows: of random weights
