@@ -106,7 +106,7 @@ def test_prompts_are_measured_once_where_all_is(monkeypatch: pytest.MonkeyPatch)
     measured: list[str] = []
     monkeypatch.setattr(command, "_measure", lambda name, _: measured.append(name) or 0)
     assert command.main(["--no-gate"]) == 0
-    assert measured == [name for name in command.VERBS if name != "prompts"] and measured[-1] == "families"
+    assert measured == [name for name in command.VERBS if name != "prompts"] and "families" in measured
     assert families.family_lines().keys() > prompts.prompt_lines().keys()
 
 
