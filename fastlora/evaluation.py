@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fastlora.data.examples import Example, read_examples
-from fastlora.data.rows import batches, collate, encode, pad_token_id, require_count
+from fastlora.data.rows import Row, batches, collate, encode, pad_token_id, require_count
 from fastlora.generation import answer, leave_room
 from fastlora.language_model_loss import LanguageModelLoss, evaluating
 from fastlora.models import positions
@@ -69,13 +69,7 @@ def evaluate(
     # Before anything is computed: there may be no room for an answer.
     ids = [row.input_ids[: row.prompt_length] for row in encoded.rows]
     ids = leave_room(model, tokenizer, ids, max_new_tokens) if generations else ids
-    total, loss = torch.zeros((), dtype=torch.float64), LanguageModelLoss(model)
-    with torch.no_grad(), evaluating(model):
-        for rows in batches(sorted(encoded.rows, key=lambda row: len(row.input_ids)), batch_size):
-            batch = {name: value.to(model.device) for name, value in collate(rows, pad_token_id(tokenizer)).items()}
-            total += loss(batch).double().cpu()
-    tokens = sum(row.labelled for row in encoded.rows)
-    mean = total.item() / tokens
+    mean = mean_loss(model, tokenizer, encoded.rows, batch_size)
     perplexity = math.exp(mean) if mean < 700 else math.inf  # exp(710) overflows
     matches, scores = None, {}
     if generations:
@@ -90,12 +84,22 @@ def evaluate(
         dropped_rows=len(encoded.dropped),
         prompt_cut_rows=len(encoded.prompt_cut),
         completion_cut_rows=len(encoded.completion_cut),
-        tokens=tokens,
+        tokens=sum(row.labelled for row in encoded.rows),
         loss=mean,
         perplexity=perplexity,
         exact_match=matches,
         **{name: scores.get(name) for name in ROUGE},
     )
+
+
+def mean_loss(model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int) -> float:
+    """The model's mean loss a labelled token of rows, in nats."""
+    total, loss = torch.zeros((), dtype=torch.float64), LanguageModelLoss(model)
+    with torch.no_grad(), evaluating(model):
+        for part in batches(sorted(rows, key=lambda row: len(row.input_ids)), batch_size):
+            batch = {name: value.to(model.device) for name, value in collate(part, pad_token_id(tokenizer)).items()}
+            total += loss(batch).double().cpu()
+    return total.item() / sum(row.labelled for row in rows)
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:

@@ -179,6 +179,13 @@ def test_halving_ends_the_worse_half_at_each_rung(given):
     assert (Path(halved.output) / "adapter_model.safetensors").is_file() and halved.loss == halved.evaluations[-1][1]
 
 
+def test_halving_wants_as_many_steps_of_each(given, tmp_path):
+    (tmp_path / "jobs.yaml").write_text("- {r: 2, batch_size: 4}\n- {r: 3, batch_size: 2}\n")
+    given = replace(given, r=None, lr=None, max_steps=None, epochs=1, jobs=tmp_path / "jobs.yaml", halving=True)
+    with pytest.raises(ValueError, match="halving: expected jobs of as many steps each, some have 6 and some 12"):
+        sweep(given, progress=False)
+
+
 def test_patience_ends_a_job_that_gets_no_better(given):
     given = replace(given, r=[2], lr=[0.0, 1e-2], eval_steps=1, patience=2)
     still, better = sweep(given, progress=False)

@@ -119,15 +119,11 @@ def test_bad_options_are_named(options, message):
         Sweep(**{**GIVEN, **options})
 
 
-def test_a_file_and_a_grid_exclude_each_other_and_halving_wants_equal_steps(tmp_path):
+def test_a_file_and_a_grid_exclude_each_other(tmp_path):
     with pytest.raises(ValueError, match="jobs and r exclude each other"):
         listing(tmp_path, "- lr: 1e-3\n", r=[4])
     with pytest.raises(FileNotFoundError, match="jobs: there is no file"):
         Sweep(**GIVEN, jobs=tmp_path / "none.yaml")
-    with pytest.raises(ValueError, match="halving: expected jobs of as many steps each"):
-        listing(tmp_path, "- r: 4\n  max_steps: 4\n- r: 8\n  max_steps: 5\n", halving=True)
-    apart = "- r: 4\n  max_steps: 4\n- r: 8\n  max_steps: 5\n  eval_data: other.jsonl\n"
-    assert len(jobs_of(listing(tmp_path, apart, halving=True))) == 2
 
 
 def test_jobs_of_a_file_train_on_rows_of_their_own(given, files, tmp_path):
@@ -155,7 +151,7 @@ def test_jobs_of_a_file_train_on_rows_of_their_own(given, files, tmp_path):
   gradient_accumulation_steps: 2
 """
     (tmp_path / "jobs.yaml").write_text(text)
-    given = replace(given, r=None, lr=None, jobs=tmp_path / "jobs.yaml")
+    given = replace(given, r=None, lr=None, jobs=tmp_path / "jobs.yaml", halving=True)  # of groups of one job
     outcomes = sweep(given, progress=False)
     assert [(one.name, one.steps, one.status) for one in outcomes] == [("short", 3, "done"), ("long", 6, "done")]
     assert {data: one.name for data, one in best(outcomes).items()} == {

@@ -39,9 +39,9 @@ from fastlora.course import (
     scheduler,
     stop_signals,
 )
-from fastlora.data.examples import Example, read_examples
+from fastlora.data.examples import read_examples
 from fastlora.data.rows import Encoded, Row, collate, encode, pad_token_id
-from fastlora.evaluation import evaluate
+from fastlora.evaluation import mean_loss
 from fastlora.language_model_loss import LanguageModelLoss, output_embedding
 from fastlora.models import load_base, load_tokenizer, require_positions, resolve_dtype
 from fastlora.peft import accelerate, mixed, obstacles
@@ -159,8 +159,10 @@ class SweepRun:
     def __init__(self, given: Sweep, jobs: Sequence[Job], device: torch.device, saved: Saved | None) -> None:
         self.given, self.output, self.device = given, Path(given.output), device
         self.tokenizer = load_tokenizer(str(given.model))
-        self.held_out: dict[Path, list[Example]] = {
-            path: read_examples(path)[: given.limit] for path in dict.fromkeys(job.eval_data for job in jobs)
+        # Cut alike for all jobs, whatever rows they train on.
+        self.held_out: dict[Path, list[Row]] = {
+            path: self._encode(path, given.max_length, given.truncation, given.limit).rows
+            for path in dict.fromkeys(job.eval_data for job in jobs)
         }
         data: dict[Any, Encoded] = {}
         self.jobs: list[_Training] = []
@@ -168,9 +170,15 @@ class SweepRun:
             config = job.config
             key = config.data, config.max_length, config.truncation
             if key not in data:
-                data[key] = encode(read_examples(config.data), self.tokenizer, config.max_length, config.truncation)
+                data[key] = self._encode(*key)
             self.jobs.append(_Training(job, data[key], f"job{number}"))
         self.steps = max(one.course.steps for one in self.jobs)
+        for group in self._groups():
+            counts = sorted({one.course.steps for one in group})
+            if given.halving and len(counts) > 1:
+                raise ValueError(
+                    f"halving: expected jobs of as many steps each, some have {counts[0]} and some {counts[-1]}"
+                )
         self.step, self.seconds = 0, 0.0
         self.dtype = resolve_dtype(given.dtype, device) or trainable.stored_dtype(str(given.model))
         self.setup = self._setup()
@@ -190,6 +198,9 @@ class SweepRun:
         if saved:
             self._load(saved)
 
+    def _encode(self, path: str | Path, max_length: int, truncation: str, limit: int | None = None) -> Encoded:
+        return encode(read_examples(path)[:limit], self.tokenizer, max_length, truncation)
+
     def _build(self) -> Any:
         base = load_base(str(self.given.model), self.dtype, self.device)
         configs = [
@@ -207,8 +218,8 @@ class SweepRun:
                 raise ValueError(f"target_modules={one.job.config.target_modules!r}: {error}") from error
         accelerate(model, frozen=True, fuse=True, pack_budget=self.given.pack_budget)
         _require_fused(model)
-        for one in self.jobs:
-            require_positions(model, one.data.rows)
+        for rows in (*self.held_out.values(), *(one.data.rows for one in self.jobs)):
+            require_positions(model, rows)
         return model.train()
 
     def _setup(self) -> dict[str, Any]:
@@ -227,7 +238,7 @@ class SweepRun:
         config = {name: _plain(value) for name, value in asdict(one.job.config).items()}
         return {name: value for name, value in config.items() if name not in MAY_DIFFER_ON_RESUME} | {
             "patience": one.job.patience,
-            "held_out": sha256(repr(self.held_out[one.job.eval_data]).encode()).hexdigest(),
+            "held_out": _digest(self.held_out[one.job.eval_data]),
         }
 
     def _load(self, saved: Saved) -> None:
@@ -353,13 +364,15 @@ class SweepRun:
         weights = 1.0 / torch.tensor(labelled, dtype=torch.float32, device=self.device)
         for part in self._parts([(adapter, row) for adapter, its in rows.items() for row in its]):
             names = mixed.RowNames([adapter for adapter, _ in part], [len(row.input_ids) for _, row in part])
-            jobs = torch.tensor(
-                [number[adapter] for adapter, row in part for _ in range(row.labelled)], device=self.device
-            )
+            counts = [0] * len(running)  # labelled tokens; a job's rows follow one another
+            for adapter, row in part:
+                counts[number[adapter]] += row.labelled
+            sizes = torch.tensor(counts, device=self.device)
             with mixed.training(self.model.base_model, Fused, names):
-                losses = self.loss.by_token(self.batch([row for _, row in part])) * weights[jobs]  # [labelled tokens]
+                losses = self.loss.by_token(self.batch([row for _, row in part]))
+                losses = losses * weights.repeat_interleave(sizes, output_size=sum(counts))
                 losses.sum().backward()
-            totals.index_add_(0, jobs, losses.detach().to(totals.dtype))
+            totals += torch.stack([one.sum() for one in losses.detach().split(counts)])
         return totals.tolist()
 
     def _parts(self, rows: Sequence[tuple[str, Row]]) -> Iterator[Sequence[tuple[str, Row]]]:
@@ -400,37 +413,25 @@ class SweepRun:
 
     def _end_jobs(self) -> None:
         """Measure the jobs whose turn it is after this step, and end those that are done or not worth their while."""
-        if not any(one.running for one in self.jobs):
-            if all(one.progress.status == "diverged" for one in self.jobs):
-                raise TrainingError(
-                    f"step {self.step}: every job has diverged; {self.jobs[-1].progress.reason}; a lower lr may help"
-                )
-            return
-        rungs = [rung for rung in self._rungs() if rung == self.step]
-        for one in [one for one in self.jobs if one.running]:
-            every = self.given.eval_steps
-            done = self.step == one.course.steps
-            if done or rungs or (every is not None and self.step % every == 0):
-                self._measure(one)
-            if done and one.running:
-                one.end("done")
-            elif one.running and one.job.patience is not None:
-                losses = [loss for _, loss in one.evaluations]
-                if len(losses) > one.job.patience and min(losses[: -one.job.patience]) <= min(
-                    losses[-one.job.patience :]
-                ):
-                    one.end(
-                        "no longer better", f"its lowest held-out loss was {one.job.patience} measurements ago or more"
-                    )
-        for _ in rungs:
-            self._halve()
+        for group in self._groups():
+            rungs = self._rungs(group).count(self.step)
+            for one in [one for one in group if one.running]:
+                every, done = self.given.eval_steps, self.step == one.course.steps
+                if done or rungs or (every is not None and self.step % every == 0):
+                    self._measure(one)
+                if done and one.running:
+                    one.end("done")
+            for _ in range(rungs):
+                self._halve(group)
+        if all(one.progress.status == "diverged" for one in self.jobs):
+            reason = self.jobs[-1].progress.reason
+            raise TrainingError(f"step {self.step}: every job has diverged; {reason}; a lower lr may help")
 
-    def _rungs(self) -> list[int]:
-        """The steps after which half of the jobs end: all jobs have as many steps (Jamieson and Talwalkar 2016; Li et al. 2018, Hyperband)."""
-        if not self.given.halving:
-            return []
-        times = max(len(group) for group in self._groups()).bit_length() - 1
-        return [math.ceil(self.steps / 2**i) for i in range(1, times + 1) if math.ceil(self.steps / 2**i) < self.steps]
+    def _rungs(self, group: Sequence[_Training]) -> list[int]:
+        """The steps after which half of a group ends (Jamieson and Talwalkar 2016; Li et al. 2018, Hyperband)."""
+        steps = group[0].course.steps
+        halvings = len(group).bit_length() if self.given.halving else 0
+        return [rung for i in range(1, halvings) if (rung := math.ceil(steps / 2**i)) < steps]
 
     def _groups(self) -> list[list[_Training]]:
         """The jobs that are measured on the same rows."""
@@ -439,31 +440,25 @@ class SweepRun:
             groups.setdefault(one.job.eval_data, []).append(one)
         return list(groups.values())
 
-    def _halve(self) -> None:
-        for group in self._groups():
-            running = sorted((one for one in group if one.running), key=lambda one: one.evaluations[-1][1])
-            for place, one in enumerate(running[math.ceil(len(running) / 2) :], math.ceil(len(running) / 2) + 1):
-                one.end(
-                    "halved",
-                    f"step {self.step}: held-out loss {one.evaluations[-1][1]:.4f}, place {place} of {len(running)}",
-                )
+    def _halve(self, group: Sequence[_Training]) -> None:
+        running = sorted((one for one in group if one.running), key=lambda one: one.evaluations[-1][1])
+        kept = math.ceil(len(running) / 2)
+        for place, one in enumerate(running[kept:], kept + 1):
+            loss = one.evaluations[-1][1]
+            one.end("halved", f"step {self.step}: held-out loss {loss:.4f}, place {place} of {len(running)}")
 
     def _measure(self, one: _Training) -> None:
         self._activate(one)
-        found = evaluate(
-            self.model,
-            self.tokenizer,
-            self.held_out[one.job.eval_data],
-            # The same for all jobs, whatever rows they train on.
-            batch_size=self.given.batch_size,
-            max_length=self.given.max_length,
-            truncation=self.given.truncation,
-            generations=False,
-        )
-        if math.isfinite(found.loss):
-            one.evaluations.append((self.step, found.loss))
-        else:
-            one.end("diverged", f"step {self.step}: the held-out loss is {found.loss}")
+        loss = mean_loss(self.model, self.tokenizer, self.held_out[one.job.eval_data], self.given.batch_size)
+        if not math.isfinite(loss):
+            one.end("diverged", f"step {self.step}: the held-out loss is {loss}")
+            return
+        one.evaluations.append((self.step, loss))
+        losses, patience = [value for _, value in one.evaluations], one.job.patience
+        if patience is None or len(losses) <= patience or self.step == one.course.steps:
+            return
+        if min(losses[:-patience]) <= min(losses[-patience:]):
+            one.end("no longer better", f"its lowest held-out loss was {patience} measurements ago or more")
 
     # ---- what is written
 
