@@ -385,6 +385,10 @@ def serve(
     ] = None,
     max_queue: Annotated[int, typer.Option(min=1, help="Requests that may wait.")] = 64,
     max_body_bytes: Annotated[int, typer.Option(min=1, help="Of a request.")] = 1 << 20,
+    max_adapter_bytes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Of the adapters in memory, each read when asked for. [default: all are, and stay]"),
+    ] = None,
     dtype: DtypeOption = "auto",
     allow_missing: AllowMissingOption = False,
 ) -> None:
@@ -401,6 +405,7 @@ def serve(
         max_length=max_length,
         max_queue=max_queue,
         max_body_bytes=max_body_bytes,
+        max_adapter_bytes=max_adapter_bytes,
         dtype=dtype,
         allow_missing=allow_missing,
         say=functools.partial(print, flush=True),

@@ -1,9 +1,12 @@
-"""Which names may be asked for, and what a step of the model needs to run their rows. Names are looked up here, and nowhere on a disk."""
+"""Which names may be asked for, and what a step of the model needs to run their rows. What a client asks for is looked up here, never on a disk."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+from fastlora.bank import AdapterBank
 from fastlora.layers import BASE
 from fastlora.peft import mixed
 from fastlora.peft.layers import Fused
@@ -20,20 +23,28 @@ class _Rows(mixed.RowNames):
         return self
 
 
+class NoRoom(Exception):
+    """An adapter does not fit beside those that are kept: when one of them is released, it may."""
+
+
 class Adapters:
-    """Adapters that were loaded at the start, and stay.
+    """Adapters by the names that they are asked for by: all in the model from the start, or, with a bank, in it while they are kept and as long as
+    there is room. `find` may be called from any thread, the rest from the one that runs the model.
 
     Args:
         base: the base model's own name.
-        loaded: PEFT's name of each adapter, by the name that it is asked for by.
-        model: the PeftModel that has them, accelerated; None where there are none.
+        inner: the model's name of each adapter, or the bank's, by the name that it is asked for by.
+        model: the PeftModel, accelerated; None where there are no adapters.
+        bank: where those are registered that the model need not have.
     """
 
-    def __init__(self, base: str, loaded: Mapping[str, str], model: Any = None) -> None:
-        self.base, self.model = base, model
-        self._inner = {BASE: BASE, **loaded}
+    def __init__(self, base: str, inner: Mapping[str, str], model: Any = None, bank: AdapterBank | None = None) -> None:
+        self.base, self.model, self.bank = base, model, bank
+        self._inner = {BASE: BASE, **inner}
+        self._kept: Counter[str] = Counter()
+        self._coming: dict[str, Future[None]] = {}  # of those kept
         self._named: tuple[str, ...] = ()  # by the last step
-        self._fused = bool(loaded) and self._are_fused()
+        self._fused = model is not None and self._are_fused()
 
     @property
     def names(self) -> list[str]:
@@ -46,11 +57,43 @@ class Adapters:
             return BASE
         return name if name in self._inner and name != BASE else None
 
+    def keep(self, name: str) -> None:
+        """Have an adapter in the model from when it is there until it is released as often as it was kept. name: as `find` gives it."""
+        if self.bank is not None and name != BASE:
+            if not self._kept[name]:
+                self._coming[name] = self.bank.pin(self._inner[name])
+            self._kept[name] += 1
+
+    def is_there(self, name: str) -> bool:
+        """Whether an adapter that is kept is in the model yet.
+
+        Raises:
+            NoRoom: it does not fit beside the others that are kept.
+            ValueError, AdapterError, OSError: it does not fit, or its files cannot be used.
+        """
+        coming = self._coming.get(name)
+        if coming is None:
+            return True
+        if not coming.done():
+            return False
+        error = coming.exception()
+        if type(error) is ValueError and len(self._coming) > 1:  # not an AdapterError: the bank's, of its budget
+            raise NoRoom(str(error)) from error
+        if error is not None:
+            raise error
+        return True
+
+    def release(self, name: str) -> None:
+        if self.bank is not None and name != BASE:
+            self._kept[name] -= 1
+            if not self._kept[name]:
+                del self._coming[name]
+                self.bank.unpin(self._inner[name])
+
     def _are_fused(self) -> bool:
         """Whether every adapted layer is one of ours: else PEFT hands out the names, a hook a layer, to modules that were saved whole, too."""
-        loaded = [name for name in self._inner.values() if name != BASE]
         try:
-            mixed.training(self.model.base_model, Fused, _Rows(loaded, loaded))
+            mixed.training(self.model.base_model, Fused, _Rows((), ()))
         except ValueError:
             return False
         return True
@@ -59,18 +102,17 @@ class Adapters:
     def use(self, names: Sequence[str]) -> Iterator[dict[str, Any]]:
         """For a step: the arguments with which the model runs these rows' adapters, one a row, which stay as they are until it ends."""
         rows = [self._inner[name] for name in names]
-        if self._fused and any(row != BASE for row in rows):
-            with mixed.training(self.model.base_model, Fused, _Rows(self._among(rows), rows)):
-                yield {}
-        elif self.model is not None:
-            yield {"adapter_names": rows}
-        else:
-            yield {}
+        with nullcontext() if self.bank is None else self.bank.use(rows):
+            if self._fused and any(row != BASE for row in rows):
+                with mixed.training(self.model.base_model, Fused, _Rows(self._among(rows), rows)):
+                    yield {}
+            else:
+                yield {} if self.model is None else {"adapter_names": rows}
 
     def _among(self, rows: Sequence[str]) -> tuple[str, ...]:
         """These rows' adapters, or the last step's where it had all of them and not many more: then no layer needs another plan."""
-        wanted = set(rows) - {BASE}
-        if not wanted <= set(self._named) or len(self._named) > 2 * len(wanted) + SPARE:
-            kept = wanted | set(self._named) if len(self._named) <= len(wanted) + SPARE else wanted
+        wanted, before = set(rows) - {BASE}, self.model.peft_config.keys() & self._named
+        if not wanted <= before or len(before) > 2 * len(wanted) + SPARE or len(before) < len(self._named):
+            kept = wanted | before if len(before) <= len(wanted) + SPARE else wanted
             self._named = tuple(sorted(kept))
         return self._named

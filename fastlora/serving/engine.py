@@ -5,6 +5,7 @@ their next token in one step. What new rows may bring into a turn is bounded by 
 under way waits long. A row's text does not hang on the others: `batch` sees to it.
 """
 
+import itertools
 import logging
 import threading
 import time
@@ -16,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from fastlora.data.rows import require_count
-from fastlora.serving.adapters import Adapters
+from fastlora.serving.adapters import Adapters, NoRoom
 from fastlora.serving.batch import Batch
 from fastlora.serving.picking import Picker, pick
 from fastlora.serving.words import Words
@@ -24,6 +25,7 @@ from fastlora.serving.words import Words
 logger = logging.getLogger("fastlora")
 
 CHUNK = 512  # tokens of new rows' prompts in a turn, padding counted
+PAUSE = 0.005  # seconds, where all that there is to do is to wait for a file
 LONGEST_WAIT = 60  # seconds that a client is told to wait
 
 
@@ -90,6 +92,8 @@ class Row:
     last: int = 0  # the newest token, which does not yet
     count: int = 0  # tokens of the answer
     gone: bool = False  # nobody waits for it any more
+    kept: bool = False  # its adapter is on its way into the model, or there, where it stays until the row ends
+    tried: int = -1  # how many rows had ended when there was no room for its adapter
 
 
 @dataclass
@@ -142,6 +146,7 @@ class Engine:
         self._waiting: deque[Row] = deque()
         self._changed = threading.Condition()  # holds _waiting, _closing, _pace and every row's gone
         self._closing = self._broken = False
+        self._ended = 0  # rows
         self._pace, self._finished = 1.0, 0.0  # seconds from one answer's end to the next, about; the last one's
         self._thread = threading.Thread(target=self._run, name="fastlora-engine", daemon=True)
 
@@ -155,7 +160,7 @@ class Engine:
     @property
     def load(self) -> tuple[int, int]:
         """Rows under way, and requests waiting."""
-        return len(self._under_way) + (self._long is not None), len(self._waiting)
+        return len(self._under_way) + (self._long is not None), sum(not row.gone for row in list(self._waiting))
 
     def submit(self, request: Request, listener: Listener) -> Row:
         """Put a request into the queue.
@@ -177,19 +182,18 @@ class Engine:
         with self._changed:
             if self._closing or self._broken:
                 raise Closing("the server is ending: it takes no more requests")
-            if len(self._waiting) >= self.max_queue:
-                raise QueueFull(len(self._waiting), max(1, min(LONGEST_WAIT, round(self._pace))))
+            waiting = sum(not one.gone for one in self._waiting)
+            if waiting >= self.max_queue:
+                raise QueueFull(waiting, max(1, min(LONGEST_WAIT, round(self._pace))))
             self._waiting.append(row)
             self._changed.notify()
         return row
 
     def cancel(self, row: Row) -> None:
-        """Nobody waits for it any more: it leaves the queue now, or the batch before the next step. Nothing, if it has ended."""
+        """Nobody waits for it any more: it leaves the queue, or the batch, before the next step. Nothing, if it has ended."""
         with self._changed:
             row.gone = True
-            if row in self._waiting:
-                self._waiting.remove(row)
-                self.counts.answers[row.request.adapter, "cancelled"] += 1
+            self._changed.notify()
 
     def close(self, *, drain: bool = True) -> None:
         """End the thread, and wait for that. drain: answer first whoever is under way or waits; else each hears a Closing."""
@@ -209,7 +213,8 @@ class Engine:
                     idle = not (self._waiting or self._under_way or self._long)
                 if self._broken or idle:
                     return
-                self._take_turn()
+                if not self._take_turn():
+                    time.sleep(PAUSE)  # all that wait, wait for their adapters
         except Exception:
             logger.exception("the engine has ended")
         finally:
@@ -218,12 +223,17 @@ class Engine:
             for row in [*self._under_way, *filter(None, [self._long]), *self._waiting]:
                 self._fail(row, Closing("the server is ending"))
 
-    def _take_turn(self) -> None:
+    def _take_turn(self) -> bool:
+        """Whether there was anything to do."""
+        steps = self.counts.steps
         for row in [row for row in self._under_way if row.gone]:
             self._leave(row, "cancelled")
-        if self._long is not None and self._long.gone:
-            self.counts.answers[self._long.request.adapter, "cancelled"] += 1
-            self._long = None
+        with self._changed:
+            gone = [row for row in (*self._waiting, *filter(None, [self._long])) if row.gone]
+            self._waiting = deque(row for row in self._waiting if not row.gone)
+        for row in gone:
+            self._end(row, "cancelled")
+            self._long = None if row is self._long else self._long
         if self._long is None:
             self._take_in(self._next_rows())
         if self._long is not None:
@@ -231,22 +241,44 @@ class Engine:
         before = self._under_way[:]
         if before:
             self._go_on(before)
+        return bool(gone) or self.counts.steps > steps
 
     def _next_rows(self) -> list[Row]:
-        """Of those that wait, in turn, as many as there is room for; a row that fills a turn alone becomes the long one."""
-        taken: list[Row] = []
+        """Of those that wait, in turn, as many as have room and their adapters; a row that fills a turn alone becomes the long one."""
         with self._changed:
-            while self._waiting and len(self._under_way) + len(taken) < self.max_rows:
-                row = self._waiting[0]
-                width = max(len(one.request.tokens) for one in (*taken, row))
-                if width * (len(taken) + 1) > CHUNK and taken:
-                    break
-                self._waiting.popleft()
-                if width > CHUNK:
-                    self._long = row
-                    break
-                taken.append(row)
+            first = list(itertools.islice(self._waiting, self.max_rows - len(self._under_way)))
+        taken: list[Row] = []
+        for row in [row for row in first if self._has_adapter(row)]:
+            width = max(len(one.request.tokens) for one in (*taken, row))
+            if width > CHUNK and not taken:
+                self._long = row
+                break
+            if width * (len(taken) + 1) > CHUNK and taken:
+                break
+            taken.append(row)
+        with self._changed:
+            for row in (*taken, *filter(None, [self._long])):
+                self._waiting.remove(row)
         return taken
+
+    def _has_adapter(self, row: Row) -> bool:
+        """Whether the adapter of a row that waits is in the model, to stay; it is sent for. A row whose adapter cannot be had hears of it."""
+        if row.tried == self._ended:
+            return False
+        try:
+            if not row.kept:
+                self.adapters.keep(row.name)
+                row.kept = True
+            return self.adapters.is_there(row.name)
+        except NoRoom:
+            self.adapters.release(row.name)
+            row.kept, row.tried = False, self._ended  # once another row has ended, there may be
+        except Exception:  # of any kind: its files
+            logger.exception("the adapter %s cannot be used", row.request.adapter)
+            with self._changed:
+                self._waiting.remove(row)
+            self._fail(row, EngineError(f"the adapter {row.request.adapter} cannot be used"))
+        return False
 
     def _take_in(self, rows: list[Row]) -> None:
         """New rows: their prompts, and each one's first token."""
@@ -326,7 +358,7 @@ class Engine:
         if finish is None:
             self._batch.cache.clear(slot)
         else:
-            self.counts.answers[row.request.adapter, finish] += 1
+            self._end(row, finish)
         if slot != last:
             self._batch.cache.move(last, slot, self._under_way[last].filled)
             self._under_way[slot] = self._under_way[last]
@@ -337,8 +369,15 @@ class Engine:
         self._finished = now
 
     def _fail(self, row: Row, error: EngineError) -> None:
-        self.counts.answers[row.request.adapter, "failed"] += 1
+        self._end(row, "failed")
         self._tell(row, error)
+
+    def _end(self, row: Row, finish: str) -> None:
+        self.counts.answers[row.request.adapter, finish] += 1
+        self._ended += 1
+        if row.kept:
+            row.kept = False
+            self.adapters.release(row.name)
 
     def _tell(self, row: Row, news: Piece | EngineError) -> bool:
         """Whether somebody has heard it."""

@@ -1,14 +1,17 @@
 """What `fastlora serve` starts: a base and a folder of adapters, the engine that answers with them, and a socket on this machine's loopback."""
 
+import copy
 import importlib.util
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig, get_peft_model
+
 from fastlora import adapters as adapter_files
-from fastlora.adapters import Adapter
+from fastlora.bank import AdapterBank
 from fastlora.generation import end_tokens
 from fastlora.models import load_model, positions
 from fastlora.serving.adapters import Adapters
@@ -16,6 +19,9 @@ from fastlora.serving.engine import Engine
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_LENGTH = 2048
+OWN = "fastlora-server"
+"""Of the adapter that a model has before its first one is read."""
+
 LINGERING = 120  # seconds that answers under way get to end, once the server is told to
 
 
@@ -51,6 +57,7 @@ def load_engine(
     max_rows: int = 32,
     max_length: int | None = None,
     max_queue: int = 64,
+    max_adapter_bytes: int | None = None,
     allow_missing: bool = False,
 ) -> Engine:
     """The engine of a base and the LoRA adapters in a folder, accelerated; it is not started.
@@ -62,6 +69,8 @@ def load_engine(
         max_rows: answers under way at once.
         max_length: tokens of a prompt and its answer; None: the model's positions, at most DEFAULT_LENGTH.
         max_queue: requests that may wait.
+        max_adapter_bytes: what adapters may take in memory: each is read when somebody asks for it, and leaves when there is no room for another
+            (`fastlora.AdapterBank`). None: all are read now, and stay.
 
     Raises:
         ValueError: a bad option, an adapter that a mixed batch cannot have, the base's name is an adapter's, too, a model that cannot be served.
@@ -73,29 +82,38 @@ def load_engine(
     folders = {} if adapters is None else adapter_folders(adapters)
     if base in folders:
         raise ValueError(f"adapters={folders[base]}: its name is the base model's: rename one of the folders")
-    for folder in folders.values():
-        _require_mixable(adapter_files.read(folder))
+    configs = [adapter_files.read_config(folder / adapter_files.CONFIG) for folder in folders.values()]
+    for folder, config in zip(folders.values(), configs, strict=True):
+        _require_mixable(folder, config)
     # PEFT's names have no dots, and none that torch's modules have.
     inner = {name: f"adapter-{i}" for i, name in enumerate(folders)}
-    loaded, tokenizer = load_model(
-        model,
-        {inner[name]: folder for name, folder in folders.items()},
-        dtype=dtype,
-        accelerate=False,
-        allow_missing=allow_missing,
-    )
+    paths = {inner[name]: folder for name, folder in folders.items()}
+    now = paths if max_adapter_bytes is None else {}
+    loaded, tokenizer = load_model(model, now, dtype=dtype, accelerate=False, allow_missing=allow_missing)
+    bank = None
+    if configs and max_adapter_bytes is not None:
+        loaded, bank = _with_bank(loaded, paths, configs[0], max_adapter_bytes)
     fastlora.accelerate(loaded.requires_grad_(False), frozen=True, fuse=True)
     most = positions(loaded) or DEFAULT_LENGTH
     length = min(most, DEFAULT_LENGTH) if max_length is None else max_length
     if length > most:
         raise ValueError(f"max_length={length}: the model has positions for {most}")
-    names = Adapters(base, inner, loaded if inner else None)
+    names = Adapters(base, inner, loaded if inner else None, bank)
     return Engine(loaded, tokenizer, names, max_rows=max_rows, max_length=length, max_queue=max_queue)
 
 
-def _require_mixable(adapter: Adapter) -> None:
+def _with_bank(model: Any, folders: Mapping[str, Path], first: Any, budget_bytes: int) -> tuple[Any, AdapterBank]:
+    """The model with the layers of all these adapters and none of them, and the bank that has their names."""
+    own = LoraConfig(r=1, target_modules=copy.copy(first.target_modules), task_type="CAUSAL_LM", inference_mode=True)
+    model = get_peft_model(model, own, adapter_name=OWN)  # of B zero; nobody asks for it
+    bank = AdapterBank(model.eval(), budget_bytes=budget_bytes)
+    for name, folder in folders.items():
+        bank.register(name, folder)
+    return model, bank
+
+
+def _require_mixable(folder: Path, config: Any) -> None:
     """Raise ValueError unless rows of this adapter can share a batch with others'."""
-    config: Any = adapter.config
     problem = None
     if config.peft_type != "LORA":
         problem = f"it is of {config.peft_type.value}"
@@ -106,7 +124,7 @@ def _require_mixable(adapter: Adapter) -> None:
     elif getattr(config, "alora_invocation_tokens", None):
         problem = "it begins within a prompt (alora_invocation_tokens)"
     if problem:
-        raise ValueError(f"adapters={adapter.folder}: {problem}, expected plain LoRA: others share no batch")
+        raise ValueError(f"adapters={folder}: {problem}, expected plain LoRA: others share no batch")
 
 
 def serve(

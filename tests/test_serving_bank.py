@@ -1,0 +1,113 @@
+"""The server with a bank: adapters are read when somebody asks for them and leave for others; no answer changes by that, and nobody else waits."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import served
+import tiny
+
+from fastlora.bank import AdapterBank
+from fastlora.serving.engine import Engine, EngineError, Request
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("served")
+    served.save(found)
+    (found / "adapters" / "cut").mkdir()
+    for path in (found / "adapters" / "red").iterdir():
+        shutil.copy(path, found / "adapters" / "cut")
+    file = found / "adapters" / "cut" / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    return found
+
+
+def bank_of(engine: Engine) -> AdapterBank:
+    assert engine.adapters.bank is not None
+    return engine.adapters.bank
+
+
+@pytest.fixture(scope="module")
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of each adapter in memory."""
+    with served.running(served.load(folder, max_adapter_bytes=1 << 30, max_length=64)) as engine:
+        found, before = {}, 0
+        for name in served.RANKS:
+            served.answers(engine, [Request([5, 6], name, 2)])
+            found[name] = bank_of(engine).stats.bytes - before
+            before += found[name]
+    return found
+
+
+@pytest.fixture
+def engine(folder: Path, sizes: dict[str, int]) -> Iterator[Engine]:
+    """With room for the largest adapter and another."""
+    budget = sizes["blue"] + sizes["green"]
+    with served.running(served.load(folder, max_adapter_bytes=budget, max_rows=6, max_length=200)) as found:
+        yield found
+
+
+def test_answers_are_those_of_adapters_that_stay(engine: Engine, folder: Path) -> None:
+    with tiny.on_cpu():
+        shutil.rmtree(folder / "all", ignore_errors=True)
+        (folder / "all").mkdir()
+        shutil.copytree(folder / "adapters", folder / "all" / "adapters", ignore=shutil.ignore_patterns("cut"))
+        (folder / "all" / served.BASE).symlink_to(folder / served.BASE)
+    asked = served.requests(40, 7)
+    with served.running(served.load(folder / "all", max_rows=6, max_length=200)) as peer:
+        expected = served.answers(peer, asked)
+    assert bank_of(engine).resident == ()
+    assert served.answers(engine, asked) == expected
+    stats = bank_of(engine).stats
+    assert stats.evictions > 0 and stats.bytes <= (stats.budget_bytes or 0) and stats.pinned == 0
+    assert [served.answers(engine, [one])[0] for one in asked[:8]] == expected[:8]
+
+
+def test_a_damaged_file_is_the_error_of_who_asked(engine: Engine) -> None:
+    heard = [served.Heard() for _ in range(3)]
+    for one, name in zip(heard, ("cut", "red", "cut"), strict=True):
+        engine.submit(Request([5, 6], name, 4), one)
+    for one in (heard[0], heard[2]):
+        with pytest.raises(EngineError, match="the adapter cut cannot be used"):
+            one.answer()
+    assert heard[1].answer()[1] == "length"
+    assert engine.counts.answers["cut", "failed"] == 2 and engine.load == (0, 0)
+    assert bank_of(engine).resident == ("adapter-3",)
+
+
+def test_an_adapter_larger_than_all_there_is(folder: Path, sizes: dict[str, int]) -> None:
+    budget = sizes["blue"] - 1
+    with served.running(served.load(folder, max_adapter_bytes=budget, max_rows=6, max_length=64)) as engine:
+        heard = [served.Heard() for _ in range(4)]
+        for one, name in zip(heard, ("red", "blue", "green", "blue"), strict=True):
+            engine.submit(Request([5, 6], name, 6), one)
+        for one in (heard[0], heard[2]):
+            assert one.answer()[1] == "length"
+        for one in (heard[1], heard[3]):
+            with pytest.raises(EngineError, match="the adapter blue cannot be used"):
+                one.answer()
+
+
+def test_nobody_else_waits_for_a_file(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    served.answers(engine, [Request([5, 6], "red", 2)])
+    build = AdapterBank._build
+
+    def slow(self: AdapterBank, job: Any) -> Any:
+        time.sleep(0.5)
+        return build(self, job)
+
+    monkeypatch.setattr(AdapterBank, "_build", slow)
+    late, soon = served.Heard(), served.Heard()
+    engine.submit(Request([5, 6], "green", 4), late)
+    engine.submit(Request([5, 6], "red", 4), soon)
+    assert soon.answer()[1] == "length"
+    assert late.news.empty()
+    row = engine.submit(Request([5, 6], "blue", 4), served.Heard())
+    engine.cancel(row)  # while its file is awaited
+    assert late.answer()[1] == "length"
+    assert served.answers(engine, [Request([5, 6], "blue", 4)])[0][1] == "length"
+    assert bank_of(engine).stats.pinned == 0
