@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from fastlora import adapters, peft, receipts
 from fastlora.adapters import Adapter, AdapterError, Expected
-from fastlora.checks import wrong
+from fastlora.checks import is_hooked, wrong
 from fastlora.layers import BASE
 from fastlora.peft import known
 from fastlora.peft.layers import Fused
@@ -58,10 +58,14 @@ class BankStats:
     failures: int  # files that could not be used
 
 
-class Layers(NamedTuple):
-    """An adapter's part of a model, beside it: by layer, by the layer's table of adapters, what belongs there."""
+Tables = dict[str, dict[str, Any]]
+"""An adapter's part of a model: by layer, by the layer's table of adapters, what belongs there."""
 
-    tables: dict[str, dict[str, Any]]
+
+class Layers(NamedTuple):
+    """An adapter's part of a model, with its values."""
+
+    tables: Tables
     bytes: int
 
 
@@ -69,8 +73,14 @@ class Template(NamedTuple):
     """An adapter's layers on a model without memory, for all adapters of one config."""
 
     expected: Expected
-    parameters: dict[str, nn.Parameter]  # by PEFT's keys
-    tables: dict[str, dict[str, Any]]
+    keys: list[str]  # PEFT's, of the parameters in the order of `_slots`
+    tables: Tables
+    spare: list[
+        Tables
+    ]  # of adapters that have gone, without their values: making them anew costs more than reading a file
+
+
+SPARE = 8  # of each template, at most
 
 
 @dataclass(eq=False)
@@ -456,6 +466,14 @@ class AdapterBank:
             for table in entry.resident.tables[path] if entry.resident else ():
                 del _table(layer, table)[name]
             known.forget(layer)  # or its plan would keep the weights
+        if entry.resident is not None and len(entry.template.spare) < SPARE:
+            tables = entry.resident.tables
+            held = [value for own in tables.values() for value in own.values() if isinstance(value, nn.Module)]
+            # What somebody else has added to a module (a hook, DoRA's cached norm) goes with it.
+            if not is_hooked(*held) and not any(getattr(module, "_dora_cache", None) for module in held):
+                for (owner, slot), (other, _) in zip(_slots(tables), _slots(entry.template.tables), strict=True):
+                    owner[slot] = other[slot]
+                entry.template.spare.append(tables)
         entry.resident = None
         self.model.peft_config.pop(name, None)
         receipts.note(self.model, name, None)
@@ -519,19 +537,20 @@ class AdapterBank:
             raise AdapterError(
                 job.folder / adapters.CONFIG, None, "it has changed since it was registered: swap() takes it"
             )
-        expected, parameters, tables = job.template
-        given = adapters.fitting(read, expected, self._own)
+        given = adapters.fitting(read, job.template.expected, self._own)
         if not self._allow_noop:
             adapters.require_a_change(read, given, self._own)
-        memo: dict[int, Any] = {}
+        with self._changed:
+            spare = job.template.spare.pop() if job.template.spare else None
+        tables = copy.deepcopy(job.template.tables) if spare is None else spare
         total = 0
-        for key, parameter in parameters.items():
+        for (owner, slot), key in zip(_slots(tables), job.template.keys, strict=True):
             weight = self._layers[_layer_of(key)].get_base_layer().weight
-            own = nn.Parameter(given[key].to(weight.device, self._dtype_beside(weight)), requires_grad=False)
-            memo[id(parameter)] = own
-            total += own.nbytes
+            values = given[key].to(weight.device, self._dtype_beside(weight))
+            owner[slot] = nn.Parameter(values, requires_grad=False)
+            total += values.nbytes
         source = receipts.Source(str(job.folder), read.hashes, tuple(sorted(read.tensors.keys() - given.keys())), ())
-        return Layers(copy.deepcopy(tables, memo), total), source
+        return Layers(tables, total), source
 
     def _dtype_beside(self, weight: Tensor) -> torch.dtype:
         """Of an adapter's values beside a weight, as PEFT has them."""
@@ -573,7 +592,7 @@ class AdapterBank:
         model = expected.model
         state = model.state_dict(keep_vars=True)
         parameters = get_peft_model_state_dict(model, state, TEMPLATE, save_embedding_layers=False)
-        tables: dict[str, dict[str, Any]] = {}
+        tables: Tables = {}
         for path, module in model.get_base_model().named_modules():
             if isinstance(module, LoraLayer):
                 assert isinstance(module, nn.Module)
@@ -583,11 +602,11 @@ class AdapterBank:
                     for table, held in everything.items()
                     if isinstance(held, (dict, nn.ModuleDict, nn.ParameterDict)) and TEMPLATE in held
                 }
-        known_to_peft = set(map(id, parameters.values()))
-        held = [*model.named_parameters()]
-        if strange := [key for key, one in held if ".lora_" in key and id(one) not in known_to_peft]:
-            raise AdapterError(empty.folder / adapters.CONFIG, None, f"PEFT saves {strange[0]} in another form")
-        return Template(expected, parameters, tables)
+        key_of = {id(parameter): key for key, parameter in parameters.items()}
+        found = [owner[slot] for owner, slot in _slots(tables)]
+        if any(id(one) not in key_of for one in found):
+            raise AdapterError(empty.folder / adapters.CONFIG, None, "PEFT saves its values in another form")
+        return Template(expected, [key_of[id(one)] for one in found], tables, [])
 
     def _make_layers(self, config: Any, new: list[str]) -> None:
         """Have PEFT wrap the modules that no adapter has had yet."""
@@ -607,6 +626,18 @@ class AdapterBank:
         for path, module in self.model.get_base_model().named_modules():
             if isinstance(module, LoraLayer):
                 self._layers[path] = module
+
+
+def _slots(tables: Tables) -> Iterator[tuple[dict[str, Any], str]]:
+    """Where an adapter's parameters are kept, in an order that is the same for every copy."""
+    for own in tables.values():
+        for table, value in own.items():
+            if isinstance(value, nn.Parameter):
+                yield own, table
+            for module in value.modules() if isinstance(value, nn.Module) else ():
+                for slot, parameter in module._parameters.items():
+                    if parameter is not None:
+                        yield module._parameters, slot
 
 
 def _table(layer: Any, name: str) -> Any:

@@ -161,6 +161,21 @@ def test_a_budget_is_kept_and_what_is_pinned_stays(bank):
     assert answer(bank.model, ["own"]).isfinite().all(), "the model's own is never evicted"
 
 
+def test_modules_are_used_again_unless_somebody_has_hooked_them(bank, tmp_path):
+    layer = bank.model.base_model.model.model.layers[0].self_attn.q_proj
+    bank.load("a0").result()
+    bank.budget_bytes = bank.stats.bytes
+    first = layer.lora_A["a0"]
+    for name in ("a3", "a0"):  # of one config
+        with bank.use([name]) as names:
+            close(answer(bank.model, names)[0], alone(tmp_path / name))
+    assert layer.lora_A["a0"] is first
+    first.register_forward_hook(lambda *_: None)
+    for name in ("a3", "a0"):
+        bank.load(name).result()
+    assert layer.lora_A["a0"] is not first and first.weight is not layer.lora_A["a0"].weight
+
+
 def test_an_active_adapter_is_not_evicted(bank):
     bank.load("a0").result()
     bank.budget_bytes = bank.stats.bytes
