@@ -5,13 +5,16 @@
     apart   every row has its prompt for itself: where a model takes neither, or more is asked of it than its logits
 
 A model's way is the first of these whose logits, for a small batch, are those of the rows alone. Nothing is a cache: gradient checkpointing runs the
-rows as anything else.
+rows as anything else. What rows begin with is shared below the head as well: TRL's trainers ask the model below for hidden states, past the forward
+of the model that has the head, and compute log-probabilities themselves. Each row gets all of its hidden states then, copies where they were shared.
 """
 
 import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,6 +31,10 @@ from fastlora.swap import derive, undo
 from fastlora.trees import IGNORE, KEY, Root, Tree
 
 TREE, MASK, APART = "tree", "mask", "apart"
+BELOW = f"{KEY}_below"
+"""Under which the `__dict__` of the model below the head has what is known of it."""
+_decided: ContextVar[bool] = ContextVar("fastlora_sharing_decided", default=False)
+"""Whether the model with the head is under way: what its rows share, if anything, was its to say, who knows the labels."""
 PROBE_PROMPT = 10  # more than trees.LEAST_SHARED
 
 Keys = Sequence[tuple[Tensor, Tensor]]
@@ -268,19 +275,35 @@ def attach(model: nn.Module) -> None:
                 kind: Any = type(module)
                 module.__class__ = with_shared_prefix(kind)
             module.__dict__[KEY] = State()
+            _attach_below(module)
             return
     raise ValueError(f"share_prefix=True: {type(model).__name__} has no causal transformers model in it")
 
 
-def last_calls(model: nn.Module) -> list[tuple[str, str]]:
-    """(way, reason) of the last call of what `attach` has changed."""
-    return [module.__dict__[KEY].describe() for module in model.modules() if KEY in module.__dict__]
+def _attach_below(model: PreTrainedModel) -> None:
+    """The same for whoever calls the model below the head by itself."""
+    below = model.base_model
+    if below is model or not isinstance(below, PreTrainedModel):
+        return
+    if BELOW not in below.__dict__:
+        kind: Any = type(below)
+        below.__class__ = with_shared_prefix_below(kind)
+    below.__dict__[BELOW] = State()
+
+
+def last_call(model: nn.Module) -> tuple[str, str]:
+    """(way, reason) of the last call of what `attach` has changed: of the model with the head, or of the one below where only that one shared."""
+    calls = [
+        module.__dict__[key].describe() for module in model.modules() for key in (KEY, BELOW) if key in module.__dict__
+    ]
+    return next((call for call in calls if call[0] != APART), calls[0])
 
 
 def detach(module: nn.Module) -> None:
     """Give a module its class back, if it was swapped."""
-    if module.__dict__.pop(KEY, None) is not None:
-        undo(module)
+    for key in (KEY, BELOW):
+        if module.__dict__.pop(key, None) is not None:
+            undo(module)
 
 
 @functools.cache
@@ -295,14 +318,34 @@ def with_shared_prefix(plain: Any) -> type:
         if state is None or torch.compiler.is_compiling() or len(args) > len(names):
             return plain.forward(self, *args, **kwargs)
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        out = _shared(self, functools.partial(plain.forward, self), state, given, "logits_to_keep" in names)
-        return plain.forward(self, **given) if isinstance(out, str) else out
+        token = _decided.set(True)
+        try:
+            out = _shared(self, functools.partial(plain.forward, self), state, given, "logits_to_keep" in names)
+            return plain.forward(self, **given) if isinstance(out, str) else out
+        finally:
+            _decided.reset(token)
 
     return derive(plain, with_shared_prefix, forward=forward)
 
 
 def _shared(model: Any, call: Callable[..., Any], state: State, given: dict[str, Any], takes_kept: bool) -> Any:
     """The model's output, what rows begin with run once; or why not."""
+    found = _find(model, call, state, given)
+    if isinstance(found, str):
+        return found
+    tree, row = found
+    kept = ("num_items_in_batch", "ignore_index", "return_dict", "fused_lm_head")
+    rest = {name: given[name] for name in kept if given.get(name) is not None}
+    return run(call, {**rest, **row, **labelled(given, tree)}, tree, given.get("logits_to_keep") or 0, takes_kept)
+
+
+def _find(
+    model: Any, call: Callable[..., Any], state: State, given: Mapping[str, Any]
+) -> tuple[Tree, dict[str, Any]] | str:
+    """What a batch's rows begin with, and what the model is given in their place; or why they have no use of it.
+
+    call: gives logits, or in their place what the model gives for each token.
+    """
     found: Tree | str | None = call_obstacle(model, given) or _row_obstacle(model)
     if found is None:
         way = find_way(state, model, call, model.get_input_embeddings())  # at the first call, whatever rows that has
@@ -312,12 +355,44 @@ def _shared(model: Any, call: Callable[..., Any], state: State, given: dict[str,
     state.last = (APART, found) if isinstance(found, str) else (way, _told(found, given))
     if isinstance(found, str):
         return found
-    ids: Tensor = given["input_ids"]
     dtype = model.get_input_embeddings().weight.dtype
-    kept = ("num_items_in_batch", "ignore_index", "return_dict", "fused_lm_head")
-    rest = {name: given[name] for name in kept if given.get(name) is not None}
-    row = {"input_ids": found.gather(ids, 0), **arguments(found, way, dtype), **labelled(given, found)}
-    return run(call, {**rest, **row}, found, given.get("logits_to_keep") or 0, takes_kept)
+    return found, {"input_ids": found.gather(given["input_ids"], 0), **arguments(found, way, dtype)}
+
+
+@functools.cache
+def with_shared_prefix_below(plain: Any) -> type:
+    """The class derived from that of the model below the head."""
+    parameters = list(inspect.signature(plain.forward).parameters.values())[1:]
+    names = [one.name for one in parameters if one.kind is one.POSITIONAL_OR_KEYWORD]
+
+    @functools.wraps(plain.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        state = self.__dict__.get(BELOW)
+        if state is None or torch.compiler.is_compiling() or len(args) > len(names) or _decided.get():
+            return plain.forward(self, *args, **kwargs)
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        out = _shared_below(self, functools.partial(plain.forward, self), state, given)
+        return plain.forward(self, **given) if isinstance(out, str) else out
+
+    return derive(plain, with_shared_prefix_below, forward=forward)
+
+
+def _shared_below(model: Any, call: Callable[..., Any], state: State, given: dict[str, Any]) -> Any:
+    """The model's output with the hidden states [B, T, D] of the batch's own places, what rows begin with run once; or why not. Those of padding
+    are others than the model's own: of no use are both.
+    """
+
+    def with_hidden(**given: Any) -> Any:
+        out = call(**given)
+        return SimpleNamespace(logits=out.last_hidden_state, past_key_values=out.past_key_values)
+
+    found = _find(model, with_hidden, state, given)
+    if isinstance(found, str):
+        return found
+    tree, row = found
+    out = call(**row, **({"return_dict": given["return_dict"]} if given.get("return_dict") is not None else {}))
+    hidden = out.last_hidden_state[0][tree.places.flatten()].view(*tree.places.shape, -1)
+    return type(out)(**{**out, "last_hidden_state": hidden})
 
 
 TELLERS: list[Callable[[nn.Module], bool]] = []

@@ -396,9 +396,9 @@ class _Run:
                 writing.publish(self.output, self._write_model)
         self.accelerator.wait_for_everyone()
         if self.config.share_prefix:
-            for way, reason in sharing.last_calls(self.model):
-                if way == sharing.APART:
-                    logger.warning("share_prefix: the last batch's rows ran each for itself: %s", reason)
+            way, reason = sharing.last_call(self.model)
+            if way == sharing.APART:
+                logger.warning("share_prefix: the last batch's rows ran each for itself: %s", reason)
         records = metrics.read(self.output, self.step)
         result = self._result(records, dtype)
         if self.accelerator.is_main_process:

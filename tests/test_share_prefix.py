@@ -269,6 +269,29 @@ def test_what_shares_nothing_says_so(tmp_path: Path, caplog: pytest.LogCaptureFi
     assert "share_prefix: the last batch's rows ran each for itself" in caplog.text
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
+def test_the_model_below_the_head_shares_for_whoever_asks_it(family: str, left: bool) -> None:
+    model, plain = both(FAMILIES[family], loss=True)
+    given = batch(left)
+    real = given["attention_mask"] == 1
+    places = (given["attention_mask"].cumsum(1) - 1).clamp(min=0)  # GPT-2 alone would count padding
+    asked = {**{name: given[name] for name in ("input_ids", "attention_mask")}, "position_ids": places}
+    states = [one.get_base_model().base_model(**asked) for one in (model, plain)]
+    ours, own = (one.last_hidden_state[real] for one in states)
+    assert (ours - own).abs().max() <= 1e-5 * own.abs().max()
+    weights = torch.randn(own.shape, generator=torch.Generator().manual_seed(4), dtype=own.dtype)
+    for one in (ours, own):
+        (one * weights).sum().backward()
+    for (name, parameter), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if theirs.grad is not None:
+            assert (parameter.grad - theirs.grad).abs().max() <= 1e-5 * theirs.grad.abs().max(), name
+    found = [line.implementation for line in fastlora.report(model) if line.name.endswith("share_prefix")]
+    assert found[0] == "apart" and found[1:] in (["tree"], ["mask"])
+    restored = fastlora.restore(model).get_base_model().base_model
+    assert type(restored) is type(plain.get_base_model().base_model)
+
+
 def test_attention_dropout_is_torchs() -> None:
     model, _ = both(functools.partial(llama, attention_dropout=0.5))
     model.train()(**batch())

@@ -37,6 +37,12 @@ def a_model(base: Path, full: bool, how: dict[str, bool] | None) -> Any:
     return model if how is None else fastlora.accelerate(model, **how)
 
 
+def alike() -> list[dict[str, str]]:
+    """Rows that begin with the same eight tokens and more."""
+    begin = "The horse runs. The dog sleeps. The cat sings."
+    return [{**row, "prompt": f"{begin} {row['prompt']}"} for row in tiny.rows(32)]
+
+
 OPTIONS: dict[str, Any] = {
     "max_steps": STEPS,
     "per_device_train_batch_size": 4,
@@ -96,13 +102,9 @@ BATCHES = {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}
 def test_transformers_trainer(base, data, tmp_path, how, full, path, options):
     """An evaluation's metrics read logits; without metrics, it has its loss alone."""
     tokenizer = AutoTokenizer.from_pretrained(base)
-    if how is SHARED:  # rows that begin alike
-        pairs = [
-            {**row, "prompt": f"The horse runs. The dog sleeps. The cat sings. {row['prompt']}"}
-            for row in tiny.rows(32)
-        ]
+    if how is SHARED:
         data = tmp_path / "alike.jsonl"
-        data.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+        data.write_text("".join(json.dumps(row) + "\n" for row in alike()))
     rows = encode(read_examples(data), tokenizer, 64).rows
     tolerance = 0.02 if options.get("bf16") else 1e-3
 
@@ -152,5 +154,5 @@ def test_trl_sft_trainer(base, data, tmp_path, how):
     ours = trainer(how)
     assert_same_training(trainer(None), ours)
     shared = [line for line in fastlora.report(ours.model) if "share_prefix" in line.name]
-    # TRL puts a forward of its own before the model's, with its own loss, and asks the layers below for hidden states.
-    assert ["put before it" in line.reason for line in shared] == [True] * (how is SHARED)
+    # TRL puts a forward of its own before the model's, with its own loss, and asks the model below the head for hidden states.
+    assert [line.implementation for line in shared] == (["apart", "tree"] if how is SHARED else [])

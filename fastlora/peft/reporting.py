@@ -89,6 +89,9 @@ def layers(model: nn.Module) -> list[LayerReport]:
                         f"{name}.{what}".lstrip("."), *module.__dict__[key].describe("forward" in module.__dict__)
                     )
                 )
+        below = module.__dict__.get(sharing.BELOW)
+        if below is not None and below.last is not None and below.last[0] != sharing.APART:  # else it had nothing to do
+            found.append(LayerReport(f"{name}.share_prefix".lstrip("."), *below.last))
         if model_loss.KEY in module.__dict__:
             path, reason = module.__dict__[model_loss.KEY].describe(replaced="forward" in module.__dict__)
             reason = f"{NOT_OBSERVED}; in its last eager call {reason}" if compiled else reason
