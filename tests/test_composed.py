@@ -181,6 +181,20 @@ def test_what_drops_nothing_keeps_no_bits(way: str, layers: int, monkeypatch: py
         assert keep.shape == (0,) and keep.dtype is torch.uint8 and xa.shape == (layers, 12, 4)
 
 
+def test_what_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The passes always, the others from nine rows on, and csrc's products in float32."""
+
+    def offered(dtype: torch.dtype, rows: int) -> list[str]:
+        op = table.rank_case(16)
+        return [way for way in (*table.WAYS["cpu", op], "no way") if composed.offers(op, way, dtype, rows)]
+
+    assert offered(torch.float32, 9) == ["passes", "composed", "blocked"]
+    assert offered(torch.bfloat16, 9) == ["passes", "composed"]
+    assert offered(torch.float32, 8) == ["passes"]
+    monkeypatch.setattr(composed, "_draw_dropout", None)
+    assert offered(torch.float32, 9) == ["passes"]
+
+
 def test_what_has_no_elements_goes_by_passes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As does everything, where csrc cannot drop."""
     x, weight = torch.zeros(64, 16), torch.zeros(20, 16)
