@@ -12,7 +12,7 @@ import pdoc.render
 
 import fastlora
 
-PUBLIC = ("fastlora", "fastlora.functional", "fastlora.ops", "fastlora.adapters", "fastlora.train")
+PUBLIC = ("fastlora", "fastlora.functional", "fastlora.ops", "fastlora.adapters", "fastlora.train", "fastlora.sweep")
 FOLDER = Path("build/docs")
 
 

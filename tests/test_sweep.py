@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from typer.testing import CliRunner
 import fastlora
 from fastlora import cli, metrics
 from fastlora.course import TrainingError
+from fastlora.data.rows import Row
 from fastlora.evaluation import evaluate
 from fastlora.models import load_model
 from fastlora.peft import mixed
@@ -61,6 +63,16 @@ def test_on_a_16_bit_base(given, tmp_path):
         assert distance(adapter(Path(one.output)), expected) <= 0.1 * distance(expected, at_first)
         theirs = [record["loss"] for record in metrics.read(tmp_path / "alone" / job.name)]
         assert [record["loss"] for record in metrics.read(Path(one.output))] == pytest.approx(theirs, rel=1e-2)
+
+
+@pytest.mark.parametrize(("packs", "expected"), [(True, [[3, 3, 4], [9], [2]]), (False, [[3, 3], [4], [9], [2]])])
+def test_a_batch_has_no_more_tokens_than_told(packs, expected):
+    """Padding counts where it is computed; a row that alone has more is a batch of its own."""
+    rows = [("job0", Row([1] * length, [1] * length)) for length in (3, 3, 4, 9, 2)]
+    run: Any = SimpleNamespace(loss=SimpleNamespace(packs=packs), given=SimpleNamespace(max_tokens=10))
+    assert [[len(row.input_ids) for _, row in part] for part in SweepRun._parts(run, rows)] == expected
+    run.given.max_tokens = 1
+    assert [len(part) for part in SweepRun._parts(run, rows)] == [1] * 5
 
 
 def test_one_job_has_the_bits_that_it_has_alone(given, tmp_path):
