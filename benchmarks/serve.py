@@ -47,11 +47,14 @@ def _asked(count: int) -> list[Asked]:
     ]
 
 
-def _save_adapters(model: str, folder: Path) -> None:
+def _save(model: str | None, folder: Path) -> None:
+    """The adapters of a model, and the model, if it has none to be."""
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    if model is None:
+        save_random(NARROW, folder)
+    base: Any = AutoModelForCausalLM.from_pretrained(model or folder, dtype=torch.float32)
     torch.manual_seed(SEED)
     for i in range(ADAPTERS):
         config = LoraConfig(r=RANKS[i % len(RANKS)], target_modules="all-linear", task_type="CAUSAL_LM")
@@ -59,21 +62,23 @@ def _save_adapters(model: str, folder: Path) -> None:
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.01)
-        adapted.save_pretrained(folder / f"adapter-{i}")
+        adapted.save_pretrained(folder / "adapters" / f"adapter-{i}")
         base = adapted.unload()
 
 
 @contextmanager
 def _engine(material: Material) -> Iterator[Any]:
-    from fastlora.serving.server import load_engine
+    from fastlora.serving.server import start_engine
 
     with tempfile.TemporaryDirectory() as folder:
         model = material.model or folder
-        if material.model is None:
-            save_random(NARROW, Path(folder))
-        _save_adapters(model, Path(folder) / "adapters")
-        engine = load_engine(model, Path(folder) / "adapters", max_rows=CLIENTS, max_queue=CLIENTS, max_length=256)
-    yield engine
+        with own_process() as process:  # this one's main thread is not to compute (fastlora/serving/server.py)
+            process.submit(_save, material.model, Path(folder)).result()
+        engine = start_engine(model, Path(folder) / "adapters", max_rows=CLIENTS, max_queue=CLIENTS, max_length=256)
+    try:
+        yield engine
+    finally:
+        engine.close(drain=False)
 
 
 def answers(engine: Any, asked: Sequence[Asked], clients: int) -> tuple[float, list[str]]:
@@ -161,7 +166,6 @@ def _goals(what: str, one: float, many: float) -> Iterator[Goal]:
 
 def _of_engine(session: Session, material: Material) -> Iterator[Goal]:
     with _engine(material) as engine:
-        engine.start()
         few, many = _asked(OF_ONE), _asked(CLIENTS * OF_EACH)
         answers(engine, many[:CLIENTS], CLIENTS)  # packs weights
         alone, expected = answers(engine, few, 1)
@@ -170,7 +174,6 @@ def _of_engine(session: Session, material: Material) -> Iterator[Goal]:
         session.notes.append(f"serve: {same} of {len(expected)} answers beside others are those alone")
         steps = engine.counts.steps
         session.notes.append(f"serve: {engine.counts.step_seconds / steps * 1e3:.0f} ms a step over {steps} steps")
-        engine.close()
     yield from _goals("the engine", alone, together)
 
 

@@ -99,6 +99,7 @@ def answers(engine: Engine, asked: Sequence[Request]) -> list[tuple[str, str]]:
 @contextmanager
 def listening(engine: Engine, **options: Any) -> Iterator[int]:
     """A server of the engine, on any free port of the loopback, which ends with the context; gives the port."""
+    engine.start()
     app = App(engine, frozenset(), **options)
     running = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="on", timeout_graceful_shutdown=60))
     with socket.create_server(("127.0.0.1", 0)) as bound:

@@ -46,9 +46,10 @@ INVALID, MISSING, FAILED = "invalid_request_error", "not_found_error", "server_e
 
 
 class App:
-    """An ASGI application, which starts the engine and ends it.
+    """An ASGI application, whose end is the engine's.
 
     Args:
+        engine: one that was started.
         ends: tokens that end an answer.
         largest_body: bytes.
     """
@@ -83,7 +84,6 @@ class App:
 
     @asynccontextmanager
     async def _life(self, _: Starlette) -> AsyncIterator[None]:
-        self.engine.start()
         yield
         await anyio.to_thread.run_sync(self.engine.close)
 

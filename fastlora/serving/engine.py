@@ -26,6 +26,7 @@ logger = logging.getLogger("fastlora")
 
 CHUNK = 512  # tokens of new rows' prompts in a turn, padding counted
 PAUSE = 0.005  # seconds, where all that there is to do is to wait for a file
+THREAD = "fastlora-engine"
 LONGEST_WAIT = 60  # seconds that a client is told to wait
 
 
@@ -148,14 +149,17 @@ class Engine:
         self._closing = self._broken = False
         self._ended = 0  # rows
         self._pace, self._finished = 1.0, 0.0  # seconds from one answer's end to the next, about; the last one's
-        self._thread = threading.Thread(target=self._run, name="fastlora-engine", daemon=True)
+        self._thread: threading.Thread | None = None
 
-    def start(self) -> None:
-        self._thread.start()
+    def start(self, thread: threading.Thread | None = None) -> None:
+        """Begin to answer. thread: that will call `run`; None: one of its own."""
+        self._thread = thread or threading.Thread(target=self.run, name=THREAD, daemon=True)
+        if thread is None:
+            self._thread.start()
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive() and not self._closing
+        return self._thread is not None and self._thread.is_alive() and not self._closing
 
     @property
     def load(self) -> tuple[int, int]:
@@ -201,10 +205,11 @@ class Engine:
             self._closing = True
             self._broken |= not drain
             self._changed.notify()
-        if self._thread.is_alive():
+        if self._thread is not None and self._thread.is_alive():
             self._thread.join()
 
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Answer, in this thread, until `close`."""
         try:
             while True:
                 with self._changed:

@@ -4,7 +4,9 @@ import copy
 import importlib.util
 import signal
 import socket
+import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from fastlora.bank import AdapterBank
 from fastlora.generation import end_tokens
 from fastlora.models import load_model, positions
 from fastlora.serving.adapters import Adapters
-from fastlora.serving.engine import Engine
+from fastlora.serving.engine import THREAD, Engine
 
 LOOPBACK = "127.0.0.1"
 DEFAULT_LENGTH = 2048
@@ -102,6 +104,28 @@ def load_engine(
     return Engine(loaded, tokenizer, names, max_rows=max_rows, max_length=length, max_queue=max_queue)
 
 
+def start_engine(*args: Any, **options: Any) -> Engine:
+    """`load_engine`'s, at work: in the thread that has loaded it.
+
+    GNU's OpenMP lets the helpers of a process's one computing thread wait awake. Those of several doze, and to wake them a hundred times costs a
+    third of a step: so no other thread may compute, before or beside it.
+    """
+    loaded: Future[Engine] = Future()
+
+    def load_and_run() -> None:
+        try:
+            engine = load_engine(*args, **options)
+        except BaseException as error:  # raised where it was asked for
+            loaded.set_exception(error)
+            return
+        engine.start(threading.current_thread())
+        loaded.set_result(engine)
+        engine.run()
+
+    threading.Thread(target=load_and_run, name=THREAD, daemon=True).start()
+    return loaded.result()
+
+
 def _with_bank(model: Any, folders: Mapping[str, Path], first: Any, budget_bytes: int) -> tuple[Any, AdapterBank]:
     """The model with the layers of all these adapters and none of them, and the bank that has their names."""
     own = LoraConfig(r=1, target_modules=copy.copy(first.target_modules), task_type="CAUSAL_LM", inference_mode=True)
@@ -158,7 +182,7 @@ def serve(
     except OSError as error:
         raise OSError(f"port={port}: {error.strerror or error}") from error
     with listening:
-        engine = load_engine(model, adapters, **options)
+        engine = start_engine(model, adapters, **options)
         app = App(engine, frozenset(end_tokens(engine.model, engine.tokenizer)), largest_body=max_body_bytes)
         config = uvicorn.Config(
             app, log_level="error", access_log=False, lifespan="on", timeout_graceful_shutdown=LINGERING
