@@ -265,6 +265,18 @@ def _offsets(file: Path, size: int, key: str, entry: Any) -> tuple[int, int]:
     return numbers[0], numbers[1]
 
 
+PIECE = 1 << 14
+
+
+def pieces(tensor: Tensor) -> tuple[Tensor, ...]:
+    """A tensor in pieces so small that torch works on one in the calling thread alone.
+
+    A thread that reads beside another that computes must not have helpers of its own: with them there are more than the machine has cores, and
+    GNU's OpenMP then lets everyone's doze between two operations, which costs the other a part of every step.
+    """
+    return tensor.reshape(-1).split(PIECE)
+
+
 ENDS = re.compile(r"\.lora_(?:embedding_)?([AB])(?:\.weight)?$")  # of the keys of A [R, K] and B [N, R]
 
 
@@ -276,10 +288,10 @@ def _check_tensors(file: Path, config: Any, tensors: Mapping[str, Tensor]) -> No
     for key, tensor in tensors.items():
         if ".lora_" in key and not tensor.is_floating_point():
             raise AdapterError(file, key, f"expected floating point, got {tensor.dtype}")
-        low, high = torch.aminmax(tensor)
-        largest[key] = max(abs(low.item()), abs(high.item()))
-        if not (math.isfinite(low.item()) and math.isfinite(high.item())):
+        ends = [one.item() for piece in pieces(tensor) for one in torch.aminmax(piece)]
+        if not all(map(math.isfinite, ends)):
             raise AdapterError(file, key, "holds NaN or infinity")
+        largest[key] = max(map(abs, ends))
     if config.peft_type != "LORA":
         return
     ranks = {config.r, *(config.rank_pattern or {}).values()}
@@ -476,11 +488,11 @@ def _changes_something(adapter: Adapter, tensors: Mapping[str, Tensor], own: Map
     def changes(key: str, tensor: Tensor) -> bool:
         if end := ENDS.search(key):
             other = tensors.get(key[: end.start(1)] + "AB"[end[1] == "A"] + key[end.end(1) :])
-            return any(alphas) and bool(tensor.any()) and (other is None or bool(other.any()))
+            return any(alphas) and _any(tensor) and (other is None or _any(other))
         if ".lora_magnitude_vector" in key:
             return _scales(tensor, own.get(_base_name(key.partition(".lora_magnitude_vector")[0] + ".weight")))
         if key.endswith("lora_B.bias"):
-            return any(alphas) and bool(tensor.any())
+            return any(alphas) and _any(tensor)
         if key.endswith(".ia3_l"):
             return bool((tensor != 1).any())
         at, token_rows, _ = key.partition(".trainable_tokens_delta")
@@ -493,6 +505,10 @@ def _changes_something(adapter: Adapter, tensors: Mapping[str, Tensor], own: Map
         return not (same and torch.equal(tensor.to(weight), weight.detach()))
 
     return any(changes(key, tensor) for key, tensor in tensors.items())
+
+
+def _any(tensor: Tensor) -> bool:
+    return any(bool(piece.any()) for piece in pieces(tensor))
 
 
 def _base_name(key: str) -> str:

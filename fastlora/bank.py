@@ -546,7 +546,7 @@ class AdapterBank:
         total = 0
         for (owner, slot), key in zip(_slots(tables), job.template.keys, strict=True):
             weight = self._layers[_layer_of(key)].get_base_layer().weight
-            values = given[key].to(weight.device, self._dtype_beside(weight))
+            values = _as(given[key], self._dtype_beside(weight)).to(weight.device)
             owner[slot] = nn.Parameter(values, requires_grad=False)
             total += values.nbytes
         source = receipts.Source(str(job.folder), read.hashes, tuple(sorted(read.tensors.keys() - given.keys())), ())
@@ -626,6 +626,16 @@ class AdapterBank:
         for path, module in self.model.get_base_model().named_modules():
             if isinstance(module, LoraLayer):
                 self._layers[path] = module
+
+
+def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values in a dtype, converted by the calling thread alone."""
+    if tensor.dtype is dtype:
+        return tensor
+    made = torch.empty(tensor.shape, dtype=dtype)
+    for piece, source in zip(adapters.pieces(made), adapters.pieces(tensor), strict=True):
+        piece.copy_(source)
+    return made
 
 
 def _slots(tables: Tables) -> Iterator[tuple[dict[str, Any], str]]:

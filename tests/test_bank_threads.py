@@ -4,14 +4,17 @@ import random
 import threading
 import time
 from concurrent.futures import CancelledError, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from adapter_folders import save
 from bank_folders import alone, answer, own_model, save_several
 
 from fastlora import AdapterBank, adapters
 
+TASKS = Path("/proc/self/task")
 PATIENCE = 120.0  # seconds until a test that hangs fails
 
 
@@ -174,6 +177,26 @@ def test_a_load_behind_a_swap_does_not_bring_the_old_files_back(bank, gate, tmp_
     gate.set()
     swapped.result(PATIENCE), loaded.result(PATIENCE)
     close(ask(bank, ["a0"])[0], alone(tmp_path / "a3"))
+
+
+@pytest.mark.skipif(not TASKS.is_dir(), reason="the system does not list a process's threads")
+def test_the_reading_thread_has_no_helpers(tmp_path):
+    """With helpers of its own, everyone's would be more than there are cores, and OpenMP would let them doze."""
+    few = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        model = own_model(tmp_path, dtype=torch.bfloat16)
+        folder = save(tmp_path / "large", lambda: tiny.llama().bfloat16(), target_modules=["q_proj"], r=2100)
+        with AdapterBank(model) as bank:
+            bank.register("large", folder)
+            bank.register("small", save(tmp_path / "small", target_modules=["q_proj"], r=2))
+            torch.ones(1 << 20).sum()  # this thread has its helpers by now
+            bank.load("small").result()  # and the reading thread is there
+            before = len([*TASKS.iterdir()])
+            bank.load("large").result()
+            assert len([*TASKS.iterdir()]) == before
+    finally:
+        torch.set_num_threads(few)
 
 
 def test_every_row_of_many_threads_gets_its_own_adapter(tmp_path):
