@@ -2,10 +2,11 @@
 
     python tests/mutants.py [--sample N] [--seed S] [--seconds T] [--jobs J] [--matching TEXT] [--tests FILE]... [FILE ...]
 
-One process imports torch, the package and the tests, and collects them. It runs them once and notes which functions each of them calls. A
-mutant then is a fork of that process in which the changed function has another code object, so that all who have imported it have the mutant; the
-tests that call it run, the quickest first, until one fails or T seconds of them (as first measured) have run. A mutant that lives is named by
-file, line and change; those that mutants_explained.toml explains are counted only. Exit status 1: others lived; 2: a test fails without a mutant.
+One process imports torch, the package and the tests, and collects them. It runs them once and notes which functions each of them calls, or
+has torch.compile trace. A mutant then is a fork of that process in which the changed function has another code object, so that all who have
+imported it have the mutant; the tests that call it run, the quickest first, until one fails or T seconds of them (as first measured) have run. A
+mutant that lives is named by file, line and change; those that mutants_explained.toml explains are counted only. Exit status 1: others lived;
+2: a test fails without a mutant.
 
 What runs while a module is imported is not mutated, nor a message's words; and what a test does in processes of its own does not count.
 Neither mutmut nor cosmic-ray does: mutmut 3 wraps every function in another, which torch.compile and the tests that count calls do not bear;

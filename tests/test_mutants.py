@@ -55,9 +55,28 @@ def test_loose():
 """
 
 
-def try_mutants(folder: Path, tests: str, *options: str) -> tuple[int, list[str], str]:
+TRACED = """
+def twice(x):
+    return x * 2
+
+
+def outer(x):
+    return twice(x) + 1
+"""
+TESTS_OF_TRACED = """
+import torch
+import held
+
+
+def test_compiled():
+    compiled = torch.compile(held.outer, backend="eager", fullgraph=True)
+    assert compiled(torch.ones(2)).tolist() == [3.0, 3.0]
+"""
+
+
+def try_mutants(folder: Path, tests: str, *options: str, held: str = HELD) -> tuple[int, list[str], str]:
     """The exit status, the survivors and the last line."""
-    (folder / "held.py").write_text(HELD)
+    (folder / "held.py").write_text(held)
     (folder / "test_held.py").write_text(tests)
     command = [sys.executable, mutants.__file__, "--jobs=1", "--tests=test_held.py", *options, "held.py"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
@@ -82,6 +101,12 @@ def test_a_sample_is_drawn_by_its_seed(tmp_path: Path) -> None:
 
 def test_a_matching_name_is_tried_alone(tmp_path: Path) -> None:
     assert try_mutants(tmp_path, TESTS, "--matching=sign: x < 0")[2].startswith("4 mutants: 4 killed")
+
+
+def test_what_torch_compile_traces_is_held_by_who_compiles_it(tmp_path: Path) -> None:
+    """It is not called: its part of the graph is."""
+    status, lived, last = try_mutants(tmp_path, TESTS_OF_TRACED, "--matching=twice: ", held=TRACED)
+    assert (status, lived) == (0, []) and last.startswith("3 mutants: 3 killed")
 
 
 def test_tests_that_fail_without_a_mutant_are_told(tmp_path: Path) -> None:

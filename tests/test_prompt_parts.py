@@ -10,6 +10,7 @@ from prompted_models import VOCABULARY, P, prompted
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+import fastlora
 from fastlora import sharing, trees
 from fastlora.peft import prompts
 from fastlora.peft.prompts import Apart, Batch, Prompts
@@ -264,6 +265,17 @@ def test_a_prompt_is_kept_until_it_is_another(monkeypatch: pytest.MonkeyPatch) -
     keyed = found._replace(keys=[keys_of(2)])
     assert prompts.kept_keys(model, state, keyed) is keyed.keys and len(calls) == 5
     handle.remove()
+
+
+def test_a_prompt_trains_though_a_cache_is_wanted() -> None:
+    """What is kept of a prompt has no gradient."""
+    model = fastlora.accelerate(prompted("prompt tuning", dtype=torch.float32))
+    weight, grads = model.prompt_encoder["default"].embedding.weight, []
+    for use_cache in (False, True):
+        model.zero_grad()
+        model(input_ids=IDS, labels=IDS, use_cache=use_cache).loss.backward()
+        grads.append(weight.grad.clone())
+    assert grads[0].abs().max() > 1e-3 and torch.allclose(*grads, atol=1e-5)
 
 
 def test_what_is_prompted() -> None:
