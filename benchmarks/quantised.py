@@ -1,5 +1,6 @@
 """A LoRA step over a base in 4 bits or 8, by PEFT and bitsandbytes and by fastlora: its time, and its peak memory in a process of its own each."""
 
+import logging
 import tempfile
 from collections.abc import Iterator
 from functools import partial
@@ -28,6 +29,8 @@ def _model(folder: Path, kind: str, dtype: str, way: str) -> Any:
 
     import fastlora
 
+    # A line a layer and call, of each cast to float16, which would be timed as well.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     compute = getattr(torch, dtype)
     if kind == "NF4":  # as QLoRA has it
         four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": compute}
