@@ -120,7 +120,7 @@ class AdapterBank:
             model.generate(**batch, adapter_names=adapter_names)
 
     While a bank is used every forward of the model runs inside `use`: between them, and never within one, adapters come and go. All methods may be
-    called from any thread.
+    called from any thread; a context of `use` is left by the thread that has entered it. Adapters of one config share what is known of their layers.
     """
 
     def __init__(
@@ -290,6 +290,7 @@ class AdapterBank:
         Raises:
             ValueError: there is no adapter of a name; those there are, are listed. Or the budget does not hold them all.
             AdapterError, OSError: a file cannot be used.
+            CancelledError: an adapter is unregistered meanwhile, or the bank closed.
             RuntimeError: inside another `use` of this thread, an adapter is not resident.
         """
         names = list(adapter_names)
