@@ -1,6 +1,12 @@
 """serving/picking.py draws as it is told, serving/words.py hands out what stays, and serving/server.py loads what can be served."""
 
+import http.client
+import json
+import os
+import re
+import signal
 import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +20,7 @@ from typer.testing import CliRunner
 
 from fastlora.cli import app
 from fastlora.serving import picking, server
+from fastlora.serving.engine import Request
 from fastlora.serving.picking import Picker, pick
 from fastlora.serving.words import Words
 
@@ -158,3 +165,36 @@ def test_the_command_says_what_it_needs_and_which_port_is_taken(folder: Path, mo
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 2
     assert done.output == "fastlora serve: it needs uvicorn: pip install 'fastlora-kernels[serve]'\n"
+
+
+def test_an_engine_is_loaded_by_its_own_thread(folder: Path, tmp_path: Path) -> None:
+    with tiny.on_cpu():
+        engine = server.start_engine(str(folder / served.BASE), folder / "adapters", max_length=64)
+        with pytest.raises(FileNotFoundError, match="nowhere"):
+            server.start_engine(str(folder / served.BASE), tmp_path / "nowhere")
+    assert engine.is_alive
+    assert served.answers(engine, [Request([5, 6], "red", 4)])[0][1] == "length"
+    engine.close()
+    assert not engine.is_alive
+
+
+def test_sigterm_lets_an_answer_end(folder: Path) -> None:
+    command = [sys.executable, "-m", "fastlora", "serve", "--model", str(folder / served.BASE)]
+    command += ["--adapters", str(folder / "adapters"), "--port", "0", "--max-adapter-bytes", "1000000"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            line = process.stdout.readline()
+            found = re.fullmatch(r"http://127.0.0.1:(\d+)/v1 answers as base, blue, green, red; Ctrl-C ends it\n", line)
+            assert found, line
+            body = {"model": "red", "prompt": "The cat", "max_tokens": 200, "temperature": 0, "stream": True}
+            connection = http.client.HTTPConnection("127.0.0.1", int(found[1]), timeout=60)
+            connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+            response = connection.getresponse()
+            response.readline()
+            process.send_signal(signal.SIGTERM)
+            assert response.read().endswith(b"data: [DONE]\n\n")
+            assert process.wait(60) == 0
+        finally:
+            process.kill()

@@ -252,15 +252,10 @@ class Engine:
         """Of those that wait, in turn, as many as have room and their adapters; a row that fills a turn alone becomes the long one."""
         with self._changed:
             first = list(itertools.islice(self._waiting, self.max_rows - len(self._under_way)))
-        taken: list[Row] = []
-        for row in [row for row in first if self._has_adapter(row)]:
-            width = max(len(one.request.tokens) for one in (*taken, row))
-            if width > CHUNK and not taken:
-                self._long = row
-                break
-            if width * (len(taken) + 1) > CHUNK and taken:
-                break
-            taken.append(row)
+        ready = [row for row in first if self._has_adapter(row)]
+        if ready and len(ready[0].request.tokens) > CHUNK:
+            self._long = ready[0]
+        taken = [] if self._long is not None else _beside(ready)
         with self._changed:
             for row in (*taken, *filter(None, [self._long])):
                 self._waiting.remove(row)
@@ -394,3 +389,14 @@ class Engine:
             logger.exception("a listener has failed")
             return False
         return True
+
+
+def _beside(rows: Sequence[Row]) -> list[Row]:
+    """The first row, and those nearest to it in length, so that little is padding: as many as a turn may bring in."""
+    lengths = {row: len(row.request.tokens) for row in rows}
+    taken: list[Row] = []
+    for row in sorted(rows, key=lambda row: abs(lengths[row] - lengths[rows[0]])):
+        if max(lengths[one] for one in (*taken, row)) * (len(taken) + 1) > CHUNK:
+            break
+        taken.append(row)
+    return taken
