@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModelForCausalLM
 from prompted_models import VOCABULARY, P, prompted
 from torch import Tensor, nn
 from transformers import DynamicCache
@@ -276,6 +277,46 @@ def test_a_prompt_trains_though_a_cache_is_wanted() -> None:
         model(input_ids=IDS, labels=IDS, use_cache=use_cache).loss.backward()
         grads.append(weight.grad.clone())
     assert grads[0].abs().max() > 1e-3 and torch.allclose(*grads, atol=1e-5)
+
+
+def apart(model: Any) -> Any:
+    """The model, of which nothing is exact but each row by itself."""
+    fastlora.accelerate(model)
+    model.__dict__[prompts.KEY].ways = {False: [], True: []}
+    return model
+
+
+def test_a_model_that_knows_no_positions_is_told_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[set[str]] = []
+    model = apart(prompted("prompt tuning", dtype=torch.float32).eval())
+    model.base_model.register_forward_pre_hook(lambda _, args, given: told.append(set(given)), with_kwargs=True)
+    model(input_ids=IDS)
+    monkeypatch.setattr(prompts, "_parameters", lambda base: {})
+    model(input_ids=IDS)
+    assert told[0] - told[1] == {"position_ids"}
+
+
+def test_a_loss_without_logits_stays_without() -> None:
+    model = prompted("prompt tuning", dtype=torch.float32)
+    expected = apart(copy.deepcopy(model))(input_ids=IDS, labels=IDS)
+    fastlora.accelerate(model, loss=True)
+    found = apart(model)(input_ids=IDS, labels=IDS)
+    assert model.__dict__[prompts.KEY].last[0] == sharing.APART
+    assert found.logits is None and torch.allclose(found.loss, expected.loss, atol=1e-4)
+
+
+def test_a_model_without_its_state_generates_as_pefts_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(PeftModelForCausalLM, "generate", lambda model, *_, **given: asked.append(given))
+    model = fastlora.accelerate(two_prompts())
+    for names, index in ((["default", "__base__", "other"], [0, -1, 1]), (None, None)):
+        asked.clear()
+        model.generate(input_ids=IDS, adapter_names=names)
+        assert "adapter_names" not in asked[0] and ("prompt_index" in asked[0]) is (index is not None)
+        assert index is None or asked[0]["prompt_index"].tolist() == index
+    del model.__dict__[prompts.KEY]
+    model.generate(input_ids=IDS, adapter_names=["other"] * 3)
+    assert asked[-1]["adapter_names"] == ["other"] * 3 and "prompt_index" not in asked[-1]
 
 
 def test_what_is_prompted() -> None:

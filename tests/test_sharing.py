@@ -444,6 +444,19 @@ def test_attaching_and_detaching(model: Any) -> None:
         sharing.attach(model.model)  # it has no head
     with pytest.raises(ValueError, match="share_prefix=True"):
         sharing.attach(t5()[0])
+    with pytest.raises(ValueError, match="share_prefix=True: Headed"):
+        sharing.attach(Headed())
+
+
+class Headed(nn.Module):
+    """No transformers model, though it has a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config, self.head = SimpleNamespace(is_encoder_decoder=False), nn.Linear(4, 9)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
 
 
 def test_a_cache_of_a_models_layers_is_read() -> None:

@@ -101,7 +101,9 @@ def test_rows_that_begin_alike() -> None:
     apart = trees.grow(given["rows"], given["ids"].shape)
     assert not trees.shares(apart, given["rows"]) and apart.parents.tolist() == [-1] * 5
     values = torch.randn(*given["ids"].shape, 3)
-    assert torch.equal(tree.gather(values, torch.nan)[0], values.flatten(0, 1)[tree.source])
+    for each in (tree, apart):
+        assert torch.equal(each.gather(values, torch.nan)[0], values.flatten(0, 1)[each.source])
+    assert apart.source[0] == 0
     expected = given["ids"].flatten()[tree.source]
     expected[[int(start) for start, end in zip(tree.starts, tree.starts[1:], strict=False) if start < end]] = -100
     assert tree.starts[-2] == tree.starts[-1]  # of the row that the others begin with nothing is left
