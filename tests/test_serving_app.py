@@ -127,6 +127,7 @@ def test_tokens_stop_strings_and_the_room_there_is(client: openai.OpenAI, engine
         ({"echo": True}, "echo: got True, which"),
         ({"top_k": 5}, "top_k: there is no such field here"),
         ({"messages": []}, "messages: there is no such field here"),
+        ({"\ud800": 1}, "\ud800: there is no such field here"),
     ],
 )
 def test_a_wrong_body_is_422_and_names_the_field(port: int, change: dict[str, Any], problem: str) -> None:
