@@ -20,6 +20,8 @@ OPTIONAL = {
     "triton": "no Triton kernels on a GPU",
     "matplotlib": "no loss plot",
     "rouge-score": "`fastlora eval` leaves ROUGE out",
+    "starlette": "no `fastlora serve`",
+    "uvicorn": "no `fastlora serve`",
     "datasets": "nothing: fastlora reads JSONL itself",
     "trl": "nothing, but for those who train with TRL",
 }

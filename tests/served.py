@@ -6,11 +6,13 @@ import queue
 import random
 import socket
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import openai
 import tiny
 import torch
 import uvicorn
@@ -127,3 +129,68 @@ def call(
     is_json = response.headers.get_content_type() == "application/json"
     found = {name.lower(): value for name, value in response.headers.items()}
     return response.status, found, json.loads(text) if is_json else text.decode()
+
+
+def begin(port: int, body: dict[str, Any]) -> socket.socket:
+    """A request whose answer nobody reads."""
+    data = json.dumps(body).encode()
+    one = socket.create_connection(("127.0.0.1", port))
+    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    one.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+    return one
+
+
+def mixture(port: int, names: Sequence[str], seconds: float) -> list[Any]:
+    """What went wrong while a dozen clients asked for answers of these models that are known from before, gave up, and sent what is no request."""
+    draw, wrong = random.Random(1), list[Any]()
+    options: list[Any] = [
+        {
+            "model": draw.choice(names),
+            "prompt": [draw.randrange(5, 300) for _ in range(draw.choice((1, 4, 20, 70)))],
+            "max_tokens": draw.randrange(1, 40),
+            "temperature": draw.choice((0, 0.8)),
+            "seed": draw.randrange(9),
+            "top_p": draw.choice((1, 0.7)),
+        }
+        for _ in range(30)
+    ]
+
+    def ask(client: openai.OpenAI, mine: random.Random, alone: Sequence[str]) -> None:
+        i = mine.randrange(len(options))
+        match mine.randrange(5):
+            case 0:
+                bad = mine.choice(({"n": 3}, {"prompt": ""}, {"model": "yellow"}, {"max_tokens": 10_000}))
+                status = call(port, "/v1/completions", {**options[i], **bad})[0]
+                if status not in (404, 413, 422):
+                    wrong.append((bad, status))
+                return
+            case 1:
+                begin(port, {**options[i], "stream": mine.random() < 0.5}).close()
+                return
+            case 2:
+                parts = client.completions.create(**options[i], stream=True)
+                text = "".join(part.choices[0].text for part in parts)
+            case _:
+                text = client.completions.create(**options[i]).choices[0].text
+        if text != alone[i]:
+            wrong.append((options[i], text, alone[i]))
+
+    def keep_asking(client: openai.OpenAI, seed: int, alone: Sequence[str], until: float) -> None:
+        mine = random.Random(seed)
+        while time.monotonic() < until:
+            try:
+                ask(client, mine, alone)
+            except openai.RateLimitError:
+                time.sleep(0.05)
+            except (openai.APIError, http.client.HTTPException, OSError) as error:
+                wrong.append(error)
+
+    with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        alone = [client.completions.create(**one).choices[0].text for one in options]
+        until = time.monotonic() + seconds
+        threads = [threading.Thread(target=keep_asking, args=(client, seed, alone, until)) for seed in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(seconds + 120)
+    return wrong

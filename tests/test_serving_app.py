@@ -1,8 +1,5 @@
 """serving/app.py over a real socket, by the openai client and by hand: answers, streams, each thing that can be wrong, and who goes away."""
 
-import http.client
-import json
-import random
 import socket
 import threading
 import time
@@ -127,6 +124,7 @@ def test_tokens_stop_strings_and_the_room_there_is(client: openai.OpenAI, engine
         ({"echo": True}, "echo: got True, which"),
         ({"top_k": 5}, "top_k: there is no such field here"),
         ({"messages": []}, "messages: there is no such field here"),
+        ({"\ud800": 1}, "\ud800: there is no such field here"),
     ],
 )
 def test_a_wrong_body_is_422_and_names_the_field(port: int, change: dict[str, Any], problem: str) -> None:
@@ -192,9 +190,9 @@ def test_the_client_sees_each_as_its_own_error(client: openai.OpenAI) -> None:
 def test_a_full_queue_is_429_and_says_when(folder: Path) -> None:
     engine = served.load(folder, max_rows=1, max_length=200, max_queue=1)
     with served.listening(engine) as port:
-        open_ = [begin(port, {**BODY, "max_tokens": 150, "stream": True})]
+        open_ = [served.begin(port, {**BODY, "max_tokens": 150, "stream": True})]
         wait_until(lambda: engine.load == (1, 0))
-        open_.append(begin(port, {**BODY, "max_tokens": 150, "stream": True}))
+        open_.append(served.begin(port, {**BODY, "max_tokens": 150, "stream": True}))
         wait_until(lambda: engine.load == (1, 1))
         status, headers, found = served.call(port, "/v1/completions", BODY)
         assert status == 429 and found["error"]["type"] == "rate_limit_error"
@@ -205,19 +203,10 @@ def test_a_full_queue_is_429_and_says_when(folder: Path) -> None:
         assert served.call(port, "/v1/completions", BODY)[0] == 200
 
 
-def begin(port: int, body: dict[str, Any], path: str = "/v1/completions") -> socket.socket:
-    """A request whose answer nobody reads."""
-    data = json.dumps(body).encode()
-    one = socket.create_connection(("127.0.0.1", port))
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    one.sendall(head.encode() + data)
-    return one
-
-
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_row(port: int, engine: Engine, stream: bool) -> None:
     before = engine.counts.answers["blue", "cancelled"]
-    gone = [begin(port, {**BODY, "model": "blue", "max_tokens": 180, "stream": stream}) for _ in range(3)]
+    gone = [served.begin(port, {**BODY, "model": "blue", "max_tokens": 180, "stream": stream}) for _ in range(3)]
     wait_until(lambda: engine.load[0] == 3)
     for one in gone:
         one.close()
@@ -284,53 +273,7 @@ def test_the_end_answers_first_who_is_there(folder: Path) -> None:
     assert found == [200] * 3 and not engine.is_alive
 
 
-def test_a_mixture_of_everything_at_once(port: int, engine: Engine, client: openai.OpenAI) -> None:
+def test_a_mixture_of_everything_at_once(port: int, engine: Engine) -> None:
     """Seconds of it, of a dozen clients: streams and wholes, greedy and drawn, good, bad and abandoned. Each answer is what it is alone."""
-    draw = random.Random(1)
-    options = [
-        {
-            "model": draw.choice(NAMES),
-            "prompt": [draw.randrange(5, 300) for _ in range(draw.choice((1, 4, 20, 70)))],
-            "max_tokens": draw.randrange(1, 40),
-            "temperature": draw.choice((0, 0.8)),
-            "seed": draw.randrange(9),
-            "top_p": draw.choice((1, 0.7)),
-        }
-        for _ in range(30)
-    ]
-    alone = [client.completions.create(**one).choices[0].text for one in options]  # type: ignore[call-overload]
-    wrong: list[Any] = []
-    until = time.monotonic() + 4
-
-    def keep_asking(seed: int) -> None:
-        mine = random.Random(seed)
-        while time.monotonic() < until:
-            try:
-                i = mine.randrange(len(options))
-                match mine.randrange(5):
-                    case 0:
-                        served_status = served.call(port, "/v1/completions", {**options[i], "n": 3})[0]
-                        if served_status != 422:
-                            wrong.append(served_status)
-                    case 1:
-                        begin(port, {**options[i], "stream": mine.random() < 0.5}).close()
-                    case 2:
-                        parts = client.completions.create(**options[i], stream=True)  # type: ignore[call-overload]
-                        if (text := "".join(part.choices[0].text for part in parts)) != alone[i]:
-                            wrong.append((i, text))
-                    case _:
-                        text = client.completions.create(**options[i]).choices[0].text  # type: ignore[call-overload]
-                        if text != alone[i]:
-                            wrong.append((i, text))
-            except openai.RateLimitError:
-                time.sleep(0.05)
-            except (openai.APIError, http.client.HTTPException, OSError) as error:
-                wrong.append(error)
-
-    threads = [threading.Thread(target=keep_asking, args=(seed,)) for seed in range(12)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(120)
-    assert wrong == []
+    assert served.mixture(port, NAMES, seconds=4) == []
     wait_until(lambda: engine.load == (0, 0))

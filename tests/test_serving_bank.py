@@ -1,6 +1,9 @@
 """The server with a bank: adapters are read when somebody asks for them and leave for others; no answer changes by that, and nobody else waits."""
 
+import itertools
+import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -111,3 +114,31 @@ def test_nobody_else_waits_for_a_file(engine: Engine, monkeypatch: pytest.Monkey
     assert late.answer()[1] == "length"
     assert served.answers(engine, [Request([5, 6], "blue", 4)])[0][1] == "length"
     assert bank_of(engine).stats.pinned == 0
+
+
+def test_adapters_come_and_go_and_are_swapped_under_a_mixture(
+    folder: Path, sizes: dict[str, int], tmp_path: Path
+) -> None:
+    """SOAK: seconds of it. No answer is lost, or another adapter's; a swap is to a copy, so that answers stay what they were."""
+    shutil.copytree(folder / "adapters" / "red", tmp_path / "red")
+    engine = served.load(folder, max_adapter_bytes=sizes["blue"] + sizes["green"], max_rows=6, max_length=200)
+    bank, ended = bank_of(engine), threading.Event()
+    swaps: list[Any] = []
+
+    def swap() -> None:
+        for source in itertools.cycle((tmp_path, folder / "adapters")):
+            swaps.append(bank.swap("adapter-3", source / "red"))
+            if ended.wait(0.3):
+                return
+
+    with served.listening(engine) as port:
+        swapping = threading.Thread(target=swap)
+        swapping.start()
+        try:
+            wrong = served.mixture(port, [served.BASE, *served.RANKS], seconds=float(os.environ.get("SOAK", 4)))
+        finally:
+            ended.set()
+            swapping.join()
+    assert wrong == []
+    assert bank.stats.evictions > 0 and bank.stats.swaps > 0 and bank.stats.pinned == 0
+    assert engine.load == (0, 0)

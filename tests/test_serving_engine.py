@@ -25,7 +25,7 @@ from fastlora.models import load_model
 from fastlora.serving import engine as engines
 from fastlora.serving.adapters import Adapters
 from fastlora.serving.batch import Batch
-from fastlora.serving.engine import Closing, Engine, EngineError, Piece, QueueFull, Request, TooLong
+from fastlora.serving.engine import Closing, Engine, EngineError, Piece, QueueFull, Request, TooLong, UnknownName
 from fastlora.serving.words import Words
 
 
@@ -125,7 +125,7 @@ def test_what_is_refused(folder: Path) -> None:
         engine.submit(request, lambda _: None)
     with pytest.raises(TooLong, match="30 tokens of the prompt and 3 of the answer are more than the 32"):
         engine.submit(Request([5] * 30, "red", 3), lambda _: None)
-    with pytest.raises(KeyError, match="../red"):
+    with pytest.raises(UnknownName, match="../red"):
         engine.submit(Request([5], "../red", 3), lambda _: None)
     with pytest.raises(ValueError, match="tokens=0: expected an integer, at least 1"):
         Request([], "red", 3)

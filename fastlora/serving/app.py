@@ -30,7 +30,7 @@ from fastlora.data.rows import encode_prompt
 from fastlora.generation import turn_ends
 from fastlora.serving import bodies
 from fastlora.serving.bodies import Answer, BodyError, Wanted
-from fastlora.serving.engine import Closing, Engine, EngineError, Piece, QueueFull, Row, TooLong
+from fastlora.serving.engine import Closing, Engine, EngineError, Piece, QueueFull, Row, TooLong, UnknownName
 from fastlora.serving.engine import Request as Asked
 from fastlora.typed import fits, listed, shown
 
@@ -93,9 +93,9 @@ class App:
             answer, heard, row = await self._submit(wanted, chat)
         except BodyError as error:
             return _refusal(422, str(error), field=error.field)
-        except KeyError as error:
+        except UnknownName as error:
             names = listed(self.engine.adapters.names)
-            return _refusal(404, f"model: there is no {shown(error.args[0])}, there are {names}", MISSING, "model")
+            return _refusal(404, f"model: there is no {shown(str(error))}, there are {names}", MISSING, "model")
         except TooLong as error:
             return _refusal(413, str(error))
         except QueueFull as error:
@@ -124,7 +124,7 @@ class App:
 
     async def _submit(self, wanted: Wanted, chat: bool) -> tuple[Answer, News, Row]:
         if self.engine.adapters.find(wanted.model) is None:
-            raise KeyError(wanted.model)
+            raise UnknownName(wanted.model)
         tokens, ends = await anyio.to_thread.run_sync(self._encode, wanted, limiter=self._encoding)
         room = self.engine.max_length - len(tokens)
         asked = Asked(
@@ -164,7 +164,7 @@ class App:
         return tokens, ends if isinstance(prompt, str) else ends | turn_ends(tokenizer, prompt)
 
     async def _models(self, _: Request) -> Response:
-        return JSONResponse(bodies.models(self.engine.adapters.names, self.created))
+        return _Json(bodies.models(self.engine.adapters.names, self.created))
 
     async def _model(self, request: Request) -> Response:
         name = request.path_params["name"]
@@ -172,11 +172,11 @@ class App:
         found = next((one for one in listing if one["id"] == name), None)
         if found is None:
             return _refusal(404, f"there is no {shown(name)}, there are {listed(self.engine.adapters.names)}", MISSING)
-        return JSONResponse(found)
+        return _Json(found)
 
     async def _health(self, _: Request) -> Response:
         is_alive = self.engine.is_alive
-        return JSONResponse({"status": "ok" if is_alive else "ending"}, 200 if is_alive else 503)
+        return _Json({"status": "ok" if is_alive else "ending"}, 200 if is_alive else 503)
 
     async def _metrics(self, _: Request) -> Response:
         return PlainTextResponse(metrics(self.engine, self.statuses), media_type="text/plain; version=0.0.4")
@@ -184,13 +184,13 @@ class App:
     async def _http_error(self, _: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         kind = MISSING if error.status_code == 404 else INVALID
-        return JSONResponse(bodies.error(error.detail, kind), error.status_code, error.headers)
+        return _Json(bodies.error(error.detail, kind), error.status_code, error.headers)
 
 
 def _refusal(
     status: int, message: str, kind: str = INVALID, field: str | None = None, headers: dict[str, str] | None = None
 ) -> Response:
-    return JSONResponse(bodies.error(message, kind, field), status, headers)
+    return _Json(bodies.error(message, kind, field), status, headers)
 
 
 async def _whole(request: Request, answer: Answer, heard: News, cancel: Callable[[], None]) -> Response:
@@ -204,7 +204,7 @@ async def _whole(request: Request, answer: Answer, heard: News, cancel: Callable
                 return _refusal(503 if isinstance(news, Closing) else 500, str(news), FAILED)
             text += news.text
             if news.finish is not None:
-                return JSONResponse(answer.whole(text, news))
+                return _Json(answer.whole(text, news))
 
     async def gone() -> Response:
         while (await request.receive())["type"] != "http.disconnect":
@@ -241,6 +241,13 @@ async def _events(answer: Answer, heard: News, usage: bool) -> AsyncIterator[str
 
 def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body)}\n\n"
+
+
+class _Json(JSONResponse):
+    """In ASCII: what a client has sent, and hears again, may hold half of a surrogate pair."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode()
 
 
 class _Stream(StreamingResponse):

@@ -8,7 +8,7 @@ from typing import Any
 from fastlora import reading
 from fastlora.data.examples import Prompt
 from fastlora.serving.engine import Piece
-from fastlora.typed import fits, shown
+from fastlora.typed import SHOWN, fits, shown
 
 MOST_STOPS = 4
 DEFAULT_TOKENS = 16  # of a completion whose request does not say; a chat's answer has all the room that there is
@@ -107,7 +107,7 @@ def read(body: bytes, chat: bool) -> Wanted:
             if not fits(value, field.hint) or not field.is_usable(value):
                 raise BodyError(name, f"got {shown(value)}, expected {field.expected}")
         elif name not in IGNORED:
-            raise BodyError(name, "there is no such field here")
+            raise BodyError(name[:SHOWN], "there is no such field here")
     if "stream_options" in given and not given.get("stream"):
         raise BodyError("stream_options", "expected only with stream true")
     prompt = _messages(_required(given, "messages")) if chat else _required(given, "prompt")

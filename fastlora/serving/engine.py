@@ -34,6 +34,10 @@ class EngineError(Exception):
     """A request that the engine did not answer, or not to its end."""
 
 
+class UnknownName(EngineError):
+    """No adapter, nor the base, has it."""
+
+
 class TooLong(EngineError):
     """More tokens than a row may have."""
 
@@ -170,12 +174,11 @@ class Engine:
         """Put a request into the queue.
 
         Raises:
-            KeyError: no adapter has that name.
-            TooLong, QueueFull, Closing: as they say.
+            UnknownName, TooLong, QueueFull, Closing: as they say.
         """
         name = self.adapters.find(request.adapter)
         if name is None:
-            raise KeyError(request.adapter)
+            raise UnknownName(request.adapter)
         asked = len(request.tokens) + request.max_tokens
         if asked > self.max_length:
             text = f"{len(request.tokens)} tokens of the prompt and {request.max_tokens} of the answer"
