@@ -173,6 +173,8 @@ def _call_obstacle(model: Any, given: dict[str, Any]) -> str | None:
         return "the model was in eval mode"
     if not torch.is_grad_enabled():
         return "gradients were off"
+    if any(tells(output_embedding(model)) for tells in packing.TELLERS):
+        return "the head's rows have adapters of their own"
     kept = given.get("logits_to_keep")
     if isinstance(kept, Tensor) or kept:
         return "logits_to_keep was given"

@@ -21,17 +21,22 @@ MAY_BE_GIVEN = (*PER_TOKEN, "attention_mask", "num_items_in_batch", "return_dict
 PROBE_TOKENS = (8, 5)  # of the rows of the small batch
 
 
+TELLERS: list[Callable[[nn.Module], bool]] = []
+"""What may tell a module, or those in it, of a batch's examples by their order: each says whether it does so just now."""
+
+
 def real_tokens(model: nn.Module, given: Mapping[str, Any]) -> Tensor | None:
     """Where a causal model's batch has tokens, bool [B, T]; None where there is no padding to leave out, or it must stay.
 
-    It must where more is given than is known here, and where torch compiles a part of the model: what it traces runs the model's own attention.
+    It must where more is given than is known here, where layers are told of a batch's examples, and where torch compiles a part of the model: what it
+    traces runs the model's own attention.
     """
     ids, mask = given.get("input_ids"), given.get("attention_mask")
     known = all(value is None or name in MAY_BE_GIVEN for name, value in given.items()) and not given.get("use_cache")
     if not known or ids is None or mask is None or ids.device.type != "cpu" or mask.shape != ids.shape:
         return None
     real = mask != 0
-    if real.all() or not real.any() or any(map(is_compiled, model.modules())):
+    if real.all() or not real.any() or any(map(is_compiled, model.modules())) or any(tells(model) for tells in TELLERS):
         return None
     return real
 

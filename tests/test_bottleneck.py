@@ -196,6 +196,16 @@ def test_a_bfloat16_base_has_float32_adapters_and_rounds_once(is_parallel: bool)
     assert torch.equal(out, (y + (PARALLEL_SCALING * part if is_parallel else part)).bfloat16())
 
 
+def test_rows_with_adapters_of_their_own_are_refused() -> None:
+    model, labels = adapted()
+    fastlora.accelerate(model, frozen=True)
+    with pytest.raises(
+        ValueError, match="adapter_names: PEFT ignores them with BOTTLENECK, and .* is a BottleneckLayer"
+    ):
+        model(input_ids=peft_models.IDS, adapter_names=["default"] * 3)
+    assert torch.isfinite(logits(model, labels)).all()
+
+
 @BOTH
 def test_files_are_pefts_and_are_checked(is_parallel: bool, tmp_path: Path) -> None:
     model, labels = adapted(is_parallel=is_parallel, scaling=0.5)

@@ -150,7 +150,7 @@ def test_saved_adapter_is_pefts(tmp_path):
 
 
 def test_several_adapters():
-    """One at a time is fused; two at once is PEFT's own; a mixed batch is what PEFT refuses."""
+    """One at a time is fused, and so is one a row, which PEFT refuses; two at once is PEFT's own."""
     model, _ = dora_model()
     model.add_adapter("plain", LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
     model.eval()
@@ -167,9 +167,12 @@ def test_several_adapters():
         assert ("several adapters are active, and one is a DoRA" in reason_of(model)[1]) is not fused
     with model.disable_adapter(), peer.disable_adapter():
         assert torch.equal(logits(model), logits(peer))
-    model.base_model.set_adapter("default")
+    for row, name in enumerate(("default", "plain", "plain")):
+        model.base_model.set_adapter("plain"), peer.base_model.set_adapter(name)
+        mixed = logits(model, adapter_names=["default", "plain", "plain"])
+        assert torch.allclose(mixed[row], logits(peer)[row], atol=1e-5)
     with pytest.raises(ValueError, match="DoRA"):
-        logits(model, adapter_names=["default", "plain", "plain"])
+        logits(peer, adapter_names=["default", "plain", "plain"])
 
 
 def test_a_dora_beside_a_plain_lora_in_one_family():

@@ -162,7 +162,7 @@ def test_weights_of_inference_mode_tell_nothing_and_nothing_is_kept(computed: li
 def test_what_is_kept_goes_with_what_the_layer_knows() -> None:
     layer = layer_of()
     answer(layer)
-    kept = layer.__dict__[known.ACTIVE].plan.norm
+    kept = layer.__dict__[known.ACTIVE].plan.norm[0]
     norm = weakref.ref(kept.found[1])
     del kept
     assert layer.__getstate__().keys().isdisjoint({known.ACTIVE}) and norm() is not None

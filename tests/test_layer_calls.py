@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import fastlora
 from fastlora.frozen import packed
-from fastlora.peft import FrozenLinear, FusedLinear, layers, siblings
+from fastlora.peft import FrozenLinear, FusedLinear, mixed, siblings
 from fastlora.peft.layers import OWN_FORWARD, SEEN, OwnForward, Seen, frozen_base, restore_layer
 
 K, N = 8, 6
@@ -264,7 +264,7 @@ def test_a_frozen_layer_whose_weight_is_computed_is_restored_too() -> None:
 
 def test_rows_are_sorted_once() -> None:
     layer = layer_of("other").eval()
-    layers._rows_of.cache_clear()
+    mixed._sorted.cache_clear()
     for names in (["default", "other", "other"], ["default", "other", "other"], ["other", "other", "default"]):
         layer(X, adapter_names=names)
-    assert layers._rows_of.cache_info()[:2] == (1, 2)
+    assert mixed._sorted.cache_info()[:2] == (1, 2)

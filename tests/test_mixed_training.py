@@ -1,11 +1,12 @@
 """A batch with an adapter a row, in training: as each row by itself, dropout and checkpointed activations included."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig
-from peft_models import IDS, a_pair, peft_model, q_proj  # noqa: F401  (a fixture)
+from peft_models import ATTENDED, IDS, a_pair, peft_model, q_proj  # noqa: F401  (a fixture)
 from torch.utils.checkpoint import checkpoint
 
 import fastlora
@@ -93,3 +94,28 @@ def test_a_model_that_is_not_all_fused_is_refused_as_peft_refuses_it() -> None:
     fastlora.accelerate(model.train())
     with pytest.raises(ValueError, match="training mode"):
         model(input_ids=IDS, adapter_names=["default"] * 3)
+
+
+@pytest.mark.parametrize("head", [False, True], ids=["", "head"])
+def test_the_loss_without_logits(head: bool) -> None:
+    """`loss=True`: of padded rows, whose padding stays; and where the head has adapters, too, the model's own."""
+    targets = ["q_proj", "v_proj", "down_proj", *["lm_head"] * head]
+    model, _ = peft_model(target_modules=targets)
+    model.add_adapter("other", LoraConfig(r=3, target_modules=targets, init_lora_weights=False))
+    model.train()
+    peer = fastlora.accelerate(copy.deepcopy(model))
+    fastlora.accelerate(model, loss=True, fuse=True)
+    labels = IDS.masked_fill(ATTENDED == 0, -100)
+    given: Any = {"input_ids": IDS, "attention_mask": ATTENDED, "labels": labels}
+    for names in (None, NAMES, ["other"] * 3, None):  # the path is chosen by the first
+        found = []
+        for each in (model, peer):
+            each.set_requires_grad(["default", "other"])
+            out = each(**given) if names is None else each(**given, adapter_names=names)
+            out.loss.backward()
+            found.append((out, gradients(each)))
+        (ours, mine), (own, its) = found
+        torch.testing.assert_close(ours.loss, own.loss, rtol=1e-5, atol=1e-6)
+        assert (ours.logits is None) is (names is None or not head)
+        for name, gradient in its.items():
+            torch.testing.assert_close(mine[name], gradient, rtol=1e-4, atol=1e-5)

@@ -68,3 +68,23 @@ def test_loss(method):
     assert out.logits is None
     assert torch.allclose(out.loss, peer(input_ids=labels["labels"], **labels).loss, atol=1e-5)
     assert [entry.implementation for entry in fastlora.report(model) if entry.name.endswith("loss")] == ["fused"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.filterwarnings("ignore:fastlora.accelerate left")
+def test_names_of_rows_are_refused_where_peft_ignores_them(method):
+    model, labels = model_of(method)
+    plain, kind = copy.deepcopy(model), str(model.peft_config["default"].peft_type.value)
+    fastlora.accelerate(model)
+    words = (
+        rf"^adapter_names: PEFT ignores them with {kind}, and model\.\S+ is a \w+; rows with adapters of their own are"
+    )
+    names = ["default"] * 3
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=words):
+            call(input_ids=labels["labels"], adapter_names=names)
+    with pytest.raises(ValueError, match="typo; loaded are default, and __base__ is none"):
+        model(input_ids=labels["labels"], adapter_names=["typo"] * 3)
+    with torch.no_grad():
+        expected = plain(input_ids=labels["labels"], adapter_names=names).logits
+        assert torch.equal(fastlora.restore(model)(input_ids=labels["labels"], adapter_names=names).logits, expected)

@@ -526,6 +526,7 @@ class RowGroups:
         self.index = index
         self.adapters = adapters
         self._by_rows: dict[int, tuple[Tensor, Tensor]] = {}
+        self._apart: dict[int, tuple[Tensor, Tensor, list[int]]] = {}
 
     def for_rows(self, rows: int) -> tuple[Tensor, Tensor]:
         """(order [rows] int64, offsets [S + 3] int64) for an x of that many rows, a multiple of the index's elements."""
@@ -541,6 +542,19 @@ class RowGroups:
             ordered, order = torch.sort(code, stable=True)
             offsets = torch.searchsorted(ordered, torch.arange(self.adapters + 3, device=code.device))
             found = self._by_rows[rows] = order, offsets
+        return found
+
+    def apart(self, rows: int) -> tuple[Tensor, Tensor, list[int]]:
+        """(order [rows], its inverse [rows], how many rows have no adapter and how many each adapter has [S + 1]) for an x of that many rows.
+
+        Asks the device for the last, once.
+        """
+        found = self._apart.get(rows)
+        if found is None:
+            if len(self._apart) >= 4:
+                self._apart.clear()
+            order, offsets = self.for_rows(rows)
+            found = self._apart[rows] = order, order.argsort(), offsets[:-1].diff().tolist()
         return found
 
 

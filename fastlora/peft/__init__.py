@@ -31,7 +31,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from fastlora import bottleneck, fusion, model_loss, ops, sharing
+from fastlora import bottleneck, fusion, model_loss, ops, packing, sharing
 from fastlora.bottleneck import BottleneckLayer
 from fastlora.checks import is_hooked
 from fastlora.choice import table, trial
@@ -109,6 +109,9 @@ def accelerate(
     wraps around a mixture's experts, where a few random numbers show that they compute what is computed here (experts.py). Layers that share x,
     as query, key and value do, read it once (siblings.py). LoRA on embeddings is swapped, too (embeddings.py), and so are IA³'s layers (scaled.py).
     Layers of PEFT's other methods stay PEFT's. Call it again after new layers were added; `restore` undoes it.
+
+    `adapter_names=`, an adapter's name or `__base__` for each row, may name LoRA, DoRA and IA³ adapters, in training, too, and in `generate` with
+    beams (mixed.py). Where PEFT would ignore the names they are an error.
 
     A PeftModel with a soft prompt (prompt tuning, P-tuning, multitask prompts, prefix tuning, a cartridge) gets a class derived from its own, in
     which each row is as it were alone, in any padding, packed or generated from; a causal model's prompt runs once for all rows (peft/prompts.py).
@@ -205,7 +208,7 @@ def accelerate(
         if isinstance(module, BaseTuner):
             for name in UNLOADING:
                 module.__dict__[name] = functools.partial(_unload_restored, module, name)
-            mixed.attach(module, Fused)
+            mixed.attach(module)
     for family in siblings.find_families(model, lambda module: isinstance(module, Fused), compute):
         family.attach()
     if layers and not any(isinstance(layer, Fused) or is_derived(layer) for layer in layers):
@@ -253,7 +256,14 @@ def _has_mixed_rows(model: nn.Module) -> bool:
     return mixed.under_way > 0 and any(mixed.names_of(module) is not None for module in model.modules())
 
 
+def _knows_examples(module: nn.Module) -> bool:
+    """Whether layers know each example's adapter by its place in the batch; what a sweep hands out knows of padding."""
+    given = [mixed.names_of(one) for one in module.modules()] if mixed.under_way else []
+    return any(names is not None and not isinstance(names, mixed.RowNames) for names in given)
+
+
 sharing.TELLERS.append(_has_mixed_rows)
+packing.TELLERS.append(_knows_examples)
 
 
 UNLOADING = ("unload", "merge_and_unload")

@@ -4,32 +4,39 @@
 
 With dropout PEFT gives c's part what was kept, d(x), and the base all of x: y = (W x - W d(x)) + c ∘ (W + s B A) d(x) + b, whose first two
 are one product, of x - d(x). d is torch's own dropout there, drawn as PEFT draws it.
+
+In a mixed batch a row without a DoRA, be its adapter a plain LoRA or none, has c = 1, and for the base d(x) = x. Rows are put in the order of their
+adapters for what each adapter does to its own, and back again: no row sees another's numbers, and autograd adds nothing up by chance.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastlora.gradients import rows_of, shaped
 from fastlora.operators import dora_factor, lora_linear, scale_columns
 from fastlora.operators.frozen_linear import frozen_linear
 from fastlora.operators.lora_cross_entropy import lora_cross_entropy
+from fastlora.operators.lora_linear import RowGroups
 from fastlora.peft.obstacles import Plan
 
 
-def compute_dora(plans: Sequence[Plan], x: Tensor, cast: torch.dtype | None) -> list[Tensor]:
-    """The results of DoRA layers that share x, but for biases that are trained. cast: what autocast makes of x, or None."""
-    if any(any(plan.dropout_p) for plan in plans):
-        return [_with_dropout(plan, x, cast) for plan in plans]
-    return [
-        scale_columns.apply(u, _factor(plan), None if plan.bias is None else plan.bias.to(u.dtype))
-        for plan, u in zip(plans, _updated(plans, x, cast), strict=True)
-    ]
+def compute_dora(
+    plans: Sequence[Plan], x: Tensor, cast: torch.dtype | None, rows: RowGroups | None = None
+) -> list[Tensor]:
+    """The results of layers that share x and have DoRA adapters, but for biases that are trained.
+
+    cast: what autocast makes of x, or None. rows: of a mixed batch.
+    """
+    if any(plan.dropout_p[i] for plan in plans for i in plan.magnitude):
+        return [_with_dropout(plan, x, cast, rows) for plan in plans]
+    return [_scaled(plan, u, rows, plan.bias) for plan, u in zip(plans, _updated(plans, x, cast, rows), strict=True)]
 
 
-def _updated(plans: Sequence[Plan], x: Tensor, cast: torch.dtype | None) -> Sequence[Tensor]:
-    """(W + s B A) x of each."""
+def _updated(plans: Sequence[Plan], x: Tensor, cast: torch.dtype | None, rows: RowGroups | None) -> Sequence[Tensor]:
+    """(W + s B A) x of each; a plain LoRA's rows with its own dropout."""
     return lora_linear.compute(
         x,
         [plan.linear_weight for plan in plans],
@@ -37,21 +44,50 @@ def _updated(plans: Sequence[Plan], x: Tensor, cast: torch.dtype | None) -> Sequ
         [a for plan in plans for a in plan.lora_a],
         [b for plan in plans for b in plan.lora_b],
         [s for plan in plans for s in plan.scale],
-        [0.0] * len(plans),
-        None,
+        [0.0 if i in plan.magnitude else p for plan in plans for i, p in enumerate(plan.dropout_p)],
+        rows,
         cast,
     )
 
 
-def _factor(plan: Plan) -> Tensor:
-    given = plan.magnitude[0], plan.linear_weight, plan.lora_a[0], plan.lora_b[0], plan.scale[0]
-    return dora_factor.apply_kept(plan.norm, *given)
+def _scaled(plan: Plan, u: Tensor, rows: RowGroups | None, bias: Tensor | None) -> Tensor:
+    """c ∘ u + b."""
+    bias = None if bias is None else bias.to(u.dtype)
+    factors = {i: _factor(plan, i) for i in plan.magnitude}
+    return scale_columns.apply(u, factors[0], bias) if rows is None else scale_rows(u, factors, rows, bias)
 
 
-def _with_dropout(plan: Plan, x: Tensor, cast: torch.dtype | None) -> Tensor:
-    kept = F.dropout(x, plan.dropout_p[0])
-    [u] = _updated([plan], kept, cast)
-    return frozen_linear(x - kept, plan.linear_weight, plan.bias) + scale_columns.apply(u, _factor(plan), None)
+def _factor(plan: Plan, place: int) -> Tensor:
+    given = plan.magnitude[place], plan.linear_weight, plan.lora_a[place], plan.lora_b[place], plan.scale[place]
+    return dora_factor.apply_kept(plan.norm[place], *given)
+
+
+def _with_dropout(plan: Plan, x: Tensor, cast: torch.dtype | None, rows: RowGroups | None) -> Tensor:
+    if rows is None:
+        kept = F.dropout(x, plan.dropout_p[0])
+    else:
+        kept = _apart(x, rows, lambda own, i: F.dropout(own, plan.dropout_p[i]) if i in plan.magnitude else own)
+    [u] = _updated([plan], kept, cast, rows)
+    return frozen_linear(x - kept, plan.linear_weight, plan.bias) + _scaled(plan, u, rows, None)
+
+
+def scale_rows(u: Tensor, factors: Mapping[int, Tensor], rows: RowGroups, bias: Tensor | None) -> Tensor:
+    """c ∘ u + b of u [..., N], with the c [N] of each row's adapter, by that one's number; 1 for those that have none."""
+
+    def change(own: Tensor, adapter: int) -> Tensor:
+        if adapter in factors:
+            return scale_columns.apply(own, factors[adapter], bias)
+        return own if bias is None else own + bias
+
+    return _apart(u, rows, change)
+
+
+def _apart(x: Tensor, rows: RowGroups, change: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """x [..., N] with each adapter's rows changed as `change` does it, which is given them and the adapter's number, or -1 for none."""
+    flat = rows_of(x)
+    order, inverse, sizes = rows.apart(len(flat))
+    parts = flat.index_select(0, order).split(sizes)
+    return shaped(torch.cat([change(own, i - 1) for i, own in enumerate(parts)]).index_select(0, inverse), x)
 
 
 def add_biases(y: Tensor, plan: Plan) -> Tensor:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from fastlora import checks, swap
 from fastlora.frozen import packed
 from fastlora.operators import frozen_linear, lora_linear
-from fastlora.operators.lora_linear import RowGroups, group_rows
 from fastlora.peft import composed, known, mixed, obstacles, probing, quantised, siblings
 from fastlora.peft.obstacles import Plan
 
@@ -52,7 +51,7 @@ def note_own_forward(layer: nn.Module, obstacle: str, passing: bool) -> None:
         layer.__dict__[OWN_FORWARD] = OwnForward(obstacle, passing, layer.__dict__.get(SEEN))
 
 
-class Fused(_Layer):
+class Fused(mixed.ByRow, _Layer):
     """What a LoRA layer of PEFT becomes, by going before its class: its forward is one fused operator, where the layer's state allows."""
 
     base_layer: Any  # PEFT's attributes, which nn.Module types as Tensor | Module
@@ -77,6 +76,8 @@ class Fused(_Layer):
         if of_rows is not None and (not used or isinstance(plan, str) or not of_rows.fit(x)):
             return self._without_own(x, used, plan)
         if isinstance(plan, str):
+            if names is not None:
+                self._require_no_dora(used, plan)
             own = super().forward(x, *args, **kwargs)
             note_own_forward(self, plan, passing=plan != obstacles.lasting_plan(self, used))
             return own
@@ -99,6 +100,15 @@ class Fused(_Layer):
             raise ValueError(f"a batch of several adapters: {told}")
         y: Tensor = self.base_layer(x)
         return y
+
+    def _require_no_dora(self, used: Sequence[str], obstacle: str) -> None:
+        """
+        Raises:
+            ValueError: a row has a DoRA adapter, which PEFT's own forward of a mixed batch does not know.
+        """
+        for name in used:
+            if self.use_dora.get(name):
+                raise ValueError(f"adapter_names: adapter {name!r} is a DoRA, and {obstacle}")
 
     def cross_entropy_obstacle(self) -> str | None:
         """Why `cross_entropy` cannot be asked just now, or None: for a language model's head (language_model_loss.py)."""
@@ -192,17 +202,14 @@ def _compute_updates(
     weight, bias, transposed, lora_a, lora_b, scale, dropout_p, magnitude, *_ = plans[0]
     cast = checks.autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
     if magnitude:
-        return composed.compute_dora(plans, x, cast)
+        rows = None if names is None else mixed.groups_of(names, used, x)
+        return composed.compute_dora(plans, x, cast, rows)
     alone = len(lora_a) == 1 and names is None and len(plans) == 1 and cast is None and not transposed
     if alone and not dropout_p[0] and not torch.is_grad_enabled():
         y = lora_linear.compute_few(x, weight, bias, lora_a[0], lora_b[0], scale[0])
         if y is not None:
             return [y]
-    rows = None
-    if isinstance(names, mixed.RowNames):
-        rows = names.groups(tuple(used), x)
-    elif names is not None:
-        rows = _rows_of(names, tuple(used), x.device, torch.is_inference_mode_enabled())
+    rows = None if names is None else mixed.groups_of(names, used, x)
     if len(plans) > 1:
         lora_a, lora_b = [a for one in plans for a in one.lora_a], [b for one in plans for b in one.lora_b]
         scale, dropout_p = [s for one in plans for s in one.scale], [p for one in plans for p in one.dropout_p]
@@ -215,17 +222,6 @@ def _compute_updates(
     return lora_linear.compute(
         x, [weight.t() if transposed else weight], [bias], lora_a, lora_b, scale, dropout_p, rows, cast
     )
-
-
-@functools.lru_cache(maxsize=4)
-def _rows_of(adapter_names: tuple[str, ...], used: tuple[str, ...], device: torch.device, inference: bool) -> RowGroups:
-    """The rows of a mixed batch, sorted once and shared by all layers and steps that have the same names.
-
-    inference: whether inference mode is on; its tensors are kept apart, since autograd cannot take them.
-    """
-    number = {adapter: i for i, adapter in enumerate(used)}
-    index = torch.tensor([number.get(name, -1) for name in adapter_names], device=device)
-    return group_rows(index, len(used))
 
 
 class FrozenLinear(nn.Linear):

@@ -4,6 +4,9 @@ PEFT hooks every layer anew in each forward, which costs a small model's token a
 `accelerate` puts `enable` before the context in which a tuner does so. Where every adapted module is one of our layers, the names wait in a context
 variable, by layer: each asks for its own. They are seen by the thread, or task, that gave them, as long as its context lasts, and by no other model.
 
+Most of PEFT's tuners have no such context: they ignore the names, and each row has the active adapter. IA³'s layers get theirs here as LoRA's do;
+where a model's layers cannot, names are an error.
+
 So are names in training, which PEFT refuses. Where a block's activations are checkpointed, its layers are called again in the backward, behind that
 context: what checkpoints a transformers block then remembers the names along with the block's inputs. A loop that trains several adapters at once
 hands them out itself, by `training`: with `RowNames`, which also know a batch whose padding was left out.
@@ -12,13 +15,14 @@ hands them out itself, by `training`: with `RowNames`, which also know a batch w
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Self
 
 import torch
 from peft.tuners.lora import LoraModel
-from peft.tuners.lora.layer import LoraLayer
+from peft.tuners.lora.model import _get_encoder
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -35,6 +39,10 @@ BASE = "__base__"
 
 under_way = 0
 """How many contexts are open, in all threads: a layer asks for no names where there are none, and a compiler knows by it when to trace anew."""
+
+
+class ByRow:
+    """What our layers that ask for their names have in common."""
 
 
 class RowNames(tuple[str, ...]):
@@ -81,19 +89,44 @@ def names_of(layer: nn.Module) -> tuple[str, ...] | None:
     return None if given is None else given.get(layer)
 
 
-def attach(tuner: nn.Module, layer_class: type) -> None:
-    """Put `enable` before a tuner's own context, if it has PEFT's. layer_class: of the layers that ask for their names."""
-    if getattr(type(tuner), METHOD, None) is LoraModel._enable_peft_forward_hooks:
-        tuner.__dict__[METHOD] = functools.partial(enable, tuner, layer_class)
+def groups_of(names: Sequence[str], used: Sequence[str], x: Tensor) -> RowGroups:
+    """The rows of x, sorted by those of their adapters that a layer has."""
+    if isinstance(names, RowNames):
+        return names.groups(tuple(used), x)
+    return _sorted(tuple(names), tuple(used), x.device, torch.is_inference_mode_enabled())
+
+
+@functools.lru_cache(maxsize=4)
+def _sorted(names: tuple[str, ...], used: tuple[str, ...], device: torch.device, inference: bool) -> RowGroups:
+    """The rows of a mixed batch, sorted once and shared by all layers and steps that have the same names.
+
+    inference: whether inference mode is on; its tensors are kept apart, since autograd cannot take them.
+    """
+    number = {adapter: i for i, adapter in enumerate(used)}
+    index = torch.tensor([number.get(name, -1) for name in names], device=device)
+    return group_rows(index, len(used))
+
+
+def attach(tuner: nn.Module) -> None:
+    """Put `enable` before a tuner's context, or in the place of the one that it lacks; a tuner that has another than LoRA's keeps it."""
+    if getattr(type(tuner), METHOD, None) in (None, LoraModel._enable_peft_forward_hooks):
+        tuner.__dict__[METHOD] = functools.partial(enable, tuner)
 
 
 def detach(tuner: nn.Module) -> None:
     tuner.__dict__.pop(METHOD, None)
 
 
-def enable(tuner: Any, layer_class: type, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
-    """The context of a forward: ours where it has names to hand out and nothing else to do; else PEFT's own, which knows what to raise."""
-    names = kwargs.get("adapter_names")
+def enable(tuner: Any, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
+    """The context of a forward, or of a generation: ours where it has names to hand out and nothing else to do; else PEFT's own, which knows what to
+    raise.
+
+    Raises:
+        ValueError: a name is no adapter's, or PEFT would ignore the names.
+    """
+    names, own = kwargs.get("adapter_names"), getattr(type(tuner), METHOD, None)
+    if names is not None and own is None and not isinstance(names, (list, tuple)):
+        raise TypeError(f"adapter_names: expected a list with an adapter for each row, got {type(names).__name__}")
     if names is not None and not torch.compiler.is_compiling() and kwargs.get("alora_offsets") is None:
         unknown = sorted(set(names) - {BASE, *tuner.peft_config}) if isinstance(names, (list, tuple)) else []
         if unknown:
@@ -101,12 +134,51 @@ def enable(tuner: Any, layer_class: type, *args: Any, **kwargs: Any) -> Abstract
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}; loaded are"
                 f" {', '.join(tuner.peft_config)}, and {BASE} is none"
             )
-        beams = kwargs.get("num_beams")  # of which an encoder has one
-        layers = [] if isinstance(beams, int) and beams > 1 else _layers(tuner.model, layer_class)
+        layers = _layers(tuner.model, ByRow)
         if isinstance(names, (list, tuple)) and _are_known(names, layers):
-            given = dict.fromkeys(layers, tuple(names))
+            given = _given(tuner.model, layers, tuple(names), _times(kwargs))
             return _remembering(tuner.model, given) if tuner.training else _handing_out(given)
-    return type(tuner)._enable_peft_forward_hooks(tuner, *args, **kwargs)
+    if own is None:
+        return nullcontext() if names is None else _refuse(tuner)
+    context: AbstractContextManager[None] = own(tuner, *args, **kwargs)
+    return context
+
+
+def _refuse(tuner: Any) -> AbstractContextManager[None]:
+    """
+    Raises:
+        ValueError: always. It names the method, and what has no rows of its own.
+    """
+    methods = ", ".join(dict.fromkeys(str(config.peft_type.value) for config in tuner.peft_config.values()))
+    if torch.compiler.is_compiling():
+        why = "the model is compiled as a whole"
+    else:
+        others = (
+            f"{name} is a {type(one).__name__}" for name, one in tuner.model.named_modules() if _is_other(one, ByRow)
+        )
+        why = next(others, "no layer has an adapter of that name")
+    raise ValueError(
+        f"adapter_names: PEFT ignores them with {methods}, and {why}; rows with adapters of their own are for LoRA, DoRA, IA³ and soft prompts"
+    )
+
+
+def _times(kwargs: dict[str, Any]) -> int:
+    """How many rows a generation makes of each of its batch: beams, or answers that are drawn."""
+    config = kwargs.get("generation_config")
+    found = [kwargs.get(name, getattr(config, name, None)) for name in ("num_beams", "num_return_sequences")]
+    return max((one for one in found if isinstance(one, int)), default=1)
+
+
+def _given(
+    model: nn.Module, layers: Sequence[nn.Module], names: tuple[str, ...], times: int
+) -> dict[nn.Module, tuple[str, ...]]:
+    """The names for each layer. An encoder sees each row once, whatever a generation makes of it."""
+    if times <= 1:
+        return dict.fromkeys(layers, names)
+    given = dict.fromkeys(layers, tuple(name for name in names for _ in range(times)))
+    encoder = _get_encoder(model)
+    once = set() if encoder is None else set(encoder.modules())
+    return {layer: names if layer in once else many for layer, many in given.items()}
 
 
 def training(tuner: Any, layer_class: type, names: RowNames) -> AbstractContextManager[None]:
@@ -132,18 +204,24 @@ def _layers(model: nn.Module, layer_class: type) -> list[Any]:
         module = left.pop()
         if isinstance(module, layer_class):
             found.append(module)
-        elif isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper, nn.DataParallel)):
+        elif _is_other(module, layer_class):
             return []
         else:
             left += [child for child in module._modules.values() if child is not None]
     return found
 
 
+def _is_other(module: nn.Module, layer_class: type) -> bool:
+    """Whether a module's adapter goes by name, and it does not ask for its names; or whether it may run on other threads."""
+    others = BaseTunerLayer, AuxiliaryTrainingWrapper, nn.DataParallel
+    return isinstance(module, others) and not isinstance(module, layer_class)
+
+
 def _are_known(names: Sequence[str], layers: Sequence[Any]) -> bool:
     """Whether each name is an adapter's of some layer; a layer may lack it."""
     wanted = set(names) - {BASE}
     for layer in layers:
-        wanted -= layer._modules["lora_A"]._modules.keys()
+        wanted -= set(getattr(layer, layer.adapter_layer_names[0]))
         if not wanted:
             return True
     return False

@@ -71,8 +71,8 @@ class Plan(NamedTuple):
     lora_b: list[Tensor]
     scale: list[float]
     dropout_p: list[float]
-    magnitude: list[Tensor]  # m [N] of the one adapter, if that is a DoRA; none else
-    norm: KeptNorm  # of that DoRA: kept as long as the plan is
+    magnitude: dict[int, Tensor]  # m [N] of each adapter that is a DoRA, by its place in the lists
+    norm: dict[int, KeptNorm]  # of each of them: kept as long as the plan is
     added: list[
         tuple[Tensor, float]
     ]  # biases [N] that may be trained, and what each is multiplied by before it is added to the result
@@ -83,8 +83,10 @@ class Plan(NamedTuple):
 
     def is_as(self, other: "Plan") -> bool:
         """Whether another plan, for the same x, has the same result."""
-        mine = self.weight, self.bias, *self.lora_a, *self.lora_b, *self.magnitude, *(one for one, _ in self.added)
-        its = other.weight, other.bias, *other.lora_a, *other.lora_b, *other.magnitude, *(one for one, _ in other.added)
+        mine, its = (
+            (plan.weight, plan.bias, *plan.lora_a, *plan.lora_b, *plan.magnitude.values(), *(b for b, _ in plan.added))
+            for plan in (self, other)
+        )
         same_numbers = (self.scale, self.dropout_p) == (other.scale, other.dropout_p)
         return same_numbers and len(mine) == len(its) and all(map(operator.is_, mine, its))
 
@@ -102,7 +104,7 @@ def plan_of_base(layer: nn.Module) -> Plan | str:
             return found
         if found is not None:
             hooked = is_hooked(base)
-            plan = Plan(found.weight(), base.bias, False, [], [], [], [], [], KeptNorm(), [])
+            plan = Plan(found.weight(), base.bias, False, [], [], [], [], {}, {}, [])
             return "the base layer carries a hook" if hooked else plan
     if not plain and not probing.is_linear(base):
         return f"the base layer is a {type(base).__name__}"
@@ -113,7 +115,7 @@ def plan_of_base(layer: nn.Module) -> Plan | str:
         return "the base layer carries a hook"
     trained = [(bias, 1.0)] if is_trained else []
     return obstacle or Plan(
-        weight, None if is_trained else bias, isinstance(base, Conv1D), [], [], [], [], [], KeptNorm(), trained
+        weight, None if is_trained else bias, isinstance(base, Conv1D), [], [], [], [], {}, {}, trained
     )
 
 
@@ -153,7 +155,7 @@ def add_adapter(plan: Plan, layer: Any, adapter: str) -> str | None:
         if type(magnitude) is not DoraLinearLayer or is_hooked(magnitude):
             return f"adapter {adapter!r} has a {type(magnitude).__name__} for its magnitudes, or a hook there"
         own: Any = magnitude._parameters["weight"]
-        plan.magnitude.append(own)
+        plan.magnitude[len(plan.lora_a)], plan.norm[len(plan.lora_a)] = own, KeptNorm()
         drops = drops and layer.training  # PEFT asks both
     plan.lora_a.append(a)
     plan.lora_b.append(b)
@@ -226,13 +228,13 @@ def plan_call(layer: Any, x: Any, used: Sequence[str], mixed: bool) -> Plan | st
             return f"the adapter is {name_of(a.dtype)} and x is {name_of(dtype)}"
         if a.shape != (R, K) or b.shape != (N, R) or a.device != device or b.device != device:
             return f"an adapter is {checks.shown(a)} and {checks.shown(b)}, and x {checks.shown(x)}"
-    for one in (*plan.magnitude, *(bias for bias, _ in plan.added)):
+    for one in (*plan.magnitude.values(), *(bias for bias, _ in plan.added)):
         if one.shape != (N,) or one.device != device or one.dtype not in (weight.dtype, torch.float32):
             return f"a magnitude or bias is {checks.shown(one)}, and the weight {checks.shown(weight)}"
-    if mixed and (plan.magnitude or plan.added):
-        return "a mixed batch has a DoRA adapter or a trained bias"
+    if mixed and plan.added:
+        return "a mixed batch has a trained bias"
     if len(used) > 1:
-        if plan.magnitude:
+        if plan.magnitude and not mixed:
             return "several adapters are active, and one is a DoRA"
         if any(a.dtype != plan.lora_a[0].dtype for a in plan.lora_a):
             return "the adapters have different dtypes"

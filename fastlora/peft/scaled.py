@@ -1,9 +1,10 @@
 """IA³'s layers (Liu et al. 2022): a frozen product, with one factor a column before it (`feedforward_modules`) or after it. PEFT's class gets one
-derived from it, whose forward is two operators: `frozen_linear` and `scale_columns`.
+derived from it, whose forward is two operators: `frozen_linear` and `scale_columns`. In a mixed batch each row has its own adapter's factor.
 """
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,8 @@ from fastlora.choice.table import name_of
 from fastlora.frozen import packed
 from fastlora.frozen.quantised import QuantisedWeight
 from fastlora.operators import frozen_linear, scale_columns
-from fastlora.peft import obstacles, probing, quantised
+from fastlora.operators.lora_linear import RowGroups
+from fastlora.peft import composed, mixed, obstacles, probing, quantised
 from fastlora.peft.layers import OWN_FORWARD, SEEN, Seen, note_own_forward, restore_layer
 from fastlora.swap import derive, is_derived
 
@@ -25,17 +27,19 @@ class Scaling(NamedTuple):
 
     weight: Tensor  # [N, K]
     bias: Tensor | None
-    factors: list[Tensor]  # of each active adapter, [1, K] or [N, 1]: their product scales x or the result
+    factors: list[
+        Tensor
+    ]  # of each active adapter, [1, K] or [N, 1]: their product scales x or the result; of a mixed batch, of each in it
 
 
-def lasting_plan(layer: Any) -> Scaling | str:
-    """The plan of any call just now, or why it runs PEFT's own forward."""
+def lasting_plan(layer: Any, names: Sequence[str] | None = None) -> Scaling | str:
+    """The plan of any call just now, or why it runs PEFT's own forward. names: of a mixed batch's adapters."""
     if layer.disable_adapters:
         return "adapters are disabled"
     if layer.merged:
         return "the adapter is merged"
     own = layer._modules["ia3_l"]
-    factors = [own[name] for name in layer.active_adapters if name in own]
+    factors = [own[name] for name in (layer.active_adapters if names is None else names) if name in own]
     if not factors:
         return "no adapter is active"
     if any(obstacles.GLOBAL_HOOKS):
@@ -55,8 +59,8 @@ def lasting_plan(layer: Any) -> Scaling | str:
     return Scaling(weight, plan.bias, factors)
 
 
-def _plan_call(layer: Any, x: Any) -> Scaling | str:
-    plan = lasting_plan(layer)
+def _plan_call(layer: Any, x: Any, names: Sequence[str] | None = None) -> Scaling | str:
+    plan = lasting_plan(layer, names)
     if isinstance(plan, str):
         return plan
     obstacle = obstacles.input_obstacle(x)
@@ -73,12 +77,42 @@ def _plan_call(layer: Any, x: Any) -> Scaling | str:
     return plan
 
 
-def _scale(rows: Tensor, factors: list[Tensor]) -> Tensor:
+def _scale(rows: Tensor, factors: list[Tensor], groups: RowGroups | None) -> Tensor:
     wide = torch.promote_types(rows.dtype, torch.float32)
+    if groups is not None:
+        return composed.scale_rows(rows, {i: one.flatten().to(wide) for i, one in enumerate(factors)}, groups, None)
     factor = factors[0].flatten().to(wide)
     for one in factors[1:]:
         factor = factor * one.flatten()
     return scale_columns.apply(rows, factor, None)
+
+
+def _compute(layer: Any, x: Tensor, plan: Scaling, groups: RowGroups | None) -> Tensor:
+    if layer.is_feedforward:
+        y = frozen_linear.frozen_linear(_scale(x, plan.factors, groups), plan.weight, plan.bias)
+    else:
+        y = _scale(frozen_linear.frozen_linear(x, plan.weight, plan.bias), plan.factors, groups)
+    if not torch.compiler.is_compiling():
+        layer.__dict__[SEEN] = Seen(x.shape, y.dtype, mixed=groups is not None)
+    return y
+
+
+def _compute_mixed(layer: Any, x: Tensor, names: tuple[str, ...]) -> Tensor:
+    """A mixed batch's result. PEFT's own forward would give each row the active adapter, so there is none to fall back on.
+
+    Raises:
+        ValueError: there are more or fewer names than rows, or something stands in the way.
+    """
+    if len(names) != len(x):
+        raise ValueError(f"adapter_names: got {len(names)}, expected one for each of {len(x)} rows")
+    used = [name for name in dict.fromkeys(names) if name in layer._modules["ia3_l"]]
+    if layer.disable_adapters or not (used or layer.merged):
+        y: Tensor = layer.base_layer(x)
+        return y
+    plan = _plan_call(layer, x, used)
+    if isinstance(plan, str):
+        raise ValueError(f"adapter_names: an IA³ layer cannot give each row its own: {plan}")
+    return _compute(layer, x, plan, mixed.groups_of(names, used, x))
 
 
 @functools.cache
@@ -86,17 +120,16 @@ def with_scaling(plain: Any) -> type:
     """The class derived from `peft.tuners.ia3.Linear`."""
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        names = mixed.names_of(self) if mixed.under_way else None
+        if names is not None:
+            return _compute_mixed(self, x, names)
+        if SEEN in self.__dict__:
+            mixed.require_names(self.__dict__[SEEN].mixed)
         plan = "the call has arguments besides x" if args or kwargs else _plan_call(self, x)
         if isinstance(plan, str):
             note_own_forward(self, plan, passing=plan != lasting_plan(self))
             return plain.forward(self, x, *args, **kwargs)
-        if self.is_feedforward:
-            y = frozen_linear.frozen_linear(_scale(x, plan.factors), plan.weight, plan.bias)
-        else:
-            y = _scale(frozen_linear.frozen_linear(x, plan.weight, plan.bias), plan.factors)
-        if not torch.compiler.is_compiling():
-            self.__dict__[SEEN] = Seen(x.shape, y.dtype)
-        return y
+        return _compute(self, x, plan, None)
 
     # PEFT writes into the base weight through `.data`.
 
@@ -112,7 +145,7 @@ def with_scaling(plain: Any) -> type:
         with packed.rewriting(self.base_layer):
             return plain._apply(self, *args, **kwargs)
 
-    return derive(plain, with_scaling, forward=forward, merge=merge, unmerge=unmerge, _apply=_apply)
+    return derive(plain, with_scaling, mixed.ByRow, forward=forward, merge=merge, unmerge=unmerge, _apply=_apply)
 
 
 def is_swapped(layer: nn.Module) -> bool:

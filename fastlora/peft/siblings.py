@@ -135,7 +135,7 @@ class Family:
                 return None
             if isinstance(own, str) or own.lora_a[0].dtype != plan.lora_a[0].dtype:
                 return None
-            if len(own.magnitude) != len(plan.magnitude):  # a DoRA beside a plain LoRA
+            if own.magnitude.keys() != plan.magnitude.keys():  # a DoRA beside a plain LoRA
                 return None
             plans.append(own)
         if names is not None and not self._runs_mixed(plans, x, mode[-1] or x.dtype):
