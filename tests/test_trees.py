@@ -138,6 +138,8 @@ def test_what_predicts_is_not_shared() -> None:
 
     none = torch.full_like(given["ids"], -100)
     assert tokens() == tokens(none) == 20 + 3
+    whole = trees.grow(given["rows"], given["ids"].shape, ids=given["ids"]).labels(given["ids"])
+    assert whole[0].tolist() == [-100, *WORDS[1:20].tolist(), -100, -100, -100]  # nothing before them predicts the last
     for first, shared in ((19, 19), (12, 12), (8, 8), (7, 0), (0, 0)):
         targets = none.clone()
         targets[:, first:] = 1
