@@ -28,6 +28,7 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fastlora import reading, receipts
 from fastlora.layers import BASE
@@ -410,7 +411,10 @@ def without_memory(model: nn.Module) -> nn.Module:
     """A copy on the meta device."""
     memo: dict[int, Any] = {}
     for tensor in chain(model.parameters(), model.buffers()):
-        empty = torch.empty_like(tensor, device="meta")
+        if is_traceable_wrapper_subclass(tensor):  # torchao's, which know no meta device
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+        else:
+            empty = torch.empty_like(tensor, device="meta")
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, tensor.requires_grad)
             if issubclass(type(tensor), nn.Parameter):  # PEFT asks bitsandbytes' of how they were quantised

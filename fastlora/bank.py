@@ -295,7 +295,8 @@ class AdapterBank:
         """
         names = list(adapter_names)
         with self._changed:
-            wanted = frozenset(names) - {BASE, *(set(self.model.peft_config) - set(self._entries))}
+            own = {name for name in self.model.peft_config if name not in self._entries}
+            wanted = frozenset(names) - {BASE} - own
             entries = [self._entry(name) for name in sorted(wanted)]
             missing = sum(entry.resident is None for entry in entries)
             self._counts["misses"] += missing

@@ -7,11 +7,13 @@ import shutil
 import weakref
 
 import pytest
+import quantised_models
 import tiny
 import torch
 from adapter_folders import A, B, change, save, tensors
 from bank_folders import IDS, Q_V, alone, answer, own_model, save_several
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from quantised_models import EACH_KIND, NATIVE, a_folder  # noqa: F401  (a fixture)
 from torch import nn
 
 import fastlora
@@ -316,6 +318,30 @@ def test_one_that_changes_nothing_is_taken_where_that_is_allowed(tmp_path):
         bank.register("idle", folder)
         with bank.use(["idle"]) as names:
             close(answer(bank.model, names)[0], alone(None))
+
+
+@NATIVE
+@EACH_KIND
+def test_a_quantised_base_has_a_bank_as_any(kind, folder, tmp_path):
+    model, theirs = quantised_models.load(folder, kind), quantised_models.load(folder, kind)
+    for parameter in theirs.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter.data, std=0.1)
+    theirs.save_pretrained(tmp_path / "one")
+    with AdapterBank(fastlora.accelerate(model)) as bank:
+        bank.register("one", tmp_path / "one")
+        bank.load("one").result()
+        model.set_adapter("one")
+        torch.testing.assert_close(run_forward(model), run_forward(theirs), rtol=1e-3, atol=1e-3)
+    saved = theirs.state_dict()
+    for name, tensor in model.state_dict().items():
+        if ".one." in name:
+            assert torch.equal(tensor, saved[name.replace(".one.", ".default.")]), name
+
+
+@torch.no_grad()
+def run_forward(model):
+    return model.eval()(input_ids=IDS).logits
 
 
 def test_a_model_with_a_bank_is_saved_as_any(bank, tmp_path):

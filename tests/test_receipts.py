@@ -6,6 +6,7 @@ import shutil
 import warnings
 
 import pytest
+import quantised_models
 import tiny
 import torch
 from adapter_folders import LAYER, A, B, change, save, tensors
@@ -19,6 +20,7 @@ from peft import (
     get_peft_model,
 )
 from peft_models import peft_model
+from quantised_models import EACH_KIND, NATIVE, a_folder  # noqa: F401  (a fixture)
 from torch import nn
 
 import fastlora
@@ -158,6 +160,21 @@ def test_what_cannot_be_measured_says_why():
         fastlora.receipt(tiny.llama())
     with pytest.raises(ValueError, match="folders: got 'x', expected the model's adapters default"):
         fastlora.receipt(model, {"x": "somewhere"})
+
+
+@NATIVE
+@EACH_KIND
+@pytest.mark.parametrize("accelerated", [False, True], ids=["plain", "accelerated"])
+def test_over_a_quantised_weight_the_update_has_a_norm_and_no_share(kind, accelerated, folder):
+    model = quantised_models.load(folder, kind)
+    if accelerated:
+        fastlora.accelerate(model)
+    (found,) = fastlora.receipt(model).adapters
+    assert len(found.layers) == 14 and not found.changes_nothing and found.change is found.merge_error is None
+    for one in found.layers:
+        assert one.changes and one.norm and one.change is None and "the weight is quantised" in one.note
+    with pytest.raises(TypeError, match="expected one weight of 16 bits or more"), fastlora.merged(model):
+        pass
 
 
 def test_names_that_match_nothing_are_told():
