@@ -46,7 +46,9 @@ def _at(number: float, weights: Tensor) -> int:
     """Which of the weights [n] a number from 0 to 1, without 1, falls on, as they lie end to end."""
     ends = weights.double().cumsum(0)
     found = int(torch.searchsorted(ends, number * ends[-1], right=True))
-    return min(found, int(weights.nonzero()[-1]))  # rounding
+    if found < len(weights) and weights[found] > 0:
+        return found
+    return int(weights.nonzero()[-1])  # the product was rounded up
 
 
 def pick(logits: Tensor, pickers: Sequence[Picker]) -> list[int | None]:
