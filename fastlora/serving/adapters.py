@@ -62,9 +62,10 @@ class Adapters:
         """Have an adapter in the model from when it is there until it is released as often as it was kept. name: as `find` gives it."""
         if self.bank is not None and name != BASE:
             if not self._kept[name]:
-                if not self._coming:
-                    self._alone.add(name)
+                alone = not self._coming
                 self._coming[name] = self.bank.pin(self._inner[name])
+                if alone:
+                    self._alone.add(name)
             self._kept[name] += 1
 
     def is_there(self, name: str) -> bool:
