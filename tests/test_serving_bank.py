@@ -14,6 +14,7 @@ import served
 import tiny
 
 from fastlora.bank import AdapterBank
+from fastlora.serving.adapters import NoRoom
 from fastlora.serving.engine import Engine, EngineError, Request
 
 
@@ -93,6 +94,34 @@ def test_an_adapter_larger_than_all_there_is(folder: Path, sizes: dict[str, int]
         for one in (heard[1], heard[3]):
             with pytest.raises(EngineError, match="the adapter blue cannot be used"):
                 one.answer()
+
+
+def test_who_found_no_room_is_not_told_so_when_there_is_some_by_then(engine: Engine) -> None:
+    """The others may have ended between the bank's answer and the look at it."""
+    adapters = engine.adapters
+    names = [str(adapters.find(name)) for name in ("blue", "red", "green")]
+    for name in names:
+        adapters.keep(name)
+    wait_until(lambda: all(one.done() for one in adapters._coming.values()))
+    for name in names[:2]:
+        assert adapters.is_there(name)
+        adapters.release(name)
+    with pytest.raises(NoRoom):
+        adapters.is_there(names[2])
+    adapters.release(names[2])
+    assert not adapters.keeps_any
+    adapters.keep(names[2])
+    wait_until(lambda: adapters.is_there(names[2]))
+    adapters.release(names[2])
+    assert bank_of(engine).stats.pinned == 0
+
+
+def wait_until(is_so: Any) -> None:
+    for _ in range(600):
+        if is_so():
+            return
+        time.sleep(0.05)
+    pytest.fail("it never came")
 
 
 def test_nobody_else_waits_for_a_file(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from fastlora.serving import engine as engines
 from fastlora.serving.adapters import Adapters
 from fastlora.serving.batch import Batch
 from fastlora.serving.engine import Closing, Engine, EngineError, Piece, QueueFull, Request, TooLong, UnknownName
+from fastlora.serving.picking import Picker
 from fastlora.serving.words import Words
 
 
@@ -257,3 +258,14 @@ def test_bad_options_are_named(engine: Engine) -> None:
     ):
         with pytest.raises(ValueError, match=problem):
             Engine(engine.model, engine.tokenizer, engine.adapters, **options)
+
+
+def test_new_rows_of_like_lengths_join_together(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that waits longest is among them; padding counts, and no turn takes more than a chunk."""
+    rows = [
+        engines.Row(Request([5] * n, "red", 1), print, "red", Picker(0, 1, 0), Words(engine.tokenizer, ()), 0.0)
+        for n in (30, 90, 28, 2, 29, 33)
+    ]
+    for chunk, expected in ((30, [30]), (90, [30, 29, 28]), (600, [30, 29, 28, 33, 2, 90]), (119, [30, 29, 28])):
+        monkeypatch.setattr(engines, "CHUNK", chunk)
+        assert [len(row.request.tokens) for row in engines._beside(rows)] == expected

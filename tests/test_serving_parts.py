@@ -146,7 +146,10 @@ def test_names_and_lengths(folder: Path, tmp_path: Path) -> None:
     (tmp_path / served.BASE).symlink_to(folder / "adapters" / "red")
     with pytest.raises(ValueError, match="its name is the base model's"):
         server.load_engine(str(folder / served.BASE), tmp_path)
-    (tmp_path / served.BASE).rename(tmp_path / "keys.v1")  # which PEFT could not have for a name
+    (tmp_path / served.BASE).rename(tmp_path / "__base__")
+    with pytest.raises(ValueError, match="its name is the base model's"):
+        server.load_engine(str(folder / served.BASE), tmp_path)
+    (tmp_path / "__base__").rename(tmp_path / "keys.v1")  # which PEFT could not have for a name
     with tiny.on_cpu():
         engine = server.load_engine(str(folder / served.BASE), tmp_path)
         assert engine.adapters.names == [served.BASE, "keys.v1"] and engine.max_length == 256

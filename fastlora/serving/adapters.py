@@ -43,6 +43,7 @@ class Adapters:
         self._inner = {BASE: BASE, **inner}
         self._kept: Counter[str] = Counter()
         self._coming: dict[str, Future[None]] = {}  # of those kept
+        self._alone: set[str] = set()  # of those, whose coming began while no other was kept
         self._named: tuple[str, ...] = ()  # by the last step
         self._fused = model is not None and self._are_fused()
 
@@ -61,14 +62,17 @@ class Adapters:
         """Have an adapter in the model from when it is there until it is released as often as it was kept. name: as `find` gives it."""
         if self.bank is not None and name != BASE:
             if not self._kept[name]:
+                alone = not self._coming
                 self._coming[name] = self.bank.pin(self._inner[name])
+                if alone:
+                    self._alone.add(name)
             self._kept[name] += 1
 
     def is_there(self, name: str) -> bool:
         """Whether an adapter that is kept is in the model yet.
 
         Raises:
-            NoRoom: it does not fit beside the others that are kept.
+            NoRoom: it did not fit beside others that were kept: once released, it may be kept again.
             ValueError, AdapterError, OSError: it does not fit, or its files cannot be used.
         """
         coming = self._coming.get(name)
@@ -77,17 +81,23 @@ class Adapters:
         if not coming.done():
             return False
         error = coming.exception()
-        if type(error) is ValueError and len(self._coming) > 1:  # not an AdapterError: the bank's, of its budget
+        # Not an AdapterError: the bank's, of its budget. Who was in the way then, may have been released since.
+        if type(error) is ValueError and name not in self._alone:
             raise NoRoom(str(error)) from error
         if error is not None:
             raise error
         return True
+
+    @property
+    def keeps_any(self) -> bool:
+        return bool(self._coming)
 
     def release(self, name: str) -> None:
         if self.bank is not None and name != BASE:
             self._kept[name] -= 1
             if not self._kept[name]:
                 del self._coming[name]
+                self._alone.discard(name)
                 self.bank.unpin(self._inner[name])
 
     def _are_fused(self) -> bool:

@@ -275,7 +275,8 @@ class Engine:
             return self.adapters.is_there(row.name)
         except NoRoom:
             self.adapters.release(row.name)
-            row.kept, row.tried = False, self._ended  # once another row has ended, there may be
+            row.kept = False
+            row.tried = self._ended if self.adapters.keeps_any else -1  # once another row has ended, there may be
         except Exception:  # of any kind: its files
             logger.exception("the adapter %s cannot be used", row.request.adapter)
             with self._changed:

@@ -15,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from fastlora import adapters as adapter_files
 from fastlora.bank import AdapterBank
 from fastlora.generation import end_tokens
+from fastlora.layers import BASE
 from fastlora.models import load_model, positions
 from fastlora.serving.adapters import Adapters
 from fastlora.serving.engine import THREAD, Engine
@@ -82,8 +83,9 @@ def load_engine(
 
     base = Path(model).resolve().name if Path(model).is_dir() else model
     folders = {} if adapters is None else adapter_folders(adapters)
-    if base in folders:
-        raise ValueError(f"adapters={folders[base]}: its name is the base model's: rename one of the folders")
+    for name in (base, BASE):
+        if name in folders:
+            raise ValueError(f"adapters={folders[name]}: its name is the base model's: rename one of the folders")
     configs = [adapter_files.read_config(folder / adapter_files.CONFIG) for folder in folders.values()]
     for folder, config in zip(folders.values(), configs, strict=True):
         _require_mixable(folder, config)
