@@ -1,4 +1,4 @@
-"""A batch with an adapter a row in a compiled model: the names are the call's, whatever was traced with others."""
+"""A batch with an adapter a row in a compiled model: names, and gradients, are the call's, whatever was traced with others."""
 
 import copy
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from mixed_rows import BASE, lora_and_dora, row_by_row
+from mixed_rows import BASE, all_at_once, lora_and_dora, row_by_row
 from test_mixed_ia3 import ia3_model
 
 import fastlora
@@ -45,3 +45,14 @@ def test_a_whole_model(make: Any) -> None:
         model.set_adapter("default"), peer.set_adapter("default")
         torch.testing.assert_close(compiled(input_ids=ids).logits, peer(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
     assert mixed.under_way == 0
+
+
+def test_a_block_in_training() -> None:
+    model = of_one_block(lora_and_dora()).train()
+    peer = copy.deepcopy(model)
+    fastlora.accelerate(model).base_model.model.model.layers[0].compile(backend="aot_eager")
+    for names in BATCHES[lora_and_dora][:2]:
+        expected = row_by_row(peer, names)
+        found = all_at_once(model, names)
+        for name, value in expected.items():
+            torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)

@@ -35,6 +35,12 @@ def compute_dora(
     return [_scaled(plan, u, rows, plan.bias) for plan, u in zip(plans, _updated(plans, x, cast, rows), strict=True)]
 
 
+@torch._disable_dynamo
+def compute_mixed_dora(plans: Sequence[Plan], x: Tensor, cast: torch.dtype | None, rows: RowGroups) -> list[Tensor]:
+    """`compute_dora` of a mixed batch. Between a compiler's graphs: in training it fails on the Functions here, after the break that names are."""
+    return compute_dora(plans, x, cast, rows)
+
+
 def _updated(plans: Sequence[Plan], x: Tensor, cast: torch.dtype | None, rows: RowGroups | None) -> Sequence[Tensor]:
     """(W + s B A) x of each; a plain LoRA's rows with its own dropout."""
     return lora_linear.compute(

@@ -202,8 +202,9 @@ def _compute_updates(
     weight, bias, transposed, lora_a, lora_b, scale, dropout_p, magnitude, *_ = plans[0]
     cast = checks.autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
     if magnitude:
-        rows = None if names is None else mixed.groups_of(names, used, x)
-        return composed.compute_dora(plans, x, cast, rows)
+        if names is None:
+            return composed.compute_dora(plans, x, cast)
+        return composed.compute_mixed_dora(plans, x, cast, mixed.groups_of(names, used, x))
     alone = len(lora_a) == 1 and names is None and len(plans) == 1 and cast is None and not transposed
     if alone and not dropout_p[0] and not torch.is_grad_enabled():
         y = lora_linear.compute_few(x, weight, bias, lora_a[0], lora_b[0], scale[0])
