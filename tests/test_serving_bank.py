@@ -116,6 +116,29 @@ def test_who_found_no_room_is_not_told_so_when_there_is_some_by_then(engine: Eng
     assert bank_of(engine).stats.pinned == 0
 
 
+def test_who_is_kept_meanwhile_may_be_in_the_way(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter whose file is being read finds those that were there already, and are wanted again."""
+    served.answers(engine, [Request([5, 6], name, 2) for name in ("red", "green")])
+    adapters, build, go_on = engine.adapters, AdapterBank._build, threading.Event()
+
+    def waiting(self: AdapterBank, job: Any) -> Any:
+        assert go_on.wait(60)
+        return build(self, job)
+
+    monkeypatch.setattr(AdapterBank, "_build", waiting)
+    names = [str(adapters.find(name)) for name in ("blue", "red", "green")]
+    for name in names:
+        adapters.keep(name)
+    go_on.set()
+    for name in names[1:]:
+        assert adapters.is_there(name)
+    wait_until(adapters._coming[names[0]].done)
+    with pytest.raises(NoRoom):
+        adapters.is_there(names[0])
+    for name in names:
+        adapters.release(name)
+
+
 def wait_until(is_so: Any) -> None:
     for _ in range(600):
         if is_so():

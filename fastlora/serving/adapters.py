@@ -43,7 +43,7 @@ class Adapters:
         self._inner = {BASE: BASE, **inner}
         self._kept: Counter[str] = Counter()
         self._coming: dict[str, Future[None]] = {}  # of those kept
-        self._alone: set[str] = set()  # of those, whose coming began while no other was kept
+        self._alone: set[str] = set()  # of those, beside whose coming no other was kept
         self._named: tuple[str, ...] = ()  # by the last step
         self._fused = model is not None and self._are_fused()
 
@@ -63,6 +63,7 @@ class Adapters:
         if self.bank is not None and name != BASE:
             if not self._kept[name]:
                 alone = not self._coming
+                self._alone = {one for one in self._alone if self._coming[one].done()}
                 self._coming[name] = self.bank.pin(self._inner[name])
                 if alone:
                     self._alone.add(name)
