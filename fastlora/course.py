@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastlora import checkpoint, writing
 from fastlora.checkpoint import CheckpointError
 from fastlora.config import TrainConfig
 from fastlora.data.rows import Row, batches
@@ -128,6 +129,24 @@ def load_state(
 def count_tokens(rows: Sequence[Row]) -> int:
     """Padding aside."""
     return sum(len(row.input_ids) for row in rows)
+
+
+@contextmanager
+def named_writing(what: str, output: Path, step: int) -> Iterator[None]:
+    """An error of the disk's says what is not written, after which step, and what there is in the output to go on from.
+
+    Raises:
+        TrainingError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        steps = checkpoint.steps(output)
+        last = f"resume=True goes on from {checkpoint.folder(output, steps[-1])}" if steps else "start again"
+        raise TrainingError(
+            f"step {step}: {what} cannot be written: {error.strerror or error}: {error.filename or output}"
+            f" ({writing.free(output)}); mend that, then {last}"
+        ) from error
 
 
 @contextmanager

@@ -13,8 +13,8 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
 from hashlib import sha256
 from pathlib import Path
@@ -37,6 +37,7 @@ from fastlora.course import (
     TrainingInterrupted,
     count_tokens,
     load_state,
+    named_writing,
     scheduler,
     stop_signals,
 )
@@ -352,18 +353,8 @@ class _Run:
                 checkpoint.save(self.output, self.step, lambda folder: self._write_checkpoint(folder, rng))
         self.accelerator.wait_for_everyone()
 
-    @contextmanager
-    def _writing(self, what: str) -> Iterator[None]:
-        """An error of the disk's says what is not written, and what there is to go on from."""
-        try:
-            yield
-        except OSError as error:
-            steps = checkpoint.steps(self.output)
-            last = f"resume=True goes on from {checkpoint.folder(self.output, steps[-1])}" if steps else "start again"
-            raise TrainingError(
-                f"step {self.step}: {what} cannot be written: {error.strerror or error}: {error.filename or self.output}"
-                f" ({writing.free(self.output)}); mend that, then {last}"
-            ) from error
+    def _writing(self, what: str) -> AbstractContextManager[None]:
+        return named_writing(what, self.output, self.step)
 
     def _write_checkpoint(self, folder: Path, rng: list[dict[str, Any]]) -> None:
         self._write_model(folder)

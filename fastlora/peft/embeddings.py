@@ -18,7 +18,7 @@ from fastlora import checks, reference
 from fastlora.choice.table import name_of
 from fastlora.gradients import differentiable_once
 from fastlora.peft import obstacles
-from fastlora.peft.layers import OWN_FORWARD, SEEN, Seen, note_own_forward
+from fastlora.peft.layers import OWN_FORWARD, SEEN, Seen, last_fused_call, note_own_forward
 from fastlora.swap import derive, is_derived, undo
 
 
@@ -148,14 +148,10 @@ def describe(layer: Any) -> tuple[str, str]:
     """(implementation, reason), for people, of the layer's last call that nobody compiled."""
     if not is_derived(layer):
         return "peft", swap_obstacle(layer) or "not accelerated: call fastlora.accelerate(model)"
-    seen: Seen | None = layer.__dict__.get(SEEN)
-    own, obstacle = layer.__dict__.get(OWN_FORWARD), lasting_plan(layer)
-    if own is not None and own.before is seen:
-        return "reference", f"PEFT's own forward: {own.obstacle}"
-    if isinstance(obstacle, str):
-        return "reference", f"PEFT's own forward from now on: {obstacle}"
-    if seen is None:
-        return "reference", "not called yet, unless compiled"
+    obstacle = lasting_plan(layer)
+    seen = last_fused_call(layer, obstacle)
+    if isinstance(seen, str):
+        return "reference", seen
     rows = math.prod(seen.shape[:-1])
     return (
         "reference",

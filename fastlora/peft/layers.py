@@ -40,6 +40,20 @@ class OwnForward(NamedTuple):
     before: Seen | None  # the last fused call up to then
 
 
+def last_fused_call(layer: nn.Module, plan: object) -> Seen | str:
+    """A layer's last call, if that was fused and the next one may be; else what people are told.
+
+    plan: how the layer's state lets it run; a string: why not.
+    """
+    seen: Seen | None = layer.__dict__.get(SEEN)
+    own: OwnForward | None = layer.__dict__.get(OWN_FORWARD)
+    if own is not None and own.before is seen:
+        return f"PEFT's own forward: {own.obstacle}"
+    if isinstance(plan, str):
+        return f"PEFT's own forward from now on: {plan}"
+    return "not called yet, unless compiled" if seen is None else seen
+
+
 if TYPE_CHECKING:
     _Layer = lora.Linear
 else:

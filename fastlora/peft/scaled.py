@@ -18,7 +18,7 @@ from fastlora.frozen.quantised import QuantisedWeight
 from fastlora.operators import frozen_linear, scale_columns
 from fastlora.operators.lora_linear import RowGroups
 from fastlora.peft import composed, mixed, obstacles, probing, quantised
-from fastlora.peft.layers import OWN_FORWARD, SEEN, Seen, note_own_forward, restore_layer
+from fastlora.peft.layers import SEEN, Seen, last_fused_call, note_own_forward, restore_layer
 from fastlora.swap import derive, is_derived
 
 
@@ -194,14 +194,10 @@ def describe(layer: Any) -> tuple[str, str]:
     """(implementation, reason), for people, of the layer's last call that nobody compiled."""
     if not is_swapped(layer):
         return "peft", swap_obstacle(layer) or "not accelerated: call fastlora.accelerate(model)"
-    seen: Seen | None = layer.__dict__.get(SEEN)
-    own, obstacle = layer.__dict__.get(OWN_FORWARD), lasting_plan(layer)
-    if own is not None and own.before is seen:
-        return "reference", f"PEFT's own forward: {own.obstacle}"
-    if isinstance(obstacle, str):
-        return "reference", f"PEFT's own forward from now on: {obstacle}"
-    if seen is None:
-        return "reference", "not called yet, unless compiled"
+    obstacle = lasting_plan(layer)
+    seen = last_fused_call(layer, obstacle)
+    if isinstance(seen, str) or isinstance(obstacle, str):  # which the former says
+        return "reference", str(seen)
     rows = math.prod(seen.shape[:-1])
     weight = obstacle.weight
     like = weight.new_empty(1, 1, dtype=seen.dtype).expand(rows, weight.shape[1])

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, fields
 from functools import partial
 from hashlib import sha256
@@ -36,6 +36,7 @@ from fastlora.course import (
     TrainingInterrupted,
     count_tokens,
     load_state,
+    named_writing,
     scheduler,
     stop_signals,
 )
@@ -491,18 +492,8 @@ class SweepRun:
         }
         (folder / NAME).write_text(json.dumps(content, indent=2) + "\n")
 
-    @contextmanager
-    def _writing(self, what: str) -> Iterator[None]:
-        """An error of the disk's says what is not written, and what there is to go on from."""
-        try:
-            yield
-        except OSError as error:
-            steps = checkpoint.steps(self.output)
-            last = f"resume=True goes on from {checkpoint.folder(self.output, steps[-1])}" if steps else "start again"
-            raise TrainingError(
-                f"step {self.step}: {what} cannot be written: {error.strerror or error}: {error.filename or self.output}"
-                f" ({writing.free(self.output)}); mend that, then {last}"
-            ) from error
+    def _writing(self, what: str) -> AbstractContextManager[None]:
+        return named_writing(what, self.output, self.step)
 
     def _write_adapter(self, one: _Training, folder: Path) -> None:
         self.model.save_pretrained(str(folder), selected_adapters=[one.adapter], save_embedding_layers=False)
