@@ -391,6 +391,7 @@ def serve(
     ] = None,
     dtype: DtypeOption = "auto",
     allow_missing: AllowMissingOption = False,
+    allow_noop: AllowNoopOption = False,
 ) -> None:
     """Serve a base and its adapters behind OpenAI's interface on this machine, to try them: `model` names the adapter."""
     from fastlora.serving.server import require_web, serve
@@ -408,6 +409,7 @@ def serve(
         max_adapter_bytes=max_adapter_bytes,
         dtype=dtype,
         allow_missing=allow_missing,
+        allow_noop=allow_noop,
         say=functools.partial(print, flush=True),
     )
 

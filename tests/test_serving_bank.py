@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 import served
 import tiny
+from safetensors.torch import load_file, save_file
 
+from fastlora.adapters import AdapterError
 from fastlora.bank import AdapterBank
 from fastlora.serving.adapters import NoRoom
 from fastlora.serving.engine import Engine, EngineError, Request
@@ -94,6 +96,24 @@ def test_an_adapter_larger_than_all_there_is(folder: Path, sizes: dict[str, int]
         for one in (heard[1], heard[3]):
             with pytest.raises(EngineError, match="the adapter blue cannot be used"):
                 one.answer()
+
+
+@pytest.mark.parametrize("max_adapter_bytes", [None, 1 << 30], ids=["all", "bank"])
+def test_an_adapter_that_changes_nothing_is_served_where_that_is_allowed(
+    tmp_path: Path, max_adapter_bytes: int | None
+) -> None:
+    served.save(tmp_path)
+    file = tmp_path / "adapters" / "red" / "adapter_model.safetensors"
+    save_file({name: value * ("lora_B" not in name) for name, value in load_file(file).items()}, file)
+    options = {"max_length": 64, "max_adapter_bytes": max_adapter_bytes}
+    asked = [Request([5, 6], name, 4) for name in ("red", served.BASE)]
+    with served.running(served.load(tmp_path, allow_noop=True, **options)) as engine:
+        assert len(set(served.answers(engine, asked))) == 1
+    with pytest.raises((AdapterError, EngineError), match="changes nothing|the adapter red cannot be used"):
+        with served.running(served.load(tmp_path, **options)) as engine:
+            served.answers(engine, asked[:1])
+    with pytest.raises(ValueError, match="allow_missing=True: expected no max_adapter_bytes"):
+        served.load(tmp_path, allow_missing=True, max_adapter_bytes=1 << 30)
 
 
 def test_who_found_no_room_is_not_told_so_when_there_is_some_by_then(engine: Engine) -> None:

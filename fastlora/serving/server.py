@@ -62,6 +62,7 @@ def load_engine(
     max_queue: int = 64,
     max_adapter_bytes: int | None = None,
     allow_missing: bool = False,
+    allow_noop: bool = False,
 ) -> Engine:
     """The engine of a base and the LoRA adapters in a folder, accelerated; it is not started.
 
@@ -74,6 +75,7 @@ def load_engine(
         max_queue: requests that may wait.
         max_adapter_bytes: what adapters may take in memory: each is read when somebody asks for it, and leaves when there is no room for another
             (`fastlora.AdapterBank`). None: all are read now, and stay.
+        allow_missing, allow_noop: as `load_model`'s.
 
     Raises:
         ValueError: a bad option, an adapter that a mixed batch cannot have, the base's name is an adapter's, too, a model that cannot be served.
@@ -81,6 +83,8 @@ def load_engine(
     """
     import fastlora
 
+    if allow_missing and max_adapter_bytes is not None:
+        raise ValueError("allow_missing=True: expected no max_adapter_bytes, a bank takes whole adapters only")
     base = Path(model).resolve().name if Path(model).is_dir() else model
     folders = {} if adapters is None else adapter_folders(adapters)
     for name in (base, BASE):
@@ -93,10 +97,12 @@ def load_engine(
     inner = {name: f"adapter-{i}" for i, name in enumerate(folders)}
     paths = {inner[name]: folder for name, folder in folders.items()}
     now = paths if max_adapter_bytes is None else {}
-    loaded, tokenizer = load_model(model, now, dtype=dtype, accelerate=False, allow_missing=allow_missing)
+    loaded, tokenizer = load_model(
+        model, now, dtype=dtype, accelerate=False, allow_missing=allow_missing, allow_noop=allow_noop
+    )
     bank = None
     if configs and max_adapter_bytes is not None:
-        loaded, bank = _with_bank(loaded, paths, configs[0], max_adapter_bytes)
+        loaded, bank = _with_bank(loaded, paths, configs[0], max_adapter_bytes, allow_noop)
     fastlora.accelerate(loaded.requires_grad_(False), frozen=True, fuse=True)
     most = positions(loaded) or DEFAULT_LENGTH
     length = min(most, DEFAULT_LENGTH) if max_length is None else max_length
@@ -128,11 +134,13 @@ def start_engine(*args: Any, **options: Any) -> Engine:
     return loaded.result()
 
 
-def _with_bank(model: Any, folders: Mapping[str, Path], first: Any, budget_bytes: int) -> tuple[Any, AdapterBank]:
+def _with_bank(
+    model: Any, folders: Mapping[str, Path], first: Any, budget_bytes: int, allow_noop: bool
+) -> tuple[Any, AdapterBank]:
     """The model with the layers of all these adapters and none of them, and the bank that has their names."""
     own = LoraConfig(r=1, target_modules=copy.copy(first.target_modules), task_type="CAUSAL_LM", inference_mode=True)
     model = get_peft_model(model, own, adapter_name=OWN)  # of B zero; nobody asks for it
-    bank = AdapterBank(model.eval(), budget_bytes=budget_bytes)
+    bank = AdapterBank(model.eval(), budget_bytes=budget_bytes, allow_noop=allow_noop)
     for name, folder in folders.items():
         bank.register(name, folder)
     return model, bank
