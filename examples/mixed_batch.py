@@ -45,9 +45,8 @@ def main(arguments: list[str] | None = None) -> tuple[list[float], torch.Tensor,
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    model.eval()
     prompts = tokenizer([one.prompt for one in pairs[0]], return_tensors="pt", padding=True, padding_side="left")
-    answers = model.generate(**prompts, adapter_names=TASKS, max_new_tokens=16)
+    answers = model.eval().generate(**prompts, adapter_names=TASKS, max_new_tokens=16)
     print(f"loss {losses[0]:.3f} to {losses[-1]:.3f}", *map(repr, tokenizer.batch_decode(answers)), sep="\n")
     with torch.no_grad():
         mixed, alone = model(**prompts, adapter_names=TASKS).logits, []

@@ -120,7 +120,8 @@ def test_merge_and_serve(tmp_path: Path) -> None:
 def test_an_adapter_of_ones_own_is_served(tmp_path: Path) -> None:
     """Its rank, 12, is none that vLLM's option takes: the next one is asked for."""
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(BASE_MODEL), LoraConfig(r=12, target_modules=["q_proj"])
+        AutoModelForCausalLM.from_pretrained(BASE_MODEL),
+        LoraConfig(r=12, target_modules=["q_proj"], init_lora_weights=False),
     )
     model.save_pretrained(tmp_path / "mine")
     report, (_, beside) = run("merge_and_serve", tmp_path / "mine", "--output", tmp_path / "served")
