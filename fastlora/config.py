@@ -115,7 +115,10 @@ class TrainConfig:
     )
     r: int = option("Rank of the adapter.", DEFAULT_R)
     lora_alpha: float = option("The update is scaled by lora_alpha / r.", 32)
-    lora_dropout: float = option("Dropout on the adapter's input.", 0.05)
+    lora_dropout: float | None = option(
+        "Dropout on the adapter's input. [default: 0.05 for lora; 0 for dora, where it takes a second product with the base]",
+        None,
+    )
     use_rslora: bool = option("Scale by lora_alpha / sqrt(r).", False)
     target_modules: str | list[str] = option(  # as PEFT: a str is all-linear or a regular expression
         "all-linear, names with commas (q_proj,v_proj), or a regular expression.", "all-linear", typed=str
@@ -182,6 +185,8 @@ class TrainConfig:
         self._check_method()
         if self.lr is None:
             self.lr = DEFAULT_LR[self.method]
+        if self.lora_dropout is None and self.method in OPTIONS_OF["lora_dropout"]:
+            self.lora_dropout = 0.0 if self.method == "dora" else 0.05
         self._check_numbers()
         if self.lr_scheduler_type not in SCHEDULES:
             raise ValueError(
@@ -248,7 +253,7 @@ class TrainConfig:
                 wanted = f"at least {least}{what}" if value < least else f"at most {most}"
                 raise ValueError(f"{name}={shown(value)}: expected {wanted}")
         for name in ("lora_dropout", "warmup_ratio"):
-            if not 0 <= getattr(self, name) < 1:
+            if not 0 <= (getattr(self, name) or 0.0) < 1:
                 raise ValueError(f"{name}={shown(getattr(self, name))}: expected a number from 0 to below 1")
         for name in ("lr", "lora_alpha", "weight_decay", "max_grad_norm"):
             if not (is_finite(getattr(self, name)) and getattr(self, name) >= 0):
