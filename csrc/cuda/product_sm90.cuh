@@ -11,7 +11,7 @@
 
 #include <type_traits>
 
-#include "product.cuh"
+#include "product_epilogue.cuh"
 
 namespace fastlora::sm90 {
 
@@ -234,17 +234,20 @@ __device__ void consume(const Fused<T, G>& task, int consumer) {
       __syncwarp();  // all have read what the producer told
       release(stage);
     }
+    write_sums<!BACK>(product, [&]<bool BIAS, bool WHOLE>(std::bool_constant<BIAS>, std::bool_constant<WHOLE>) {
 #pragma unroll
-    for (int block = 0; block < WIDTH / 32; ++block) {
-      const Bias<T, !BACK> bias(product, tile.column + block * 32);
+      for (int block = 0; block < WIDTH / 32; ++block) {
+        const int column = tile.column + block * 32;
+        const Bias<T, BIAS, WHOLE> bias(product, column);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float part[4][2];
+        for (int half = 0; half < 2; ++half) {
+          float part[4][2];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) part[j / 2][j % 2] = sum[block * 16 + j / 2 * 4 + half * 2 + j % 2];
-        write_32(product, row + half * 8, bias, part);
+          for (int j = 0; j < 8; ++j) part[j / 2][j % 2] = sum[block * 16 + j / 2 * 4 + half * 2 + j % 2];
+          write_32(product, row + half * 8, column, bias, part);
+        }
       }
-    }
+    });
   }
 }
 
