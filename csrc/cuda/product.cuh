@@ -93,30 +93,32 @@ __device__ inline float2 read_two(const Product<T, G>& task, int row, int column
 template <class T, class G, bool BACK>
 struct KeptRows {
   const Product<T, G>& task;
-  const RankStep& step;
   const uint8_t* at;
   int row, stride, rows, shift;
 
-  __device__ KeptRows(const Product<T, G>& task, const RankStep& step, int row, int column)
-      : task(task), step(step), row(row), stride(divide_up(task.N, 64) * 8), rows(column / 64 * 64 < task.N ? task.M - row : 0),
-        shift(column % 64) {
+  __device__ KeptRows(const Product<T, G>& task, int row, int column)
+      : task(task), row(row), stride(divide_up(task.N, 64) * 8), rows(column / 64 * 64 < task.N ? task.M - row : 0), shift(column % 64) {
     at = task.keep + static_cast<int64_t>(row) * stride + column / 64 * 8;
   }
 
-  __device__ uint64_t bits(int below) const {
+  /// The bits of keep, of which there must be some.
+  __device__ uint64_t word(int below) const {
+    return below < rows ? *reinterpret_cast<const uint64_t*>(at + below * stride) >> shift : 0;
+  }
+  __device__ uint64_t bits(const RankStep& step, int below) const {
     if constexpr (G::MANY) {
       if (!task.groups.has(row + below, step.group)) return 0;
       if (!BACK || !step.drops) return ~uint64_t{0};
     }
-    return below < rows ? *reinterpret_cast<const uint64_t*>(at + below * stride) >> shift : 0;
+    return word(below);
   }
 };
 
 /// Two columns of a sum, those with bits `at` and `at + 1`, plus the rank step where the bits keep it.
 __device__ inline void add_kept(float& first, float& second, float p0, float p1, uint64_t bits, int at, float factor) {
   const uint32_t pair = static_cast<uint32_t>(bits >> at);
-  first += pair & 1 ? factor * p0 : 0.f;
-  second += pair & 2 ? factor * p1 : 0.f;
+  if (pair & 1) first = fmaf(factor, p0, first);
+  if (pair & 2) second = fmaf(factor, p1, second);
 }
 
 }  // namespace fastlora

@@ -147,10 +147,10 @@ __device__ void run(const Product<T, G>& task) {
       continue;
     }
     for_each_fragment(Rank{}, step, std::integral_constant<int, 1>{}, [&](const uint32_t (&a)[4][4], const uint32_t (&b)[4][4]) {
-      const KeptRows<T, G, BACK> kept(task, rank, tile.row + warp_row + g, tile.column + warp_column + t * 2);
+      const KeptRows<T, G, BACK> kept(task, tile.row + warp_row + g, tile.column + warp_column + t * 2);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint64_t upper = kept.bits(i * 16), lower = kept.bits(i * 16 + 8);
+        const uint64_t upper = kept.bits(rank, i * 16), lower = kept.bits(rank, i * 16 + 8);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
           float part[4] = {};

@@ -139,11 +139,14 @@ __device__ void produce(const Fused<T, G>& task) {
   }
 }
 
+/// Two rows' bits of the 64 columns that are multiplied next.
+struct Bits { uint64_t upper, lower; };
+
 /// sum += the rank step for the rows that have its adapter and where its bits are set, 64 columns at a time, or it would need as many registers
-/// as the sum.
+/// as the sum. `next`: the bits of the first 64. Those that follow are asked for while the tensor cores are busy.
 template <class T, class G, bool BACK>
 __device__ __forceinline__ void add_selected(
-    const Product<T, G>& product, const RankStep& step, int row, int column, uint64_t left, const unsigned char* right, float (&sum)[128]) {
+    const Product<T, G>& product, const RankStep& step, int row, int column, uint64_t left, const unsigned char* right, Bits next, float (&sum)[128]) {
 #pragma unroll
   for (int block = 0; block < WIDTH / 64; ++block) {
     float part[32];
@@ -154,15 +157,18 @@ __device__ __forceinline__ void add_selected(
       multiply_operands<T, BACK>(part, left + k * (32 >> 4), BACK ? operand(columns + k * 16 * 128, DEPTH * 128) : operand(columns + k * 32, 0), k);
       commit_products();
     }
-    const KeptRows<T, G, BACK> kept(product, step, row, column + block * 64 + threadIdx.x % 4 * 2);
-    const uint64_t upper = kept.bits(0), lower = kept.bits(8);
+    const Bits bits = next;
+    if (block + 1 < WIDTH / 64) {
+      const KeptRows<T, G, BACK> kept(product, row, column + (block + 1) * 64);
+      next = {kept.bits(step, 0), kept.bits(step, 8)};
+    }
     wait_products<0>();
     forget(part);  // or what they are multiplied with may come before the wait
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       float* const to = sum + block * 32 + j * 4;
-      add_kept(to[0], to[1], part[j * 4], part[j * 4 + 1], upper, j * 8, step.factor);
-      add_kept(to[2], to[3], part[j * 4 + 2], part[j * 4 + 3], lower, j * 8, step.factor);
+      add_kept(to[0], to[1], part[j * 4], part[j * 4 + 1], bits.upper, j * 8, step.factor);
+      add_kept(to[2], to[3], part[j * 4 + 2], part[j * 4 + 3], bits.lower, j * 8, step.factor);
     }
   }
 }
@@ -216,12 +222,17 @@ __device__ void consume(const Fused<T, G>& task, int consumer) {
         sum[2 * i] += two.x, sum[2 * i + 1] += two.y;
       }
     }
+    const int first_column = tile.column + static_cast<int>(thread % 4 * 2);
     for (bool more = true; more; stage.next()) {
+      const KeptRows<T, G, BACK> kept(product, row, first_column);
+      Bits bits{};
+      if (BACK && !G::MANY && product.keep) bits = {kept.word(0), kept.word(8)};  // before the wait, which hides it
       wait_barrier(stage.full(), stage.parity, {Awaited::BOXES, stage.at, number});
       const RankStep step = stage.rank().step;
       more = stage.rank().more;
       if ((BACK || G::MANY) && !step.alone) {
-        add_selected<T, G, BACK>(product, step, row, tile.column, left(0), stage.right(), sum);
+        if (G::MANY) bits = {kept.bits(step, 0), kept.bits(step, 8)};
+        add_selected<T, G, BACK>(product, step, row, first_column, left(0), stage.right(), bits, sum);
       } else {
 #pragma unroll 1
         for (int k = 0; k * 16 < step.depths; ++k) {
