@@ -1,7 +1,7 @@
 """The flags of product_sm90_kernel (csrc/cuda/product_sm90.cuh), every interleaving of them.
 
 A model of `take_sides`, `produce`, `wait_for_rows` and `wait_for_all_shrunk` on small sizes: a block has a team that takes thin products' tiles and
-a producer that asks for the rank step of its tiles. Any block may begin while fewer than `resident` are at work, and any part of any block that
+a producer that asks for the rank step of its tiles. The launch before, which clears the flags, may end at any time. Any block may begin while fewer than `resident` are at work, and any part of any block that
 is able to take its next step may be the next that does. In no order may everybody wait, and no rank step may read a row that is not shrunk.
 
 Left out, since they wait for nobody but their own block: the stages between a producer and its consumers, which the emulated card runs. That
@@ -42,6 +42,8 @@ class Rules:
     writes_first: bool = True  # before it is told
     waits_last: bool = True  # tiles that wait are handed out behind all that shrink
     beside: bool = True  # the team and the producer are at work at the same time
+    team_waits: bool = True  # for the end of the launch before
+    producer_waits: bool = True  # for that, before it looks at flags
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,11 @@ class State:
     written: frozenset[tuple[int, int]] = frozenset()  # rows and passes
     of_row: tuple[int, ...] = ()
     shrunk: int = 0
+    cleared: bool = False  # the launch before has ended
 
 
 class Unsafe(Exception):
-    """A rank step reads a row that is not shrunk."""
+    """A rank step reads a row that is not shrunk, or somebody looks at a flag that is not cleared."""
 
 
 class Deadlock(Exception):
@@ -90,6 +93,8 @@ class Model:
         return block.side == "done" and block.turn == len(self.turns[index])
 
     def next(self, state: State) -> Iterator[State]:
+        if not state.cleared:
+            yield replace(state, cleared=True)
         at_work = sum(block is not None and not self.is_done(i, block) for i, block in enumerate(state.blocks))
         for i, block in enumerate(state.blocks):
             if block is None:
@@ -111,6 +116,10 @@ class Model:
         """wait_for_rows, and then the rank step."""
         if block.turn == len(self.turns[index]):
             return
+        if not state.cleared:
+            if self.rules.producer_waits:
+                return
+            raise Unsafe(f"a producer looks at flags: {state}")
         row_block = self.turns[index][block.turn] % self.row_blocks
         rows = range(row_block * HEIGHT, min(self.launch.M, (row_block + 1) * HEIGHT))
         wanted = (len(rows) - self.rules.missing_rows) * (self.launch.passes if self.rules.counts_passes else 1)
@@ -122,6 +131,10 @@ class Model:
         yield self._with(state, index, replace(block, turn=block.turn + 1))
 
     def _take_sides(self, state: State, index: int, block: Block) -> Iterator[State]:
+        if not state.cleared:
+            if self.rules.team_waits:
+                return
+            raise Unsafe(f"a team takes a tile: {state}")
         if block.side is None:
             mine = self.sides[state.taken] if state.taken < len(self.sides) else "done"
             side = None if mine == GRADIENT else mine
@@ -212,6 +225,8 @@ def test_every_order_ends_and_reads_shrunk_rows(name: str, blocks: int, resident
         (Rules(writes_first=False), "forward", Unsafe),
         (Rules(waits_last=False), "backward", Deadlock),
         (Rules(beside=False), "forward", Deadlock),
+        (Rules(team_waits=False), "forward", Unsafe),
+        (Rules(producer_waits=False), "forward", Unsafe),
     ],
     ids=str,
 )

@@ -64,7 +64,9 @@ class RankSteps {
   }
 };
 
-constexpr int TILES_TOGETHER = 8;  // row-blocks whose tiles follow one another, so that they read a block of w while it is in the cache
+// Row-blocks whose tiles follow one another, so that they read a block of w while it is in the cache. The tiles that run at a time, one a
+// multiprocessor of 128 x 256 (132 of them) or two of 128 x 128 (216), read the fewest bytes of x and w where they are about 16 rows high.
+constexpr int TILES_TOGETHER = 16;
 
 struct Tile { int row, column; };  // the first ones
 

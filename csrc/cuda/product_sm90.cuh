@@ -5,7 +5,10 @@
 //     producer    the fourth warp asks for tiles; before those of a rank step it waits until its rows are shrunk
 //     consumers   two warpgroups, each 64 rows of the tile of 128 x 256
 //
-// A shrinking tile waits for nothing and all of them are handed out before any tile that waits for them, so whoever waits, waits for warps that
+// The launch before, which rounds the adapters and clears the flags, may still run when this one begins: the sides and the producer's rank steps
+// wait for its end, the frozen part, which it has nothing to do with, does not. What its own predecessors wrote is there by then.
+//
+// A shrinking tile waits for nothing else and all of them are handed out before any tile that waits for them, so whoever waits, waits for warps that
 // are at work: nothing depends on which blocks run at the same time.
 #pragma once
 
@@ -119,6 +122,7 @@ __device__ void produce(const Fused<T, G>& task) {
       bring(std::bool_constant<ACROSS>{}, &task.x, tile.row, depth, &task.w, tile.column, depth);
     }
     __syncwarp();  // who does not ask waits here, and does not look at flags while the first thread is busy
+    if (number == blockIdx.x) wait_for_launch_before();
     wait_for_rows(task, tile.row, number);
     fence_copy_engine();
     RankSteps<G, BACK, DEPTH> steps(task.product.groups, tile.row);
@@ -143,7 +147,8 @@ __device__ void produce(const Fused<T, G>& task) {
 struct Bits { uint64_t upper, lower; };
 
 /// sum += the rank step for the rows that have its adapter and where its bits are set, 64 columns at a time, or it would need as many registers
-/// as the sum. `next`: the bits of the first 64. Those that follow are asked for while the tensor cores are busy.
+/// as the sum. `next`: the bits of the first 64, of one adapter; those that follow are asked for one step ahead, which hides them. Of many adapters
+/// there are no registers for that.
 template <class T, class G, bool BACK>
 __device__ __forceinline__ void add_selected(
     const Product<T, G>& product, const RankStep& step, int row, int column, uint64_t left, const unsigned char* right, Bits next, float (&sum)[128]) {
@@ -157,10 +162,11 @@ __device__ __forceinline__ void add_selected(
       multiply_operands<T, BACK>(part, left + k * (32 >> 4), BACK ? operand(columns + k * 16 * 128, DEPTH * 128) : operand(columns + k * 32, 0), k);
       commit_products();
     }
-    const Bits bits = next;
-    if (block + 1 < WIDTH / 64) {
-      const KeptRows<T, G, BACK> kept(product, row, column + (block + 1) * 64);
+    Bits bits = next;
+    if (G::MANY || block + 1 < WIDTH / 64) {
+      const KeptRows<T, G, BACK> kept(product, row, column + (block + !G::MANY) * 64);
       next = {kept.bits(step, 0), kept.bits(step, 8)};
+      if (G::MANY) bits = next;
     }
     wait_products<0>();
     forget(part);  // or what they are multiplied with may come before the wait
@@ -224,14 +230,15 @@ __device__ void consume(const Fused<T, G>& task, int consumer) {
     }
     const int first_column = tile.column + static_cast<int>(thread % 4 * 2);
     for (bool more = true; more; stage.next()) {
-      const KeptRows<T, G, BACK> kept(product, row, first_column);
       Bits bits{};
-      if (BACK && !G::MANY && product.keep) bits = {kept.word(0), kept.word(8)};  // before the wait, which hides it
+      if (BACK && !G::MANY && product.keep) {  // before the wait, which hides it
+        const KeptRows<T, G, BACK> kept(product, row, first_column);
+        bits = {kept.word(0), kept.word(8)};
+      }
       wait_barrier(stage.full(), stage.parity, {Awaited::BOXES, stage.at, number});
       const RankStep step = stage.rank().step;
       more = stage.rank().more;
       if ((BACK || G::MANY) && !step.alone) {
-        if (G::MANY) bits = {kept.bits(step, 0), kept.bits(step, 8)};
         add_selected<T, G, BACK>(product, step, row, first_column, left(0), stage.right(), bits, sum);
       } else {
 #pragma unroll 1
@@ -266,6 +273,7 @@ template <class T, class G, bool BACK, int RANK>
 __device__ void take_sides(const Fused<T, G>& task) {
   int* const number = reinterpret_cast<int*>(barriers() + 2 * STAGES);
   const int thread = threadIdx.x;
+  wait_for_launch_before();
   for (;;) {
     if (thread == 0) *number = static_cast<int>(atomicAdd(task.progress.taken(), 1u));
     team_sync(SIDE_BARRIER, TEAM);
@@ -290,6 +298,7 @@ __device__ void take_sides(const Fused<T, G>& task) {
 
 template <class T, class G, bool BACK, bool ACROSS, int RANK>
 __device__ void run(const Fused<T, G>& task) {
+  let_next_launch_begin();
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       init_barrier(barriers() + i, 1);
