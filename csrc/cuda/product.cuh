@@ -118,9 +118,9 @@ struct KeptRows {
 
 /// Two columns of a sum, those with bits `at` and `at + 1`, plus the rank step where the bits keep it.
 __device__ inline void add_kept(float& first, float& second, float p0, float p1, uint64_t bits, int at, float factor) {
-  const uint32_t pair = static_cast<uint32_t>(bits >> at);
-  if (pair & 1) first = fmaf(factor, p0, first);
-  if (pair & 2) second = fmaf(factor, p1, second);
+  const uint32_t half = static_cast<uint32_t>(bits >> at / 32 * 32), bit = 1u << at % 32;
+  if (half & bit) first = fmaf(factor, p0, first);
+  if (half & 2 * bit) second = fmaf(factor, p1, second);
 }
 
 }  // namespace fastlora
