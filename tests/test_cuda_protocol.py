@@ -1,8 +1,9 @@
 """The flags of product_sm90_kernel (csrc/cuda/product_sm90.cuh), every interleaving of them.
 
 A model of `take_sides`, `produce`, `wait_for_rows` and `wait_for_all_shrunk` on small sizes: a block has a team that takes thin products' tiles and
-a producer that asks for the rank step of its tiles. The launch before, which clears the flags, may end at any time. Any block may begin while fewer than `resident` are at work, and any part of any block that
-is able to take its next step may be the next that does. In no order may everybody wait, and no rank step may read a row that is not shrunk.
+a producer that asks for the rank step of its tiles. The launch before, which clears the flags, may end at any time. Any block may begin while fewer
+than `resident` are at work, and any part of any block that is able to take its next step may be the next that does. In no order may everybody wait,
+and no rank step may read a row that is not shrunk.
 
 Left out, since they wait for nobody but their own block: the stages between a producer and its consumers, which the emulated card runs. That
 whoever sees a flag sees what was written before it is the release's and the acquire's doing (PTX ISA, Memory Consistency Model).
@@ -16,7 +17,10 @@ from typing import Any
 import pytest
 
 HEIGHT = 4  # rows of a product's tile; a shrinking tile has two
-GRADIENT, LAST = "gradient", "last"  # tiles that shrink nothing: of `first`, and of `last`, which reads what all have shrunk
+GRADIENT, LAST = (
+    "gradient",
+    "last",
+)  # tiles that shrink nothing: of `first`, and of `last`, which reads what all have shrunk
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,9 @@ class Rules:
 
 @dataclass(frozen=True)
 class Block:
-    side: Any = None  # None: takes a tile; a shrinking tile's [rows, pass, written, flags to be raised]; LAST: waits; "done"
+    side: Any = (
+        None  # None: takes a tile; a shrinking tile's [rows, pass, written, flags to be raised]; LAST: waits; "done"
+    )
     turn: int = 0  # of its products' tiles
 
 

@@ -103,16 +103,16 @@ struct KeptRows {
     at = task.keep + static_cast<int64_t>(row) * stride + column / 64 * 8;
   }
 
-  /// The bits of keep, of which there must be some.
+  /// The bits of keep, which there must be, of all 64 columns: who has asked for them early shifts them late, or waits for them.
   __device__ uint64_t word(int below) const {
-    return below < rows ? *reinterpret_cast<const uint64_t*>(at + below * stride) >> shift : 0;
+    return below < rows ? *reinterpret_cast<const uint64_t*>(at + below * stride) : 0;
   }
   __device__ uint64_t bits(const RankStep& step, int below) const {
     if constexpr (G::MANY) {
       if (!task.groups.has(row + below, step.group)) return 0;
       if (!BACK || !step.drops) return ~uint64_t{0};
     }
-    return word(below);
+    return word(below) >> shift;
   }
 };
 

@@ -18,14 +18,15 @@ struct Bias {
 
   template <class G>
   __device__ Bias(const Product<T, G>& task, int column) {
-    if constexpr (IS) {
-      const int64_t stride = WHOLE ? 1 : task.bias_stride;
-      const int first = column + static_cast<int>(threadIdx.x) % 4 * 2;
-      const T* const from = task.bias + first * stride;
+    if constexpr (IS) {  // beyond N it is whatever there is at the end
+      const int t = threadIdx.x % 4;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
-        const int ahead = i / 2 * 8 + i % 2;
-        if (WHOLE ? column + i / 2 * 8 < task.N : first + ahead < task.N) value[i / 2][i % 2] = static_cast<float>(from[ahead * stride]);
+        if constexpr (WHOLE) {
+          value[i / 2][i % 2] = static_cast<float>(task.bias[min(column + i / 2 * 8, task.N - 8) + 2 * t + i % 2]);
+        } else {
+          value[i / 2][i % 2] = static_cast<float>(task.bias[min(column + i / 2 * 8 + 2 * t + i % 2, task.N - 1) * task.bias_stride]);
+        }
       }
     }
   }
@@ -63,8 +64,8 @@ __device__ __forceinline__ void write_32(
   for (int j = 0; j < 4; ++j) {
     mine.pair[j] = IS ? pack<T>(sum[j][0] + bias.value[j][0], sum[j][1] + bias.value[j][1]) : pack<T>(sum[j][0], sum[j][1]);
   }
-  trade(mine.pair);
-  const int first = column + 8 * (static_cast<int>(threadIdx.x) % 4);
+  const int t = threadIdx.x % 4, first = column + (WHOLE ? 8 : 2) * t;
+  if constexpr (WHOLE) trade(mine.pair);
   if (row >= task.M || first >= task.N) return;
   T* const to = task.y + static_cast<int64_t>(row) * task.N + first;
   if constexpr (WHOLE) {
@@ -72,7 +73,8 @@ __device__ __forceinline__ void write_32(
   } else {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      if (first + i < task.N) reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(mine.pair[i / 2] >> 16 * (i % 2));
+      const int ahead = i / 2 * 8 + i % 2;
+      if (first + ahead < task.N) reinterpret_cast<uint16_t*>(to)[ahead] = static_cast<uint16_t>(mine.pair[i / 2] >> 16 * (i % 2));
     }
   }
 }

@@ -162,19 +162,22 @@ __device__ __forceinline__ void add_selected(
       multiply_operands<T, BACK>(part, left + k * (32 >> 4), BACK ? operand(columns + k * 16 * 128, DEPTH * 128) : operand(columns + k * 32, 0), k);
       commit_products();
     }
-    Bits bits = next;
-    if (G::MANY || block + 1 < WIDTH / 64) {
-      const KeptRows<T, G, BACK> kept(product, row, column + (block + !G::MANY) * 64);
+    const Bits asked = next;
+    const KeptRows<T, G, BACK> kept(product, row, column + (G::MANY ? block : block + 1) * 64);
+    if (G::MANY) {
       next = {kept.bits(step, 0), kept.bits(step, 8)};
-      if (G::MANY) bits = next;
+    } else if (block + 1 < WIDTH / 64) {
+      next = {kept.word(0), kept.word(8)};
     }
     wait_products<0>();
     forget(part);  // or what they are multiplied with may come before the wait
+    const Bits bits = G::MANY ? next : Bits{asked.upper >> column % 64, asked.lower >> column % 64};
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       float* const to = sum + block * 32 + j * 4;
-      add_kept(to[0], to[1], part[j * 4], part[j * 4 + 1], bits.upper, j * 8, step.factor);
-      add_kept(to[2], to[3], part[j * 4 + 2], part[j * 4 + 3], bits.lower, j * 8, step.factor);
+      const int first = BACK ? j * 8 : 0;  // in the forward a row has the adapter, all of it, or not
+      add_kept(to[0], to[1], part[j * 4], part[j * 4 + 1], bits.upper, first, step.factor);
+      add_kept(to[2], to[3], part[j * 4 + 2], part[j * 4 + 3], bits.lower, first, step.factor);
     }
   }
 }
