@@ -30,6 +30,7 @@ struct Roundings {
 
 template <class T>
 __global__ void __launch_bounds__(BLOCK) round_kernel(const __grid_constant__ Roundings<T> task) {
+  let_next_launch_begin();
   const Rounding<T>& matrix = task.matrix[blockIdx.y];
   if (blockIdx.x == 0 && blockIdx.y == 0) {
     for (int64_t i = threadIdx.x; i < task.progress_count; i += BLOCK) task.progress[i] = 0;
@@ -54,6 +55,7 @@ struct Sums {
 
 template <class T>
 __global__ void __launch_bounds__(BLOCK) sum_kernel(const __grid_constant__ Sums task) {
+  wait_for_launch_before();
   const Sum& sum = task.sum[blockIdx.y];
   const int64_t stride = round_up(sum.columns, GRAD_COLUMNS), a_part = padded_rank(task.R) * stride;
   for (int64_t i = blockIdx.x * static_cast<int64_t>(BLOCK) + threadIdx.x; i < sum.rows * sum.columns; i += gridDim.x * BLOCK) {
@@ -170,7 +172,7 @@ void add_parts(const Call<T>& call, const LoraLinearBackward& given, const Backw
   if (given.db) sums.sum[sums.count++] = {space.db, space.parts, call.R, call.N, given.db, 1, call.R, static_cast<float>(call.layer.scale)};
   if (sums.count == 0) return;
   const int64_t most = static_cast<int64_t>(call.R) * std::max(call.K, call.N);
-  launch(sum_kernel<T>, dim3(blocks_for(most), sums.count), dim3(BLOCK), 0, call.stream, sums);
+  launch_early(sum_kernel<T>, dim3(blocks_for(most), sums.count), dim3(BLOCK), 0, call.stream, sums);
 }
 
 template <class T>

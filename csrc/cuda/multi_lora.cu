@@ -65,6 +65,7 @@ __device__ void make_ready(const MultiRound<T>& task) {
 /// Block (x, y): A of adapter y, B of adapter y - count, or what is no adapter's.
 template <class T>
 __global__ void __launch_bounds__(BLOCK) multi_round_kernel(const __grid_constant__ MultiRound<T> task) {
+  let_next_launch_begin();
   const int y = blockIdx.y;
   if (y == 2 * task.count) return make_ready(task);
   const StoredAdapter& adapter = task.part[y % task.count];
@@ -101,6 +102,7 @@ struct MultiSums {
 
 template <class T>
 __global__ void __launch_bounds__(BLOCK) multi_sum_kernel(const __grid_constant__ MultiSums task) {
+  wait_for_launch_before();
   const MultiSum& sum = task.sum[blockIdx.z];
   if (!sum.parts) return;
   const int64_t stride = round_up(sum.columns, GRAD_COLUMNS);
@@ -278,7 +280,7 @@ std::string backward(const MultiLoraBackward& given, cudaStream_t stream) {
         {{given.da ? space.da : nullptr, call.K, given.da, false}, {given.db ? space.db : nullptr, call.N, given.db, true}}, space.span,
         call.ranks, call.R, layer.adapter_dtype == Dtype::FLOAT32, groups};
     const unsigned blocks = blocks_for(static_cast<int64_t>(call.R) * std::max(call.K, call.N));
-    launch(multi_sum_kernel<T>, dim3(blocks, std::min(call.S, 65535), 2), dim3(BLOCK), 0, stream, sums);
+    launch_early(multi_sum_kernel<T>, dim3(blocks, std::min(call.S, 65535), 2), dim3(BLOCK), 0, stream, sums);
   }
   return "";
 }

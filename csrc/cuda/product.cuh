@@ -64,7 +64,9 @@ class RankSteps {
   }
 };
 
-constexpr int TILES_TOGETHER = 8;  // row-blocks whose tiles follow one another, so that they read a block of w while it is in the cache
+// Row-blocks whose tiles follow one another, so that they read a block of w while it is in the cache. The tiles that run at a time, one a
+// multiprocessor of 128 x 256 (132 of them) or two of 128 x 128 (216), read the fewest bytes of x and w where they are about 16 rows high.
+constexpr int TILES_TOGETHER = 16;
 
 struct Tile { int row, column; };  // the first ones
 
@@ -93,85 +95,32 @@ __device__ inline float2 read_two(const Product<T, G>& task, int row, int column
 template <class T, class G, bool BACK>
 struct KeptRows {
   const Product<T, G>& task;
-  const RankStep& step;
   const uint8_t* at;
   int row, stride, rows, shift;
 
-  __device__ KeptRows(const Product<T, G>& task, const RankStep& step, int row, int column)
-      : task(task), step(step), row(row), stride(divide_up(task.N, 64) * 8), rows(column / 64 * 64 < task.N ? task.M - row : 0),
-        shift(column % 64) {
+  __device__ KeptRows(const Product<T, G>& task, int row, int column)
+      : task(task), row(row), stride(divide_up(task.N, 64) * 8), rows(column / 64 * 64 < task.N ? task.M - row : 0), shift(column % 64) {
     at = task.keep + static_cast<int64_t>(row) * stride + column / 64 * 8;
   }
 
-  __device__ uint64_t bits(int below) const {
+  /// The bits of keep, which there must be, of all 64 columns: who has asked for them early shifts them late, or waits for them.
+  __device__ uint64_t word(int below) const {
+    return below < rows ? *reinterpret_cast<const uint64_t*>(at + below * stride) : 0;
+  }
+  __device__ uint64_t bits(const RankStep& step, int below) const {
     if constexpr (G::MANY) {
       if (!task.groups.has(row + below, step.group)) return 0;
       if (!BACK || !step.drops) return ~uint64_t{0};
     }
-    return below < rows ? *reinterpret_cast<const uint64_t*>(at + below * stride) >> shift : 0;
+    return word(below) >> shift;
   }
 };
 
 /// Two columns of a sum, those with bits `at` and `at + 1`, plus the rank step where the bits keep it.
 __device__ inline void add_kept(float& first, float& second, float p0, float p1, uint64_t bits, int at, float factor) {
-  const uint32_t pair = static_cast<uint32_t>(bits >> at);
-  first += pair & 1 ? factor * p0 : 0.f;
-  second += pair & 2 ? factor * p1 : 0.f;
-}
-
-/// The bias of a lane's columns among 32: 2 t and 2 t + 1 of each of four fragments. IS: whether there may be one.
-template <class T, bool IS>
-struct Bias {
-  int column;
-  float value[4][2] = {};
-
-  template <class G>
-  __device__ Bias(const Product<T, G>& task, int column) : column(column) {
-    if constexpr (IS) {
-      if (!task.bias) return;  // asked once: else each number costs its instructions, whether there is a bias or not
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int n = column + i / 2 * 8 + static_cast<int>(threadIdx.x) % 4 * 2 + i % 2;
-        if (n < task.N) value[i / 2][i % 2] = static_cast<float>(task.bias[n * task.bias_stride]);
-      }
-    }
-  }
-};
-
-/// Writes one row's sums of four fragments, with the bias. Lane t of four holds columns 2 t and 2 t + 1 of each and trades them for one whole
-/// fragment: eight columns, 16 bytes.
-template <class T, class G, bool IS>
-__device__ inline void write_32(const Product<T, G>& task, int row, const Bias<T, IS>& bias, const float (&sum)[4][2]) {
-  const int t = threadIdx.x % 4;
-  uint32_t pair[4];
-#pragma unroll
-  for (int j = 0; j < 4; ++j) {
-    if constexpr (IS) {
-      pair[j] = pack<T>(sum[j][0] + bias.value[j][0], sum[j][1] + bias.value[j][1]);
-    } else {
-      pair[j] = pack<T>(sum[j][0], sum[j][1]);
-    }
-  }
-  Eight mine = {};
-#pragma unroll
-  for (int r = 0; r < 4; ++r) {  // with lane t ^ r: its pair of fragment t for our pair of fragment t ^ r
-    const int other = t ^ r;
-    const uint32_t give = other < 2 ? (other ? pair[1] : pair[0]) : (other == 2 ? pair[2] : pair[3]);
-    const uint32_t get = r ? __shfl_xor_sync(~0u, give, r) : give;
-#pragma unroll
-    for (int i = 0; i < 4; ++i) mine.pair[i] = r == 0 || i == other ? get : mine.pair[i];
-  }
-  const int first = bias.column + 8 * t;
-  if (row >= task.M || first >= task.N) return;
-  T* const to = task.y + static_cast<int64_t>(row) * task.N + first;
-  if (task.N % 8 == 0) {
-    *reinterpret_cast<Eight*>(to) = mine;
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 8; ++i) {
-    if (first + i < task.N) reinterpret_cast<uint16_t*>(to)[i] = static_cast<uint16_t>(mine.pair[i / 2] >> 16 * (i % 2));
-  }
+  const uint32_t half = static_cast<uint32_t>(bits >> at / 32 * 32), bit = 1u << at % 32;
+  if (half & bit) first = fmaf(factor, p0, first);
+  if (half & 2 * bit) second = fmaf(factor, p1, second);
 }
 
 }  // namespace fastlora

@@ -93,7 +93,7 @@ std::string launch_on_sm90(
   if (!mapped) return "the driver has no tensor map (cuTensorMapEncodeTiled) for x, weight, lora_a or lora_b";
   const auto kernel = padded == 16 ? product_sm90_kernel<T, G, BACK, ACROSS, 16> : product_sm90_kernel<T, G, BACK, ACROSS, RANKS>;
   hear_of_waits();
-  launch(kernel, dim3(std::min(multiprocessors, std::max(tiles, side_tiles))), dim3(sm90::THREADS), sm90::SHARED, stream, task);
+  launch_early(kernel, dim3(std::min(multiprocessors, std::max(tiles, side_tiles))), dim3(sm90::THREADS), sm90::SHARED, stream, task);
   return "";
 }
 

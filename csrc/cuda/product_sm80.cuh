@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "product.cuh"
+#include "product_epilogue.cuh"
 
 namespace fastlora::sm80 {
 
@@ -147,10 +147,10 @@ __device__ void run(const Product<T, G>& task) {
       continue;
     }
     for_each_fragment(Rank{}, step, std::integral_constant<int, 1>{}, [&](const uint32_t (&a)[4][4], const uint32_t (&b)[4][4]) {
-      const KeptRows<T, G, BACK> kept(task, rank, tile.row + warp_row + g, tile.column + warp_column + t * 2);
+      const KeptRows<T, G, BACK> kept(task, tile.row + warp_row + g, tile.column + warp_column + t * 2);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const uint64_t upper = kept.bits(i * 16), lower = kept.bits(i * 16 + 8);
+        const uint64_t upper = kept.bits(rank, i * 16), lower = kept.bits(rank, i * 16 + 8);
 #pragma unroll
         for (int j = 0; j < 8; ++j) {
           float part[4] = {};
@@ -167,17 +167,19 @@ __device__ void run(const Product<T, G>& task) {
   forget(thread);  // or where the sums belong keeps registers all along
   const int row = tile.row + static_cast<int>(thread / 64 * 64 + thread % 32 / 4);
   const int column = tile.column + static_cast<int>(thread / 32 % 2 * 64);
+  write_sums<!BACK>(task, [&]<bool BIAS, bool WHOLE>(std::bool_constant<BIAS>, std::bool_constant<WHOLE>) {
 #pragma unroll
-  for (int block = 0; block < 2; ++block) {
-    const Bias<T, !BACK> bias(task, column + block * 32);
+    for (int block = 0; block < 2; ++block) {
+      const Bias<T, BIAS, WHOLE> bias(task, column + block * 32);
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      float part[4][2];
+      for (int i = 0; i < 8; ++i) {
+        float part[4][2];
 #pragma unroll
-      for (int j = 0; j < 8; ++j) part[j / 2][j % 2] = sum[i / 2][block * 4 + j / 2][i % 2 * 2 + j % 2];
-      write_32(task, row + i * 8, bias, part);
+        for (int j = 0; j < 8; ++j) part[j / 2][j % 2] = sum[i / 2][block * 4 + j / 2][i % 2 * 2 + j % 2];
+        write_32(task, row + i * 8, column + block * 32, bias, part);
+      }
     }
-  }
+  });
 }
 
 }  // namespace fastlora::sm80

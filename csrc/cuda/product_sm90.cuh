@@ -5,13 +5,16 @@
 //     producer    the fourth warp asks for tiles; before those of a rank step it waits until its rows are shrunk
 //     consumers   two warpgroups, each 64 rows of the tile of 128 x 256
 //
-// A shrinking tile waits for nothing and all of them are handed out before any tile that waits for them, so whoever waits, waits for warps that
+// The launch before, which rounds the adapters and clears the flags, may still run when this one begins: the sides and the producer's rank steps
+// wait for its end, the frozen part, which it has nothing to do with, does not. What its own predecessors wrote is there by then.
+//
+// A shrinking tile waits for nothing else and all of them are handed out before any tile that waits for them, so whoever waits, waits for warps that
 // are at work: nothing depends on which blocks run at the same time.
 #pragma once
 
 #include <type_traits>
 
-#include "product.cuh"
+#include "product_epilogue.cuh"
 
 namespace fastlora::sm90 {
 
@@ -119,6 +122,7 @@ __device__ void produce(const Fused<T, G>& task) {
       bring(std::bool_constant<ACROSS>{}, &task.x, tile.row, depth, &task.w, tile.column, depth);
     }
     __syncwarp();  // who does not ask waits here, and does not look at flags while the first thread is busy
+    if (number == blockIdx.x) wait_for_launch_before();
     wait_for_rows(task, tile.row, number);
     fence_copy_engine();
     RankSteps<G, BACK, DEPTH> steps(task.product.groups, tile.row);
@@ -139,11 +143,15 @@ __device__ void produce(const Fused<T, G>& task) {
   }
 }
 
+/// Two rows' bits of the 64 columns that are multiplied next.
+struct Bits { uint64_t upper, lower; };
+
 /// sum += the rank step for the rows that have its adapter and where its bits are set, 64 columns at a time, or it would need as many registers
-/// as the sum.
+/// as the sum. `next`: the bits of the first 64, of one adapter; those that follow are asked for one step ahead, which hides them. Of many adapters
+/// there are no registers for that.
 template <class T, class G, bool BACK>
 __device__ __forceinline__ void add_selected(
-    const Product<T, G>& product, const RankStep& step, int row, int column, uint64_t left, const unsigned char* right, float (&sum)[128]) {
+    const Product<T, G>& product, const RankStep& step, int row, int column, uint64_t left, const unsigned char* right, Bits next, float (&sum)[128]) {
 #pragma unroll
   for (int block = 0; block < WIDTH / 64; ++block) {
     float part[32];
@@ -154,15 +162,22 @@ __device__ __forceinline__ void add_selected(
       multiply_operands<T, BACK>(part, left + k * (32 >> 4), BACK ? operand(columns + k * 16 * 128, DEPTH * 128) : operand(columns + k * 32, 0), k);
       commit_products();
     }
-    const KeptRows<T, G, BACK> kept(product, step, row, column + block * 64 + threadIdx.x % 4 * 2);
-    const uint64_t upper = kept.bits(0), lower = kept.bits(8);
+    const Bits asked = next;
+    const KeptRows<T, G, BACK> kept(product, row, column + (G::MANY ? block : block + 1) * 64);
+    if (G::MANY) {
+      next = {kept.bits(step, 0), kept.bits(step, 8)};
+    } else if (block + 1 < WIDTH / 64) {
+      next = {kept.word(0), kept.word(8)};
+    }
     wait_products<0>();
     forget(part);  // or what they are multiplied with may come before the wait
+    const Bits bits = G::MANY ? next : Bits{asked.upper >> column % 64, asked.lower >> column % 64};
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
       float* const to = sum + block * 32 + j * 4;
-      add_kept(to[0], to[1], part[j * 4], part[j * 4 + 1], upper, j * 8, step.factor);
-      add_kept(to[2], to[3], part[j * 4 + 2], part[j * 4 + 3], lower, j * 8, step.factor);
+      const int first = BACK ? j * 8 : 0;  // in the forward a row has the adapter, all of it, or not
+      add_kept(to[0], to[1], part[j * 4], part[j * 4 + 1], bits.upper, first, step.factor);
+      add_kept(to[2], to[3], part[j * 4 + 2], part[j * 4 + 3], bits.lower, first, step.factor);
     }
   }
 }
@@ -216,12 +231,18 @@ __device__ void consume(const Fused<T, G>& task, int consumer) {
         sum[2 * i] += two.x, sum[2 * i + 1] += two.y;
       }
     }
+    const int first_column = tile.column + static_cast<int>(thread % 4 * 2);
     for (bool more = true; more; stage.next()) {
+      Bits bits{};
+      if (BACK && !G::MANY && product.keep) {  // before the wait, which hides it
+        const KeptRows<T, G, BACK> kept(product, row, first_column);
+        bits = {kept.word(0), kept.word(8)};
+      }
       wait_barrier(stage.full(), stage.parity, {Awaited::BOXES, stage.at, number});
       const RankStep step = stage.rank().step;
       more = stage.rank().more;
       if ((BACK || G::MANY) && !step.alone) {
-        add_selected<T, G, BACK>(product, step, row, tile.column, left(0), stage.right(), sum);
+        add_selected<T, G, BACK>(product, step, row, first_column, left(0), stage.right(), bits, sum);
       } else {
 #pragma unroll 1
         for (int k = 0; k * 16 < step.depths; ++k) {
@@ -234,17 +255,20 @@ __device__ void consume(const Fused<T, G>& task, int consumer) {
       __syncwarp();  // all have read what the producer told
       release(stage);
     }
+    write_sums<!BACK>(product, [&]<bool BIAS, bool WHOLE>(std::bool_constant<BIAS>, std::bool_constant<WHOLE>) {
 #pragma unroll
-    for (int block = 0; block < WIDTH / 32; ++block) {
-      const Bias<T, !BACK> bias(product, tile.column + block * 32);
+      for (int block = 0; block < WIDTH / 32; ++block) {
+        const int column = tile.column + block * 32;
+        const Bias<T, BIAS, WHOLE> bias(product, column);
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        float part[4][2];
+        for (int half = 0; half < 2; ++half) {
+          float part[4][2];
 #pragma unroll
-        for (int j = 0; j < 8; ++j) part[j / 2][j % 2] = sum[block * 16 + j / 2 * 4 + half * 2 + j % 2];
-        write_32(product, row + half * 8, bias, part);
+          for (int j = 0; j < 8; ++j) part[j / 2][j % 2] = sum[block * 16 + j / 2 * 4 + half * 2 + j % 2];
+          write_32(product, row + half * 8, column, bias, part);
+        }
       }
-    }
+    });
   }
 }
 
@@ -252,6 +276,7 @@ template <class T, class G, bool BACK, int RANK>
 __device__ void take_sides(const Fused<T, G>& task) {
   int* const number = reinterpret_cast<int*>(barriers() + 2 * STAGES);
   const int thread = threadIdx.x;
+  wait_for_launch_before();
   for (;;) {
     if (thread == 0) *number = static_cast<int>(atomicAdd(task.progress.taken(), 1u));
     team_sync(SIDE_BARRIER, TEAM);
@@ -276,6 +301,7 @@ __device__ void take_sides(const Fused<T, G>& task) {
 
 template <class T, class G, bool BACK, bool ACROSS, int RANK>
 __device__ void run(const Fused<T, G>& task) {
+  let_next_launch_begin();
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
       init_barrier(barriers() + i, 1);
