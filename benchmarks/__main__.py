@@ -1,12 +1,13 @@
 """python -m benchmarks [VERB ...] [--quick] [--json] [--out FOLDER] [--device cuda] [--no-gate]
 
-The verbs are lora_linear, multi_lora, prefix_concat, step, goals, launch, prompts, families, sweep and serve.
+The verbs are lora_linear, multi_lora, prefix_concat, step, goals, launch, prompts, families, sweep, serve and trainers.
 Runs the tests of each operator named (all by default), and times it only if they are green: fastlora against the
 frozen layer alone, PEFT, PEFT under torch.compile, torch's products and the merged weight. `goals` fills the table of
 what fastlora wants to reach on this kind of device (on a CPU with a whole training step in its first rows: of random weights
 of SmolLM2-135M's shape, or of --model on --data), `launch` says what a call of a small layer costs the host; `prompts` in which settings soft prompts
 are right on a CPU, and what they cost there; `families` that, DoRA, quantised bases and a mixture's experts; `sweep` what adapters gain that are
-trained in one batch; `serve` what many clients of `fastlora serve` get over one at a time.
+trained in one batch; `serve` what many clients of `fastlora serve` get over one at a time;
+`trainers` whether six trainers train six kinds of models the same with fastlora as without.
 Exit codes: 0 done, 1 something was wrong and was not timed, 2 wrong arguments, 3 (goals) something broke
 this process: `--resume` goes on in another one, without it.
 """
@@ -40,6 +41,7 @@ from .session import HUNG_CODE, OUT_OF_TIME, Line, Record, measure_lines
 from .step import step_lines
 from .sweep import sweep_lines, sweep_table
 from .table import goals_markdown, goals_table, operator_table, step_table
+from .trainers import trainer_lines, trainers_table
 
 QUICK_SECONDS = 4.0
 QUICK_LINES = 1  # of the goals on a card
@@ -168,6 +170,7 @@ VERBS: dict[str, tuple[Lines, Table]] = {
     "families": (partial(_only_on_a_cpu, family_lines), goals_table),
     "sweep": (lambda command: sweep_lines(command.arguments.quick), sweep_table),
     "serve": (_serve_lines, goals_table),
+    "trainers": (lambda command: trainer_lines(command.arguments.quick), trainers_table),
 }
 WITHIN = {"prompts"}
 """What is measured by itself only where it is named: another verb has all of it."""

@@ -44,7 +44,7 @@ def assert_trained_adapter(folder: Path, base: Path) -> None:
 
 def test_each_is_short_and_says_how_it_is_run() -> None:
     scripts = sorted(EXAMPLES.glob("*.py"))
-    assert len(scripts) == 6
+    assert len(scripts) == 9
     for path in scripts:
         text = path.read_text()
         assert len(text.splitlines()) <= MOST_LINES, path.name
@@ -73,6 +73,31 @@ def test_sft_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert_falls(losses)
     assert_trained_adapter(tmp_path / "out", BASE_MODEL)
     layers = reported(capsys)
+    assert len(layers) == 28 and "peft" not in layers.values()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
+def test_dpo_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_falls(run("dpo_trainer", "--output", tmp_path / "out"))
+    assert_trained_adapter(tmp_path / "out", BASE_MODEL)
+    layers = reported(capsys)
+    assert len(layers) == 28 and "peft" not in layers.values()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="trl is not installed")
+def test_grpo_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(run("grpo_trainer", "--output", tmp_path / "out", "--steps", "2")) == 2
+    assert_trained_adapter(tmp_path / "out", BASE_MODEL)
+    layers = reported(capsys)
+    assert len(layers) == 28 and "peft" not in layers.values()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("lightning") is None, reason="lightning is not installed")
+def test_lightning_trainer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert_falls(run("lightning_trainer", "--output", tmp_path / "out"))
+    assert_trained_adapter(tmp_path / "out", BASE_MODEL)
+    layers = reported(capsys)
+    assert layers.pop("base_model.model.loss") == "fused"
     assert len(layers) == 28 and "peft" not in layers.values()
 
 

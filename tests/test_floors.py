@@ -30,7 +30,7 @@ FLOORS = (
     ("peft",),
     ("receipts",),
     ("adapters",),
-    ("bank",),
+    ("bank", "integrations"),
     ("fastlora",),  # the package itself
     ("data", "checkpoint", "metrics", "environment"),
     ("config", "models"),
