@@ -4,6 +4,7 @@ The trainers are transformers', TRL's, an accelerate loop and Lightning's, as th
 Models are small ones of random weights that share the embedded base's tokenizer.
 """
 
+import importlib
 import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -56,8 +57,7 @@ def _small(**more: Any) -> dict[str, Any]:
 
 
 def _config(name: str, vocabulary: int) -> Any:
-    import transformers
-
+    transformers = importlib.import_module("transformers")
     same = {"vocab_size": vocabulary, "pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
     if name == "gpt2":
         sizes = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}
@@ -129,6 +129,11 @@ def _batches(tokenizer: Any, seq2seq: bool) -> list[dict[str, Tensor]]:
     return [collate(rows[i : i + ROWS], pad_token_id(tokenizer)) for i in range(0, len(rows), ROWS)]
 
 
+def _package(name: str) -> Any:
+    """One that not everybody has, and whose types are left aside."""
+    return importlib.import_module(name)
+
+
 Train = Callable[
     [Any, Any, str, Path, bool], list[float]
 ]  # model, tokenizer, dtype, folder, accelerated: each step's loss
@@ -157,7 +162,7 @@ def _run(trainer: Any) -> list[float]:
 
 
 def _transformers(model: Any, tokenizer: Any, dtype: str, folder: Path, accelerated: bool) -> list[float]:
-    from transformers import Trainer, TrainingArguments
+    transformers = _package("transformers")
 
     batches = _batches(tokenizer, model.config.is_encoder_decoder)
     rows = [{name: value[i] for name, value in batch.items()} for batch in batches for i in range(ROWS)]
@@ -168,22 +173,25 @@ def _transformers(model: Any, tokenizer: Any, dtype: str, folder: Path, accelera
     ) -> dict[str, Tensor]:  # which come in the data's order: the batch that they were
         return by_width[id(some[0])]
 
-    class InOrder(Trainer):
+    class InOrder(transformers.Trainer):  # type: ignore[name-defined]
         def _get_train_sampler(self, *_: Any) -> Any:
             return torch.utils.data.SequentialSampler(rows)
 
     if accelerated:
         fastlora.accelerate(model, loss=not model.config.is_encoder_decoder, fuse=True)
-    arguments = TrainingArguments(**_arguments(folder, dtype), remove_unused_columns=False, dataloader_pin_memory=False)
+    arguments = transformers.TrainingArguments(
+        **_arguments(folder, dtype), remove_unused_columns=False, dataloader_pin_memory=False
+    )
     return _run(InOrder(model, arguments, data_collator=collate, train_dataset=rows))
 
 
 def _sft(model: Any, tokenizer: Any, dtype: str, folder: Path, accelerated: bool) -> list[float]:
     from datasets import Dataset
-    from trl import SFTConfig, SFTTrainer
 
-    arguments = SFTConfig(**_arguments(folder, dtype), max_length=256)
-    trainer = SFTTrainer(model, arguments, train_dataset=Dataset.from_list(_texts()), processing_class=tokenizer)
+    trl = _package("trl")
+
+    arguments = trl.SFTConfig(**_arguments(folder, dtype), max_length=256)
+    trainer = trl.SFTTrainer(model, arguments, train_dataset=Dataset.from_list(_texts()), processing_class=tokenizer)
     if accelerated:
         fastlora.accelerate(trainer.model)
     return _run(trainer)
@@ -191,16 +199,17 @@ def _sft(model: Any, tokenizer: Any, dtype: str, folder: Path, accelerated: bool
 
 def _dpo(model: Any, tokenizer: Any, dtype: str, folder: Path, accelerated: bool) -> list[float]:
     from datasets import Dataset
-    from trl import DPOConfig, DPOTrainer
+
+    trl = _package("trl")
 
     texts = _texts()
     pairs = [
         {"prompt": one["prompt"], "chosen": one["completion"], "rejected": other["completion"]}
         for one, other in zip(texts, texts[1:] + texts[:1], strict=True)
     ]
-    trainer = DPOTrainer(
+    trainer = trl.DPOTrainer(
         model,
-        args=DPOConfig(**_arguments(folder, dtype), max_length=256),
+        args=trl.DPOConfig(**_arguments(folder, dtype), max_length=256),
         train_dataset=Dataset.from_list(pairs),
         processing_class=tokenizer,
     )
@@ -212,13 +221,14 @@ def _dpo(model: Any, tokenizer: Any, dtype: str, folder: Path, accelerated: bool
 def _grpo(model: Any, tokenizer: Any, dtype: str, folder: Path, accelerated: bool) -> list[float]:
     """The reward is how many letters e an answer has, which no answer of a random model escapes."""
     from datasets import Dataset
-    from trl import GRPOConfig, GRPOTrainer
+
+    trl = _package("trl")
 
     def letters(completions: Sequence[str], **_: Any) -> list[float]:
         return [float(one.count("e")) for one in completions]
 
-    arguments = GRPOConfig(**_arguments(folder, dtype), num_generations=ROWS, max_completion_length=8)
-    trainer = GRPOTrainer(
+    arguments = trl.GRPOConfig(**_arguments(folder, dtype), num_generations=ROWS, max_completion_length=8)
+    trainer = trl.GRPOTrainer(
         model,
         letters,
         args=arguments,
@@ -251,13 +261,13 @@ def _accelerate(model: Any, tokenizer: Any, dtype: str, folder: Path, accelerate
 
 
 def _lightning(model: Any, tokenizer: Any, dtype: str, folder: Path, accelerated: bool) -> list[float]:
-    import lightning
+    lightning = _package("lightning")
 
     if accelerated:
         fastlora.accelerate(model, loss=not model.config.is_encoder_decoder, fuse=True)
     losses: list[float] = []
 
-    class Module(lightning.LightningModule):
+    class Module(lightning.LightningModule):  # type: ignore[name-defined]
         def __init__(self) -> None:
             super().__init__()
             self.model = model.train()
