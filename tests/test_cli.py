@@ -288,7 +288,7 @@ ERRORS = {
         "generate --model {model} --prompt= --max-length 1",
         "leaves nothing to the prompt: max_length is 1",
     ),
-    "a folder as data": ("eval --model {model} --data {model}", "is a folder, expected a JSONL file"),
+    "a folder as data": ("eval --model {model} --data {model}", "config.json:1: fits no format: has the fields "),
     "no row is short enough": (
         "eval --model {model} --data {data} --max-length 8 --truncation drop",
         "--max-length 8 with --truncation 'drop' drops every one of the 64 rows",
