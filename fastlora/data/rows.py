@@ -487,9 +487,8 @@ def _render(
     _template(tokenizer, tools)
     for position, message in enumerate(messages):
         # A template renders what is not there as nothing; who calls a tool need not say anything.
-        calls = isinstance(message, dict) and message.get("tool_calls")
-        said = {**message, "content": message.get("content", "")} if calls else message
-        if not isinstance(said, dict) or not all(isinstance(said.get(name), str) for name in ("role", "content")):
+        names = ("role",) if isinstance(message, dict) and message.get("tool_calls") else ("role", "content")
+        if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in names):
             raise BadLine(f"messages[{position}]: expected an object whose role and content are strings")
     return tokenizer.apply_chat_template(
         messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
