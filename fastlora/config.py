@@ -104,7 +104,7 @@ class TrainConfig:
 
     model: str | Path = option("Base model: a folder or a hub id.", typed=str)
     data: str | Path | list[str] = option(
-        "Rows: a JSONL, JSON, CSV, TSV or Parquet file, a folder or pattern of them, or hf:OWNER/NAME[[:CONFIG]:SPLIT]. May be given several times.",
+        "Rows: a JSONL, JSON, CSV, TSV or Parquet file, a folder or pattern of them, or hf:OWNER/NAME:SPLIT of the hub; may be given several times.",
         typed=list[str],
     )
     output: str | Path = option(
@@ -259,8 +259,10 @@ class TrainConfig:
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
     def _check_numbers(self) -> None:
-        counts = ("epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "save_steps", "resume_from")
-        counts += ("max_samples",)
+        counts = (
+            *("max_samples", "epochs", "max_steps", "batch_size", "gradient_accumulation_steps"),
+            *("save_steps", "resume_from"),
+        )
         allocated = ("r", "reduction_factor", "num_virtual_tokens", "encoder_hidden_size")
         for name in (*counts, *allocated, "max_length"):
             value, least = getattr(self, name), 2 if name == "max_length" else 1
