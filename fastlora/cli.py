@@ -368,7 +368,9 @@ def generate(
     named = None if columns is None else parse_columns(columns)
     examples = read_examples(data, columns=named) if data else []
     if any(example.tools or example.prompt == "" for example in examples):
-        raise ValueError("data: rows of plain text have no prompt, and those with tools are for training and eval alone")
+        raise ValueError(
+            "data: rows of plain text have no prompt, and those with tools are for training and eval alone"
+        )
     prompts: list[Prompt] = [example.prompt for example in examples] or list(prompt or [])
     if chat:
         prompts = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]

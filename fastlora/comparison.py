@@ -44,7 +44,9 @@ class Comparison:
 
     model: str | Path = option("Base model: a folder or a hub id.", typed=str)
     data: str | Path | list[str] = as_train("data")
-    eval_data: str | Path | list[str] = option("Held-out rows of the same task, from where data may be.", typed=list[str])
+    eval_data: str | Path | list[str] = option(
+        "Held-out rows of the same task, from where data may be.", typed=list[str]
+    )
     output: str | Path = option("Folder for compare.json, compare.png and runs/.", typed=Path)
     methods: list[Method] = option("Names with commas: lora,dora,ia3,adapter,prompt,prefix,norm,full.", typed=str)
     columns: dict[str, str] | None = option("Of data and eval_data: which column is which field.", None, typed=str)

@@ -111,7 +111,9 @@ class TrainConfig:
         "Folder for the adapter, metrics.jsonl, loss.png, summary.json and checkpoints/.", typed=Path
     )
     columns: dict[str, str] | None = option(
-        "Which column is which field: prompt=question,completion=answer; #1 is a headless file's first.", None, typed=str
+        "Which column is which field: prompt=question,completion=answer; #1 is a headless file's first.",
+        None,
+        typed=str,
     )
     max_samples: int | None = option("Take only the first so many rows of each of the data.", None)
     streaming: bool = option("Read the hub's data sets row by row, up to max_samples.", False)

@@ -234,7 +234,12 @@ def examples_files() -> Files:
     call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"of": [2, 2.5, None]}}}
     calls = [*messages[:2], {"role": "assistant", "content": None, "tool_calls": [call]}]
     calls += [{"role": "tool", "name": "add", "tool_call_id": "c1", "content": "4"}, {**messages[2], "weight": 1}]
-    shared = [("human", "2 + 2?"), ("function_call", '{"name": "add", "arguments": {}}'), ("observation", "4"), ("gpt", "4")]
+    shared = [
+        ("human", "2 + 2?"),
+        ("function_call", '{"name": "add", "arguments": {}}'),
+        ("observation", "4"),
+        ("gpt", "4"),
+    ]
     lines: list[Any] = [
         {"prompt": "Summarise: A: hello. B: bonjour, ça va?", "completion": "They greet."},
         {"messages": messages, "source": 7},
@@ -275,14 +280,19 @@ def read_lines(folder: Path, files: Files) -> None:
         silent_roles = ("tool", "assistant")  # which may say nothing: an answer of a tool, and who calls one
         assert all(message.get("content") or message["role"] in silent_roles for message in one.messages), one
         assert one.turns is None or all(one.messages[turn]["role"] == "assistant" for turn in one.turns), one
-        json.dumps([one.prompt, one.completion, one.turn, one.tools], ensure_ascii=False, allow_nan=False).encode("utf-8")
+        json.dumps([one.prompt, one.completion, one.turn, one.tools], ensure_ascii=False, allow_nan=False).encode(
+            "utf-8"
+        )
 
 
 # Tables and documents of rows
 
 
 def sources_files() -> Files:
-    rows = [{"prompt": "Sum up, briefly:\nA: hello.", "completion": "They \"greet\"."}, {"prompt": "é", "completion": "b"}]
+    rows = [
+        {"prompt": "Sum up, briefly:\nA: hello.", "completion": 'They "greet".'},
+        {"prompt": "é", "completion": "b"},
+    ]
     table = 'prompt,id,completion\r\n"Sum up, briefly:\nA: hello.",1,"They ""greet""."\r\n\né,2,b\n'
     packed = gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in rows), mtime=0)
     return {

@@ -122,7 +122,10 @@ def nested(depth: int) -> Any:
     [
         ({}, "fits no format: has the fields none, expected prompt and completion; messages; conversations; "),
         ({"question": "a", "answer": "b"}, "has the fields 'question', 'answer', expected"),
-        ({"x" * 99 + str(i): 1 for i in range(30)}, r"fits no format: has the fields 'x{40}', .{0,90} \.\.\., expected"),
+        (
+            {"x" * 99 + str(i): 1 for i in range(30)},
+            r"fits no format: has the fields 'x{40}', .{0,90} \.\.\., expected",
+        ),
         ({"prompt": "a", "completion": "b", "text": "c"}, "has both prompt and text, of two formats"),
         ({"messages": [USER, ANSWER], "output": "c"}, "has both messages and output"),
         ({"instruction": "a", "input": "b"}, "no field 'output'"),
@@ -144,7 +147,10 @@ def nested(depth: int) -> Any:
         ({"messages": [USER, {**ANSWER, "weight": True}]}, "weight=True"),
         ({"messages": [USER, {**ANSWER, "weight": 0}]}, "no turn of the assistant's counts"),
         ({"messages": [USER, {**CALLING, "tool_calls": {}}]}, r"messages\[1\]: expected an object with role"),
-        ({"messages": [USER, {**CALLING, "tool_calls": ["f"]}]}, r"tool_calls\[0\]: expected an object with a function"),
+        (
+            {"messages": [USER, {**CALLING, "tool_calls": ["f"]}]},
+            r"tool_calls\[0\]: expected an object with a function",
+        ),
         ({"messages": [USER, {**CALLING, "tool_calls": [{"function": {"name": 3}}]}]}, "a function's name and arg"),
         (
             {"messages": [USER, {**CALLING, "tool_calls": [{"name": "f", "arguments": "{"}]}]},
@@ -171,12 +177,18 @@ def nested(depth: int) -> Any:
         ({"messages": [USER, ANSWER], "tools": ["f"]}, r"tools\[0\]: expected an object, got str"),
         ({"messages": [USER, ANSWER], "tools": [{"x": nested(40)}]}, r"tools\[0\] is nested deeper"),
         ({"conversations": [USER]}, "conversations: expected a list of at least two turns"),
-        ({"conversations": [{"from": "bing", "value": "a"}, ANSWER]}, r"conversations\[0\].from='bing': expected one of"),
+        (
+            {"conversations": [{"from": "bing", "value": "a"}, ANSWER]},
+            r"conversations\[0\].from='bing': expected one of",
+        ),
         ({"conversations": [{"from": "human"}, ANSWER]}, r"conversations\[0\]: expected from and value, or role and"),
         ({"conversations": [{"from": "human", "value": "a", "role": "user"}, ANSWER]}, "expected from and value, or"),
         ({"conversations": [USER, {"from": "function_call", "value": "f()"}]}, r"\[1\].value: not JSON"),
         ({"conversations": [USER, {"from": ["gpt"], "value": "a"}]}, r"from=\['gpt'\]"),
-        ({"instruction": "a", "output": "b", "history": ["c"]}, r"history\[0\]: expected an instruction and its answer"),
+        (
+            {"instruction": "a", "output": "b", "history": ["c"]},
+            r"history\[0\]: expected an instruction and its answer",
+        ),
         ({"instruction": "a", "output": "b", "history": {"c": 1}}, "history: expected a list, got dict"),
         ({"instruction": "a", "output": "b", "input": 3}, "input: expected a string, got int"),
     ],

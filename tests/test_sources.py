@@ -95,14 +95,22 @@ def test_long_fields_are_read_and_csv_is_left_as_it_was(tmp_path):
 
 
 BAD = {
-    "fields.csv": ("prompt,completion\na,b,c\n", DataError, r"fields\.csv:2: has 3 fields, expected 2 as in the header"),
+    "fields.csv": (
+        "prompt,completion\na,b,c\n",
+        DataError,
+        r"fields\.csv:2: has 3 fields, expected 2 as in the header",
+    ),
     "quotes.csv": ('prompt,completion\n"a"b,c\n', DataError, r"quotes\.csv:2: not CSV \("),
     "open.csv": ('prompt,completion\n"a,b\nc\n', DataError, r"open\.csv:2: not CSV \("),
     "text.csv": (b"prompt,completion\na,b\n\xff,c\n", DataError, r"text\.csv:3: not UTF-8"),
     "empty.csv": ("prompt,completion\n", ValueError, r"empty\.csv has no rows"),
     "twice.csv": ("prompt,prompt\na,b\n", ValueError, r"twice\.csv:1: the column 'prompt' is there twice"),
     "headless.tsv": ("a\tb\nc\td\n", DataError, r"headless\.tsv:2: fits no format: has the fields 'a', 'b'"),
-    "rows.json": ('[{"prompt": "a"}, 3]', DataError, r"rows\.json:1: no field 'completion'(.|\n)*rows\.json:2: .* got int"),
+    "rows.json": (
+        '[{"prompt": "a"}, 3]',
+        DataError,
+        r"rows\.json:1: no field 'completion'(.|\n)*rows\.json:2: .* got int",
+    ),
     "word.json": ('"a"', ValueError, r"word\.json: expected a list of rows, got str"),
     "none.json": ('{"a": 1}', ValueError, r"none\.json: expected a list of rows, or an object with one, got 0"),
     "cut.json": ('[{"prompt": "a"', ValueError, r"cut\.json: not JSON \("),
@@ -187,7 +195,9 @@ def test_the_files_behind_sources_are_known_before_they_are_read(tmp_path):
 def test_a_missing_package_is_named_with_what_to_install(tmp_path, monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     data = {"pyarrow": write(tmp_path / "rows.parquet", b"PAR1"), "datasets": "hf:a/b"}[package]
-    with pytest.raises(ModuleNotFoundError, match=rf"needs the package {package}.*pip install 'fastlora-kernels\[data\]'"):
+    with pytest.raises(
+        ModuleNotFoundError, match=rf"needs the package {package}.*pip install 'fastlora-kernels\[data\]'"
+    ):
         read_examples(data)
     assert pairs(write(tmp_path / "rows.jsonl", lines(ROWS))) == EXPECTED
 

@@ -142,7 +142,9 @@ def test_a_template_that_renders_earlier_turns_otherwise_is_refused(words):
     plain = chat_template("ChatML")
     words.chat_template = plain.replace("{{ m.content }}", "{{ m.content }}{% if loop.last %}{{ '!' }}{% endif %}")
     assert counted(words, row_of(words, DIALOGUE, train_on_turns="last")) == ["Ithides.!</s>"]
-    with pytest.raises(ValueError, match=r"data:1: the chat template renders messages\[1\] otherwise where more") as caught:
+    with pytest.raises(
+        ValueError, match=r"data:1: the chat template renders messages\[1\] otherwise where more"
+    ) as caught:
         row_of(words, DIALOGUE, train_on_turns="all")
     assert not isinstance(caught.value, DataError) and "train_on_turns='last'" in str(caught.value)
 
@@ -253,7 +255,9 @@ def test_what_a_template_does_not_read_is_refused(words):
         ({"messages": MESSAGES, "tools": [TOOL]}, "tools"),
         ({"messages": [{**one, "content": one.get("content", "")} for one in CALLS]}, "tool_calls"),
     ):
-        with pytest.raises(ValueError, match=f"data:1: the row has {name}, which the tokenizer's chat template does not"):
+        with pytest.raises(
+            ValueError, match=f"data:1: the row has {name}, which the tokenizer's chat template does not"
+        ):
             row_of(words, example(fields, "data:1"))
 
 
@@ -269,8 +273,10 @@ def test_plain_text_is_measured_without_answers():
     model, words = tiny.llama(**sizes), tiny.tokenizer()
     texts = [Example("", "The cat runs.", "data:1"), Example("", "The owl hides.", "data:2")]
     result = evaluate(model, words, texts, generations=False)
-    assert result.rows == 2 and result.exact_match is None and result.tokens == sum(
-        row.labelled for row in encode(texts, words, 64).rows
+    assert (
+        result.rows == 2
+        and result.exact_match is None
+        and result.tokens == sum(row.labelled for row in encode(texts, words, 64).rows)
     )
     with pytest.raises(ValueError, match="rows of plain text have no prompt to answer"):
         evaluate(model, words, texts)

@@ -62,7 +62,9 @@ class Example:
     source: str = ""  # FILE:LINE, or FILE:ROW where a file has no lines
     turn: Message | None = None  # the last turn, where it says more than its content
     tools: list[dict[str, Any]] | None = None  # for the chat template
-    turns: tuple[int, ...] | None = None  # the turns that count, by their place among the messages; None: the row does not say
+    turns: tuple[int, ...] | None = (
+        None  # the turns that count, by their place among the messages; None: the row does not say
+    )
 
     @property
     def messages(self) -> list[Message]:

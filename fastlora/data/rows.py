@@ -208,9 +208,7 @@ def _counted(example: Example, train_on_turns: str, marked: bool) -> set[int]:
     return counted
 
 
-def _counting(
-    row: Row, counted: set[int], example: Example, whole: str, tokenizer: Any, special: set[int]
-) -> Row:
+def _counting(row: Row, counted: set[int], example: Example, whole: str, tokenizer: Any, special: set[int]) -> Row:
     """The row, of whose last turn alone there are labels, with labels of these turns."""
     last = len(example.messages) - 1
     labels = [*row.labels] if last in counted else [IGNORE] * len(row.labels)
@@ -220,9 +218,7 @@ def _counting(
     return Row(row.input_ids, labels, row.prompt_length)
 
 
-def _turn(
-    position: int, row: Row, example: Example, whole: str, tokenizer: Any, special: set[int]
-) -> tuple[int, int]:
+def _turn(position: int, row: Row, example: Example, whole: str, tokenizer: Any, special: set[int]) -> tuple[int, int]:
     """Where the tokens of a turn start and stop, its end token with them: what it adds to the messages before it."""
     if position == 0:
         raise BadLine("messages[0] is the assistant's: nothing stands before it")
