@@ -1,4 +1,4 @@
-"""What a training reads: several sources and columns of other names, the turns that were asked for; and that it goes on from a checkpoint with all of it."""
+"""What a training reads: several sources, columns of other names, the turns that were asked for; and that it resumes with them."""
 
 import json
 import shutil
@@ -110,7 +110,7 @@ def test_the_command_line_takes_them_all(base, sources, tmp_path):
     told = run("generate", "--model", base, "--data", sources[1], *columns, "--max-new-tokens", 1).output
     assert told.count("> The ") == 6
     failed = CliRunner().invoke(app, ["generate", "--model", str(base), "--prompt", "a", "--columns", "text=a"])
-    assert failed.exit_code == 2 and "expected --data" in failed.output or "expected data" in failed.output
+    assert failed.exit_code == 2 and "--columns 'text=a': expected data, a prompt has none" in failed.output
 
 
 def test_jobs_and_methods_have_the_same_rows(sources, tmp_path):

@@ -28,14 +28,18 @@ CALLS = [
     {"role": "tool", "content": "4"},
     {"role": "assistant", "content": "Four."},
 ]
-TOOL_TEMPLATE = (
-    "{% if tools %}<|user|>tools {{ tools | tojson }}</s>{% endif %}{% for m in messages %}<|user|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' %}@{% endif %}"
-    "{% if m.content %}{{ m.content }}{% endif %}{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}"
-    "#</s>\n{% endfor %}{% if add_generation_prompt %}<|user|>assistant\n@{% endif %}"
+SAYING = (
+    "{% if m.content %}{{ m.content }}{% endif %}"
+    "{% for c in m.tool_calls or [] %}{{ c.function | tojson }}{% endfor %}{{ '#</s>' }}"
 )
-MARKED_TOOL_TEMPLATE = TOOL_TEMPLATE.replace("@{% endif %}", "@{% generation %}{% endif %}", 1).replace(
-    "#</s>\n", "{% if m.role == 'assistant' %}#</s>{% endgeneration %}{% else %}#</s>{% endif %}\n"
+TOOL_TEMPLATE = (
+    "{% if tools %}<|user|>tools {{ tools | tojson }}</s>{% endif %}"
+    "{% for m in messages %}{{ '<|user|>' + m.role + '\n' }}{% if m.role == 'assistant' %}@{% endif %}"
+    + SAYING
+    + "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|user|>assistant\n@' }}{% endif %}"
+)
+MARKED_TOOL_TEMPLATE = TOOL_TEMPLATE.replace(
+    SAYING, f"{{% if m.role == 'assistant' %}}{MARKS[0]}{SAYING}{MARKS[1]}{{% else %}}{SAYING}{{% endif %}}"
 )
 
 
@@ -80,7 +84,8 @@ def test_all_turns_count_as_where_the_template_marks_them(chatting, name):
     assert counted(chatting, plain)[:-1] == counted(chatting, marked)[:-1]
     assert len(counted(chatting, plain)) == 3 and "Itruns." in counted(chatting, plain)[0]
     border = marked.prompt_length
-    assert plain.labels[:border] == marked.labels[:border]
+    if name != "Llama 2":  # whose generation prompt is empty, so that the space before an answer is the model's
+        assert plain.labels[:border] == marked.labels[:border]
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
@@ -98,7 +103,9 @@ def test_turns_of_random_words_are_exact_or_refused(chatting, name):
             continue
         chatting.chat_template = chat_template(name, *MARKS)
         marked = row_of(chatting, given)
-        assert row.labels[: row.prompt_length] == marked.labels[: marked.prompt_length]
+        assert counted(chatting, row)[:-1] == counted(chatting, marked)[:-1]
+        if name != "Llama 2":
+            assert row.labels[: row.prompt_length] == marked.labels[: marked.prompt_length]
         exact += 1
     assert exact >= 10
 
@@ -140,7 +147,9 @@ def test_a_row_whose_last_turn_does_not_count_is_cut_within_its_size(words):
 def test_a_template_that_renders_earlier_turns_otherwise_is_refused(words):
     """As those that leave an earlier turn's reasoning out, or write the end token behind the last turn only."""
     plain = chat_template("ChatML")
-    words.chat_template = plain.replace("{{ m.content }}", "{{ m.content }}{% if loop.last %}{{ '!' }}{% endif %}")
+    words.chat_template = plain.replace(
+        "{{ m.content }}", "{{ m.content }}{{ '!' if loop.last and m.role == 'assistant' else '' }}"
+    )
     assert counted(words, row_of(words, DIALOGUE, train_on_turns="last")) == ["Ithides.!</s>"]
     with pytest.raises(
         ValueError, match=r"data:1: the chat template renders messages\[1\] otherwise where more"

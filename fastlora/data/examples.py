@@ -40,7 +40,8 @@ def read_examples(
         ImportError: a package that reads such a source is missing.
     """
     check_reading(data, columns, max_samples, streaming)
-    examples, problems = [], []
+    examples: list[Example] = []
+    problems: list[str] = []
     for source in sources.each(data):
         before = len(examples) + len(problems)
         for place, fields in sources.rows(source, columns, max_samples, streaming):

@@ -8,12 +8,14 @@
 | alpaca | `instruction`, `output`; `input`, `system`, `history` | axolotl, LLaMA-Factory |
 | text | `text`, of which every token counts | TRL, axolotl |
 
-Other fields are ignored; a row that has fields of two formats is a bad one, unless `columns` says which to read. The last turn of a conversation must be
-the assistant's. An alpaca row is a conversation: its instruction and input are what the user says, with an empty line between them.
+Other fields are ignored; a row that has fields of two formats is a bad one, unless `columns` says which to read. The last turn of
+a conversation must be the assistant's. An alpaca row is a conversation: its instruction and input are what the user says, with an
+empty line between them.
 
-A message has a role and content, and may have what chat templates read besides: `name`, `tool_calls`, `tool_call_id`, `reasoning_content`, `reasoning`,
-`thinking`. Arguments of a tool call may be JSON as text, as OpenAI has them; templates are given the object. `weight: 0` says of a turn of the
-assistant's that it does not count, as OpenAI and axolotl have it. Fields that are null are as if they were not there.
+A message has a role and content, and may have what chat templates read besides: `name`, `tool_calls`, `tool_call_id`,
+`reasoning_content`, `reasoning`, `thinking`. Arguments of a tool call may be JSON as text, as OpenAI has them; templates are given
+the object. `weight: 0` says of a turn of the assistant's that it does not count, as OpenAI and axolotl have it. Fields of a message
+that are null are as if they were not there.
 """
 
 import json

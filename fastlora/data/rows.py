@@ -6,11 +6,13 @@ with those, the row is the whole text's: a completion tokenised apart can differ
 text does not have. Where a merge runs across the border, the completion gets tokens with which the row still decodes to
 the whole text. The last token that counts is the end token.
 
-Messages go through the tokenizer's chat template, and a row's tools with them. `train_on_turns` says which of the assistant's turns count, each with its end:
-- auto: those that the row names (the completion's of prompt and completion, or those of a weight); else all, if the template marks what the
-  assistant wrote (`{% generation %}`), and if not the last.
+Messages go through the tokenizer's chat template, and a row's tools with them. `train_on_turns` says which of the assistant's
+turns count, each with its end:
+- auto: those that the row names (the completion's of prompt and completion, or those of a weight); else all, if the template
+  marks what the assistant wrote (`{% generation %}`), and if not the last.
 - last: the last.
-- all: all, but for those that the row leaves out. Where the template marks none, a turn is what the template adds to the turns before it: exact, or refused.
+- all: all, but for those that the row leaves out. Where the template marks none, a turn is what the template adds to the turns
+  before it: exact, or refused.
 
 With `completion_only_loss=False` the prompt counts as well. Of plain text all does.
 
@@ -342,9 +344,10 @@ def _marks(example: Example, whole: str, tokenizer: Any) -> list[bool]:
         raise ValueError(
             f"a chat template with {{% generation %}} needs a fast tokenizer, got {type(tokenizer).__name__}"
         )
+    tools: Any = example.tools
     rendered: Any = render_jinja_template(
         conversations=[example.messages],
-        tools=example.tools,
+        tools=tools,
         chat_template=_template(tokenizer, example.tools),
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
@@ -402,7 +405,7 @@ def _fit(row: Row, max_length: int, truncation: str, first: int) -> Row | None:
                 for tokens in (row.input_ids, row.labels)
             )
             row = Row(ids, labels, length)
-        row = Row(row.input_ids[:max_length], row.labels[:max_length], row.prompt_length)
+        row = Row(row.input_ids[:max_length], row.labels[:max_length], min(row.prompt_length, max_length))
     return row if row.labelled else None
 
 

@@ -1,8 +1,8 @@
 """Where rows come from: a file, a folder or pattern of files, or a data set of the hub. Each row has a place, FILE:LINE, for messages.
 
 A source is
-- a file. By its ending it is JSON (.json: a list of rows, an object of which one field is a list of rows, or lines), CSV with a header (.csv), TSV with a
-  header (.tsv), or Parquet; any other has a JSON object a line. All but Parquet may be gzip;
+- a file. By its ending it is JSON (.json: a list of rows, an object of which one field is a list of rows, or lines), CSV with a
+  header (.csv), or TSV with a header (.tsv); by its content Parquet. Any other has a JSON object a line. All but Parquet may be gzip;
 - a folder: its files with one of these endings or .jsonl, in order of their names, or what a data set's `save_to_disk` left;
 - a pattern (`rows/*.jsonl`, `**` for any depth): the files that match, in order;
 - hf:OWNER/NAME, hf:OWNER/NAME:SPLIT or hf:OWNER/NAME:CONFIG:SPLIT: what `datasets.load_dataset` gives of it; the split is train unless told.
@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from fastlora import reading
 from fastlora.data.formats import FIELDS, BadLine, is_numbered
@@ -142,7 +142,7 @@ def _file(path: Path, columns: Columns | None) -> Iterator[Found]:
         raise type(error)(f"data: {path} cannot be read: {error.strerror or error}") from error
 
 
-def _text(file: IO[bytes], path: Path, columns: Columns | None) -> Iterator[Found]:
+def _text(file: Iterable[bytes], path: Path, columns: Columns | None) -> Iterator[Found]:
     lines = _without_mark(file, path)
     ending = _ending(path)
     if ending in (".csv", ".tsv"):
