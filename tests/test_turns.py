@@ -158,6 +158,31 @@ def test_a_template_that_renders_earlier_turns_otherwise_is_refused(words):
     assert not isinstance(caught.value, DataError) and "train_on_turns='last'" in str(caught.value)
 
 
+def test_a_border_between_tokens_is_found_where_the_turn_before_is_cut_otherwise():
+    """At the end of a text two line breaks are one token of GPT-2's, before a word two: their end is a border in both."""
+    words = tiny.tokenizer()
+    words.chat_template = chat_template("Llama 3").replace("m.content | trim", "m.content")
+    row = row_of(words, DIALOGUE, train_on_turns="all")
+    assert counted(words, row) == ["Itruns.</s>", "Itsings.</s>", "Ithides.</s>"]
+    assert row.input_ids[: row.prompt_length] == encode_prompt(words, MESSAGES[:-1])
+    begun = encode_prompt(words, MESSAGES[:1])
+    assert row.labels[: len(begun)] == [IGNORE] * len(begun)
+
+
+def test_what_a_template_cannot_write_is_a_bad_line(words):
+    """A template for lists of texts and images writes nothing of a text, and trains on ends alone."""
+    words.chat_template = chat_template("ChatML").replace(
+        "{{ m.content }}", "{% for part in m.content %}{% if part is mapping %}{{ part.text }}{% endif %}{% endfor %}"
+    )
+    with pytest.raises(DataError, match="data:1: the chat template writes nothing of what the assistant says"):
+        row_of(words, DIALOGUE)
+    words.chat_template = chat_template("ChatML").replace("{{ m.content }}", "{{ m.content + 1 }}")
+    with pytest.raises(DataError, match="data:1: the chat template cannot write it: "):
+        row_of(words, DIALOGUE)
+    words.chat_template = chat_template("ChatML")
+    assert counted(words, row_of(words, replace(DIALOGUE, completion="<s>"))) == ["<s></s>"]
+
+
 def test_marks_that_are_no_turns_are_not_chosen_from(words):
     """Two blocks a turn: all of them count, or which are the last turn's cannot be told."""
     twice = chat_template("ChatML", *MARKS).replace(

@@ -46,6 +46,7 @@ TRUNCATIONS = get_args(Truncation)
 Turns = Literal["auto", "last", "all"]  # which of the assistant's count, see above
 TURNS = get_args(Turns)
 SHOWN_CHARACTERS = 400  # of a row in a warning
+WIDEST = 8  # tokens that a text's end may have more in a longer text
 # What a completion is tokenised behind where its own prompt would merge with it: one of these rarely does.
 ANCHORS = ("\n", "=", ".", "0", "a", "q", "x", "z")
 
@@ -171,6 +172,9 @@ def _encode(
         return _end(opening + prompt, completion, tokenizer), True
     before = _render(tokenizer, example.prompt, example.tools, add_generation_prompt=True)
     whole = _render(tokenizer, example.messages, example.tools)
+    if example.completion and not any(word in whole for word in example.completion.split()):
+        # One that takes lists of texts and images, given a text: what is left to train on are the turn's ends.
+        raise BadLine("the chat template writes nothing of what the assistant says")
     prompt, template = _tokens(tokenizer, before), _template(tokenizer, example.tools)
     _require_read(template, example)
     marked = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template))
@@ -233,12 +237,25 @@ def _turn(position: int, row: Row, example: Example, whole: str, tokenizer: Any,
                 " its tokens cannot be told: expected a template with {% generation %}, or train_on_turns='last'"
             )
         borders.append(_tokens(tokenizer, text))
-    (before, tokens), start = borders, len(borders[0])
-    end = _last_end(tokens[start:], special, tokenizer)
-    tokens = tokens if end < 0 else tokens[: start + end + 1]
-    if not start < len(tokens) or tokens[:start] != before or row.input_ids[: len(tokens)] != tokens:
+    before, tokens = borders
+    tokens = (
+        tokens[: _last_end(tokens, special, tokenizer) + 1] or tokens
+    )  # white space behind an end token does not count
+    start, stop = _border(row.input_ids, before, tokenizer), _border(row.input_ids, tokens, tokenizer)
+    if not 0 <= start < stop:
         raise BadLine(f"messages[{position}]: a token reaches across its border, so that its tokens cannot be told")
-    return start, len(tokens)
+    return start, stop
+
+
+def _border(ids: list[int], tokens: list[int], tokenizer: Any) -> int:
+    """How many of a row's tokens make the text of these, which it begins with; -1 where a token reaches beyond its end."""
+    same = len(commonprefix((ids, tokens)))
+    if same == len(tokens):
+        return same
+    text = _decode(tokenizer, tokens)
+    # White space before a word is cut otherwise than at the end of a text: the row's tokens may differ, and end there all the same.
+    ends = range(same + 1, min(len(ids), len(tokens) + WIDEST) + 1)
+    return next((end for end in ends if _decode(tokenizer, ids[:end]) == text), -1)
 
 
 def _counting_all(row: Row) -> Row:
@@ -489,9 +506,12 @@ def _render(
         names = ("role",) if isinstance(message, dict) and message.get("tool_calls") else ("role", "content")
         if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in names):
             raise BadLine(f"messages[{position}]: expected an object whose role and content are strings")
-    return tokenizer.apply_chat_template(
-        messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-    )
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TypeError as error:  # one that adds an object to a text, say
+        raise BadLine(f"the chat template cannot write it: {error}") from error
 
 
 def _template(tokenizer: Any, tools: list[dict[str, Any]] | None = None) -> str:
