@@ -196,12 +196,23 @@ def train(**options: Any) -> None:
     _quiet()
     from fastlora.train import train
 
+    _parse_data(options)
     options["target_modules"] = _module_names(options["target_modules"])
     if options["token_indices"] is not None:
         options["token_indices"] = _numbers("token_indices", options["token_indices"], int)
     result = train(TrainConfig(**options))
     if os.environ.get("RANK", "0") == "0":  # one summary, however many processes torchrun started
         _print_values("fastlora train", asdict(result))
+
+
+def _parse_data(options: dict[str, Any]) -> None:
+    """Where rows come from, as the library has it: one source is no list, and columns are a dict."""
+    from fastlora.data.examples import parse_columns
+    from fastlora.data.sources import one_or_several
+
+    for name in {"data", "eval_data", "retain_data"} & options.keys():
+        options[name] = one_or_several(options[name]) or None
+    options["columns"] = None if options["columns"] is None else parse_columns(options["columns"])
 
 
 def _numbers(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
@@ -233,6 +244,7 @@ def compare(**options: Any) -> None:
     _quiet()
     from fastlora.comparison import compare, rows
 
+    _parse_data(options)
     options["methods"] = [name.strip() for name in options["methods"].split(",")]
     for name, kind in (("r", int), ("lr", float), ("lr_factors", float), ("token_indices", int)):
         if options[name] is not None:
@@ -251,6 +263,7 @@ def sweep(**options: Any) -> None:
     from fastlora.sweep.outcome import best, rows
     from fastlora.sweep.run import sweep
 
+    _parse_data(options)
     for name, kind in (("r", int), ("lr", float), ("lora_alpha", float), ("lora_dropout", float), ("seed", int)):
         if options[name] is not None:
             options[name] = _numbers(name, options[name], kind)
@@ -267,7 +280,8 @@ def sweep(**options: Any) -> None:
 
 @command
 def eval_(
-    data: Annotated[Path, OPTIONS["data"]],
+    data: Annotated[list[str], OPTIONS["data"]],
+    columns: Annotated[str | None, OPTIONS["columns"]] = None,
     model: OptionalModelOption = None,
     adapter: Annotated[
         Path | None, typer.Option(help="Adapter folder; without one the base model is measured.")
@@ -285,11 +299,12 @@ def eval_(
 ) -> None:
     """Held-out loss, perplexity, exact match and ROUGE."""
     _quiet()
-    from fastlora.data.examples import read_examples
+    from fastlora.data.examples import parse_columns, read_examples
     from fastlora.evaluation import evaluate
     from fastlora.models import load_model
 
-    examples = read_examples(data)  # bad lines are reported before anything is loaded
+    named = None if columns is None else parse_columns(columns)
+    examples = read_examples(data, columns=named)  # bad lines are reported before anything is loaded
     loaded, tokenizer = load_model(
         model,
         {"default": adapter} if adapter else {},
@@ -319,7 +334,8 @@ def eval_(
 @command
 def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="Text to answer; may be given several times.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Take the prompts of this JSONL file.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Take the prompts of these rows.")] = None,
+    columns: Annotated[str | None, OPTIONS["columns"]] = None,
     model: OptionalModelOption = None,
     adapter: Annotated[
         list[str] | None, typer.Option(help="Adapter folder, or name=folder; may be given several times.")
@@ -341,13 +357,21 @@ def generate(
 ) -> None:
     """Greedy answers; with several adapters, each one's, swapped on one base."""
     _quiet()
-    from fastlora.data.examples import Prompt, read_examples
+    from fastlora.data.examples import Prompt, parse_columns, read_examples
     from fastlora.generation import generate
     from fastlora.models import load_model
 
     if bool(prompt) == bool(data):
         raise ValueError("expected either --prompt or --data")
-    prompts: list[Prompt] = [example.prompt for example in read_examples(data)] if data else list(prompt or [])
+    if columns is not None and not data:
+        raise ValueError(f"columns={columns!r}: expected data, a prompt has none")
+    named = None if columns is None else parse_columns(columns)
+    examples = read_examples(data, columns=named) if data else []
+    if any(example.tools or example.prompt == "" for example in examples):
+        raise ValueError(
+            "data: rows of plain text have no prompt, and those with tools are for training and eval alone"
+        )
+    prompts: list[Prompt] = [example.prompt for example in examples] or list(prompt or [])
     if chat:
         prompts = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
     adapters = _named_adapters(adapter or [])
@@ -366,7 +390,7 @@ def generate(
         for name in names
     ]
     for position, text in enumerate(prompts):
-        print(f"> {text if isinstance(text, str) else text[-1]['content']}")
+        print(f"> {text if isinstance(text, str) else text[-1].get('content', '')}")
         for name, texts in zip(names, answers, strict=True):
             print(f"{name}: {texts[position].strip()}" if name else texts[position].strip())
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from fastlora import __version__, memory, reading, writing
-from fastlora.config import DEFAULT_LR, DEFAULT_R, PROMPTS, RANKED, WHOLE, Method, TrainConfig, option
+from fastlora.config import DEFAULT_LR, DEFAULT_R, PROMPTS, RANKED, WHOLE, Method, TrainConfig, as_train, option
 from fastlora.typed import check_fields, fits, shown
 
 logger = logging.getLogger("fastlora")
@@ -43,12 +43,15 @@ class Comparison:
     """
 
     model: str | Path = option("Base model: a folder or a hub id.", typed=str)
-    data: str | Path = option("JSONL to train on: prompt and completion, or messages.", typed=Path)
-    eval_data: str | Path = option("JSONL of held-out rows, of the same task.", typed=Path)
+    data: str | Path | list[str] = as_train("data")
+    eval_data: str | Path | list[str] = option(
+        "Held-out rows of the same task, from where data may be.", typed=list[str]
+    )
     output: str | Path = option("Folder for compare.json, compare.png and runs/.", typed=Path)
     methods: list[Method] = option("Names with commas: lora,dora,ia3,adapter,prompt,prefix,norm,full.", typed=str)
-    retain_data: str | Path | None = option(
-        "JSONL of other rows: how much their loss rises is what is forgotten.", None, typed=Path
+    columns: dict[str, str] | None = option("Of data and eval_data: which column is which field.", None, typed=str)
+    retain_data: str | Path | list[str] | None = option(
+        "Other rows: how much their loss rises is what is forgotten.", None, typed=list[str]
     )
     r: list[int] | None = option("Ranks with commas, of lora and dora: each is a run. [default: 16]", None, typed=str)
     lr: list[float] | None = option(
@@ -119,7 +122,7 @@ class Comparison:
             given["num_virtual_tokens"] = self.num_virtual_tokens
         if run.method == "tokens":
             given["token_indices"] = self.token_indices
-        same = ("model", "data", "epochs", "batch_size", "max_length", "seed", "dtype", "max_steps")
+        same = ("model", "data", "columns", "epochs", "batch_size", "max_length", "seed", "dtype", "max_steps")
         given |= {name: getattr(self, name) for name in same}
         given |= {"method": run.method, "lr": run.lr, "output": output, "save_steps": 10**6}
         return TrainConfig(**given | more)
@@ -272,13 +275,10 @@ def _seconds(folder: Path) -> list[float]:
 def _steps(config: TrainConfig, given: Comparison, folder: Path) -> int | None:
     """The optimiser steps that the budget is worth."""
     if given.max_tokens is not None:
-        from fastlora.data.examples import read_examples
-        from fastlora.data.rows import encode
+        from fastlora.course import read_rows
         from fastlora.models import load_tokenizer
 
-        rows = encode(
-            read_examples(config.data), load_tokenizer(str(config.model)), config.max_length, config.truncation
-        ).rows
+        rows = read_rows(config, load_tokenizer(str(config.model))).rows
         mean = sum(len(row.input_ids) for row in rows) / len(rows) * min(config.batch_size, len(rows))
         return max(1, round(given.max_tokens / mean))
     if given.max_seconds is not None:
@@ -300,7 +300,8 @@ def _measure(run: Run | None, given: Comparison, folder: Path) -> dict[str, Any]
     model, tokenizer = load_model(path, {} if whole else {"default": folder}, dtype=given.dtype, allow_noop=True)
     same: dict[str, Any] = {"batch_size": given.batch_size, "max_length": given.max_length, "limit": given.limit}
     held = evaluate(
-        model, tokenizer, given.eval_data, generations=given.generations, max_new_tokens=given.max_new_tokens, **same
+        *(model, tokenizer, given.eval_data),
+        **{"columns": given.columns, "generations": given.generations, "max_new_tokens": given.max_new_tokens, **same},
     )
     kept = evaluate(model, tokenizer, given.retain_data, generations=False, **same).loss if given.retain_data else None
     return {
@@ -319,10 +320,12 @@ def _answer_rate(model: Any, tokenizer: Any, given: Comparison) -> float:
     from fastlora.data.examples import read_examples
     from fastlora.data.rows import encode, pad_token_id
 
-    rows = encode(read_examples(given.eval_data)[:ANSWERED], tokenizer, given.max_length, "prompt").rows
-    width = min(row.prompt_length for row in rows)
+    examples = read_examples(given.eval_data, columns=given.columns)[:ANSWERED]
+    rows = encode(examples, tokenizer, given.max_length, "prompt").rows
+    width = min(row.prompt_length for row in rows) or 1  # of plain text, the first token
+    ends = [max(row.prompt_length, width) for row in rows]
     ids = torch.tensor(
-        [row.input_ids[row.prompt_length - width : row.prompt_length] for row in rows], device=model.device
+        [row.input_ids[end - width : end] for row, end in zip(rows, ends, strict=True)], device=model.device
     )
     length = {"min_new_tokens": ANSWER_TOKENS, "max_new_tokens": ANSWER_TOKENS, "do_sample": False}
     times = []

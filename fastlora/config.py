@@ -1,12 +1,14 @@
 """What to train, on what, and how: every option is checked when a TrainConfig is made, before anything is read or written."""
 
 import re
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from fastlora.adapters import LARGEST_RANK, is_number
-from fastlora.data.rows import Truncation
+from fastlora.data.examples import check_reading
+from fastlora.data.rows import Truncation, Turns
+from fastlora.data.sources import one_or_several
 from fastlora.typed import check_fields, is_finite, shown
 
 Method = Literal[
@@ -101,10 +103,20 @@ class TrainConfig:
     """
 
     model: str | Path = option("Base model: a folder or a hub id.", typed=str)
-    data: str | Path = option("JSONL: prompt and completion, or messages.", typed=Path)
+    data: str | Path | list[str] = option(
+        "Rows: a JSONL, JSON, CSV, TSV or Parquet file, a folder or pattern of them, or hf:OWNER/NAME:SPLIT of the hub; may be given several times.",
+        typed=list[str],
+    )
     output: str | Path = option(
         "Folder for the adapter, metrics.jsonl, loss.png, summary.json and checkpoints/.", typed=Path
     )
+    columns: dict[str, str] | None = option(
+        "Which column is which field: prompt=question,completion=answer; #1 is a headless file's first.",
+        None,
+        typed=str,
+    )
+    max_samples: int | None = option("Take only the first so many rows of each of the data.", None)
+    streaming: bool = option("Read the hub's data sets row by row, up to max_samples.", False)
     method: Method = option(
         "What is trained: an adapter (lora, dora, ia3; adapter: a bottleneck behind each sublayer), a soft prompt (prompt, prefix, ptuning,"
         " cartridge), a part of the model (norm, tokens, bitfit), the whole of it (full), or what peft_config says (peft).",
@@ -146,6 +158,11 @@ class TrainConfig:
     truncation: Truncation = option(
         "What a longer row loses: its prompt's oldest tokens, its completion's end, or all.", "prompt"
     )
+    train_on_turns: Turns = option(
+        "Which of the assistant's turns count: all, the last, or auto: all where the chat template marks them, else the last.",
+        "auto",
+    )
+    completion_only_loss: bool = option("Count what is answered, or the prompt as well.", True)
     lr: float | None = option(
         "Highest learning rate. [default: 2e-4 for lora, 2e-5 for full, more for what is smaller]", None
     )
@@ -178,10 +195,16 @@ class TrainConfig:
     compile: bool = option("Run the model's layers through torch.compile.", False)
 
     def __post_init__(self) -> None:
+        self.data = one_or_several(self.data)
         check_fields(self)
         for name in ("model", "data", "output", "target_modules"):
             if not getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} is empty")
+        check_reading(self.data, self.columns, self.max_samples, self.streaming)
+        if not self.completion_only_loss and self.train_on_turns != "auto":
+            raise ValueError(
+                f"completion_only_loss=False and train_on_turns={self.train_on_turns!r} exclude each other: all counts"
+            )
         self._check_method()
         if self.lr is None:
             self.lr = DEFAULT_LR[self.method]
@@ -243,7 +266,10 @@ class TrainConfig:
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
     def _check_numbers(self) -> None:
-        counts = ("epochs", "max_steps", "batch_size", "gradient_accumulation_steps", "save_steps", "resume_from")
+        counts = (
+            *("max_samples", "epochs", "max_steps", "batch_size", "gradient_accumulation_steps"),
+            *("save_steps", "resume_from"),
+        )
         allocated = ("r", "reduction_factor", "num_virtual_tokens", "encoder_hidden_size")
         for name in (*counts, *allocated, "max_length"):
             value, least = getattr(self, name), 2 if name == "max_length" else 1
@@ -268,3 +294,9 @@ class TrainConfig:
             raise ValueError(
                 f"pack_budget={shown(self.pack_budget)}: expected a number of bytes, 0 for no packed copies"
             )
+
+
+def as_train(name: str, *default: Any) -> Any:
+    """The option of that name of `fastlora train`, for another command; with another default, if one is given."""
+    one = next(one for one in fields(TrainConfig) if one.name == name)
+    return option(one.metadata["help"], *(default or (one.default,)), typed=one.metadata["typed"])

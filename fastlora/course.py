@@ -18,7 +18,8 @@ from torch import Tensor
 from fastlora import checkpoint, writing
 from fastlora.checkpoint import CheckpointError
 from fastlora.config import TrainConfig
-from fastlora.data.rows import Row, batches
+from fastlora.data.examples import read_examples
+from fastlora.data.rows import Encoded, Row, batches, encode
 from fastlora.language_model_loss import IGNORE
 
 LEAST = {"step": 1.0, "exp_avg": -math.inf, "exp_avg_sq": 0.0}
@@ -31,6 +32,25 @@ class TrainingError(RuntimeError):
 
 class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM; a checkpoint was written first."""
+
+
+def read_rows(config: TrainConfig, tokenizer: Any) -> Encoded:
+    """What a training trains on, as its options say.
+
+    Raises:
+        As `read_examples` and `encode`: what they raise.
+    """
+    examples = read_examples(
+        config.data, columns=config.columns, max_samples=config.max_samples, streaming=config.streaming
+    )
+    return encode(
+        examples,
+        tokenizer,
+        config.max_length,
+        config.truncation,
+        train_on_turns=config.train_on_turns,
+        completion_only_loss=config.completion_only_loss,
+    )
 
 
 class Course:

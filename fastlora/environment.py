@@ -22,7 +22,8 @@ OPTIONAL = {
     "rouge-score": "`fastlora eval` leaves ROUGE out",
     "starlette": "no `fastlora serve`",
     "uvicorn": "no `fastlora serve`",
-    "datasets": "nothing: fastlora reads JSONL itself",
+    "datasets": "no data sets of the hub; files are read without it",
+    "pyarrow": "no Parquet",
     "trl": "nothing, but for those who train with TRL",
 }
 COMPILERS = {

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from fastlora.data.examples import Example, read_examples
-from fastlora.data.rows import Row, batches, collate, encode, pad_token_id, require_count
+from fastlora.data.examples import Columns, Example, read_examples
+from fastlora.data.rows import Row, batches, collate, encode, pad_token_id, reference, require_count
 from fastlora.generation import answer, leave_room
 from fastlora.language_model_loss import LanguageModelLoss, evaluating
 from fastlora.models import positions
@@ -36,8 +36,9 @@ class EvalResult:
 def evaluate(
     model: Any,
     tokenizer: Any,
-    data: str | Path | Sequence[Example],
+    data: str | Path | Sequence[str | Path] | Sequence[Example],
     *,
+    columns: Columns | None = None,
     batch_size: int = 8,
     max_length: int = 512,
     truncation: str = "prompt",
@@ -50,7 +51,8 @@ def evaluate(
     Each answer is given to the very prompt tokens that its row of the loss has.
 
     Args:
-        data: a JSONL file, or examples.
+        data: what `read_examples` takes, or examples.
+        columns: which column is which field, for what is read.
         max_length: tokens a row may have; never more than the model has positions for.
         truncation: what a longer row loses, as in training: prompt, completion, or drop for the whole row.
         limit: take only the first so many rows.
@@ -64,7 +66,9 @@ def evaluate(
     require_count("max_new_tokens", max_new_tokens)
     if limit is not None:
         require_count("limit", limit)
-    examples = (read_examples(data) if isinstance(data, str | Path) else list(data))[:limit]
+    examples = _examples(data, columns)[:limit]
+    if generations and any(example.prompt == "" for example in examples):
+        raise ValueError("data: rows of plain text have no prompt to answer: expected no generations of them")
     encoded = encode(examples, tokenizer, min(max_length, positions(model) or max_length), truncation)
     # Before anything is computed: there may be no room for an answer.
     ids = [row.input_ids[: row.prompt_length] for row in encoded.rows]
@@ -73,7 +77,8 @@ def evaluate(
     perplexity = math.exp(mean) if mean < 700 else math.inf  # exp(710) overflows
     matches, scores = None, {}
     if generations:
-        references = [example.completion for example in encoded.examples]
+        pairs = zip(encoded.examples, encoded.rows, strict=True)
+        references = [reference(example, row, tokenizer) for example, row in pairs]
         prompts = [example.prompt for example in encoded.examples]
         answers = answer(model, tokenizer, prompts, ids, max_new_tokens, batch_size)
         matches = exact_match(answers, references)
@@ -90,6 +95,13 @@ def evaluate(
         exact_match=matches,
         **{name: scores.get(name) for name in ROUGE},
     )
+
+
+def _examples(data: str | Path | Sequence[str | Path] | Sequence[Example], columns: Columns | None) -> list[Example]:
+    if isinstance(data, str | Path):
+        return read_examples(data, columns=columns)
+    given = [one for one in data if isinstance(one, Example)]
+    return given if len(given) == len(data) else read_examples([str(one) for one in data], columns=columns)
 
 
 def mean_loss(model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int) -> float:

@@ -29,14 +29,9 @@ def json_object(text: bytes, *, strict: bool = True) -> dict[str, Any]:
         strict: no value in it is NaN or infinite, or nested so deep that who walks it by recursion, as repr and deepcopy do, comes to no end.
 
     Raises:
-        ValueError: the text is not UTF-8 or not JSON, has an integer of more digits than Python reads or a field twice, or is no object.
+        ValueError: as `json_value`; or it is no object, or nested too deep.
     """
-    try:
-        value = json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse if strict else None)
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8") from None
-    except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
-        raise ValueError(f"not JSON ({error})") from None
+    value = json_value(text, strict=strict)
     if not isinstance(value, dict):
         raise ValueError(f"expected a JSON object, got {type(value).__name__}")
     level: list[Any] = [value] if strict else []
@@ -46,6 +41,20 @@ def json_object(text: bytes, *, strict: bool = True) -> dict[str, Any]:
     if level:
         raise ValueError(f"nested deeper than {DEEPEST}")
     return value
+
+
+def json_value(text: bytes, *, strict: bool = True) -> Any:
+    """What a text is, of any kind and depth. strict: no value in it is NaN or infinite.
+
+    Raises:
+        ValueError: the text is not UTF-8 or not JSON, or has an integer of more digits than Python reads or a field twice.
+    """
+    try:
+        return json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse if strict else None)
+    except UnicodeDecodeError:
+        raise ValueError("not UTF-8") from None
+    except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
+        raise ValueError(f"not JSON ({error})") from None
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

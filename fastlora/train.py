@@ -38,11 +38,12 @@ from fastlora.course import (
     count_tokens,
     load_state,
     named_writing,
+    read_rows,
     scheduler,
     stop_signals,
 )
-from fastlora.data.examples import read_examples
-from fastlora.data.rows import Encoded, Row, collate, encode, pad_token_id
+from fastlora.data.rows import Encoded, Row, collate, pad_token_id
+from fastlora.data.sources import local_files
 from fastlora.language_model_loss import LanguageModelLoss
 from fastlora.models import load_tokenizer, require_bitsandbytes, require_positions, resolve_dtype
 from fastlora.typed import listed
@@ -50,7 +51,10 @@ from fastlora.typed import listed
 logger = logging.getLogger("fastlora")
 
 # Data and how it is cut are compared by the rows' tokens.
-MAY_DIFFER_ON_RESUME = {"data", "truncation", "output", "save_steps", "resume", "resume_from", "overwrite"}
+MAY_DIFFER_ON_RESUME = {
+    *("data", "columns", "max_samples", "streaming", "truncation", "train_on_turns", "completion_only_loss"),
+    *("output", "save_steps", "resume", "resume_from", "overwrite"),
+}
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
             _require_free(config)
         saved = _newest(config) if config.resume else None
         tokenizer = load_tokenizer(str(config.model))
-        data = encode(read_examples(config.data), tokenizer, config.max_length, config.truncation)
+        data = read_rows(config, tokenizer)
         run = _Run(config, data, tokenizer, accelerator, saved)
         if progress:
             run.announce()
@@ -118,15 +122,16 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
 
 def _require_free(config: TrainConfig) -> None:
     """Nothing in the output folder is replaced that this run does not go on from, unless that was asked for."""
-    output, data = Path(config.output), Path(config.data)
+    output = Path(config.output)
     writing.require_files(output)
     if (output / "checkpoints").is_file():
         raise NotADirectoryError(f"output={output}: checkpoints is a file there, expected a folder or nothing")
     held, steps = writing.results(output), checkpoint.steps(output)
-    if any(path.parent.resolve() == output.resolve() and path.name in held for path in (data, data.resolve())):
-        raise ValueError(
-            f"data={data}: expected another place or name, training replaces this file in its output folder"
-        )
+    for data in local_files(config.data):
+        if any(path.parent.resolve() == output.resolve() and path.name in held for path in (data, data.resolve())):
+            raise ValueError(
+                f"data={data}: expected another place or name, training replaces this file in its output folder"
+            )
     if config.overwrite or (config.resume and steps):
         return
     # All that is left by a run that ended before its first checkpoint; an empty one by a run that ended in its first step.

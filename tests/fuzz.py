@@ -8,6 +8,7 @@ that names the file; anything else (another exception, a hang, the death of the 
 """
 
 import argparse
+import gzip
 import json
 import logging
 import os
@@ -229,10 +230,25 @@ def examples_files() -> Files:
         ("user", "And 3?"),
         ("assistant", "7, I think."),
     ]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    call = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": {"of": [2, 2.5, None]}}}
+    calls = [*messages[:2], {"role": "assistant", "content": None, "tool_calls": [call]}]
+    calls += [{"role": "tool", "name": "add", "tool_call_id": "c1", "content": "4"}, {**messages[2], "weight": 1}]
+    shared = [
+        ("human", "2 + 2?"),
+        ("function_call", '{"name": "add", "arguments": {}}'),
+        ("observation", "4"),
+        ("gpt", "4"),
+    ]
     lines: list[Any] = [
         {"prompt": "Summarise: A: hello. B: bonjour, ça va?", "completion": "They greet."},
-        {"messages": [{"role": role, "content": content} for role, content in turns], "source": 7},
+        {"messages": messages, "source": 7},
         {"prompt": "🙂", "completion": " \n中", "weight": 1.5e3, "tags": [None, True, {"deep": [1]}]},
+        {"prompt": messages[:2], "completion": messages[2:]},
+        {"messages": calls, "tools": [{"type": "function", "function": {"name": "add", "parameters": {"x": [1]}}}]},
+        {"conversations": [{"from": role, "value": value} for role, value in shared], "tools": "[]", "system": "Add."},
+        {"instruction": "Add.", "input": "2, 2", "output": "4", "system": "", "history": [["Hello.", "Hello."]]},
+        {"text": "All of it."},
     ]
     return {"data.jsonl": b"\n".join(json.dumps(line).encode() for line in lines) + b"\n"}
 
@@ -259,9 +275,47 @@ def read_lines(folder: Path, files: Files) -> None:
         assert "data.jsonl" in str(error), error
         return
     for one in found:
-        texts = [one.prompt] if isinstance(one.prompt, str) else [turn["content"] for turn in one.prompt]
-        for text in (*texts, one.completion):
-            assert text.strip() and text.encode("utf-8"), one
+        last = one.messages[-1] if one.messages else {}
+        assert one.completion.strip() or last["tool_calls"], one
+        silent_roles = ("tool", "assistant")  # which may say nothing: an answer of a tool, and who calls one
+        assert all(message.get("content") or message["role"] in silent_roles for message in one.messages), one
+        assert one.turns is None or all(one.messages[turn]["role"] == "assistant" for turn in one.turns), one
+        json.dumps([one.prompt, one.completion, one.turn, one.tools], ensure_ascii=False, allow_nan=False).encode(
+            "utf-8"
+        )
+
+
+# Tables and documents of rows
+
+
+def sources_files() -> Files:
+    rows = [
+        {"prompt": "Sum up, briefly:\nA: hello.", "completion": 'They "greet".'},
+        {"prompt": "é", "completion": "b"},
+    ]
+    table = 'prompt,id,completion\r\n"Sum up, briefly:\nA: hello.",1,"They ""greet""."\r\n\né,2,b\n'
+    packed = gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in rows), mtime=0)
+    return {
+        "rows.csv": table.encode(),
+        "rows.tsv": 'prompt\tcompletion\n"Sum" up.\tThey greet.\né\tb\n'.encode(),
+        "rows.json": json.dumps({"version": 1.5, "data": rows}, indent=1).encode(),
+        "list.json": json.dumps([*rows, {"text": "All of it."}]).encode(),
+        "rows.jsonl.gz": packed,
+    }
+
+
+def read_sources(folder: Path, files: Files) -> None:
+    from fastlora.data import examples
+
+    for name in files:
+        try:
+            found = examples.read_examples(folder / name)
+        except examples.DataError as error:
+            assert all(f"{name}:" in problem for problem in error.problems), error.problems
+        except ValueError as error:
+            assert name in str(error), error
+        else:
+            assert all(f"{name}:" in one.source and one.completion.strip() for one in found), found
 
 
 # An adapter's folder
@@ -464,6 +518,7 @@ def read_sweep(folder: Path, files: Files) -> None:
 TARGETS: dict[str, Target] = {
     "table": Target(table_files, change_files, read_table),
     "examples": Target(examples_files, change_lines, read_lines),
+    "sources": Target(sources_files, change_files, read_sources),
     "adapter": Target(adapter_files, change_files, read_adapter),
     "prompt": Target(prompt_files, change_files, read_adapter),
     "checkpoint": Target(checkpoint_files, change_checkpoint, read_checkpoint),

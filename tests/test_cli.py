@@ -288,7 +288,10 @@ ERRORS = {
         "generate --model {model} --prompt= --max-length 1",
         "leaves nothing to the prompt: max_length is 1",
     ),
-    "a folder as data": ("eval --model {model} --data {model}", "is a folder, expected a JSONL file"),
+    "a folder as data": (
+        "eval --model {model} --data {model}",
+        "config.json: expected a list of rows, or an object with one, got 0",
+    ),
     "no row is short enough": (
         "eval --model {model} --data {data} --max-length 8 --truncation drop",
         "--max-length 8 with --truncation 'drop' drops every one of the 64 rows",

@@ -25,6 +25,7 @@ WRONG = {
     bool: [1, "yes"],
     str: [1, b"x"],
     list: [3, ["a"], (1,)],
+    dict: ["a", ["a"], {"a": 1}, {1: "a"}],
 }
 
 
@@ -33,7 +34,8 @@ def test_every_option_is_held_to_its_type(name):
     """From the annotations themselves: an option that is added later is checked, too."""
     hint = TrainConfig.__annotations__[name]
     choice = next(iter(get_args(hint)), None) if get_origin(hint) is Literal else "a"
-    kinds = [kind for kind in WRONG if fits({int: 1, float: 1.5, bool: True, str: choice, list: [1]}[kind], hint)]
+    right = {int: 1, float: 1.5, bool: True, str: choice, list: [1], dict: {"text": "a"}}
+    kinds = [kind for kind in WRONG if fits(right[kind], hint)]
     assert kinds, f"{name} takes none of the types that this test knows"
     tried = [value for value in WRONG[kinds[0]] if not fits(value, hint)] + [object()]
     for value in tried:
@@ -50,7 +52,8 @@ def test_every_option_is_held_to_its_type(name):
         ("epochs", True, "epochs=True: expected int, got bool"),
         ("target_modules", ["q_proj", 3], r"target_modules=\['q_proj', 3\]: expected str or a list of str, got list"),
         ("max_steps", "all", "max_steps='all': expected int or None, got str"),
-        ("data", 3, "data=3: expected str or Path, got int"),
+        ("data", 3, "data=3: expected str or Path or a list of str, got int"),
+        ("columns", "prompt=a", "columns='prompt=a': expected dict or None, got str"),
     ],
 )
 def test_a_wrong_type_says_what_was_expected(option, value, message):
@@ -70,6 +73,14 @@ def test_a_wrong_type_says_what_was_expected(option, value, message):
         ("batch_size", 10**5000),
         ("max_length", 1),
         ("truncation", "end"),
+        ("train_on_turns", "first"),
+        ("max_samples", 0),
+        ("max_samples", 10**5000),
+        ("columns", {"question": "a"}),
+        ("columns", {}),
+        ("streaming", True),
+        ("data", []),
+        ("data", ["a", ""]),
         ("lora_dropout", 1.0),
         ("lora_dropout", math.nan),
         ("warmup_ratio", 1),
@@ -99,13 +110,23 @@ def test_an_option_out_of_range_is_named(option, value):
     assert len(str(caught.value)) < 300 and "--" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["method", "truncation", "dtype"])
+@pytest.mark.parametrize("name", ["method", "truncation", "train_on_turns", "dtype"])
 def test_a_choice_lists_the_others_and_each_of_them_is_taken(name):
     choices = get_args(TrainConfig.__annotations__[name])
     with pytest.raises(ValueError, match=f"^{name}='none of them': expected {' or '.join(map(repr, choices))}$"):
         make(**{name: "none of them"})
     needed = {"tokens": {"token_indices": [1]}, "peft": {"peft_config": "c.json"}}
     assert [getattr(make(**{name: one}, **needed.get(one, {})), name) for one in choices] == [*choices]
+
+
+def test_data_is_one_source_or_a_list_that_json_has():
+    assert make(data=("a.jsonl", Path("b.csv"))).data == ["a.jsonl", "b.csv"]
+    assert make(data=["a.jsonl"]).data == "a.jsonl" and make(data=Path("a.jsonl")).data == Path("a.jsonl")
+
+
+def test_turns_are_not_chosen_where_all_counts():
+    with pytest.raises(ValueError, match="completion_only_loss=False and train_on_turns='last' exclude each other"):
+        make(completion_only_loss=False, train_on_turns="last")
 
 
 def test_resume_from_implies_resume_and_excludes_overwrite():

@@ -1,7 +1,7 @@
 """Lines in, token rows out: which lines are refused, which tokens count."""
 
-import gzip
 import json
+import lzma
 import os
 import random
 from pathlib import Path
@@ -102,7 +102,7 @@ BAD_LINES = {
     "[" * 100_000: "not JSON",
     "[1]": "expected a JSON object, got list",
     '{"prompt": "a"}': "no field 'completion'",
-    '{"text": "a"}': "no field 'prompt' and no field 'completion'",
+    '{"question": "a"}': "fits no format: has the fields 'question', expected prompt and completion; messages; ",
     '{"prompt": 1, "completion": "b"}': "prompt: expected a string, got int",
     '{"prompt": "a", "completion": null}': "completion: expected a string, got NoneType",
     '{"prompt": "a", "completion": " "}': "completion is empty",
@@ -144,16 +144,17 @@ def test_all_bad_lines_are_found_and_twenty_listed(tmp_path):
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
-    compressed = tmp_path / "data.jsonl.gz"
-    compressed.write_bytes(gzip.compress(GOOD))
+    compressed = tmp_path / "data.jsonl.xz"
+    compressed.write_bytes(lzma.compress(GOOD))
+    (tmp_path / "folder").mkdir()
     wide = tmp_path / "wide.jsonl"
     wide.write_bytes(GOOD.decode().encode("utf-16"))
     for path, kind, message in (
         (write(tmp_path / "empty.jsonl", ""), ValueError, r"empty\.jsonl has no rows"),
         (tmp_path / "missing.jsonl", FileNotFoundError, r"there is no file .*missing\.jsonl"),
-        (tmp_path, IsADirectoryError, "is a folder, expected a JSONL file"),
-        (compressed, ValueError, r"data\.jsonl\.gz is gzip, expected JSON lines in UTF-8: unpack it first"),
-        (wide, ValueError, r"wide\.jsonl is UTF-16 text, expected JSON lines in UTF-8"),
+        (tmp_path / "folder", ValueError, r"folder is a folder without files that end in \.jsonl, "),
+        (compressed, ValueError, r"data\.jsonl\.xz is xz, expected text in UTF-8: unpack it first, or pack it by gzip"),
+        (wide, ValueError, r"wide\.jsonl is UTF-16 text, expected text in UTF-8"),
         (tmp_path / ("x" * 300), OSError, "xxx cannot be read: "),
     ):
         with pytest.raises(kind, match=f"^data: .*{message}") as caught:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tokenizer_kinds as kinds
+from chat_templates import TEMPLATES, chat_template
 
 from fastlora.data.examples import DataError, Example
 from fastlora.data.rows import Row, encode, encode_prompt, turn_end
@@ -153,46 +154,12 @@ def test_a_completion_ends_once_wherever_it_has_the_end_token_itself(completion)
     assert decode(words, row.input_ids) == f"<s>The cat{completion}{appended}"
 
 
-# The main families' templates: start, what stands before a turn's words, the words, what stands behind, generation prompt.
-TEMPLATES = {
-    "ChatML": ("", "{{ '<|user|>' + m.role + '\n' }}", "{{ m.content }}", "{{ '</s>\n' }}", "<|user|>assistant\n"),
-    "Llama 2": (
-        "",
-        "{% if m.role == 'user' %}{{ bos_token + '[INST] ' }}{% else %}{{ ' ' }}{% endif %}",
-        "{{ m.content + ' ' }}",
-        "{% if m.role == 'user' %}{{ '[/INST]' }}{% else %}{{ eos_token }}{% endif %}",
-        "",
-    ),
-    "Llama 3": (
-        "{{ bos_token }}",
-        "{{ '<|user|>' + m.role + '<|assistant|>\n\n' }}",
-        "{{ m.content | trim }}",
-        "{{ '</s>' }}",
-        "<|user|>assistant<|assistant|>\n\n",
-    ),
-    "Gemma": (
-        "{{ bos_token }}",
-        "{{ '<|user|>' + m.role + '\n' }}",
-        "{{ m.content | trim }}",
-        "{{ '<|assistant|>\n' }}",  # ends a turn, and is not the end token
-        "<|user|>assistant\n",
-    ),
-}
 CHATTING = [name for name in KINDS if name not in ("word piece", "byte-level without an end token")]
 DIALOGUE = [
     {"role": "user", "content": "the cat?"},
     {"role": "assistant", "content": "runs </s> x"},
     {"role": "user", "content": "2+2="},
 ]
-
-
-def chat_template(name: str, opening: str = "", closing: str = "") -> str:
-    """The family's template, with something before and behind the assistant's words."""
-    start, before, said, behind, prompt = TEMPLATES[name]
-    if opening:
-        said = f"{{% if m.role == 'assistant' %}}{opening}{said}{closing}{{% else %}}{said}{{% endif %}}"
-    prompt = f"{{% if add_generation_prompt %}}{{{{ {prompt!r} }}}}{{% endif %}}"
-    return f"{start}{{% for m in messages %}}{before}{said}{behind}{{% endfor %}}{prompt}"
 
 
 @pytest.fixture(scope="module", params=CHATTING)

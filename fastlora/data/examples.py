@@ -1,33 +1,16 @@
-"""JSON lines in, examples out.
+"""Rows in, examples out: the one entrance. Where rows come from is `sources`' business, what a row may hold that of `formats`."""
 
-A line is `{"prompt": "...", "completion": "..."}` or `{"messages": [{"role": "...", "content": "..."}, ...]}`; other
-fields are ignored. The last message must be the assistant's. Bad lines are told all at once.
-"""
+from fastlora.data import formats, sources
+from fastlora.data.formats import BadLine, Example, Message, Prompt
+from fastlora.data.sources import Columns, Sources
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from fastlora import reading
+__all__ = ["BadLine", "Columns", "DataError", "Example", "Message", "Prompt", "Sources", "parse_line", "read_examples"]
 
 LISTED_PROBLEMS = 20
-SHOWN_CHARACTERS = 40  # of a foreign text in an error
-COMPRESSED = {
-    b"\x1f\x8b": "gzip",
-    b"PK\x03\x04": "zip",
-    b"\xfd7zXZ": "xz",
-    b"\x28\xb5\x2f\xfd": "zstd",
-    b"BZh": "bzip2",
-}
-OTHER_FILES = {b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text", b"PAR1": "Parquet"}
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-
-Message = dict[str, str]
-Prompt = str | list[Message]
 
 
 class DataError(ValueError):
-    """Lines that cannot be used: `problems` holds all of them, the message the first twenty, each with FILE:LINE."""
+    """Rows that cannot be used: `problems` holds all of them, the message the first twenty, each with FILE:LINE."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
@@ -38,56 +21,59 @@ class DataError(ValueError):
         super().__init__("\n".join([f"{count} in the data:", *listed]))
 
 
-class BadLine(ValueError):
-    """What is wrong with one line."""
+def read_examples(
+    data: Sources, *, columns: Columns | None = None, max_samples: int | None = None, streaming: bool = False
+) -> list[Example]:
+    """Read one source of rows, or several one after another; bad rows are told all at once.
 
-
-@dataclass(frozen=True)
-class Example:
-    prompt: Prompt  # text, or the messages before the last assistant turn
-    completion: str
-    source: str = ""  # FILE:LINE
-
-
-def read_examples(path: str | Path) -> list[Example]:
-    """Read a JSONL file of prompts and completions, or of messages. Empty lines are skipped.
+    Args:
+        data: a file, folder or pattern, or hf:OWNER/NAME, as `sources` tells; or a list of them.
+        columns: which column is which field ({"prompt": "question", "completion": "answer"}); no other is read then. #1 is the first column of a
+            CSV or TSV without a header.
+        max_samples: take only the first so many rows of each source; those behind are not looked at.
+        streaming: read the hub's data sets row by row, up to max_samples, without downloading the whole.
 
     Raises:
-        OSError: there is no such file, it is a folder, or it cannot be read.
-        DataError: some lines are no JSON, lack a field, have one of a wrong type, or an empty one.
-        ValueError: the file is compressed, no UTF-8 text, or has no lines.
+        OSError: there is no such file, or it cannot be read.
+        DataError: some rows are no JSON, fit no format or two, or have a field of a wrong type, or an empty one.
+        ValueError: a file is compressed otherwise than by gzip, no UTF-8 text, or damaged; a source has no rows; a bad option.
+        ImportError: a package that reads such a source is missing.
     """
-    path = Path(path)
-    examples, problems = [], []
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    _require_text(line, path)
-                    line = line.removeprefix(BYTE_ORDER_MARK)
-                try:
-                    if line.strip():
-                        examples.append(parse_line(line, f"{path}:{number}"))
-                except BadLine as error:
-                    problems.append(f"{path}:{number}: {error}")
-    except FileNotFoundError:
-        raise FileNotFoundError(f"data: there is no file {path}") from None
-    except IsADirectoryError:
-        raise IsADirectoryError(f"data: {path} is a folder, expected a JSONL file") from None
-    except OSError as error:
-        raise type(error)(f"data: {path} cannot be read: {error.strerror}") from error
+    check_reading(data, columns, max_samples, streaming)
+    examples: list[Example] = []
+    problems: list[str] = []
+    for source in sources.each(data):
+        before = len(examples) + len(problems)
+        for place, fields in sources.rows(source, columns, max_samples, streaming):
+            try:
+                if isinstance(fields, BadLine):
+                    raise fields
+                examples.append(formats.example(fields, place, columns))
+            except BadLine as error:
+                problems.append(f"{place}: {error}")
+        if len(examples) + len(problems) == before:
+            raise ValueError(f"data: {source} has no rows")
     if problems:
         raise DataError(problems)
-    if not examples:
-        raise ValueError(f"data: {path} has no rows")
     return examples
 
 
-def _require_text(beginning: bytes, path: Path) -> None:
-    for magic, kind in (COMPRESSED | OTHER_FILES).items():
-        if beginning.startswith(magic):
-            hint = ": unpack it first" if magic in COMPRESSED else ""
-            raise ValueError(f"data: {path} is {kind}, expected JSON lines in UTF-8{hint}")
+def check_reading(data: Sources, columns: Columns | None, max_samples: int | None, streaming: bool) -> None:
+    """What can be told of these options before anything is read.
+
+    Raises:
+        ValueError: one of them is out of range, or of no use; the message names it.
+    """
+    given = sources.each(data)
+    if not given or not all(given):
+        raise ValueError(f"data={data!r} is empty")
+    formats.check_columns(columns)
+    if max_samples is not None and (isinstance(max_samples, bool) or max_samples < 1):
+        raise ValueError(f"max_samples={max_samples}: expected at least 1")
+    if streaming and max_samples is None:
+        raise ValueError("streaming=True: expected max_samples as well, what is read is kept in memory")
+    if streaming and not any(one.startswith(sources.HUB) for one in given):
+        raise ValueError(f"streaming=True: expected a data set of the hub, {sources.HUB}OWNER/NAME, none is given")
 
 
 def parse_line(line: bytes, source: str = "") -> Example:
@@ -96,46 +82,20 @@ def parse_line(line: bytes, source: str = "") -> Example:
     Raises:
         BadLine: the line cannot be used.
     """
-    try:
-        fields = reading.json_object(line, strict=False)
-    except ValueError as error:
-        raise BadLine(str(error)) from None
-    return _example(fields, source)
+    fields = sources.fields_of(line)
+    if isinstance(fields, BadLine):
+        raise fields
+    return formats.example(fields, source)
 
 
-def _example(fields: dict[str, Any], source: str) -> Example:
-    if "messages" in fields:
-        if "prompt" in fields or "completion" in fields:
-            raise BadLine("has both messages and prompt or completion: expected one of the two forms")
-        messages = _messages(fields["messages"])
-        return Example(messages[:-1], messages[-1]["content"], source)
-    missing = [name for name in ("prompt", "completion") if name not in fields]
-    if missing:
-        raise BadLine(f"no field {' and no field '.join(repr(name) for name in missing)}")
-    return Example(_text(fields["prompt"], "prompt"), _text(fields["completion"], "completion"), source)
+def parse_columns(text: str) -> dict[str, str]:
+    """As the command line has them: prompt=question,completion=answer.
 
-
-def _messages(messages: Any) -> list[Message]:
-    if not isinstance(messages, list) or len(messages) < 2:
-        raise BadLine("messages: expected a list of at least two messages")
-    for position, message in enumerate(messages):
-        name = f"messages[{position}]"
-        if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            raise BadLine(f"{name}: expected an object with role and content, and nothing else")
-        _text(message["role"], f"{name}.role")
-        _text(message["content"], f"{name}.content")
-    if messages[-1]["role"] != "assistant":
-        raise BadLine(f"the last message is by {messages[-1]['role'][:SHOWN_CHARACTERS]!r}: expected 'assistant'")
-    return messages
-
-
-def _text(value: Any, name: str) -> str:
-    if not isinstance(value, str):
-        raise BadLine(f"{name}: expected a string, got {type(value).__name__}")
-    if not value.strip():
-        raise BadLine(f"{name} is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise BadLine(f"{name} has half of a surrogate pair, which is no character") from None
-    return value
+    Raises:
+        ValueError: a part is no such pair, or names a field twice.
+    """
+    pairs = [part.partition("=") for part in text.split(",")]
+    found = {name.strip(): column.strip() for name, _, column in pairs}
+    if not all(column for _, _, column in pairs) or len(found) < len(pairs):
+        raise ValueError(f"columns={text!r}: expected field=column with commas, each field once")
+    return found

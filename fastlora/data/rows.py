@@ -6,12 +6,20 @@ with those, the row is the whole text's: a completion tokenised apart can differ
 text does not have. Where a merge runs across the border, the completion gets tokens with which the row still decodes to
 the whole text. The last token that counts is the end token.
 
-Messages go through the tokenizer's chat template. If the template marks what the assistant wrote (`{% generation %}`),
-every assistant turn counts, and the end of the turn with it; if not, only the last turn does.
+Messages go through the tokenizer's chat template, and a row's tools with them. `train_on_turns` says which of the assistant's
+turns count, each with its end:
+- auto: those that the row names (the completion's of prompt and completion, or those of a weight); else all, if the template
+  marks what the assistant wrote (`{% generation %}`), and if not the last.
+- last: the last.
+- all: all, but for those that the row leaves out. Where the template marks none, a turn is what the template adds to the turns
+  before it: exact, or refused.
+
+With `completion_only_loss=False` the prompt counts as well. Of plain text all does.
 
 A row of more than `max_length` tokens is cut as `truncation` says:
 - prompt: the prompt loses its oldest tokens. What the tokenizer opens every text with stays, and so do the completion and
   its end token. A completion that leaves no room for the prompt loses its end, and the prompt keeps half of max_length.
+  A row of plain text has no prompt, and loses its end.
 - completion: the row loses its end. It trains all the same, if a part of its completion is left: TRL's keep_start.
 - drop: the row is left out.
 """
@@ -35,7 +43,10 @@ logger = logging.getLogger("fastlora")
 
 Truncation = Literal["prompt", "completion", "drop"]  # what a row that is too long loses, see above
 TRUNCATIONS = get_args(Truncation)
+Turns = Literal["auto", "last", "all"]  # which of the assistant's count, see above
+TURNS = get_args(Turns)
 SHOWN_CHARACTERS = 400  # of a row in a warning
+WIDEST = 8  # tokens that a text's end may have more in a longer text
 # What a completion is tokenised behind where its own prompt would merge with it: one of these rarely does.
 ANCHORS = ("\n", "=", ".", "0", "a", "q", "x", "z")
 
@@ -61,27 +72,39 @@ class Encoded:
     completion_cut: list[Example]  # those whose row lost the completion's end
 
 
-def encode(examples: Sequence[Example], tokenizer: Any, max_length: int, truncation: str = "prompt") -> Encoded:
+def encode(
+    examples: Sequence[Example],
+    tokenizer: Any,
+    max_length: int,
+    truncation: str = "prompt",
+    *,
+    train_on_turns: str = "auto",
+    completion_only_loss: bool = True,
+) -> Encoded:
     """Token rows of at most `max_length` tokens; warns once of each kind of rows that lost something.
 
     Args:
         truncation: what a row that is too long loses: prompt, completion or drop, see above.
+        train_on_turns: which of the assistant's turns count: auto, last or all, see above.
+        completion_only_loss: the prompt does not count.
 
     Raises:
-        DataError: the tokenizer's chat template refuses some messages, or the tokenizer has no tokens for some text.
-        ValueError: a bad max_length or truncation, or max_length drops every row; the data has messages and the tokenizer
+        DataError: the tokenizer's chat template refuses some messages, the tokenizer has no tokens for some text, or a turn's cannot be told apart.
+        ValueError: a bad max_length, truncation or train_on_turns, or max_length drops every row; the data has messages and the tokenizer
             no chat template that can serve.
     """
     require_count("max_length", max_length, 2, "a token of the prompt and one of the completion")
     if truncation not in TRUNCATIONS:
         raise ValueError(f"truncation={truncation!r}: expected one of {', '.join(TRUNCATIONS)}")
+    if train_on_turns not in TURNS:
+        raise ValueError(f"train_on_turns={train_on_turns!r}: expected one of {', '.join(TURNS)}")
     if not examples:
         raise ValueError("data: expected at least one row")
     opening, special = _opening(tokenizer), _special_ids(tokenizer)
     encoded, problems, unended = Encoded([], [], [], [], []), [], []
     for example in examples:
         try:
-            whole, ended = _encode(example, tokenizer, opening, special)
+            whole, ended = _encode(example, tokenizer, opening, special, train_on_turns)
         except TemplateSyntaxError as error:
             raise ValueError(f"the tokenizer's chat template is no Jinja template: {error}") from error
         except (TemplateError, BadLine, UnicodeEncodeError) as error:
@@ -89,6 +112,8 @@ def encode(examples: Sequence[Example], tokenizer: Any, max_length: int, truncat
             continue
         if not ended:
             unended.append((example, whole))
+        if not completion_only_loss:
+            whole = _counting_all(whole)
         row = _fit(whole, max_length, truncation, _kept_first(whole.input_ids, tokenizer, opening))
         if row is None:
             encoded.dropped.append(example)
@@ -136,31 +161,114 @@ def require_count(name: str, value: Any, least: int = 1, reason: str = "") -> No
         raise ValueError(f"{name}={value!r}: expected an integer, at least {least}" + (f", {reason}" if reason else ""))
 
 
-def _encode(example: Example, tokenizer: Any, opening: list[int], special: set[int]) -> tuple[Row, bool]:
+def _encode(
+    example: Example, tokenizer: Any, opening: list[int], special: set[int], train_on_turns: str = "auto"
+) -> tuple[Row, bool]:
     """The whole row, and whether its last label is an end token, as far as it has one."""
     if isinstance(example.prompt, str):
         before, whole = example.prompt, example.prompt + example.completion
         prompt = _tokens(tokenizer, before)
         completion = _continue(tokenizer, before, prompt, whole)
         return _end(opening + prompt, completion, tokenizer), True
-    messages = [*example.prompt, {"role": "assistant", "content": example.completion}]
-    before, whole = _render(tokenizer, example.prompt, add_generation_prompt=True), _render(tokenizer, messages)
-    prompt = _tokens(tokenizer, before)
-    if re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", _template(tokenizer)):
-        return _encode_marked(messages, before, prompt, whole, tokenizer, special)
+    before = _render(tokenizer, example.prompt, example.tools, add_generation_prompt=True)
+    whole = _render(tokenizer, example.messages, example.tools)
+    if example.completion and not any(word in whole for word in example.completion.split()):
+        # One that takes lists of texts and images, given a text: what is left to train on are the turn's ends.
+        raise BadLine("the chat template writes nothing of what the assistant says")
+    prompt, template = _tokens(tokenizer, before), _template(tokenizer, example.tools)
+    _require_read(template, example)
+    marked = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template))
+    counted = _counted(example, train_on_turns, marked)
+    if marked:
+        return _encode_marked(example, counted, before, prompt, whole, tokenizer, special)
     if not whole.startswith(before):
         raise ValueError(
             f"{example.source}: the chat template renders the prompt otherwise without the answer:"
             " expected a template with {% generation %}"
         )
-    return _end(prompt, _continue(tokenizer, before, prompt, whole), tokenizer), True
+    row = _end(prompt, _continue(tokenizer, before, prompt, whole), tokenizer)
+    return _counting(row, counted, example, whole, tokenizer, special), True
+
+
+def _require_read(template: str, example: Example) -> None:
+    """
+    Raises:
+        ValueError: the row has something that decides what is said, and that the template leaves out without a word.
+    """
+    calls = any(message.get("tool_calls") for message in example.messages)
+    for name, given in (("tools", example.tools), ("tool_calls", calls)):
+        if given and not re.search(rf"\b{name}\b", template):
+            raise ValueError(f"{example.source}: the row has {name}, which the tokenizer's chat template does not read")
+
+
+def _counted(example: Example, train_on_turns: str, marked: bool) -> set[int]:
+    """Which messages count, by their place."""
+    messages = example.messages
+    last, named = len(messages) - 1, example.turns
+    every = {position for position, message in enumerate(messages) if message["role"] == "assistant"}
+    counted = every if named is None else set(named)
+    if train_on_turns == "last" or (train_on_turns == "auto" and named is None and not marked):
+        counted = counted & {last}
+    if not counted:
+        raise BadLine("its last turn does not count, and train_on_turns='last' counts no other")
+    return counted
+
+
+def _counting(row: Row, counted: set[int], example: Example, whole: str, tokenizer: Any, special: set[int]) -> Row:
+    """The row, of whose last turn alone there are labels, with labels of these turns."""
+    last = len(example.messages) - 1
+    labels = [*row.labels] if last in counted else [IGNORE] * len(row.labels)
+    for position in sorted(counted - {last}):
+        start, stop = _turn(position, row, example, whole, tokenizer, special)
+        labels[start:stop] = row.input_ids[start:stop]
+    return Row(row.input_ids, labels, row.prompt_length)
+
+
+def _turn(position: int, row: Row, example: Example, whole: str, tokenizer: Any, special: set[int]) -> tuple[int, int]:
+    """Where the tokens of a turn start and stop, its end token with them: what it adds to the messages before it."""
+    if position == 0:
+        raise BadLine("messages[0] is the assistant's: nothing stands before it")
+    borders = []
+    for count, opened in ((position, True), (position + 1, False)):
+        text = _render(tokenizer, example.messages[:count], example.tools, add_generation_prompt=opened)
+        if not whole.startswith(text):
+            raise ValueError(
+                f"{example.source}: the chat template renders messages[{position}] otherwise where more follows, so that"
+                " its tokens cannot be told: expected a template with {% generation %}, or train_on_turns='last'"
+            )
+        borders.append(_tokens(tokenizer, text))
+    before, tokens = borders
+    tokens = (
+        tokens[: _last_end(tokens, special, tokenizer) + 1] or tokens
+    )  # white space behind an end token does not count
+    start, stop = _border(row.input_ids, before, tokenizer), _border(row.input_ids, tokens, tokenizer)
+    if not 0 <= start < stop:
+        raise BadLine(f"messages[{position}]: a token reaches across its border, so that its tokens cannot be told")
+    return start, stop
+
+
+def _border(ids: list[int], tokens: list[int], tokenizer: Any) -> int:
+    """How many of a row's tokens make the text of these, which it begins with; -1 where a token reaches beyond its end."""
+    same = len(commonprefix((ids, tokens)))
+    if same == len(tokens):
+        return same
+    text = _decode(tokenizer, tokens)
+    # White space before a word is cut otherwise than at the end of a text: the row's tokens may differ, and end there all the same.
+    ends = range(same + 1, min(len(ids), len(tokens) + WIDEST) + 1)
+    return next((end for end in ends if _decode(tokenizer, ids[:end]) == text), -1)
+
+
+def _counting_all(row: Row) -> Row:
+    """The row with labels of all up to its last one; the first token is predicted from nothing."""
+    end = _labels_end(row)
+    return Row(row.input_ids, [IGNORE, *row.input_ids[1:end], *row.labels[end:]], row.prompt_length)
 
 
 def _continue(tokenizer: Any, before: str, prompt: list[int], whole: str) -> list[int]:
     """The tokens that take `prompt`, those of the text `before`, to the text `whole`."""
     tokens, completion = _tokens(tokenizer, whole), whole[len(before) :]
-    if not prompt:
-        raise BadLine("prompt: the tokenizer has no token for it")
+    if not prompt and (before or not tokens):
+        raise BadLine(f"{'prompt' if before else 'text'}: the tokenizer has no token for it")
     if tokens[: len(prompt)] == prompt and len(tokens) > len(prompt):
         return tokens[len(prompt) :]
     # A merge across the border. Tokenised apart the completion may get a space in front, or lose what continues a word.
@@ -193,7 +301,7 @@ def _end(prompt: list[int], completion: list[int], tokenizer: Any) -> Row:
         completion = completion if tokenizer.eos_token_id is None else [*completion, tokenizer.eos_token_id]
         counted = len(completion)
     labels = [IGNORE] * len(prompt) + completion[:counted] + [IGNORE] * (len(completion) - counted)
-    return Row(prompt + completion, labels, len(prompt))
+    return Row(prompt + completion, [IGNORE, *labels[1:]], len(prompt))
 
 
 def _last_end(ids: list[int], ends: set[int], tokenizer: Any) -> int:
@@ -203,10 +311,10 @@ def _last_end(ids: list[int], ends: set[int], tokenizer: Any) -> int:
 
 
 def _encode_marked(
-    messages: list[Message], before: str, prompt: list[int], whole: str, tokenizer: Any, special: set[int]
+    example: Example, chosen: set[int], before: str, prompt: list[int], whole: str, tokenizer: Any, special: set[int]
 ) -> tuple[Row, bool]:
-    """What the template marks counts, and the end of each turn with it."""
-    ids, counted = _tokens(tokenizer, whole), _marks(messages, whole, tokenizer)
+    """What the template marks of the chosen turns counts, and the end of each with it."""
+    ids, counted = _tokens(tokenizer, whole), _marks(example, whole, tokenizer)
     if ids[: len(prompt)] != prompt and whole.startswith(before):
         # A merge across the border of the last turn.
         completion = _continue(tokenizer, before, prompt, whole)
@@ -222,12 +330,21 @@ def _encode_marked(
     turns = _runs(counted)
     if not turns:
         raise BadLine("the chat template marks nothing of it by {% generation %}")
+    every = [position for position, message in enumerate(example.messages) if message["role"] == "assistant"]
+    if len(turns) != len(every) and len(chosen) < len(every):
+        raise BadLine(
+            f"the chat template marks {len(turns)} parts of {len(every)} turns by {{% generation %}}: which of them are"
+            " the turns that count cannot be told"
+        )
+    kept = [position in chosen for position in every] if len(chosen) < len(every) else [True] * len(turns)
     ended, ends = True, special
-    for start, stop in reversed(turns):
+    for (start, stop), keep in zip(reversed(turns), reversed(kept), strict=True):
         # What the template writes behind the words goes before a token that the words end with themselves.
         end = stop if stop < len(ids) and ids[stop] in ends else start + _last_end(ids[start:stop], ends, tokenizer)
-        if end < start:
-            ended = tokenizer.eos_token_id is None and ended
+        if not keep:
+            counted[start:stop] = [False] * (stop - start)
+        if not keep or end < start:
+            ended = ended and (not keep or tokenizer.eos_token_id is None)
             continue
         counted[start : end + 1] = [True] * (end + 1 - start)
         counted[end + 1 : stop] = [False] * len(counted[end + 1 : stop])
@@ -236,7 +353,7 @@ def _encode_marked(
     return Row(ids, labels, len(prompt) if ids[: len(prompt)] == prompt else turns[-1][0]), ended
 
 
-def _marks(messages: list[Message], whole: str, tokenizer: Any) -> list[bool]:
+def _marks(example: Example, whole: str, tokenizer: Any) -> list[bool]:
     """Which tokens of the rendered messages are marked: transformers' own mask ends in a character of several tokens."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -244,9 +361,11 @@ def _marks(messages: list[Message], whole: str, tokenizer: Any) -> list[bool]:
         raise ValueError(
             f"a chat template with {{% generation %}} needs a fast tokenizer, got {type(tokenizer).__name__}"
         )
+    tools: Any = example.tools
     rendered: Any = render_jinja_template(
-        conversations=[messages],
-        chat_template=_template(tokenizer),
+        conversations=[example.messages],
+        tools=tools,
+        chat_template=_template(tokenizer, example.tools),
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
@@ -287,11 +406,11 @@ def _fit(row: Row, max_length: int, truncation: str, first: int) -> Row | None:
     if len(row.input_ids) > max_length:
         # What follows the last label trains nothing, and goes before anything else.
         end = _labels_end(row)
-        row = Row(row.input_ids[:end], row.labels[:end], row.prompt_length)
+        row = Row(row.input_ids[:end], row.labels[:end], min(row.prompt_length, end))
         excess = end - max_length
         if excess > 0 and truncation == "drop":
             return None
-        if excess > 0 and truncation == "prompt":
+        if excess > 0 and truncation == "prompt" and row.prompt_length > first:
             length = row.prompt_length - excess
             if length <= first:  # nothing of the prompt itself would stay
                 length = min(row.prompt_length, max_length // 2)
@@ -303,7 +422,7 @@ def _fit(row: Row, max_length: int, truncation: str, first: int) -> Row | None:
                 for tokens in (row.input_ids, row.labels)
             )
             row = Row(ids, labels, length)
-        row = Row(row.input_ids[:max_length], row.labels[:max_length], row.prompt_length)
+        row = Row(row.input_ids[:max_length], row.labels[:max_length], min(row.prompt_length, max_length))
     return row if row.labelled else None
 
 
@@ -328,6 +447,13 @@ def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
     if isinstance(prompt, str):
         return _opening(tokenizer) + _tokens(tokenizer, prompt)
     return _tokens(tokenizer, _render(tokenizer, prompt, add_generation_prompt=True))
+
+
+def reference(example: Example, row: Row, tokenizer: Any) -> str:
+    """What an answer to a row's prompt is held against: what is said, or all that the template makes of a turn that says more."""
+    if example.turn is None:
+        return example.completion
+    return tokenizer.decode(row.input_ids[row.prompt_length : _labels_end(row)], skip_special_tokens=True)
 
 
 def cut_prompt(tokenizer: Any, ids: list[int], length: int) -> list[int]:
@@ -368,21 +494,32 @@ def _decode(tokenizer: Any, ids: list[int]) -> str:
     return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
 
 
-def _render(tokenizer: Any, messages: list[Message], add_generation_prompt: bool = False) -> str:
-    _template(tokenizer)
+def _render(
+    tokenizer: Any,
+    messages: list[Message],
+    tools: list[dict[str, Any]] | None = None,
+    add_generation_prompt: bool = False,
+) -> str:
+    _template(tokenizer, tools)
     for position, message in enumerate(messages):
-        # A template renders what is not there as nothing.
-        if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in ("role", "content")):
+        # A template renders what is not there as nothing; who calls a tool need not say anything.
+        names = ("role",) if isinstance(message, dict) and message.get("tool_calls") else ("role", "content")
+        if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in names):
             raise BadLine(f"messages[{position}]: expected an object whose role and content are strings")
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+    except TypeError as error:  # one that adds an object to a text, say
+        raise BadLine(f"the chat template cannot write it: {error}") from error
 
 
-def _template(tokenizer: Any) -> str:
+def _template(tokenizer: Any, tools: list[dict[str, Any]] | None = None) -> str:
     if not tokenizer.chat_template:
         raise ValueError(
             "messages need a chat template and the model's tokenizer has none: expected prompt and completion"
         )
-    return tokenizer.get_chat_template()
+    return tokenizer.get_chat_template(tools=tools)
 
 
 def pad_token_id(tokenizer: Any) -> int:

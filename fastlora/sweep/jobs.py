@@ -3,23 +3,24 @@
 import itertools
 import re
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from fastlora import reading
-from fastlora.config import DEFAULT_LR, DEFAULT_R, MOST, Dtype, TrainConfig, option
-from fastlora.data.rows import Truncation
-from fastlora.typed import check_fields, listed, shown
+from fastlora.config import DEFAULT_LR, DEFAULT_R, MOST, Dtype, TrainConfig, as_train, option
+from fastlora.data.rows import Truncation, Turns
+from fastlora.typed import check_fields, fits, listed, shown
 
 JOBS = "jobs"
 """The folder in a sweep's output that has a folder for each job."""
 GRID = ("r", "lr", "lora_alpha", "lora_dropout", "seed", "target_modules")
 """Of which each value makes jobs."""
 COMMON = (
-    *("data", "use_rslora", "epochs", "max_steps", "batch_size", "max_length", "truncation"),
+    *("data", "columns", "max_samples", "streaming", "use_rslora", "epochs", "max_steps", "batch_size"),
+    *("max_length", "truncation", "train_on_turns", "completion_only_loss"),
     *("lr_scheduler_type", "warmup_ratio", "weight_decay", "max_grad_norm"),
 )
 """Of all jobs, but for those that say otherwise in a file."""
@@ -27,14 +28,6 @@ OWN = ("eval_data", "patience")
 """What a job of a file may have besides an option of `fastlora train`."""
 OF_JOBS = (*GRID, *COMMON, "gradient_accumulation_steps")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}")
-
-
-def _as_train(name: str, default: Any = None, *, typed: Any = None) -> Any:
-    """The option of that name of `fastlora train`."""
-    one = next(one for one in fields(TrainConfig) if one.name == name)
-    return option(
-        one.metadata["help"], one.default if default is None else default, typed=typed or one.metadata["typed"]
-    )
 
 
 @dataclass(frozen=True)
@@ -48,13 +41,16 @@ class Sweep:
     """
 
     model: str | Path = option("Base model: a folder or a hub id.", typed=str)
-    eval_data: str | Path = option(
-        "JSONL of held-out rows: the adapter with the lowest loss there is the best.", typed=Path
+    eval_data: str | Path | list[str] = option(
+        "Held-out rows, from where data may be: the adapter with the lowest loss there is the best.", typed=list[str]
     )
     output: str | Path = option(
         "Folder for sweep.json, sweep.html, checkpoints/ and jobs/NAME, the adapters.", typed=Path
     )
-    data: str | Path | None = option("JSONL to train on: prompt and completion, or messages.", None, typed=Path)
+    data: str | Path | list[str] | None = as_train("data", None)
+    columns: dict[str, str] | None = option("Of data and eval_data: which column is which field.", None, typed=str)
+    max_samples: int | None = as_train("max_samples")
+    streaming: bool = as_train("streaming")
     jobs: str | Path | None = option(
         "YAML, a list of jobs in place of a grid: each has options of `fastlora train`, a name, eval_data and patience.",
         None,
@@ -74,16 +70,18 @@ class Sweep:
         None,
         typed=str,
     )
-    use_rslora: bool = _as_train("use_rslora")
-    epochs: int = _as_train("epochs")
-    max_steps: int | None = _as_train("max_steps")
+    use_rslora: bool = as_train("use_rslora")
+    epochs: int = as_train("epochs")
+    max_steps: int | None = as_train("max_steps")
     batch_size: int = option("Rows of a job that a step takes.", 8)
-    max_length: int = _as_train("max_length")
-    truncation: Truncation = _as_train("truncation")
-    lr_scheduler_type: str = _as_train("lr_scheduler_type", "cosine")
-    warmup_ratio: float = _as_train("warmup_ratio")
-    weight_decay: float = _as_train("weight_decay")
-    max_grad_norm: float = _as_train("max_grad_norm")
+    max_length: int = as_train("max_length")
+    truncation: Truncation = as_train("truncation")
+    train_on_turns: Turns = as_train("train_on_turns")
+    completion_only_loss: bool = as_train("completion_only_loss")
+    lr_scheduler_type: str = as_train("lr_scheduler_type", "cosine")
+    warmup_ratio: float = as_train("warmup_ratio")
+    weight_decay: float = as_train("weight_decay")
+    max_grad_norm: float = as_train("max_grad_norm")
     dtype: Dtype = option("The base's: auto, float32 or bfloat16.", "auto")
     max_tokens: int = option(
         "Tokens at once, of all jobs together: a step's rows are cut into batches of no more.", 4096
@@ -96,10 +94,10 @@ class Sweep:
         "Stop a job once so many held-out losses in a row were no lower than its lowest.", None
     )
     limit: int | None = option("Take only the first so many held-out rows.", None)
-    save_steps: int = _as_train("save_steps")
-    resume: bool = _as_train("resume")
-    overwrite: bool = _as_train("overwrite")
-    pack_budget: int | None = _as_train("pack_budget")
+    save_steps: int = as_train("save_steps")
+    resume: bool = as_train("resume")
+    overwrite: bool = as_train("overwrite")
+    pack_budget: int | None = as_train("pack_budget")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -130,7 +128,7 @@ class Job:
 
     name: str
     config: TrainConfig  # what `fastlora train` would be given for it alone
-    eval_data: Path
+    eval_data: Path | tuple[str, ...]
     patience: int | None
 
     @property
@@ -201,7 +199,7 @@ def _job(given: Sweep, options: dict[str, Any]) -> Job:
         raise ValueError(f"patience={shown(patience)}: expected at least 1")
     if patience is not None and given.eval_steps is None:
         raise ValueError(f"patience={patience}: expected eval_steps as well, without them there is one held-out loss")
-    if not isinstance(eval_data, str | Path):
+    if not fits(eval_data, str | Path | list[str]) or not eval_data:
         raise TypeError(f"eval_data={shown(eval_data)}: expected a file")
     everywhere: dict[str, Any] = {
         "dtype": given.dtype,
@@ -210,7 +208,7 @@ def _job(given: Sweep, options: dict[str, Any]) -> Job:
     }
     output = Path(given.output) / JOBS / name
     config = TrainConfig(model=given.model, output=output, method="lora", **everywhere, **train)
-    return Job(name, config, Path(eval_data), patience)
+    return Job(name, config, tuple(eval_data) if isinstance(eval_data, list) else Path(eval_data), patience)
 
 
 class _Loader(yaml.SafeLoader):

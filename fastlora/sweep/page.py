@@ -8,6 +8,7 @@ from html import escape
 
 from fastlora import __version__
 from fastlora.config import TrainConfig
+from fastlora.data.sources import each
 from fastlora.sweep.jobs import OF_JOBS
 from fastlora.sweep.outcome import Outcome, rows
 
@@ -81,14 +82,19 @@ def _recommended(best: Outcome | None) -> list[str]:
 def command(one: Outcome) -> str:
     """The command that trains a job's adapter alone; OUTPUT is left to fill in."""
     defaults = {field.name: field.default for field in fields(TrainConfig)}
-    words = ["fastlora", "train", "--model", str(one.config["model"]), "--data", str(one.config["data"])]
+    words = ["fastlora", "train", "--model", str(one.config["model"])]
+    words += [word for source in each(one.config["data"]) for word in ("--data", source)]
     for name in (*OF_JOBS, "dtype"):
         value = one.config[name]
         if name == "data" or value == defaults[name] or value is None:
             continue
         option = f"--{name.replace('_', '-')}"
-        text = ",".join(value) if isinstance(value, list) else str(value)
-        words += [option] if value is True else [option, text]
+        if isinstance(value, bool):
+            words.append(option if value else f"--no{option[1:]}")
+        elif isinstance(value, dict):
+            words += [option, ",".join(f"{key}={column}" for key, column in value.items())]
+        else:
+            words += [option, ",".join(value) if isinstance(value, list) else str(value)]
     return f"{shlex.join(words)} --output OUTPUT"
 
 

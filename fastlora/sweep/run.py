@@ -37,11 +37,13 @@ from fastlora.course import (
     count_tokens,
     load_state,
     named_writing,
+    read_rows,
     scheduler,
     stop_signals,
 )
 from fastlora.data.examples import read_examples
 from fastlora.data.rows import Encoded, Row, collate, encode, pad_token_id
+from fastlora.data.sources import local_files, named
 from fastlora.evaluation import mean_loss
 from fastlora.language_model_loss import LanguageModelLoss, output_embedding
 from fastlora.models import load_base, load_tokenizer, require_positions, resolve_dtype
@@ -56,7 +58,12 @@ from fastlora.typed import listed
 logger = logging.getLogger("fastlora")
 
 PAGE = "sweep.html"
-MAY_DIFFER_ON_RESUME = {"data", "eval_data", "jobs", "output", "truncation", "save_steps", "resume", "overwrite"}
+READING = (
+    *("data", "columns", "max_samples", "streaming"),
+    *("max_length", "truncation", "train_on_turns", "completion_only_loss"),
+)
+"""What decides a job's rows."""
+MAY_DIFFER_ON_RESUME = {*READING, "eval_data", "jobs", "output", "save_steps", "resume", "overwrite"} - {"max_length"}
 """Rows are compared by their tokens."""
 
 
@@ -99,7 +106,7 @@ def sweep(given: Sweep, *, progress: bool = True) -> list[Outcome]:
 def _require_free(given: Sweep, jobs: Sequence[Job]) -> None:
     """Nothing in the output folder is replaced that this sweep does not go on from, unless that was asked for; no job's data are there."""
     output = Path(given.output)
-    for path in {Path(str(one)) for job in jobs for one in (job.config.data, job.eval_data)}:
+    for path in {path for job in jobs for one in (job.config.data, job.eval_data) for path in local_files(one)}:
         if path.resolve().is_relative_to((output / JOBS).resolve()) or path.resolve() == (output / NAME).resolve():
             raise ValueError(f"data={path}: expected another place, a sweep replaces this file in its output folder")
     held = [name for name in (NAME, PAGE, JOBS, "checkpoints") if (output / name).exists()]
@@ -161,17 +168,16 @@ class SweepRun:
         self.given, self.output, self.device = given, Path(given.output), device
         self.tokenizer = load_tokenizer(str(given.model))
         # Cut alike for all jobs, whatever rows they train on.
-        self.held_out: dict[Path, list[Row]] = {
-            path: self._encode(path, given.max_length, given.truncation, given.limit).rows
-            for path in dict.fromkeys(job.eval_data for job in jobs)
+        self.held_out: dict[Path | tuple[str, ...], list[Row]] = {
+            data: self._held_out(data, given) for data in dict.fromkeys(job.eval_data for job in jobs)
         }
         data: dict[Any, Encoded] = {}
         self.jobs: list[_Training] = []
         for number, job in enumerate(jobs):
             config = job.config
-            key = config.data, config.max_length, config.truncation
+            key = repr([getattr(config, name) for name in READING])
             if key not in data:
-                data[key] = self._encode(*key)
+                data[key] = read_rows(config, self.tokenizer)
             self.jobs.append(_Training(job, data[key], f"job{number}"))
         self.steps = max(one.course.steps for one in self.jobs)
         for group in self._groups():
@@ -199,8 +205,16 @@ class SweepRun:
         if saved:
             self._load(saved)
 
-    def _encode(self, path: str | Path, max_length: int, truncation: str, limit: int | None = None) -> Encoded:
-        return encode(read_examples(path)[:limit], self.tokenizer, max_length, truncation)
+    def _held_out(self, data: Path | tuple[str, ...], given: Sweep) -> list[Row]:
+        examples = read_examples(data, columns=given.columns)[: given.limit]
+        return encode(
+            examples,
+            self.tokenizer,
+            given.max_length,
+            given.truncation,
+            train_on_turns=given.train_on_turns,
+            completion_only_loss=given.completion_only_loss,
+        ).rows
 
     def _build(self) -> Any:
         base = load_base(str(self.given.model), self.dtype, self.device)
@@ -436,7 +450,7 @@ class SweepRun:
 
     def _groups(self) -> list[list[_Training]]:
         """The jobs that are measured on the same rows."""
-        groups: dict[Path, list[_Training]] = {}
+        groups: dict[Any, list[_Training]] = {}
         for one in self.jobs:
             groups.setdefault(one.job.eval_data, []).append(one)
         return list(groups.values())
@@ -543,7 +557,7 @@ class SweepRun:
             r=config.r,
             lr=config.lr or 0.0,
             config={name: _plain(value) for name, value in asdict(config).items()}
-            | {"eval_data": str(one.job.eval_data)},
+            | {"eval_data": named(one.job.eval_data)},
             output=str(one.job.folder),
         )
 
