@@ -76,7 +76,10 @@ def _kill(config: TrainConfig, seconds: float) -> bool:
     process = _start(config)
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
-        if os.waitpid(process, os.WNOHANG) != (0, 0):
+        ended, status = os.waitpid(process, os.WNOHANG)
+        if status:
+            raise RuntimeError(f"the training in {config.output} ended with {status} before it was killed")
+        if ended:
             return False
         time.sleep(SLEEP)
     os.kill(process, signal.SIGKILL)
@@ -132,7 +135,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--method", nargs="+", choices=list(WEIGHTS), default=list(WEIGHTS), help="default: all")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args(argv)
-    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true", "FASTLORA_TRIAL": "0"}
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())
     base, data = folder / "base", _data(folder)
