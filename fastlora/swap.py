@@ -38,6 +38,12 @@ def undo(module: nn.Module) -> None:
         rebase(module, _plain)
 
 
+def _before_sharding(kind: type) -> type:
+    """The class that fully_shard has derived its own from, or the class itself."""
+    first, *rest = kind.__bases__
+    return rest[0] if first.__name__ == "FSDPModule" else kind
+
+
 def rebase(module: nn.Module, instead: Mapping[type, type]) -> None:
     """Give a module whose class another has derived since, as fully_shard and parametrize do, one like that on other bases."""
     kind = type(module)
@@ -52,6 +58,5 @@ def plain_of(kind: type) -> type:
 
 
 def is_derived(module: nn.Module) -> bool:
-    """Whether its class was derived, be it that another was derived from that since."""
-    kind = type(module)
-    return kind in _plain or any(base in _plain for base in kind.__bases__)
+    """Whether its class was derived, be it that fully_shard has derived another from that since."""
+    return _before_sharding(type(module)) in _plain

@@ -93,7 +93,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
             started the processes asks for what cannot be done (processes.py).
         ImportError: load_in_4bit or load_in_8bit, and there is no bitsandbytes.
         OSError: the data or the model is not there, or the output folder cannot be written into.
-        TrainingError: the loss or the gradient is not finite, no gradient reaches any trained weight, or the disk is full; or another process has ended.
+        TrainingError: the loss or the gradient is not finite, no gradient reaches any trained weight, or the disk is full;
+            or another process has ended.
         TrainingInterrupted: Ctrl-C or SIGTERM, after the checkpoint.
     """
     output = Path(config.output)

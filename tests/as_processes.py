@@ -32,13 +32,14 @@ from fastlora.train import _Run, train
 
 STEPS = 20
 LR = 2e-3
-PATIENCE = 240  # seconds for a launch
+PATIENCE = 600  # seconds for a launch
 
 
 def launch(cases: str, folder: Path, count: int, **more: str) -> subprocess.CompletedProcess[str]:
     """Run the cases of that name on so many processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--standalone"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "FASTLORA_TRIAL": "0", **more}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     return subprocess.run(
         [*command, __file__, cases, str(folder)],
         env=environment,

@@ -122,7 +122,9 @@ def _explain(layer: Any, compiled: bool) -> tuple[str, str]:
             before, why = _describe(layer, base, seen)
             reason += f"; before, {before}, {why}"
         return "reference", f"{NOT_OBSERVED}; in its last eager call {reason}" if compiled else reason
-    in_pieces = obstacle == obstacles.IN_PIECES  # after `accelerate`, which leaves such layers to PEFT: FSDP2 makes it whole in a call
+    in_pieces = (
+        obstacle == obstacles.IN_PIECES
+    )  # after `accelerate`, which leaves such layers to PEFT: FSDP2 makes it whole in a call
     if in_pieces:
         obstacle = None
     if obstacle is not None and seen is None:
