@@ -156,15 +156,16 @@ def told(model: Any) -> dict[str, list[str]]:
 
 
 def loaded(base: Path, **distributed: int) -> Any:
-    """A model that transformers has spread over the processes, with an adapter."""
+    """A model that transformers has spread over the processes, with an adapter where PEFT's works tensor parallel: on layers cut by column."""
     from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
     model: Any = AutoModelForCausalLM.from_pretrained(base, distributed_config=DistributedConfig(**distributed))
     torch.manual_seed(0)
-    return get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)).train()
+    return get_peft_model(model, LoraConfig(r=4, target_modules=BY_COLUMN, init_lora_weights=False)).train()
 
 
+BY_COLUMN = ["q_proj", "v_proj", "up_proj"]
 ACCELERATED: dict[str, bool] = {"frozen": True, "loss": True, "fuse": True}
 
 
