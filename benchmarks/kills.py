@@ -7,6 +7,7 @@ The runs are forks of this process, which has imported everything and computed n
 """
 
 import argparse
+import importlib
 import json
 import os
 import random
@@ -17,6 +18,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,6 +137,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--method", nargs="+", choices=list(WEIGHTS), default=list(WEIGHTS), help="default: all")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     arguments = parser.parse_args(argv)
+    for name in ("peft.tuners", "matplotlib.pyplot"):  # once, not in every fork
+        with suppress(ModuleNotFoundError):
+            importlib.import_module(name)
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "ACCELERATE_USE_CPU": "true", "FASTLORA_TRIAL": "0"}
     torch.set_num_threads(1)
     folder = Path(tempfile.mkdtemp())

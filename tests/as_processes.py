@@ -180,11 +180,12 @@ def layers(folder: Path, rank: int, count: int) -> dict[str, Any]:
         found[f"adapter {name}"] = whole_adapter(model)
         fastlora.restore(model)
         found[f"restored {name}"] = plain_loop(model, rank, count, 1)
-    packed_before = set(packed._by_key)
-    half = fully_sharded(fastlora.accelerate(adapted(dtype=torch.bfloat16), **ACCELERATED))
-    registered = set(packed._by_key) - packed_before
+    half = fastlora.accelerate(adapted(dtype=torch.bfloat16), **ACCELERATED)
+    found["whole bfloat16"] = plain_loop(half, number=1)  # every process alone
+    found["packed"] = [len(packed._by_key)]
+    half = fully_sharded(half)
     found["bfloat16"] = plain_loop(half, rank, count)
-    found["packed"] = [len(registered), len(registered & set(packed._by_key))]
+    found["packed"].append(len(packed._by_key))
     late = fastlora.accelerate(fully_sharded(adapted()), **ACCELERATED)
     found["losses late"] = plain_loop(late, rank, count)
     found["told late"] = told(late)
