@@ -24,9 +24,12 @@ from accelerate import Accelerator
 from full_disk import disk_of
 from peft import LoraConfig, get_peft_model
 from torch import distributed as dist
+from transformers import AutoModelForCausalLM
 
 import fastlora
 from fastlora.config import TrainConfig
+from fastlora.data.examples import read_examples
+from fastlora.data.rows import collate, encode
 from fastlora.frozen import packed
 from fastlora.train import _Run, train
 
@@ -157,7 +160,6 @@ def told(model: Any) -> dict[str, list[str]]:
 
 def loaded(base: Path, **distributed: int) -> Any:
     """A model that transformers has spread over the processes, with an adapter where PEFT's works tensor parallel: on layers cut by column."""
-    from transformers import AutoModelForCausalLM
     from transformers.distributed import DistributedConfig
 
     model: Any = AutoModelForCausalLM.from_pretrained(base, distributed_config=DistributedConfig(**distributed))
@@ -200,6 +202,31 @@ def layers(folder: Path, rank: int, count: int) -> dict[str, Any]:
             found[f"losses {name} {accelerated}"] = plain_loop(model, *among)
         found[f"told {name}"] = told(model)
     return found
+
+
+def trainer_losses(folder: Path, count: int) -> list[float]:
+    """Of transformers' Trainer with an accelerated model, as one of so many processes."""
+    from transformers import AutoTokenizer, Trainer, TrainingArguments
+
+    rows = encode(read_examples(folder / "data.jsonl"), AutoTokenizer.from_pretrained(folder / "base"), 64).rows
+    options: Any = {"max_steps": 8, "learning_rate": LR, "logging_steps": 1, "save_strategy": "no", "report_to": []}
+    options |= {"use_cpu": True, "disable_tqdm": True, "remove_unused_columns": False, "seed": 0}
+    arguments = TrainingArguments(str(folder / "trainer"), per_device_train_batch_size=8 // count, **options)
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    trainer = Trainer(
+        fastlora.accelerate(model, **ACCELERATED),
+        arguments,
+        data_collator=lambda batch: collate(batch, 0),
+        train_dataset=rows[:32],
+    )
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def trainer(folder: Path, rank: int, count: int) -> dict[str, Any]:
+    return {"losses": trainer_losses(folder, count)}
 
 
 def trainings(folder: Path, rank: int, count: int) -> dict[str, Any]:
@@ -264,7 +291,7 @@ def failures(folder: Path, rank: int, count: int) -> dict[str, Any]:
 
 
 CASES: dict[str, list[Callable[[Path, int, int], dict[str, Any]]]] = {
-    "all": [layers, trainings, sharded, interrupted, failures],
+    "all": [layers, trainer, trainings, sharded, interrupted, failures],
     "trainings": [trainings],
 }
 

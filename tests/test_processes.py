@@ -58,6 +58,10 @@ def test_two_processes_train_as_one(folder: Path, two: Any, alone: Any, name: st
     assert_close(losses(folder / f"{name}-2"), alone[name])
 
 
+def test_a_trainer_of_two_processes_trains_as_one(folder: Path, two: Any) -> None:
+    assert_close(two[0]["trainer"]["losses"], as_processes.trainer_losses(folder, 1))
+
+
 @pytest.mark.parametrize("name", SHARDED)
 def test_a_sharded_base_trains_as_a_whole_one(folder: Path, two: Any, alone: Any, name: str) -> None:
     assert_close(losses(folder / f"{name}-2"), alone[name])
