@@ -172,6 +172,11 @@ def check_transforms(*tensors: Tensor | None) -> None:
         raise NotImplementedError(f"fastlora: {obstacle}, for which the operators have no rule; {PLAIN}")
 
 
+def is_sharded(tensor: Any) -> bool:
+    """Whether it is torch's DTensor, of which a process holds a part; by name, since importing that takes longer than most of this package."""
+    return type(tensor).__name__ == "DTensor"
+
+
 def is_hooked(*modules: nn.Module) -> bool:
     """Whether calling one of the modules does more than its class's forward."""
     for module in modules:

@@ -177,6 +177,7 @@ class TrainConfig:
     load_in_4bit: bool = option("Keep the base's linear layers in 4 bits (QLoRA: NF4, double quantisation).", False)
     load_in_8bit: bool = option("Keep the base's linear layers in int8.", False)
     gradient_checkpointing: bool = option("Compute activations twice to save memory.", False)
+    fsdp: bool = option("Shard the frozen base over the processes (FSDP2); each has the whole adapter.", False)
     save_steps: int = option("Steps between checkpoints: what a kill loses at most.", 50)
     resume: bool = option("Go on from the newest checkpoint; without one, start afresh.", False)
     resume_from: int | None = option("Go on from the checkpoint of this step; later ones are removed.", None)
@@ -229,6 +230,9 @@ class TrainConfig:
             raise ValueError("resume and overwrite exclude each other: expected one of them")
         if self.share_prefix and not self.accelerate:
             raise ValueError("share_prefix=True: expected accelerate=True, transformers has nothing like it")
+        if self.fsdp and (self.method in WHOLE or self.bits is not None):
+            what = f"method={self.method} trains it" if self.method in WHOLE else "this one is quantised"
+            raise ValueError(f"fsdp=True shards a frozen base: {what}, expected none of that")
         self.model = str(self.model)
         if Path(self.model).is_dir():
             self.model = str(Path(self.model).resolve())  # the adapter's files name it

@@ -58,6 +58,8 @@ def _obstacle(op: str, width: int, *tensors: Any) -> str | None:
     first = tensors[0]
     if not all(isinstance(one, Tensor) and one.dtype == first.dtype and one.device == first.device for one in tensors):
         return f"it is given {' and '.join(map(checks.shown, tensors))}"
+    if any(map(checks.is_sharded, tensors)):
+        return "it is given a DTensor"
     choice = ops.choose(op, first, first.numel() // max(width, 1), first.numel(), dropout=False)
     if choice.implementation == "reference" and ops.forced is None:
         return choice.reason
@@ -95,6 +97,8 @@ def _eps(norm: Any) -> Any:
 def _is_norm(module: Any) -> bool:
     weight = module._parameters.get("weight")
     if len(module._parameters) != 1 or module._modules or weight is None or weight.dim() != 1 or not _eps(module):
+        return False
+    if checks.is_sharded(weight):
         return False
     x = _drawn(ROWS, len(weight), like=weight)
     return nearly_equal(type(module).forward(module, x), reference.rms_norm(x, weight, _eps(module))[0])

@@ -142,6 +142,7 @@ class LanguageModelLoss:
         """(path, reason)"""
         if head is None:
             return ALL, "the model names no output embedding"
+        before = head_obstacle(head)  # a sharded head is whole for a while after a forward
         probe, counted = _probe(inputs)
         with undisturbed(self._inner):
             own = _own_logits(self._inner, probe, counted)
@@ -149,7 +150,8 @@ class LanguageModelLoss:
             shares = any(trees.KEY in module.__dict__ for module in self._inner.modules())
             if not self._inner.config.is_encoder_decoder and not shares:
                 self.packs = packing.is_exact(lambda **given: self._inner(**given).logits, own.shape[1])
-            return choose_path(head, own, functools.partial(_rows_of, self._inner, head, probe, counted))
+            path, reason = choose_path(head, own, functools.partial(_rows_of, self._inner, head, probe, counted))
+            return (LABELLED, before) if path == FUSED and before is not None else (path, reason)
 
 
 def _own_logits(model: Any, inputs: Mapping[str, Any], counted: Tensor) -> Tensor:

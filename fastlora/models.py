@@ -256,6 +256,13 @@ def base_of(adapters: Iterable[Adapter]) -> str:
     return base
 
 
+def blocks(model: Any) -> list[Any]:
+    """The blocks that a transformers model, with adapters or without, is a stack of; none where transformers does not name their class."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    names = base._no_split_modules or ()
+    return [module for module in base.modules() if type(module).__name__ in names]
+
+
 def positions(model: Any) -> int | None:
     """How many tokens a row of the model may have, behind its soft prompt; None where its configuration does not say."""
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)

@@ -1,6 +1,6 @@
 """Giving a module another forward by another class, which a copy, a pickle and transformers' own files do not notice."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -34,6 +34,22 @@ def undo(module: nn.Module) -> None:
     """Give a module its class back, if it was derived."""
     if type(module) in _plain:
         module.__class__ = _plain[type(module)]
+    elif is_derived(module):
+        rebase(module, _plain)
+
+
+def _before_sharding(kind: type) -> type:
+    """The class that fully_shard has derived its own from, or the class itself."""
+    first, *rest = kind.__bases__
+    return rest[0] if first.__name__ == "FSDPModule" else kind
+
+
+def rebase(module: nn.Module, instead: Mapping[type, type]) -> None:
+    """Give a module whose class another has derived since, as fully_shard and parametrize do, one like that on other bases."""
+    kind = type(module)
+    own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+    # A new one: fully_shard's is that of every module of its kind.
+    module.__class__ = type(kind.__name__, tuple(instead.get(base, base) for base in kind.__bases__), own)
 
 
 def plain_of(kind: type) -> type:
@@ -42,4 +58,5 @@ def plain_of(kind: type) -> type:
 
 
 def is_derived(module: nn.Module) -> bool:
-    return type(module) in _plain
+    """Whether its class was derived, be it that fully_shard has derived another from that since."""
+    return _before_sharding(type(module)) in _plain

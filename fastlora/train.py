@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from accelerate.utils import gather_object, set_seed
 from torch import Tensor
 from tqdm import tqdm
 
-from fastlora import __version__, checkpoint, metrics, sharing, trainable, writing
+from fastlora import __version__, checkpoint, metrics, processes, sharing, trainable, writing
 from fastlora.checkpoint import Checkpoint, CheckpointError
 from fastlora.choice import table
 from fastlora.config import RANKED, SEEDS, WHOLE, TrainConfig
@@ -92,10 +93,12 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         FileExistsError: the output folder holds an adapter, a model or a training, and neither resume nor overwrite was asked for.
         CheckpointError: the checkpoint to go on from is damaged; the message says which older one is not.
         ValueError: the output is the base model's folder; resume was asked for with other options or data than the
-            checkpoint's; a name in target_modules matches nothing; compile, and there is no C++ compiler; the model's files are damaged.
+            checkpoint's; a name in target_modules matches nothing; compile, and there is no C++ compiler; the model's files are damaged; what
+            started the processes asks for what cannot be done (processes.py).
         ImportError: load_in_4bit or load_in_8bit, and there is no bitsandbytes.
         OSError: the data or the model is not there, or the output folder cannot be written into.
-        TrainingError: the loss or the gradient is not finite, no gradient reaches any trained weight, or the disk is full.
+        TrainingError: the loss or the gradient is not finite, no gradient reaches any trained weight, or the disk is full;
+            or another process has ended.
         TrainingInterrupted: Ctrl-C or SIGTERM, after the checkpoint.
     """
     output = Path(config.output)
@@ -104,13 +107,12 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     if config.bits is not None:
         require_bitsandbytes(config.bits)
     writing.require_apart(output, model=str(config.model))
-    accelerator = Accelerator(mixed_precision="no")
-    with writing.locked(output) if accelerator.is_main_process else nullcontext():  # by one process for all
-        if accelerator.is_main_process:
-            _require_free(config)
-        saved = _newest(config) if config.resume else None
-        tokenizer = load_tokenizer(str(config.model))
-        data = read_rows(config, tokenizer)
+    accelerator, config = processes.begin(config)
+    with processes.holding(accelerator, output, partial(_require_free, config)):
+        with processes.as_one(accelerator):
+            saved = _newest(config) if config.resume else None
+            tokenizer = load_tokenizer(str(config.model))
+            data = read_rows(config, tokenizer)
         run = _Run(config, data, tokenizer, accelerator, saved)
         if progress:
             run.announce()
@@ -205,7 +207,7 @@ class _Run:
         lr = config.lr or 0.0
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=lr, weight_decay=config.weight_decay)
         self.scheduler = scheduler(config, self.optimizer, self.course.steps)
-        self.wrapped = self.accelerator.prepare_model(self.model)
+        self.wrapped = processes.around(self.accelerator, self.model, self.trained.values(), config.fsdp)
         self.loss = LanguageModelLoss(self.wrapped)
         if saved:
             self._load_state(saved)
@@ -234,11 +236,10 @@ class _Run:
 
     def claim_output(self) -> None:
         """Clear away what an earlier run left in the output folder and this one does not go on from."""
-        if self.accelerator.is_main_process:
-            checkpoint.clear(self.output, after=self.step)
-            with self._writing(metrics.NAME):
+        with processes.as_one(self.accelerator), self._writing(metrics.NAME):
+            if self.accelerator.is_main_process:
+                checkpoint.clear(self.output, after=self.step)
                 metrics.write(self.output, self.records)
-        self.accelerator.wait_for_everyone()
 
     def announce(self) -> None:
         """Say on stderr what is about to run."""
@@ -274,8 +275,8 @@ class _Run:
         with bar:
             while self.step < self.course.steps:
                 record, stopped = self._train_step(stop, check_gradients=self.step == first)
-                if self.accelerator.is_main_process:
-                    with self._writing(metrics.NAME):
+                with processes.as_one(self.accelerator), self._writing(metrics.NAME):
+                    if self.accelerator.is_main_process:
                         metrics.add(self.output, record)
                 bar.set_postfix_str(
                     f"loss {record['loss']:.4f}, {record['tokens_per_second']:.0f} tokens/s", refresh=False
@@ -336,6 +337,8 @@ class _Run:
                     loss = self.loss(batch) / labelled
                 self.accelerator.backward(loss * self.course.processes)  # DDP takes the mean over processes
             total += loss.detach()
+        if self.config.fsdp:
+            processes.share_gradients(self.trained.values())
         return total
 
     def _check_gradients(self) -> None:
@@ -351,12 +354,12 @@ class _Run:
 
     def _save_checkpoint(self) -> None:
         rng = gather_object([checkpoint.rng_state()])
-        if self.accelerator.is_main_process:
-            with self._writing(metrics.NAME):
-                writing.force(self.output / metrics.NAME)
-            with self._writing("the checkpoint"):
-                checkpoint.save(self.output, self.step, lambda folder: self._write_checkpoint(folder, rng))
-        self.accelerator.wait_for_everyone()
+        with processes.as_one(self.accelerator):
+            if self.accelerator.is_main_process:
+                with self._writing(metrics.NAME):
+                    writing.force(self.output / metrics.NAME)
+                with self._writing("the checkpoint"):
+                    checkpoint.save(self.output, self.step, lambda folder: self._write_checkpoint(folder, rng))
 
     def _writing(self, what: str) -> AbstractContextManager[None]:
         return named_writing(what, self.output, self.step)
@@ -387,18 +390,18 @@ class _Run:
     def finish(self) -> TrainResult:
         """Write the final files; the summary is returned, too."""
         dtype = self._cast_to_stored() if self.config.method in WHOLE else torch.float32
-        if self.accelerator.is_main_process:
-            with self._writing("the model" if self.config.method in WHOLE else "the adapter"):
+        what = "the model" if self.config.method in WHOLE else "the adapter"
+        with processes.as_one(self.accelerator), self._writing(what):
+            if self.accelerator.is_main_process:
                 writing.publish(self.output, self._write_model)
-        self.accelerator.wait_for_everyone()
         if self.config.share_prefix:
             way, reason = sharing.last_call(self.model)
             if way == sharing.APART:
                 logger.warning("share_prefix: the last batch's rows ran each for itself: %s", reason)
         records = metrics.read(self.output, self.step)
         result = self._result(records, dtype)
-        if self.accelerator.is_main_process:
-            with self._writing("the summary"):
+        with processes.as_one(self.accelerator), self._writing("the summary"):
+            if self.accelerator.is_main_process:
                 text = json.dumps({**asdict(result), **self._provenance()}, indent=2) + "\n"
                 writing.whole(self.output / "summary.json", text.encode())
                 try:

@@ -11,7 +11,7 @@ import torch
 
 from fastlora import adapters
 from fastlora.config import OPTIONS_OF, RANKED, WHOLE, TrainConfig
-from fastlora.models import load_base
+from fastlora.models import blocks, load_base
 from fastlora.peft import accelerate, quantised
 from fastlora.typed import listed
 
@@ -219,11 +219,9 @@ def require_compiler() -> None:
 
 def _compile_layers(model: Any) -> None:
     """Have torch compile each of the blocks that the model is a stack of; what stands around them stays eager."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    names = base._no_split_modules or ()
-    layers = [module for module in base.modules() if type(module).__name__ in names]
+    layers = blocks(model)
     if not layers:
-        raise ValueError(f"compile: transformers does not say what the layers of {type(base).__name__} are")
+        raise ValueError(f"compile: transformers does not say what the layers of {type(model).__name__} are")
     for layer in layers:
         # Batches differ in width, and a resumed run meets them in another order: one code for all widths, from the first on.
         layer.compile(dynamic=True)

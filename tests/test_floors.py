@@ -35,7 +35,7 @@ FLOORS = (
     ("data", "checkpoint", "metrics", "environment"),
     ("config", "models"),
     ("generation", "steps", "course"),
-    ("evaluation", "merge", "serving", "trainable"),
+    ("evaluation", "merge", "processes", "serving", "trainable"),
     ("train", "combine"),
     ("demo", "comparison", "sweep"),
     ("benchmarks",),

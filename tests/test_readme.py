@@ -55,6 +55,7 @@ def test_options_are_there() -> None:
     for file in ("benchmarks/__main__.py", "benchmarks/gpu.sh"):
         known.update(re.findall(r"--[a-z-]+", (ROOT / file).read_text()))
     others = {"--nproc-per-node", "--config"}  # torchrun's and torchtune's
+    others |= {"--multi-gpu", "--num-processes", "--use-fsdp", "--fsdp-version"}  # accelerate's
     others |= {"--enable-lora", "--lora-modules", "--max-lora-rank"}  # vLLM's
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", ALL)) - others
     assert len(named) > 10 and not named - known

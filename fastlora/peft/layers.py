@@ -49,6 +49,8 @@ def last_fused_call(layer: nn.Module, plan: object) -> Seen | str:
     own: OwnForward | None = layer.__dict__.get(OWN_FORWARD)
     if own is not None and own.before is seen:
         return f"PEFT's own forward: {own.obstacle}"
+    if plan == obstacles.IN_PIECES and seen is not None:
+        return "fused in its last call, sharded between calls"
     if isinstance(plan, str):
         return f"PEFT's own forward from now on: {plan}"
     return "not called yet, unless compiled" if seen is None else seen
@@ -334,7 +336,7 @@ def restore_layer(module: Any) -> None:
             swap.undo(module)
         elif type(module) in (FusedLinear, FrozenLinear):
             module.__class__ = lora.Linear if type(module) is FusedLinear else nn.Linear
-        else:  # torch.nn.utils.parametrize has derived a class for this module since
-            type(module).__bases__ = (nn.Linear,)
+        else:  # torch.nn.utils.parametrize, or fully_shard, has derived a class since
+            swap.rebase(module, {FrozenLinear: nn.Linear})
         for name in (SEEN, OWN_FORWARD):
             module.__dict__.pop(name, None)

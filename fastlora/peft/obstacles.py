@@ -38,12 +38,19 @@ def parameter(module: nn.Module, name: str) -> Any:
     return module._parameters[name] if name in module._parameters else getattr(module, name)
 
 
+IN_PIECES = "the weight is a DTensor: tensor parallel, or sharded before it was accelerated"
+"""What FSDP2 shards afterwards is one between calls alone: in a call the layer has its whole weight."""
+
+
 def weight_obstacle(weight: Any, bias: Any) -> str | None:
     """Why the weight and bias of a linear layer are not ours to multiply by, or None."""
     if weight.requires_grad and not torch.compiler.is_compiling():
         packed.drop(weight)  # a step may change it in ways that leave no trace
     if type(weight) is not nn.Parameter and type(weight) is not Tensor:
-        return f"the weight is a {type(weight).__name__}"
+        return IN_PIECES if checks.is_sharded(weight) else f"the weight is a {type(weight).__name__}"
+    if weight.dim() != 2:
+        kept = "DeepSpeed ZeRO-3 keeps it in pieces" if hasattr(weight, "ds_id") else "expected two dimensions"
+        return f"the weight is {list(weight.shape)}: {kept}"
     if weight.dtype not in checks.FLOATS:
         return f"the weight is {name_of(weight.dtype)}"
     if weight.requires_grad or (bias is not None and bias.requires_grad):

@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastlora import fusion, model_loss, ops, sharing
+from fastlora import checks, fusion, model_loss, ops, sharing
 from fastlora.bottleneck import BottleneckLayer
 from fastlora.frozen import composed, products
 from fastlora.operators import frozen_linear, lora_linear
@@ -27,6 +27,8 @@ NOT_OBSERVED = "compiled: not observed"
 def linear_weight(base: nn.Module, dtype: torch.dtype | None = None) -> Tensor:  # [N, K]
     """The weight that a layer multiplies by, for an x of that dtype."""
     weight = obstacles.multiplied(base, dtype)
+    if checks.is_sharded(weight):  # as the layer has it in a call
+        weight = torch.empty(weight.shape, dtype=weight.dtype, device=weight.device)
     return weight.t() if isinstance(base, Conv1D) else weight
 
 
@@ -120,9 +122,16 @@ def _explain(layer: Any, compiled: bool) -> tuple[str, str]:
             before, why = _describe(layer, base, seen)
             reason += f"; before, {before}, {why}"
         return "reference", f"{NOT_OBSERVED}; in its last eager call {reason}" if compiled else reason
+    in_pieces = (
+        obstacle == obstacles.IN_PIECES
+    )  # after `accelerate`, which leaves such layers to PEFT: FSDP2 makes it whole in a call
+    if in_pieces:
+        obstacle = None
     if obstacle is not None and seen is None:
         return "reference", f"{NOT_OBSERVED if compiled else 'not called yet, unless compiled'}; {plain}: {obstacle}"
     implementation, reason = _describe(layer, base, seen or _before_any_call(layer, base, compiled), compiled)
+    if in_pieces:
+        reason += "; sharded between calls"
     if own is not None:
         reason += f"; earlier also {plain}: {own.obstacle}"
     if obstacle is not None:
