@@ -171,7 +171,11 @@ struct TensorMap {
   int box_rows, box_columns;
 };
 
+/// Which card this thread uses, and which card's context the driver finds on it, -1: none yet, as on a thread that autograd has just begun.
+inline thread_local int device_now = 0, context_now = -1;
+
 inline bool describe(TensorMap& map, bool, const void* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows, int box_columns) {
+  if (context_now != device_now) return false;
   map = {static_cast<const uint16_t*>(matrix), rows, columns, stride, box_rows, box_columns};
   const bool aligned = reinterpret_cast<uintptr_t>(matrix) % 16 == 0 && stride % 8 == 0, some = rows >= 1 && columns >= 1;
   return aligned && some && stride >= columns && box_rows <= 256 && box_columns == 64;
@@ -286,8 +290,13 @@ void wait_products() {
 enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor, cudaDevAttrComputeCapabilityMinor };
 inline int emulated_capability_now = 80;  // compute capability times 10
 extern "C" __attribute__((weak, visibility("default"))) void emulated_capability(int capability) { emulated_capability_now = capability; }
+extern "C" __attribute__((weak, visibility("default"))) void emulated_device(int device) { fastlora::device_now = device; }
 inline cudaError_t cudaGetDevice(int* device) {
-  *device = 0;
+  *device = fastlora::device_now;
+  return cudaSuccess;
+}
+inline cudaError_t cudaSetDevice(int device) {
+  fastlora::device_now = fastlora::context_now = device;
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {

@@ -6,6 +6,7 @@ csrc/cuda/ptx.cuh says that they are.
 
 import ctypes
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import emulated
@@ -299,3 +300,15 @@ def test_dy_is_named(card: ctypes.CDLL) -> None:
     layer = make_layer(6, 16, 24, 4, BF16)
     with pytest.raises(RuntimeError, match="^dy: got .*expected"):
         run(card, layer._replace(dy=transposed(layer.dy)), 0.0, None)
+
+
+@pytest.mark.parametrize("device", [0, 1])
+def test_a_thread_that_no_card_has_seen(card: ctypes.CDLL, device: int) -> None:
+    """Autograd's, say: the card's context is not there until the runtime is told of the card, and then it is that card's."""
+
+    def work() -> None:
+        card.emulated_device(device)
+        check(card, make_layer(20, 96, 80, 8, torch.bfloat16), 0.1)
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(work).result()

@@ -80,9 +80,12 @@ void launch_sides(const Sides<T, G>& sides, cudaStream_t stream) {
 
 template <class T, class G, bool BACK, bool ACROSS>
 std::string launch_on_sm90(
-    const Product<T, G>& product, const Sides<T, G>& first, const Sides<T, G>& last, uint32_t* progress, int multiprocessors, cudaStream_t stream) {
+    const Product<T, G>& product, const Sides<T, G>& first, const Sides<T, G>& last, uint32_t* progress, int device, int multiprocessors,
+    cudaStream_t stream) {
   const int tiles = divide_up(product.M, sm90::HEIGHT) * divide_up(product.N, sm90::WIDTH), side_tiles = first.tiles() + last.tiles();
   sm90::Fused<T, G> task{{}, {}, {}, {}, product, first, last, {progress}, tiles, first.tiles(), side_tiles};
+  // The driver's function that describes a matrix needs the card's context on this thread, on which autograd may not have run anything before.
+  cudaSetDevice(device);
   const auto map = [](TensorMap& to, const T* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
     return describe(to, std::is_same_v<T, __nv_bfloat16>, matrix, rows, columns, rows > 1 ? stride : round_up(columns, 8), box_rows, 64);
   };
@@ -107,7 +110,7 @@ std::string launch_products(
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (major < 8) return "this card has compute capability " + std::to_string(major) + "." + std::to_string(minor) + ", expected 8.0 or newer";
-  if (major == 9 && minor == 0) return launch_on_sm90<T, G, BACK, ACROSS>(product, first, last, progress, multiprocessors, stream);
+  if (major == 9 && minor == 0) return launch_on_sm90<T, G, BACK, ACROSS>(product, first, last, progress, device, multiprocessors, stream);
   launch_sides(first, stream);
   const int tiles = divide_up(product.M, sm80::SIDE) * divide_up(product.N, sm80::SIDE);
   launch(product_sm80_kernel<T, G, BACK, ACROSS>, dim3(tiles), dim3(sm80::THREADS), sm80::SHARED, stream, product);
