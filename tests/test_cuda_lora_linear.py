@@ -302,12 +302,12 @@ def test_dy_is_named(card: ctypes.CDLL) -> None:
         run(card, layer._replace(dy=transposed(layer.dy)), 0.0, None)
 
 
-@pytest.mark.parametrize("device", [0, 1])
-def test_a_thread_that_no_card_has_seen(card: ctypes.CDLL, device: int) -> None:
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_thread_that_no_card_has_seen(card: ctypes.CDLL, number: int) -> None:
     """Autograd's, say: the card's context is not there until the runtime is told of the card, and then it is that card's."""
 
     def work() -> None:
-        card.emulated_device(device)
+        card.emulated_device(number)
         check(card, make_layer(20, 96, 80, 8, torch.bfloat16), 0.1)
 
     with ThreadPoolExecutor(1) as thread:
