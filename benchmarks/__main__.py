@@ -1,13 +1,14 @@
 """python -m benchmarks [VERB ...] [--quick] [--json] [--out FOLDER] [--device cuda] [--no-gate]
 
-The verbs are lora_linear, multi_lora, prefix_concat, step, goals, launch, prompts, families, sweep, serve and trainers.
+The verbs are lora_linear, multi_lora, prefix_concat, step, goals, launch, prompts, families, sweep, serve, trainers and model.
 Runs the tests of each operator named (all by default), and times it only if they are green: fastlora against the
 frozen layer alone, PEFT, PEFT under torch.compile, torch's products and the merged weight. `goals` fills the table of
 what fastlora wants to reach on this kind of device (on a CPU with a whole training step in its first rows: of random weights
 of SmolLM2-135M's shape, or of --model on --data), `launch` says what a call of a small layer costs the host; `prompts` in which settings soft prompts
 are right on a CPU, and what they cost there; `families` that, DoRA, quantised bases and a mixture's experts; `sweep` what adapters gain that are
 trained in one batch; `serve` what many clients of `fastlora serve` get over one at a time;
-`trainers` whether six trainers train six kinds of models the same with fastlora as without.
+`trainers` whether six trainers train six kinds of models the same with fastlora as without;
+`model` where an H100's time would go by the kernels' instructions, reckoned and not measured.
 Exit codes: 0 done, 1 something was wrong and was not timed, 2 wrong arguments, 3 (goals) something broke
 this process: `--resume` goes on in another one, without it.
 """
@@ -32,6 +33,7 @@ from .families import family_lines
 from .goals import Goal, layer_lines
 from .launch import launch_lines
 from .machine import Machine, results_folder, this_machine
+from .model import model_lines, model_table
 from .model_steps import Material
 from .model_steps import step_lines as model_step_lines
 from .operators import measure_operator
@@ -171,6 +173,7 @@ VERBS: dict[str, tuple[Lines, Table]] = {
     "sweep": (lambda command: sweep_lines(command.arguments.quick), sweep_table),
     "serve": (_serve_lines, goals_table),
     "trainers": (lambda command: trainer_lines(command.arguments.quick), trainers_table),
+    "model": (lambda _: model_lines(), model_table),
 }
 WITHIN = {"prompts"}
 """What is measured by itself only where it is named: another verb has all of it."""

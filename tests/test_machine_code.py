@@ -1,7 +1,7 @@
 """The machine code of the Hopper kernel: how many instructions stand between its products, and that nothing touches what these are at work on.
 
-The budgets are of the nvcc that cuda_resources.json names, in instructions a thread. They are what the kernel's time was reckoned from: a
-tile of K 4096 keeps the tensor cores busy for 65,536 cycles; two warps a scheduler issue each instruction of an epilogue in two.
+The budgets, benchmarks.model.COUNTS, are of the nvcc that cuda_resources.json names, in instructions a thread: what `python -m benchmarks model`
+reckons the kernel's time from.
 """
 
 import re
@@ -14,12 +14,10 @@ import pytest
 import test_cuda_compile as compiled
 from machine_code import Instruction, count
 
+from fastlora.benchmarks.model import COUNTS
+
 TARGET = "sm_90a"
 KERNEL = "product_sm90_kernel"
-LOOP = 72  # of 64 columns of the depth: four products, one wait
-EPILOGUE = 500  # without a bias, N a multiple of 8: 16 rows of 32 columns
-WITH_BIAS = 900
-MASKED = 120  # of 64 columns of the masked rank step, which has four of them
 AHEAD = 40  # between a load of the mask and who reads it, the wait for a product aside
 folder, reports = compiled.folder, compiled.reports
 
@@ -49,7 +47,7 @@ def test_the_main_loop_is_short_and_waits_once(folder: Path, reports: dict[str, 
     for name, code in kernels(folder, reports, file).items():
         pieces = list(machine_code.blocks(code))
         [loop] = [i for i, piece in enumerate(pieces) if count(piece, "HGMMA.64x256x16") == 4]
-        assert len(pieces[loop]) <= LOOP, name
+        assert len(pieces[loop]) <= COUNTS.loop, name
         assert count(pieces[loop], "WARPGROUP.DEPBAR") == 1, name
         assert not count(pieces[loop], "LD"), name  # what it multiplies with comes by the copy engine
 
@@ -87,7 +85,7 @@ def test_an_epilogue_is_short(folder: Path, reports: dict[str, str]) -> None:
         with_bias = [piece for piece in whole if count(piece, "LDG.E.U16")]
         without = [piece for piece in whole if not count(piece, "LDG")]
         assert len(with_bias) == len(without) == 1, (name, [len(piece) for piece in whole])
-        assert len(without[0]) <= EPILOGUE and len(with_bias[0]) <= WITH_BIAS, (
+        assert len(without[0]) <= COUNTS.epilogue and len(with_bias[0]) <= COUNTS.with_bias, (
             name,
             len(without[0]),
             len(with_bias[0]),
@@ -101,8 +99,8 @@ def test_a_masked_rank_step_is_short_and_asks_early(folder: Path, reports: dict[
         products = [i for i, one in enumerate(code) if one.name.startswith("HGMMA.64x64x16")]
         assert len(products) == 4, name
         for begin, end in pairwise(products):
-            assert end - begin <= MASKED, (name, end - begin)
-        loads = [i for i in range(products[0] - MASKED, products[-1]) if code[i].name == "LDG.E.64"]
+            assert end - begin <= COUNTS.masked, (name, end - begin)
+        loads = [i for i in range(products[0] - COUNTS.masked, products[-1]) if code[i].name == "LDG.E.64"]
         assert len(loads) >= 6, name  # two rows of each but the first, whose bits may be asked for earlier yet
         for i in loads:
             bits = int(re.match(r"R(\d+)", code[i].operands)[1])  # type: ignore[index]

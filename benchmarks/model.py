@@ -1,0 +1,130 @@
+"""Where an H100's time would go by the instructions of the Hopper kernel, beside the goals: reckoned, not measured.
+
+A tile of 128 x 256 keeps a multiprocessor's tensor cores busy for 1,024 cycles every 64 of the depth. What stands between the last product of a tile
+and the first of the next does not overlap with them, since both warpgroups are in it together: the rank step and the epilogue. Two warps a scheduler
+issue it, an instruction a cycle. The thin products run beside the tensor cores, and cost what they take longer than these. Each launch that is
+not hidden costs its latency. `Counts` are budgets that tests/test_machine_code.py holds the compiled kernels to; the rest are assumptions, named
+below, which a first run on a card is to replace.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from math import ceil
+
+from .session import Line, Session
+from .table import render
+
+PROCESSORS, SCHEDULERS = 132, 4
+CLOCK = 1.755e9  # cycles a second, boost under load
+PRODUCT = 1024  # cycles of tensor cores: 128 x 256 x 64, 4,096 multiplications and additions a cycle
+MEMORY, CACHE = 3.0e12, 5.5e12  # bytes a second: HBM3 as copies reach it, the second-level cache
+WARPS = 8  # of a tile's two warpgroups
+ANSWER = 150  # cycles from a small product's issue to its sums
+LAUNCH = 1.0e-6  # seconds of a launch that another one overlaps with
+PASS = 48  # ranks that the thin products take in one reading of x
+DRAW = 14e-12  # seconds an element of x takes Philox, over all processors: 132 multiprocessors, four schedulers, 3 warps
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Instructions a thread, at most."""
+
+    epilogue: int = 500  # of a whole tile without a bias
+    with_bias: int = 900
+    masked: int = 120  # of 64 of a masked rank step's 256 columns
+    loop: int = 72  # of the main loop, every 64 of the depth
+
+
+COUNTS = Counts()
+
+
+@dataclass(frozen=True)
+class Share:
+    """One layer: percent over the time of its frozen products, and of what."""
+
+    what: str
+    goal: float
+    forward: float
+    backward: float
+    launches: float
+    both: float
+
+
+def _issued(instructions: float) -> float:
+    """Cycles in which a scheduler has issued them for its warps."""
+    return instructions * WARPS / SCHEDULERS
+
+
+def _steps(R: int) -> int:
+    return ceil(R / 16)
+
+
+def forward_cycles(R: int) -> float:
+    """What a tile of the forward costs beside its products with the frozen weight."""
+    return PRODUCT / 4 * _steps(R) + ANSWER + _issued(COUNTS.epilogue)
+
+
+def backward_cycles(R: int, dropout: bool) -> float:
+    """The same of dx; with dropout the rank step is masked, a quarter of the columns at a time."""
+    if not dropout:
+        return forward_cycles(R)
+    return 4 * (PRODUCT / 16 * _steps(R) + ANSWER) + _issued(4 * COUNTS.masked + COUNTS.epilogue)
+
+
+def side_seconds(M: int, K: int, N: int, R: int, backward: bool, dropout: bool) -> float:
+    """The thin products': x once from memory a pass, and in the backward dy and x, each twice from the cache."""
+    passes = ceil(R / PASS)
+    if backward:
+        return passes * 2 * M * (N + K) * (1 / MEMORY + 1 / CACHE)
+    return passes * 2 * M * K / MEMORY + (M * K * DRAW / 8 if dropout else 0.0)
+
+
+def layer(M: int, K: int, N: int, R: int, dropout: bool = True) -> tuple[float, float, float]:
+    """(forward, dx, launches), each in percent of the frozen products' time. K: in-features, N: out-features."""
+
+    def percent(depth: int, columns: int, cycles: float, sides: float) -> tuple[float, float]:
+        waves = M * columns / (128 * 256 * PROCESSORS)  # tiles a multiprocessor, whole ones or not: the frozen layer's are no better
+        frozen = waves * depth / 64 * PRODUCT / CLOCK
+        ours = max(frozen + waves * cycles / CLOCK, sides)
+        return 100 * (ours / frozen - 1), frozen
+
+    forward, first = percent(K, N, forward_cycles(R), side_seconds(M, K, N, R, False, dropout))
+    backward, second = percent(N, K, backward_cycles(R, dropout), side_seconds(M, K, N, R, True, dropout))
+    return forward, backward, 100 * 3 * LAUNCH / (first + second)  # before the forward, before dx and behind it
+
+
+LLAMA = {"q, o": (2, 4096, 4096), "k, v": (2, 4096, 1024), "gate, up": (2, 4096, 14336), "down": (1, 14336, 4096)}
+CASES = {
+    "8192 rows, 4096 to 4096, r 16": (4.0, [(1, 4096, 4096)], 16),
+    "8192 rows, 8192 to 8192, r 16": (2.5, [(1, 8192, 8192)], 16),
+    "8192 rows, 4096 to 4096, r 64": (7.0, [(1, 4096, 4096)], 64),
+    "Llama-3-8B's seven linears, r 16": (3.5, list(LLAMA.values()), 16),
+}
+
+
+def _share(_: Session, what: str) -> Iterator[Share]:
+    goal, layers, R = CASES[what]
+    sizes = [K * N * count for count, K, N in layers]
+    found = [layer(8192, K, N, R) for _, K, N in layers]
+    forward, backward, launches = (sum(part[i] * size for part, size in zip(found, sizes, strict=True)) / sum(sizes) for i in range(3))
+    yield Share(what, goal, forward, backward, launches, (forward + backward) / 2 + launches)
+
+
+def model_lines() -> dict[str, Line]:
+    """A line a goal, by its title."""
+    return {what: partial(_share, what=what) for what in CASES}
+
+
+def model_table(found: Sequence[Share], notes: Sequence[str]) -> str:
+    """For people."""
+    legend = (
+        "reckoned from the kernel's instructions, not measured: percent over the frozen products' time, bfloat16, dropout 0.1, on an H100;"
+        " launches: what of three is not hidden"
+    )
+    heads = ("layer", "forward", "dx", "launches", "both", "goal")
+    rows = [
+        (one.what, *(f"{value:.1f} %" for value in (one.forward, one.backward, one.launches, one.both)), f"<= {one.goal:g} %")
+        for one in found
+    ]
+    return "\n".join([legend, "", render(heads, rows), "", *notes])
