@@ -111,7 +111,7 @@ def _count(value: int | None) -> str:
 
 def _plain(text: Any) -> str:
     """As text that Markdown makes nothing of, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>()#+!|~&-])", r"\\\1", _line(text))
+    return re.sub(r"([\\`*_\[\]<>()|~&])", r"\\\1", _line(text))
 
 
 def _code(text: Any) -> str:

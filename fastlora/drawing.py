@@ -23,8 +23,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
   color: var(--ink); background: var(--paper); }
 table { border-collapse: collapse; margin: 1rem 0; font-size: 14px; }
 th, td { padding: .2rem .7rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top; }
-th:first-child, td:first-child, td.text, table.text td { text-align: left; }
-td, pre { unicode-bidi: isolate; overflow-wrap: anywhere; }
+th:first-child, td:first-child, td.text, table.text :is(th, td) { text-align: left; }
+td, pre { unicode-bidi: isolate; overflow-wrap: anywhere; min-width: 2.5rem; }
 tr.best td, td.changed { font-weight: 600; }
 pre { background: var(--quiet); padding: .8rem; white-space: pre-wrap; }
 .note { color: var(--soft); }

@@ -1,6 +1,7 @@
 """report.html: a training on one page that names no other file and no address: curves, answers before and after, what ran in each layer."""
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -12,6 +13,7 @@ from fastlora.typed import fits, is_finite, listed
 NAME = "report.html"
 VALIDATION, SAMPLES = "validation.jsonl", "samples.jsonl"
 SHOWN = 20  # samples
+NUMBER = re.compile(r"\.\d+(?=\.|$)")
 CHARACTERS = 2000  # of a sample's text
 FIGURES = {
     "loss, first steps": "{first_loss:.4f}",
@@ -202,14 +204,17 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _layers(layers: Iterable[Sequence[str]]) -> list[str]:
-    """Those that ran alike on one line, the most first."""
+    """Those that ran alike on one line, the most first; a number between dots is one among many blocks, and left out."""
     groups: dict[tuple[str, str], list[str]] = {}
     for name, implementation, reason in layers:
-        groups.setdefault((implementation, reason), []).append(name)
+        groups.setdefault((implementation, reason), []).append(NUMBER.sub(".*", name))
     lines = sorted(groups.items(), key=lambda one: -len(one[1]))
     if not lines:
         return ["<p>Plain PyTorch in all of them.</p>"]
-    cells = [(len(names), implementation, reason, listed(names)) for (implementation, reason), names in lines]
+    cells = [
+        (len(names), implementation, reason, listed(list(dict.fromkeys(names))))
+        for (implementation, reason), names in lines
+    ]
     return [table(cells, ("layers", "by", "why", "which"), "text")]
 
 

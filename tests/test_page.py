@@ -98,7 +98,7 @@ def test_a_training_leaves_a_page_that_is_whole_and_alone(finished, data):
     assert [one.find("title").text for one in losses.findall("polyline")] == ["step", "running mean"]
     assert "Held-out loss" not in text and "Answers before and after" not in text and "by task" not in text
     layers = text.split("What ran in each layer")[1].split("<h2>")[0]
-    assert "model.layers.0.mlp.down_proj" in layers and "lm_head" in layers
+    assert "model.layers.*.mlp.down_proj" in layers and "lm_head" in layers
     assert sum(int(number) for number in re.findall(r"<tr><td>(\d+)</td>", layers)) > 15
     assert text.count("prefers-color-scheme: dark") == 1
 
