@@ -12,7 +12,7 @@ import accelerate
 import torch
 
 from fastlora import __version__
-from fastlora.config import DEFAULT_LR, TrainConfig
+from fastlora.config import TrainConfig
 from fastlora.data.examples import Example
 from fastlora.data.rows import Encoded
 
@@ -103,6 +103,8 @@ def origins() -> dict[str, Any]:
 def changed_options(config: Mapping[str, Any]) -> dict[str, Any]:
     """Those of a summary's `config` that are not as they are unless told, and shape what is trained: not where it lies, nor how it goes on."""
     defaults = {one.name: None if one.default is MISSING else one.default for one in fields(TrainConfig)}
-    defaults["lr"] = DEFAULT_LR[config["method"]]
+    resolved = dict.fromkeys(("lr", "lora_dropout"))  # what None stands for is the method's
+    untold = TrainConfig(**{**config, **resolved})
+    defaults |= {name: getattr(untold, name) for name in resolved}
     aside = {"model", "data", "output", "resume", "resume_from", "overwrite"}
     return {name: value for name, value in config.items() if name not in aside and value != defaults.get(name)}

@@ -184,7 +184,7 @@ def test_tokens_are_counted_on_in_a_resumed_run(again, finished):
 def test_options_that_changed_are_those_that_shape_what_is_trained(config):
     from dataclasses import asdict
 
-    plain = replace(config, r=16, lora_alpha=32, lr=2e-4, epochs=3, overwrite=True)
+    plain = replace(config, r=16, lora_alpha=32, lr=2e-4, lora_dropout=None, epochs=3, overwrite=True)
     assert changed_options(asdict(plain)) == {}
     assert changed_options(asdict(replace(plain, method="full", lr=2e-5))) == {"method": "full"}
     assert changed_options(asdict(replace(plain, lr=1e-3, truncation="drop"))) == {"lr": 1e-3, "truncation": "drop"}
