@@ -91,10 +91,8 @@ def test_a_card_says_what_was_trained_on_what_how_and_with_which_result(finished
 
 @pytest.mark.parametrize("method", ["full", "adapter", "prompt"])
 def test_cards_of_other_methods_load_them(config, method):
-    options = {} if method == "adapter" else {"r": 16, "lora_alpha": 32}
-    train(
-        replace(config, method=method, max_steps=1, lr=1e-3, **({"r": 16, "lora_alpha": 32} | options)), progress=False
-    )
+    options = {"method": method, "r": 16, "lora_alpha": 32, "lora_dropout": None, "lr": 1e-3}
+    train(replace(config, max_steps=1, **options), progress=False)
     front, body = split((config.output / "README.md").read_text())
     assert front["library_name"] == ("transformers" if method == "full" else "peft") and method in front["tags"]
     (code,) = PYTHON.findall(body)
@@ -110,14 +108,11 @@ HOSTILE = "x|y`` `<script>alert(1)</script>\n# [a](javascript:b)\x00\u202e---"
 
 def test_what_strangers_named_stays_what_they_named(finished):
     summary = json.loads((finished / "summary.json").read_text())
-    summary["config"] |= {
-        "model": HOSTILE,
-        "output": f"o/{HOSTILE.replace('/', ':')}",
-        "prompt_tuning_init_text": HOSTILE,
-    }
+    changed = changed_options(summary["config"]) | {"prompt_tuning_init_text": HOSTILE}
+    summary["config"] |= {"model": HOSTILE, "output": f"o/{HOSTILE.replace('/', ':')}"}
     summary["data"] = [{"option": "data", "file": HOSTILE, "rows": None}]
     summary["versions"] = {HOSTILE: HOSTILE}
-    text = card.text(summary, changed_options(summary["config"]))
+    text = card.text(summary, changed)
     front, body = split(text)
     assert front["base_model"] == HOSTILE and front["datasets"] == [HOSTILE.rpartition("/")[2]]
     headings = [line for line in body.splitlines() if line.startswith("#")]
