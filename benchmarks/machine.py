@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fastlora import __version__, writing
 from fastlora.choice import table
 from fastlora.choice.clock import Run, time_in_turn
-from fastlora.frozen import packed
+from fastlora.limits import fastest_product
 
 from .cases import dtype_name
 from .device import clock_of
@@ -114,37 +113,15 @@ def last_level_cache() -> int:
     return max(sizes, default=0) or 32 * 2**20
 
 
-def packs(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether oneDNN multiplies here by weights of this dtype that it has laid out."""
-    here = device.type == "cpu" and torch.backends.mkldnn.is_available()
-    return here and (dtype == torch.float32 or (dtype == torch.bfloat16 and packed.suits_onednn(dtype)))
-
-
-def packed_product(x: Tensor, weight: Tensor) -> Run:
-    """x [M, K] and weight [N, K] -> [M, N], on a copy of the weight that oneDNN has laid out."""
-    laid_out = torch.ops.mkldnn._reorder_linear_weight(weight, len(x))
-    return lambda _: torch.ops.mkldnn._linear_pointwise(x, laid_out, None, "none", [], "")
-
-
 @functools.cache
-def product_rate(device: torch.device, dtype: torch.dtype, budget: float = 1.5) -> float:
-    """FLOPs a second in the fastest large product of that dtype, measured `budget` seconds at the first call.
-
-    The best of many samples: what others do on the machine meanwhile does not lower its limit.
-    """
-    size = 8192 if device.type == "cuda" else 1536
-    x, w = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(x)
-    runs: dict[str, Run] = {"torch.mm": lambda _: torch.mm(x, w, out=out)}
-    # torch multiplies float32 by MKL and packs bfloat16 anew each time; where oneDNN with a packed weight is faster, this is the limit.
-    runs |= {"oneDNN": packed_product(x, w)} if packs(dtype, device) else {}
-    times = time_in_turn(runs, clock_of(device), budget)
-    return 2 * size**3 / min(timing.fastest for timing in times.values())
+def product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs a second in the fastest large product of that dtype, measured at the first call."""
+    return fastest_product(device, dtype, clock_of(device), budget=1.5)
 
 
 @functools.cache
 def bandwidths(device: torch.device, budget: float = 1.5) -> dict[str, float]:
-    """Bytes a second of a large "copy", read and written, and of a large "read", a sum; as `product_rate`."""
+    """Bytes a second of a large "copy", read and written, and of a large "read", a sum: the best of many samples, measured at the first call."""
     source = torch.ones(2**28 if device.type == "cuda" else 2**26, device=device)
     target = torch.empty_like(source)
     runs: dict[str, Run] = {"copy": lambda _: target.copy_(source), "read": lambda _: source.sum()}

@@ -22,10 +22,11 @@ import fastlora
 from fastlora import functional, ops
 from fastlora.choice.clock import Run
 from fastlora.choice.problems import ROWS_FROM_MEMORY
+from fastlora.limits import packed_product, packs
 from fastlora.operators import lora_linear, prefix_concat
 
 from .cases import OPERATORS, BlockCase, Case, LoRACase, LoRALinearCase, MultiLoRACase, PrefixConcatCase
-from .machine import last_level_cache, packed_product, packs
+from .machine import last_level_cache
 
 FASTLORA = "fastlora"
 MEANINGS = {

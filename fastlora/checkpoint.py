@@ -30,7 +30,7 @@ KEPT = 2
 MANIFEST = "manifest.json"
 TRAINED = "trained.safetensors"
 MOST = 2**31 - 1  # steps, processes or threads
-STATE = {"optimizer", "scheduler", "rng", "tuned"}
+STATE = {"optimizer", "scheduler", "scaler", "rng", "tuned"}
 
 
 class CheckpointError(ValueError):
@@ -65,7 +65,9 @@ class Training:
 class Checkpoint:
     folder: Path
     training: Training
-    state: dict[str, Any]  # of STATE: the optimizer's, the schedule's, each process's generators', tuned's
+    state: dict[
+        str, Any
+    ]  # of STATE: the optimizer's, the schedule's, the float16 loss's scale, each process's generators', tuned's
 
 
 def folder(output: Path, step: int) -> Path:
@@ -224,7 +226,7 @@ def check_course(where: str, state: Mapping[str, Any]) -> None:
     optimizer = state["optimizer"]
     require_keys(f"{where}: optimizer", optimizer, "state", "param_groups")
     for name, value, hint, expected in (
-        ("state", optimizer["state"], dict[int, dict[str, Tensor]], "tensors by parameter and name"),
+        ("state", optimizer["state"], dict[int, dict[str, Tensor | int]], "tensors by parameter and name"),
         ("param_groups", optimizer["param_groups"], list[dict[str, Any]], "a list of groups"),
     ):
         if not fits(value, hint):

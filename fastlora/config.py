@@ -5,6 +5,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from fastlora import schedules
 from fastlora.adapters import LARGEST_RANK, is_number
 from fastlora.data.examples import check_reading
 from fastlora.data.rows import Truncation, Turns
@@ -27,6 +28,8 @@ Method = Literal[
     "peft",
 ]
 Dtype = Literal["auto", "float32", "bfloat16"]
+TrainingDtype = Literal["auto", "float32", "bfloat16", "float16"]
+Optim = Literal["adamw_torch_fused", "adamw_torch", "adafactor", "sgd"]
 CombinationType = Literal[
     "linear",
     "cat",
@@ -71,16 +74,11 @@ OPTIONS_OF: dict[str, tuple[Method, ...]] = {
     "encoder_hidden_size": ("prefix", "ptuning"),
     "token_indices": ("tokens",),
     "peft_config": ("peft",),
+    **dict.fromkeys(("loraplus_lr_ratio", "loraplus_lr_embedding"), (*RANKED, "peft")),
 }
 """Whose option it is, where it is not everyone's."""
-SCHEDULES = (
-    *("linear", "cosine", "cosine_with_restarts", "polynomial"),
-    *("constant", "constant_with_warmup", "inverse_sqrt"),
-)
-"""transformers' schedules that need neither arguments of their own nor a metric."""
 MOST = 2**31 - 1  # of everything that is counted, bytes aside
 SEEDS = 2**32  # numpy takes no larger one
-POLYNOMIAL_END = 1e-7  # the learning rate that transformers' polynomial schedule ends at
 
 
 def option(help: str, default: Any = MISSING, *, typed: Any = None) -> Any:
@@ -108,7 +106,7 @@ class TrainConfig:
         typed=list[str],
     )
     output: str | Path = option(
-        "Folder for the adapter, metrics.jsonl, loss.png, summary.json and checkpoints/.", typed=Path
+        "Folder for the adapter, metrics.jsonl, summary.json, report.html and checkpoints/.", typed=Path
     )
     columns: dict[str, str] | None = option(
         "Which column is which field: prompt=question,completion=answer; #1 is a headless file's first.",
@@ -167,10 +165,21 @@ class TrainConfig:
         "Highest learning rate. [default: 2e-4 for lora, 2e-5 for full, more for what is smaller]", None
     )
     lr_scheduler_type: str = option("As transformers names them: linear, cosine, constant, ...", "linear")
+    lr_scheduler_kwargs: str | schedules.Kwargs | None = option(
+        "What the schedule is told: name=value with commas (min_lr_rate=0.1), or a JSON object.", None, typed=str
+    )
     warmup_ratio: float = option("Part of the steps in which the learning rate rises.", 0.03)  # rounded up
-    weight_decay: float = option("AdamW's.", 0.0)
+    warmup_steps: int | None = option("Those steps, in place of warmup_ratio.", None)
+    optim: Optim = option("What updates the weights, as transformers names it.", "adamw_torch_fused")
+    weight_decay: float = option("Part of itself, times the learning rate, that a weight loses each step.", 0.0)
+    adam_beta1: float = option("AdamW's, of the gradient's mean.", 0.9)
+    adam_beta2: float = option("AdamW's, of its square's mean.", 0.999)
+    adam_epsilon: float = option("AdamW's.", 1e-8)
+    loraplus_lr_ratio: float | None = option("LoRA+: B's learning rate over A's, 16 say.", None)
+    loraplus_lr_embedding: float = option("LoRA+: the learning rate of adapters on embeddings.", 1e-6)
+    neftune_noise_alpha: float | None = option("NEFTune: noise on the embeddings, 5 say.", None)
     max_grad_norm: float = option("Longer gradients are cut to this norm. 0: never.", 1.0)
-    dtype: Dtype = option(  # "full" computes in it under autocast
+    dtype: TrainingDtype = option(  # "full" computes in it under autocast
         "auto: computes in bfloat16 on a GPU that has it, else in float32, and saves a whole model as its base is stored.",
         "auto",
     )
@@ -212,13 +221,7 @@ class TrainConfig:
         if self.lora_dropout is None and self.method in OPTIONS_OF["lora_dropout"]:
             self.lora_dropout = 0.0 if self.method == "dora" else 0.05
         self._check_numbers()
-        if self.lr_scheduler_type not in SCHEDULES:
-            raise ValueError(
-                f"lr_scheduler_type={shown(self.lr_scheduler_type)}: expected one of {', '.join(SCHEDULES)}; others need a"
-                " metric, or arguments that there are no options for"
-            )
-        if self.lr_scheduler_type == "polynomial" and self.lr <= POLYNOMIAL_END:
-            raise ValueError(f"lr={self.lr}: polynomial ends at {POLYNOMIAL_END}, expected more")
+        self._check_updates(self.lr)
         if isinstance(self.target_modules, str):
             try:
                 re.compile(self.target_modules)
@@ -264,6 +267,25 @@ class TrainConfig:
                     f"{name}=True: method={self.method} takes no quantised base: {UNQUANTISED[self.method]}"
                 )
 
+    def _check_updates(self, lr: float) -> None:
+        """What updates the weights."""
+        if isinstance(self.lr_scheduler_kwargs, str):
+            self.lr_scheduler_kwargs = schedules.parsed(self.lr_scheduler_kwargs)
+        schedules.check(self.lr_scheduler_type, self.lr_scheduler_kwargs or {}, lr)
+        for name in ("adam_beta1", "adam_beta2", "adam_epsilon"):
+            value = getattr(self, name)
+            if not self.optim.startswith("adamw") and value != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"{name}={shown(value)}: optim={self.optim} has none, expected an AdamW")
+        for name in ("adam_epsilon", "loraplus_lr_ratio", "loraplus_lr_embedding", "neftune_noise_alpha"):
+            value = getattr(self, name)
+            if value is not None and not (is_finite(value) and value > 0):
+                raise ValueError(f"{name}={shown(value)}: expected a finite number above 0")
+        default = type(self).__dataclass_fields__["loraplus_lr_embedding"].default
+        if self.loraplus_lr_ratio is None and self.loraplus_lr_embedding != default:
+            raise ValueError(f"loraplus_lr_embedding={self.loraplus_lr_embedding}: expected loraplus_lr_ratio as well")
+        if self.neftune_noise_alpha is not None and self.share_prefix:
+            raise ValueError("neftune_noise_alpha: expected no share_prefix, what rows share has one noise then")
+
     @property
     def bits(self) -> int | None:
         """Of an element of the base's linear layers, where they are quantised as they are loaded."""
@@ -282,7 +304,9 @@ class TrainConfig:
                 what = ", a token of the prompt and one of the completion" if name == "max_length" else ""
                 wanted = f"at least {least}{what}" if value < least else f"at most {most}"
                 raise ValueError(f"{name}={shown(value)}: expected {wanted}")
-        for name in ("lora_dropout", "warmup_ratio"):
+        if self.warmup_steps is not None and not 0 <= self.warmup_steps <= MOST:
+            raise ValueError(f"warmup_steps={shown(self.warmup_steps)}: expected 0 to {MOST}")
+        for name in ("lora_dropout", "warmup_ratio", "adam_beta1", "adam_beta2"):
             if not 0 <= (getattr(self, name) or 0.0) < 1:
                 raise ValueError(f"{name}={shown(getattr(self, name))}: expected a number from 0 to below 1")
         for name in ("lr", "lora_alpha", "weight_decay", "max_grad_norm"):

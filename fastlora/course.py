@@ -1,4 +1,4 @@
-"""A training's course: which rows each step takes, at which rate, what its optimiser must hold after a step, and what ends it.
+"""A training's course: which rows each step takes, and what ends it.
 
 `fastlora train` has one; `fastlora sweep` has one for each of its jobs, which is why they train alike.
 """
@@ -7,23 +7,16 @@ import math
 import random
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from fastlora import checkpoint, writing
-from fastlora.checkpoint import CheckpointError
 from fastlora.config import TrainConfig
 from fastlora.data.examples import read_examples
 from fastlora.data.rows import Encoded, Row, batches, encode
 from fastlora.language_model_loss import IGNORE
-
-LEAST = {"step": 1.0, "exp_avg": -math.inf, "exp_avg_sq": 0.0}
-"""What AdamW keeps of each weight, and the smallest value of it."""
 
 
 class TrainingError(RuntimeError):
@@ -80,70 +73,6 @@ class Course:
             part[process :: self.processes] or [Row(part[0].input_ids, [IGNORE] * len(part[0].labels))]
             for part in batches(rows, self.config.batch_size * self.processes)
         ]
-
-
-def scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> Any:
-    """transformers' schedule of that name, but for the warm-up: its first step, of w, has 1/w of the learning rate, not 0."""
-    from torch.optim.lr_scheduler import LambdaLR
-    from transformers import get_scheduler
-
-    # The last step is behind the warm-up: some schedules divide by the number of those that are.
-    warmup = min(math.ceil(config.warmup_ratio * steps), steps - 1)
-    name = config.lr_scheduler_type
-    theirs = get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=steps).lr_lambdas[0]
-    rising = 0 if name == "constant" else warmup
-    return LambdaLR(optimizer, lambda step: (step + 1) / rising if step < rising else theirs(step))
-
-
-def _is_equal(value: Any, expected: Any) -> bool:
-    try:
-        return bool(value == expected)
-    except Exception:  # a tensor in the place of a number
-        return False
-
-
-def load_state(
-    path: Path,
-    state: Mapping[str, Any],
-    step: int,
-    trained: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    scheduler: Any,
-) -> None:
-    """Give AdamW and its schedule the state that they had after a step.
-
-    Args:
-        path: the file that it is from, for messages.
-        state: optimizer and scheduler, as their `state_dict` gives them.
-        trained: the optimiser's parameters, by name, in its order.
-
-    Raises:
-        CheckpointError: it is no state of these parameters after that step; nothing is changed then.
-    """
-    own, own_schedule = state["optimizer"], state["scheduler"]
-    # All but the moments follows from the options and the step.
-    rate = scheduler.base_lrs[0] * scheduler.lr_lambdas[0](step)
-    done = {"last_epoch": step, "_step_count": step + 1, "_last_lr": [rate]}
-    if not _is_equal(own_schedule, {**scheduler.state_dict(), **done}):
-        raise CheckpointError(f"{path}: scheduler: expected the state of step {step}")
-    groups = [{**group, "lr": rate} for group in optimizer.state_dict()["param_groups"]]
-    if not _is_equal(own["param_groups"], groups):
-        raise CheckpointError(f"{path}: optimizer.param_groups: expected AdamW's of step {step} of this run")
-    parameters = list(trained.items())
-    for index, moments in own["state"].items():
-        name, parameter = parameters[index] if 0 <= index < len(parameters) else (f"parameter {index}", None)
-        if parameter is None or set(moments) != set(LEAST):
-            raise CheckpointError(f"{path}: optimizer: {name}: expected {', '.join(LEAST)} of a trained weight")
-        for key, value in moments.items():
-            shape = [] if key == "step" else list(parameter.shape)
-            whole = list(value.shape) == shape and value.is_floating_point() and value.isfinite().all()
-            if not whole or (value < LEAST[key]).any():
-                raise CheckpointError(
-                    f"{path}: optimizer: {key} of {name}: expected numbers of shape {shape} from {LEAST[key]:g} on,"
-                    f" got {value.dtype} of shape {list(value.shape)}"
-                )
-    optimizer.load_state_dict(own)
-    scheduler.load_state_dict(own_schedule)
 
 
 def count_tokens(rows: Sequence[Row]) -> int:

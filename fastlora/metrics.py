@@ -10,7 +10,7 @@ from fastlora import reading, writing
 from fastlora.typed import fits, is_finite, shown
 
 NAME = "metrics.jsonl"
-NUMBERS = ("loss", "grad_norm", "learning_rate", "epoch", "tokens_per_second", "seconds")  # and the step
+NUMBERS = ("loss", "grad_norm", "learning_rate", "epoch", "tokens", "tokens_per_second", "seconds")  # and the step
 
 
 def add(output: Path, record: Mapping[str, float]) -> None:

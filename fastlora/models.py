@@ -14,7 +14,7 @@ from fastlora.adapters import Adapter
 from fastlora.data.rows import Row
 from fastlora.typed import fits, listed, shown
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype | None:
@@ -202,7 +202,7 @@ def load_model(
     Args:
         path: the base: a folder or a hub id. None: the one that the first adapter was trained on.
         adapters: folders by adapter name; the first is the active one.
-        dtype: the base's: auto, float32, bfloat16, or stored, which is the checkpoint's own.
+        dtype: the base's: auto, float32, bfloat16, float16, or stored, which is the checkpoint's own.
         accelerate: run the adapters' layers fused.
         allow_missing: tensors that an adapter's file lacks are as PEFT begins, with a warning, in place of an error.
         allow_noop: take also an adapter that changes nothing: B zero in every layer, most often.

@@ -6,7 +6,6 @@ step's number alone, and every generator's state is in the checkpoint: a resumed
 was never stopped.
 """
 
-import datetime
 import json
 import logging
 import math
@@ -15,20 +14,33 @@ import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import accelerate
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
-from tqdm import tqdm
 
-from fastlora import __version__, checkpoint, metrics, processes, sharing, trainable, writing
+from fastlora import (
+    __version__,
+    card,
+    checkpoint,
+    divergence,
+    memory,
+    metrics,
+    neftune,
+    optimisers,
+    page,
+    processes,
+    sharing,
+    summary,
+    trainable,
+    writing,
+)
 from fastlora.checkpoint import Checkpoint, CheckpointError
 from fastlora.choice import table
 from fastlora.config import RANKED, SEEDS, WHOLE, TrainConfig
@@ -37,16 +49,17 @@ from fastlora.course import (
     TrainingError,
     TrainingInterrupted,
     count_tokens,
-    load_state,
     named_writing,
     read_rows,
-    scheduler,
     stop_signals,
 )
 from fastlora.data.rows import Encoded, Row, collate, pad_token_id
 from fastlora.data.sources import local_files
 from fastlora.language_model_loss import LanguageModelLoss
 from fastlora.models import load_tokenizer, require_bitsandbytes, require_positions, resolve_dtype
+from fastlora.peft import reporting
+from fastlora.progress import Bar, Limit
+from fastlora.summary import TrainResult
 from fastlora.typed import listed
 
 logger = logging.getLogger("fastlora")
@@ -58,34 +71,13 @@ MAY_DIFFER_ON_RESUME = {
 }
 
 
-@dataclass(frozen=True)
-class TrainResult:
-    steps: int
-    first_loss: float  # mean over the first ten steps, of fewer than twenty over the first half
-    loss: float  # mean over the last ten steps, or the other half
-    seconds: float  # spent in steps, all runs together
-    tokens: int  # trained on, prompts included, padding not
-    tokens_per_second: float
-    rows: int
-    dropped_rows: int  # too long for max_length
-    prompt_cut_rows: int  # those of `rows` whose prompt lost its oldest tokens
-    completion_cut_rows: int  # those whose completion lost its end
-    trainable_parameters: int
-    parameters: int
-    adapter_bytes: int  # of the weights' file
-    dtype: str  # of the saved weights: an adapter's are float32, a model's as its base's are stored unless told
-    implementations: dict[str, int]  # LoRA and frozen layers, by what ran them; a guess where it says compiled
-    loss_path: str | None  # LanguageModelLoss's; None where no step was left to do
-    output: str
-
-
 def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
-    """Train, and leave the adapter (or model), metrics.jsonl, loss.png, summary.json and checkpoints/ in the output.
+    """Train, and leave the adapter (or model) with its tokenizer and card, metrics.jsonl, summary.json, report.html, loss.png and checkpoints/.
 
     Runs on one process, or on several under `accelerate launch` or `torchrun`.
 
     Args:
-        progress: show a bar with loss, tokens a second and the time left.
+        progress: show a bar with loss, speed, memory and the time left.
 
     Raises:
         DataError: bad lines in the data; raised before any model is loaded, like max_length leaving no row (ValueError).
@@ -190,9 +182,10 @@ class _Run:
         self.course = Course(config, data.rows, self.accelerator.num_processes)
         self.stored_dtype = trainable.stored_dtype(str(config.model))
         self.dtype = resolve_dtype(config.dtype, self.accelerator.device) or self.stored_dtype
-        self.step = 0
+        self.step, self.tokens = 0, 0  # that are done
         self.setup = self._setup()
-        self.records: list[dict[str, float]] = []  # of the steps that were done before this run
+        self.files = summary.data_files(config, data.examples)
+        self.records: list[dict[str, Any]] = []  # of the steps that were done before this run
         if saved:
             _require_same(saved, self.setup, self.course.steps)
             self.records = metrics.read(self.output, saved.training.step)
@@ -204,9 +197,11 @@ class _Run:
         # The adapter's first values are the same on all processes; dropout is each one's own.
         set_seed((config.seed + self.accelerator.process_index) % SEEDS)
         self.trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        lr = config.lr or 0.0
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=lr, weight_decay=config.weight_decay)
-        self.scheduler = scheduler(config, self.optimizer, self.course.steps)
+        if config.neftune_noise_alpha is not None:
+            neftune.attach(self.model, config.neftune_noise_alpha)
+        self.optimizer = optimisers.build(config, self.model, self.trained.values())
+        self.scheduler = optimisers.scheduler(config, self.optimizer, self.course.steps)
+        self.scaler = optimisers.scaler(self.accelerator.device, self.dtype, self.trained)
         self.wrapped = processes.around(self.accelerator, self.model, self.trained.values(), config.fsdp)
         self.loss = LanguageModelLoss(self.wrapped)
         if saved:
@@ -217,7 +212,10 @@ class _Run:
         if self.config.method not in (*RANKED, *WHOLE):
             checkpoint.load_weights(saved.folder, self.trained)
         path = saved.folder / "state.pt"
-        load_state(path, saved.state, self.step, self.trained, self.optimizer, self.scheduler)
+        optim, rate = self.optimizer, self.scheduler
+        optimisers.load_state(path, saved.state, self.step, self.trained, optim, rate, self.config.optim)
+        optimisers.load_scaler(path, saved.state["scaler"], self.scaler)
+        self.tokens = int(self.records[-1]["tokens"])
         checkpoint.set_rng_state(saved.state["rng"][self.accelerator.process_index])
 
     def _setup(self) -> dict[str, Any]:
@@ -263,25 +261,17 @@ class _Run:
 
     def loop(self, stop: threading.Event, progress: bool) -> None:
         """Go on to the last step, with metrics and checkpoints; a stop that was asked for ends it after a step."""
-        bar = tqdm(
-            total=self.course.steps,
-            initial=self.step,
-            unit="step",
-            dynamic_ncols=True,
-            mininterval=0.1 if sys.stderr.isatty() else 2.0,  # seconds; a log keeps every line
-            disable=not (progress and self.accelerator.is_main_process),
-        )
+        shown, device = progress and self.accelerator.is_main_process, self.accelerator.device
+        limit = Limit.of(self.model, self.config, device, self.dtype) if shown else None
         first = self.step
-        with bar:
+        with Bar(self.course.steps, first, shown, device, self.course.processes) as bar:
             while self.step < self.course.steps:
-                record, stopped = self._train_step(stop, check_gradients=self.step == first)
+                rows = self.course.step_rows(self.step)
+                record, stopped = self._train_step(rows, stop, check_gradients=self.step == first)
                 with processes.as_one(self.accelerator), self._writing(metrics.NAME):
                     if self.accelerator.is_main_process:
                         metrics.add(self.output, record)
-                bar.set_postfix_str(
-                    f"loss {record['loss']:.4f}, {record['tokens_per_second']:.0f} tokens/s", refresh=False
-                )
-                bar.update()
+                bar.tell(record, rows, limit)
                 if stopped or self.step % self.config.save_steps == 0 or self.step == self.course.steps:
                     self._save_checkpoint()
                 if stopped and self.step < self.course.steps:
@@ -290,52 +280,88 @@ class _Run:
                         f" from {checkpoint.folder(self.output, self.step)}"
                     )
 
-    def _train_step(self, stop: threading.Event, check_gradients: bool) -> tuple[dict[str, float], bool]:
-        began = time.perf_counter()
-        rows = self.course.step_rows(self.step)
-        learning_rate = self.scheduler.get_last_lr()[0]
-        loss = self._backward(rows)
-        # One exchange tells all processes the loss and whether one of them was asked to stop.
-        shared = torch.stack([loss, torch.tensor(float(stop.is_set()), device=loss.device)])
-        value, asked = self.accelerator.reduce(shared, "sum").tolist()
-        norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), self.config.max_grad_norm or math.inf).item()
-        self.step += 1
+    def _train_step(
+        self, rows: Sequence[Row], stop: threading.Event, check_gradients: bool
+    ) -> tuple[dict[str, Any], bool]:
+        began, before = time.perf_counter(), (checkpoint.rng_state(), self.scaler.state_dict())
+        rates = optimisers.rates(self.optimizer)
+        value, norm, asked = self._gradients(rows, stop)
         if not (math.isfinite(value) and math.isfinite(norm)):
-            first = "nothing was trained yet: look at the base's weights, lora_alpha and dtype"
-            reason = first if self.step == 1 else "a lower lr may help"
-            raise TrainingError(f"step {self.step}: the loss is {value} and the gradient's norm {norm}; {reason}")
+            checkpoint.set_rng_state(before[0])
+            self.scaler.load_state_dict(before[1])
+            raise TrainingError(self._blame(rows, value, norm))
+        self.step += 1
         if check_gradients:
             self._check_gradients()
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.scheduler.step()
         self.optimizer.zero_grad()
-        seconds = time.perf_counter() - began
+        seconds, tokens = time.perf_counter() - began, count_tokens(rows)
+        self.tokens += tokens
         record = {
             "step": self.step,
             "epoch": self.step / self.course.steps_per_epoch,
             "loss": value,
             "grad_norm": norm,  # before it is cut
-            "learning_rate": learning_rate,
-            "tokens_per_second": count_tokens(rows) / seconds,
+            "learning_rate": rates[0],
+            **({"learning_rates": rates} if len(rates) > 1 else {}),  # LoRA+
+            "tokens": self.tokens,
+            "tokens_per_second": tokens / seconds,
             "seconds": seconds,
         }
-        return record, asked > 0
+        return record, asked
+
+    def _gradients(self, rows: Sequence[Row], stop: threading.Event) -> tuple[float, float, bool]:
+        """Leave a step's gradients, cut to their norm; returns the loss, the norm before, and whether a process was asked to stop."""
+        while True:
+            loss = self._backward(rows)
+            # One exchange tells all processes the loss and whether one of them was asked to stop.
+            shared = torch.stack([loss, torch.tensor(float(stop.is_set()), device=loss.device)])
+            value, asked = self.accelerator.reduce(shared, "sum").tolist()
+            self.scaler.unscale_(self.optimizer)
+            limit = self.config.max_grad_norm or math.inf
+            norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), limit).item()
+            again = math.isfinite(value) and not math.isfinite(norm)
+            if not (again and optimisers.overflowed(self.scaler, self.optimizer)):
+                return value, norm, asked > 0
+
+    def _blame(self, rows: Sequence[Row], value: float, norm: float) -> str:
+        """What is said of a step whose loss or gradient is not finite; a checkpoint of the step before is left where its weights are good."""
+        self.optimizer.zero_grad()
+        first = "nothing was trained yet: look at the base's weights, lora_alpha and dtype"
+        reason = "a lower lr may help" if self.step else first
+        found = divergence.blame(self.model, self._loss_of, rows, self.data)
+        good = found.spares_the_weights and divergence.are_finite(self.trained)
+        if self.step and self.step % self.config.save_steps and good:
+            self._save_checkpoint()
+        text = f"step {self.step + 1}: the loss is {value} and the gradient's norm {norm}; {reason}; {found}"
+        return text + self._kept()
+
+    def _kept(self) -> str:
+        """For a message: the newest checkpoint."""
+        steps = checkpoint.steps(self.output)
+        return f"; kept is {checkpoint.folder(self.output, steps[-1])}" if steps else ""
+
+    def _loss_of(self, rows: Sequence[Row]) -> Tensor:
+        """The summed loss of some rows."""
+        device = self.accelerator.device
+        casts = self.config.method in WHOLE and self.dtype != torch.float32
+        batch = collate(rows, pad_token_id(self.tokenizer))
+        with torch.autocast(device.type, self.dtype) if casts else nullcontext():
+            return self.loss({name: value.to(device) for name, value in batch.items()})
 
     def _backward(self, rows: Sequence[Row]) -> Tensor:
         """Gradients of a step's mean loss a labelled token; returns this process's share of that loss, a scalar."""
         labelled = sum(row.labelled for row in rows)
         total = torch.zeros((), device=self.accelerator.device)
         parts = self.course.batches(rows, self.accelerator.process_index)
-        casts = self.config.method in WHOLE and self.dtype != torch.float32
-        autocast = torch.autocast(total.device.type, self.dtype) if casts else nullcontext()
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
             with nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                batch = collate(part, pad_token_id(self.tokenizer))
-                batch = {name: value.to(total.device) for name, value in batch.items()}
-                with autocast:
-                    loss = self.loss(batch) / labelled
-                self.accelerator.backward(loss * self.course.processes)  # DDP takes the mean over processes
+                loss = self._loss_of(part) / labelled
+                # DDP takes the mean over processes
+                self.accelerator.backward(self.scaler.scale(loss * self.course.processes))
             total += loss.detach()
         if self.config.fsdp:
             processes.share_gradients(self.trained.values())
@@ -353,6 +379,9 @@ class _Run:
             )
 
     def _save_checkpoint(self) -> None:
+        if not divergence.are_finite(self.trained):
+            told = f"step {self.step}: its update made trained weights infinite or NaN; a lower lr may help"
+            raise TrainingError(told + self._kept())
         rng = gather_object([checkpoint.rng_state()])
         with processes.as_one(self.accelerator):
             if self.accelerator.is_main_process:
@@ -373,6 +402,7 @@ class _Run:
         state = {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "rng": rng,
             "tuned": table.state(),  # a resumed run computes with the same implementations
         }
@@ -390,25 +420,56 @@ class _Run:
     def finish(self) -> TrainResult:
         """Write the final files; the summary is returned, too."""
         dtype = self._cast_to_stored() if self.config.method in WHOLE else torch.float32
+        records = metrics.read(self.output, self.step)
+        result = summary.result(
+            records,
+            self.data,
+            trainable_parameters=_count(self.trained.values()),
+            parameters=_count(self.model.parameters()),
+            peak_memory=memory.peak(self.accelerator.device),
+            dtype=table.name_of(dtype),
+            implementations=trainable.implementations(self.model, self.config),
+            loss_path=self.loss.path,
+            output=str(self.output),
+        )
+        content = {**asdict(result), **summary.origins(), "base_dtype": table.name_of(self.stored_dtype)}
+        content |= {name: self.setup[name] for name in ("config", "processes", "threads", "device")}
+        content["data"] = self.files
         what = "the model" if self.config.method in WHOLE else "the adapter"
         with processes.as_one(self.accelerator), self._writing(what):
             if self.accelerator.is_main_process:
-                writing.publish(self.output, self._write_model)
+                writing.publish(self.output, lambda folder: self._write_result(folder, content))
         if self.config.share_prefix:
             way, reason = sharing.last_call(self.model)
             if way == sharing.APART:
                 logger.warning("share_prefix: the last batch's rows ran each for itself: %s", reason)
-        records = metrics.read(self.output, self.step)
-        result = self._result(records, dtype)
+        weights = self.output / ("model" if self.config.method in WHOLE else "adapter_model")
+        file = weights.with_suffix(".safetensors")
+        content["adapter_bytes"] = file.stat().st_size if file.is_file() else 0
         with processes.as_one(self.accelerator), self._writing("the summary"):
             if self.accelerator.is_main_process:
-                text = json.dumps({**asdict(result), **self._provenance()}, indent=2) + "\n"
-                writing.whole(self.output / "summary.json", text.encode())
+                writing.whole(self.output / "summary.json", (json.dumps(content, indent=2) + "\n").encode())
+                page.write(
+                    self.output,
+                    content,
+                    summary.changed_options(content["config"]),
+                    records,
+                    reporting.report(self.model),
+                )
                 try:
                     metrics.plot(records, self.output / "loss.png")
                 except ModuleNotFoundError:
                     logger.warning("no loss.png: the package matplotlib is missing (pip install matplotlib)")
-        return result
+        return replace(result, adapter_bytes=content["adapter_bytes"])
+
+    def _write_result(self, folder: Path, content: Mapping[str, Any]) -> None:
+        """The adapter or model, and what those need who meet it alone: its tokenizer and a card."""
+        self._write_model(folder)
+        if self.config.method not in WHOLE:
+            self.tokenizer.save_pretrained(folder)
+        loader = "Seq2SeqLM" if self.model.config.is_encoder_decoder else "CausalLM"
+        text = card.text(content, summary.changed_options(content["config"]), loader)
+        (folder / "README.md").write_text(text, encoding="utf-8")
 
     def _cast_to_stored(self) -> torch.dtype:
         """Round the trained weights to the dtype that was asked for, or else to the one that the base is stored in."""
@@ -421,45 +482,6 @@ class _Run:
             return torch.float32
         self.model.to(dtype)
         return dtype
-
-    def _provenance(self) -> dict[str, Any]:
-        """What the summary says of where its figures come from."""
-        import peft
-        import transformers
-
-        packages = (torch, transformers, peft, accelerate)
-        return {
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "base_dtype": table.name_of(self.stored_dtype),
-            "versions": {"fastlora": __version__, **{one.__name__: one.__version__ for one in packages}},
-            **{name: self.setup[name] for name in ("config", "processes", "threads", "device")},
-        }
-
-    def _result(self, records: Sequence[Mapping[str, float]], dtype: torch.dtype) -> TrainResult:
-        losses = [record["loss"] for record in records]
-        ends = max(1, min(10, len(losses) // 2))  # steps
-        seconds = sum(record["seconds"] for record in records)
-        tokens = sum(count_tokens(self.course.step_rows(step)) for step in range(self.step))
-        weights = "model.safetensors" if self.config.method in WHOLE else "adapter_model.safetensors"
-        return TrainResult(
-            steps=self.step,
-            first_loss=sum(losses[:ends]) / ends,
-            loss=sum(losses[-ends:]) / ends,
-            seconds=seconds,
-            tokens=tokens,
-            tokens_per_second=tokens / seconds,
-            rows=len(self.data.rows),
-            dropped_rows=len(self.data.dropped),
-            prompt_cut_rows=len(self.data.prompt_cut),
-            completion_cut_rows=len(self.data.completion_cut),
-            trainable_parameters=_count(self.trained.values()),
-            parameters=_count(self.model.parameters()),
-            adapter_bytes=(self.output / weights).stat().st_size if (self.output / weights).is_file() else 0,
-            dtype=table.name_of(dtype),
-            implementations=trainable.implementations(self.model, self.config),
-            loss_path=self.loss.path,
-            output=str(self.output),
-        )
 
 
 def _count(parameters: Iterable[Tensor]) -> int:

@@ -9,6 +9,7 @@ that names the file; anything else (another exception, a hang, the death of the 
 
 import argparse
 import gzip
+import io
 import json
 import logging
 import os
@@ -389,7 +390,7 @@ def checkpoint_files() -> Files:
     weight.square().sum().backward()
     optimizer.step()
     state = {"optimizer": optimizer.state_dict(), "scheduler": {"last_epoch": STEP, "_last_lr": [1e-3]}}
-    state |= {"rng": [checkpoint.rng_state()], "tuned": table.state()}
+    state |= {"scaler": {}, "rng": [checkpoint.rng_state()], "tuned": table.state()}
     training = {
         "step": STEP,
         "config": {"r": 16, "data": "x"},
@@ -432,6 +433,88 @@ def read_checkpoint(folder: Path, files: Files) -> None:
     digests = {name: sha256(data).hexdigest() for name, data in files.items() if name != checkpoint.MANIFEST}
     assert files[checkpoint.MANIFEST] == checkpoint._manifest(STEP, digests), "a change that no one vouches for"
     assert found.training.step == STEP and set(found.state) == checkpoint.STATE
+
+
+# What an optimiser, its schedule and a float16 loss's scale were
+
+
+def updates(optim: str) -> tuple[Any, dict[str, Any], Any, Any, Any]:
+    """A training of two weights: its options, weights, optimiser, schedule and scale."""
+    import torch
+
+    from fastlora import optimisers
+    from fastlora.config import TrainConfig
+
+    config = TrainConfig(model="m", data="d", output="o", optim=optim)  # type: ignore[arg-type]
+    trained = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in (("a", (2, 3)), ("b", (3,)))}
+    optimizer = optimisers.build(config, None, trained.values())
+    scaler = optimisers.scaler(torch.device("cpu"), torch.float16, trained)
+    return config, trained, optimizer, optimisers.scheduler(config, optimizer, 9), scaler
+
+
+def update(trained: dict[str, Any], optimizer: Any, scheduler: Any, scaler: Any) -> None:
+    scaler.scale(sum(one.square().sum() for one in trained.values())).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    scheduler.step()
+    optimizer.zero_grad()
+
+
+def optimiser_files() -> Files:
+    import torch
+
+    files = {}
+    for optim in ("adamw_torch_fused", "adafactor"):
+        _, *parts = updates(optim)
+        for _ in range(STEP):
+            update(*parts)
+        names = zip(("optimizer", "scheduler", "scaler"), parts[1:], strict=True)
+        file = io.BytesIO()
+        torch.save({name: one.state_dict() for name, one in names}, file)
+        files[f"{optim}.pt"] = file.getvalue()
+    return files
+
+
+def change_optimiser(random: Random, files: Files) -> Files:
+    """A value of a state, most often; a tensor's place gets one that it must not hold."""
+    import torch
+
+    name = random.choice(list(files))
+    if random.random() < 0.1:
+        return {**files, name: change_bytes(random, files[name])}
+    state = torch.load(io.BytesIO(files[name]), weights_only=True)
+    if random.random() < 0.4:
+        kept = random.choice(list(state["optimizer"]["state"].values()))
+        shape = random.choice(((), (1,), (2,), (3,), (2, 3), (3, 2), (0,), (1, 2, 3)))
+        value = torch.full(shape, random.choice((0.0, -1.0, 1.0, float("nan"), float("inf"), 1e38)))
+        kept[random.choice(list(kept))] = value.to(random.choice((torch.float32, torch.float64, torch.int64)))
+    else:
+        state = change_value(random, state)
+    file = io.BytesIO()
+    torch.save(state, file)
+    return {**files, name: file.getvalue()}
+
+
+def read_optimiser(folder: Path, files: Files) -> None:
+    from fastlora import checkpoint, optimisers
+
+    for name in files:
+        config, *parts = updates(name.removesuffix(".pt"))
+        trained, optimizer, scheduler, scaler = parts
+        path, before = folder / name, repr((optimizer.state_dict(), scheduler.state_dict()))
+        try:
+            state = checkpoint.load_state(path, "optimizer", "scheduler", "scaler")
+            checkpoint.check_course(f"{path}", state)
+            optimisers.load_state(path, state, STEP, trained, optimizer, scheduler, config.optim)
+        except checkpoint.CheckpointError as error:
+            assert str(path) in str(error), error
+            assert repr((optimizer.state_dict(), scheduler.state_dict())) == before
+            continue
+        try:
+            optimisers.load_scaler(path, state["scaler"], scaler)
+        except checkpoint.CheckpointError as error:
+            assert str(path) in str(error), error
+        update(*parts)  # it goes on
 
 
 # A sweep's jobs, and its checkpoint
@@ -522,6 +605,7 @@ TARGETS: dict[str, Target] = {
     "adapter": Target(adapter_files, change_files, read_adapter),
     "prompt": Target(prompt_files, change_files, read_adapter),
     "checkpoint": Target(checkpoint_files, change_checkpoint, read_checkpoint),
+    "optimiser": Target(optimiser_files, change_optimiser, read_optimiser),
     "jobs": Target(jobs_files, change_jobs, read_jobs),
     "sweep": Target(sweep_files, partial(change_checkpoint, names=("sweep.json", "state.pt")), read_sweep),
 }

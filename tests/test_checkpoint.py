@@ -27,6 +27,7 @@ def state() -> dict[str, Any]:
     return {
         "optimizer": optimizer.state_dict(),
         "scheduler": {"last_epoch": 3},
+        "scaler": {},
         "rng": [checkpoint.rng_state()],
         "tuned": {"cpu": [list(measured)]},
     }
@@ -190,7 +191,7 @@ def changed(*keys: Any, to: Any) -> dict[str, Any]:
 BAD_STATES = {
     "nothing": (b"", "cannot be read"),
     "no archive": (b"PK\x03\x04" + bytes(100), "cannot be read"),
-    "a list": ([1], "expected the keys optimizer, rng, scheduler, tuned"),
+    "a list": ([1], "expected the keys optimizer, rng, scaler, scheduler, tuned"),
     "no optimizer": (changed("optimizer", to=KeyError), "expected the keys"),
     "optimizer": (changed("optimizer", to=[]), "optimizer: expected the keys state, param_groups"),
     "optimizer.state": (changed("optimizer", "state", 0, to={"exp_avg": 3}), "optimizer.state: expected tensors"),

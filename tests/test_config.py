@@ -10,8 +10,9 @@ import torch
 from transformers import get_scheduler
 from transformers.trainer_utils import SchedulerType
 
-from fastlora.config import SCHEDULES, TrainConfig
-from fastlora.course import scheduler
+from fastlora.config import TrainConfig
+from fastlora.optimisers import scheduler
+from fastlora.schedules import SCHEDULES
 from fastlora.typed import fits, shown
 
 
@@ -90,6 +91,13 @@ def test_a_wrong_type_says_what_was_expected(option, value, message):
         ("lora_alpha", 10**400),
         ("lora_alpha", 10**5000),
         ("max_grad_norm", math.inf),
+        ("adam_beta1", 1.0),
+        ("adam_beta2", -0.1),
+        ("adam_epsilon", 0.0),
+        ("optim", "adam"),
+        ("loraplus_lr_ratio", 0.0),
+        ("loraplus_lr_embedding", math.nan),
+        ("neftune_noise_alpha", -5.0),
         ("seed", -1),
         ("seed", 2**32),
         ("dtype", "float64"),
@@ -110,7 +118,7 @@ def test_an_option_out_of_range_is_named(option, value):
     assert len(str(caught.value)) < 300 and "--" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["method", "truncation", "train_on_turns", "dtype"])
+@pytest.mark.parametrize("name", ["method", "truncation", "train_on_turns", "dtype", "optim"])
 def test_a_choice_lists_the_others_and_each_of_them_is_taken(name):
     choices = get_args(TrainConfig.__annotations__[name])
     with pytest.raises(ValueError, match=f"^{name}='none of them': expected {' or '.join(map(repr, choices))}$"):
@@ -149,6 +157,21 @@ def test_a_quantised_base_is_of_one_kind_and_not_trained():
             make(method="full", **{name: True})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optim": "sgd", "adam_beta1": 0.8}, "adam_beta1=0.8: optim=sgd has none"),
+        ({"optim": "adafactor", "adam_epsilon": 1e-6}, "adam_epsilon=1e-06: optim=adafactor has none"),
+        ({"loraplus_lr_embedding": 1e-5}, "loraplus_lr_embedding=1e-05: expected loraplus_lr_ratio as well"),
+        ({"method": "full", "loraplus_lr_ratio": 16.0}, "loraplus_lr_ratio=16.0: method=full trains the whole model"),
+        ({"neftune_noise_alpha": 5.0, "share_prefix": True}, "neftune_noise_alpha: expected no share_prefix"),
+    ],
+)
+def test_what_has_no_use_beside_another_option_is_refused(options, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        make(**options)
+
+
 def test_a_path_is_a_model_too(tmp_path):
     (tmp_path / "there").mkdir()
     assert make(model=tmp_path / "there" / "..").model == str(tmp_path)
@@ -163,9 +186,16 @@ def test_a_schedule_works_or_is_refused_with_those_that_do(name):
         return
     for steps in (1, 2, 3, 50):
         for ratio in (0.0, 0.03, 0.5, 0.99):
-            config = make(lr_scheduler_type=name, warmup_ratio=ratio, lr=1e-3)
+            config = make(lr_scheduler_type=name, lr_scheduler_kwargs=TOLD.get(name), warmup_ratio=ratio, lr=1e-3)
             rates = learning_rates(config, steps)
             assert all(0 < rate <= 1e-3 for rate in rates), (steps, ratio, rates)
+
+
+TOLD = {
+    **dict.fromkeys(("cosine_with_min_lr", "cosine_warmup_with_min_lr"), {"min_lr_rate": 0.1}),
+    "warmup_stable_decay": {"num_decay_steps": 1},
+}
+"""What a schedule must be told."""
 
 
 def learning_rates(config: TrainConfig, steps: int) -> list[float]:
@@ -179,7 +209,7 @@ def learning_rates(config: TrainConfig, steps: int) -> list[float]:
     return rates
 
 
-@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "constant"])
+@pytest.mark.parametrize("name", [name for name in SCHEDULES if name != "constant" and name not in TOLD])
 def test_the_warm_up_rises_from_its_first_step_and_the_rest_is_transformers_own(name):
     config, steps, warmup = make(lr_scheduler_type=name, warmup_ratio=0.2, lr=1.0), 20, 4
     rates = learning_rates(config, steps)

@@ -17,11 +17,11 @@ KERNELS = (
 
 # From the bottom up; a file imports only from floors below its own, or from its own package.
 FLOORS = (
-    ("bounds", "checks", "choice.clock", "distribution", "memory", "reading", "swap", "typed", "writing"),
+    ("bounds", "checks", "choice.clock", "distribution", "drawing", "memory", "reading", "swap", "typed", "writing"),
     ("reference", "gradients", "packing", "trees", "choice.table"),
     ("ops",),
     ("frozen",),
-    ("_C", "kernels", "native", "choice.problems"),
+    ("_C", "kernels", "native", "limits", "choice.problems"),
     ("operators",),
     ("choice.measure",),
     ("functional", "choice.trial"),
@@ -32,9 +32,9 @@ FLOORS = (
     ("adapters",),
     ("bank", "integrations"),
     ("fastlora",),  # the package itself
-    ("data", "checkpoint", "metrics", "environment"),
+    ("data", "checkpoint", "metrics", "environment", "schedules"),
     ("config", "models"),
-    ("generation", "steps", "course"),
+    ("generation", "steps", "course", "optimisers", "neftune", "divergence", "progress", "summary", "card", "page"),
     ("evaluation", "merge", "processes", "serving", "trainable"),
     ("train", "combine"),
     ("demo", "comparison", "sweep"),

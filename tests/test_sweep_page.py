@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 from typer.testing import CliRunner
 
-from fastlora import cli
+from fastlora import cli, drawing
 from fastlora.config import TrainConfig
 from fastlora.sweep import page
 from fastlora.sweep.outcome import Outcome, best, rows
@@ -59,13 +59,13 @@ def test_the_page_is_whole_and_alone():
     assert "Recommended: <b>r8-lr0.001</b>, with a held-out loss of <b>1.2500</b>" in text
     heat, training, held_out = shapes(text)
     cells = heat.findall("rect")
-    assert len(cells) == 4 and [cell.get("stroke") for cell in cells].count(page.BEST) == 1
+    assert len(cells) == 4 and [cell.get("stroke") for cell in cells].count(drawing.BEST) == 1
     words = [one.text for one in heat.findall("text")]
     assert {"r 4", "r 8", "lr 0.001", "lr 0.01", "1.2500", "diverged", "step 2 of 4"} <= set(words)
     fills = {cell.find("title").text.split(":")[0]: cell.get("fill") for cell in cells}
     assert fills["r8-lr0.001"] == "#0b3d91" and fills["r8-lr0.01"] == "#e8f0fe" and fills["r4-lr0.01"] == "#f1f3f4"
     assert len(training.findall("polyline")) == 4 and len(held_out.findall("polyline")) == 3
-    assert training.findall("polyline")[-1].get("stroke") == page.BEST  # over the others
+    assert training.findall("polyline")[-1].get("stroke") == drawing.BEST  # over the others
     assert text.count('<tr class="best">') == 1 and "step 2: the loss is nan" in text
 
 
@@ -74,14 +74,7 @@ def test_points_stay_within_the_plot():
         for line in svg.findall("polyline"):
             for point in line.get("points").split():
                 x, y = map(float, point.split(","))
-                assert page.LEFT <= x <= page.WIDTH and 0 <= y <= page.HEIGHT - page.BELOW
-
-
-def test_long_curves_are_thinned_to_their_last_point():
-    points = page._running_mean([{"step": step, "loss": 1.0} for step in range(1, 10_003)])
-    assert len(points) <= page.POINTS + 1 and points[0] == (1, 1.0) and points[-1] == (10_002, 1.0)
-    assert page._running_mean([{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}]) == [(1, 2.0), (2, 1.9)]
-    assert page._running_mean([]) == []
+                assert drawing.LEFT <= x <= drawing.WIDTH and 0 <= y <= drawing.HEIGHT - drawing.BELOW
 
 
 def test_one_cell_has_no_heat_map_and_no_best_no_recommendation():

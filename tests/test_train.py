@@ -39,7 +39,7 @@ from fastlora.frozen import packed
 from fastlora.models import load_model
 from fastlora.train import train
 
-METRICS = {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens_per_second", "seconds"}
+METRICS = {"step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "tokens_per_second", "seconds"}
 
 
 def test_training_lowers_the_held_out_loss_and_leaves_its_files(config, base, tmp_path):

@@ -35,10 +35,8 @@ from fastlora.course import (
     TrainingError,
     TrainingInterrupted,
     count_tokens,
-    load_state,
     named_writing,
     read_rows,
-    scheduler,
     stop_signals,
 )
 from fastlora.data.examples import read_examples
@@ -47,6 +45,7 @@ from fastlora.data.sources import local_files, named
 from fastlora.evaluation import mean_loss
 from fastlora.language_model_loss import LanguageModelLoss, output_embedding
 from fastlora.models import load_base, load_tokenizer, require_positions, resolve_dtype
+from fastlora.optimisers import build, load_state, scheduler
 from fastlora.peft import accelerate, mixed, obstacles
 from fastlora.peft.layers import Fused
 from fastlora.sweep import page
@@ -133,6 +132,7 @@ class _Training:
         self.optimizer: Any = None
         self.scheduler: Any = None
         self.records: list[dict[str, float]] = []  # of the steps that were done before this run
+        self.tokens = 0  # trained on
 
     @property
     def running(self) -> bool:
@@ -142,15 +142,13 @@ class _Training:
     def evaluations(self) -> list[tuple[int, float]]:
         return self.progress.evaluations
 
-    def give(self, model: Any, fused: bool) -> None:
-        """Take the adapter's weights from the model that it was added to. fused: by torch's fused AdamW, which many adapters need more than one."""
+    def give(self, model: Any) -> None:
+        """Take the adapter's weights from the model that it was added to."""
         self.trained = {name: parameter for name, parameter in model.named_parameters() if f".{self.adapter}." in name}
         for parameter in self.trained.values():
             parameter.requires_grad_(True)
         config = self.job.config
-        lr = config.lr or 0.0
-        decay = config.weight_decay
-        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=lr, weight_decay=decay, fused=fused or None)
+        self.optimizer = build(config, model, self.trained.values())
         self.scheduler = scheduler(config, self.optimizer, self.course.steps)
 
     def end(self, status: Status, reason: str = "") -> None:
@@ -194,13 +192,14 @@ class SweepRun:
             for one in self.jobs:
                 one.progress = saved.jobs[one.job.name]
                 one.records = metrics.read(one.job.folder, one.progress.step)
+                one.tokens = int(one.records[-1]["tokens"]) if one.records else 0
             table.load_state(saved.state["tuned"])
         self.model = self._build()
         self.loss = LanguageModelLoss(self.model)
         self.model.set_adapter(self.jobs[0].adapter)
         self.loss.choose(self.batch(self.jobs[0].data.rows[:1]))
         for one in self.jobs:
-            one.give(self.model, fused=len(self.jobs) > 1)
+            one.give(self.model)
         set_seed(self.jobs[0].job.config.seed % SEEDS)
         if saved:
             self._load(saved)
@@ -263,7 +262,8 @@ class SweepRun:
         for one in self.jobs:
             if one.running:
                 state = saved.state["jobs"][one.job.name]
-                load_state(saved.folder / STATE, state, self.step, one.trained, one.optimizer, one.scheduler)
+                path, optim = saved.folder / STATE, one.job.config.optim
+                load_state(path, state, self.step, one.trained, one.optimizer, one.scheduler, optim)
             else:
                 one.end(one.progress.status, one.progress.reason)
         checkpoint.set_rng_state(saved.state["rng"][0])
@@ -353,12 +353,14 @@ class SweepRun:
         rate = sum(map(count_tokens, rows.values())) / seconds
         for (one, value, norm), learning_rate in zip(going, learning_rates, strict=True):
             one.progress.step = self.step
+            one.tokens += count_tokens(rows[one.adapter])
             record = {
                 "step": self.step,
                 "epoch": self.step / one.course.steps_per_epoch,
                 "loss": value,
                 "grad_norm": norm,  # before it is cut
                 "learning_rate": learning_rate,
+                "tokens": one.tokens,
                 "tokens_per_second": rate,  # of all jobs
                 "seconds": seconds,
             }
@@ -552,7 +554,7 @@ class SweepRun:
             loss=evaluations[-1][1] if evaluations and one.progress.status != "diverged" else None,
             train_loss=sum(losses[-10:]) / len(losses[-10:]) if losses else None,
             evaluations=evaluations,
-            tokens=sum(count_tokens(one.course.step_rows(step)) for step in range(steps)),
+            tokens=one.tokens,
             trainable_parameters=sum(parameter.numel() for parameter in one.trained.values()),
             r=config.r,
             lr=config.lr or 0.0,

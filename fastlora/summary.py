@@ -1,0 +1,110 @@
+"""What a training says of itself: the figures and origins in summary.json, which its model card and its report are made of."""
+
+import datetime
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import torch
+
+from fastlora import __version__
+from fastlora.config import TrainConfig
+from fastlora.data.examples import Example
+from fastlora.data.rows import Encoded
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    steps: int
+    first_loss: float  # mean over the first ten steps, of fewer than twenty over the first half
+    loss: float  # mean over the last ten steps, or the other half
+    seconds: float  # spent in steps, all runs together
+    tokens: int  # trained on, prompts included, padding not
+    tokens_per_second: float
+    rows: int
+    dropped_rows: int  # too long for max_length
+    prompt_cut_rows: int  # those of `rows` whose prompt lost its oldest tokens
+    completion_cut_rows: int  # those whose completion lost its end
+    trainable_parameters: int
+    parameters: int
+    adapter_bytes: int  # of the weights' file
+    peak_memory: int | None  # bytes that this process held at most, on a GPU there; None where the system does not tell
+    dtype: str  # of the saved weights: an adapter's are float32, a model's as its base's are stored unless told
+    implementations: dict[str, int]  # LoRA and frozen layers, by what ran them; a guess where it says compiled
+    loss_path: str | None  # LanguageModelLoss's; None where no step was left to do
+    output: str
+
+
+def result(records: Sequence[Mapping[str, Any]], data: Encoded, **more: Any) -> TrainResult:
+    """What a training has come to, but for the size of its file.
+
+    Args:
+        records: metrics.jsonl's.
+        data: what it was trained on.
+        more: the fields that neither tells.
+    """
+    losses = [record["loss"] for record in records]
+    ends = max(1, min(10, len(losses) // 2))  # steps
+    seconds, tokens = sum(record["seconds"] for record in records), records[-1]["tokens"]
+    return TrainResult(
+        steps=len(records),
+        first_loss=sum(losses[:ends]) / ends,
+        loss=sum(losses[-ends:]) / ends,
+        seconds=seconds,
+        tokens=tokens,
+        tokens_per_second=tokens / seconds,
+        rows=len(data.rows),
+        dropped_rows=len(data.dropped),
+        prompt_cut_rows=len(data.prompt_cut),
+        completion_cut_rows=len(data.completion_cut),
+        adapter_bytes=0,
+        **more,
+    )
+
+
+def data_files(config: TrainConfig, examples: Iterable[Example]) -> list[dict[str, Any]]:
+    """The files that a training reads rows from: option, file, bytes, sha256; and how many rows it trains on.
+
+    An option that is called data, or ends in _data, names them, and so do the examples' sources. What is no file has neither bytes nor SHA-256.
+    """
+    rows = Counter(one.source.rpartition(":")[0] for one in examples)
+    named: dict[str, str] = {}
+    for field in fields(config):
+        if field.name == "data" or field.name.endswith("_data"):
+            value = getattr(config, field.name)
+            for file in value if isinstance(value, list) else [value] * (value is not None):
+                named.setdefault(str(file), field.name)
+    found = []
+    for file, option in {**named, **{file: "data" for file in rows if file not in named}}.items():
+        one: dict[str, Any] = {"option": option, "file": file, "rows": rows.get(file)}
+        if Path(file).is_file():
+            with Path(file).open("rb") as content:
+                one |= {"bytes": Path(file).stat().st_size, "sha256": file_digest(content, "sha256").hexdigest()}
+        found.append(one)
+    return found
+
+
+def origins() -> dict[str, Any]:
+    """When, and by what."""
+    import peft
+    import transformers
+
+    packages = (torch, transformers, peft, accelerate)
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "versions": {"fastlora": __version__, **{one.__name__: one.__version__ for one in packages}},
+    }
+
+
+def changed_options(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of a summary's `config` that are not as they are unless told, and shape what is trained: not where it lies, nor how it goes on."""
+    defaults = {one.name: None if one.default is MISSING else one.default for one in fields(TrainConfig)}
+    resolved = dict.fromkeys(("lr", "lora_dropout"))  # what None stands for is the method's
+    untold = TrainConfig(**{**config, **resolved})
+    defaults |= {name: getattr(untold, name) for name in resolved}
+    aside = {"model", "data", "output", "resume", "resume_from", "overwrite"}
+    return {name: value for name, value in config.items() if name not in aside and value != defaults.get(name)}
