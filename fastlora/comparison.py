@@ -83,6 +83,7 @@ class Comparison:
     max_seconds: float | None = option("Seconds of steps of each run, in place of steps.", None)
     epochs: int = option("Times through the data, without a budget.", 3)
     batch_size: int = option("Rows a step.", 8)
+    eval_batch_size: int | None = option("Rows that are measured at once. [default: batch_size]", None)
     max_length: int = option("Tokens a row may have.", 512)
     num_virtual_tokens: int = option("Length of soft prompts, in tokens.", 20)
     token_indices: list[int] | None = option(
@@ -108,8 +109,10 @@ class Comparison:
                 raise ValueError(f"{name}={shown(getattr(self, name))}: expected more than 0")
         if self.lr and self.lr_factors:
             raise ValueError("lr and lr_factors exclude each other: expected one of them")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit={self.limit}: expected at least 1")
+        for name in ("limit", "eval_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected at least 1")
         if "peft" in self.methods:
             raise ValueError("methods: peft has a configuration of its own, expected names of methods")
         for run in self.runs():
@@ -337,7 +340,8 @@ def _measure(given: Comparison, name: str, method: str) -> dict[str, Any]:
     from fastlora.evaluation import evaluate
 
     model, tokenizer = load(given, name, method)
-    same: dict[str, Any] = {"batch_size": given.batch_size, "max_length": given.max_length, "limit": given.limit}
+    batch_size = given.eval_batch_size or given.batch_size
+    same: dict[str, Any] = {"batch_size": batch_size, "max_length": given.max_length, "limit": given.limit}
     told = evaluate(
         *(model, tokenizer, given.told_data),
         **{"columns": given.columns, "generations": given.generations, "max_new_tokens": given.max_new_tokens, **same},

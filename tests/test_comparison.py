@@ -32,7 +32,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"model": tiny.save_model(folder / "base"), **paths}
 
 
-SMALL: dict[str, Any] = {"max_steps": 3, "batch_size": 4, "max_length": 64, "max_new_tokens": 3, "r": [2]}
+SMALL: dict[str, Any] = {
+    "max_steps": 3,
+    "batch_size": 4,
+    "max_length": 64,
+    "max_new_tokens": 3,
+    "r": [2],
+    "eval_batch_size": 8,
+}
 
 
 @pytest.fixture
@@ -140,6 +147,7 @@ def test_a_budget_of_seconds_is_measured_first(
         ({"max_steps": 1, "max_tokens": 5}, "max_steps and max_tokens exclude each other"),
         ({"max_seconds": 0.0}, "max_seconds=0.0: expected more than 0"),
         ({"limit": 0}, "limit=0: expected at least 1"),
+        ({"eval_batch_size": 0}, "eval_batch_size=0: expected at least 1"),
         ({"lr": [0.1], "lr_factors": [1.0]}, "lr and lr_factors exclude each other"),
         ({"lr_factors": [-1.0]}, "lr=-0.0002: expected"),
         ({"r": [0]}, "r=0: expected at least 1"),

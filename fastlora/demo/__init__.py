@@ -29,12 +29,14 @@ RETAINED = 30  # held-out examples of each other task
 METHODS = ["lora", "full"]
 R = 16
 # The output layer, too: the words of summaries never were answers in the base's training, so that their rows in it are as they
-# began. Without it LoRA stays at a training loss of 1.4, with it the loss is 0.4, and full fine-tuning's 0.3.
+# began. Without it LoRA's training loss ends at 1.4, with it at 0.4.
 TARGET_MODULES = ".*(_proj|lm_head)"
 # Of compare's default rates, and far above them: the base is three orders of magnitude smaller than the models those are meant for.
+# Tried around them: full fine-tuning at 100 learns no more and forgets three times as much; LoRA at 25 learns less than at 15.
 LR_FACTORS = [5.0, 15.0, 50.0]
-EPOCHS = 4
+EPOCHS = 5
 BATCH_SIZE = 4
+EVAL_BATCH_SIZE = 25
 TIMED_STEPS = 30
 TIMED_ROWS = 8
 SAMPLES = 4
@@ -88,6 +90,7 @@ def _run(output: Path, base: Path) -> dict[str, Any]:
         lr_factors=LR_FACTORS,
         epochs=EPOCHS,
         batch_size=BATCH_SIZE,
+        eval_batch_size=EVAL_BATCH_SIZE,
         seed=SEED,
         dtype="float32",
         overwrite=True,
