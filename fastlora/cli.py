@@ -246,13 +246,17 @@ def compare(**options: Any) -> None:
 
     _parse_data(options)
     options["methods"] = [name.strip() for name in options["methods"].split(",")]
+    options["target_modules"] = _module_names(options["target_modules"])
     for name, kind in (("r", int), ("lr", float), ("lr_factors", float), ("token_indices", int)):
         if options[name] is not None:
             options[name] = _numbers(name, options[name], kind)
     given = Comparison(**options)
     found = list(rows(compare(given)))
     _print_table([list(row.values()) for row in found], headings=list(found[0]), title="fastlora compare")
-    print(f"written to {Path(given.output) / 'compare.json'}; of each method's rates the best on eval_data is shown")
+    told = ", with its figures on test_data" if given.test_data else ""
+    print(
+        f"written to {Path(given.output) / 'compare.json'}; of each method's rates the best on eval_data is shown{told}"
+    )
 
 
 @command

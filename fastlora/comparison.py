@@ -1,16 +1,19 @@
 """Methods side by side: each is trained on the same rows with the same budget, in a process of its own, and all are measured alike.
 
-What is told of each: held-out loss and ROUGE; what is trained, and the bytes that its file takes; seconds a step and peak memory of training; tokens
-a second of answering with it; and forgetting, which is how much the loss on other rows has risen. After PEFT's own comparison of methods
-(huggingface/peft, method_comparison), with forgetting beside learning as in Biderman et al. 2024 ("LoRA Learns Less and Forgets Less").
+What is told of each: held-out loss and ROUGE (of rows that its rate was not chosen by, if there are such); what is trained, and the bytes that its
+file takes; seconds a step and peak memory of training; tokens a second of answering with it; and forgetting, which is how much the loss on other
+rows has risen. After PEFT's own comparison of methods (huggingface/peft, method_comparison), with forgetting beside learning as in Biderman et al.
+2024 ("LoRA Learns Less and Forgets Less").
 """
 
+import gc
 import io
 import json
 import logging
 import math
 import multiprocessing
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -45,15 +48,25 @@ class Comparison:
     model: str | Path = option("Base model: a folder or a hub id.", typed=str)
     data: str | Path | list[str] = as_train("data")
     eval_data: str | Path | list[str] = option(
-        "Held-out rows of the same task, from where data may be.", typed=list[str]
+        "Held-out rows of the same task, from where data may be: the best rate is chosen by them.", typed=list[str]
     )
     output: str | Path = option("Folder for compare.json, compare.png and runs/.", typed=Path)
     methods: list[Method] = option("Names with commas: lora,dora,ia3,adapter,prompt,prefix,norm,full.", typed=str)
-    columns: dict[str, str] | None = option("Of data and eval_data: which column is which field.", None, typed=str)
+    columns: dict[str, str] | None = option(
+        "Of data, eval_data and test_data: which column is which field.", None, typed=str
+    )
+    test_data: str | Path | list[str] | None = option(
+        "More held-out rows, which nothing is chosen by: all that is told is of them. [default: eval_data]",
+        None,
+        typed=list[str],
+    )
     retain_data: str | Path | list[str] | None = option(
         "Other rows: how much their loss rises is what is forgotten.", None, typed=list[str]
     )
     r: list[int] | None = option("Ranks with commas, of lora and dora: each is a run. [default: 16]", None, typed=str)
+    target_modules: str | list[str] = option(
+        "Of lora and dora: all-linear, names with commas, or a regular expression.", "all-linear", typed=str
+    )
     lr: list[float] | None = option(
         "Learning rates with commas: each method is trained with all of them, and told with its best on eval_data."
         " [default: each method's own]",
@@ -70,6 +83,7 @@ class Comparison:
     max_seconds: float | None = option("Seconds of steps of each run, in place of steps.", None)
     epochs: int = option("Times through the data, without a budget.", 3)
     batch_size: int = option("Rows a step.", 8)
+    eval_batch_size: int | None = option("Rows that are measured at once. [default: batch_size]", None)
     max_length: int = option("Tokens a row may have.", 512)
     num_virtual_tokens: int = option("Length of soft prompts, in tokens.", 20)
     token_indices: list[int] | None = option(
@@ -95,12 +109,19 @@ class Comparison:
                 raise ValueError(f"{name}={shown(getattr(self, name))}: expected more than 0")
         if self.lr and self.lr_factors:
             raise ValueError("lr and lr_factors exclude each other: expected one of them")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit={self.limit}: expected at least 1")
+        for name in ("limit", "eval_batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected at least 1")
         if "peft" in self.methods:
             raise ValueError("methods: peft has a configuration of its own, expected names of methods")
         for run in self.runs():
             self.config_of(run, Path("unused"))  # a bad value is told before anything runs
+
+    @property
+    def told_data(self) -> str | Path | list[str]:
+        """The held-out rows that the table and the plot are of."""
+        return self.eval_data if self.test_data is None else self.test_data
 
     def runs(self) -> list["Run"]:
         """What is trained, in order."""
@@ -117,7 +138,7 @@ class Comparison:
     def config_of(self, run: "Run", output: Path, **more: Any) -> TrainConfig:
         given: dict[str, Any] = {"lr_scheduler_type": "cosine"}
         if run.method in RANKED:
-            given |= {"r": run.r, "lora_alpha": 2 * (run.r or 0)}
+            given |= {"r": run.r, "lora_alpha": 2 * (run.r or 0), "target_modules": self.target_modules}
         if run.method in PROMPTS:
             given["num_virtual_tokens"] = self.num_virtual_tokens
         if run.method == "tokens":
@@ -156,7 +177,8 @@ class Outcome:
     method: str
     r: int | None
     lr: float | None
-    loss: float  # held out, nats a token
+    eval_loss: float  # on eval_data, nats a token: its kind's best is chosen by it
+    loss: float  # on told_data, as ROUGE and exact match
     rouge1: float | None
     rougeL: float | None
     exact_match: float | None
@@ -196,10 +218,10 @@ def compare(given: Comparison) -> list[Outcome]:
 
 
 def best(found: Iterable[Outcome]) -> list[Outcome]:
-    """Of each kind the outcome with the lowest held-out loss, in the order of the kinds."""
+    """Of each kind the outcome with the lowest loss on eval_data, in the order of the kinds."""
     kinds: dict[str, Outcome] = {}
     for one in found:
-        if one.kind not in kinds or one.loss < kinds[one.kind].loss:
+        if one.kind not in kinds or one.eval_loss < kinds[one.kind].eval_loss:
             kinds[one.kind] = one
     return list(kinds.values())
 
@@ -216,10 +238,12 @@ def _claim(output: Path, given: Comparison) -> None:
     if given.overwrite:
         writing.remove(output / RUNS)
     before = reading.json_file(path) if path.is_file() else None
+    if before is not None and before.keys() != setup.keys():
+        raise ValueError(f"{path}: no comparison of this version of fastlora: expected overwrite=True")
     if before is not None and before != setup:
-        name = next(name for name in setup if before.get(name) != setup[name])
+        name = next(name for name in setup if before[name] != setup[name])
         raise FileExistsError(
-            f"output={output} holds a comparison with {name}={shown(before.get(name))}: expected that, or overwrite=True"
+            f"output={output} holds a comparison with {name}={shown(before[name])}: expected that, or overwrite=True"
         )
     writing.make(output / RUNS)
     writing.whole(path, (json.dumps(setup, indent=2) + "\n").encode())
@@ -233,21 +257,32 @@ def _once(folder: Path, run: Run | None, given: Comparison, retained: float | No
         if set(values) == {one.name for one in fields(Outcome)} and fits(values["loss"], float):
             return Outcome(**values)
         raise ValueError(f"{path}: no outcome of this version of fastlora: expected overwrite=True")
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        trained = process.submit(_train, run, given, folder).result() if run else {}
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
-        measured = process.submit(_measure, run, given, folder).result()
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_warn_of, initargs=(list(warnings.filters),)) as process:
+        found = process.submit(_find, run, given, folder).result()
     if retained is not None:
-        measured["forgetting"] = measured["retained_loss"] - retained
+        found["forgetting"] = found["retained_loss"] - retained
     name, kind, method = (run.name, run.kind, run.method) if run else (BASE, BASE, BASE)
-    outcome = Outcome(name, kind, method, run.r if run else None, run.lr if run else None, **measured, **trained)
+    outcome = Outcome(name, kind, method, run.r if run else None, run.lr if run else None, **found)
     writing.make(folder)
     writing.whole(path, (json.dumps(asdict(outcome), indent=2) + "\n").encode())
     return outcome
 
 
+def _warn_of(filters: list[Any]) -> None:
+    """What the process that began this one does not want to be warned of is silent here, too."""
+    warnings.filters[:] = filters  # type: ignore[index]
+
+
+def _find(run: Run | None, given: Comparison, folder: Path) -> dict[str, Any]:
+    """All that is told of a run, or of the base, in this process."""
+    trained = _train(run, given, folder) if run else {}
+    gc.collect()  # the model that was trained, which lies on the disk now
+    return {**trained, **_measure(given, *((run.name, run.method) if run else (BASE, BASE)))}
+
+
 def _train(run: Run, given: Comparison, folder: Path) -> dict[str, Any]:
-    """One training, in this process."""
+    """One training."""
     from fastlora.train import train
 
     config = given.config_of(run, folder, overwrite=True)
@@ -289,26 +324,39 @@ def _steps(config: TrainConfig, given: Comparison, folder: Path) -> int | None:
     return given.max_steps
 
 
-def _measure(run: Run | None, given: Comparison, folder: Path) -> dict[str, Any]:
-    """What a trained run, or the base, can."""
-    from fastlora.evaluation import evaluate
+def load(given: Comparison, name: str, method: str) -> tuple[Any, Any]:
+    """The model and the tokenizer that an outcome is of, by its name and method: a trained run, or the base."""
     from fastlora.models import load_model
 
-    whole = run is None or run.method in WHOLE
-    path = str(given.model) if run is None else str(folder) if whole else None
+    folder = Path(given.output) / RUNS / name
+    whole = method == BASE or method in WHOLE
+    path = str(given.model) if method == BASE else str(folder) if whole else None
     # A rate too low to change anything is a result, too.
-    model, tokenizer = load_model(path, {} if whole else {"default": folder}, dtype=given.dtype, allow_noop=True)
-    same: dict[str, Any] = {"batch_size": given.batch_size, "max_length": given.max_length, "limit": given.limit}
-    held = evaluate(
-        *(model, tokenizer, given.eval_data),
+    return load_model(path, {} if whole else {"default": folder}, dtype=given.dtype, allow_noop=True)
+
+
+def _measure(given: Comparison, name: str, method: str) -> dict[str, Any]:
+    """What a trained run, or the base, can."""
+    from fastlora.evaluation import evaluate
+
+    model, tokenizer = load(given, name, method)
+    batch_size = given.eval_batch_size or given.batch_size
+    same: dict[str, Any] = {"batch_size": batch_size, "max_length": given.max_length, "limit": given.limit}
+    told = evaluate(
+        *(model, tokenizer, given.told_data),
         **{"columns": given.columns, "generations": given.generations, "max_new_tokens": given.max_new_tokens, **same},
     )
-    kept = evaluate(model, tokenizer, given.retain_data, generations=False, **same).loss if given.retain_data else None
+
+    def loss_on(data: str | Path | list[str], **more: Any) -> float:
+        return evaluate(model, tokenizer, data, generations=False, **same, **more).loss
+
+    kept = loss_on(given.retain_data) if given.retain_data else None
     return {
-        "loss": held.loss,
-        "rouge1": held.rouge1,
-        "rougeL": held.rougeL,
-        "exact_match": held.exact_match,
+        "eval_loss": loss_on(given.eval_data, columns=given.columns) if given.test_data else told.loss,
+        "loss": told.loss,
+        "rouge1": told.rouge1,
+        "rougeL": told.rougeL,
+        "exact_match": told.exact_match,
         "retained_loss": kept,
         "forgetting": None if kept is None else 0.0,
         "answer_tokens_per_second": _answer_rate(model, tokenizer, given),
@@ -320,7 +368,7 @@ def _answer_rate(model: Any, tokenizer: Any, given: Comparison) -> float:
     from fastlora.data.examples import read_examples
     from fastlora.data.rows import encode, pad_token_id
 
-    examples = read_examples(given.eval_data, columns=given.columns)[:ANSWERED]
+    examples = read_examples(given.told_data, columns=given.columns)[:ANSWERED]
     rows = encode(examples, tokenizer, given.max_length, "prompt").rows
     width = min(row.prompt_length for row in rows) or 1  # of plain text, the first token
     ends = [max(row.prompt_length, width) for row in rows]
@@ -349,9 +397,12 @@ def _write(output: Path, given: Comparison, found: Sequence[Outcome]) -> None:
     }
     writing.whole(output / NAME, (json.dumps(content, indent=2) + "\n").encode())
     try:
-        plot(found, output / PLOT)
+        drawing, image = figure(found), io.BytesIO()
     except ModuleNotFoundError:
         logger.warning("no %s: the package matplotlib is missing (pip install matplotlib)", PLOT)
+        return
+    drawing.savefig(image, dpi=120, format="png")
+    writing.whole(output / PLOT, image.getvalue())
 
 
 def rows(found: Iterable[Outcome]) -> Iterator[Mapping[str, str]]:
@@ -375,8 +426,8 @@ def rows(found: Iterable[Outcome]) -> Iterator[Mapping[str, str]]:
         }
 
 
-def plot(found: Sequence[Outcome], path: Path) -> None:
-    """Learning against forgetting, every run a point, those of one kind in one colour; without other rows, against what is trained.
+def figure(found: Sequence[Outcome]) -> Any:
+    """Learning against forgetting, as matplotlib's Figure: a run is a point, a kind a colour; without other rows, against what is trained.
 
     Raises:
         ModuleNotFoundError: matplotlib is missing.
@@ -385,8 +436,8 @@ def plot(found: Sequence[Outcome], path: Path) -> None:
 
     base, *trained = found
     forgets = base.retained_loss is not None
-    figure = Figure(figsize=(7, 5), layout="constrained")
-    axes = figure.subplots()
+    drawing = Figure(figsize=(7, 5), layout="constrained")
+    axes = drawing.subplots()
     chosen = {one.name for one in best(trained)}
     for kind in dict.fromkeys(one.kind for one in trained):
         of_kind = [one for one in trained if one.kind == kind]
@@ -405,6 +456,4 @@ def plot(found: Sequence[Outcome], path: Path) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    image = io.BytesIO()
-    figure.savefig(image, dpi=120, format="png")
-    writing.whole(path, image.getvalue())
+    return drawing

@@ -32,7 +32,14 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"model": tiny.save_model(folder / "base"), **paths}
 
 
-SMALL: dict[str, Any] = {"max_steps": 3, "batch_size": 4, "max_length": 64, "max_new_tokens": 3, "r": [2]}
+SMALL: dict[str, Any] = {
+    "max_steps": 3,
+    "batch_size": 4,
+    "max_length": 64,
+    "max_new_tokens": 3,
+    "r": [2],
+    "eval_batch_size": 8,
+}
 
 
 @pytest.fixture
@@ -67,6 +74,23 @@ def test_methods_are_measured_alike_and_a_stopped_comparison_goes_on(
         compare(given)
 
 
+def test_rates_are_chosen_on_some_rows_and_told_on_others(
+    files: dict[str, Path], tmp_path: Path, in_this_process: None
+) -> None:
+    given = Comparison(**files, output=tmp_path / "one", methods=["lora"], lr=[1e-2, 1e-3], **SMALL)
+    rows = given.eval_data, given.retain_data
+    apart = compare(replace(given, output=tmp_path / "two", test_data=given.retain_data))
+    for alone, one in zip(compare(given), apart, strict=True):
+        assert alone.eval_loss == alone.loss == one.eval_loss
+        assert one.loss == one.retained_loss == alone.retained_loss != one.eval_loss
+    assert (given.told_data, replace(given, test_data=rows[1]).told_data) == rows
+    path = tmp_path / "two" / RUNS / "setup.json"
+    setup = json.loads(path.read_text())
+    path.write_text(json.dumps({name: setup[name] for name in setup if name != "test_data"}))
+    with pytest.raises(ValueError, match=re.escape(f"{path}: no comparison of this version of fastlora")):
+        compare(replace(given, output=tmp_path / "two"))
+
+
 def test_the_best_rate_of_each_kind_is_told() -> None:
     values: dict[str, Any] = {one.name: None for one in fields(Outcome)} | {
         "answer_tokens_per_second": 1.0,
@@ -74,11 +98,11 @@ def test_the_best_rate_of_each_kind_is_told() -> None:
     }
     values |= {"trainable_parameters": 5, "file_bytes": 2_000_000, "lr": 0.1, "loss": 2.0, "forgetting": 0.25}
     runs = [
-        Outcome(**values | {"name": str(i), "kind": kind, "loss": loss})
+        Outcome(**values | {"name": str(i), "kind": kind, "eval_loss": loss, "loss": 4 - loss})
         for i, (kind, loss) in enumerate([("a", 2.0), ("b", 1.0), ("a", 1.5)])
     ]
     assert [one.name for one in best(runs)] == ["2", "1"]
-    assert next(comparison.rows(runs))["held-out loss"] == "1.5000"
+    assert next(comparison.rows(runs))["held-out loss"] == "2.5000"
     assert [row["file MB"] for row in comparison.rows(runs)] == ["2", "2"]
 
 
@@ -88,7 +112,9 @@ def test_ranks_and_rates_make_runs(files: dict[str, Path]) -> None:
     own = replace(given, lr_factors=[1, 0.5], r=[4]).runs()
     assert own == [Run("dora", 4, 2e-4), Run("dora", 4, 1e-4), Run("norm", None, 1e-3), Run("norm", None, 5e-4)]
     config = given.config_of(given.runs()[1], Path("x"))
-    assert (config.method, config.r, config.lora_alpha) == ("dora", 4, 8)
+    assert (config.method, config.r, config.lora_alpha, config.target_modules) == ("dora", 4, 8, "all-linear")
+    some = replace(given, target_modules=["q_proj"])
+    assert [some.config_of(run, Path("x")).target_modules for run in some.runs()[1:]] == [["q_proj"], "all-linear"]
 
 
 def test_a_budget_of_tokens_is_turned_into_steps(files: dict[str, Path], tmp_path: Path) -> None:
@@ -121,10 +147,12 @@ def test_a_budget_of_seconds_is_measured_first(
         ({"max_steps": 1, "max_tokens": 5}, "max_steps and max_tokens exclude each other"),
         ({"max_seconds": 0.0}, "max_seconds=0.0: expected more than 0"),
         ({"limit": 0}, "limit=0: expected at least 1"),
+        ({"eval_batch_size": 0}, "eval_batch_size=0: expected at least 1"),
         ({"lr": [0.1], "lr_factors": [1.0]}, "lr and lr_factors exclude each other"),
         ({"lr_factors": [-1.0]}, "lr=-0.0002: expected"),
         ({"r": [0]}, "r=0: expected at least 1"),
         ({"methods": ["tokens"]}, "token_indices: method=tokens needs one"),
+        ({"target_modules": "(q_proj"}, r"target_modules='\(q_proj': no regular expression"),
     ],
 )
 def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
@@ -136,10 +164,14 @@ def test_bad_options_are_named(options: dict[str, Any], message: str) -> None:
 def test_the_command_prints_a_table(files: dict[str, Path], tmp_path: Path, in_this_process: None) -> None:
     paths = [word for name, path in files.items() for word in (f"--{name.replace('_', '-')}", str(path))]
     small = ["--max-steps", "2", "--batch-size", "4", "--max-length", "64", "--max-new-tokens", "3", "--r", "2"]
+    small += ["--target-modules", "q_proj,v_proj", "--test-data", str(files["eval_data"])]
     ran = CliRunner().invoke(
         cli.app, ["compare", *paths, *small, "--methods", "lora,ia3", "--output", str(tmp_path / "out")]
     )
     assert ran.exit_code == 0, ran.output
     assert "lora, r 2" in ran.output and "ia3" in ran.output and "forgetting" in ran.output
+    assert "the best on eval_data is shown, with its figures on test_data" in " ".join(ran.output.split())
+    adapter = next((tmp_path / "out" / RUNS).glob("lora-*")) / "adapter_config.json"
+    assert set(json.loads(adapter.read_text())["target_modules"]) == {"q_proj", "v_proj"}
     wrong = CliRunner().invoke(cli.app, ["compare", *paths, "--methods", "lora", "--lr", "1e-3,x", "--output", "o"])
     assert wrong.exit_code == 2 and "--lr '1e-3,x': expected numbers with commas" in wrong.output

@@ -1,5 +1,6 @@
 """The demo: the shipped base model, the command that made it, and the report."""
 
+import itertools
 import json
 import math
 import re
@@ -8,10 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from process_here import Here
 from safetensors import safe_open
 
-from fastlora import demo
-from fastlora.demo import memory, pretrain
+from fastlora import comparison, demo
+from fastlora.comparison import Outcome
+from fastlora.data.examples import read_examples
+from fastlora.demo import pretrain
 from fastlora.demo.tasks import BASE_TASKS, answers, generate
 from fastlora.evaluation import exact_match, rouge
 from fastlora.memory import peak, resident
@@ -116,11 +120,6 @@ def test_scores_by_hand() -> None:
     assert rouge(["", "", "", ""], references) == {"rouge1": 0.0, "rouge2": 0.0, "rougeL": 0.0}
 
 
-def test_peak_memory_says_what_failed() -> None:
-    with pytest.raises(RuntimeError, match="method=lora failed(.|\n)*unexpected keyword argument 'rank'"):
-        memory.peak_memory(method="lora", rank=3)
-
-
 def test_resident_memory() -> None:
     assert 10 * MIB < resident("VmRSS") <= resident("VmHWM")
     with pytest.raises(ValueError, match="kind must name a line .* got 'VmNone'"):
@@ -130,18 +129,18 @@ def test_resident_memory() -> None:
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A demo on few dialogues; its figures mean nothing, its files are those of a whole one."""
+    """A demo on few dialogues, in one process; its figures mean nothing, its files are those of a whole one."""
     small = {
-        "TRAIN_DIALOGUES": 16,
-        "TEST_DIALOGUES": 4,
-        "TEST_EXAMPLES": 2,
+        "DIALOGUES": {"train": 16, "validation": 3, "test": 4},
+        "RETAINED": 2,
         "EPOCHS": 1,
+        "LR_FACTORS": [10.0, 50.0],
         "TIMED_STEPS": 2,
-        "MEMORY_STEPS": 1,
     }
     output = tmp_path_factory.mktemp("demo")
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comparison, "ProcessPoolExecutor", Here)
         for name, value in small.items():
             patch.setattr(demo, name, value)
         torch.set_num_threads(1)
@@ -151,21 +150,49 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
             torch.set_num_threads(threads)
 
 
-def test_demo_measures_everything(results: tuple[Path, dict[str, Any]]) -> None:
+def test_demo_compares_methods_at_their_best_rates(results: tuple[Path, dict[str, Any]]) -> None:
     output, found = results
     assert json.loads((output / "report.json").read_text()) == found
-    for model in ("base", "lora", "full"):
-        assert set(found["exact_match"][model]) == {*BASE_TASKS, "summarization"}
-        shares = [*found["rouge"][model].values(), *found["exact_match"][model].values()]
-        assert all(0 <= share <= 1 for share in shares)
-    for method in ("lora", "full"):
-        measured = found["methods"][method]
-        assert measured["steps"] == len(measured["losses"]) == 4
-        assert all(math.isfinite(loss) for loss in measured["losses"])
-    assert set(found["peak_memory"]["bytes"]) == {"lora", "peft", "full"}
-    assert all(MIB < peak < 4096 * MIB for peak in found["peak_memory"]["bytes"].values())
-    assert found["methods"]["lora"]["adapter_bytes"] == (output / "lora" / "adapter_model.safetensors").stat().st_size
-    assert found["methods"]["full"]["trainable_parameters"] == found["base"]["parameters"]
+    compared = json.loads((output / "compare" / comparison.NAME).read_text())
+    assert (compared["outcomes"], compared["best"]) == (found["outcomes"], found["best"])
+    assert (output / "compare" / comparison.PLOT).is_file()
+    base, *trained = [Outcome(**one) for one in found["outcomes"]]
+    assert [one.kind for one in trained] == ["lora, r 16"] * 2 + ["full"] * 2
+    assert all(one.steps == 4 and one.tokens == trained[0].tokens and one.loss != one.eval_loss for one in trained)
+    assert all(one.forgetting == pytest.approx(one.retained_loss - base.retained_loss) for one in trained)
+    assert trained[-1].trainable_parameters == found["base"]["parameters"]
+
+
+def test_demo_leaves_its_data_and_the_best_of_each_method(results: tuple[Path, dict[str, Any]]) -> None:
+    output, found = results
+    rows = {
+        name: read_examples(output / "data" / f"{name}.jsonl") for name in ("train", "validation", "test", "retain")
+    }
+    assert {name: len(of_file) for name, of_file in rows.items()} == {
+        "train": 16,
+        "validation": 3,
+        "test": 4,
+        "retain": 14,
+    }
+    answers = [{example.completion for example in rows[name]} for name in ("train", "validation", "test")]
+    assert not any(one & other for one, other in itertools.combinations(answers, 2))
+    for name, method in zip(found["best"][1:], ("lora", "full"), strict=True):
+        weights = "adapter_model.safetensors" if method == "lora" else "model.safetensors"
+        run = output / "compare" / comparison.RUNS / name / weights
+        assert (output / method / weights).read_bytes() == run.read_bytes()
+        assert not (output / method / "checkpoints").exists()
+    load_model(None, {"default": output / "lora"})
+
+
+def test_demo_answers_and_times(results: tuple[Path, dict[str, Any]]) -> None:
+    _, found = results
+    kinds = ["base", "lora, r 16", "full"]
+    assert list(found["exact_match"]) == kinds and list(found["losses"]) == kinds[1:]
+    for shares in found["exact_match"].values():
+        assert list(shares) == list(BASE_TASKS) and all(0 <= share <= 1 for share in shares.values())
+    assert all(list(sample["answers"]) == kinds for sample in found["samples"]) and len(found["samples"]) == 4
+    for losses in found["losses"].values():
+        assert len(losses) == 4 and all(math.isfinite(loss) for loss in losses)
     steps = found["step_time"]
     assert all(len(losses) == 3 and losses[-1] < losses[0] for losses in steps["losses"].values())
     # Other dropout masks, the same adapter: B is zero, so the first losses are the frozen model's.
@@ -180,5 +207,12 @@ def test_report_is_one_self_contained_page(results: tuple[Path, dict[str, Any]])
     assert not re.findall(r"@import|url\((?!#)|<script|<link", page)
     assert page.count("<svg") == page.count("</svg>") == 4
     sample = found["samples"][0]["reference"]
-    for text in (sample, found["date"], found["machine"]["cpu"], f"{found['methods']['lora']['adapter_bytes']:,}"):
+    chosen = next(one for one in found["outcomes"] if one["name"] == found["best"][1])
+    for text in (sample, found["date"], found["machine"]["cpu"], f"{chosen['trainable_parameters']:,}"):
         assert text in page
+
+
+def test_a_comparison_that_is_no_demos_is_kept(tmp_path: Path) -> None:
+    (tmp_path / "compare").mkdir()
+    with pytest.raises(FileExistsError, match="holds compare, no demo's: expected a folder of its own"):
+        demo.main(tmp_path)

@@ -1,5 +1,6 @@
 """The built-in tasks: seeded, split without overlap, with answers that follow from their prompts."""
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -26,10 +27,12 @@ def test_same_seed_same_examples(task: str) -> None:
 
 @pytest.mark.parametrize("task", TASKS)
 def test_splits_share_no_content(task: str) -> None:
-    train, test = generate(task, 1500, seed=0), generate(task, 600, seed=0, split="test")
-    assert not {example.content for example in train} & {example.content for example in test}
-    assert not {example.prompt for example in train} & {example.prompt for example in test}
-    assert all(split_of(task, example.content) == "test" for example in test)
+    counts = {"train": 1500, "validation": 300, "test": 300}
+    splits = {split: generate(task, count, seed=0, split=split) for split, count in counts.items()}
+    for one, other in itertools.combinations(splits.values(), 2):
+        assert not {example.content for example in one} & {example.content for example in other}
+        assert not {example.prompt for example in one} & {example.prompt for example in other}
+    assert all(split_of(task, example.content) == split for split in splits for example in splits[split])
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -144,7 +147,7 @@ def test_number_in_words_out_of_range(number: int) -> None:
     ("arguments", "message"),
     [
         (("poetry", 1, 0), "task must be one of summarization, .* got 'poetry'"),
-        (("reading", 1, 0, "validation"), "split must be one of train, test, got 'validation'"),
+        (("reading", 1, 0, "dev"), "split must be one of train, validation, test, got 'dev'"),
         (("reading", -1, 0), "count must not be negative, got -1"),
     ],
 )

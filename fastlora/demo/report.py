@@ -1,40 +1,29 @@
 """The demo's report: one self-contained HTML file with plots as inline SVG, and its tables on the terminal."""
 
 import io
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib import metadata
 from typing import Any
 
 from matplotlib import rc_context
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from fastlora import __version__
+from fastlora import __version__, comparison
+from fastlora.comparison import BASE, Outcome
 from fastlora.environment import all_findings
 
-MODELS = {"base": "base, before", "lora": "LoRA", "full": "full fine-tuning"}
-METHODS = {"lora": "LoRA", "full": "full fine-tuning"}
-IN_MEMORY = {"lora": "LoRA, fastlora", "peft": "LoRA, PEFT", "full": "full fine-tuning"}
 STEPPERS = {"fastlora": "fastlora", "peft": "PEFT + transformers"}
-COLOURS = {"base": "#9aa0a6", "lora": "#1a73e8", "full": "#e8710a", "peft": "#188038", "fastlora": "#1a73e8"}
-ROUGE_NAMES = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
-COSTS = {
-    "trainable parameters": "{trainable_parameters:,}",
-    "share of all parameters, %": "{share:.2f}",
-    "file of the trained weights, bytes": "{adapter_bytes:,}",
-    "optimiser steps": "{steps}",
-    "training time, s": "{seconds:.1f}",
-    "loss, last ten steps": "{loss:.4f}",
-}
 PACKAGES = ("torch", "transformers", "peft", "tokenizers", "rouge-score")
+SIZE = (9, 3.2)  # inches
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #202124; }
 table { border-collapse: collapse; margin: 1rem 0; }
-th, td { padding: .25rem .8rem; border-bottom: 1px solid #dadce0; text-align: right; vertical-align: top; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #dadce0; text-align: right; vertical-align: top; }
 th:first-child, td:first-child, .text td { text-align: left; }
 pre { background: #f1f3f4; padding: .8rem; white-space: pre-wrap; }
 svg { max-width: 100%; height: auto; }
@@ -49,48 +38,43 @@ def machine() -> dict[str, str]:
 
 def html(results: dict[str, Any]) -> str:
     """The whole report as one HTML document; it names no other file and no address."""
-    settings, exact, memory, steps = (results[key] for key in ("settings", "exact_match", "peak_memory", "step_time"))
-    quality, forgetting, cost, peaks, times = (_table(rows) for rows in _tables(results).values())
-    base, lora, lr = results["base"], settings["lora"], settings["lr"]
-    tasks = base["tasks"]
-    rouge = {model: [results["rouge"][model][key] for key in ROUGE_NAMES] for model in MODELS}
+    settings, base, steps = results["settings"], results["base"], results["step_time"]
+    dialogues, exact = settings["dialogues"], results["exact_match"]
+    methods, rates, kept, times = (_table(rows) for rows in _tables(results).values())
     parts = [
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>fastlora demo</title>'
         f"<style>{STYLE}</style></head><body>",
         "<h1>fastlora demo: a small model learns to summarise dialogues</h1>",
-        f"<p>The base is a Llama of {base['parameters']:,} parameters, trained from scratch on {len(tasks)}"
-        f" generated tasks ({', '.join(tasks)}) and never on dialogues. Here it is adapted to"
-        f" {settings['train_dialogues']} generated dialogues in {settings['epochs']} epochs of steps of"
-        f" {settings['batch_size']}, once with LoRA (rank"
-        f" {lora['r']}, alpha {lora['lora_alpha']}, dropout {lora['lora_dropout']}, {lora['target_modules']}, learning"
-        f" rate {lr['lora']:g}; the base frozen) and once with all weights (learning rate {lr['full']:g})."
-        " No held-out dialogue has the summary of a training dialogue.</p>",
-        f"<h2>Summaries of {settings['test_dialogues']} held-out dialogues</h2>",
-        quality,
-        _bars(ROUGE_NAMES.values(), rouge, "F-measure, %"),
-        "<h2>What the model could do before</h2>",
-        f"<p>Exact match on {settings['test_examples_per_task']} held-out examples of each of the tasks the base was"
-        " trained on. A fall is forgetting.</p>",
-        forgetting,
-        _bars(tasks, {model: [exact[model][task] for task in tasks] for model in MODELS}, "exact match, %"),
-        "<h2>What it costs</h2>",
-        cost,
-        _lines({name: results["methods"][name]["losses"] for name in METHODS}, METHODS, "optimiser step", yscale="log"),
-        f"<p>Peak memory: the highest resident memory of a process that only trains ({memory['steps']} steps of"
-        f" {memory['rows']} dialogues), less what it had after its imports. The base's weights are in it.</p>",
-        peaks,
+        f"<p>The base is a Llama of {base['parameters']:,} parameters, trained from scratch on {len(base['tasks'])}"
+        f" generated tasks ({', '.join(base['tasks'])}) and never on dialogues. Here each method trains on"
+        f" {dialogues['train']} generated dialogues in {settings['epochs']} epochs of steps of {settings['rows']}, at"
+        f" several learning rates. Of these the best was chosen on {dialogues['validation']} other dialogues, and the"
+        f" figures are of {dialogues['test']} more, which nothing was chosen by. No summary is in two of the three.</p>",
+        "<h2>Methods side by side</h2>",
+        methods,
+        "<p>Losses are in nats a token. Forgetting is the rise of the loss on"
+        f" {settings['retained']} held-out examples of each of the tasks that the base was trained on."
+        " <code>fastlora compare</code> makes the same table and plot of your model and rows.</p>",
+        _svg(comparison.figure([Outcome(**one) for one in results["outcomes"]])),
+        "<h2>Every rate that was tried</h2>",
+        rates,
+        _lines(results["losses"], "optimiser step", yscale="log"),
+        "<h2>What the model could do before, and still can</h2>",
+        f"<p>Exact match on the same {settings['retained']} examples of each of the base's tasks. A fall is forgetting.</p>",
+        kept,
+        _bars(base["tasks"], exact, "exact match, %"),
         "<h2>Time of a training step</h2>",
-        f"<p>Forward, backward and AdamW on the same batches of {steps['rows']} dialogues"
+        f"<p>Forward, backward and AdamW of LoRA on the same batches of {steps['rows']} dialogues"
         f" ({steps['tokens_per_step']:.0f} tokens), one after the other, {steps['steps']} times; the median step of"
         f" fastlora takes <b>{steps['ratio']:.2f}</b> of PEFT's time. Each draws its own dropout masks, hence the small"
         " difference of the losses.</p>",
         times,
-        _lines(steps["losses"], STEPPERS, "step, the first of them not timed"),
+        _lines({name: steps["losses"][key] for key, name in STEPPERS.items()}, "step, the first of them not timed"),
         "<h2>Some of the dialogues</h2>",
     ]
     for sample in results["samples"]:
         answers = [("reference", sample["reference"])]
-        answers += [(name, sample[model] or "(nothing)") for model, name in MODELS.items()]
+        answers += [(name, text or "(nothing)") for name, text in sample["answers"].items()]
         parts += [f"<pre>{escape(sample['prompt'])}</pre>", _table(answers, "text")]
     origin = {"date": results["date"], "command": results["command"], "whole demo, s": f"{results['seconds']:.0f}"}
     origin |= {**results["machine"], "base made by": base["command"]}
@@ -100,7 +84,8 @@ def html(results: dict[str, Any]) -> str:
 
 def show(results: dict[str, Any]) -> None:
     """Print the report's tables to the terminal."""
-    console = Console()
+    # Where nobody looks rich would cut lines at 80 columns.
+    console = Console(width=None if sys.stdout.isatty() else 200)
     for title, (headings, *rows) in _tables(results).items():
         table = Table(title=title, title_justify="left")
         for column, heading in enumerate(headings):
@@ -114,36 +99,39 @@ def show(results: dict[str, Any]) -> None:
 def _tables(results: dict[str, Any]) -> dict[str, list[list[str]]]:
     """All figures, by title: a row of headings, then rows that begin with what they tell."""
     settings, exact, steps = results["settings"], results["exact_match"], results["step_time"]
+    outcomes = [Outcome(**one) for one in results["outcomes"]]
+    compared = list(comparison.rows(outcomes))
     tasks = results["base"]["tasks"]
-    means = [sum(exact[model][task] for task in tasks) / len(tasks) for model in MODELS]
-    methods = [results["methods"][name] for name in METHODS]
-    methods = [{**one, "share": 100 * one["trainable_parameters"] / one["parameters"]} for one in methods]
-    peaks = [results["peak_memory"]["bytes"][name] / 2**20 for name in IN_MEMORY]
+    means = [sum(shares.values()) / len(shares) for shares in exact.values()]
     return {
-        f"summaries of {settings['test_dialogues']} held-out dialogues": [
-            ["F-measure, %", *MODELS.values()],
-            *(_percent(name, [results["rouge"][model][key] for model in MODELS]) for key, name in ROUGE_NAMES.items()),
-            _percent("exact match, %", [exact[model]["summarization"] for model in MODELS]),
+        f"each method at its best rate, on {settings['dialogues']['test']} held-out dialogues": [
+            list(compared[0]),
+            *(list(row.values()) for row in compared),
         ],
-        f"{settings['test_examples_per_task']} held-out examples of each of the base's tasks": [
-            ["exact match, %", *MODELS.values()],
-            *(_percent(task, [exact[model][task] for model in MODELS], digits=0) for task in tasks),
+        "every rate": [
+            ["method", "lr", "training loss", "validation loss", "held-out loss", "ROUGE-1", "forgetting", ""],
+            *(_rate(one, one.name in results["best"]) for one in outcomes if one.method != BASE),
+        ],
+        f"{settings['retained']} held-out examples of each of the base's tasks": [
+            ["exact match, %", *exact],
+            *(_percent(task, [shares[task] for shares in exact.values()]) for task in tasks),
             _percent("mean", means),
         ],
-        "cost": [
-            ["", *METHODS.values()],
-            *([label, *(form.format_map(one) for one in methods)] for label, form in COSTS.items()),
-        ],
-        "memory": [["", *IN_MEMORY.values()], ["peak memory, MiB", *(f"{size:.0f}" for size in peaks)]],
-        "training step": [
+        "training step of LoRA": [
             ["", "median step, ms", "first loss", "loss, last ten steps"],
             *(_step_row(name, steps["seconds"][key], steps["losses"][key]) for key, name in STEPPERS.items()),
         ],
     }
 
 
-def _percent(label: str, shares: Iterable[float], digits: int = 1) -> list[str]:
-    return [label, *(f"{100 * share:.{digits}f}" for share in shares)]
+def _rate(one: Outcome, chosen: bool) -> list[str]:
+    losses = [f"{loss:.4f}" for loss in (one.train_loss or 0.0, one.eval_loss, one.loss)]
+    rouge = f"{100 * (one.rouge1 or 0.0):.1f}"
+    return [one.kind, f"{one.lr:g}", *losses, rouge, f"{one.forgetting or 0.0:+.4f}", "chosen" if chosen else ""]
+
+
+def _percent(label: str, shares: Iterable[float]) -> list[str]:
+    return [label, *(f"{100 * share:.0f}" for share in shares)]
 
 
 def _step_row(name: str, seconds: float, losses: Sequence[float]) -> list[str]:
@@ -160,34 +148,34 @@ def _table(rows: Iterable[Sequence[str]], kind: str = "figures") -> str:
     return f'<table class="{kind}">{body}</table>'
 
 
-def _bars(labels: Iterable[str], shares: Mapping[str, Iterable[float]], axis: str) -> str:
-    labels, axes = list(labels), _axes()
-    width = 0.8 / len(shares)
-    for index, (model, values) in enumerate(shares.items()):
+def _bars(labels: Sequence[str], shares: Mapping[str, Mapping[str, float]], axis: str) -> str:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes, width = figure.subplots(), 0.8 / len(shares)
+    for index, (name, values) in enumerate(shares.items()):
         places = [place + (index - (len(shares) - 1) / 2) * width for place in range(len(labels))]
-        axes.bar(places, [100 * value for value in values], width, color=COLOURS[model], label=MODELS[model])
+        axes.bar(places, [100 * values[label] for label in labels], width, color=_colour(index, name), label=name)
     axes.set_xticks(range(len(labels)), labels)
     axes.set(ylabel=axis, ylim=(0, 105))
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
-    return _svg(axes)
+    return _svg(figure)
 
 
-def _lines(losses: Mapping[str, Sequence[float]], names: Mapping[str, str], axis: str, yscale: str = "linear") -> str:
-    axes = _axes()
-    for key, name in names.items():
-        steps = range(1, len(losses[key]) + 1)
-        axes.plot(steps, losses[key], color=COLOURS[key], label=name, linewidth=1, alpha=0.8)
+def _colour(index: int, name: str) -> str:
+    """The base's is grey, and each method's the one that it has in compare's plot."""
+    return "tab:gray" if name == BASE else f"C{index - 1}"
+
+
+def _lines(losses: Mapping[str, Sequence[float]], axis: str, yscale: str = "linear") -> str:
+    figure = Figure(figsize=SIZE, layout="constrained")
+    axes = figure.subplots()
+    for name, of_steps in losses.items():
+        axes.plot(range(1, len(of_steps) + 1), of_steps, label=name, linewidth=1, alpha=0.8)
     axes.set(xlabel=axis, ylabel="training loss, nats a token", yscale=yscale)
     axes.legend(frameon=False)
-    return _svg(axes)
+    return _svg(figure)
 
 
-def _axes() -> Axes:
-    return Figure(figsize=(9, 3.2), layout="constrained").subplots()
-
-
-def _svg(axes: Axes) -> str:
-    figure: Any = axes.get_figure()
+def _svg(figure: Figure) -> str:
     text = io.StringIO()
     # A fixed salt and no date: the same figures give the same file.
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "fastlora"}):

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from itertools import islice
-from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -14,19 +13,21 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import fastlora
 from fastlora.choice.clock import median_ratio, rounds_in_turn
+from fastlora.config import TrainConfig
 from fastlora.data.examples import read_examples
 from fastlora.data.rows import collate, encode, pad_token_id
 from fastlora.steps import Batch, mean_loss, take_step
 
 
-def compare_steps(base: Path, data: Path, lora: dict[str, Any], lr: float, rows: int, steps: int) -> dict[str, Any]:
+def compare_steps(config: TrainConfig, rows: int, steps: int) -> dict[str, Any]:
     """Time ``steps`` optimiser steps of both, each on the same ``rows`` rows in turn; the first of both is not counted.
 
-    Both start from the same adapter (with dropout, each draws its own masks) and update it with AdamW at ``lr``.
-    Returns medians in seconds, the median of the steps' ratios (fastlora / PEFT), and the losses of all steps of both.
+    Both start from the same adapter, a new one as ``config`` has it (with dropout, each draws its own masks), and
+    update it with AdamW at its rate. Returns medians in seconds, the median of the steps' ratios (fastlora / PEFT), and
+    the losses of all steps of both.
     """
-    batches = _batches(base, data, rows, steps + 1)
-    ours, theirs = fastlora.accelerate(_adapted(base, lora)), _adapted(base, lora)
+    batches, lr = _batches(config, rows, steps + 1), config.lr or 0.0
+    ours, theirs = fastlora.accelerate(_adapted(config)), _adapted(config)
     variants = {
         "fastlora": _stepper(ours, lr, mean_loss(ours)),
         "peft": _stepper(theirs, lr, lambda batch: theirs(**batch, use_cache=False).loss),
@@ -50,18 +51,19 @@ def compare_steps(base: Path, data: Path, lora: dict[str, Any], lr: float, rows:
     }
 
 
-def _batches(base: Path, data: Path, rows: int, count: int) -> list[Batch]:
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    encoded = encode(read_examples(data), tokenizer, max_length=512).rows
+def _batches(config: TrainConfig, rows: int, count: int) -> list[Batch]:
+    tokenizer = AutoTokenizer.from_pretrained(config.model)
+    encoded = encode(read_examples(config.data), tokenizer, config.max_length).rows
     if len(encoded) < rows:
         raise ValueError(f"data must have at least rows={rows} rows, got {len(encoded)}")
     full = [encoded[start : start + rows] for start in range(0, len(encoded) - rows + 1, rows)]
     return [collate(full[index % len(full)], pad_token_id(tokenizer)) for index in range(count)]
 
 
-def _adapted(base: Path, lora: dict[str, Any]) -> Any:
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+def _adapted(config: TrainConfig) -> Any:
+    torch.manual_seed(config.seed)
+    model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    lora = {name: getattr(config, name) for name in ("r", "lora_alpha", "lora_dropout", "target_modules")}
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora)).train()
 
 

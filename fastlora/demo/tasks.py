@@ -3,8 +3,8 @@
 ``python -m fastlora.demo.tasks --task summarization --count 400 --output FILE.jsonl`` writes some of one task.
 
 Each task draws a content (its facts) and renders it with one of several templates. Whether a content belongs to the
-training or to the test split is decided by a checksum of the content itself, so the two never share one, whatever the
-seeds and counts.
+training, the validation or the test split is decided by a checksum of the content itself, so no two share one, whatever
+the seeds and counts.
 """
 
 import argparse
@@ -33,8 +33,8 @@ from fastlora.demo.words import (
     number_in_words,
 )
 
-SPLITS = ("train", "test")
-TEST_SHARE = 5  # one content in five is held out
+SPLITS = ("train", "validation", "test")
+HELD_OUT = 5  # one content in five, half of them for validation
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Task:
 
 def split_of(task: str, content: str) -> str:
     """The split a content belongs to, the same on every machine and in every run."""
-    return "test" if zlib.crc32(f"{task}:{content}".encode()) % TEST_SHARE == 0 else "train"
+    place, rest = divmod(zlib.crc32(f"{task}:{content}".encode()), HELD_OUT)
+    return "train" if rest else "validation" if place % 2 else "test"
 
 
 def generate(task: str, count: int, seed: int, split: str = "train") -> list[TaskExample]:
@@ -206,12 +207,12 @@ ADAPTED_TASK = "summarization"
 BASE_TASKS = tuple(task for task in TASKS if task != ADAPTED_TASK)
 
 
-def answers(model: Any, tokenizer: Any, examples: Sequence[TaskExample], adapter_name: str | None = None) -> list[str]:
+def answers(model: Any, tokenizer: Any, examples: Sequence[TaskExample]) -> list[str]:
     """Greedy answers to the examples' prompts, in their order, without spaces around them."""
     from fastlora import generation  # who only draws examples waits for no model
 
     prompts = [example.prompt for example in examples]
-    texts = generation.generate(model, tokenizer, prompts, max_new_tokens=48, batch_size=50, adapter_name=adapter_name)
+    texts = generation.generate(model, tokenizer, prompts, max_new_tokens=48, batch_size=50)
     return [text.strip() for text in texts]
 
 
