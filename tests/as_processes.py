@@ -65,7 +65,8 @@ RUNS: dict[str, dict[str, Any]] = {
     "prompt": {"method": "prompt", "num_virtual_tokens": 4},
     "share_prefix": {"share_prefix": True, "batch_size": 4},
 }
-SHARDED = {
+OF_MANY = ("lora", "full")
+SHARDED: dict[str, dict[str, Any]] = {
     "fsdp": {"gradient_accumulation_steps": 2, "batch_size": 2},
     "fsdp-checkpointing": {"gradient_checkpointing": True},
     "fsdp-prompt": {"method": "prompt", "num_virtual_tokens": 4},
@@ -230,8 +231,10 @@ def trainer(folder: Path, rank: int, count: int) -> dict[str, Any]:
 
 
 def trainings(folder: Path, rank: int, count: int) -> dict[str, Any]:
-    """`fastlora train` in one group, again and again."""
+    """`fastlora train` in one group, again and again; on more than two processes those of OF_MANY."""
     for name, more in RUNS.items():
+        if count > 2 and name not in OF_MANY:
+            continue
         train(config(folder, name, count, **more), progress=False)
     return {}
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 def test_killed_and_resumed() -> None:
     """KILLS: how many of each method."""
-    kills = os.environ.get("KILLS", "2")
+    kills = os.environ.get("KILLS", "1")
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.kills", "--kills", kills],
         cwd=Path(__file__).parent.parent,

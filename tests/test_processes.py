@@ -9,7 +9,7 @@ import as_processes
 import pytest
 import tiny
 import torch
-from as_processes import ACCELERATED, RUNS, SHARDED, STEPS, adapted, config, losses, plain_loop, results
+from as_processes import ACCELERATED, OF_MANY, RUNS, SHARDED, STEPS, adapted, config, losses, plain_loop, results
 from safetensors.torch import load_file
 from training import assert_same_bits, on_cpu, one_thread  # noqa: F401  (fixtures)
 
@@ -75,7 +75,7 @@ def test_a_sharded_base_trains_as_a_whole_one(folder: Path, two: Any, alone: Any
 def test_four_processes_train_as_one(folder: Path, two: Any, alone: Any) -> None:
     done = as_processes.launch("trainings", folder, 4)
     assert done.returncode == 0, done.stderr
-    for name in RUNS:
+    for name in OF_MANY:
         assert_close(losses(folder / f"{name}-4"), alone[name])
 
 

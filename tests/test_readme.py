@@ -54,7 +54,7 @@ def test_options_are_there() -> None:
     known = {option for one in every for option in (*one.opts, *one.secondary_opts)}
     for file in ("benchmarks/__main__.py", "benchmarks/gpu.sh"):
         known.update(re.findall(r"--[a-z-]+", (ROOT / file).read_text()))
-    others = {"--nproc-per-node", "--config"}  # torchrun's and torchtune's
+    others = {"--nproc-per-node", "--shutdown-timeout", "--config"}  # torchrun's and torchtune's
     others |= {"--multi-gpu", "--num-processes", "--use-fsdp", "--fsdp-version"}  # accelerate's
     others |= {"--enable-lora", "--lora-modules", "--max-lora-rank"}  # vLLM's
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", ALL)) - others
