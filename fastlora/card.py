@@ -14,11 +14,10 @@ from fastlora.drawing import UNPRINTABLE
 PIPELINE = "text-generation"
 
 
-def text(summary: Mapping[str, Any], changed: Mapping[str, Any], loader: str = "CausalLM") -> str:
+def text(summary: Mapping[str, Any], loader: str = "CausalLM") -> str:
     """
     Args:
         summary: what summary.json has.
-        changed: the options that are not as they are unless told.
         loader: what the model's class is called by transformers and PEFT behind AutoModelFor and AutoPeftModelFor.
     """
     config, method = summary["config"], summary["config"]["method"]
@@ -43,7 +42,7 @@ def text(summary: Mapping[str, Any], changed: Mapping[str, Any], loader: str = "
         f" {summary['parameters']:,} parameters, {summary['seconds']:,.0f} s in steps on {_plain(summary['device'])}."
         " Options that are not as they are unless told:",
         _table(
-            [(_code(key), _code(value)) for key, value in changed.items()] or [("none", "")],
+            [(_code(key), _code(value)) for key, value in summary["changed"].items()] or [("none", "")],
             ("option", "value"),
         ),
         "## Results",

@@ -46,7 +46,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 def write(
     output: Path,
     summary: Mapping[str, Any],
-    changed: Mapping[str, Any],
     records: Sequence[Mapping[str, Any]],
     layers: Iterable[Sequence[str]],
 ) -> None:
@@ -57,13 +56,12 @@ def write(
         ValueError: one of those has a line that is no object.
     """
     validations, samples = read_lines(output / VALIDATION), read_lines(output / SAMPLES)
-    content = html(summary, changed, records, validations, samples, layers)
+    content = html(summary, records, validations, samples, layers)
     writing.whole(output / NAME, content.encode("utf-8"))
 
 
 def html(
     summary: Mapping[str, Any],
-    changed: Mapping[str, Any],
     records: Sequence[Mapping[str, Any]],
     validations: Sequence[Mapping[str, Any]],
     samples: Sequence[Mapping[str, Any]],
@@ -72,7 +70,6 @@ def html(
     """
     Args:
         summary: what summary.json has.
-        changed: the options that are not as they are unless told.
         records, validations, samples: of metrics.jsonl, validation.jsonl and samples.jsonl.
         layers: name, implementation and reason of each, as `fastlora.report` tells.
     """
@@ -98,8 +95,8 @@ def html(
             ],
             ("file", "option", "rows trained on", "bytes", "SHA-256"),
         ),
-        "<h2>Options</h2>",
-        table([(key, _shown(value)) for key, value in changed.items()] or [("all as unless told", "")], kind="text"),
+        "<h2>Options that are not as they are unless told</h2>",
+        table([(key, _shown(value)) for key, value in summary["changed"].items()] or [("none", "")], kind="text"),
         "<details><summary>All of them</summary>",
         table([(key, _shown(value)) for key, value in config.items()], kind="text"),
         "</details>",

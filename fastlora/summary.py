@@ -15,6 +15,7 @@ from fastlora import __version__
 from fastlora.config import TrainConfig
 from fastlora.data.examples import Example
 from fastlora.data.rows import Encoded
+from fastlora.data.sources import each, local_files
 
 
 @dataclass(frozen=True)
@@ -74,9 +75,9 @@ def data_files(config: TrainConfig, examples: Iterable[Example]) -> list[dict[st
     rows = Counter(one.source.rpartition(":")[0] for one in examples)
     named: dict[str, str] = {}
     for field in fields(config):
-        if field.name == "data" or field.name.endswith("_data"):
-            value = getattr(config, field.name)
-            for file in value if isinstance(value, list) else [value] * (value is not None):
+        value = getattr(config, field.name)
+        if value is not None and (field.name == "data" or field.name.endswith("_data")):
+            for file in local_files(value) or each(value):
                 named.setdefault(str(file), field.name)
     found = []
     for file, option in {**named, **{file: "data" for file in rows if file not in named}}.items():

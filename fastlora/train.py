@@ -434,7 +434,7 @@ class _Run:
         )
         content = {**asdict(result), **summary.origins(), "base_dtype": table.name_of(self.stored_dtype)}
         content |= {name: self.setup[name] for name in ("config", "processes", "threads", "device")}
-        content["data"] = self.files
+        content |= {"data": self.files, "changed": summary.changed_options(self.setup["config"])}
         what = "the model" if self.config.method in WHOLE else "the adapter"
         with processes.as_one(self.accelerator), self._writing(what):
             if self.accelerator.is_main_process:
@@ -449,13 +449,7 @@ class _Run:
         with processes.as_one(self.accelerator), self._writing("the summary"):
             if self.accelerator.is_main_process:
                 writing.whole(self.output / "summary.json", (json.dumps(content, indent=2) + "\n").encode())
-                page.write(
-                    self.output,
-                    content,
-                    summary.changed_options(content["config"]),
-                    records,
-                    reporting.report(self.model),
-                )
+                page.write(self.output, content, records, reporting.report(self.model))
                 try:
                     metrics.plot(records, self.output / "loss.png")
                 except ModuleNotFoundError:
@@ -468,8 +462,7 @@ class _Run:
         if self.config.method not in WHOLE:
             self.tokenizer.save_pretrained(folder)
         loader = "Seq2SeqLM" if self.model.config.is_encoder_decoder else "CausalLM"
-        text = card.text(content, summary.changed_options(content["config"]), loader)
-        (folder / "README.md").write_text(text, encoding="utf-8")
+        (folder / "README.md").write_text(card.text(content, loader), encoding="utf-8")
 
     def _cast_to_stored(self) -> torch.dtype:
         """Round the trained weights to the dtype that was asked for, or else to the one that the base is stored in."""

@@ -9,7 +9,6 @@ import pytest
 from training import a_base, a_config, a_finished_run, on_cpu, one_thread, some_data  # noqa: F401  (fixtures)
 
 from fastlora import drawing, page
-from fastlora.summary import changed_options
 
 HOSTILE = "</pre></svg></title><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\x00\x1b\ud800\u202e"
 VOID = {"meta", "line", "rect", "circle", "polyline"}
@@ -127,7 +126,7 @@ SAMPLES = [
 
 
 def test_tasks_validation_and_samples_are_shown_where_there_are_any(finished):
-    text = page.html(summary_of(finished), {}, records_of(6), VALIDATIONS, SAMPLES, [])
+    text = page.html(summary_of(finished), records_of(6), VALIDATIONS, SAMPLES, [])
     outline = assert_alone(text)
     losses, tasks, held_out, scores = shapes(text)
     names = [[one.find("title").text for one in svg.findall("polyline")] for svg in (losses, tasks, held_out, scores)]
@@ -149,11 +148,11 @@ def test_whatever_strangers_wrote_is_shown_and_does_nothing(finished):
     summary["config"] |= dict.fromkeys(("model", "output", "method", "dtype", "truncation"), HOSTILE)
     summary["versions"][HOSTILE] = HOSTILE
     summary["data"] = [{"option": HOSTILE, "file": HOSTILE, "rows": None, "sha256": HOSTILE}]
-    summary |= {"device": HOSTILE, "date": HOSTILE, "best_step": HOSTILE}
+    summary |= {"device": HOSTILE, "date": HOSTILE, "best_step": HOSTILE, "changed": {HOSTILE: HOSTILE}}
     validations = [{"step": 1, "eval_loss": 1.0, HOSTILE: HOSTILE, f"eval_{HOSTILE}": 0.5}]
     samples = [dict.fromkeys(("step", "source", "prompt", "reference", "answer"), HOSTILE)]
     layers = [(HOSTILE, HOSTILE, HOSTILE)]
-    text = page.html(summary, {HOSTILE: HOSTILE}, records_of(3, tasks=(HOSTILE,)), validations, samples, layers)
+    text = page.html(summary, records_of(3, tasks=(HOSTILE,)), validations, samples, layers)
     outline = assert_alone(text)
     shown = drawing.UNPRINTABLE.sub("\ufffd", HOSTILE)
     assert sum(shown in word for word in outline.words) > 20
@@ -167,14 +166,14 @@ def test_what_is_no_number_is_left_out_of_curves(finished, value):
         {"step": 2, "loss": 2.0, "tasks": value},
     ]
     validations = [{"step": value, "eval_loss": 1.0}, {"step": 2, "eval_loss": value}, {"step": 3, "eval_loss": 1.0}]
-    assert_alone(page.html(summary_of(finished), {}, records, validations, [{"step": value, "prompt": value}], []))
+    assert_alone(page.html(summary_of(finished), records, validations, [{"step": value, "prompt": value}], []))
 
 
 def test_many_samples_and_long_texts_are_cut(finished):
     samples = [
         {"step": 1, "source": f"e:{n}", "prompt": "Q", "reference": "R", "answer": "x" * 10**5} for n in range(50)
     ]
-    text = page.html(summary_of(finished), {}, records_of(1), [], samples, [])
+    text = page.html(summary_of(finished), records_of(1), [], samples, [])
     assert "And 30 more in samples.jsonl." in text and len(text) < 200_000
     assert assert_alone(text).words.count("x" * page.CHARACTERS + " ...") == page.SHOWN
 
@@ -195,7 +194,7 @@ def test_what_lies_beside_is_shown(finished, tmp_path):
     (tmp_path / page.VALIDATION).write_text("".join(lines))
     (tmp_path / page.SAMPLES).write_text(json.dumps(SAMPLES[0]) + "\n")
     summary = summary_of(finished)
-    page.write(tmp_path, summary, changed_options(summary["config"]), records_of(4), [])
+    page.write(tmp_path, summary, records_of(4), [])
     text = (tmp_path / page.NAME).read_text()
     assert_alone(text)
     assert "Held-out loss" in text and "Q1" in text

@@ -108,11 +108,11 @@ HOSTILE = "x|y`` `<script>alert(1)</script>\n# [a](javascript:b)\x00\u202e---"
 
 def test_what_strangers_named_stays_what_they_named(finished):
     summary = json.loads((finished / "summary.json").read_text())
-    changed = changed_options(summary["config"]) | {"prompt_tuning_init_text": HOSTILE}
+    summary["changed"] |= {"prompt_tuning_init_text": HOSTILE}
     summary["config"] |= {"model": HOSTILE, "output": f"o/{HOSTILE.replace('/', ':')}"}
     summary["data"] = [{"option": "data", "file": HOSTILE, "rows": None}]
     summary["versions"] = {HOSTILE: HOSTILE}
-    text = card.text(summary, changed)
+    text = card.text(summary)
     front, body = split(text)
     assert front["base_model"] == HOSTILE and front["datasets"] == [HOSTILE.rpartition("/")[2]]
     headings = [line for line in body.splitlines() if line.startswith("#")]
