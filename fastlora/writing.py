@@ -29,7 +29,17 @@ MODEL = (
     TEMPLATES,
 )
 """What belongs to a head: a new adapter or model leaves nothing of the old one, which would be loaded along with it."""
-RESULTS = (*HEADS, *MODEL, "*.safetensors", "*.model", "README.md", "summary.json", "metrics.jsonl", "loss.png")
+RESULTS = (
+    *HEADS,
+    *MODEL,
+    "*.safetensors",
+    "*.model",
+    "README.md",
+    "summary.json",
+    "metrics.jsonl",
+    "loss.png",
+    "config.yaml",
+)
 """What a training may write into its output folder, checkpoints aside."""
 
 
