@@ -423,7 +423,7 @@ def eval_(
     from fastlora.evaluation import evaluate
     from fastlora.models import load_model
 
-    named = None if columns is None else parse_columns(columns)
+    named = parse_columns(columns) if isinstance(columns, str) else columns  # a file has a mapping
     examples = read_examples(data, columns=named)  # bad lines are reported before anything is loaded
     loaded, tokenizer = load_model(
         model,

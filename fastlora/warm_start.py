@@ -1,7 +1,7 @@
 """A training that begins with an adapter's values: `init_adapter`. The adapter's own configuration says what is trained, and how it is shaped."""
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +44,13 @@ def resolved(config: TrainConfig, checkpoint: Path | None) -> TrainConfig:
         method = "dora"
     if config.method not in (method, "peft"):
         raise ValueError(f"method={config.method}: init_adapter={config.init_adapter} needs method={method}")
-    defaults = {field.name: field.default for field in fields(TrainConfig)}
+    unsaid = TrainConfig(model="m", data="d", output="o", method=config.method, init_adapter=config.init_adapter)
     found: dict[str, Any] = {}
     for name in OPTIONS_OF:
         value, theirs = getattr(config, name), _plain(getattr(own, name, None))
-        given = value != defaults[name]
+        given = value != getattr(unsaid, name)
         if name in BEGINNINGS or theirs is None or method not in OPTIONS_OF[name]:
-            theirs = defaults[name]
+            theirs = getattr(unsaid, name)
         if given and not _is_same(value, theirs):
             has = "begins with its own values" if name in BEGINNINGS else f"has {shown(theirs)}"
             raise ValueError(f"{name}={shown(value)}: init_adapter={config.init_adapter} {has}, expected that or none")

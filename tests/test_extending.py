@@ -32,7 +32,14 @@ def weights(output: Path, method: str) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("method", ["lora", "full", "prompt"])
 def test_a_longer_run_under_a_constant_rate_is_the_same_bits(config, tmp_path, method):
-    options = {"r": 16, "lora_alpha": 32, "method": method, "lr": 1e-3, "lr_scheduler_type": "constant"}
+    options = {
+        "r": 16,
+        "lora_alpha": 32,
+        "lora_dropout": None,
+        "method": method,
+        "lr": 1e-3,
+        "lr_scheduler_type": "constant",
+    }
     long = replace(config, output=tmp_path / "long", epochs=2.5, **options)
     config = replace(config, epochs=1, **options)
     assert train(config, progress=False).steps == 6

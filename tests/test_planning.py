@@ -64,7 +64,7 @@ def test_a_plan_of_every_method(config, tmp_path, method):
     model = config.model
     if method == "bitfit":
         model = str(tiny.save_model(tmp_path / "biased", attention_bias=True))
-    config = replace(config, method=method, r=16, lora_alpha=32, max_steps=1, model=model, **options)
+    config = replace(config, method=method, r=16, lora_alpha=32, lora_dropout=None, max_steps=1, model=model, **options)
     found = plan(config)
     assert found.memory["gradients"] == 4 * train(config, progress=False).trainable_parameters > 0
     assert found.peak > 0 and found.disk > 0

@@ -55,7 +55,7 @@ def first_runs(base, data, tmp_path_factory) -> dict[str, Path]:
 
 
 def second(config: TrainConfig, first: Path, method: str, **options) -> TrainConfig:
-    same = {"r": 16, "lora_alpha": 32, "max_steps": 4}  # as nobody has said
+    same = {"r": 16, "lora_alpha": 32, "lora_dropout": None, "max_steps": 4}  # as nobody has said
     return replace(config, method=method, init_adapter=first, lr=1e-2, **same | options)
 
 
