@@ -22,19 +22,46 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperCommand
 from typer.main import get_command
 
 from fastlora import __version__
 from fastlora.comparison import Comparison
 from fastlora.config import CombinationType, Dtype, MajoritySignMethod, TrainConfig
 from fastlora.data.rows import Truncation
+from fastlora.options import Given, hint, own_name, read
 from fastlora.sweep.jobs import Sweep
+
+
+def _own_name(name: str) -> str:
+    """An option's own name, with dashes, for what is typed after `--`: underscores are dashes, and others' names for it are its own (options.py).
+
+    What is no option, as the value of a choice, stays as it is: typer asks for those, too.
+    """
+    own = own_name(name, _all_options())
+    return own.replace("_", "-") if own in _all_options() else name
+
+
+@functools.cache
+def _all_options() -> frozenset[str]:
+    """Of all commands, as they are spelt, with underscores."""
+    commands: Any = get_command(app)
+    return frozenset(name for one in commands.commands.values() for name in _by_spelling(one))
+
+
+def _by_spelling(command: Any) -> dict[str, str]:
+    """The parameters of a command by how their options are spelt, with underscores."""
+    long = {option.opts[0].removeprefix("--").replace("-", "_"): option.name for option in command.params}
+    return {spelt: name for spelt, name in long.items() if name not in ("config", "help")}
+
 
 app = typer.Typer(
     help="Fused kernels for parameter-efficient fine-tuning: train an adapter, measure it, use it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich's tables cut long options off
+    context_settings={"help_option_names": ["-h", "--help"], "token_normalize_func": _own_name},
 )
 
 
@@ -48,6 +75,22 @@ def _option(field: Field[Any]) -> Any:
     # What is False unless asked for has no --no-.
     flag = [f"--{field.name.replace('_', '-')}"] if field.default is False else []
     return typer.Option(*flag, help=field.metadata["help"])
+
+
+class _Command(TyperCommand):
+    """Says of an option that there is not which one may have been meant, by whatever program's name."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            if hasattr(error, "possibilities"):  # typer does not export its NoSuchOption
+                unknown: Any = error
+                unknown.message += hint(
+                    unknown.option_name, _by_spelling(self), lambda one: f"--{one.replace('_', '-')}"
+                )
+                unknown.possibilities = None
+            raise
 
 
 OPTIONS = {field.name: _option(field) for field in fields(TrainConfig)}
@@ -88,7 +131,62 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         finally:
             messages.removeHandler(handler)
 
-    return app.command(name)(run)
+    return app.command(name, cls=_Command)(run)
+
+
+def _read_config(context: typer.Context, path: Path | None) -> Given | None:
+    """The options in a file, which a command then needs no more on the command line."""
+    if path is None:
+        return None
+    spelt = _by_spelling(context.command)
+    try:
+        given = read(path, spelt)
+    except (OSError, ValueError) as error:
+        _fail(str(context.info_name), _as_options(" ".join(str(error).split())), 2)
+    for option in context.command.params:
+        if option.name in {spelt[name] for name in given.values}:
+            option.required = False
+    return given
+
+
+def configured(function: Callable[..., None]) -> Callable[..., None]:
+    """For a command: its options may come from a file, --config; what is typed overrides that."""
+    parameters = inspect.signature(function, eval_str=True).parameters.values()
+    annotation = Annotated[
+        Path | None,
+        typer.Option(
+            callback=_read_config,
+            is_eager=True,
+            help="A file of these options, YAML, JSON or TOML; those on the command line override it.",
+        ),
+    ]
+    of_file = inspect.Parameter("config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+    of_context = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    keyword = [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in parameters]
+
+    @functools.wraps(function)
+    def run(*, context: typer.Context, config: Given | None, **typed: Any) -> None:
+        if config is None:
+            return function(**typed)
+        spelt = _by_spelling(context.command)
+        own = {spelt[name]: name for name in config.values}
+        of_files = {name for name in own if not _is_typed(context, name)}
+        try:
+            function(**typed | {name: config.values[own[name]] for name in of_files})
+        except (TypeError, ValueError) as error:
+            name = re.match(r"\w*", str(error))[0]  # type: ignore[index]
+            if type(error) not in (TypeError, ValueError) or name not in of_files:
+                raise
+            raise type(error)(f"{config.where(own[name])}: {error}") from error
+
+    vars(run)["__signature__"] = inspect.Signature([*keyword, of_file, of_context])
+    return run
+
+
+def _is_typed(context: typer.Context, name: str) -> bool:
+    """Whether an option stands on the command line."""
+    source: Any = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _exit_code(error: Exception) -> int | None:
@@ -171,8 +269,8 @@ def fastlora(
     """Fused kernels for parameter-efficient fine-tuning: train an adapter, measure it, use it."""
 
 
-def _with_options_of(config: type) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """For a function that takes a dataclass's fields: as typer reads it."""
+def _with_options_of(config: type, *more: inspect.Parameter) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """For a function that takes a dataclass's fields, and more: as typer reads it."""
     parameters, hints = [], get_type_hints(config)
     for field in fields(config):
         kind = field.metadata["typed"] or hints[field.name]
@@ -183,26 +281,41 @@ def _with_options_of(config: type) -> Callable[[Callable[..., None]], Callable[.
         )
 
     def with_options(function: Callable[..., None]) -> Callable[..., None]:
-        vars(function)["__signature__"] = inspect.Signature(parameters)
+        vars(function)["__signature__"] = inspect.Signature([*parameters, *more])
         return function
 
     return with_options
 
 
+DRY_RUN = inspect.Parameter(
+    "dry_run",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Only say what would be trained, in how much memory, on what rows; nothing is written."
+        ),
+    ],
+)
+
+
 @command
-@_with_options_of(TrainConfig)
+@configured
+@_with_options_of(TrainConfig, DRY_RUN)
 def train(**options: Any) -> None:
     """Train a LoRA adapter, or the whole model, on prompts and completions."""
     _quiet()
+    from fastlora.planning import Plan, plan
     from fastlora.train import train
 
     _parse_data(options)
     options["target_modules"] = _module_names(options["target_modules"])
-    if options["token_indices"] is not None:
-        options["token_indices"] = _numbers("token_indices", options["token_indices"], int)
-    result = train(TrainConfig(**options))
+    options["token_indices"] = _numbers("token_indices", options["token_indices"], int)
+    dry_run, config = options.pop("dry_run"), TrainConfig(**options)
+    result = plan(config) if dry_run else train(config)
     if os.environ.get("RANK", "0") == "0":  # one summary, however many processes torchrun started
-        _print_values("fastlora train", asdict(result))
+        print(result) if isinstance(result, Plan) else _print_values("fastlora train", asdict(result))
 
 
 def _parse_data(options: dict[str, Any]) -> None:
@@ -212,23 +325,28 @@ def _parse_data(options: dict[str, Any]) -> None:
 
     for name in {"data", "eval_data", "retain_data"} & options.keys():
         options[name] = one_or_several(options[name]) or None
-    options["columns"] = None if options["columns"] is None else parse_columns(options["columns"])
+    if isinstance(options["columns"], str):
+        options["columns"] = parse_columns(options["columns"])
 
 
-def _numbers(name: str, text: str, kind: Callable[[str], Any]) -> list[Any]:
-    """Numbers with commas.
+def _numbers(name: str, text: Any, kind: Callable[[str], Any]) -> Any:
+    """Numbers with commas, as a list; what a file has in their place as it is, but for a single number.
 
     Raises:
         ValueError: a part is none; the message names the option.
     """
+    if not isinstance(text, str):
+        return [text] if isinstance(text, int | float) else text
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"{name}={text!r}: expected numbers with commas") from None
 
 
-def _module_names(text: str) -> str | list[str]:
-    """As PEFT takes them: all-linear or a regular expression is a str, names are a list."""
+def _module_names(text: Any) -> Any:
+    """As PEFT takes them: all-linear or a regular expression is a str, names are a list. What a file has in their place, as it is."""
+    if not isinstance(text, str):
+        return text
     if re.search(r"[][*+?(){}|^$\\]", text):  # no module's name has one of these
         return text
     names = [name.strip() for name in text.split(",")]
@@ -238,6 +356,7 @@ def _module_names(text: str) -> str | list[str]:
 
 
 @command
+@configured
 @_with_options_of(Comparison)
 def compare(**options: Any) -> None:
     """Train several methods with one budget each, and tell them apart: quality, forgetting, size, memory, speed."""
@@ -245,11 +364,11 @@ def compare(**options: Any) -> None:
     from fastlora.comparison import compare, rows
 
     _parse_data(options)
-    options["methods"] = [name.strip() for name in options["methods"].split(",")]
+    if isinstance(options["methods"], str):
+        options["methods"] = [name.strip() for name in options["methods"].split(",")]
     options["target_modules"] = _module_names(options["target_modules"])
     for name, kind in (("r", int), ("lr", float), ("lr_factors", float), ("token_indices", int)):
-        if options[name] is not None:
-            options[name] = _numbers(name, options[name], kind)
+        options[name] = _numbers(name, options[name], kind)
     given = Comparison(**options)
     found = list(rows(compare(given)))
     _print_table([list(row.values()) for row in found], headings=list(found[0]), title="fastlora compare")
@@ -260,6 +379,7 @@ def compare(**options: Any) -> None:
 
 
 @command
+@configured
 @_with_options_of(Sweep)
 def sweep(**options: Any) -> None:
     """Train many LoRA adapters in one run over one frozen base: ranks, rates, seeds, layers; and name the best."""
@@ -269,9 +389,8 @@ def sweep(**options: Any) -> None:
 
     _parse_data(options)
     for name, kind in (("r", int), ("lr", float), ("lora_alpha", float), ("lora_dropout", float), ("seed", int)):
-        if options[name] is not None:
-            options[name] = _numbers(name, options[name], kind)
-    if options["target_modules"] is not None:
+        options[name] = _numbers(name, options[name], kind)
+    if isinstance(options["target_modules"], str):
         options["target_modules"] = [_module_names(one.strip()) for one in options["target_modules"].split(";")]
     given = Sweep(**options)
     outcomes = sweep(given)
@@ -283,6 +402,7 @@ def sweep(**options: Any) -> None:
 
 
 @command
+@configured
 def eval_(
     data: Annotated[list[str], OPTIONS["data"]],
     columns: Annotated[str | None, OPTIONS["columns"]] = None,
@@ -307,7 +427,7 @@ def eval_(
     from fastlora.evaluation import evaluate
     from fastlora.models import load_model
 
-    named = None if columns is None else parse_columns(columns)
+    named = parse_columns(columns) if isinstance(columns, str) else columns  # a file has a mapping
     examples = read_examples(data, columns=named)  # bad lines are reported before anything is loaded
     loaded, tokenizer = load_model(
         model,

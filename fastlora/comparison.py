@@ -81,7 +81,7 @@ class Comparison:
     max_steps: int | None = option("Optimiser steps of each run.", None)
     max_tokens: int | None = option("Tokens of each run, in place of steps.", None)
     max_seconds: float | None = option("Seconds of steps of each run, in place of steps.", None)
-    epochs: int = option("Times through the data, without a budget.", 3)
+    epochs: float = option("Times through the data, without a budget.", 3)
     batch_size: int = option("Rows a step.", 8)
     eval_batch_size: int | None = option("Rows that are measured at once. [default: batch_size]", None)
     max_length: int = option("Tokens a row may have.", 512)

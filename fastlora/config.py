@@ -123,6 +123,11 @@ class TrainConfig:
     peft_config: str | Path | None = option(
         "A configuration of PEFT's, of any of its methods, as JSON, for method peft.", None, typed=Path
     )
+    init_adapter: str | Path | None = option(
+        "Folder of an adapter in PEFT's format, whose values and configuration (r, ...) are what is trained on.",
+        None,
+        typed=Path,
+    )
     r: int = option("Rank of the adapter.", DEFAULT_R)
     lora_alpha: float = option("The update is scaled by lora_alpha / r.", 32)
     lora_dropout: float | None = option(
@@ -148,7 +153,7 @@ class TrainConfig:
         "Tokens whose embeddings are trained: numbers with commas.", None, typed=str
     )
     seed: int = option("For the adapter's first values, the order of the rows, and dropout.", 0)
-    epochs: int = option("Times through the data.", 3)
+    epochs: float = option("Times through the data; 0.5 is half of it.", 3)
     max_steps: int | None = option("Optimiser steps, in place of epochs.", None)
     batch_size: int = option("Rows a process takes at once.", 8)
     gradient_accumulation_steps: int = option("Batches an optimiser step.", 1)
@@ -191,6 +196,12 @@ class TrainConfig:
     resume: bool = option("Go on from the newest checkpoint; without one, start afresh.", False)
     resume_from: int | None = option("Go on from the checkpoint of this step; later ones are removed.", None)
     overwrite: bool = option("Replace what the output folder holds.", False)
+    report_to: str | list[str] = option(
+        "Where each step's figures go, too, by way of accelerate, with commas: tensorboard, wandb, ...",
+        "none",
+        typed=str,
+    )
+    run_name: str | None = option("What the run is called there. [default: the output folder's name]", None)
     accelerate: bool = option(
         "Run LoRA and frozen layers, norms, MLPs and attention by fastlora, or leave them to PEFT, transformers and torch.",
         True,
@@ -227,6 +238,10 @@ class TrainConfig:
                 re.compile(self.target_modules)
             except re.error as error:
                 raise ValueError(f"target_modules={self.target_modules!r}: no regular expression: {error}") from None
+        if not 0 < self.epochs <= MOST:
+            raise ValueError(f"epochs={shown(self.epochs)}: expected more than 0 and at most {MOST}")
+        if self.run_name == "":
+            raise ValueError("run_name='' is empty")
         if self.resume_from is not None:
             self.resume = True
         if self.resume and self.overwrite:
@@ -239,6 +254,8 @@ class TrainConfig:
         self.model = str(self.model)
         if Path(self.model).is_dir():
             self.model = str(Path(self.model).resolve())  # the adapter's files name it
+        if self.init_adapter is not None:
+            self.init_adapter = str(Path(self.init_adapter).resolve())  # a resumed run may begin in another folder
 
     def _check_method(self) -> None:
         for name, methods in OPTIONS_OF.items():
@@ -251,8 +268,13 @@ class TrainConfig:
                 f"prompt_tuning_init={self.prompt_tuning_init}: expected prompt_tuning_init_text with TEXT, and with no other"
             )
         for method, name in (("tokens", "token_indices"), ("peft", "peft_config")):
-            if self.method == method and not getattr(self, name):
+            if self.method == method and not getattr(self, name) and self.init_adapter is None:
                 raise ValueError(f"{name}: method={method} needs one, got none")
+        if self.init_adapter is not None and (self.method in WHOLE or self.peft_config is not None):
+            other = f"method={self.method}" if self.method in WHOLE else f"peft_config={self.peft_config}"
+            raise ValueError(
+                f"init_adapter={self.init_adapter}: expected none beside {other}, it has a method of its own"
+            )
         if self.token_indices and not all(0 <= token <= MOST for token in self.token_indices):
             raise ValueError(f"token_indices={shown(self.token_indices)}: expected tokens, 0 or more")
         if self.encoder_hidden_size is not None and self.method == "prefix" and not self.prefix_projection:
@@ -293,7 +315,7 @@ class TrainConfig:
 
     def _check_numbers(self) -> None:
         counts = (
-            *("max_samples", "epochs", "max_steps", "batch_size", "gradient_accumulation_steps"),
+            *("max_samples", "max_steps", "batch_size", "gradient_accumulation_steps"),
             *("save_steps", "resume_from"),
         )
         allocated = ("r", "reduction_factor", "num_virtual_tokens", "encoder_hidden_size")

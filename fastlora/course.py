@@ -53,7 +53,8 @@ class Course:
         self.config, self.rows, self.processes = config, rows, processes
         self.rows_per_step = config.batch_size * config.gradient_accumulation_steps * processes
         self.steps_per_epoch = math.ceil(len(rows) / self.rows_per_step)
-        self.steps = config.max_steps or config.epochs * self.steps_per_epoch
+        # Rounded, since 0.7 * 10 is a little more than 7.
+        self.steps = config.max_steps or max(1, math.ceil(round(config.epochs * self.steps_per_epoch, 6)))
         self._order: tuple[int, list[int]] = (-1, [])
 
     def step_rows(self, step: int) -> list[Row]:

@@ -47,12 +47,7 @@ def load_base(path: str, dtype: torch.dtype | None, device: torch.device, bits: 
     """
     from transformers import AutoModelForCausalLM
 
-    config = _base_config(path)
-    if config.is_encoder_decoder:
-        raise ValueError(
-            f"model={path}: expected a decoder, got an encoder-decoder model"
-            " (transformers' trainers take it, with fastlora.accelerate)"
-        )
+    _decoder_config(path)
     options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told below
     if bits is not None:
         options |= {"quantization_config": _quantisation(bits, dtype), "device_map": {"": device}}
@@ -72,6 +67,46 @@ def load_base(path: str, dtype: torch.dtype | None, device: torch.device, bits: 
     if not fits(ends, int | list[int] | None):
         raise ValueError(f"model={path}: generation_config.json: eos_token_id: expected tokens, got {shown(ends)}")
     return model if bits is not None else model.to(device)
+
+
+def empty_base(path: str, dtype: torch.dtype | None, device: torch.device, bits: int | None = None) -> Any:
+    """`load_base`'s model with the files of its weights unread: for a look at its parts. Its matrices are memory that nobody has written to, and
+    that the system therefore has not given yet; its vectors are ones.
+
+    Args:
+        device, bits: unused: it is on the CPU, and its layers are plain.
+
+    Raises:
+        OSError, ValueError: as `load_base`, as far as config.json tells.
+    """
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    config = _decoder_config(path)
+    chosen = dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
+    with _named(path, "the model"), init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=False)
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                values = (
+                    torch.empty(weight.shape, dtype=weight.dtype)
+                    if weight.dim() > 1
+                    else torch.ones(weight.shape, dtype=weight.dtype)
+                )
+                module._parameters[name] = torch.nn.Parameter(values, requires_grad=weight.requires_grad)
+    model.tie_weights()
+    return model
+
+
+def _decoder_config(path: str) -> Any:
+    config = _base_config(path)
+    if config.is_encoder_decoder:
+        raise ValueError(
+            f"model={path}: expected a decoder, got an encoder-decoder model"
+            " (transformers' trainers take it, with fastlora.accelerate)"
+        )
+    return config
 
 
 def require_bitsandbytes(bits: int) -> None:

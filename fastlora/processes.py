@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 
-from fastlora import writing
+from fastlora import tracking, writing
 from fastlora.config import TrainConfig
 from fastlora.course import TrainingError
 from fastlora.models import blocks
@@ -35,7 +35,8 @@ def begin(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
     """This process among the others, and the options: fsdp is True where the launcher says FSDP2.
 
     Raises:
-        ValueError: the launcher, or fsdp, asks for what cannot be done; the message says what can.
+        ValueError: the launcher, or fsdp, asks for what cannot be done; the message says what can. As `tracking.names`.
+        ImportError: as `tracking.names`.
     """
     for name, why in FOREIGN.items():
         if _is_set(name):
@@ -44,7 +45,7 @@ def begin(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
         if os.environ.get("FSDP_VERSION") != "2":
             raise ValueError("FSDP_VERSION: the launcher says FSDP of the first version: expected --fsdp_version 2")
         config = replace(config, fsdp=True)
-    accelerator = Accelerator(mixed_precision="no")
+    accelerator = tracking.accelerator(config)
     if config.fsdp and accelerator.num_processes == 1:
         raise ValueError("fsdp=True: expected several processes (torchrun or accelerate launch), got one")
     return accelerator, config

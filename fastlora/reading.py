@@ -1,9 +1,13 @@
-"""JSON that strangers wrote: an object of bounded size and depth, or one ValueError that says what is wrong."""
+"""JSON and YAML that strangers wrote: a value of bounded size and depth, or one ValueError that says what is wrong."""
 
 import json
+import re
+from collections.abc import Hashable
 from itertools import chain
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 LARGEST = 1 << 24  # bytes of a file that is read at all
 DEEPEST = 32  # lists and objects within one another
@@ -67,3 +71,45 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _refuse(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
+
+
+FLOAT = "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+"""What YAML 1.2 takes for a number and PyYAML for a text, as it is resolved: 1e-4."""
+
+
+class _Loader(yaml.SafeLoader):
+    """A mapping's keys are strings, each there once, and 1e-4 is a number."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
+            if not isinstance(key.value, str):
+                raise ValueError("a field's name is a list or a mapping, expected a text")
+            if key.value in seen:
+                raise ValueError(f"the field {key.value[:40]!r} is there twice")
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # a few of them make a list of any size
+            raise ValueError("an alias (*) is not taken")
+        return super().compose_node(parent, index)
+
+
+_Loader.add_implicit_resolver(*FLOAT)
+
+
+def yaml_file(path: Path) -> Any:
+    """The value in a file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it has more than LARGEST bytes, is not UTF-8 or no YAML, or has a tag of Python's, an alias, or a field twice.
+    """
+    size = path.stat().st_size
+    if size > LARGEST:
+        raise ValueError(f"has {size:,} bytes, expected at most {LARGEST:,}")
+    try:
+        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(" ".join(str(error).split())) from None

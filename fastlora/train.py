@@ -12,8 +12,8 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, fields, replace
 from functools import partial
 from hashlib import sha256
@@ -34,11 +34,15 @@ from fastlora import (
     metrics,
     neftune,
     optimisers,
+    options,
     page,
     processes,
+    resuming,
     sharing,
     summary,
+    tracking,
     trainable,
+    warm_start,
     writing,
 )
 from fastlora.checkpoint import Checkpoint, CheckpointError
@@ -56,18 +60,19 @@ from fastlora.course import (
 from fastlora.data.rows import Encoded, Row, collate, pad_token_id
 from fastlora.data.sources import local_files
 from fastlora.language_model_loss import LanguageModelLoss
-from fastlora.models import load_tokenizer, require_bitsandbytes, require_positions, resolve_dtype
+from fastlora.models import load_base, load_tokenizer, require_bitsandbytes, require_positions, resolve_dtype
 from fastlora.peft import reporting
 from fastlora.progress import Bar, Limit
 from fastlora.summary import TrainResult
-from fastlora.typed import listed
+from fastlora.typed import lined_up, listed
 
 logger = logging.getLogger("fastlora")
 
 # Data and how it is cut are compared by the rows' tokens.
 MAY_DIFFER_ON_RESUME = {
     *("data", "columns", "max_samples", "streaming", "truncation", "train_on_turns", "completion_only_loss"),
-    *("output", "save_steps", "resume", "resume_from", "overwrite"),
+    *("output", "save_steps", "resume", "resume_from", "overwrite", "report_to", "run_name"),
+    *resuming.LENGTH,
 }
 
 
@@ -87,34 +92,44 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         ValueError: the output is the base model's folder; resume was asked for with other options or data than the
             checkpoint's; a name in target_modules matches nothing; compile, and there is no C++ compiler; the model's files are damaged; what
             started the processes asks for what cannot be done (processes.py).
-        ImportError: load_in_4bit or load_in_8bit, and there is no bitsandbytes.
+        ImportError: load_in_4bit or load_in_8bit, and there is no bitsandbytes; a package of report_to's is missing.
         OSError: the data or the model is not there, or the output folder cannot be written into.
         TrainingError: the loss or the gradient is not finite, no gradient reaches any trained weight, or the disk is full;
             or another process has ended.
         TrainingInterrupted: Ctrl-C or SIGTERM, after the checkpoint.
     """
-    output = Path(config.output)
-    if config.compile:
-        trainable.require_compiler()
-    if config.bits is not None:
-        require_bitsandbytes(config.bits)
-    writing.require_apart(output, model=str(config.model))
+    require_possible(config)
     accelerator, config = processes.begin(config)
-    with processes.holding(accelerator, output, partial(_require_free, config)):
-        with processes.as_one(accelerator):
-            saved = _newest(config) if config.resume else None
-            tokenizer = load_tokenizer(str(config.model))
-            data = read_rows(config, tokenizer)
-        run = _Run(config, data, tokenizer, accelerator, saved)
-        if progress:
-            run.announce()
+    with processes.holding(accelerator, Path(config.output), partial(require_free, config)):
+        run = begin(config, accelerator, load_base)
+        if progress and accelerator.is_main_process:
+            print(*lined_up(run.told()), sep="\n", file=sys.stderr)
         run.claim_output()
-        with stop_signals() as stop:
+        with tracking.reporting(accelerator, run.config), stop_signals() as stop:
             run.loop(stop, progress)
         return run.finish()
 
 
-def _require_free(config: TrainConfig) -> None:
+def require_possible(config: TrainConfig) -> None:
+    """Raise what `train` raises before it reads anything."""
+    if config.compile:
+        trainable.require_compiler()
+    if config.bits is not None:
+        require_bitsandbytes(config.bits)
+    writing.require_apart(Path(config.output), model=str(config.model))
+
+
+def begin(config: TrainConfig, accelerator: Accelerator, load: Callable[..., Any]) -> "_Run":
+    """A run before its first step, or before the next one. load: as `load_base`."""
+    with processes.as_one(accelerator):
+        saved = resuming.newest(config) if config.resume else None
+        config = warm_start.resolved(config, saved.folder if saved else None)
+        tokenizer = load_tokenizer(str(config.model))
+        data = read_rows(config, tokenizer)
+    return _Run(config, data, tokenizer, accelerator, saved, load)
+
+
+def require_free(config: TrainConfig) -> None:
     """Nothing in the output folder is replaced that this run does not go on from, unless that was asked for."""
     output = Path(config.output)
     writing.require_files(output)
@@ -130,7 +145,7 @@ def _require_free(config: TrainConfig) -> None:
         return
     # All that is left by a run that ended before its first checkpoint; an empty one by a run that ended in its first step.
     if metrics.NAME in held and (config.resume or not (output / metrics.NAME).stat().st_size):
-        held.remove(metrics.NAME)
+        held = [name for name in held if name not in (metrics.NAME, options.NAME)]
     problem = ""
     if steps:
         problem = (
@@ -145,36 +160,17 @@ def _require_free(config: TrainConfig) -> None:
         raise FileExistsError(f"output={output} {problem}")
 
 
-def _newest(config: TrainConfig) -> Checkpoint | None:
-    """The checkpoint to go on from; None where there is none yet."""
-    output = Path(config.output)
-    steps = checkpoint.steps(output)
-    if config.resume_from is not None:
-        if config.resume_from not in steps:
-            there = listed([str(step) for step in steps]) or "none"
-            raise ValueError(
-                f"resume_from={config.resume_from}: expected the step of a checkpoint in {output}: {there}"
-            )
-        return checkpoint.read(checkpoint.folder(output, config.resume_from))
-    if not steps:
-        return None
-    *older, newest = steps
-    try:
-        return checkpoint.read(checkpoint.folder(output, newest))
-    except CheckpointError as error:
-        way_out = "no other checkpoint is whole: overwrite=True starts again"
-        for step in older:
-            with suppress(CheckpointError):
-                checkpoint.verify(checkpoint.folder(output, step))
-                way_out = f"the one before it is whole: resume_from={step} goes on from there"
-        raise CheckpointError(f"{error}; {way_out}") from error
-
-
 class _Run:
     """One run: the model, and all else that a checkpoint holds."""
 
     def __init__(
-        self, config: TrainConfig, data: Encoded, tokenizer: Any, accelerator: Accelerator, saved: Checkpoint | None
+        self,
+        config: TrainConfig,
+        data: Encoded,
+        tokenizer: Any,
+        accelerator: Accelerator,
+        saved: Checkpoint | None,
+        load: Callable[..., Any],
     ) -> None:
         self.config, self.data, self.tokenizer = config, data, tokenizer
         self.output = Path(config.output)
@@ -186,12 +182,13 @@ class _Run:
         self.setup = self._setup()
         self.files = summary.data_files(config, data.examples)
         self.records: list[dict[str, Any]] = []  # of the steps that were done before this run
+        self.steps_before = self.course.steps  # as many as the run was to have that this one goes on with
         if saved:
-            _require_same(saved, self.setup, self.course.steps)
+            self.steps_before = _require_same(saved, self.setup, self.course)
             self.records = metrics.read(self.output, saved.training.step)
             table.load_state(saved.state["tuned"])
         set_seed(config.seed)
-        self.model = trainable.build(config, self.dtype, self.accelerator.device, saved.folder if saved else None)
+        self.model = trainable.build(config, self.dtype, accelerator.device, saved.folder if saved else None, load)
         require_positions(self.model, data.rows)
         self.model.train()
         # The adapter's first values are the same on all processes; dropout is each one's own.
@@ -212,9 +209,13 @@ class _Run:
         if self.config.method not in (*RANKED, *WHOLE):
             checkpoint.load_weights(saved.folder, self.trained)
         path = saved.folder / "state.pt"
-        optim, rate = self.optimizer, self.scheduler
-        optimisers.load_state(path, saved.state, self.step, self.trained, optim, rate, self.config.optim)
-        optimisers.load_scaler(path, saved.state["scaler"], self.scaler)
+        extended = self.steps_before != self.course.steps
+        rate = optimisers.scheduler(self.config, self.optimizer, self.steps_before) if extended else self.scheduler
+        state, optim = saved.state, self.optimizer
+        optimisers.load_state(path, state, self.step, self.trained, optim, rate, self.config.optim)
+        if extended:
+            resuming.go_on(self.optimizer, self.scheduler, self.step)
+        optimisers.load_scaler(path, state["scaler"], self.scaler)
         self.tokens = int(self.records[-1]["tokens"])
         checkpoint.set_rng_state(saved.state["rng"][self.accelerator.process_index])
 
@@ -238,11 +239,10 @@ class _Run:
             if self.accelerator.is_main_process:
                 checkpoint.clear(self.output, after=self.step)
                 metrics.write(self.output, self.records)
+                options.write(self.output, self.config)
 
-    def announce(self) -> None:
-        """Say on stderr what is about to run."""
-        if not self.accelerator.is_main_process:
-            return
+    def told(self) -> dict[str, str]:
+        """What is about to run, for people."""
         config, rows, course = self.config, self.data, self.course
         trained, parameters = _count(self.trained.values()), _count(self.model.parameters())
         lines = {
@@ -254,10 +254,13 @@ class _Run:
             "device": f"{self.accelerator.device}, {table.name_of(self.dtype)}, {self.setup['threads']} thread{'s' * (self.setup['threads'] > 1)}"
             + (f", {self.setup['processes']} processes" if self.setup["processes"] > 1 else ""),
         }
+        if self.steps_before != course.steps:
+            lines["extended"] = (
+                f"from {self.steps_before:,} steps: from step {self.step + 1:,} on {config.lr_scheduler_type} is that of {course.steps:,}"
+            )
         runs = trainable.implementations(self.model, config)
         lines["runs"] = ", ".join(f"{count} {name}" for name, count in runs.items()) or "plain PyTorch"
-        width = max(map(len, lines))
-        print(*(f"{name:{width}}  {value}" for name, value in lines.items()), sep="\n", file=sys.stderr)
+        return lines
 
     def loop(self, stop: threading.Event, progress: bool) -> None:
         """Go on to the last step, with metrics and checkpoints; a stop that was asked for ends it after a step."""
@@ -271,6 +274,7 @@ class _Run:
                 with processes.as_one(self.accelerator), self._writing(metrics.NAME):
                     if self.accelerator.is_main_process:
                         metrics.add(self.output, record)
+                tracking.report(self.accelerator, record)
                 bar.tell(record, rows, limit)
                 if stopped or self.step % self.config.save_steps == 0 or self.step == self.course.steps:
                     self._save_checkpoint()
@@ -481,10 +485,11 @@ def _count(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
 
 
-def _require_same(saved: Checkpoint, now: dict[str, Any], steps: int) -> None:
-    """
+def _require_same(saved: Checkpoint, now: dict[str, Any], course: Course) -> int:
+    """The steps that the run was to have that a checkpoint is of.
+
     Raises:
-        ValueError: the checkpoint belongs to no run like this one, of that many steps.
+        ValueError: it belongs to no run like this one, or to a longer one.
     """
     then, path = saved.training, saved.folder / "training.json"
     names = {field.name for field in fields(TrainConfig)}
@@ -510,8 +515,10 @@ def _require_same(saved: Checkpoint, now: dict[str, Any], steps: int) -> None:
             raise ValueError(
                 f"{saved.folder} was written with {name} {getattr(then, name)}, expected the same, got {now[name]}"
             )
+    steps = resuming.steps_before(then.config, saved.folder, course)
     if then.step > steps:
         raise CheckpointError(f"{path}: step={then.step}: expected at most {steps}, the steps of the whole run")
     if then.threads != now["threads"]:
         text = "%s was written with %d threads, this run has %d: the last bits may differ from an uninterrupted run's"
         logger.warning(text, saved.folder, then.threads, now["threads"])
+    return steps

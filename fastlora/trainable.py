@@ -4,20 +4,29 @@ import os
 import re
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastlora import adapters
+from fastlora import adapters, warm_start
 from fastlora.config import OPTIONS_OF, RANKED, WHOLE, TrainConfig
 from fastlora.models import blocks, load_base
 from fastlora.peft import accelerate, quantised
 from fastlora.typed import listed
 
 
-def build(config: TrainConfig, dtype: torch.dtype, device: torch.device, resume_from: Path | None) -> Any:
+def build(
+    config: TrainConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    resume_from: Path | None,
+    load: Callable[..., Any] = load_base,
+) -> Any:
     """The model with what is trained of it requiring gradients: a new adapter, or the whole of it; or a checkpoint's.
+
+    load: as `load_base`.
 
     Raises:
         ValueError: a name in target_modules matches nothing, or no layer; compile, and transformers does not say what the layers are;
@@ -25,13 +34,13 @@ def build(config: TrainConfig, dtype: torch.dtype, device: torch.device, resume_
         OSError, ValueError: as `load_base`.
     """
     if config.method in WHOLE:
-        model = load_base(str(resume_from or config.model), torch.float32, device)
+        model = load(str(resume_from or config.model), torch.float32, device)
         if config.method == "bitfit":
             _train_biases(model)
         if config.accelerate:
             accelerate(model, frozen=config.method == "bitfit", fuse=True, share_prefix=config.share_prefix)
     else:
-        base = load_base(str(config.model), dtype, device, config.bits)
+        base = load(str(config.model), dtype, device, config.bits)
         for module in base.modules():
             quantised.hold(module)  # it may be asked in eval mode, and must have a gradient afterwards
         model = _add_adapter(base, config, resume_from)
@@ -111,7 +120,9 @@ def _add_adapter(model: Any, config: TrainConfig, resume_from: Path | None) -> A
     """A new adapter on the model, or a checkpoint's. LoRA's own file holds all that is trained; of the others the run restores it by name."""
     from peft import get_peft_model
 
-    if resume_from and config.method in RANKED:
+    if config.init_adapter is not None:
+        model = warm_start.begun(model, config, resume_from)
+    elif resume_from and config.method in RANKED:
         model = adapters.load(model, {"default": adapters.read(resume_from)}, is_trainable=True)
     else:
         new = peft_config(model, config)

@@ -3,7 +3,7 @@
 import functools
 import math
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 SHOWN = 80  # characters of a wrong value
@@ -71,6 +71,12 @@ def listed(names: Sequence[str]) -> str:
     """Names as messages list them: not all of very many."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(names[:LISTED]) + more
+
+
+def lined_up(told: Mapping[str, str]) -> list[str]:
+    """Lines for people, a name and what it is each."""
+    width = max(map(len, told))
+    return [f"{name:{width}}  {value}" for name, value in told.items()]
 
 
 def spelt(hint: Any) -> str:

@@ -39,6 +39,7 @@ RESULTS = (
     "metrics.jsonl",
     "loss.png",
     "report.html",
+    "config.yaml",
 )
 """What a training may write into its output folder, checkpoints aside."""
 

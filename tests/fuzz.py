@@ -598,6 +598,35 @@ def read_sweep(folder: Path, files: Files) -> None:
         assert str(folder) in str(error), error
 
 
+# Options from a file
+
+
+def options_files() -> Files:
+    yaml = "model: m\nlearning-rate: 1e-3\ntarget_modules: [q_proj, v_proj]\nmax_steps: null\n"
+    toml = 'model = "m"\nlr = 1e-3\n"target-modules" = ["q_proj"]\nresume = true\n'
+    return {"run.yaml": yaml.encode(), "run.toml": toml.encode(), "run.json": b'{"model": "m", "lr": 1e-3, "r": 4}'}
+
+
+def read_options(folder: Path, files: Files) -> None:
+    from dataclasses import fields
+
+    from fastlora import options
+    from fastlora.config import TrainConfig
+
+    known = [field.name for field in fields(TrainConfig)]
+    for name in files:
+        try:
+            given = options.read(folder / name, known)
+        except ValueError as error:
+            assert name in str(error), error
+            continue
+        assert given.values.keys() <= set(known) and given.lines.keys() <= given.values.keys(), given
+        try:
+            TrainConfig(**{"model": "m", "data": "d", "output": "o", **given.values})
+        except (TypeError, ValueError) as error:
+            assert len(str(error)) < 1000, error
+
+
 TARGETS: dict[str, Target] = {
     "table": Target(table_files, change_files, read_table),
     "examples": Target(examples_files, change_lines, read_lines),
@@ -607,6 +636,7 @@ TARGETS: dict[str, Target] = {
     "checkpoint": Target(checkpoint_files, change_checkpoint, read_checkpoint),
     "optimiser": Target(optimiser_files, change_optimiser, read_optimiser),
     "jobs": Target(jobs_files, change_jobs, read_jobs),
+    "options": Target(options_files, change_files, read_options),
     "sweep": Target(sweep_files, partial(change_checkpoint, names=("sweep.json", "state.pt")), read_sweep),
 }
 

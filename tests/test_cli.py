@@ -34,6 +34,8 @@ from fastlora.models import load_model
 from fastlora.ops import ImplementationError
 from fastlora.train import TrainingError
 
+OF_TRAIN = ("dry_run", "config")
+"""What `fastlora train` has besides TrainConfig's fields: whether to train, and a file of them."""
 PROMPT = "The fox sings. What does the fox do?"
 
 
@@ -75,7 +77,8 @@ def test_options_and_defaults_are_the_functions(command, function):
     """All but TrainConfig's stand twice: what has them first takes seconds to import, and --help must not."""
     options, arguments = (inspect.signature(one).parameters for one in (command, function))
     common = [name for name in arguments if name in options]
-    assert len(common) >= 4 and (function is not TrainConfig or options.keys() == arguments.keys())
+    assert len(common) >= 4
+    assert function is not TrainConfig or [*options] == [*arguments, *OF_TRAIN, "context"]
     for name in common:
         told, own = options[name].default, arguments[name].default
         assert told == own or inspect.Parameter.empty in (told, own), name
@@ -83,7 +86,9 @@ def test_options_and_defaults_are_the_functions(command, function):
 
 def test_an_option_of_training_is_its_field():
     command = get_command(app).commands["train"]
-    for field, option in zip(fields(TrainConfig), command.params, strict=True):
+    own, more = command.params[: -len(OF_TRAIN)], command.params[-len(OF_TRAIN) :]
+    assert [option.name for option in more] == [*OF_TRAIN]
+    for field, option in zip(fields(TrainConfig), own, strict=True):
         assert (option.name, option.help) == (field.name, field.metadata["help"])
         spelt = f"--{field.name.replace('_', '-')}"
         assert option.opts == [spelt] and option.required == (field.default is MISSING)

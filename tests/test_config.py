@@ -50,7 +50,7 @@ def test_every_option_is_held_to_its_type(name):
         ("r", "16", "r='16': expected int, got str"),
         ("batch_size", 2.5, "batch_size=2.5: expected int, got float"),
         ("lora_alpha", "x", "lora_alpha='x': expected float, got str"),
-        ("epochs", True, "epochs=True: expected int, got bool"),
+        ("epochs", True, "epochs=True: expected float, got bool"),
         ("target_modules", ["q_proj", 3], r"target_modules=\['q_proj', 3\]: expected str or a list of str, got list"),
         ("max_steps", "all", "max_steps='all': expected int or None, got str"),
         ("data", 3, "data=3: expected str or Path or a list of str, got int"),
@@ -70,6 +70,8 @@ def test_a_wrong_type_says_what_was_expected(option, value, message):
         ("r", 2**16 + 1),  # no reader of adapters takes more
         ("r", 2**31),
         ("epochs", 0),
+        ("epochs", math.nan),
+        ("epochs", 10**5000),
         ("max_steps", -1),
         ("batch_size", 10**5000),
         ("max_length", 1),

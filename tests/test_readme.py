@@ -16,6 +16,7 @@ from typer.main import get_command
 
 import fastlora
 from fastlora.cli import app
+from fastlora.options import ALIASES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -52,9 +53,10 @@ def test_options_are_there() -> None:
     commands: Any = get_command(app)
     every = [parameter for one in commands.commands.values() for parameter in one.params]
     known = {option for one in every for option in (*one.opts, *one.secondary_opts)}
+    known |= {f"--{name.replace('_', '-')}" for name in ALIASES}
     for file in ("benchmarks/__main__.py", "benchmarks/gpu.sh"):
         known.update(re.findall(r"--[a-z-]+", (ROOT / file).read_text()))
-    others = {"--nproc-per-node", "--shutdown-timeout", "--config"}  # torchrun's and torchtune's
+    others = {"--nproc-per-node", "--shutdown-timeout"}  # torchrun's
     others |= {"--multi-gpu", "--num-processes", "--use-fsdp", "--fsdp-version"}  # accelerate's
     others |= {"--enable-lora", "--lora-modules", "--max-lora-rank"}  # vLLM's
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", ALL)) - others

@@ -83,7 +83,7 @@ def test_a_file_lists_jobs_with_options_of_their_own(tmp_path):
         ("r: 4\n", "expected a list of jobs"),
         ("[]", "expected a list of jobs"),
         ("- 4\n", "expected a list of jobs"),
-        ("- r: 4\n  r: 8\n", "no YAML list of jobs .*'r' is no name, or there twice"),
+        ("- r: 4\n  r: 8\n", "no YAML list of jobs .*'r' is there twice"),
         ("- 4: r\n", "job 1: 4: expected one of"),
         ("- &a {r: 4}\n- *a\n", r"no YAML list of jobs .*an alias \(\*\) is not taken"),
         ("- {r: 4\n", "no YAML list of jobs"),

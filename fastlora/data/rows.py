@@ -133,13 +133,14 @@ def encode(
     _warn_of_cuts(encoded, max_length)
     if unended:
         example, row = unended[0]
+        text = marked(row, tokenizer)
         logger.warning(
             "the chat template's {%% generation %%} block leaves the end token out in %d of %d rows: the model may not learn"
             " to stop. The first, %s, [[what counts]]: %s",
             len(unended),
             len(examples),
             example.source,
-            _marked(row, tokenizer),
+            repr(text if len(text) <= SHOWN_CHARACTERS else "..." + text[-SHOWN_CHARACTERS:]),
         )
     return encoded
 
@@ -387,14 +388,13 @@ def _special_ids(tokenizer: Any) -> set[int]:
     return (added | set(tokenizer.all_special_ids)) - {tokenizer.unk_token_id} | {tokenizer.eos_token_id}
 
 
-def _marked(row: Row, tokenizer: Any) -> str:
-    """The end of a row's text, with [[ ]] around what counts."""
+def marked(row: Row, tokenizer: Any) -> str:
+    """A row's text as its tokens have it, with [[ ]] around what counts in the loss."""
     text, position = "", 0
     for start, stop in _runs([label != IGNORE for label in row.labels]):
         text += _decode(tokenizer, row.input_ids[position:start])
         text, position = f"{text}[[{_decode(tokenizer, row.input_ids[start:stop])}]]", stop
-    text += _decode(tokenizer, row.input_ids[position:])
-    return repr(text if len(text) <= SHOWN_CHARACTERS else "..." + text[-SHOWN_CHARACTERS:])
+    return text + _decode(tokenizer, row.input_ids[position:])
 
 
 def _labels_end(row: Row) -> int:

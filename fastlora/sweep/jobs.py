@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastlora import reading
 from fastlora.config import DEFAULT_LR, DEFAULT_R, MOST, Dtype, TrainConfig, as_train, option
 from fastlora.data.rows import Truncation, Turns
@@ -71,7 +69,7 @@ class Sweep:
         typed=str,
     )
     use_rslora: bool = as_train("use_rslora")
-    epochs: int = as_train("epochs")
+    epochs: float = as_train("epochs")
     max_steps: int | None = as_train("max_steps")
     batch_size: int = option("Rows of a job that a step takes.", 8)
     max_length: int = as_train("max_length")
@@ -211,38 +209,13 @@ def _job(given: Sweep, options: dict[str, Any]) -> Job:
     return Job(name, config, tuple(eval_data) if isinstance(eval_data, list) else Path(eval_data), patience)
 
 
-class _Loader(yaml.SafeLoader):
-    """A mapping's keys are strings, each there once, and 1e-4 is a number."""
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Hashable, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
-            if not isinstance(key.value, str) or key.value in seen:
-                raise ValueError(f"the field {shown(key.value)} is no name, or there twice")
-            seen.add(key.value)
-        return super().construct_mapping(node, deep)
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):  # a few of them make a list of any size
-            raise ValueError("an alias (*) is not taken")
-        return super().compose_node(parent, index)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
 def _read(path: Path) -> list[dict[str, Any]]:
     try:
-        size = path.stat().st_size
-        if size > reading.LARGEST:
-            raise ValueError(f"has {size:,} bytes, expected at most {reading.LARGEST:,}")
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+        content = reading.yaml_file(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"jobs: there is no file {path}") from None
-    except (ValueError, yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f"jobs={path}: no YAML list of jobs ({' '.join(str(error).split())})") from None
+    except ValueError as error:
+        raise ValueError(f"jobs={path}: no YAML list of jobs ({error})") from None
     if not isinstance(content, list) or not content or not all(isinstance(one, dict) for one in content):
         raise ValueError(f"jobs={path}: expected a list of jobs, each with options of `fastlora train`")
     return content

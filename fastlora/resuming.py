@@ -1,0 +1,79 @@
+"""What a run goes on from, and for how long.
+
+A resumed run may be longer than it was to be: more epochs or steps. Up to the checkpoint nothing changes, from there on its schedule is the longer
+run's. Under a constant learning rate that is the run which was as long from the start, bit for bit: rows, dropout and optimiser know nothing of a
+run's end.
+"""
+
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlora import checkpoint
+from fastlora.checkpoint import Checkpoint, CheckpointError
+from fastlora.config import TrainConfig
+from fastlora.course import Course
+from fastlora.typed import listed
+
+LENGTH = ("epochs", "max_steps")
+"""The options that say how long a run is."""
+
+
+def newest(config: TrainConfig) -> Checkpoint | None:
+    """The checkpoint to go on from; None where there is none yet."""
+    output = Path(config.output)
+    steps = checkpoint.steps(output)
+    if config.resume_from is not None:
+        if config.resume_from not in steps:
+            there = listed([str(step) for step in steps]) or "none"
+            raise ValueError(
+                f"resume_from={config.resume_from}: expected the step of a checkpoint in {output}: {there}"
+            )
+        return checkpoint.read(checkpoint.folder(output, config.resume_from))
+    if not steps:
+        return None
+    *older, newest = steps
+    try:
+        return checkpoint.read(checkpoint.folder(output, newest))
+    except CheckpointError as error:
+        way_out = "no other checkpoint is whole: overwrite=True starts again"
+        for step in older:
+            with suppress(CheckpointError):
+                checkpoint.verify(checkpoint.folder(output, step))
+                way_out = f"the one before it is whole: resume_from={step} goes on from there"
+        raise CheckpointError(f"{error}; {way_out}") from error
+
+
+def steps_before(then: Mapping[str, Any], folder: Path, course: Course) -> int:
+    """How many steps the run was to have that a checkpoint is of.
+
+    Args:
+        then: its options.
+        folder: the checkpoint's, for messages.
+        course: of the run that goes on.
+
+    Raises:
+        ValueError: this one is shorter.
+    """
+    config: TrainConfig = course.config
+    same = all(then[name] == getattr(config, name) for name in LENGTH)
+    before = Course(replace(config, **{name: then[name] for name in LENGTH}), course.rows, course.processes).steps
+    if same or course.steps >= before:
+        return before
+    name = "epochs" if config.max_steps is None else "max_steps"
+    raise ValueError(
+        f"{name}={getattr(config, name)!r}: makes {course.steps} steps, expected the {before} of {folder} or more"
+    )
+
+
+def go_on(optimizer: torch.optim.Optimizer, scheduler: Any, step: int) -> None:
+    """Take a schedule, and the optimiser's rates, to where they are after a step."""
+    rates = [base * rate(step) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+    done = {"last_epoch": step, "_step_count": step + 1, "_last_lr": rates}
+    scheduler.load_state_dict({**scheduler.state_dict(), **done})
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
