@@ -323,7 +323,7 @@ def _parse_data(options: dict[str, Any]) -> None:
     from fastlora.data.examples import parse_columns
     from fastlora.data.sources import one_or_several
 
-    for name in {"data", "eval_data", "retain_data"} & options.keys():
+    for name in {"data", "eval_data", "test_data", "retain_data"} & options.keys():
         options[name] = one_or_several(options[name]) or None
     if isinstance(options["columns"], str):
         options["columns"] = parse_columns(options["columns"])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -89,6 +90,15 @@ def test_rates_are_chosen_on_some_rows_and_told_on_others(
     path.write_text(json.dumps({name: setup[name] for name in setup if name != "test_data"}))
     with pytest.raises(ValueError, match=re.escape(f"{path}: no comparison of this version of fastlora")):
         compare(replace(given, output=tmp_path / "two"))
+
+
+def test_a_runs_process_is_as_silent_as_this_one() -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="nothing to see")
+        filters = list(warnings.filters)
+    with warnings.catch_warnings(action="error"):
+        comparison._warn_of(filters)
+        warnings.warn("nothing to see", stacklevel=1)
 
 
 def test_the_best_rate_of_each_kind_is_told() -> None:

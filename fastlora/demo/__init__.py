@@ -18,6 +18,7 @@ from fastlora import metrics, writing
 
 if TYPE_CHECKING:
     from fastlora.comparison import Comparison, Outcome
+    from fastlora.config import Method
     from fastlora.demo.tasks import TaskExample
 
 BASE_MODEL = Path(__file__).parents[1] / "assets" / "base"
@@ -26,7 +27,7 @@ COMPARED = "compare"  # what `fastlora compare` leaves
 SEED = 0
 DIALOGUES = {"train": 400, "validation": 100, "test": 100}
 RETAINED = 30  # held-out examples of each other task
-METHODS = ["lora", "full"]
+METHODS: list["Method"] = ["lora", "full"]
 R = 16
 # The output layer, too: the words of summaries never were answers in the base's training, so that their rows in it are as they
 # began. Without it LoRA's training loss ends at 1.4, with it at 0.4.
@@ -129,10 +130,14 @@ def _publish(given: "Comparison", one: "Outcome", output: Path) -> list[float]:
     """Copy what the best run of a method leaves, but its checkpoints, to OUTPUT/METHOD; returns the losses of its steps."""
     from fastlora.comparison import RESULT, RUNS
 
-    run, kept = Path(given.output, RUNS, one.name), shutil.ignore_patterns("checkpoints", RESULT)
-    copy = writing.filled(output, lambda folder: shutil.copytree(run, folder, ignore=kept, dirs_exist_ok=True))
+    run = Path(given.output, RUNS, one.name)
+
+    def fill(folder: Path) -> None:
+        shutil.copytree(run, folder, ignore=shutil.ignore_patterns("checkpoints", RESULT), dirs_exist_ok=True)
+
+    whole = writing.filled(output, fill)
     writing.remove(output / one.method)
-    copy.rename(output / one.method)
+    whole.rename(output / one.method)
     return [record["loss"] for record in metrics.read(run)]
 
 
