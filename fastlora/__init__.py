@@ -44,6 +44,9 @@ ops.implement_later("triton", _load_triton)
 
 if TYPE_CHECKING:
     from fastlora.bank import AdapterBank
+    from fastlora.data.mixture import Mixture
+    from fastlora.data.tasks import Task
+    from fastlora.data.templates import Template, TemplateSet
     from fastlora.peft import accelerate, merged, report, restore
     from fastlora.receipts import receipt
 
@@ -52,8 +55,12 @@ __all__ = [
     "AdapterBank",
     "LoRAConv1D",
     "LoRALinear",
+    "Mixture",
     "MultiLoRALinear",
     "SoftPrompt",
+    "Task",
+    "Template",
+    "TemplateSet",
     "accelerate",
     "functional",
     "merged",
@@ -67,6 +74,9 @@ LATER = {
     **dict.fromkeys(("accelerate", "merged", "report", "restore"), "fastlora.peft"),
     "receipt": "fastlora.receipts",
     "AdapterBank": "fastlora.bank",
+    "Mixture": "fastlora.data.mixture",
+    "Task": "fastlora.data.tasks",
+    **dict.fromkeys(("Template", "TemplateSet"), "fastlora.data.templates"),
 }
 """Where to find what takes seconds to import, as peft does: only who asks for it waits."""
 

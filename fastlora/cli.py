@@ -312,6 +312,7 @@ def train(**options: Any) -> None:
     _parse_data(options)
     options["target_modules"] = _module_names(options["target_modules"])
     options["token_indices"] = _numbers("token_indices", options["token_indices"], int)
+    options["interleave_probs"] = _numbers("interleave_probs", options["interleave_probs"], float)
     dry_run, config = options.pop("dry_run"), TrainConfig(**options)
     result = plan(config) if dry_run else train(config)
     if os.environ.get("RANK", "0") == "0":  # one summary, however many processes torchrun started
@@ -404,7 +405,7 @@ def sweep(**options: Any) -> None:
 @command
 @configured
 def eval_(
-    data: Annotated[list[str], OPTIONS["data"]],
+    data: Annotated[list[str], typer.Option(help="Rows, as of train but for tasks.")],
     columns: Annotated[str | None, OPTIONS["columns"]] = None,
     model: OptionalModelOption = None,
     adapter: Annotated[
@@ -721,6 +722,10 @@ def _shown(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}"
     if isinstance(value, dict):
+        if any(isinstance(one, dict) for one in value.values()):  # each task's rows and loss
+            return "; ".join(
+                f"{name}: {_shown({key: _shown(x) for key, x in one.items()})}" for name, one in value.items()
+            )
         return ", ".join(f"{count} {name}" for name, count in value.items())
     return str(value)
 

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -46,7 +46,7 @@ class Comparison:
     """
 
     model: str | Path = option("Base model: a folder or a hub id.", typed=str)
-    data: str | Path | list[str] = as_train("data")
+    data: str | Path | list[str] = as_train("data", MISSING)
     eval_data: str | Path | list[str] = option(
         "Held-out rows of the same task, from where data may be: the best rate is chosen by them.", typed=list[str]
     )
@@ -310,10 +310,10 @@ def _seconds(folder: Path) -> list[float]:
 def _steps(config: TrainConfig, given: Comparison, folder: Path) -> int | None:
     """The optimiser steps that the budget is worth."""
     if given.max_tokens is not None:
-        from fastlora.course import read_rows
         from fastlora.models import load_tokenizer
+        from fastlora.training_data import read
 
-        rows = read_rows(config, load_tokenizer(str(config.model))).rows
+        rows = read(config, load_tokenizer(str(config.model))).rows
         mean = sum(len(row.input_ids) for row in rows) / len(rows) * min(config.batch_size, len(rows))
         return max(1, round(given.max_tokens / mean))
     if given.max_seconds is not None:

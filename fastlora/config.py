@@ -8,8 +8,9 @@ from typing import Any, Literal
 from fastlora import schedules
 from fastlora.adapters import LARGEST_RANK, is_number
 from fastlora.data.examples import check_reading
+from fastlora.data.mixture import Mixing, check_mixing
 from fastlora.data.rows import Truncation, Turns
-from fastlora.data.sources import one_or_several
+from fastlora.data.sources import each, one_or_several
 from fastlora.typed import check_fields, is_finite, shown
 
 Method = Literal[
@@ -101,12 +102,13 @@ class TrainConfig:
     """
 
     model: str | Path = option("Base model: a folder or a hub id.", typed=str)
-    data: str | Path | list[str] = option(
-        "Rows: a JSONL, JSON, CSV, TSV or Parquet file, a folder or pattern of them, or hf:OWNER/NAME:SPLIT of the hub; may be given several times.",
-        typed=list[str],
-    )
     output: str | Path = option(
         "Folder for the adapter, metrics.jsonl, summary.json, report.html and checkpoints/.", typed=Path
+    )
+    data: str | Path | list[str] | None = option(
+        "Rows: a JSONL, JSON, CSV, TSV or Parquet file, a folder or pattern of them, hf:OWNER/NAME:SPLIT, or a task's YAML; several are mixed.",
+        None,
+        typed=list[str],
     )
     columns: dict[str, str] | None = option(
         "Which column is which field: prompt=question,completion=answer; #1 is a headless file's first.",
@@ -115,6 +117,17 @@ class TrainConfig:
     )
     max_samples: int | None = option("Take only the first so many rows of each of the data.", None)
     streaming: bool = option("Read the hub's data sets row by row, up to max_samples.", False)
+    mixture: str | Path | None = option("YAML of tasks and how they are mixed, in place of data.", None, typed=Path)
+    mixing: Mixing = option(
+        "How often each of several data comes: by its rows, by a root of them, or by interleave_probs.", "proportional"
+    )
+    mixing_maximum: int | None = option("Rows that one counts as, at most: FLAN's cap is 3000.", None)
+    mixing_temperature: float | None = option("Of mixing by temperature: the root; mT5's is 3.33.", None)
+    interleave_probs: list[float] | None = option(
+        "Of fixed mixing: a weight for each, numbers with commas.", None, typed=str
+    )
+    rehearse: float = option("Share of the rows that come from rehearse_data.", 0.0)
+    rehearse_data: str | Path | None = option("What is rehearsed against forgetting, as data.", None, typed=Path)
     method: Method = option(
         "What is trained: an adapter (lora, dora, ia3; adapter: a bottleneck behind each sublayer), a soft prompt (prompt, prefix, ptuning,"
         " cartridge), a part of the model (norm, tokens, bitfit), the whole of it (full), or what peft_config says (peft).",
@@ -218,10 +231,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self.data = one_or_several(self.data)
         check_fields(self)
-        for name in ("model", "data", "output", "target_modules"):
+        for name in ("model", "output", "target_modules"):
             if not getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} is empty")
-        check_reading(self.data, self.columns, self.max_samples, self.streaming)
+        self._check_data()
         if not self.completion_only_loss and self.train_on_turns != "auto":
             raise ValueError(
                 f"completion_only_loss=False and train_on_turns={self.train_on_turns!r} exclude each other: all counts"
@@ -256,6 +269,35 @@ class TrainConfig:
             self.model = str(Path(self.model).resolve())  # the adapter's files name it
         if self.init_adapter is not None:
             self.init_adapter = str(Path(self.init_adapter).resolve())  # a resumed run may begin in another folder
+
+    @property
+    def files(self) -> list[str]:
+        """The sources of `data`, as text."""
+        return each(self.data) if self.data is not None else []
+
+    def _check_data(self) -> None:
+        if (self.data is None) == (self.mixture is None):
+            raise ValueError(f"data={shown(self.data)}: expected data or mixture, and not both")
+        if self.data is not None:
+            check_reading(self.data, self.columns, self.max_samples, self.streaming)
+        elif self.columns is not None or self.max_samples is not None or self.streaming:
+            given = next(name for name in ("columns", "max_samples", "streaming") if getattr(self, name))
+            raise ValueError(f"{given}={shown(getattr(self, given))}: expected none beside mixture, whose tasks say it")
+        check_mixing(self.mixing, self.mixing_maximum, self.mixing_temperature)
+        mixed = self.mixing != "proportional" or self.mixing_maximum is not None
+        if mixed and len(self.files) < 2:
+            name = "mixing" if self.mixing != "proportional" else "mixing_maximum"
+            raise ValueError(f"{name}={getattr(self, name)}: expected several data; of a mixture its file says it")
+        if (self.mixing == "fixed") != (self.interleave_probs is not None):
+            raise ValueError(f"mixing={self.mixing}: expected interleave_probs with fixed, and with no other")
+        if self.interleave_probs is not None and len(self.interleave_probs) != len(self.files):
+            raise ValueError(
+                f"interleave_probs={shown(self.interleave_probs)}: expected {len(self.files)}, one a file of data"
+            )
+        if not 0 <= self.rehearse < 1:
+            raise ValueError(f"rehearse={shown(self.rehearse)}: expected a number from 0 to below 1")
+        if bool(self.rehearse) != (self.rehearse_data is not None):
+            raise ValueError(f"rehearse={self.rehearse}: expected above 0 with rehearse_data, and 0 without")
 
     def _check_method(self) -> None:
         for name, methods in OPTIONS_OF.items():

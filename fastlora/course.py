@@ -14,8 +14,8 @@ from typing import Any
 
 from fastlora import checkpoint, writing
 from fastlora.config import TrainConfig
-from fastlora.data.examples import read_examples
-from fastlora.data.rows import Encoded, Row, batches, encode
+from fastlora.data.mixture import Order
+from fastlora.data.rows import Row, batches
 from fastlora.language_model_loss import IGNORE
 
 
@@ -27,38 +27,27 @@ class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM; a checkpoint was written first."""
 
 
-def read_rows(config: TrainConfig, tokenizer: Any) -> Encoded:
-    """What a training trains on, as its options say.
-
-    Raises:
-        As `read_examples` and `encode`: what they raise.
-    """
-    examples = read_examples(
-        config.data, columns=config.columns, max_samples=config.max_samples, streaming=config.streaming
-    )
-    return encode(
-        examples,
-        tokenizer,
-        config.max_length,
-        config.truncation,
-        train_on_turns=config.train_on_turns,
-        completion_only_loss=config.completion_only_loss,
-    )
-
-
 class Course:
-    """Which rows each optimiser step takes."""
+    """Which rows each optimiser step takes.
 
-    def __init__(self, config: TrainConfig, rows: Sequence[Row], processes: int) -> None:
+    Args:
+        order: of a mixture; without one every epoch takes all rows in an order of its own.
+    """
+
+    def __init__(self, config: TrainConfig, rows: Sequence[Row], processes: int, order: Order | None = None) -> None:
         self.config, self.rows, self.processes = config, rows, processes
         self.rows_per_step = config.batch_size * config.gradient_accumulation_steps * processes
-        self.steps_per_epoch = math.ceil(len(rows) / self.rows_per_step)
+        self.mixed = order
+        self.steps_per_epoch = math.ceil((order.epoch if order else len(rows)) / self.rows_per_step)
         # Rounded, since 0.7 * 10 is a little more than 7.
         self.steps = config.max_steps or max(1, math.ceil(round(config.epochs * self.steps_per_epoch, 6)))
         self._order: tuple[int, list[int]] = (-1, [])
 
     def step_rows(self, step: int) -> list[Row]:
         """The rows of a step, counted from 0, over all processes."""
+        if self.mixed:
+            start = step * self.rows_per_step
+            return [self.rows[i] for i in self.mixed.draws(start, start + self.rows_per_step)]
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._order[0] != epoch:
             order = list(range(len(self.rows)))

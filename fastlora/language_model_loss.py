@@ -22,9 +22,16 @@ from fastlora.operators.linear_cross_entropy import (
 from fastlora.packing import UNFIT
 
 
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """The summed cross entropy of labels [n] under logits [n, V], float32; only a few rows at a time are made float32."""
-    return torch.stack(_cross_entropies(logits, labels, "sum")).sum()
+def cross_entropy(logits: Tensor, labels: Tensor, losses: Tensor | None = None) -> Tensor:
+    """The summed cross entropy of labels [n] under logits [n, V], float32; only a few rows at a time are made float32.
+
+    losses: [n]; out: the rows' own.
+    """
+    if losses is None:
+        return torch.stack(_cross_entropies(logits, labels, "sum")).sum()
+    rows = cross_entropy_by_row(logits, labels)
+    losses.copy_(rows.detach())
+    return rows.sum()
 
 
 def cross_entropy_by_row(logits: Tensor, labels: Tensor) -> Tensor:
@@ -81,14 +88,21 @@ class LanguageModelLoss:
         self.packs = False
         self._inner: Any = model.module if isinstance(model, DistributedDataParallel) else model
 
-    def __call__(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def __call__(self, batch: Mapping[str, Tensor], losses: Tensor | None = None) -> Tensor:
         """The sum, a scalar in float32 (float64 for a float64 model).
 
         Args:
             batch: input_ids and labels [B, T] int64, with -100 for a token that does not count; what else the model takes. A causal model's labels
                 are its input's own tokens; an encoder-decoder's are the decoder's tokens.
+            losses: [n], float32; out: the labelled tokens' own, row after row, without a gradient.
         """
-        return self._compute(batch, cross_entropy, head_cross_entropy)
+        if losses is None:
+            return self._compute(batch, cross_entropy, head_cross_entropy)
+        return self._compute(
+            batch,
+            functools.partial(cross_entropy, losses=losses),
+            functools.partial(head_cross_entropy, losses=losses),
+        )
 
     def by_token(self, batch: Mapping[str, Tensor]) -> Tensor:
         """The labelled tokens' own losses [n], float32, row after row: whoever trains several adapters on a batch weighs them apart.
@@ -186,17 +200,20 @@ def choose_path(head: Any, own: Tensor, rows_of: Callable[..., Tensor]) -> tuple
 
 
 LOSS = "cross_entropy"
-"""The method by which a head that is more than a product computes its own loss, of hidden states [n, D] and labels [n], without logits; and
+"""The method by which a head that is more than a product computes its own loss, of hidden states [n, D], labels [n] and losses, without logits; and
 `cross_entropy_obstacle` says why it cannot, or None. A LoRA layer has them once it is accelerated (peft/layers.py).
 """
 
 
-def head_cross_entropy(head: Any, hidden: Tensor, labels: Tensor) -> Tensor:
-    """The summed cross entropy of labels [n] under the head's logits of hidden [n, D]; the head has no obstacle."""
+def head_cross_entropy(head: Any, hidden: Tensor, labels: Tensor, losses: Tensor | None = None) -> Tensor:
+    """The summed cross entropy of labels [n] under the head's logits of hidden [n, D]; the head has no obstacle.
+
+    losses: [n]; out: the rows' own.
+    """
     if hasattr(head, LOSS):
-        loss: Tensor = getattr(head, LOSS)(hidden, labels)
+        loss: Tensor = getattr(head, LOSS)(hidden, labels, losses)
         return loss
-    return linear_cross_entropy(hidden, head.weight, head.bias, labels)
+    return linear_cross_entropy(hidden, head.weight, head.bias, labels, losses)
 
 
 def _head_cross_entropy_by_row(head: Any, hidden: Tensor, labels: Tensor) -> Tensor:

@@ -99,17 +99,33 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(*FLOAT)
 
 
-def yaml_file(path: Path) -> Any:
-    """The value in a file.
+class _WordsLoader(_Loader):
+    """As YAML 1.2: yes, no, on and off are words, as answers are."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in _Loader.yaml_implicit_resolvers.items()
+    }
+
+
+_WordsLoader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(?:true|false)$"), list("tf"))
+
+
+def yaml_file(path: Path, *, words: bool = False) -> Any:
+    """What a YAML file says, in plain types: no tags, no aliases, no field twice.
+
+    Args:
+        words: yes, no, on and off are words.
 
     Raises:
         OSError: it cannot be read.
-        ValueError: it has more than LARGEST bytes, is not UTF-8 or no YAML, or has a tag of Python's, an alias, or a field twice.
+        ValueError: it has more than LARGEST bytes, is not UTF-8 or not YAML; without the file's name.
     """
     size = path.stat().st_size
     if size > LARGEST:
         raise ValueError(f"has {size:,} bytes, expected at most {LARGEST:,}")
     try:
-        return yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (yaml.YAMLError, RecursionError) as error:
+        return yaml.load(path.read_text(encoding="utf-8"), _WordsLoader if words else _Loader)
+    # What a tag of YAML's own stands before may be no number, truth or date: PyYAML looks at it unasked.
+    except (ValueError, LookupError, AttributeError, TypeError, yaml.YAMLError, RecursionError) as error:
         raise ValueError(" ".join(str(error).split())) from None

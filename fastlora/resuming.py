@@ -61,7 +61,9 @@ def steps_before(then: Mapping[str, Any], folder: Path, course: Course) -> int:
     """
     config: TrainConfig = course.config
     same = all(then[name] == getattr(config, name) for name in LENGTH)
-    before = Course(replace(config, **{name: then[name] for name in LENGTH}), course.rows, course.processes).steps
+    before = Course(
+        replace(config, **{name: then[name] for name in LENGTH}), course.rows, course.processes, course.mixed
+    ).steps
     if same or course.steps >= before:
         return before
     name = "epochs" if config.max_steps is None else "max_steps"

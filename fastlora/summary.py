@@ -27,6 +27,9 @@ class TrainResult:
     tokens: int  # trained on, prompts included, padding not
     tokens_per_second: float
     rows: int
+    tasks: dict[
+        str, dict[str, float]
+    ]  # a mixture's, by name: rows that were trained on, and the mean of the last ten losses
     dropped_rows: int  # too long for max_length
     prompt_cut_rows: int  # those of `rows` whose prompt lost its oldest tokens
     completion_cut_rows: int  # those whose completion lost its end

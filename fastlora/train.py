@@ -42,6 +42,7 @@ from fastlora import (
     summary,
     tracking,
     trainable,
+    training_data,
     warm_start,
     writing,
 )
@@ -54,23 +55,23 @@ from fastlora.course import (
     TrainingInterrupted,
     count_tokens,
     named_writing,
-    read_rows,
     stop_signals,
 )
 from fastlora.data.rows import Encoded, Row, collate, pad_token_id
-from fastlora.data.sources import local_files
 from fastlora.language_model_loss import LanguageModelLoss
 from fastlora.models import load_base, load_tokenizer, require_bitsandbytes, require_positions, resolve_dtype
 from fastlora.peft import reporting
 from fastlora.progress import Bar, Limit
 from fastlora.summary import TrainResult
+from fastlora.task_losses import TaskLosses, summed_up
 from fastlora.typed import lined_up, listed
 
 logger = logging.getLogger("fastlora")
 
 # Data and how it is cut are compared by the rows' tokens.
 MAY_DIFFER_ON_RESUME = {
-    *("data", "columns", "max_samples", "streaming", "truncation", "train_on_turns", "completion_only_loss"),
+    *("data", "columns", "max_samples", "streaming", "mixture", "rehearse_data"),
+    *("truncation", "train_on_turns", "completion_only_loss"),
     *("output", "save_steps", "resume", "resume_from", "overwrite", "report_to", "run_name"),
     *resuming.LENGTH,
 }
@@ -125,7 +126,7 @@ def begin(config: TrainConfig, accelerator: Accelerator, load: Callable[..., Any
         saved = resuming.newest(config) if config.resume else None
         config = warm_start.resolved(config, saved.folder if saved else None)
         tokenizer = load_tokenizer(str(config.model))
-        data = read_rows(config, tokenizer)
+        data = training_data.read(config, tokenizer)
     return _Run(config, data, tokenizer, accelerator, saved, load)
 
 
@@ -136,10 +137,10 @@ def require_free(config: TrainConfig) -> None:
     if (output / "checkpoints").is_file():
         raise NotADirectoryError(f"output={output}: checkpoints is a file there, expected a folder or nothing")
     held, steps = writing.results(output), checkpoint.steps(output)
-    for data in local_files(config.data):
+    for name, data in training_data.named(config):
         if any(path.parent.resolve() == output.resolve() and path.name in held for path in (data, data.resolve())):
             raise ValueError(
-                f"data={data}: expected another place or name, training replaces this file in its output folder"
+                f"{name}={data}: expected another place or name, training replaces this file in its output folder"
             )
     if config.overwrite or (config.resume and steps):
         return
@@ -175,7 +176,8 @@ class _Run:
         self.config, self.data, self.tokenizer = config, data, tokenizer
         self.output = Path(config.output)
         self.accelerator = accelerator
-        self.course = Course(config, data.rows, self.accelerator.num_processes)
+        self.course = Course(config, data.rows, self.accelerator.num_processes, data.order)
+        self.tasks = TaskLosses([row.task for row in data.rows], self.accelerator.device)
         self.stored_dtype = trainable.stored_dtype(str(config.model))
         self.dtype = resolve_dtype(config.dtype, self.accelerator.device) or self.stored_dtype
         self.step, self.tokens = 0, 0  # that are done
@@ -224,6 +226,7 @@ class _Run:
         content = sha256()
         for row in self.data.rows:
             content.update(json.dumps([row.input_ids, row.labels]).encode())
+        content.update(self.data.order.fingerprint() if self.data.order else b"")
         options = asdict(self.config).items()
         return {
             "config": {name: str(value) if isinstance(value, Path) else value for name, value in options},
@@ -248,6 +251,7 @@ class _Run:
         lines = {
             f"fastlora {__version__}": f"{config.method}, {config.model}, {parameters:,} parameters",
             "rows": f"{len(rows.rows):,}" + (f", and {len(rows.dropped):,} dropped" if rows.dropped else ""),
+            **({"tasks": rows.order.describe()} if rows.order else {}),
             "steps": f"{course.steps:,} of {course.rows_per_step} rows"
             + (f", from step {self.step + 1:,} on" if self.step else ""),
             "trained": f"{trained:,} parameters, {100 * trained / parameters:.3g} %",
@@ -313,6 +317,7 @@ class _Run:
             "tokens": self.tokens,
             "tokens_per_second": tokens / seconds,
             "seconds": seconds,
+            **self.tasks.record(rows),
         }
         return record, asked
 
@@ -321,8 +326,9 @@ class _Run:
         while True:
             loss = self._backward(rows)
             # One exchange tells all processes the loss and whether one of them was asked to stop.
-            shared = torch.stack([loss, torch.tensor(float(stop.is_set()), device=loss.device)])
-            value, asked = self.accelerator.reduce(shared, "sum").tolist()
+            told = torch.stack([loss, torch.tensor(float(stop.is_set()), device=loss.device)])
+            shared = self.accelerator.reduce(torch.cat([told, self.tasks.sums]), "sum").tolist()
+            value, asked, *self.tasks.shared = shared
             self.scaler.unscale_(self.optimizer)
             limit = self.config.max_grad_norm or math.inf
             norm = torch.nn.utils.clip_grad_norm_(list(self.trained.values()), limit).item()
@@ -352,13 +358,17 @@ class _Run:
         device = self.accelerator.device
         casts = self.config.method in WHOLE and self.dtype != torch.float32
         batch = collate(rows, pad_token_id(self.tokenizer))
+        losses = self.tasks.room(rows)
         with torch.autocast(device.type, self.dtype) if casts else nullcontext():
-            return self.loss({name: value.to(device) for name, value in batch.items()})
+            loss = self.loss({name: value.to(device) for name, value in batch.items()}, losses)
+        self.tasks.add(losses, rows)
+        return loss
 
     def _backward(self, rows: Sequence[Row]) -> Tensor:
         """Gradients of a step's mean loss a labelled token; returns this process's share of that loss, a scalar."""
         labelled = sum(row.labelled for row in rows)
         total = torch.zeros((), device=self.accelerator.device)
+        self.tasks.begin()
         parts = self.course.batches(rows, self.accelerator.process_index)
         for i, part in enumerate(parts):
             last = i == len(parts) - 1
@@ -428,6 +438,7 @@ class _Run:
         result = summary.result(
             records,
             self.data,
+            tasks=summed_up(records),
             trainable_parameters=_count(self.trained.values()),
             parameters=_count(self.model.parameters()),
             peak_memory=memory.peak(self.accelerator.device),
@@ -507,8 +518,9 @@ def _require_same(saved: Checkpoint, now: dict[str, Any], course: Course) -> int
                 f"{name}={value!r}: expected {before!r} as in {saved.folder}, or overwrite=True to start again"
             )
     if then.data != now["data"]:
+        name = "mixture" if now["config"]["mixture"] else "data"
         raise ValueError(
-            f"data={now['config']['data']}: its token rows are not those that {saved.folder} was trained on"
+            f"{name}={now['config'][name]}: its token rows are not those that {saved.folder} was trained on, or are mixed otherwise"
         )
     for name in ("processes", "device"):
         if getattr(then, name) != now[name]:

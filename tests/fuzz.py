@@ -550,6 +550,81 @@ def read_jobs(folder: Path, files: Files) -> None:
         assert job.folder.parent == Path("o/jobs") and job.config.method == "lora" and job.config.r >= 1, job
 
 
+# A mixture's file, and a task's
+
+
+MIXED: dict[str, Any] = {
+    "mixing": "temperature",
+    "mixing_temperature": 2.0,
+    "mixing_maximum": 3000,
+    "tasks": [
+        "task.yaml",
+        "plain.jsonl",
+        {
+            "name": "own",
+            "data": "rows.jsonl",
+            "templates": [{"input": "{text}", "target": "{label}"}],
+            "max_samples": 2,
+        },
+    ],
+}
+TASK: dict[str, Any] = {
+    "name": "notes",
+    "cluster": "sentiment",
+    "data": "rows.jsonl",
+    "columns": {"what": "text", "who": "of.who"},
+    "templates": [
+        {"name": "a", "input": "{who}: {what} {{x}}\n{options}", "target": "{label}"},
+        {"input": "{text}?", "target": "It is {label}."},
+    ],
+    "inverted": [{"input": "{label}!", "target": "{text}"}],
+    "options": ["good", "bad"],
+    "few_shot_share": 0.5,
+    "inverted_share": 0.2,
+    "options_share": 0.5,
+    "shots": [1, 2],
+    "max_characters": 60,
+}
+
+
+def mixture_files() -> Files:
+    rows = [{"text": f"note {i}", "label": ("good", "bad")[i % 2], "of": {"who": "Ann"}} for i in range(4)]
+    return {
+        "mixture.yaml": json.dumps(MIXED).encode(),
+        "task.yaml": json.dumps(TASK).encode(),
+        "rows.jsonl": "\n".join(map(json.dumps, rows)).encode(),
+        "plain.jsonl": b'{"prompt": "a", "completion": "b"}\n' * 2,
+    }
+
+
+def change_mixture(random: Random, files: Files) -> Files:
+    """Bytes, or a value: JSON is YAML."""
+    name = random.choice(("mixture.yaml", "task.yaml", "task.yaml", "rows.jsonl"))
+    if name == "rows.jsonl":
+        return {**files, **change_lines(random, {name: files[name] + b"\n"})}
+    return {**files, name: (change_json if random.random() < 0.8 else change_bytes)(random, files[name])}
+
+
+def read_mixture(folder: Path, files: Files) -> None:
+    from fastlora import Mixture
+
+    try:
+        mixture = Mixture.read(folder / "mixture.yaml")
+    except FileNotFoundError as error:
+        assert "there is no file" in str(error), error
+        return
+    except (TypeError, ValueError) as error:
+        assert "mixture.yaml: " in str(error), error
+        return
+    try:
+        examples = mixture.examples(seed=1)
+    except (OSError, ValueError):  # the rows are bad, or elsewhere
+        return
+    assert all(one.completion.strip() and one.prompt for one in examples)
+    order = mixture.order([one.task for one in examples], 1)
+    assert set(order.draws(0, 50)) <= set(range(len(examples))) and len(order.draws(10**6, 10**6 + 3)) == 3
+
+
 def sweep_files() -> Files:
     import torch
 
@@ -637,6 +712,7 @@ TARGETS: dict[str, Target] = {
     "optimiser": Target(optimiser_files, change_optimiser, read_optimiser),
     "jobs": Target(jobs_files, change_jobs, read_jobs),
     "options": Target(options_files, change_files, read_options),
+    "mixture": Target(mixture_files, change_mixture, read_mixture),
     "sweep": Target(sweep_files, partial(change_checkpoint, names=("sweep.json", "state.pt")), read_sweep),
 }
 

@@ -53,7 +53,7 @@ def test_every_option_is_held_to_its_type(name):
         ("epochs", True, "epochs=True: expected float, got bool"),
         ("target_modules", ["q_proj", 3], r"target_modules=\['q_proj', 3\]: expected str or a list of str, got list"),
         ("max_steps", "all", "max_steps='all': expected int or None, got str"),
-        ("data", 3, "data=3: expected str or Path or a list of str, got int"),
+        ("data", 3, "data=3: expected str or Path or a list of str or None, got int"),
         ("columns", "prompt=a", "columns='prompt=a': expected dict or None, got str"),
     ],
 )

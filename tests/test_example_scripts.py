@@ -44,7 +44,7 @@ def assert_trained_adapter(folder: Path, base: Path) -> None:
 
 def test_each_is_short_and_says_how_it_is_run() -> None:
     scripts = sorted(EXAMPLES.glob("*.py"))
-    assert len(scripts) == 9
+    assert len(scripts) == 10
     for path in scripts:
         text = path.read_text()
         assert len(text.splitlines()) <= MOST_LINES, path.name
@@ -110,6 +110,18 @@ def test_plain_loop(own: bool, tmp_path: Path) -> None:
     assert len(ours) == len(theirs) == 12
     assert all(abs(a - b) <= 1e-3 * b for a, b in zip(ours, theirs, strict=True)), (ours, theirs)
     assert_falls(ours)
+
+
+def test_instruction_mixture(tmp_path: Path) -> None:
+    """Of every ten rows one is rehearsed; the 90 reviews count as 40, the 30 places as 30."""
+    lines = run("instruction_mixture", "--output", tmp_path / "out")
+    assert_falls([one["loss"] for one in lines])
+    rows = {
+        name: sum(one["tasks"].get(name, {"rows": 0})["rows"] for one in lines)
+        for name in ("reviews", "places", "rehearsal")
+    }
+    assert rows == {"reviews": 82, "places": 62, "rehearsal": 16}
+    assert_trained_adapter(tmp_path / "out", BASE_MODEL)
 
 
 def test_mixed_batch(capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,9 +30,9 @@ FLOORS = (
     ("peft",),
     ("receipts",),
     ("adapters",),
-    ("bank", "integrations"),
+    ("bank", "data", "integrations"),
     ("fastlora",),  # the package itself
-    ("data", "checkpoint", "metrics", "environment", "schedules"),
+    ("checkpoint", "metrics", "environment", "schedules"),
     ("config", "models", "options"),
     (
         *(
@@ -47,7 +47,7 @@ FLOORS = (
             "card",
             "page",
         ),
-        *("warm_start", "tracking"),
+        *("warm_start", "tracking", "task_losses", "training_data"),
     ),
     ("evaluation", "merge", "processes", "serving", "trainable", "resuming"),
     ("train", "combine"),

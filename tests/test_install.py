@@ -86,7 +86,12 @@ def test_data_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     data = [
         path
-        for folder in ("fastlora/assets/base", "fastlora/assets/tuned", "benchmarks/results")
+        for folder in (
+            "fastlora/assets/base",
+            "fastlora/assets/templates",
+            "fastlora/assets/tuned",
+            "benchmarks/results",
+        )
         for path in (ROOT / folder).glob("*")
         if path.is_file()
     ]

@@ -100,6 +100,49 @@ def test_a_head_with_an_adapter_does_not_tell_its_tokens_apart():
         loss.by_token(batch())
 
 
+@pytest.mark.usefixtures("in_blocks", "chosen")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_rows_losses_are_written_beside_the_sum_which_keeps_its_bits(dtype, trained):
+    given = [head, raw][not trained](19, 33, 101, dtype)
+    leaves = [one.requires_grad_() for one in given[: 3 if trained else 1]]
+    alone = linear_cross_entropy(*given)
+    losses = torch.full((19,), torch.nan, dtype=alone.dtype)
+    beside = linear_cross_entropy(*given, losses)
+    assert torch.equal(alone, beside) and not losses.requires_grad
+    for one, other in zip(*(gradients(of, leaves, torch.tensor(0.37)) for of in (alone, beside)), strict=True):
+        assert torch.equal(one, other)
+    torch.testing.assert_close(
+        losses, eager(*(one.detach() for one in given)), rtol=1e-5, atol=0.1 if dtype == torch.bfloat16 else 1e-5
+    )
+    assert abs(losses.sum() - alone) <= (1e-2 if dtype == torch.bfloat16 else 1e-5) * alone
+
+
+@pytest.mark.parametrize(
+    "losses", [torch.zeros(4), torch.zeros(5, dtype=torch.bfloat16), torch.zeros(5).requires_grad_(), [0.0] * 5]
+)
+def test_where_losses_are_written_to_is_checked(losses):
+    with pytest.raises((TypeError, ValueError), match="losses"):
+        linear_cross_entropy(*raw(5, 12, 31, torch.float32), losses)
+
+
+@pytest.mark.parametrize("name", [*MODELS, "head"])
+def test_a_models_tokens_are_told_beside_its_loss(name):
+    """On every path, of a head with an adapter, and with the same gradients."""
+    model = adapted("llama", target_modules=["q_proj", "lm_head"]) if name == "head" else adapted(name)
+    parameters, loss, given = list(trained(model).values()), LanguageModelLoss(model), batch()
+    counted = given["labels"] if name == "t5" else given["labels"][:, 1:]
+    alone = loss(given)
+    losses = torch.full((int((counted != -100).sum()),), torch.nan, dtype=alone.dtype)
+    beside = loss(given, losses)
+    torch.testing.assert_close(beside, alone, rtol=1e-12, atol=0)
+    torch.testing.assert_close(losses.sum(), alone.detach(), rtol=1e-9, atol=0)
+    if name not in ("t5", "head"):
+        torch.testing.assert_close(losses, loss.by_token(given).detach(), rtol=1e-9, atol=1e-9)
+    for one, other in zip(*(torch.autograd.grad(of, parameters) for of in (alone, beside)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
 def test_the_path_can_be_chosen_before():
     loss = LanguageModelLoss(adapted("llama"))
     loss.choose(batch())

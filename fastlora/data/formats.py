@@ -67,6 +67,8 @@ class Example:
     turns: tuple[int, ...] | None = (
         None  # the turns that count, by their place among the messages; None: the row does not say
     )
+    task: str = ""  # whose row it is, where there are several
+    template: str = ""  # the wording that it has, and how many examples stand before it
 
     @property
     def messages(self) -> list[Message]:

@@ -26,8 +26,8 @@ A row of more than `max_length` tokens is cut as `truncation` says:
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from os.path import commonprefix
 from typing import Any, Literal, get_args
@@ -37,6 +37,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from torch import Tensor
 
 from fastlora.data.examples import BadLine, DataError, Example, Message, Prompt
+from fastlora.data.mixture import Order
 from fastlora.language_model_loss import IGNORE
 
 logger = logging.getLogger("fastlora")
@@ -56,6 +57,7 @@ class Row:
     input_ids: list[int]
     labels: list[int]  # the token itself, or IGNORE
     prompt_length: int = 0  # tokens before the last turn's answer: what generation starts from
+    task: str = ""  # the example's
 
     @property
     def labelled(self) -> int:
@@ -70,6 +72,7 @@ class Encoded:
     dropped: list[Example]  # those that max_length left no row of
     prompt_cut: list[Example]  # those whose row lost a part of the prompt
     completion_cut: list[Example]  # those whose row lost the completion's end
+    order: Order | None = None  # in which a mixture's rows come
 
 
 def encode(
@@ -118,7 +121,7 @@ def encode(
         if row is None:
             encoded.dropped.append(example)
             continue
-        encoded.rows.append(row)
+        encoded.rows.append(replace(row, task=example.task))
         encoded.examples.append(example)
         if row.prompt_length < whole.prompt_length:
             encoded.prompt_cut.append(example)
@@ -143,6 +146,19 @@ def encode(
             repr(text if len(text) <= SHOWN_CHARACTERS else "..." + text[-SHOWN_CHARACTERS:]),
         )
     return encoded
+
+
+def row_length(tokenizer: Any) -> Callable[[Example], int]:
+    """What counts the tokens of an example's row, before anything is cut; it raises BadLine where there is no row."""
+    opening, special = _opening(tokenizer), _special_ids(tokenizer)
+
+    def length(example: Example) -> int:
+        try:
+            return len(_encode(example, tokenizer, opening, special)[0].input_ids)
+        except TemplateError as error:
+            raise BadLine(str(error)) from None
+
+    return length
 
 
 def _warn_of_cuts(encoded: Encoded, max_length: int) -> None:

@@ -53,7 +53,7 @@ def compare_steps(config: TrainConfig, rows: int, steps: int) -> dict[str, Any]:
 
 def _batches(config: TrainConfig, rows: int, count: int) -> list[Batch]:
     tokenizer = AutoTokenizer.from_pretrained(config.model)
-    encoded = encode(read_examples(config.data), tokenizer, config.max_length).rows
+    encoded = encode(read_examples(config.files), tokenizer, config.max_length).rows
     if len(encoded) < rows:
         raise ValueError(f"data must have at least rows={rows} rows, got {len(encoded)}")
     full = [encoded[start : start + rows] for start in range(0, len(encoded) - rows + 1, rows)]

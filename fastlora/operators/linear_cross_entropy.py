@@ -67,28 +67,46 @@ ops.define("linear_cross_entropy_backward", BACKWARD_SCHEMA, run_backward, _fake
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, bias, labels):  # [n, D], [V, D], [V], [n] -> sum of losses, scalar
+    def forward(
+        ctx, hidden, weight, bias, labels, losses=None
+    ):  # [n, D], [V, D], [V], [n], [n] -> sum of losses, scalar
         call = run if is_eager(hidden, weight, bias, labels) else torch.ops.fastlora.linear_cross_entropy
         loss, highest, total, dhidden = call(hidden, weight, bias, labels, ctx.needs_input_grad[0])
         ctx.save_for_backward(hidden, weight, bias, labels, highest, total, dhidden)
+        if losses is not None:
+            losses.copy_(row_losses(highest, total, label_logits(hidden, weight, bias, labels), hidden.dtype))
         return loss
 
     @staticmethod
     @differentiable_once
     def backward(ctx, saved, dloss):
         hidden, weight, bias, labels, highest, total, dhidden = saved
-        need_hidden, *need_head = ctx.needs_input_grad
+        need_hidden, *need_head = ctx.needs_input_grad[:3]
         dx = (dhidden * dloss).to(hidden.dtype) if need_hidden else None
         if not any(need_head):
-            return dx, None, None, None
+            return dx, None, None, None, None
         traced = torch.ops.fastlora.linear_cross_entropy_backward
         call = run_backward if is_eager(dloss, hidden, weight, bias, labels) else traced
         with checks.without_autocast(hidden.device):
             dweight, dbias = call(dloss, hidden, weight, bias, labels, highest, total)
-        return dx, dweight, None if bias is None else dbias, None
+        return dx, dweight, None if bias is None else dbias, None, None
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+def label_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """[n], each row's label's own, a product of two rows: before logits are rounded."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    picked = torch.linalg.vecdot(hidden.to(wide), weight[labels].to(hidden.dtype).to(wide))
+    return picked if bias is None else picked + bias[labels].to(hidden.dtype).to(wide)
+
+
+def row_losses(highest: Tensor, total: Tensor, picked: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n], of what the forward leaves ([n, 1] each) and the labels' logits, which the head rounds to a dtype."""
+    return (highest + total.log()).squeeze(1) - picked.to(dtype)
+
+
+def linear_cross_entropy(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, losses: Tensor | None = None
+) -> Tensor:
     """The summed cross entropy of labels under logits = hidden weightᵀ + bias, whose gradients need no logits kept.
 
     The logits are rounded to hidden's dtype, as a language model's head does it; softmax and all sums are in float32 (float64 for float64). The
@@ -102,6 +120,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, la
         weight: [V, D], of hidden's dtype; under autocast it is cast block by block.
         bias: [V] or None.
         labels: [n] int64, each from 0 to V - 1.
+        losses: [n], or None; out: each row's own, without a gradient. A label's logit is taken once more for it, as a product of two rows: of a
+            16-bit logit the last bit may be another than the sum's. The sum and the gradients are the same bits with it and without.
 
     Returns:
         A scalar, float32 or float64.
@@ -112,10 +132,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, bias: Tensor | None, la
     """
     dtype = checks.autocast_dtype(hidden)
     _check(hidden, weight, bias, labels, autocast=dtype is not None)
+    check_losses(losses, hidden)
     checks.check_transforms(hidden, weight, bias)
     hidden = hidden.to(dtype or hidden.dtype)
     with checks.without_autocast(hidden.device):
-        return LinearCrossEntropyFunction.apply(hidden, weight, bias, labels)
+        return LinearCrossEntropyFunction.apply(hidden, weight, bias, labels, losses)
 
 
 class ByRowFunction(torch.autograd.Function):
@@ -124,10 +145,7 @@ class ByRowFunction(torch.autograd.Function):
         call = run if is_eager(hidden, weight, bias, labels) else torch.ops.fastlora.linear_cross_entropy
         _, highest, total, dhidden = call(hidden, weight, bias, labels, ctx.needs_input_grad[0])
         ctx.save_for_backward(hidden, dhidden)
-        picked = torch.linalg.vecdot(hidden.to(highest.dtype), weight[labels].to(highest.dtype))
-        if bias is not None:
-            picked = picked + bias[labels].to(highest.dtype)
-        return (highest + total.log()).squeeze(1) - picked.to(hidden.dtype)
+        return row_losses(highest, total, label_logits(hidden, weight, bias, labels), hidden.dtype)
 
     @staticmethod
     @differentiable_once
@@ -168,6 +186,23 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, 
     checks.check_integers(labels, "labels", hidden.shape[:1], hidden.device)
     if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < weight.shape[0]:
         raise IndexError(f"labels: expected numbers from 0 to {weight.shape[0] - 1}")
+
+
+def check_losses(losses: Any, hidden: Tensor) -> None:
+    """Where the rows' own losses are written to."""
+    if losses is None:
+        return
+    checks.check_floats(losses, "losses")
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    if (
+        losses.shape != hidden.shape[:1]
+        or losses.device != hidden.device
+        or losses.dtype != wide
+        or losses.requires_grad
+    ):
+        raise checks.wrong(
+            "losses", losses, f"shape {list(hidden.shape[:1])}, dtype {wide}, on {hidden.device}, without a gradient"
+        )
 
 
 def _check_like(value: Any, name: str, dimensions: int, hidden: Tensor, autocast: bool) -> None:

@@ -53,11 +53,14 @@ ops.define(
 
 class LoRACrossEntropyFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, xa, weight, bias, lora_b, labels):  # -> sum of losses, scalar
+    def forward(ctx, hidden, xa, weight, bias, lora_b, labels, losses=None):  # -> sum of losses, scalar
         need, eager = any(ctx.needs_input_grad[:2]), is_eager(hidden, xa, weight, bias, lora_b, labels)
         call = run if eager else torch.ops.fastlora.lora_cross_entropy
         loss, highest, total, dhidden, dxa = call(hidden, xa, weight, bias, lora_b, labels, need)
         ctx.save_for_backward(hidden, xa, weight, bias, lora_b, labels, highest, total, dhidden, dxa)
+        if losses is not None:
+            picked = plain.label_logits(hidden, weight, bias, labels) + plain.label_logits(xa, lora_b, None, labels)
+            losses.copy_(plain.row_losses(highest, total, picked, hidden.dtype))
         return loss
 
     @staticmethod
@@ -72,7 +75,7 @@ class LoRACrossEntropyFunction(torch.autograd.Function):
             call = run_backward if is_eager(dloss, *given) else torch.ops.fastlora.lora_cross_entropy_backward
             with checks.without_autocast(hidden.device):
                 db = call(dloss, *given, highest, total)
-        return dx, dxa, None, None, db, None
+        return dx, dxa, None, None, db, None, None
 
 
 def lora_cross_entropy(
@@ -82,6 +85,7 @@ def lora_cross_entropy(
     bias: Tensor | None,  # [V], frozen
     lora_b: Tensor,  # [V, R]
     labels: Tensor,  # [n] int64, each from 0 to V - 1
+    losses: Tensor | None = None,  # [n]; out: each row's own
 ) -> Tensor:
     """The summed cross entropy of labels under logits = hidden weightᵀ + bias + xa lora_bᵀ, with no logits kept: a head's that has an adapter.
 
@@ -101,11 +105,12 @@ def lora_cross_entropy(
         raise checks.wrong("xa", xa, f"shape [{hidden.shape[0]}, R] on {hidden.device}")
     if lora_b.shape != (weight.shape[0], xa.shape[1]) or lora_b.device != hidden.device:
         raise checks.wrong("lora_b", lora_b, f"shape [{weight.shape[0]}, {xa.shape[1]}] on {hidden.device}")
+    plain.check_losses(losses, hidden)
     checks.check_frozen(weight=weight, bias=bias)
     checks.check_transforms(hidden, xa, weight, bias, lora_b)
     hidden = hidden.to(dtype or hidden.dtype)
     with checks.without_autocast(hidden.device):
-        return LoRACrossEntropyFunction.apply(hidden, xa.to(hidden.dtype), weight, bias, lora_b, labels)
+        return LoRACrossEntropyFunction.apply(hidden, xa.to(hidden.dtype), weight, bias, lora_b, labels, losses)
 
 
 # ---- in blocks

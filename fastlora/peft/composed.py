@@ -112,10 +112,13 @@ def head_obstacle(plan: Plan) -> str | None:
     return None
 
 
-def cross_entropy(plan: Plan, hidden: Tensor, labels: Tensor) -> Tensor:
-    """The summed cross entropy of labels [n] under a head with adapters, of hidden [n, D]; dropout is torch's own."""
+def cross_entropy(plan: Plan, hidden: Tensor, labels: Tensor, losses: Tensor | None = None) -> Tensor:
+    """The summed cross entropy of labels [n] under a head with adapters, of hidden [n, D]; dropout is torch's own.
+
+    losses: [n]; out: the rows' own.
+    """
     kept = F.dropout(hidden, plan.dropout_p[0]) if plan.dropout_p[0] else hidden
     xa = [F.linear(kept, a.to(kept.dtype)) * scale for a, scale in zip(plan.lora_a, plan.scale, strict=True)]
     lora_b = plan.lora_b
     both = (torch.cat(xa, 1), torch.cat(lora_b, 1)) if len(xa) > 1 else (xa[0], lora_b[0])
-    return lora_cross_entropy(hidden, both[0], plan.linear_weight, plan.bias, both[1], labels)
+    return lora_cross_entropy(hidden, both[0], plan.linear_weight, plan.bias, both[1], labels, losses)

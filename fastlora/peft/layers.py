@@ -134,13 +134,16 @@ class Fused(mixed.ByRow, _Layer):
         plan = obstacles.lasting_plan(self, used)
         return plan if isinstance(plan, str) else composed.head_obstacle(plan)
 
-    def cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """The summed cross entropy of labels [n] under the layer's result for hidden [n, D], without that result."""
+    def cross_entropy(self, hidden: Tensor, labels: Tensor, losses: Tensor | None = None) -> Tensor:
+        """The summed cross entropy of labels [n] under the layer's result for hidden [n, D], without that result.
+
+        losses: [n]; out: the rows' own.
+        """
         used = obstacles.used_adapters(self, None)
         plan = obstacles.plan_call(self, hidden, used, mixed=False)
         if isinstance(plan, str):
             raise ValueError(f"hidden: {plan}")
-        loss = composed.cross_entropy(plan, hidden, labels)
+        loss = composed.cross_entropy(plan, hidden, labels, losses)
         self.__dict__[SEEN] = Seen(hidden.shape, hidden.dtype, any(plan.dropout_p))
         return loss
 

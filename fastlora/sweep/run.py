@@ -27,7 +27,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor
 from tqdm import tqdm
 
-from fastlora import __version__, checkpoint, metrics, trainable, writing
+from fastlora import __version__, checkpoint, metrics, trainable, training_data, writing
 from fastlora.choice import table
 from fastlora.config import SEEDS
 from fastlora.course import (
@@ -36,7 +36,6 @@ from fastlora.course import (
     TrainingInterrupted,
     count_tokens,
     named_writing,
-    read_rows,
     stop_signals,
 )
 from fastlora.data.examples import read_examples
@@ -105,7 +104,7 @@ def sweep(given: Sweep, *, progress: bool = True) -> list[Outcome]:
 def _require_free(given: Sweep, jobs: Sequence[Job]) -> None:
     """Nothing in the output folder is replaced that this sweep does not go on from, unless that was asked for; no job's data are there."""
     output = Path(given.output)
-    for path in {path for job in jobs for one in (job.config.data, job.eval_data) for path in local_files(one)}:
+    for path in {path for job in jobs for one in (job.config.files, job.eval_data) for path in local_files(one)}:
         if path.resolve().is_relative_to((output / JOBS).resolve()) or path.resolve() == (output / NAME).resolve():
             raise ValueError(f"data={path}: expected another place, a sweep replaces this file in its output folder")
     held = [name for name in (NAME, PAGE, JOBS, "checkpoints") if (output / name).exists()]
@@ -126,7 +125,7 @@ class _Training:
 
     def __init__(self, job: Job, data: Encoded, adapter: str) -> None:
         self.job, self.data, self.adapter = job, data, adapter
-        self.course = Course(job.config, data.rows, 1)
+        self.course = Course(job.config, data.rows, 1, data.order)
         self.progress = Progress()
         self.trained: dict[str, torch.nn.Parameter] = {}
         self.optimizer: Any = None
@@ -173,9 +172,10 @@ class SweepRun:
         self.jobs: list[_Training] = []
         for number, job in enumerate(jobs):
             config = job.config
-            key = repr([getattr(config, name) for name in READING])
+            deciding = (*READING, "seed") if training_data.is_mixed(config) else READING
+            key = repr([getattr(config, name) for name in deciding])
             if key not in data:
-                data[key] = read_rows(config, self.tokenizer)
+                data[key] = training_data.read(config, self.tokenizer)
             self.jobs.append(_Training(job, data[key], f"job{number}"))
         self.steps = max(one.course.steps for one in self.jobs)
         for group in self._groups():
