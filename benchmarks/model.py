@@ -23,7 +23,9 @@ WARPS = 8  # of a tile's two warpgroups
 ANSWER = 150  # cycles from a small product's issue to its sums
 LAUNCH = 1.0e-6  # seconds of a launch that another one overlaps with
 PASS = 48  # ranks that the thin products take in one reading of x
-DRAW = 14e-12  # seconds an element of x takes Philox, over all processors: 132 multiprocessors, four schedulers, 3 warps
+DRAW = (
+    14e-12  # seconds an element of x takes Philox, over all processors: 132 multiprocessors, four schedulers, 3 warps
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ def layer(M: int, K: int, N: int, R: int, dropout: bool = True) -> tuple[float, 
     """(forward, dx, launches), each in percent of the frozen products' time. K: in-features, N: out-features."""
 
     def percent(depth: int, columns: int, cycles: float, sides: float) -> tuple[float, float]:
-        waves = M * columns / (128 * 256 * PROCESSORS)  # tiles a multiprocessor, whole ones or not: the frozen layer's are no better
+        waves = (
+            M * columns / (128 * 256 * PROCESSORS)
+        )  # tiles a multiprocessor, whole ones or not: the frozen layer's are no better
         frozen = waves * depth / 64 * PRODUCT / CLOCK
         ours = max(frozen + waves * cycles / CLOCK, sides)
         return 100 * (ours / frozen - 1), frozen
@@ -107,7 +111,9 @@ def _share(_: Session, what: str) -> Iterator[Share]:
     goal, layers, R = CASES[what]
     sizes = [K * N * count for count, K, N in layers]
     found = [layer(8192, K, N, R) for _, K, N in layers]
-    forward, backward, launches = (sum(part[i] * size for part, size in zip(found, sizes, strict=True)) / sum(sizes) for i in range(3))
+    forward, backward, launches = (
+        sum(part[i] * size for part, size in zip(found, sizes, strict=True)) / sum(sizes) for i in range(3)
+    )
     yield Share(what, goal, forward, backward, launches, (forward + backward) / 2 + launches)
 
 
@@ -124,7 +130,11 @@ def model_table(found: Sequence[Share], notes: Sequence[str]) -> str:
     )
     heads = ("layer", "forward", "dx", "launches", "both", "goal")
     rows = [
-        (one.what, *(f"{value:.1f} %" for value in (one.forward, one.backward, one.launches, one.both)), f"<= {one.goal:g} %")
+        (
+            one.what,
+            *(f"{value:.1f} %" for value in (one.forward, one.backward, one.launches, one.both)),
+            f"<= {one.goal:g} %",
+        )
         for one in found
     ]
     return "\n".join([legend, "", render(heads, rows), "", *notes])

@@ -14,9 +14,9 @@ from typing import Any
 
 from fastlora import checkpoint, writing
 from fastlora.config import TrainConfig
+from fastlora.data import lines
 from fastlora.data.examples import read_examples
 from fastlora.data.rows import Encoded, Row, batches, encode
-from fastlora.language_model_loss import IGNORE
 
 
 class TrainingError(RuntimeError):
@@ -62,22 +62,24 @@ class Course:
         if self._order[0] != epoch:
             order = list(range(len(self.rows)))
             random.Random(f"fastlora {self.config.seed} {epoch}").shuffle(order)
+            if self.config.group_by_length:
+                order = lines.group_by_length(order, [len(row.input_ids) for row in self.rows], self.rows_per_step)
             self._order = epoch, order
         chosen = self._order[1][position * self.rows_per_step : (position + 1) * self.rows_per_step]
         return [self.rows[i] for i in chosen]
 
     def batches(self, rows: Sequence[Row], process: int) -> list[Sequence[Row]]:
         """The rows of a step as the batches of one process; every process gets as many batches as the others."""
+        config = self.config
+        if config.packing:
+            return lines.packed_batches(rows, config.max_length, config.max_tokens, self.processes)[process]
+        if config.max_tokens is not None:
+            return lines.padded_batches(rows, config.max_tokens, self.processes)[process]
         # Where there are too few, one process has a row of which nothing counts.
         return [
-            part[process :: self.processes] or [Row(part[0].input_ids, [IGNORE] * len(part[0].labels))]
-            for part in batches(rows, self.config.batch_size * self.processes)
+            part[process :: self.processes] or [lines.without_labels(part[0])]
+            for part in batches(rows, config.batch_size * self.processes)
         ]
-
-
-def count_tokens(rows: Sequence[Row]) -> int:
-    """Padding aside."""
-    return sum(len(row.input_ids) for row in rows)
 
 
 @contextmanager

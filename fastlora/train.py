@@ -41,6 +41,7 @@ from fastlora import (
     trainable,
     writing,
 )
+from fastlora.batching import Batching
 from fastlora.checkpoint import Checkpoint, CheckpointError
 from fastlora.choice import table
 from fastlora.config import RANKED, SEEDS, WHOLE, TrainConfig
@@ -48,12 +49,11 @@ from fastlora.course import (
     Course,
     TrainingError,
     TrainingInterrupted,
-    count_tokens,
     named_writing,
     read_rows,
     stop_signals,
 )
-from fastlora.data.rows import Encoded, Row, collate, pad_token_id
+from fastlora.data.rows import Encoded, Row, count_tokens, pad_token_id
 from fastlora.data.sources import local_files
 from fastlora.language_model_loss import LanguageModelLoss
 from fastlora.models import load_tokenizer, require_bitsandbytes, require_positions, resolve_dtype
@@ -204,6 +204,7 @@ class _Run:
         self.scaler = optimisers.scaler(self.accelerator.device, self.dtype, self.trained)
         self.wrapped = processes.around(self.accelerator, self.model, self.trained.values(), config.fsdp)
         self.loss = LanguageModelLoss(self.wrapped)
+        self.batching = Batching(config, self.model, self.loss, pad_token_id(tokenizer), self.accelerator.device)
         if saved:
             self._load_state(saved)
 
@@ -254,6 +255,8 @@ class _Run:
             "device": f"{self.accelerator.device}, {table.name_of(self.dtype)}, {self.setup['threads']} thread{'s' * (self.setup['threads'] > 1)}"
             + (f", {self.setup['processes']} processes" if self.setup["processes"] > 1 else ""),
         }
+        if config.packing:
+            lines["packed"] = self.batching.plan(course)
         runs = trainable.implementations(self.model, config)
         lines["runs"] = ", ".join(f"{count} {name}" for name, count in runs.items()) or "plain PyTorch"
         width = max(map(len, lines))
@@ -345,11 +348,9 @@ class _Run:
 
     def _loss_of(self, rows: Sequence[Row]) -> Tensor:
         """The summed loss of some rows."""
-        device = self.accelerator.device
         casts = self.config.method in WHOLE and self.dtype != torch.float32
-        batch = collate(rows, pad_token_id(self.tokenizer))
-        with torch.autocast(device.type, self.dtype) if casts else nullcontext():
-            return self.loss({name: value.to(device) for name, value in batch.items()})
+        with torch.autocast(self.accelerator.device.type, self.dtype) if casts else nullcontext():
+            return self.loss(self.batching(rows))
 
     def _backward(self, rows: Sequence[Row]) -> Tensor:
         """Gradients of a step's mean loss a labelled token; returns this process's share of that loss, a scalar."""
@@ -430,6 +431,7 @@ class _Run:
             dtype=table.name_of(dtype),
             implementations=trainable.implementations(self.model, self.config),
             loss_path=self.loss.path,
+            packing_efficiency=self.batching.efficiency(self.course, self.step),
             output=str(self.output),
         )
         content = {**asdict(result), **summary.origins(), "base_dtype": table.name_of(self.stored_dtype)}

@@ -35,6 +35,7 @@ FLOORS = (
     ("data", "checkpoint", "metrics", "environment", "schedules"),
     ("config", "models"),
     ("generation", "steps", "course", "optimisers", "neftune", "divergence", "progress", "summary", "card", "page"),
+    ("batching",),
     ("evaluation", "merge", "processes", "serving", "trainable"),
     ("train", "combine"),
     ("comparison", "sweep"),
