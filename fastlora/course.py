@@ -68,7 +68,7 @@ class Course:
         chosen = self._order[1][position * self.rows_per_step : (position + 1) * self.rows_per_step]
         return [self.rows[i] for i in chosen]
 
-    def batches(self, rows: Sequence[Row], process: int) -> list[Sequence[Row]]:
+    def batches(self, rows: Sequence[Row], process: int) -> Sequence[Sequence[Row]]:
         """The rows of a step as the batches of one process; every process gets as many batches as the others."""
         config = self.config
         if config.packing:
