@@ -29,7 +29,7 @@ def bars(axes: Any, title: str, unit: str, values: Mapping[str, float], goal: fl
 
 def charts(content: Mapping[str, Any]) -> list[tuple[str, str, dict[str, float], float | None]]:
     """(title, unit, value of each rival, goal) of everything in a result file that can be drawn."""
-    if content["operator"] == "trainer":
+    if "ways" in content:
         ways = content["ways"]
         return [
             ("a training step", "seconds", {way["name"]: way["seconds"] for way in ways}, None),

@@ -170,6 +170,15 @@ class TrainConfig:
     max_steps: int | None = option("Optimiser steps, in place of epochs.", None)
     batch_size: int = option("Rows a process takes at once.", 8)
     gradient_accumulation_steps: int = option("Batches an optimiser step.", 1)
+    max_tokens: int | None = option(
+        "Tokens a process runs at once, padding among them: a step of as many rows is cut into batches of no more, in place of batch_size's.",
+        None,
+    )
+    packing: bool = option(
+        "Lay a step's rows end to end, in lines of at most max_length tokens: one at once, or as many as max_tokens holds.",
+        False,
+    )
+    group_by_length: bool = option("Let a step's rows have like lengths.", False)
     max_length: int = option("Tokens a row may have.", 512)
     truncation: Truncation = option(
         "What a longer row loses: its prompt's oldest tokens, its completion's end, or all.", "prompt"
@@ -264,6 +273,10 @@ class TrainConfig:
         if self.fsdp and (self.method in WHOLE or self.bits is not None):
             what = f"method={self.method} trains it" if self.method in WHOLE else "this one is quantised"
             raise ValueError(f"fsdp=True shards a frozen base: {what}, expected none of that")
+        if self.share_prefix and self.packing:
+            raise ValueError(
+                "packing and share_prefix exclude each other: what shares runs a batch as one line already, expected max_tokens beside it"
+            )
         self.model = str(self.model)
         if Path(self.model).is_dir():
             self.model = str(Path(self.model).resolve())  # the adapter's files name it
@@ -358,7 +371,7 @@ class TrainConfig:
     def _check_numbers(self) -> None:
         counts = (
             *("max_samples", "max_steps", "batch_size", "gradient_accumulation_steps"),
-            *("save_steps", "resume_from"),
+            *("max_tokens", "save_steps", "resume_from"),
         )
         allocated = ("r", "reduction_factor", "num_virtual_tokens", "encoder_hidden_size")
         for name in (*counts, *allocated, "max_length"):

@@ -14,9 +14,9 @@ from typing import Any
 
 from fastlora import checkpoint, writing
 from fastlora.config import TrainConfig
+from fastlora.data import lines
 from fastlora.data.mixture import Order
 from fastlora.data.rows import Row, batches
-from fastlora.language_model_loss import IGNORE
 
 
 class TrainingError(RuntimeError):
@@ -32,9 +32,14 @@ class Course:
 
     Args:
         order: of a mixture; without one every epoch takes all rows in an order of its own.
+
+    Raises:
+        ValueError: group_by_length with a mixture.
     """
 
     def __init__(self, config: TrainConfig, rows: Sequence[Row], processes: int, order: Order | None = None) -> None:
+        if order and config.group_by_length:
+            raise ValueError("group_by_length=True: a mixture's rows come in an order of its own, expected one of them")
         self.config, self.rows, self.processes = config, rows, processes
         self.rows_per_step = config.batch_size * config.gradient_accumulation_steps * processes
         self.mixed = order
@@ -52,22 +57,24 @@ class Course:
         if self._order[0] != epoch:
             order = list(range(len(self.rows)))
             random.Random(f"fastlora {self.config.seed} {epoch}").shuffle(order)
+            if self.config.group_by_length:
+                order = lines.group_by_length(order, [len(row.input_ids) for row in self.rows], self.rows_per_step)
             self._order = epoch, order
         chosen = self._order[1][position * self.rows_per_step : (position + 1) * self.rows_per_step]
         return [self.rows[i] for i in chosen]
 
-    def batches(self, rows: Sequence[Row], process: int) -> list[Sequence[Row]]:
+    def batches(self, rows: Sequence[Row], process: int) -> Sequence[Sequence[Row]]:
         """The rows of a step as the batches of one process; every process gets as many batches as the others."""
+        config = self.config
+        if config.packing:
+            return lines.packed_batches(rows, config.max_length, config.max_tokens, self.processes)[process]
+        if config.max_tokens is not None:
+            return lines.padded_batches(rows, config.max_tokens, self.processes)[process]
         # Where there are too few, one process has a row of which nothing counts.
         return [
-            part[process :: self.processes] or [Row(part[0].input_ids, [IGNORE] * len(part[0].labels))]
-            for part in batches(rows, self.config.batch_size * self.processes)
+            part[process :: self.processes] or [lines.without_labels(part[0])]
+            for part in batches(rows, config.batch_size * self.processes)
         ]
-
-
-def count_tokens(rows: Sequence[Row]) -> int:
-    """Padding aside."""
-    return sum(len(row.input_ids) for row in rows)
 
 
 @contextmanager

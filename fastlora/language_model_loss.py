@@ -119,6 +119,20 @@ class LanguageModelLoss:
         """Choose the path by a batch, as the first call does by its own."""
         self._require_path(output_embedding(self._inner), self._inputs(batch)[0])
 
+    @property
+    def leaves_padding(self) -> bool:
+        """Whether a padded batch would run without its padding now; False before the first call."""
+        return self.packs and self._inner.device.type == "cpu" and not packing.keeps_padding(self._inner)
+
+    def packs_lines(self, words: int, by_bounds: bool) -> bool:
+        """Whether the model gives rows that lie end to end the logits of the rows alone, told of them by their bounds, or by their positions.
+
+        words: of its vocabulary.
+        """
+        packed_as = packing.pack_by_bounds if by_bounds else packing.pack_by_position
+        with torch.no_grad(), undisturbed(self._inner):
+            return packing.is_exact(lambda **given: self._inner(**given).logits, words, packed_as, self._inner.device)
+
     def _require_path(self, head: Any, inputs: Mapping[str, Any]) -> None:
         if self.path is None or (self.path == FUSED and head_obstacle(head)):
             self.path, self.reason = self._choose(head, inputs)

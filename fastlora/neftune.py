@@ -34,7 +34,7 @@ def attach(model: Any, alpha: float) -> None:
 def lengths(given: Mapping[str, Any]) -> Tensor:
     """How many tokens the row of each token has, float32 [B, T] or [B, 1], by the arguments of a model's forward.
 
-    A batch in one row (packing.py) tells where its rows begin by cu_seq_lens_q.
+    A batch in one row (packing.py) tells where its rows begin by cu_seq_lens_q, one of lines in which rows lie end to end by positions of 0.
     """
     starts, ids, mask = given.get("cu_seq_lens_q"), given["input_ids"], given.get("attention_mask")
     if starts is not None:
@@ -42,4 +42,9 @@ def lengths(given: Mapping[str, Any]) -> Tensor:
         return rows.repeat_interleave(rows)[None].float()
     if mask is not None and mask.dim() == 2:
         return mask.sum(1, keepdim=True).float()
+    positions = given.get("position_ids")
+    if positions is not None:
+        row = (positions == 0).cumsum(1)  # of each token its row's number in the line, from 1 on
+        counts = row.new_zeros(row.shape[0], row.shape[1] + 1).scatter_add_(1, row, torch.ones_like(row))
+        return counts.gather(1, row).float()
     return torch.full((ids.shape[0], 1), float(ids.shape[1]), device=ids.device)

@@ -3,7 +3,8 @@
     input_ids [B, T], attention_mask [B, T]  ->  input_ids [1, n], position_ids [1, n], cu_seq_lens_q [B + 1]
 
 Each row's tokens are a segment, which attends to itself alone; positions are those that the padded batch gives. A model that does more across tokens
-than attention shows it in `is_exact`, which compares the logits of a small batch either way.
+than attention shows it in `is_exact`, which compares the logits of a small batch either way. Other attentions are transformers' to mask: it tells the
+rows apart by positions that begin again (`pack_by_position`), and flash attention is told their bounds (`pack_by_bounds`).
 """
 
 from collections.abc import Callable, Mapping
@@ -36,9 +37,12 @@ def real_tokens(model: nn.Module, given: Mapping[str, Any]) -> Tensor | None:
     if not known or ids is None or mask is None or ids.device.type != "cpu" or mask.shape != ids.shape:
         return None
     real = mask != 0
-    if real.all() or not real.any() or any(map(is_compiled, model.modules())) or any(tells(model) for tells in TELLERS):
-        return None
-    return real
+    return None if real.all() or not real.any() or keeps_padding(model) else real
+
+
+def keeps_padding(model: nn.Module) -> bool:
+    """Whether a model runs padding now, whatever it gives without."""
+    return any(map(is_compiled, model.modules())) or any(tells(model) for tells in TELLERS)
 
 
 def is_compiled(module: nn.Module) -> bool:
@@ -50,39 +54,62 @@ def pack(given: Mapping[str, Any], real: Tensor) -> dict[str, Any]:
     """The arguments of a model's forward without the padding."""
     T = real.shape[1]
     positions = given.get("position_ids")
-    positions = torch.arange(T) if positions is None else positions
+    positions = torch.arange(T, device=real.device) if positions is None else positions
     per_token = {name: given[name] for name in PER_TOKEN if given.get(name) is not None}
     per_token["position_ids"] = positions.expand(real.shape)
-    lengths = real.sum(1)
-    starts = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int()
-    longest = int(lengths.max())
     return {
         **given,
         **{name: value[real][None] for name, value in per_token.items()},
         # Of four dimensions transformers hands a mask on as it is. Whoever looks at this one computes NaN: our attention does not.
         "attention_mask": torch.full((1, 1, 1, 1), torch.nan),
-        "cu_seq_lens_q": starts,
-        "cu_seq_lens_k": starts,
-        "max_length_q": longest,
-        "max_length_k": longest,
+        **bounds(real.sum(1)),
         "use_cache": False,
     }
 
 
+def bounds(lengths: Tensor) -> dict[str, Any]:
+    """Where rows of so many tokens, [rows], begin and end in one, by transformers' names."""
+    starts = torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int()
+    longest = int(lengths.max())
+    return {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": longest, "max_length_k": longest}
+
+
+def pack_by_bounds(given: Mapping[str, Any], real: Tensor) -> dict[str, Any]:
+    """`pack`, for an attention that needs no mask where it is told the rows' bounds."""
+    packed = pack(given, real)
+    del packed["attention_mask"]
+    return packed
+
+
+def pack_by_position(given: Mapping[str, Any], real: Tensor) -> dict[str, Any]:
+    """`pack`, for a model that makes masks of its own from the positions."""
+    packed = pack_by_bounds(given, real)
+    for name in bounds(real.sum(1)):
+        del packed[name]
+    return packed
+
+
 @torch.no_grad()
-def is_exact(logits_of: Callable[..., Tensor], words: int) -> bool:
+def is_exact(
+    logits_of: Callable[..., Tensor],
+    words: int,
+    packed_as: Callable[[Mapping[str, Any], Tensor], dict[str, Any]] = pack,
+    device: torch.device | None = None,
+) -> bool:
     """Whether a model in eval mode gives the same logits [.., .., V] to the tokens of a small batch without padding as with it.
 
     Rows must not know of one another, to the last bit: the second's logits are the same whatever the first row is. And the logits are the padded
     batch's, within a few times what the model itself makes of padding: in bfloat16, thirty layers turn a rounding into several per cent.
+
+    packed_as: `pack`, or in another way. device: the model's; None: the CPU.
     """
-    longest = max(PROBE_TOKENS)
-    ids, other = torch.randint(words, (2, len(PROBE_TOKENS), longest), generator=torch.Generator().manual_seed(1))
+    longest, drawn = max(PROBE_TOKENS), torch.Generator().manual_seed(1)
+    ids, other = torch.randint(words, (2, len(PROBE_TOKENS), longest), generator=drawn).to(device)
     other[1] = ids[1]
-    real = torch.arange(longest) < torch.tensor(PROBE_TOKENS)[:, None]
+    real = (torch.arange(longest) < torch.tensor(PROBE_TOKENS)[:, None]).to(device)
 
     def packed(tokens: Tensor) -> Tensor:
-        return logits_of(**pack({"input_ids": tokens, "attention_mask": real.long()}, real))[0]
+        return logits_of(**packed_as({"input_ids": tokens, "attention_mask": real.long()}, real))[0]
 
     try:
         found, found_by_other = packed(ids), packed(other)

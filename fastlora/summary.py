@@ -40,6 +40,9 @@ class TrainResult:
     dtype: str  # of the saved weights: an adapter's are float32, a model's as its base's are stored unless told
     implementations: dict[str, int]  # LoRA and frozen layers, by what ran them; a guess where it says compiled
     loss_path: str | None  # LanguageModelLoss's; None where no step was left to do
+    packing_efficiency: (
+        float | None
+    )  # tokens over those that ran, what fills lines up among them; None without packing, as of loss_path
     output: str
 
 

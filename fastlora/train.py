@@ -46,6 +46,7 @@ from fastlora import (
     warm_start,
     writing,
 )
+from fastlora.batching import Batching
 from fastlora.checkpoint import Checkpoint, CheckpointError
 from fastlora.choice import table
 from fastlora.config import RANKED, SEEDS, WHOLE, TrainConfig
@@ -53,11 +54,10 @@ from fastlora.course import (
     Course,
     TrainingError,
     TrainingInterrupted,
-    count_tokens,
     named_writing,
     stop_signals,
 )
-from fastlora.data.rows import Encoded, Row, collate, pad_token_id
+from fastlora.data.rows import Encoded, Row, count_tokens, pad_token_id
 from fastlora.language_model_loss import LanguageModelLoss
 from fastlora.models import load_base, load_tokenizer, require_bitsandbytes, require_positions, resolve_dtype
 from fastlora.peft import reporting
@@ -203,6 +203,7 @@ class _Run:
         self.scaler = optimisers.scaler(self.accelerator.device, self.dtype, self.trained)
         self.wrapped = processes.around(self.accelerator, self.model, self.trained.values(), config.fsdp)
         self.loss = LanguageModelLoss(self.wrapped)
+        self.batching = Batching(config, self.model, self.loss, pad_token_id(tokenizer), self.accelerator.device)
         if saved:
             self._load_state(saved)
 
@@ -262,6 +263,8 @@ class _Run:
             lines["extended"] = (
                 f"from {self.steps_before:,} steps: from step {self.step + 1:,} on {config.lr_scheduler_type} is that of {course.steps:,}"
             )
+        if config.packing:
+            lines["packed"] = self.batching.plan(course)
         runs = trainable.implementations(self.model, config)
         lines["runs"] = ", ".join(f"{count} {name}" for name, count in runs.items()) or "plain PyTorch"
         return lines
@@ -355,12 +358,10 @@ class _Run:
 
     def _loss_of(self, rows: Sequence[Row]) -> Tensor:
         """The summed loss of some rows."""
-        device = self.accelerator.device
         casts = self.config.method in WHOLE and self.dtype != torch.float32
-        batch = collate(rows, pad_token_id(self.tokenizer))
         losses = self.tasks.room(rows)
-        with torch.autocast(device.type, self.dtype) if casts else nullcontext():
-            loss = self.loss({name: value.to(device) for name, value in batch.items()}, losses)
+        with torch.autocast(self.accelerator.device.type, self.dtype) if casts else nullcontext():
+            loss = self.loss(self.batching(rows), losses)
         self.tasks.add(losses, rows)
         return loss
 
@@ -445,6 +446,7 @@ class _Run:
             dtype=table.name_of(dtype),
             implementations=trainable.implementations(self.model, self.config),
             loss_path=self.loss.path,
+            packing_efficiency=self.batching.efficiency(self.course, self.step),
             output=str(self.output),
         )
         content = {**asdict(result), **summary.origins(), "base_dtype": table.name_of(self.stored_dtype)}

@@ -75,6 +75,7 @@ def test_a_wrong_type_says_what_was_expected(option, value, message):
         ("max_steps", -1),
         ("batch_size", 10**5000),
         ("max_length", 1),
+        ("max_tokens", 0),
         ("truncation", "end"),
         ("train_on_turns", "first"),
         ("max_samples", 0),
@@ -143,6 +144,12 @@ def test_resume_from_implies_resume_and_excludes_overwrite():
     assert make(resume_from=3).resume
     with pytest.raises(ValueError, match="resume and overwrite exclude each other"):
         make(resume_from=3, overwrite=True)
+
+
+def test_what_shares_runs_a_batch_as_one_line_already():
+    assert make(share_prefix=True, max_tokens=99).max_tokens == 99
+    with pytest.raises(ValueError, match="^packing and share_prefix exclude each other"):
+        make(share_prefix=True, packing=True)
 
 
 def test_full_training_takes_no_target_modules():

@@ -49,6 +49,7 @@ FLOORS = (
         ),
         *("warm_start", "tracking", "task_losses", "training_data"),
     ),
+    ("batching",),
     ("evaluation", "merge", "processes", "serving", "trainable", "resuming"),
     ("train", "combine"),
     ("comparison", "sweep", "planning"),

@@ -58,6 +58,11 @@ def test_a_batch_without_its_padding_has_the_noise_of_its_rows():
     assert neftune.lengths(given).tolist() == [[12.0] * 12 + [3.0] * 3]
     assert neftune.lengths({"input_ids": IDS, "attention_mask": MASK}).tolist() == [[12.0], [3.0]]
     assert neftune.lengths({"input_ids": IDS}).tolist() == [[12.0], [12.0]]
+    places = torch.tensor([[*range(9), *range(3)], [*range(2), *range(2), *range(8)]])  # as lines have them
+    assert neftune.lengths({"input_ids": IDS, "position_ids": places}).tolist() == [
+        [9.0] * 9 + [3.0] * 3,
+        [2.0] * 4 + [8.0] * 8,
+    ]
 
 
 @pytest.mark.parametrize(

@@ -54,7 +54,7 @@ def test_options_are_there() -> None:
     every = [parameter for one in commands.commands.values() for parameter in one.params]
     known = {option for one in every for option in (*one.opts, *one.secondary_opts)}
     known |= {f"--{name.replace('_', '-')}" for name in ALIASES}
-    for file in ("benchmarks/__main__.py", "benchmarks/gpu.sh"):
+    for file in ("benchmarks/__main__.py", "benchmarks/trainer.py", "benchmarks/gpu.sh"):
         known.update(re.findall(r"--[a-z-]+", (ROOT / file).read_text()))
     others = {"--nproc-per-node", "--shutdown-timeout"}  # torchrun's
     others |= {"--multi-gpu", "--num-processes", "--use-fsdp", "--fsdp-version"}  # accelerate's

@@ -1,5 +1,6 @@
 """The benchmark of what a Trainer user gains: its ways train on the same rows, and a loss that differs is not timed."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,18 @@ def test_every_way_trains_on_the_same_rows(setting: trainer.Setting) -> None:
         assert one.losses[0] == pytest.approx(runs["trainer"].losses[0], rel=1e-4), way
 
 
+def test_every_way_packs_the_same_rows(setting: trainer.Setting) -> None:
+    """Of mixed lengths, two at once where they are padded."""
+    pytest.importorskip("trl", reason="no TRL on this machine")
+    rows = [{"prompt": "one" * (i + 1), "completion": f" two {i}"} for i in range(4)]
+    mixed = replace(setting, rows=rows, batch=2, held_out=rows[:1])
+    runs = {way: trainer.run(mixed, way) for way in trainer.PACKING}
+    for way, one in runs.items():
+        assert len(one.seconds) == len(one.losses) == 2 and one.tokens == runs["trainer"].tokens, way
+        assert one.losses[0] == pytest.approx(runs["trainer"].losses[0], rel=1e-4), way
+        assert one.held_out == pytest.approx(runs["trainer"].held_out, rel=1e-3), way
+
+
 def test_a_loss_that_differs_is_not_timed(setting: trainer.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     losses = dict.fromkeys(trainer.WAYS, 1.0) | {"loss": 1.01}
     monkeypatch.setattr(trainer, "own_process", Here)
@@ -46,6 +59,8 @@ def test_the_table_is_of_medians_without_the_first_step(
         trainer.table(found).splitlines()[-2]
         == "| `fastlora train` in their place | 1.0 | 0.25 × | 20 | 2.0 GB | 1.00 × | 3.000, 2.500 |"
     )
+    packed = [one | {"held_out": 2.25} for one in found[:4]]
+    assert trainer.table(packed, tuple(trainer.PACKING)).splitlines()[-1].endswith(" 3.000, 2.500 | 2.2500 |")
     pytest.importorskip("matplotlib", reason="no matplotlib on this machine")
     step, memory = plot.charts({"operator": "trainer", "ways": found})
     assert step[1:3] == ("seconds", {one["name"]: one["seconds"] for one in found}) and memory[1] == "GB"

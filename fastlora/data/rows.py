@@ -538,6 +538,11 @@ def _template(tokenizer: Any, tools: list[dict[str, Any]] | None = None) -> str:
     return tokenizer.get_chat_template(tools=tools)
 
 
+def count_tokens(rows: Sequence[Row]) -> int:
+    """Padding aside."""
+    return sum(len(row.input_ids) for row in rows)
+
+
 def pad_token_id(tokenizer: Any) -> int:
     """The token that fills rows up. The attention mask hides it, so the end token serves where there is none for it."""
     return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)

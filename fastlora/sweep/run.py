@@ -34,12 +34,11 @@ from fastlora.course import (
     Course,
     TrainingError,
     TrainingInterrupted,
-    count_tokens,
     named_writing,
     stop_signals,
 )
 from fastlora.data.examples import read_examples
-from fastlora.data.rows import Encoded, Row, collate, encode, pad_token_id
+from fastlora.data.rows import Encoded, Row, collate, count_tokens, encode, pad_token_id
 from fastlora.data.sources import local_files, named
 from fastlora.evaluation import mean_loss
 from fastlora.language_model_loss import LanguageModelLoss, output_embedding
