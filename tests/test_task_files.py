@@ -98,7 +98,7 @@ WRONG = {
     "name: n\ndata: rows.jsonl\ntemplates: sentiment\nshots: [0]": r"shots=\[0\]: expected numbers",
     "name: n\ndata: rows.jsonl\ntemplates: [{input: '{x.y}', target: b}]": r"templates\[0\].input: .*expected the name",
     "name: n\ndata: rows.jsonl\ntemplates: sentiment\ninverted: 3": "inverted: expected a list",
-    "name: n\nname: m": "'name' is no name, or there twice",
+    "name: n\nname: m": "the field 'name' is there twice",
 }
 
 

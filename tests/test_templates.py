@@ -259,7 +259,7 @@ FILES = {
     "templates: [{input: a, target: b, name: x}, {input: c, target: b, name: x}]": r"templates\[1\].name='x': expected another",
     "templates: [{input: a, target: b}]\nwordings: 3": "wordings: expected one of fields, templates, inverted, options",
     "templates: [{input: '{options}', target: b}]": "options: expected the answers",
-    "templates: [{input: a, target: b}]\ntemplates: []": "'templates' is no name, or there twice",
+    "templates: [{input: a, target: b}]\ntemplates: []": "the field 'templates' is there twice",
     "templates: !!python/name:os.system": "could not determine a constructor",
     "templates: &x [*x]": "an alias",
 }
