@@ -28,8 +28,8 @@ from transformers.pytorch_utils import Conv1D
 
 from fastlora import checkpoint, memory, tracking, writing
 from fastlora.config import RANKED, WHOLE, TrainConfig
-from fastlora.course import Course, count_tokens
-from fastlora.data.rows import marked
+from fastlora.course import Course
+from fastlora.data.rows import count_tokens, marked
 from fastlora.frozen import packed
 from fastlora.models import blocks, empty_base
 from fastlora.operators.linear_cross_entropy import LOGITS_AT_ONCE
