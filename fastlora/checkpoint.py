@@ -1,7 +1,7 @@
 """Checkpoints that a kill cannot spoil, and that no damage passes.
 
 A checkpoint is a folder OUTPUT/checkpoints/step-N. It is written under another name, forced to disk and then renamed,
-so that a folder called step-N is always whole. The newest two are kept. `manifest.json`, written last, has the SHA-256
+so that a folder called step-N is always whole. The newest few are kept. `manifest.json`, written last, has the SHA-256
 of every file and of itself: `read` takes nothing that it does not vouch for.
 """
 
@@ -9,7 +9,7 @@ import json
 import os
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from hashlib import file_digest, sha256
 from itertools import chain
@@ -26,7 +26,7 @@ from fastlora import reading, writing
 from fastlora.choice import table
 from fastlora.typed import check_fields, fits, shown
 
-KEPT = 2
+KEPT = 2  # unless told
 MANIFEST = "manifest.json"
 TRAINED = "trained.safetensors"
 MOST = 2**31 - 1  # steps, processes or threads
@@ -48,6 +48,8 @@ class Training:
     step: int
     config: dict[str, Any]  # TrainConfig's
     data: str  # SHA-256 of the token rows
+    held_out: str  # SHA-256 of those that are measured on
+    validations: int  # how many were done
     processes: int
     threads: int
     device: str
@@ -57,8 +59,11 @@ class Training:
         for name in ("step", "processes", "threads"):
             if not 1 <= getattr(self, name) <= MOST:
                 raise ValueError(f"{name}={shown(getattr(self, name))}: expected 1 to {MOST}")
-        if not re.fullmatch("[0-9a-f]{64}", self.data):
-            raise ValueError(f"data={shown(self.data)}: expected 64 hexadecimal digits")
+        if not 0 <= self.validations <= self.step + 1:  # one a step, and one before the first
+            raise ValueError(f"validations={shown(self.validations)}: expected 0 to {self.step + 1}")
+        for name in ("data", "held_out"):
+            if not re.fullmatch("[0-9a-f]{64}", getattr(self, name)):
+                raise ValueError(f"{name}={shown(getattr(self, name))}: expected 64 hexadecimal digits")
 
 
 @dataclass(frozen=True)
@@ -80,8 +85,18 @@ def steps(output: Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
-def save(output: Path, step: int, fill: Callable[[Path], None]) -> None:
-    """Write the checkpoint of `step`, whose files `fill` writes into the folder it is given; keep the newest two."""
+def save(
+    output: Path,
+    step: int,
+    fill: Callable[[Path], None],
+    limit: int = KEPT,
+    beside: Callable[[int], Iterable[int]] = lambda step: (),
+) -> None:
+    """Write the checkpoint of `step`, whose files `fill` writes into the folder it is given; remove old ones.
+
+    limit: how many of the newest are kept.
+    beside: the steps whose checkpoints stay as long as that of the given one, which needs them to go on.
+    """
 
     def fill_and_vouch(scratch: Path) -> None:
         fill(scratch)
@@ -95,8 +110,11 @@ def save(output: Path, step: int, fill: Callable[[Path], None]) -> None:
     writing.remove(target)
     os.replace(scratch, target)
     writing.force(target.parent)
-    for old in steps(output)[:-KEPT]:
-        writing.remove(folder(output, old))
+    newest = steps(output)[-limit:]
+    kept = {*newest, *chain.from_iterable(map(beside, newest))}
+    for old in steps(output):
+        if old not in kept:
+            writing.remove(folder(output, old))
 
 
 def clear(output: Path, after: int = 0) -> None:

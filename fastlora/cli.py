@@ -415,14 +415,16 @@ def eval_(
     max_length: Annotated[int, OPTIONS["max_length"]] = 512,
     truncation: Annotated[Truncation, OPTIONS["truncation"]] = "prompt",
     max_new_tokens: NewTokensOption = 64,
-    generations: Annotated[bool, typer.Option(help="Also let the model answer: exact match and ROUGE.")] = True,
+    generations: Annotated[
+        bool, typer.Option(help="Also let the model answer: exact match, ROUGE, F1, accuracy.")
+    ] = True,
     limit: Annotated[int | None, typer.Option(min=1, help="Take only the first so many rows.")] = None,
     dtype: DtypeOption = "auto",
     allow_missing: AllowMissingOption = False,
     allow_noop: AllowNoopOption = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object in place of the table.")] = False,
 ) -> None:
-    """Held-out loss, perplexity, exact match and ROUGE."""
+    """Held-out loss, perplexity, exact match, ROUGE, F1 and accuracy."""
     _quiet()
     from fastlora.data.examples import parse_columns, read_examples
     from fastlora.evaluation import evaluate
@@ -719,14 +721,14 @@ def _print_values(title: str, values: dict[str, Any]) -> None:
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
-    if isinstance(value, int):
+    if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, dict):
         if any(isinstance(one, dict) for one in value.values()):  # each task's rows and loss
             return "; ".join(
                 f"{name}: {_shown({key: _shown(x) for key, x in one.items()})}" for name, one in value.items()
             )
-        return ", ".join(f"{count} {name}" for name, count in value.items())
+        return ", ".join(f"{_shown(count)} {name}" for name, count in value.items())
     return str(value)
 
 

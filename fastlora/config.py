@@ -11,6 +11,7 @@ from fastlora.data.examples import check_reading
 from fastlora.data.mixture import Mixing, check_mixing
 from fastlora.data.rows import Truncation, Turns
 from fastlora.data.sources import each, one_or_several
+from fastlora.metrics import MEASURED, SCORES
 from fastlora.typed import check_fields, is_finite, shown
 
 Method = Literal[
@@ -78,6 +79,11 @@ OPTIONS_OF: dict[str, tuple[Method, ...]] = {
     **dict.fromkeys(("loraplus_lr_ratio", "loraplus_lr_embedding"), (*RANKED, "peft")),
 }
 """Whose option it is, where it is not everyone's."""
+OF_VALIDATION = (
+    *("eval_steps", "eval_on_start", "eval_generate", "eval_samples", "load_best_model_at_end"),
+    *("metric_for_best_model", "greater_is_better", "early_stopping_patience", "early_stopping_threshold"),
+)
+"""Of no use without rows to measure on."""
 MOST = 2**31 - 1  # of everything that is counted, bytes aside
 SEEDS = 2**32  # numpy takes no larger one
 
@@ -109,6 +115,12 @@ class TrainConfig:
         "Rows: a JSONL, JSON, CSV, TSV or Parquet file, a folder or pattern of them, hf:OWNER/NAME:SPLIT, or a task's YAML; several are mixed.",
         None,
         typed=list[str],
+    )
+    eval_data: str | Path | list[str] | None = option(
+        "Held-out rows of the same task, to measure on.", None, typed=list[str]
+    )
+    retain_data: str | Path | list[str] | None = option(
+        "Rows of other tasks: how much their loss rises is what is forgotten.", None, typed=list[str]
     )
     columns: dict[str, str] | None = option(
         "Which column is which field: prompt=question,completion=answer; #1 is a headless file's first.",
@@ -214,6 +226,26 @@ class TrainConfig:
     load_in_8bit: bool = option("Keep the base's linear layers in int8.", False)
     gradient_checkpointing: bool = option("Compute activations twice to save memory.", False)
     fsdp: bool = option("Shard the frozen base over the processes (FSDP2); each has the whole adapter.", False)
+    eval_steps: int | None = option("Steps between validations; the last step always has one.", None)
+    eval_on_start: bool = option(
+        "Measure before the first step, too, as retain_data and eval_samples always do.", False
+    )
+    eval_batch_size: int = option("Rows a process measures at once.", 8)
+    eval_generate: bool = option("Also answer eval_data's prompts: exact match, ROUGE, F1 and accuracy.", False)
+    eval_max_new_tokens: int = option("Length of such an answer, at most.", 64)
+    eval_samples: int | None = option(
+        "Rows of eval_data whose answers are kept in samples.jsonl. [default: 5 with eval_generate, else none]", None
+    )
+    load_best_model_at_end: bool = option(
+        "Keep the checkpoint of the best validation, and leave its adapter or model, not the last step's.", False
+    )
+    metric_for_best_model: str | None = option(
+        "What is best: eval_loss, eval_rouge1, eval_accuracy, retain_loss, ... [default: eval_loss]", None
+    )
+    greater_is_better: bool | None = option("Whether more of it is better. [default: as its name says]", None)
+    early_stopping_patience: int | None = option("Stop after so many validations in a row that were no better.", None)
+    early_stopping_threshold: float = option("By how much a validation must be better to count as such.", 0.0)
+    save_total_limit: int = option("How many of the newest checkpoints are kept; the best one always is.", 2)
     save_steps: int = option("Steps between checkpoints: what a kill loses at most.", 50)
     resume: bool = option("Go on from the newest checkpoint; without one, start afresh.", False)
     resume_from: int | None = option("Go on from the checkpoint of this step; later ones are removed.", None)
@@ -238,7 +270,8 @@ class TrainConfig:
     compile: bool = option("Run the model's layers through torch.compile.", False)
 
     def __post_init__(self) -> None:
-        self.data = one_or_several(self.data)
+        for name in ("data", "eval_data", "retain_data"):
+            setattr(self, name, one_or_several(getattr(self, name)))
         check_fields(self)
         for name in ("model", "output", "target_modules"):
             if not getattr(self, name):
@@ -255,6 +288,7 @@ class TrainConfig:
             self.lora_dropout = 0.0 if self.method == "dora" else 0.05
         self._check_numbers()
         self._check_updates(self.lr)
+        self._check_validation()
         if isinstance(self.target_modules, str):
             try:
                 re.compile(self.target_modules)
@@ -363,6 +397,49 @@ class TrainConfig:
         if self.neftune_noise_alpha is not None and self.share_prefix:
             raise ValueError("neftune_noise_alpha: expected no share_prefix, what rows share has one noise then")
 
+    def _check_validation(self) -> None:
+        for name in ("eval_data", "retain_data"):
+            if getattr(self, name) in ("", []):
+                raise ValueError(f"{name}={getattr(self, name)!r} is empty")
+        measured = [name for name in ("eval_data", "retain_data") if getattr(self, name) is not None]
+        for name in () if measured else OF_VALIDATION:
+            if (value := getattr(self, name)) != type(self).__dataclass_fields__[name].default:
+                raise ValueError(f"{name}={shown(value)}: expected eval_data or retain_data as well")
+        for name in ("eval_generate", "eval_samples"):
+            if (value := getattr(self, name)) and self.eval_data is None:
+                raise ValueError(f"{name}={shown(value)}: expected eval_data as well")
+        if self.early_stopping_patience is not None and self.eval_steps is None:
+            raise ValueError(
+                f"early_stopping_patience={self.early_stopping_patience}: expected eval_steps as well, without them"
+                " there is one validation"
+            )
+        if self.early_stopping_threshold and self.early_stopping_patience is None:
+            raise ValueError(
+                f"early_stopping_threshold={self.early_stopping_threshold}: expected early_stopping_patience as well"
+            )
+        if measured and self.best_metric not in (known := self._metrics()):
+            more = "" if self.eval_generate else ", and with eval_generate " + ", ".join(SCORES)
+            raise ValueError(
+                f"metric_for_best_model={shown(self.metric_for_best_model)}: expected one of {', '.join(known)}{more}"
+            )
+
+    def _metrics(self) -> list[str]:
+        """What a validation measures, counts aside; accuracy only where the completions are labels."""
+        losses = [
+            name for name in MEASURED if (self.eval_data if name == "eval_loss" else self.retain_data) is not None
+        ]
+        return [*losses, *(SCORES if self.eval_generate else ())]
+
+    @property
+    def best_metric(self) -> str:
+        """By what the best of several validations is chosen; as in transformers, a name may come without its `eval_`."""
+        name = self.metric_for_best_model or ("retain_loss" if self.eval_data is None else "eval_loss")
+        return name if name in (*MEASURED, *SCORES) else f"eval_{name}"
+
+    @property
+    def greater_is_best(self) -> bool:
+        return self.best_metric in SCORES if self.greater_is_better is None else self.greater_is_better
+
     @property
     def bits(self) -> int | None:
         """Of an element of the base's linear layers, where they are quantised as they are loaded."""
@@ -372,6 +449,7 @@ class TrainConfig:
         counts = (
             *("max_samples", "max_steps", "batch_size", "gradient_accumulation_steps"),
             *("max_tokens", "save_steps", "resume_from"),
+            *("eval_steps", "eval_batch_size", "eval_max_new_tokens", "early_stopping_patience", "save_total_limit"),
         )
         allocated = ("r", "reduction_factor", "num_virtual_tokens", "encoder_hidden_size")
         for name in (*counts, *allocated, "max_length"):
@@ -386,13 +464,15 @@ class TrainConfig:
         for name in ("lora_dropout", "warmup_ratio", "adam_beta1", "adam_beta2"):
             if not 0 <= (getattr(self, name) or 0.0) < 1:
                 raise ValueError(f"{name}={shown(getattr(self, name))}: expected a number from 0 to below 1")
-        for name in ("lr", "lora_alpha", "weight_decay", "max_grad_norm"):
+        for name in ("lr", "lora_alpha", "weight_decay", "max_grad_norm", "early_stopping_threshold"):
             if not (is_finite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise ValueError(f"{name}={shown(getattr(self, name))}: expected a finite number, 0 or more")
         for name in ("lora_alpha", "scaling"):
             value = getattr(self, name)
             if value is not None and not is_number(value):
                 raise ValueError(f"{name}={shown(value)}: expected a number that float32 holds")
+        if self.eval_samples is not None and not 0 <= self.eval_samples <= MOST:
+            raise ValueError(f"eval_samples={shown(self.eval_samples)}: expected 0 to {MOST}")
         if not 0 <= self.seed < SEEDS:
             raise ValueError(f"seed={shown(self.seed)}: expected 0 to {SEEDS - 1}")
         if self.pack_budget is not None and not 0 <= self.pack_budget < 2**63:

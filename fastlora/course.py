@@ -3,12 +3,14 @@
 `fastlora train` has one; `fastlora sweep` has one for each of its jobs, which is why they train alike.
 """
 
+import json
 import math
 import random
 import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +77,15 @@ class Course:
             part[process :: self.processes] or [lines.without_labels(part[0])]
             for part in batches(rows, config.batch_size * self.processes)
         ]
+
+
+def digest(rows: Sequence[Row], more: bytes = b"") -> str:
+    """SHA-256 of rows' tokens and labels, and of what else decides about them: by what a resumed run knows them."""
+    content = sha256()
+    for row in rows:
+        content.update(json.dumps([row.input_ids, row.labels]).encode())
+    content.update(more)
+    return content.hexdigest()
 
 
 @contextmanager

@@ -1,6 +1,9 @@
-"""What a model can: held-out loss, perplexity, exact match and ROUGE, all over the same rows."""
+"""What a model can: held-out loss, perplexity, and scores of its answers, all over the same rows."""
 
 import math
+import re
+import string
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,10 +15,12 @@ import torch
 from fastlora.data.examples import Columns, Example, read_examples
 from fastlora.data.rows import Row, batches, collate, encode, pad_token_id, reference, require_count
 from fastlora.generation import answer, leave_room
-from fastlora.language_model_loss import LanguageModelLoss, evaluating
+from fastlora.language_model_loss import IGNORE, LanguageModelLoss, evaluating
 from fastlora.models import positions
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
+MOST_LABELS = 20
+LEAST_OF_LABEL = 2  # rows of each, on average: fewer are answers of their own
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,10 @@ class EvalResult:
     rouge1: float | None  # F-measures, no stemming; None where the package rouge-score is missing
     rouge2: float | None
     rougeL: float | None
+    f1: float | None  # of the words that an answer shares with the completion, as SQuAD counts them
+    accuracy: (
+        float | None
+    )  # fraction of answers that begin with the completion; None where the completions are no labels
 
 
 def evaluate(
@@ -46,7 +55,7 @@ def evaluate(
     generations: bool = True,
     limit: int | None = None,
 ) -> EvalResult:
-    """Held-out loss and perplexity; with `generations` also exact match and ROUGE of greedy answers.
+    """Held-out loss and perplexity; with `generations` also the `scores` of greedy answers.
 
     Each answer is given to the very prompt tokens that its row of the loss has.
 
@@ -75,15 +84,13 @@ def evaluate(
     ids = leave_room(model, tokenizer, ids, max_new_tokens) if generations else ids
     mean = mean_loss(model, tokenizer, encoded.rows, batch_size)
     perplexity = math.exp(mean) if mean < 700 else math.inf  # exp(710) overflows
-    matches, scores = None, {}
+    scored: dict[str, float] = {}
     if generations:
         pairs = zip(encoded.examples, encoded.rows, strict=True)
         references = [reference(example, row, tokenizer) for example, row in pairs]
         prompts = [example.prompt for example in encoded.examples]
         answers = answer(model, tokenizer, prompts, ids, max_new_tokens, batch_size)
-        matches = exact_match(answers, references)
-        with suppress(ModuleNotFoundError):  # as the result says
-            scores = rouge(answers, references)
+        scored = scores(answers, references)
     return EvalResult(
         rows=len(encoded.rows),
         dropped_rows=len(encoded.dropped),
@@ -92,8 +99,7 @@ def evaluate(
         tokens=sum(row.labelled for row in encoded.rows),
         loss=mean,
         perplexity=perplexity,
-        exact_match=matches,
-        **{name: scores.get(name) for name in ROUGE},
+        **{name: scored.get(name) for name in ("exact_match", *ROUGE, "f1", "accuracy")},
     )
 
 
@@ -106,12 +112,31 @@ def _examples(data: str | Path | Sequence[str | Path] | Sequence[Example], colum
 
 def mean_loss(model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int) -> float:
     """The model's mean loss a labelled token of rows, in nats."""
+    return total_loss(model, tokenizer, rows, batch_size).item() / sum(row.labelled for row in rows)
+
+
+def total_loss(
+    model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int, process: int = 0, processes: int = 1
+) -> torch.Tensor:
+    """The summed loss of all labelled tokens of rows, in nats, a float64 scalar on the CPU; of several processes each has a share of that sum."""
     total, loss = torch.zeros((), dtype=torch.float64), LanguageModelLoss(model)
+    parts = list(batches(sorted(rows, key=lambda row: len(row.input_ids)), batch_size))
+    own = parts[process::processes]
+    if len(own) < len(parts[::processes]):  # every process calls the model as often as the others, here for nothing
+        own.append([Row(parts[0][0].input_ids, [IGNORE] * len(parts[0][0].labels))])
     with torch.no_grad(), evaluating(model):
-        for part in batches(sorted(rows, key=lambda row: len(row.input_ids)), batch_size):
+        for part in own:
             batch = {name: value.to(model.device) for name, value in collate(part, pad_token_id(tokenizer)).items()}
             total += loss(batch).double().cpu()
-    return total.item() / sum(row.labelled for row in rows)
+    return total
+
+
+def scores(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """exact_match, f1, rouge1, rouge2 and rougeL (none where rouge-score is missing), and accuracy where the references are labels; 0 to 1."""
+    found = {"exact_match": exact_match(answers, references), "f1": token_f1(answers, references)}
+    with suppress(ModuleNotFoundError):
+        found |= rouge(answers, references)
+    return found | ({"accuracy": accuracy(answers, references)} if labels(references) else {})
 
 
 def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
@@ -131,3 +156,45 @@ def rouge(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]
     scorer = RougeScorer(ROUGE)
     scores = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
     return {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in ROUGE}
+
+
+def token_f1(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Mean F1 of the words that an answer has in common with its reference, as SQuAD counts them (Rajpurkar et al. 2016)."""
+    return sum(map(_f1, answers, references)) / len(references)
+
+
+def _f1(answer: str, reference: str) -> float:
+    given, wanted = _words(answer), _words(reference)
+    if not given or not wanted:
+        return float(given == wanted)
+    return 2 * (given & wanted).total() / (given.total() + wanted.total())
+
+
+def _words(text: str) -> Counter[str]:
+    """Without case, punctuation and articles."""
+    plain = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return Counter(re.sub(r"\b(a|an|the)\b", " ", plain).split())
+
+
+def labels(references: Sequence[str]) -> set[tuple[str, ...]]:
+    """The words of each label, where the references are labels: 2 to 20, told apart by their words, for twice as many rows or more. Else empty."""
+    texts = {reference.strip() for reference in references}
+    if not 2 <= len(texts) <= min(MOST_LABELS, len(references) // LEAST_OF_LABEL):
+        return set()
+    found = {_label(text) for text in texts}
+    return found if len(found) == len(texts) and () not in found else set()
+
+
+def accuracy(answers: Sequence[str], references: Sequence[str]) -> float:
+    """Fraction of answers whose first words are their reference's, and no longer label's; the references are `labels`."""
+    known = labels(references)
+
+    def chosen(words: tuple[str, ...]) -> tuple[str, ...]:
+        return max((label for label in known if words[: len(label)] == label), key=len, default=())
+
+    pairs = zip(map(_label, answers), map(_label, references), strict=True)
+    return sum(chosen(given) == wanted for given, wanted in pairs) / len(references)
+
+
+def _label(text: str) -> tuple[str, ...]:
+    return tuple(re.findall(r"\w+", text.casefold()))

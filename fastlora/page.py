@@ -8,10 +8,10 @@ from typing import Any, TypeGuard
 
 from fastlora import drawing, reading, writing
 from fastlora.drawing import Point, curves, running_mean, safe, table, thinned
+from fastlora.metrics import SAMPLES, VALIDATION
 from fastlora.typed import fits, is_finite, listed
 
 NAME = "report.html"
-VALIDATION, SAMPLES = "validation.jsonl", "samples.jsonl"
 SHOWN = 20  # samples
 NUMBER = re.compile(r"\.\d+(?=\.|$)")
 CHARACTERS = 2000  # of a sample's text

@@ -64,10 +64,14 @@ class Bar:
     ) -> None:
         self.tqdm.close()
 
-    def tell(self, record: Mapping[str, float], rows: Sequence[Row], limit: Limit | None) -> None:
-        """One more step is done, with this record of metrics.jsonl, on these rows of all processes."""
+    def tell(self, record: Mapping[str, float], rows: Sequence[Row], limit: Limit | None, measured: str = "") -> None:
+        """One more step is done, with this record of metrics.jsonl, on these rows of all processes; measured: by the last validation."""
         if not self.tqdm.disable:
-            parts = [f"loss {record['loss']:.4f}", f"{record['tokens_per_second']:.0f} tokens/s"]
+            parts = [
+                f"loss {record['loss']:.4f}",
+                *[measured] * bool(measured),
+                f"{record['tokens_per_second']:.0f} tokens/s",
+            ]
             if limit is not None:
                 parts.append(f"{limit.percent(rows, record['seconds'], self.processes):.0f} % of the machine")
             held = memory.peak(self.device)

@@ -1,4 +1,4 @@
-"""What a run goes on from, and for how long.
+"""What a run goes on from, for how long, and what of its output folder it may replace.
 
 A resumed run may be longer than it was to be: more epochs or steps. Up to the checkpoint nothing changes, from there on its schedule is the longer
 run's. Under a constant learning rate that is the run which was as long from the start, bit for bit: rows, dropout and optimiser know nothing of a
@@ -13,14 +13,50 @@ from typing import Any
 
 import torch
 
-from fastlora import checkpoint
+from fastlora import checkpoint, metrics, options, training_data, writing
 from fastlora.checkpoint import Checkpoint, CheckpointError
 from fastlora.config import TrainConfig
 from fastlora.course import Course
+from fastlora.data.sources import local_files
 from fastlora.typed import listed
 
 LENGTH = ("epochs", "max_steps")
 """The options that say how long a run is."""
+
+
+def require_free(config: TrainConfig) -> None:
+    """Nothing in the output folder is replaced that this run does not go on from, unless that was asked for."""
+    output = Path(config.output)
+    writing.require_files(output)
+    if (output / "checkpoints").is_file():
+        raise NotADirectoryError(f"output={output}: checkpoints is a file there, expected a folder or nothing")
+    held, steps = writing.results(output), checkpoint.steps(output)
+    measured = [
+        (name, data) for name in ("eval_data", "retain_data") for data in local_files(getattr(config, name) or [])
+    ]
+    for name, data in (*training_data.named(config), *measured):
+        if any(path.parent.resolve() == output.resolve() and path.name in held for path in (data, data.resolve())):
+            raise ValueError(
+                f"{name}={data}: expected another place or name, training replaces this file in its output folder"
+            )
+    if config.overwrite or (config.resume and steps):
+        return
+    # All that is left by a run that ended before its first checkpoint; an empty one by a run that ended in its first step.
+    if metrics.NAME in held and (config.resume or not (output / metrics.NAME).stat().st_size):
+        own = (metrics.NAME, metrics.VALIDATION, metrics.SAMPLES, options.NAME)
+        held = [name for name in held if name not in own]
+    problem = ""
+    if steps:
+        problem = (
+            f"has checkpoints up to step {steps[-1]}:"
+            " resume=True goes on from there, overwrite=True removes them and starts again"
+        )
+    elif held and config.resume:
+        problem = f"has no checkpoint to resume from, and holds {listed(held)}: overwrite=True replaces them"
+    elif held:
+        problem = f"holds {listed(held)}: expected a folder of its own, or overwrite=True to replace them"
+    if problem:
+        raise FileExistsError(f"output={output} {problem}")
 
 
 def newest(config: TrainConfig) -> Checkpoint | None:

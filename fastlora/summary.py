@@ -43,6 +43,11 @@ class TrainResult:
     packing_efficiency: (
         float | None
     )  # tokens over those that ran, what fills lines up among them; None without packing, as of loss_path
+    best_step: int | None  # of the validations after the first step
+    best_eval_loss: float | None  # that step's
+    validation: dict[str, Any] | None  # the last, as validation.jsonl has it
+    stopped_early: bool
+    stop_reason: str | None  # why
     output: str
 
 

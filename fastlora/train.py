@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, fields, replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +53,7 @@ from fastlora.course import (
     Course,
     TrainingError,
     TrainingInterrupted,
+    digest,
     named_writing,
     stop_signals,
 )
@@ -64,22 +64,23 @@ from fastlora.peft import reporting
 from fastlora.progress import Bar, Limit
 from fastlora.summary import TrainResult
 from fastlora.task_losses import TaskLosses, summed_up
-from fastlora.typed import lined_up, listed
+from fastlora.typed import lined_up
+from fastlora.validation import Validation
 
 logger = logging.getLogger("fastlora")
 
 # Data and how it is cut are compared by the rows' tokens.
 MAY_DIFFER_ON_RESUME = {
-    *("data", "columns", "max_samples", "streaming", "mixture", "rehearse_data"),
-    *("truncation", "train_on_turns", "completion_only_loss"),
-    *("output", "save_steps", "resume", "resume_from", "overwrite", "report_to", "run_name"),
-    *resuming.LENGTH,
+    *("data", "columns", "max_samples", "streaming", "mixture", "rehearse_data", "eval_data", "retain_data"),
+    *("truncation", "train_on_turns", "completion_only_loss", "report_to", "run_name", *resuming.LENGTH),
+    *("output", "save_steps", "save_total_limit", "resume", "resume_from", "overwrite"),
 }
 
 
 def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     """Train, and leave the adapter (or model) with its tokenizer and card, metrics.jsonl, summary.json, report.html, loss.png and checkpoints/.
 
+    With eval_data or retain_data also validation.jsonl and samples.jsonl; that training stops early is no error.
     Runs on one process, or on several under `accelerate launch` or `torchrun`.
 
     Args:
@@ -101,7 +102,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     """
     require_possible(config)
     accelerator, config = processes.begin(config)
-    with processes.holding(accelerator, Path(config.output), partial(require_free, config)):
+    with processes.holding(accelerator, Path(config.output), partial(resuming.require_free, config)):
         run = begin(config, accelerator, load_base)
         if progress and accelerator.is_main_process:
             print(*lined_up(run.told()), sep="\n", file=sys.stderr)
@@ -130,37 +131,6 @@ def begin(config: TrainConfig, accelerator: Accelerator, load: Callable[..., Any
     return _Run(config, data, tokenizer, accelerator, saved, load)
 
 
-def require_free(config: TrainConfig) -> None:
-    """Nothing in the output folder is replaced that this run does not go on from, unless that was asked for."""
-    output = Path(config.output)
-    writing.require_files(output)
-    if (output / "checkpoints").is_file():
-        raise NotADirectoryError(f"output={output}: checkpoints is a file there, expected a folder or nothing")
-    held, steps = writing.results(output), checkpoint.steps(output)
-    for name, data in training_data.named(config):
-        if any(path.parent.resolve() == output.resolve() and path.name in held for path in (data, data.resolve())):
-            raise ValueError(
-                f"{name}={data}: expected another place or name, training replaces this file in its output folder"
-            )
-    if config.overwrite or (config.resume and steps):
-        return
-    # All that is left by a run that ended before its first checkpoint; an empty one by a run that ended in its first step.
-    if metrics.NAME in held and (config.resume or not (output / metrics.NAME).stat().st_size):
-        held = [name for name in held if name not in (metrics.NAME, options.NAME)]
-    problem = ""
-    if steps:
-        problem = (
-            f"has checkpoints up to step {steps[-1]}:"
-            " resume=True goes on from there, overwrite=True removes them and starts again"
-        )
-    elif held and config.resume:
-        problem = f"has no checkpoint to resume from, and holds {listed(held)}: overwrite=True replaces them"
-    elif held:
-        problem = f"holds {listed(held)}: expected a folder of its own, or overwrite=True to replace them"
-    if problem:
-        raise FileExistsError(f"output={output} {problem}")
-
-
 class _Run:
     """One run: the model, and all else that a checkpoint holds."""
 
@@ -181,6 +151,7 @@ class _Run:
         self.stored_dtype = trainable.stored_dtype(str(config.model))
         self.dtype = resolve_dtype(config.dtype, self.accelerator.device) or self.stored_dtype
         self.step, self.tokens = 0, 0  # that are done
+        self.validation = Validation(config, data.rows, tokenizer)
         self.setup = self._setup()
         self.files = summary.data_files(config, data.examples)
         self.records: list[dict[str, Any]] = []  # of the steps that were done before this run
@@ -188,6 +159,7 @@ class _Run:
         if saved:
             self.steps_before = _require_same(saved, self.setup, self.course)
             self.records = metrics.read(self.output, saved.training.step)
+            self.validation.resume(saved)
             table.load_state(saved.state["tuned"])
         set_seed(config.seed)
         self.model = trainable.build(config, self.dtype, accelerator.device, saved.folder if saved else None, load)
@@ -204,6 +176,9 @@ class _Run:
         self.wrapped = processes.around(self.accelerator, self.model, self.trained.values(), config.fsdp)
         self.loss = LanguageModelLoss(self.wrapped)
         self.batching = Batching(config, self.model, self.loss, pad_token_id(tokenizer), self.accelerator.device)
+        casts = config.method in WHOLE and self.dtype != torch.float32
+        self.autocast = torch.autocast(self.accelerator.device.type, self.dtype) if casts else nullcontext()
+        self.validation.attach(self.model, self.accelerator, self.course.steps, self.autocast)
         if saved:
             self._load_state(saved)
 
@@ -224,14 +199,11 @@ class _Run:
 
     def _setup(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run before."""
-        content = sha256()
-        for row in self.data.rows:
-            content.update(json.dumps([row.input_ids, row.labels]).encode())
-        content.update(self.data.order.fingerprint() if self.data.order else b"")
         options = asdict(self.config).items()
         return {
             "config": {name: str(value) if isinstance(value, Path) else value for name, value in options},
-            "data": content.hexdigest(),
+            "data": digest(self.data.rows, self.data.order.fingerprint() if self.data.order else b""),
+            "held_out": self.validation.digest,
             "processes": self.accelerator.num_processes,
             "threads": torch.get_num_threads(),
             "device": self.accelerator.device.type,
@@ -244,6 +216,7 @@ class _Run:
                 checkpoint.clear(self.output, after=self.step)
                 metrics.write(self.output, self.records)
                 options.write(self.output, self.config)
+                self.validation.claim_output()
 
     def told(self) -> dict[str, str]:
         """What is about to run, for people."""
@@ -265,6 +238,7 @@ class _Run:
             )
         if config.packing:
             lines["packed"] = self.batching.plan(course)
+        lines |= self.validation.told()
         runs = trainable.implementations(self.model, config)
         lines["runs"] = ", ".join(f"{count} {name}" for name, count in runs.items()) or "plain PyTorch"
         return lines
@@ -275,17 +249,22 @@ class _Run:
         limit = Limit.of(self.model, self.config, device, self.dtype) if shown else None
         first = self.step
         with Bar(self.course.steps, first, shown, device, self.course.processes) as bar:
-            while self.step < self.course.steps:
+            if self.validation.after(self.step):  # before the first step, or where a stop left it undone
+                self._save_checkpoint()
+            while self.step < self.course.steps and self.validation.stop_reason is None:
                 rows = self.course.step_rows(self.step)
                 record, stopped = self._train_step(rows, stop, check_gradients=self.step == first)
                 with processes.as_one(self.accelerator), self._writing(metrics.NAME):
                     if self.accelerator.is_main_process:
                         metrics.add(self.output, record)
                 tracking.report(self.accelerator, record)
-                bar.tell(record, rows, limit)
-                if stopped or self.step % self.config.save_steps == 0 or self.step == self.course.steps:
+                last = self.step == self.course.steps
+                best = (last or not stopped) and self.validation.after(self.step)
+                last = last or self.validation.stop_reason is not None
+                bar.tell(record, rows, limit, self.validation.shown())
+                if stopped or best or last or self.step % self.config.save_steps == 0:
                     self._save_checkpoint()
-                if stopped and self.step < self.course.steps:
+                if stopped and not last:
                     raise TrainingInterrupted(
                         f"stopped after step {self.step} of {self.course.steps}; the same with resume=True goes on"
                         f" from {checkpoint.folder(self.output, self.step)}"
@@ -358,9 +337,8 @@ class _Run:
 
     def _loss_of(self, rows: Sequence[Row]) -> Tensor:
         """The summed loss of some rows."""
-        casts = self.config.method in WHOLE and self.dtype != torch.float32
         losses = self.tasks.room(rows)
-        with torch.autocast(self.accelerator.device.type, self.dtype) if casts else nullcontext():
+        with self.autocast:
             loss = self.loss(self.batching(rows), losses)
         self.tasks.add(losses, rows)
         return loss
@@ -403,7 +381,8 @@ class _Run:
                 with self._writing(metrics.NAME):
                     writing.force(self.output / metrics.NAME)
                 with self._writing("the checkpoint"):
-                    checkpoint.save(self.output, self.step, lambda folder: self._write_checkpoint(folder, rng))
+                    fill = partial(self._write_checkpoint, rng=rng)
+                    checkpoint.save(self.output, self.step, fill, self.config.save_total_limit, self.validation.best_of)
 
     def _writing(self, what: str) -> AbstractContextManager[None]:
         return named_writing(what, self.output, self.step)
@@ -411,9 +390,8 @@ class _Run:
     def _write_checkpoint(self, folder: Path, rng: list[dict[str, Any]]) -> None:
         self._write_model(folder)
         if self.config.method not in (*RANKED, *WHOLE):
-            checkpoint.save_weights(
-                folder, self.trained
-            )  # PEFT's file has what a prompt's encoder gives, not the encoder
+            # PEFT's file has what a prompt's encoder gives, not the encoder.
+            checkpoint.save_weights(folder, self.trained)
         state = {
             "optimizer": self.optimizer.state_dict(),
             "scheduler": self.scheduler.state_dict(),
@@ -423,7 +401,8 @@ class _Run:
         }
         with (folder / "state.pt").open("wb") as file:  # torch, given a path, forgets why it could not write
             torch.save(state, file)
-        (folder / "training.json").write_text(json.dumps({"step": self.step, **self.setup}, indent=2) + "\n")
+        training = {"step": self.step, "validations": len(self.validation.records), **self.setup}
+        (folder / "training.json").write_text(json.dumps(training, indent=2) + "\n")
 
     def _write_model(self, folder: Path) -> None:
         if self.config.method in WHOLE:
@@ -434,6 +413,7 @@ class _Run:
 
     def finish(self) -> TrainResult:
         """Write the final files; the summary is returned, too."""
+        self.validation.take_best(self.step, self.trained, self.optimizer)
         dtype = self._cast_to_stored() if self.config.method in WHOLE else torch.float32
         records = metrics.read(self.output, self.step)
         result = summary.result(
@@ -447,6 +427,7 @@ class _Run:
             implementations=trainable.implementations(self.model, self.config),
             loss_path=self.loss.path,
             packing_efficiency=self.batching.efficiency(self.course, self.step),
+            **self.validation.summary(self.step),
             output=str(self.output),
         )
         content = {**asdict(result), **summary.origins(), "base_dtype": table.name_of(self.stored_dtype)}
@@ -468,7 +449,7 @@ class _Run:
                 writing.whole(self.output / "summary.json", (json.dumps(content, indent=2) + "\n").encode())
                 page.write(self.output, content, records, reporting.report(self.model))
                 try:
-                    metrics.plot(records, self.output / "loss.png")
+                    metrics.plot(records, self.output / "loss.png", self.validation.records)
                 except ModuleNotFoundError:
                     logger.warning("no loss.png: the package matplotlib is missing (pip install matplotlib)")
         return replace(result, adapter_bytes=content["adapter_bytes"])

@@ -4,13 +4,14 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from fastlora import adapters, warm_start
+from fastlora import adapters, checkpoint, warm_start
 from fastlora.config import OPTIONS_OF, RANKED, WHOLE, TrainConfig
 from fastlora.models import blocks, load_base
 from fastlora.peft import accelerate, quantised
@@ -49,6 +50,31 @@ def build(
     if config.compile:
         _compile_layers(model)
     return model
+
+
+def take(model: Any, config: TrainConfig, folder: Path, trained: Mapping[str, Tensor]) -> None:
+    """Give what is trained the values that it has in a checkpoint's folder.
+
+    Raises:
+        CheckpointError, AdapterError: the checkpoint is damaged, or of another model; no value is changed then.
+    """
+    checkpoint.verify(folder)
+    if config.method in RANKED:
+        from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+        own, saved = get_peft_model_state_dict(model, save_embedding_layers=False), adapters.read(folder).tensors
+        if {name: value.shape for name, value in own.items()} != {name: value.shape for name, value in saved.items()}:
+            raise checkpoint.CheckpointError(
+                f"{folder / adapters.WEIGHTS}: its tensors are not those of this run's adapter"
+            )
+        set_peft_model_state_dict(model, saved)
+    elif config.method in WHOLE:
+        saved = dict(load_base(str(folder), torch.float32, torch.device("cpu")).named_parameters())
+        with torch.no_grad():
+            for name, value in trained.items():
+                value.copy_(saved[name])
+    else:
+        checkpoint.load_weights(folder, trained)
 
 
 def stored_dtype(path: str) -> torch.dtype:

@@ -40,6 +40,8 @@ RESULTS = (
     "loss.png",
     "report.html",
     "config.yaml",
+    "validation.jsonl",
+    "samples.jsonl",
 )
 """What a training may write into its output folder, checkpoints aside."""
 

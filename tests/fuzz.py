@@ -395,6 +395,8 @@ def checkpoint_files() -> Files:
         "step": STEP,
         "config": {"r": 16, "data": "x"},
         "data": "0" * 64,
+        "held_out": "0" * 64,
+        "validations": 3,
         "processes": 1,
         "threads": 2,
         "device": "cpu",
@@ -515,6 +517,55 @@ def read_optimiser(folder: Path, files: Files) -> None:
         except checkpoint.CheckpointError as error:
             assert str(path) in str(error), error
         update(*parts)  # it goes on
+
+
+# What a training tells of its validations
+
+
+def validation_files() -> Files:
+    lines: list[Any] = [
+        {"step": 0, "eval_loss": 2.5, "eval_tokens": 40, "retain_loss": 1.5, "retain_tokens": 7, "forgetting": 0.0},
+        {"step": 4, "eval_loss": 1.5, "eval_tokens": 40, "eval_rouge1": 0.25, "eval_exact_match": 0, "eval_f1": 1.0},
+        {"step": 5, "eval_loss": 1.25, "eval_tokens": 40, "eval_accuracy": 0.5, "note": [1]},
+    ]
+    return {"validation.jsonl": b"\n".join(json.dumps(line).encode() for line in lines) + b"\n"}
+
+
+def read_validation(folder: Path, files: Files) -> None:
+    from fastlora import metrics
+
+    try:
+        found = metrics.read_validations(folder)
+    except ValueError as error:
+        assert "validation.jsonl:" in str(error), error
+        return
+    steps = [one["step"] for one in found]
+    assert all(type(step) is int for step in steps) and steps == sorted(set(steps)), steps
+    for one in found:
+        assert all(0 <= one[name] <= 1 for name in metrics.SCORES if name in one), one
+        assert all(abs(one[name]) < float("inf") for name in metrics.MEASURED if name in one), one
+
+
+def samples_files() -> Files:
+    chat = [{"role": "user", "content": "2 + 2?"}]
+    lines: list[Any] = [
+        {"step": 0, "source": "data.jsonl:3", "prompt": "A?", "reference": "B.", "answer": ""},
+        {"step": 0, "source": "data.jsonl:4", "prompt": chat, "reference": "4", "answer": "\u00e7a va"},
+        {"step": 4, "source": "data.jsonl:3", "prompt": "A?", "reference": "B.", "answer": "B.", "note": 1},
+    ]
+    return {"samples.jsonl": b"\n".join(json.dumps(line).encode() for line in lines) + b"\n"}
+
+
+def read_samples(folder: Path, files: Files) -> None:
+    from fastlora import metrics
+
+    try:
+        found = metrics.read_samples(folder)
+    except ValueError as error:
+        assert "samples.jsonl:" in str(error), error
+        return
+    for one in found:
+        assert type(one["step"]) is int and one["step"] >= 0 and isinstance(one["answer"], str), one
 
 
 # A sweep's jobs, and its checkpoint
@@ -710,6 +761,8 @@ TARGETS: dict[str, Target] = {
     "prompt": Target(prompt_files, change_files, read_adapter),
     "checkpoint": Target(checkpoint_files, change_checkpoint, read_checkpoint),
     "optimiser": Target(optimiser_files, change_optimiser, read_optimiser),
+    "validation": Target(validation_files, change_lines, read_validation),
+    "samples": Target(samples_files, change_lines, read_samples),
     "jobs": Target(jobs_files, change_jobs, read_jobs),
     "options": Target(options_files, change_files, read_options),
     "mixture": Target(mixture_files, change_mixture, read_mixture),

@@ -15,7 +15,10 @@ from fastlora import checkpoint, writing
 from fastlora.checkpoint import CheckpointError
 from fastlora.choice import table
 
-TRAINING = {"config": {"r": 4}, "data": "0" * 64, "processes": 1, "threads": 2, "device": "cpu"}
+TRAINING = {
+    **{"config": {"r": 4}, "data": "0" * 64, "held_out": "f" * 64, "validations": 2},
+    **{"processes": 1, "threads": 2, "device": "cpu"},
+}
 
 
 def state() -> dict[str, Any]:
@@ -150,6 +153,9 @@ ABSURD = {
     "more processes than generators": ({"processes": 2}, r"state.pt: rng: expected a list of 2"),
     "threads": ({"threads": -1}, "threads=-1"),
     "data": ({"data": "abc"}, "data='abc': expected 64 hexadecimal digits"),
+    "held-out data": ({"held_out": "F" * 64}, "held_out='F.*': expected 64 hexadecimal digits"),
+    "validations below 0": ({"validations": -1}, "validations=-1: expected 0 to 4"),
+    "more validations than steps": ({"validations": 5}, "validations=5: expected 0 to 4"),
     "device": ({"device": 0}, "device=0: expected str"),
     "config": ({"config": []}, r"config=\[\]: expected dict"),
     "more": ({"more": 1}, "unknown key 'more'"),
@@ -269,3 +275,20 @@ def test_a_disk_that_fills_up_leaves_the_checkpoint_before(tmp_path, monkeypatch
         checkpoint.save(tmp_path, 4, fill)
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-3"]
     assert checkpoint.read(checkpoint.folder(tmp_path, 3)).training.step == 3
+
+
+def test_the_newest_few_are_kept_and_whatever_one_of_them_needs(tmp_path):
+    """Each step's best is the last even one up to it: that of a step that may be gone on from stays."""
+
+    def fill(folder: Path) -> None:
+        (folder / "training.json").write_text("{}")
+
+    for step in (2, 3, 5, 7):
+        checkpoint.save(tmp_path, step, fill, 2, lambda step: [] if step == 7 else [2])
+    assert checkpoint.steps(tmp_path) == [2, 5, 7]
+    checkpoint.save(tmp_path, 9, fill, 1, lambda step: [5])
+    assert checkpoint.steps(tmp_path) == [5, 9]
+    checkpoint.save(tmp_path, 11, fill, 3)
+    assert checkpoint.steps(tmp_path) == [5, 9, 11]
+    checkpoint.save(tmp_path, 12, fill)
+    assert checkpoint.steps(tmp_path) == [11, 12]

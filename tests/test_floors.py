@@ -51,6 +51,7 @@ FLOORS = (
     ),
     ("batching",),
     ("evaluation", "merge", "processes", "serving", "trainable", "resuming"),
+    ("validation",),
     ("train", "combine"),
     ("comparison", "sweep", "planning"),
     ("demo",),

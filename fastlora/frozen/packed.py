@@ -126,6 +126,14 @@ class Registered:
         self.budget.held -= self.bytes
         self.bytes = 0
 
+    def keep(self, ways: set[tuple[int, ...]]) -> None:
+        """Free the copies of other strides than these."""
+        for way in self.copies.keys() - ways:
+            share = self.bytes // len(self.copies)  # one is as large as the other
+            del self.copies[way]
+            self.bytes -= share
+            self.budget.held -= share
+
     def look(self, weight: Tensor) -> None:
         """Drop copies that are not of the weight as it is now."""
         state = weight.data_ptr(), *(owner._version for owner in self.owners.values()), _fingerprint(weight)
@@ -226,6 +234,18 @@ def rewriting(layer: nn.Module) -> Iterator[None]:
     finally:
         if budget is not None:
             attach(layer, budget)
+
+
+@contextmanager
+def as_found() -> Iterator[None]:
+    """Copies that are made inside are freed at its end: what a model is asked for between two steps of its training takes none of the budget."""
+    before = {key: set(registered.copies) for key, registered in _by_key.items()}
+    try:
+        yield
+    finally:
+        with _lock:
+            for key, registered in _by_key.items():
+                registered.keep(before.get(key, set()))
 
 
 def drop(weight: Tensor) -> None:

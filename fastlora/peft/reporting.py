@@ -1,6 +1,8 @@
 """What computes each layer of a model, and why, in words: of its last call, of calls before, and of what stands in the way of the next."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -99,6 +101,29 @@ def layers(model: nn.Module) -> list[LayerReport]:
             reason = f"{NOT_OBSERVED}; in its last eager call {reason}" if compiled else reason
             found.append(LayerReport(f"{name}.loss".lstrip("."), path, reason))
     return found
+
+
+@contextmanager
+def unobserved(model: nn.Module) -> Iterator[None]:
+    """What `report` says of the model's last calls stays as it is, whatever is called inside."""
+    modules, keys = list(model.modules()), (SEEN, OWN_FORWARD, fusion.SEEN)
+    seen = [{key: module.__dict__[key] for key in keys if key in module.__dict__} for module in modules]
+    states: list[sharing.State] = [
+        module.__dict__[key]
+        for module in modules
+        for key in (prompts.KEY, sharing.KEY, sharing.BELOW)
+        if key in module.__dict__
+    ]
+    last = [state.last for state in states]
+    try:
+        yield
+    finally:
+        for module, before in zip(modules, seen, strict=True):
+            for key in keys:
+                module.__dict__.pop(key, None)
+            module.__dict__.update(before)
+        for state, call in zip(states, last, strict=True):
+            state.last = call
 
 
 def obstacle_of(layer: Any) -> str | None:

@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, fields
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from fastlora.course import (
     Course,
     TrainingError,
     TrainingInterrupted,
+    digest,
     named_writing,
     stop_signals,
 )
@@ -51,6 +51,7 @@ from fastlora.sweep.jobs import JOBS, Job, Sweep, jobs_of
 from fastlora.sweep.outcome import Outcome, best
 from fastlora.sweep.saved import NAME, STATE, Progress, Saved, Status, newest, require_same
 from fastlora.typed import listed
+from fastlora.validation import judge
 
 logger = logging.getLogger("fastlora")
 
@@ -238,7 +239,7 @@ class SweepRun:
     def _setup(self) -> dict[str, Any]:
         """What a resumed run must have in common with the run before."""
         options = {one.name: getattr(self.given, one.name) for one in fields(self.given)}
-        rows = {id(one.data): _digest(one.data.rows) for one in self.jobs}
+        rows = {id(one.data): digest(one.data.rows) for one in self.jobs}
         return {
             # Of the jobs below the model has its full path.
             **{name: _plain(value) for name, value in options.items() if name not in {*MAY_DIFFER_ON_RESUME, "model"}},
@@ -251,7 +252,7 @@ class SweepRun:
         config = {name: _plain(value) for name, value in asdict(one.job.config).items()}
         return {name: value for name, value in config.items() if name not in MAY_DIFFER_ON_RESUME} | {
             "patience": one.job.patience,
-            "held_out": _digest(self.held_out[one.job.eval_data]),
+            "held_out": digest(self.held_out[one.job.eval_data]),
         }
 
     def _load(self, saved: Saved) -> None:
@@ -470,10 +471,8 @@ class SweepRun:
             one.end("diverged", f"step {self.step}: the held-out loss is {loss}")
             return
         one.evaluations.append((self.step, loss))
-        losses, patience = [value for _, value in one.evaluations], one.job.patience
-        if patience is None or len(losses) <= patience or self.step == one.course.steps:
-            return
-        if min(losses[:-patience]) <= min(losses[-patience:]):
+        patience = one.job.patience
+        if patience is not None and self.step < one.course.steps and judge(one.evaluations).stale >= patience:
             one.end("no longer better", f"its lowest held-out loss was {patience} measurements ago or more")
 
     # ---- what is written
@@ -586,13 +585,6 @@ def _require_fused(model: Any) -> None:
 def _check_gradients(one: _Training) -> None:
     if not any(p.grad is not None and bool(p.grad.count_nonzero()) for p in one.trained.values()):
         raise TrainingError(f"{one.job.name}: no gradient reached any of its {len(one.trained)} trained weights")
-
-
-def _digest(rows: Sequence[Row]) -> str:
-    content = sha256()
-    for row in rows:
-        content.update(json.dumps([row.input_ids, row.labels]).encode())
-    return content.hexdigest()
 
 
 def _plain(value: Any) -> Any:
