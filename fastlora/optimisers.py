@@ -205,8 +205,8 @@ def load_scaler(path: Path, state: Any, scaler: Any) -> None:
     if not wanted:
         return
     scale, tracker = state["scale"], state["_growth_tracker"]
-    if not fits(scale, float) or not 0 < scale < math.inf:
-        raise CheckpointError(f"{path}: scaler: scale={shown(scale)}: expected a number above 0")
+    if not fits(scale, float) or not 0 < scale <= torch.finfo(torch.float32).max:
+        raise CheckpointError(f"{path}: scaler: scale={shown(scale)}: expected a number above 0 that float32 holds")
     if not fits(tracker, int) or not 0 <= tracker < wanted["growth_interval"]:
         raise CheckpointError(f"{path}: scaler: _growth_tracker={shown(tracker)}: expected steps since it grew")
     if not _is_equal(state, {**wanted, "scale": scale, "_growth_tracker": tracker}):

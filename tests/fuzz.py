@@ -86,7 +86,9 @@ def change_value(random: Random, value: Any) -> Any:
         if kind == 0:
             del value[key]
         elif kind == 1:
-            value[random.choice(("", key + "x", key.upper(), "base_model.model.model.norm.weight", "\0"))] = value[key]
+            value[random.choice(("", f"{key}x", str(key).upper(), "base_model.model.model.norm.weight", "\0"))] = value[
+                key
+            ]
         elif kind == 2:
             value[random.choice(list(value))] = value[key]
         else:

@@ -204,6 +204,7 @@ HOSTILE = {
     "no scale": ("scaler.scale", KeyError, "scaler: expected the keys scale, growth_factor"),
     "a scale of 0": ("scaler.scale", 0.0, "scaler: scale=0.0: expected a number above 0"),
     "an infinite scale": ("scaler.scale", math.inf, "scaler: scale=inf: expected a number above 0"),
+    "a scale beyond float32": ("scaler.scale", 1e39, "scaler: scale=1e\\+39: expected a number above 0 that float32 holds"),
     "a scale that is none": ("scaler.scale", "1", "scaler: scale='1': expected a number above 0"),
     "growth long ago": ("scaler._growth_tracker", 2000, "scaler: _growth_tracker=2000: expected steps since it grew"),
     "another factor": ("scaler.growth_factor", 1e30, "scaler: expected the factors of this run's"),
