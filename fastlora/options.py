@@ -44,6 +44,7 @@ ALIASES = {
     "micro_batch_size": "batch_size",
     "sequence_len": "max_length",
     "lr_scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
     # LLaMA-Factory's
     "dataset": "data",
     "adapter_name_or_path": "init_adapter",
@@ -57,7 +58,6 @@ INSTEAD = {
     **dict.fromkeys(("bf16", "torch_dtype", "mixed_precision"), "dtype: auto, float32 or bfloat16"),
     **dict.fromkeys(("finetuning_type", "adapter", "use_dora", "use_peft"), "method: lora, dora, full, ..."),
     "resume_from_checkpoint": "resume goes on from the newest checkpoint, resume_from from that of a step",
-    "save_total_limit": "the newest two checkpoints are kept",
     "do_train": "`fastlora train` trains and `fastlora eval` measures",
 }
 """What does here what an option of theirs does there, where that is no option of the same values."""
