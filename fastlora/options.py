@@ -45,6 +45,7 @@ ALIASES = {
     "micro_batch_size": "batch_size",
     "sequence_len": "max_length",
     "lr_scheduler": "lr_scheduler_type",
+    "optimizer": "optim",
     # LLaMA-Factory's
     "dataset": "data",
     "adapter_name_or_path": "init_adapter",

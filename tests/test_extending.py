@@ -22,7 +22,7 @@ from training import (  # noqa: F401  (fixtures)
 
 from fastlora import checkpoint
 from fastlora.checkpoint import CheckpointError
-from fastlora.course import scheduler
+from fastlora.optimisers import scheduler
 from fastlora.train import train
 
 
