@@ -211,12 +211,14 @@ class _Run:
 
     def claim_output(self) -> None:
         """Clear away what an earlier run left in the output folder and this one does not go on from."""
-        with processes.as_one(self.accelerator), self._writing(metrics.NAME):
+        with processes.as_one(self.accelerator):
             if self.accelerator.is_main_process:
-                checkpoint.clear(self.output, after=self.step)
-                metrics.write(self.output, self.records)
-                options.write(self.output, self.config)
-                self.validation.claim_output()
+                with self._writing(metrics.NAME):
+                    checkpoint.clear(self.output, after=self.step)
+                    metrics.write(self.output, self.records)
+                    self.validation.claim_output()
+                with self._writing(options.NAME):
+                    options.write(self.output, self.config)
 
     def told(self) -> dict[str, str]:
         """What is about to run, for people."""

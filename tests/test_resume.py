@@ -30,7 +30,7 @@ from training import (  # noqa: F401  (fixtures)
     some_data,
 )
 
-from fastlora import checkpoint
+from fastlora import checkpoint, options
 from fastlora.checkpoint import CheckpointError
 from fastlora.train import TrainingError, TrainingInterrupted, train
 
@@ -232,7 +232,7 @@ def test_metrics_that_end_before_the_checkpoint_are_an_error_and_what_is_behind_
     assert numbers(again.output) == numbers(finished)
 
 
-def test_a_full_disk_says_what_is_not_written_and_what_there_is_to_go_on_from(config, finished, again):
+def test_a_full_disk_says_what_is_not_written_and_what_there_is_to_go_on_from(config, finished, again, monkeypatch):
     """A limit on the size of a file does to a writer what a full disk does; an adapter is 12,000 bytes or so here."""
     fresh = replace(again, output=config.output, resume=False)
     with (
@@ -246,8 +246,15 @@ def test_a_full_disk_says_what_is_not_written_and_what_there_is_to_go_on_from(co
     shutil.rmtree(again.output / "checkpoints" / "step-6")
     with (
         disk_of(1000),
+        pytest.raises(TrainingError, match=r"config.yaml cannot be written: File too large: .*config.yaml"),
+    ):
+        train(again, progress=False)
+    with (
+        monkeypatch.context() as aside,
+        disk_of(1000),
         pytest.raises(TrainingError, match=r"metrics.jsonl cannot be written: File too large: .*metrics.jsonl"),
     ):
+        aside.setattr(options, "write", lambda *_: None)  # which is longer than so few steps' metrics
         train(again, progress=False)
     for path in again.output.glob("adapter_*"):
         path.unlink()
