@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> tuple[MergeReport, list[str]]:
         options.output.mkdir(parents=True, exist_ok=True)
         data = options.output / "train.jsonl"
         write_jsonl(generate("summarization", 64, seed=0), data)
-        train(TrainConfig(BASE_MODEL, data, adapter, max_steps=10, batch_size=4, lr=3e-3, overwrite=True))
+        train(TrainConfig(BASE_MODEL, data=data, output=adapter, max_steps=10, batch_size=4, lr=3e-3, overwrite=True))
 
     # As `fastlora merge --adapter ADAPTER --output MERGED --overwrite`. The base is the one that the adapter names.
     report = merge(None, adapter, options.output / "merged", overwrite=True)

@@ -63,7 +63,7 @@ KINDS: dict[str, Kind] = {
     "adafactor": Kind(_adafactor, lambda _: {"scale_parameter": False, "relative_step": False}, _factors),
     "sgd": Kind(lambda: torch.optim.SGD, lambda _: {}, lambda _: {}),
 }
-"""By --optim's names."""
+"""By the names that optim has."""
 
 
 def build(config: TrainConfig, model: Any, trained: Iterable[Tensor]) -> Any:
@@ -211,4 +211,4 @@ def load_scaler(path: Path, state: Any, scaler: Any) -> None:
         raise CheckpointError(f"{path}: scaler: _growth_tracker={shown(tracker)}: expected steps since it grew")
     if not _is_equal(state, {**wanted, "scale": scale, "_growth_tracker": tracker}):
         raise CheckpointError(f"{path}: scaler: expected the factors of this run's")
-    scaler.load_state_dict(state)
+    scaler.load_state_dict({**state, "scale": float(scale)})  # an integer may be more than torch takes

@@ -43,7 +43,7 @@ def begin(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
             raise ValueError(f"{name}=true: {why}: {INSTEAD}")
     if _is_set("ACCELERATE_USE_FSDP"):
         if os.environ.get("FSDP_VERSION") != "2":
-            raise ValueError("FSDP_VERSION: the launcher says FSDP of the first version: expected --fsdp_version 2")
+            raise ValueError("FSDP_VERSION: the launcher says FSDP of the first version: expected fsdp_version 2")
         config = replace(config, fsdp=True)
     accelerator = tracking.accelerator(config)
     if config.fsdp and accelerator.num_processes == 1:

@@ -141,7 +141,7 @@ class _Run:
         tokenizer: Any,
         accelerator: Accelerator,
         saved: Checkpoint | None,
-        load: Callable[..., Any],
+        load: Callable[..., Any] = load_base,
     ) -> None:
         self.config, self.data, self.tokenizer = config, data, tokenizer
         self.output = Path(config.output)

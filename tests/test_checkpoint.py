@@ -200,7 +200,7 @@ BAD_STATES = {
     "a list": ([1], "expected the keys optimizer, rng, scaler, scheduler, tuned"),
     "no optimizer": (changed("optimizer", to=KeyError), "expected the keys"),
     "optimizer": (changed("optimizer", to=[]), "optimizer: expected the keys state, param_groups"),
-    "optimizer.state": (changed("optimizer", "state", 0, to={"exp_avg": 3}), "optimizer.state: expected tensors"),
+    "optimizer.state": (changed("optimizer", "state", 0, to={"exp_avg": "3"}), "optimizer.state: expected tensors"),
     "optimizer.param_groups": (changed("optimizer", "param_groups", to={}), "optimizer.param_groups"),
     "scheduler": (changed("scheduler", to=None), "scheduler: expected a state"),
     "rng": (changed("rng", to={}), "rng: expected a list of 1"),

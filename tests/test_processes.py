@@ -167,7 +167,7 @@ def test_weights_in_pieces_are_left_to_peft(two: Any, name: str) -> None:
     [
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, r"ACCELERATE_USE_DEEPSPEED=true: DeepSpeed keeps .*: expected DDP .*fsdp=True"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, r"ACCELERATE_USE_MEGATRON_LM=true: .*expected DDP"),
-        ({"ACCELERATE_USE_FSDP": "true"}, r"FSDP_VERSION: .* expected --fsdp_version 2"),
+        ({"ACCELERATE_USE_FSDP": "true"}, r"FSDP_VERSION: .* expected fsdp_version 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, r"fsdp=True: expected several processes .*, got one"),
     ],
 )  # fmt: skip

@@ -278,7 +278,7 @@ def test_a_merge_across_the_border_of_a_marked_turn_does_not_move_it():
 def test_a_template_that_marks_nothing_is_a_bad_line():
     words = KINDS["byte-level"]()
     words.chat_template = chat_template("ChatML", "{% if false %}{% generation %}", "{% endgeneration %}{% endif %}")
-    with pytest.raises(DataError, match="data:3: the chat template marks nothing"):
+    with pytest.raises(DataError, match="data:3: the chat template writes nothing of what the assistant says"):
         encode([Example(DIALOGUE, "4", "data:3")], words, 512)
 
 

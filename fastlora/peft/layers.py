@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Self
 import torch
 from peft.tuners import ia3, lora
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from fastlora import checks, swap
 from fastlora.frozen import packed
@@ -339,7 +340,9 @@ def restore_layer(module: Any) -> None:
             swap.undo(module)
         elif type(module) in (FusedLinear, FrozenLinear):
             module.__class__ = lora.Linear if type(module) is FusedLinear else nn.Linear
-        else:  # torch.nn.utils.parametrize, or fully_shard, has derived a class since
+        elif is_parametrized(module):  # by a class of its own, derived since
+            type(module).__bases__ = (nn.Linear,)
+        else:  # fully_shard has derived one since
             swap.rebase(module, {FrozenLinear: nn.Linear})
         for name in (SEEN, OWN_FORWARD):
             module.__dict__.pop(name, None)

@@ -48,8 +48,8 @@ def weight_obstacle(weight: Any, bias: Any) -> str | None:
         packed.drop(weight)  # a step may change it in ways that leave no trace
     if type(weight) is not nn.Parameter and type(weight) is not Tensor:
         return IN_PIECES if checks.is_sharded(weight) else f"the weight is a {type(weight).__name__}"
-    if weight.dim() != 2:
-        kept = "DeepSpeed ZeRO-3 keeps it in pieces" if hasattr(weight, "ds_id") else "expected two dimensions"
+    if weight.dim() < 2:  # experts have three
+        kept = "DeepSpeed ZeRO-3 keeps it in pieces" if hasattr(weight, "ds_id") else "expected two dimensions or more"
         return f"the weight is {list(weight.shape)}: {kept}"
     if weight.dtype not in checks.FLOATS:
         return f"the weight is {name_of(weight.dtype)}"
