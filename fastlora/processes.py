@@ -80,6 +80,15 @@ def around(accelerator: Accelerator, model: nn.Module, trained: Iterable[Tensor]
     return fully_shard(model, **options)  # embedding, head and what else there is
 
 
+def reshard(model: nn.Module) -> None:
+    """Let go of what a forward without a backward has left whole of a sharded base: one process may do alone what shards it, as saving does."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def share_gradients(trained: Iterable[Tensor]) -> None:
     """Give every process the mean of all gradients; a weight that no gradient has reached on any has none afterwards."""
     weights = list(trained)

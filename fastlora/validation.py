@@ -232,6 +232,8 @@ class Validation:
             torch.compiler.set_stance("force_eager"),
         ):
             yield  # uncompiled: no code is made for other modes and widths
+        if self.config.fsdp:
+            processes.reshard(self.model)
         checkpoint.set_rng_state(drawn)
 
     def _measure(self, step: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -254,7 +254,9 @@ def test_two_processes_measure_as_one(measured, tmp_path, sharding):
     assert "20 of eval_data, every 2 steps" in done.stderr
     train(replace(measured, eval_batch_size=3), progress=False)
     ours, theirs = lines(measured.output), lines(two)
-    assert ours[0].pop("eval_loss") == pytest.approx(theirs[0].pop("eval_loss"), rel=1e-13)
+    # A sharded layer runs PEFT's own forward, which rounds otherwise.
+    exact = 1e-6 if sharding else 1e-13
+    assert ours[0].pop("eval_loss") == pytest.approx(theirs[0].pop("eval_loss"), rel=exact)
     assert ours[0] == theirs[0]
     assert lines(measured.output, "samples.jsonl")[:3] == lines(two, "samples.jsonl")[:3]
     assert len(lines(two, "samples.jsonl")) == 9
