@@ -338,7 +338,7 @@ def restore_layer(module: Any) -> None:
         if swap.is_derived(module):
             swap.undo(module)
         elif type(module) in (FusedLinear, FrozenLinear):
-            module.__class__ = lora.Linear if type(module) is FusedLinear else nn.Linear
+            swap.become(module, lora.Linear if type(module) is FusedLinear else nn.Linear)
         else:  # torch.nn.utils.parametrize, or fully_shard, has derived a class since
             swap.rebase(module, {FrozenLinear: nn.Linear})
         for name in (SEEN, OWN_FORWARD):
