@@ -66,7 +66,7 @@ def _obstacle(op: str, width: int, *tensors: Any) -> str | None:
     return checks.transform_obstacle()
 
 
-_forwards: dict[type, Any] = {}
+_forwards: dict[Any, Any] = {}
 """The forward of each class that another was derived from, as it was then; None where that was not its own."""
 
 

@@ -1,4 +1,4 @@
-"""What people do to a model before or after `accelerate(model, frozen=True, loss=True, fuse=True)`: the logits and one step's gradients stay PEFT's."""
+"""What people do to a model before or after it is accelerated whole: the logits and one step's gradients stay PEFT's."""
 
 import copy
 import io
@@ -13,7 +13,7 @@ from typing import Any
 import accelerate as hooks
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from test_fusion import SIZES, adapted, batch, build, told
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -279,6 +279,7 @@ def offloaded(model: Any) -> Any:
 HOOKS: dict[str, Do] = {"everywhere": everywhere, "by block": by_block, "offloaded": offloaded}
 
 
+@pytest.mark.filterwarnings("ignore:fastlora.accelerate fused none")
 @pytest.mark.parametrize("how", HOOKS)
 def test_hooks_of_a_device_map(how: str) -> None:
     """Before: PEFT's forward calls the hooked layers, and ours are the parts between and the loss. After: the hooks call our forwards."""
@@ -292,10 +293,10 @@ def test_hooks_of_a_device_map(how: str) -> None:
         fastlora.restore(ours)
         for name, value in values(ours).items():
             assert torch.equal(value, values(plain)[name]), name
-        assert not [one for one in ours.modules() if "forward" in one.__dict__ and held_by_us(one)]
+        assert not [one for one in ours.modules() if "forward" in one.__dict__ and holds_another(one)]
 
 
-def held_by_us(module: nn.Module) -> bool:
+def holds_another(module: nn.Module) -> bool:
     held = getattr(module.__dict__.get("_old_forward"), "__func__", None)
     return held is not None and held is not type(module).forward
 
@@ -414,11 +415,9 @@ def test_another_rotary_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_compiled_blocks() -> None:
     torch.compiler.reset()
-    config = LlamaConfig(**{**SIZES, "num_hidden_layers": 1})
     torch.manual_seed(0)
+    config = LlamaConfig(**{**SIZES, "num_hidden_layers": 1})
     base = LlamaForCausalLM(config)
-    from peft import get_peft_model
-
     plain = get_peft_model(base, LoraConfig(target_modules="all-linear", init_lora_weights=False)).train()
     ours = used(accelerated(copy.deepcopy(plain)))
     block = ours.get_base_model().model.layers
