@@ -76,7 +76,7 @@ def _own_forward(plain: Any) -> Any:
 
 def _is_overtaken(module: nn.Module) -> bool:
     """Whether the class of a swapped part has another forward since."""
-    plain = next((one for one in type(module).__mro__ if one in _forwards), None)
+    plain: Any = next((one for one in type(module).__mro__ if one in _forwards), None)
     return is_derived(module) and plain is not None and plain.forward is not _forwards[plain]
 
 
