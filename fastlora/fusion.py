@@ -12,20 +12,20 @@ call (a trained norm, another dtype, dropout, a mask, a cache) runs the module's
 import functools
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from fastlora import checks, ops, reference
+from fastlora import checks, ops, packing, reference
 from fastlora.bounds import nearly_equal
 from fastlora.operators.attention import check_segments, within
 from fastlora.operators.rms_norm import rms_norm
 from fastlora.operators.rotary import rotary
 from fastlora.operators.swiglu import swiglu
-from fastlora.swap import derive, is_derived, undo
+from fastlora.swap import become, derive, is_derived, put_in, undo
 
 ROTARY, INTERFACES = "apply_rotary_pos_emb", "ALL_ATTENTION_FUNCTIONS"
 """How the attentions of transformers call what turns their queries and keys, and the table of what attends."""
@@ -66,6 +66,23 @@ def _obstacle(op: str, width: int, *tensors: Any) -> str | None:
     return checks.transform_obstacle()
 
 
+_forwards: dict[Any, Any] = {}
+"""The forward of each class that another was derived from, as it was then; None where that was not its own."""
+
+
+def _own_forward(plain: Any) -> Any:
+    return _forwards.setdefault(plain, None if put_in(plain) else plain.forward)
+
+
+def _is_overtaken(module: nn.Module) -> bool:
+    """Whether the class of a swapped part has another forward since."""
+    plain: Any = next((one for one in type(module).__mro__ if one in _forwards), None)
+    return is_derived(module) and plain is not None and plain.forward is not _forwards[plain]
+
+
+OVERTAKEN = "another forward was put into its class"
+
+
 def _drawn(*shape: int, like: Tensor | None = None) -> Tensor:
     """Random numbers, the same each time."""
     numbers = torch.randn(*shape, generator=torch.Generator().manual_seed(len(shape)))
@@ -75,13 +92,15 @@ def _drawn(*shape: int, like: Tensor | None = None) -> Tensor:
 @functools.cache
 def with_norm(plain: Any) -> type:
     """The class derived from a root mean square norm's."""
+    own = _own_forward(plain)
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         weight = self._parameters["weight"]
         if torch.compiler.is_compiling():
             return plain.forward(self, hidden_states)
         trained = "its weight is trained" if weight.requires_grad else None
-        obstacle = trained or _obstacle("rms_norm", len(weight), hidden_states, weight)
+        overtaken = None if plain.forward is own else OVERTAKEN
+        obstacle = overtaken or trained or _obstacle("rms_norm", len(weight), hidden_states, weight)
         _note(self, hidden_states, len(weight), obstacle)
         if obstacle is not None:
             return plain.forward(self, hidden_states)
@@ -107,9 +126,13 @@ def _is_norm(module: Any) -> bool:
 @functools.cache
 def with_mlp(plain: Any) -> type:
     """The class derived from a gated MLP's."""
+    own = _own_forward(plain)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
+            return plain.forward(self, x)
+        if plain.forward is not own:
+            _note(self, x, x.shape[-1], OVERTAKEN)
             return plain.forward(self, x)
         gate, up = self.gate_proj(x), self.up_proj(x)
         obstacle = _obstacle("swiglu", gate.shape[-1], gate, up)
@@ -134,7 +157,9 @@ def with_attention(plain: Any) -> type:
     """The class derived from an attention's: its own forward, in which two names mean something else."""
     names = plain.forward.__globals__
     return _renaming(
-        plain, with_attention, {ROTARY: _Rotary(names[ROTARY]), INTERFACES: _Interfaces(names[INTERFACES], attend)}
+        plain,
+        with_attention,
+        {ROTARY: _Rotary(names[ROTARY], names), INTERFACES: _Interfaces(names[INTERFACES], attend)},
     )
 
 
@@ -153,7 +178,7 @@ _segmented: set[type] = set()
 
 def _renaming(plain: Any, make: Callable[[Any], type], meanings: dict[str, Any]) -> type:
     """The class derived from an attention's, in whose forward these names mean something else."""
-    own = plain.forward
+    own, still = plain.forward, _own_forward(plain)
     ours = types.FunctionType(
         own.__code__, {**own.__globals__, **meanings}, own.__name__, own.__defaults__, own.__closure__
     )
@@ -161,13 +186,14 @@ def _renaming(plain: Any, make: Callable[[Any], type], meanings: dict[str, Any])
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if not torch.compiler.is_compiling():
+        if plain.forward is still and not torch.compiler.is_compiling():
             return ours(self, *args, **kwargs)
         if kwargs.get("segment_parents") is not None:
             raise ValueError(
-                "segment_parents: got them in a compiled model, expected one that is not: its own attention runs"
+                "segment_parents: got them in a compiled model, or one whose attention's class was given another forward, expected neither: "
+                "its own attention runs"
             )
-        return own(self, *args, **kwargs)
+        return plain.forward(self, *args, **kwargs)
 
     return derive(plain, make, forward=forward)
 
@@ -197,10 +223,14 @@ def _names(module: Any, *names: str) -> bool:
 class _Rotary:
     """In the place of a model's `apply_rotary_pos_emb`."""
 
-    def __init__(self, own: Callable[..., Any]) -> None:
-        self.own = own
+    def __init__(self, own: Callable[..., Any], names: Mapping[str, Any] = types.MappingProxyType({})) -> None:
+        """names: the model's file's, where somebody may put another by and by."""
+        self.own, self.names = own, names
 
     def __call__(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *more: Any, **options: Any) -> Any:
+        now = self.names.get(ROTARY, self.own)
+        if now is not self.own:
+            return now(q, k, cos, sin, *more, **options)
         fits = not more and not options and q.dim() == 4 and cos.dim() == 3 and cos.shape[-1] == q.shape[-1]
         fits = fits and not cos.requires_grad and not sin.requires_grad
         if not fits or _obstacle("rotary", q.shape[1] * q.shape[3], q, k, cos, sin) is not None:
@@ -337,8 +367,18 @@ def attach(model: nn.Module) -> None:
     for part, module in _parts(model):
         if type(module) in _segmented:
             undo(module)
-        if not is_derived(module) and part.fits(module):
-            module.__class__ = part.derived(type(module))
+        if not is_derived(module) and _fits(part, module):
+            become(module, part.derived(type(module)))
+
+
+def _fits(part: Part, module: nn.Module) -> bool:
+    """Whether a part is what its class's name says; who can be tried on no few numbers, as what runs on a card alone, is not."""
+    if put_in(type(module)) or any(one.is_meta for one in module.parameters(recurse=False)):
+        return False
+    try:
+        return part.fits(module)
+    except packing.UNFIT:
+        return False
 
 
 def attach_segments(model: nn.Module) -> None:
@@ -346,7 +386,7 @@ def attach_segments(model: nn.Module) -> None:
     for part, module in _parts(model):
         if part is PARTS["Attention"] and not is_derived(module) and _names(module, INTERFACES):
             kind: Any = type(module)
-            module.__class__ = with_segments(kind)
+            become(module, with_segments(kind))
 
 
 def detach(module: nn.Module) -> None:
@@ -379,7 +419,17 @@ def _is_fused(module: nn.Module) -> bool:
     return is_derived(module) and type(module) not in _segmented
 
 
+def _attends_otherwise(model: nn.Module) -> bool:
+    """Whether an attention's class has another forward since, which needs the mask."""
+    return any(_is_overtaken(module) for part, module in _parts(model) if part is PARTS["Attention"])
+
+
+packing.TELLERS.append(_attends_otherwise)
+
+
 def _explain(part: Part, module: nn.Module) -> tuple[str, str]:
+    if put_in(type(module)) or _is_overtaken(module):
+        return "transformers", f"its own forward: {OVERTAKEN}"
     if not _is_fused(module):
         return "transformers", f"its own forward: it computes something else than {part.ops[0]}"
     seen: Seen | None = module.__dict__.get(SEEN)

@@ -34,7 +34,7 @@ from fastlora.language_model_loss import (
     undisturbed,
 )
 from fastlora.packing import UNFIT
-from fastlora.swap import derive, undo
+from fastlora.swap import become, derive, undo
 
 KEY = "_fastlora_loss"
 """Under which a model's `__dict__` has its State."""
@@ -120,7 +120,7 @@ def attach(model: nn.Module) -> None:
         if isinstance(module, PreTrainedModel) and output_embedding(module) is not None:
             if KEY not in module.__dict__:
                 kind: Any = type(module)
-                module.__class__ = with_loss(kind)
+                become(module, with_loss(kind))
             module.__dict__[KEY] = State()
             return
     raise ValueError(f"loss=True: {type(model).__name__} has no transformers model with a language model's head in it")

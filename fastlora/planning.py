@@ -8,7 +8,7 @@ A step holds, at the end of its forward:
     activations   what the backward reads of each token: of a sublayer, as attention or an MLP, the input of its first product, the outputs of all
                   but the last, and the last's input; of a norm its input. In fastlora's layers dropout keeps a bit for each input. PEFT's own keep
                   each layer's dropped input in float32, and its mask in bytes; transformers' MLP keeps the activation as well, its attention keys
-                  and values repeated for each head. The backward of one block takes as much again. Of logits there is a block at a time
+                  and values repeated for each head. Attention that drops keeps its weights. The backward of one block takes as much again. Of logits there is a block at a time
     process       what Python and its packages take, as it is now; on a card, nothing
 
 The tokens are those of the batch that has the most. With gradient checkpointing a block keeps its input, and one block at a time the rest.
@@ -34,6 +34,7 @@ from fastlora.frozen import packed
 from fastlora.models import blocks, empty_base
 from fastlora.operators.linear_cross_entropy import LOGITS_AT_ONCE
 from fastlora.resuming import require_free
+from fastlora.sharing import attention_drops
 from fastlora.train import begin, require_possible
 from fastlora.typed import lined_up
 
@@ -149,6 +150,8 @@ def needed_memory(config: TrainConfig, model: Any, tokens: int) -> dict[str, int
         inner = sum(math.prod(_size(module)) for block in _blocks(model) for module in _products(block))
         copies = min(packed.Budget(config.pack_budget).limit, 2 * inner * model.dtype.itemsize)
     of_blocks = [_kept(block, config, dtype.itemsize) for block in _blocks(model)]
+    if attention_drops(model):
+        of_blocks = [one + _of_dropped_attention(config, model, tokens) for one in of_blocks]
     width = model.get_input_embeddings().weight.shape[1] * dtype.itemsize
     if config.gradient_checkpointing:
         kept = len(of_blocks) * width + 2 * max(of_blocks)
@@ -181,6 +184,13 @@ def _process() -> int:
         return memory.resident("VmRSS")
     except OSError:
         return 0
+
+
+def _of_dropped_attention(config: TrainConfig, model: Any, tokens: int) -> float:
+    """Bytes that a block keeps of a token's attention where that drops: of each head and token of the row the weights in float32 before dropout and
+    after it, what they are made of, and a byte of the mask."""
+    heads = model.config.get_text_config(decoder=True).num_attention_heads
+    return heads * tokens / config.batch_size * 13
 
 
 def _blocks(model: Any) -> list[Any]:

@@ -27,7 +27,7 @@ from fastlora.bounds import nearly_equal
 from fastlora.checks import transform_obstacle
 from fastlora.language_model_loss import output_embedding, undisturbed
 from fastlora.packing import MAY_BE_GIVEN, PROBE_TOKENS, UNFIT, is_compiled
-from fastlora.swap import derive, undo
+from fastlora.swap import become, derive, undo
 from fastlora.trees import IGNORE, KEY, Root, Tree
 
 TREE, MASK, APART = "tree", "mask", "apart"
@@ -273,7 +273,7 @@ def attach(model: nn.Module) -> None:
                 break
             if KEY not in module.__dict__:
                 kind: Any = type(module)
-                module.__class__ = with_shared_prefix(kind)
+                become(module, with_shared_prefix(kind))
             module.__dict__[KEY] = State()
             _attach_below(module)
             return
@@ -287,7 +287,7 @@ def _attach_below(model: PreTrainedModel) -> None:
         return
     if BELOW not in below.__dict__:
         kind: Any = type(below)
-        below.__class__ = with_shared_prefix_below(kind)
+        become(below, with_shared_prefix_below(kind))
     below.__dict__[BELOW] = State()
 
 

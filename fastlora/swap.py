@@ -1,5 +1,6 @@
 """Giving a module another forward by another class, which a copy, a pickle and transformers' own files do not notice."""
 
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,10 +31,22 @@ def _new(make: Callable[[Any], type], plain: type) -> Any:
     return object.__new__(make(plain))
 
 
+HELD = ("_old_forward", "forward")
+"""Under which a module's `__dict__` has the forward that accelerate's hooks found, while they are there and after they were removed."""
+
+
+def become(module: nn.Module, kind: Any) -> None:
+    """Give a module another class, and the forward of that class to who holds its own."""
+    for name in HELD:
+        if getattr(module.__dict__.get(name), "__func__", None) is type(module).forward:
+            module.__dict__[name] = types.MethodType(kind.forward, module)
+    module.__class__ = kind
+
+
 def undo(module: nn.Module) -> None:
     """Give a module its class back, if it was derived."""
     if type(module) in _plain:
-        module.__class__ = _plain[type(module)]
+        become(module, _plain[type(module)])
     elif is_derived(module):
         rebase(module, _plain)
 
@@ -49,7 +62,14 @@ def rebase(module: nn.Module, instead: Mapping[type, type]) -> None:
     kind = type(module)
     own = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
     # A new one: fully_shard's is that of every module of its kind.
-    module.__class__ = type(kind.__name__, tuple(instead.get(base, base) for base in kind.__bases__), own)
+    become(module, type(kind.__name__, tuple(instead.get(base, base) for base in kind.__bases__), own))
+
+
+def put_in(kind: type) -> str | None:
+    """The Python module of a forward that somebody has put into a class of another, as Liger does; or None: its forward is its own."""
+    owner = next(one for one in kind.__mro__ if "forward" in vars(one) and one not in _plain)
+    home = getattr(vars(owner)["forward"], "__module__", None)
+    return None if home in (None, owner.__module__) else home
 
 
 def plain_of(kind: type) -> type:

@@ -51,7 +51,7 @@ from fastlora.peft.layers import (
 from fastlora.peft.merging import merged
 from fastlora.peft.prompts import ensemble
 from fastlora.peft.reporting import LayerReport, Report, report
-from fastlora.swap import is_derived
+from fastlora.swap import become, is_derived
 
 __all__ = [
     "FrozenLinear",
@@ -184,7 +184,7 @@ def accelerate(
         restore_layer(layer.base_layer)  # of a layer that got its adapter since the last call
         if not isinstance(layer, Fused) and obstacles.swap_obstacle(layer) is None:
             own: Any = type(layer)
-            layer.__class__ = fused_class(own)
+            become(layer, fused_class(own))
             quantised.hold(layer.base_layer)
         embeddings.attach(layer)
     experts.attach(model)
@@ -192,10 +192,10 @@ def accelerate(
     for linear in plain:
         if isinstance(quantised.base_of(linear), quantised.Base):
             kind: Any = type(linear)
-            linear.__class__ = kind if isinstance(linear, FrozenQuantised) else frozen_class(kind)
+            become(linear, kind if isinstance(linear, FrozenQuantised) else frozen_class(kind))
             quantised.hold(linear)
         else:
-            linear.__class__ = FrozenLinear
+            become(linear, FrozenLinear)
     bases = [base for base in map(frozen_base, model.modules()) if base is not None]
     shared = _weights_of_others(model, bases)
     for base in bases:

@@ -19,7 +19,7 @@ from fastlora.choice.table import name_of
 from fastlora.gradients import differentiable_once
 from fastlora.peft import obstacles
 from fastlora.peft.layers import OWN_FORWARD, SEEN, Seen, last_fused_call, note_own_forward
-from fastlora.swap import derive, is_derived, undo
+from fastlora.swap import become, derive, is_derived, undo
 
 
 class Plan(NamedTuple):
@@ -133,7 +133,7 @@ def swap_obstacle(layer: Any) -> str | None:
 def attach(layer: nn.Module) -> None:
     """Swap the class of a LoRA layer over an embedding, if it can be."""
     if type(layer) is lora.Embedding and swap_obstacle(layer) is None:
-        layer.__class__ = with_addition(lora.Embedding)
+        become(layer, with_addition(lora.Embedding))
 
 
 def detach(layer: nn.Module) -> None:

@@ -30,7 +30,7 @@ from fastlora.operators import frozen_linear, lora_linear, swiglu
 from fastlora.packing import UNFIT
 from fastlora.peft import obstacles
 from fastlora.peft.layers import OWN_FORWARD, SEEN, Seen, note_own_forward
-from fastlora.swap import derive, is_derived, undo
+from fastlora.swap import become, derive, is_derived, undo
 
 IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")
 """Of transformers' experts, those that compute what their modules say; others may be a card's own kernels."""
@@ -407,7 +407,7 @@ def attach(model: nn.Module) -> None:
             detach(inner)
         if not is_derived(wrapper) and obstacle_of(wrapper) is None:
             plain: Any = type(wrapper)
-            wrapper.__class__ = with_experts(plain)
+            become(wrapper, with_experts(plain))
 
 
 def detach(module: nn.Module) -> None:

@@ -339,7 +339,7 @@ def restore_layer(module: Any) -> None:
         if swap.is_derived(module):
             swap.undo(module)
         elif type(module) in (FusedLinear, FrozenLinear):
-            module.__class__ = lora.Linear if type(module) is FusedLinear else nn.Linear
+            swap.become(module, lora.Linear if type(module) is FusedLinear else nn.Linear)
         elif is_parametrized(module):  # by a class of its own, derived since
             type(module).__bases__ = (nn.Linear,)
         else:  # fully_shard has derived one since

@@ -29,7 +29,7 @@ from transformers import DynamicCache
 from fastlora import ops, sharing, trees
 from fastlora.operators.prefix_concat import Prefixed, prefix_concat
 from fastlora.sharing import APART, MASK, Keys
-from fastlora.swap import derive, undo
+from fastlora.swap import become, derive, undo
 from fastlora.trees import IGNORE, Root, Rows
 
 KEY = "_fastlora_prompts"
@@ -86,7 +86,7 @@ def attach(model: Any) -> None:
         warnings.warn(f"fastlora.accelerate leaves the prompts of a {type(model).__name__} to PEFT", stacklevel=3)
     if KEY not in model.__dict__ and type(model) in FORWARDS:
         kind: Any = type(model)
-        model.__class__ = with_prompts(kind)
+        become(model, with_prompts(kind))
         model.__dict__[KEY] = State()
     for name, config in model.peft_config.items():
         twice = isinstance(model, PeftModelForSeq2SeqLM) and config.num_transformer_submodules == 2

@@ -19,7 +19,7 @@ from fastlora.operators import frozen_linear, scale_columns
 from fastlora.operators.lora_linear import RowGroups
 from fastlora.peft import composed, mixed, obstacles, probing, quantised
 from fastlora.peft.layers import SEEN, Seen, last_fused_call, note_own_forward, restore_layer
-from fastlora.swap import derive, is_derived
+from fastlora.swap import become, derive, is_derived
 
 
 class Scaling(NamedTuple):
@@ -185,7 +185,7 @@ def attach(layer: Any) -> str | None:
     obstacle = swap_obstacle(layer)
     if obstacle is None:
         kind: Any = type(layer)
-        layer.__class__ = with_scaling(kind)
+        become(layer, with_scaling(kind))
         quantised.hold(layer.base_layer)
     return obstacle
 
