@@ -8,7 +8,8 @@ A step holds, at the end of its forward:
     activations   what the backward reads of each token: of a sublayer, as attention or an MLP, the input of its first product, the outputs of all
                   but the last, and the last's input; of a norm its input. In fastlora's layers dropout keeps a bit for each input. PEFT's own keep
                   each layer's dropped input in float32, and its mask in bytes; transformers' MLP keeps the activation as well, its attention keys
-                  and values repeated for each head. Attention that drops keeps its weights. The backward of one block takes as much again. Of logits there is a block at a time
+                  and values repeated for each head. Attention that drops keeps its weights, an activation
+                  that is written in PyTorch what lies between. The backward of one block takes as much again. Of logits there is a block at a time
     process       what Python and its packages take, as it is now; on a card, nothing
 
 The tokens are those of the batch that has the most. With gradient checkpointing a block keeps its input, and one block at a time the rest.
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastlora import checkpoint, memory, tracking, writing
@@ -215,6 +216,19 @@ def _size(module: Any) -> Any:
     return (base.in_features, base.out_features) if isinstance(base, nn.Linear) else None
 
 
+def _between(part: nn.Module) -> int:
+    """How many tensors an activation that is written in PyTorch keeps of those between what it is given and what it gives, as GPT-2's does."""
+    found = 0
+    for child in part.children():
+        if "activation" not in type(child).__name__.lower():
+            continue
+        given, kept = torch.zeros(8, requires_grad=True), list[Tensor]()
+        with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda none: none):
+            gives = child(given)
+        found += len({one.data_ptr() for one in kept} - {given.data_ptr(), gives.data_ptr()})
+    return found
+
+
 def _kept(block: nn.Module, config: TrainConfig, itemsize: int) -> float:
     """Bytes that a block keeps of a token from its forward to its backward. itemsize: of an activation's element."""
     kept = 0.0
@@ -227,6 +241,8 @@ def _kept(block: nn.Module, config: TrainConfig, itemsize: int) -> float:
             continue
         sizes = [_size(layer) for layer in layers]
         kept += (sizes[-1][0] + sum(out for _, out in sizes[:-1])) * itemsize
+        if len(sizes) == 2:  # without a gate, which would be an operator of ours
+            kept += _between(part) * sizes[0][1] * itemsize
         adapted = [one for one, layer in zip(sizes, layers, strict=True) if isinstance(layer, BaseTunerLayer)]
         if config.accelerate or not adapted:
             kept += sizes[0][0] * itemsize + sum(inputs for inputs, _ in adapted) / 8 * bool(config.lora_dropout)
