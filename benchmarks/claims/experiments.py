@@ -8,13 +8,11 @@ from fastlora.comparison import Outcome
 
 from . import verdicts
 from .material import Rows, mixed
-from .trials import ATTENTION, LORA, Bench, Found, Trial
+from .trials import ATTENTION, LORA, Bench, Found, Pair, Trial
 
 REHEARSED = 0.1  # of the rows
 FORGETTING = ("full", "lora, r 4", LORA, "lora, r 64")
 ALL = "dialogues"  # the trial on all dialogues, which four experiments look at
-
-Pair = tuple[tuple[Found, str], tuple[Found, str]]
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,9 @@ def _example_pairs(found: dict[str, Found]) -> list[Pair]:
 def _tell_examples(bench: Bench, found: dict[str, Found]) -> Told:
     trials = list(found.values())
     base = _rouge1(trials[0].base)
-    lines, says, sizes = {}, [f"the base's ROUGE-1 is {_percent(base)}"], {}
+    says = [f"the base's ROUGE-1 is {_percent(base)}"]
+    lines: dict[str, list[verdicts.Point]] = {}
+    sizes: dict[str, float | None] = {}
     for kind in ("full", LORA):
         lines[kind] = [(float(len(one.trial.train)), one.mean(kind, "rouge1")) for one in trials]
         sizes[kind] = verdicts.size_at(lines[kind], base)
@@ -169,7 +169,8 @@ def _tell_forgetting(bench: Bench, found: dict[str, Found]) -> Told:
     names = {"other": ["other"], "held-out clusters": [f"cluster/{name}" for name in held]}
     paths = {f"{kind}, {name}": path for name, one in found.items() for kind, path in _paths(one).items()}
     common = verdicts.common_score(list(paths.values()))
-    rows, figures = [], {}
+    rows: list[list[str]] = []
+    figures: dict[str, Any] = {}
     before = found[ALL].base
     accuracies = [_percent(found[ALL].accuracy(before, group)) for group in names.values()]
     rows.append(["base", "", "", _percent(before.rouge1), "", *accuracies, "", ""])
@@ -189,6 +190,7 @@ def _tell_forgetting(bench: Bench, found: dict[str, Found]) -> Told:
         f"at ROUGE-1 {_percent(common)}, which all reach, the loss on other tasks has risen least in: {ranked[0][1]}"
     ]
     says.append(f"and most in: {ranked[-1][1]}")
+    says.append("all have as many steps: of the mixture's rows half are dialogues")
     chart = Chart(
         "Learning against forgetting, by rising rate", "ROUGE-1", "rise of the loss on other tasks, nats", paths
     )
@@ -308,7 +310,8 @@ def _tell_prompts(bench: Bench, found: dict[str, Found]) -> Told:
     whole = found[ALL]
     prompts = [one for name, one in found.items() if name != ALL]
     base, lora = _rouge1(whole.base), whole.mean(LORA, "rouge1")
-    rows, shares = [], {}
+    rows: list[list[str]] = []
+    shares: dict[str, float | None] = {}
     for one in (whole, *prompts):
         kind = LORA if one is whole else "prompt"
         name = LORA if one is whole else f"prompt of {one.trial.num_virtual_tokens}"

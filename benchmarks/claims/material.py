@@ -77,11 +77,12 @@ def read(folder: Path, tokenizer: Any, max_length: int) -> Material:
         given = said[key]
         if not isinstance(given, dict) or not set(PARTS) <= set(given) <= {*PARTS, "columns"}:
             raise ValueError(f"{path}: {key}: expected {', '.join(PARTS)}, and columns if need be")
-        read = {part: read_examples(_files(path, given[part]), columns=given.get("columns")) for part in PARTS}
-        return Rows(**{part: fitting(rows, f"{key}: {part}") for part, rows in read.items()})
+        parts = {part: read_examples(_files(path, given[part]), columns=given.get("columns")) for part in PARTS}
+        return Rows(**{part: fitting(rows, f"{key}: {part}") for part, rows in parts.items()})
 
     def cluster(name: str, place: Any) -> Rows:
-        trained, held = [], []
+        trained: list[Example] = []
+        held: list[Example] = []
         for file in _files(path, place):
             rows = read_examples(file)
             # The same rows stand in the files of several wordings, in the same order: what is held out of one is so of all.
@@ -105,7 +106,7 @@ def _files(path: Path, place: Any) -> list[str]:
     given = place if isinstance(place, list) else [place]
     if not given or not all(isinstance(one, str) and one for one in given):
         raise ValueError(f"{path}: got {place!r}, expected a file, a folder, a pattern, or a list of them")
-    found = []
+    found: list[str] = []
     for one in given:
         whole = path.parent / one
         files = sorted(map(str, whole.glob("*.jsonl"))) if whole.is_dir() else sorted(glob.glob(str(whole)))
@@ -117,9 +118,9 @@ def _files(path: Path, place: Any) -> list[str]:
 
 def mixed(parts: Mapping[str, Sequence[Example]], count: int) -> list[Example]:
     """That many rows in all, equally many of each part as far as it has them, in a fixed order at random."""
-    rows = [one for part in parts.values() for one in part[: max(1, count // len(parts))]]
+    rows = [one for part in parts.values() for one in part[: -(-count // len(parts))]]
     Random(0).shuffle(rows)
-    return rows
+    return rows[:count]
 
 
 def write(path: Path, rows: Sequence[Example]) -> Path:

@@ -22,6 +22,7 @@ OTHERS = "others.json"
 SEEDS = (1, 2)  # beside 0, where a difference is small
 LORA = "lora, r 16"
 ATTENTION = ".*[qkvo]_proj"
+Pair = tuple[tuple["Found", str], tuple["Found", str]]  # a trial and a kind, twice: what decides a claim
 
 # Of SmolLM2-135M in bfloat16 on two cores of an AMD EPYC (Zen 5), 2026-11-29: what a dry run reckons with.
 SECONDS_OF_TOKEN = {"full": 3.6 / 2048}  # to train on
@@ -100,7 +101,7 @@ class Bench:
 
     def trial(self, name: str, task: Rows, train: Sequence[Example] | None = None, **more: Any) -> Trial:
         """On that task's rows, or on those given and told on the task's."""
-        given = {"methods": ("lora", "full"), "steps": self.sizes.steps, **more}
+        given: dict[str, Any] = {"methods": ("lora", "full"), "steps": self.sizes.steps, **more}
         return Trial(name, task.train if train is None else train, task.validation, task.test, **given)
 
     def comparison(self, trial: Trial) -> Comparison:
@@ -108,7 +109,9 @@ class Bench:
         folder, sizes = self.output / "data", self.sizes
         parts = {"train": trial.train, "validation": trial.validation[: sizes.held], "test": trial.test[: sizes.held]}
         files = {part: material.write(folder / f"{trial.name}-{part}.jsonl", rows) for part, rows in parts.items()}
-        budget = {"max_steps": trial.steps} if trial.by_tokens is None else {"max_tokens": trial.by_tokens}
+        budget: dict[str, Any] = (
+            {"max_steps": trial.steps} if trial.by_tokens is None else {"max_tokens": trial.by_tokens}
+        )
         return Comparison(
             model=self.model,
             data=files["train"],
@@ -141,15 +144,9 @@ class Bench:
         """The best of that kind with two more seeds."""
         one = found.best(kind)
         for seed in SEEDS:
-            given = replace(
-                self.comparison(found.trial),
-                output=self.output / "trials" / f"{found.trial.name}-seed{seed}",
-                seed=seed,
-                methods=[one.method],
-                r=None if one.r is None else [one.r],
-                lr=[one.lr],
-                lr_factors=None,
-            )
+            changes: dict[str, Any] = {"methods": [one.method], "r": None if one.r is None else [one.r], "lr": [one.lr]}
+            folder = self.output / "trials" / f"{found.trial.name}-seed{seed}"
+            given = replace(self.comparison(found.trial), output=folder, seed=seed, lr_factors=None, **changes)
             _, again = compare(given)
             _forget_weights(given, again)
             found.seeds.setdefault(kind, {})[seed] = again
@@ -259,7 +256,7 @@ class Found:
                 "best": [one.name for one in best(self.outcomes)], "best_rate_at_edge": at_edge}  # fmt: skip
 
 
-def settle(bench: Bench, reference: tuple[Found, str], pairs: Sequence[tuple[tuple[Found, str], ...]], metric: str
+def settle(bench: Bench, reference: tuple[Found, str], pairs: Sequence[Pair], metric: str
 ) -> list[str]:  # fmt: skip
     """More seeds where they are needed: the reference has three, whose spread stands for all; a pair of (trial, kind) that
     differs by less than `is_close` has three each.
@@ -273,14 +270,14 @@ def settle(bench: Bench, reference: tuple[Found, str], pairs: Sequence[tuple[tup
         f"{metric}: the standard deviation over three seeds is {spread:.4f} ({reference[1]}, {reference[0].trial.name})"
     ]
     for pair in pairs:
-        values = [getattr(found.best(kind), metric) for found, kind in pair]
-        close = is_close(*values, spread)
+        one, other = (getattr(found.best(kind), metric) for found, kind in pair)
+        close = is_close(one, other, spread)
         for found, kind in pair if close else ():
             if kind not in found.seeds:
                 bench.again(found, kind)
         names = " and ".join(f"{kind} ({found.trial.name})" for found, kind in pair)
         seeds = "three seeds each, their means are told" if close else "one seed tells them apart"
-        said.append(f"{names} differ by {abs(values[0] - values[1]):.4f}: {seeds}")
+        said.append(f"{names} differ by {abs(one - other):.4f}: {seeds}")
     return said
 
 
