@@ -155,9 +155,10 @@ def test_runs_are_made_once(
     monkeypatch.setattr(comparison, "ProcessPoolExecutor", Here)
     monkeypatch.setattr(comparison, "_answer_rate", lambda *_: 1.0)
     monkeypatch.setattr(trials, "SEEDS", (1,))
+    monkeypatch.setattr(command, "QUICK", replace(QUICK, rates=(3.0,), other=1))
     output = tmp_path / "out"
     assert command.main(given(folder, output, "--dry-run")) == 0
-    assert "24 rows, 4 to choose by, 4 to tell of, 2 steps; 5 runs left" in capsys.readouterr().out
+    assert "24 rows, 4 to choose by, 4 to tell of, 2 steps; 3 runs left" in capsys.readouterr().out
     assert command.main(given(folder, output)) == 0
     (result,) = output.glob("*-claims-dialogue.json")
     content = json.loads(result.read_text())
