@@ -66,7 +66,11 @@ def measure(bench: Bench, name: str, command: Sequence[str]) -> Path:
     settled = settle(bench, one.reference(found), one.pairs(found), one.metric)
     told = one.tell(bench, found)
     here = machine.this_machine(torch.device("cpu"))
-    says = [*told.says, *settled]
+    says = [
+        *told.says,
+        *settled,
+        "a rate with a ! is the lowest or highest that was tried: a better one may lie beyond",
+    ]
     text = f"# {one.claim}\n\n{here.line()}\n\n{markdown(told)}\n\n" + "\n".join(f"- {line}" for line in says) + "\n"
     result = {
         "claim": one.claim,
@@ -85,7 +89,7 @@ def measure(bench: Bench, name: str, command: Sequence[str]) -> Path:
 
 
 def markdown(told: Told) -> str:
-    """The table. `!` behind a rate: the best lies at the edge of those tried."""
+    """The table."""
     lines = [told.head, ["---"] * len(told.head), *told.rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
