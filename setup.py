@@ -295,9 +295,10 @@ class SourceArchive(sdist):
 
 
 def packages() -> list[str]:
-    """fastlora's own packages, and the two folders beside it that are mapped into it."""
+    """fastlora's own packages, and the two folders beside it that are mapped into it, with what they hold."""
     own = find_packages(str(ROOT), include=["fastlora", "fastlora.*"])
-    return sorted({*own, *(f"fastlora.{name}" for name in LINKED)})
+    inside = find_packages(str(ROOT), include=[f"{name}.*" for name in LINKED])
+    return sorted({*own, *(f"fastlora.{name}" for name in (*LINKED, *inside))})
 
 
 setup(

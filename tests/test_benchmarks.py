@@ -384,9 +384,9 @@ def test_the_readme_has_the_newest_goals_and_every_file(capsys) -> None:
     for verb in measured:
         assert command.main([verb, "--readme", "--out", str(folder / "results")]) == 0
         assert f"\n\n{capsys.readouterr().out}" in text
-    listed = re.findall(r"^\| `(\w+\.\w+)` \|", text, re.MULTILINE)
-    files = {path.name for path in folder.iterdir() if path.suffix in (".py", ".sh")}
-    assert sorted(listed) == sorted(files - {"__init__.py"})
+    listed = re.findall(r"^\| `([\w/]+\.\w+)` \|", text, re.MULTILINE)
+    files = [path for path in folder.rglob("*") if path.suffix in (".py", ".sh") and path.name != "__init__.py"]
+    assert sorted(listed) == sorted(path.relative_to(folder).as_posix() for path in files)
 
 
 @pytest.mark.parametrize("arguments", [["lora"], ["--device", "tpu"], ["--device", "mps"], ["--fast"]])
