@@ -179,7 +179,8 @@ def load_state(
             raise CheckpointError(f"{path}: optimizer: {name}: expected {what} of a trained weight")
         for key, value in kept.items():
             _check_kept(f"{path}: optimizer: {key} of {name}", value, expected[key])
-    optimizer.load_state_dict(own)
+    # Equal groups need not be of equal types: True is 1, and torch's fused kernels tell them apart.
+    optimizer.load_state_dict({**own, "param_groups": groups})
     scheduler.load_state_dict(own_schedule)
 
 
