@@ -1,5 +1,5 @@
 # make demo    set up .venv, then compare LoRA and full fine-tuning of the shipped base model on summaries (4 to 5 minutes on 2 cores)
-# make test    set up .venv, then run every test that needs no GPU (about 7 minutes on 2 cores with an nvcc, less without, after the set-up)
+# make test    set up .venv, then run every test that needs no GPU (about 15 minutes on 2 cores with an nvcc, less without, after the set-up)
 # make imitate     the bounds on the machines that this one can pass for: no AVX2, AVX2, AVX-512, AMX with its fault and its tiles (about a minute on 2 cores)
 # make gpu     on a machine with a CUDA card, offline, in twelve minutes: build, device tests, first figures; tuning, benchmarks, sanitizer
 # make sanitize    the native extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer (about 20 minutes)
