@@ -79,7 +79,7 @@ def side_seconds(M: int, K: int, N: int, R: int, backward: bool, dropout: bool) 
     passes = ceil(R / PASS)
     if backward:
         return passes * 2 * M * (N + K) * (1 / MEMORY + 1 / CACHE)
-    return passes * 2 * M * K / MEMORY + (M * K * DRAW / 8 if dropout else 0.0)
+    return passes * 2 * M * K / MEMORY + (M * K * DRAW if dropout else 0.0)
 
 
 def layer(M: int, K: int, N: int, R: int, dropout: bool = True) -> tuple[float, float, float]:

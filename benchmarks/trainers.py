@@ -163,26 +163,17 @@ def _run(trainer: Any) -> list[float]:
 
 def _transformers(model: Any, tokenizer: Any, dtype: str, folder: Path, accelerated: bool) -> list[float]:
     transformers = _package("transformers")
-
-    batches = _batches(tokenizer, model.config.is_encoder_decoder)
-    rows = [{name: value[i] for name, value in batch.items()} for batch in batches for i in range(ROWS)]
-    by_width: dict[int, dict[str, Tensor]] = {id(row): batch for batch, row in zip(batches, rows[::ROWS], strict=True)}
-
-    def collate(
-        some: list[dict[str, Tensor]],
-    ) -> dict[str, Tensor]:  # which come in the data's order: the batch that they were
-        return by_width[id(some[0])]
+    batches = _batches(tokenizer, model.config.is_encoder_decoder)  # of which a step takes one, in their order
 
     class InOrder(transformers.Trainer):  # type: ignore[name-defined]
         def _get_train_sampler(self, *_: Any) -> Any:
-            return torch.utils.data.SequentialSampler(rows)
+            return torch.utils.data.SequentialSampler(batches)
 
     if accelerated:
         fastlora.accelerate(model, loss=not model.config.is_encoder_decoder, fuse=True)
-    arguments = transformers.TrainingArguments(
-        **_arguments(folder, dtype), remove_unused_columns=False, dataloader_pin_memory=False
-    )
-    return _run(InOrder(model, arguments, data_collator=collate, train_dataset=rows))
+    given = {**_arguments(folder, dtype), "per_device_train_batch_size": 1, "remove_unused_columns": False}
+    arguments = transformers.TrainingArguments(**given, dataloader_pin_memory=False)
+    return _run(InOrder(model, arguments, data_collator=lambda one: one[0], train_dataset=batches))
 
 
 def _sft(model: Any, tokenizer: Any, dtype: str, folder: Path, accelerated: bool) -> list[float]:

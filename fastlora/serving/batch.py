@@ -109,7 +109,6 @@ class Batch:
             IndexError,
             KeyError,
             RuntimeError,
-            NotImplementedError,
             AttributeError,
         ) as error:
             kind = self.model.config.model_type
