@@ -23,8 +23,8 @@ WARPS = 8  # of a tile's two warpgroups
 ANSWER = 150  # cycles from a small product's issue to its sums
 LAUNCH = 1.0e-6  # seconds of a launch that another one overlaps with
 PASS = 48  # ranks that the thin products take in one reading of x
-# Seconds an element of x takes the drawing of its mask, over all multiprocessors: some 100 instructions for eight elements of a thread, by three warps
-# each, to whom every second cycle of their schedulers falls.
+# Seconds an element of x takes the drawing of its mask, over all multiprocessors: some 100 instructions for a thread's eight elements, by three
+# warps each, to whom every second cycle of their schedulers falls.
 DRAW = 2 * 100 / 8 / (3 * 32 * PROCESSORS * CLOCK)
 
 
