@@ -163,32 +163,17 @@ def functions(program: str, target: str, code: Path) -> list[str]:
 
 # Of kernels that are written for a card's own instructions: asynchronous copies, the copy engine, tensor cores of either kind, and what lets a
 # launch begin early (PREEXIT) and wait for the one before (ACQBULK).
+HOPPER = {"UTMALDG", "HGMMA", "USETMAXREG", "LDGSTS", "HMMA", "PREEXIT", "ACQBULK"}
 INSTRUCTIONS = {
     ("lora_linear.cu", "product_sm80_kernel", "sm_80"): {"LDGSTS", "LDSM", "HMMA"},
     ("lora_linear.cu", "round_kernel", "sm_90a"): {"PREEXIT"},
     ("lora_linear.cu", "sum_kernel", "sm_90a"): {"ACQBULK"},
-    ("lora_linear.cu", "product_sm90_kernel", "sm_90a"): {
-        "UTMALDG",
-        "HGMMA",
-        "USETMAXREG",
-        "LDGSTS",
-        "HMMA",
-        "PREEXIT",
-        "ACQBULK",
-    },
+    ("lora_linear.cu", "product_sm90_kernel", "sm_90a"): HOPPER,
     ("lora_linear.cu", "side_kernel", "sm_80"): {"LDGSTS", "HMMA"},
     ("multi_lora.cu", "product_sm80_kernel", "sm_80"): {"LDGSTS", "LDSM", "HMMA"},
     ("multi_lora.cu", "multi_round_kernel", "sm_90a"): {"PREEXIT"},
     ("multi_lora.cu", "multi_sum_kernel", "sm_90a"): {"ACQBULK"},
-    ("multi_lora.cu", "product_sm90_kernel", "sm_90a"): {
-        "UTMALDG",
-        "HGMMA",
-        "USETMAXREG",
-        "LDGSTS",
-        "HMMA",
-        "PREEXIT",
-        "ACQBULK",
-    },
+    ("multi_lora.cu", "product_sm90_kernel", "sm_90a"): HOPPER,
     ("multi_lora.cu", "multi_shrink_kernel", "sm_90a"): {"PREEXIT", "HMMA"},
     ("multi_lora.cu", "multi_linear_kernel", "sm_80"): {"LDGSTS", "HMMA"},
     ("multi_lora.cu", "multi_linear_kernel", "sm_90a"): {"ACQBULK", "LDGSTS", "HMMA"},
