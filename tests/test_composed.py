@@ -232,6 +232,16 @@ def test_the_measured_way_is_gone(ways: list[str]) -> None:
     assert gone(64, 128) == gone(8, 16) == gone(64, 16, mixed=True) == gone(64, 16, torch.bfloat16) == []
 
 
+def test_calls_with_dropout_have_a_way_of_their_own(ways: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What was measured without says nothing of them, in the forward or the backward."""
+    monkeypatch.setattr(table, "way", lambda *key: "composed" if key[6] else "passes")
+    x, weight, _, a, b, dy = (None if one is None else one.detach() for one in make_layer(64, 24, 20, 4))
+    for p, seed, expected in ((0.0, None, []), (0.5, SEED, ["composed"] * 2)):
+        ways.clear()
+        Arguments(x, [weight], [None], [a], [b], [2.0], [p], seed, None, None).both("cpu", [dy])
+        assert ways == expected
+
+
 def test_the_way_is_told() -> None:
     x, weight = torch.zeros(64, 32), torch.zeros(48, 32)
     told = [

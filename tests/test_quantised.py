@@ -53,6 +53,16 @@ def check_products() -> None:
                     assert_within_bound_over_inputs("dx", backward)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_few_rows_with_an_adapter(kind: str) -> None:
+    """The kernel that adds an adapter to a few rows in one pass reads floating-point weights only."""
+    one, x, a, b = weight(kind, 20, 64, torch.float32), torch.randn(2, 64), torch.randn(3, 64), torch.randn(20, 3)
+    (y,), xa, keep = products.lora_linear(x, [one], [None], [a], [b], [2.0], [0.0], None, None, None)
+    torch.testing.assert_close(xa[0], x @ a.T)
+    torch.testing.assert_close(y, x @ dense(one).T + 2 * (x @ a.T) @ b.T)
+    assert keep.numel() == 0
+
+
 def test_elements_are_the_references_bit_for_bit() -> None:
     check_elements()
 
