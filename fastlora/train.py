@@ -101,6 +101,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         TrainingInterrupted: Ctrl-C or SIGTERM, after the checkpoint.
     """
     require_possible(config)
+    memory.bound_product_caches()
     accelerator, config = processes.begin(config)
     with processes.holding(accelerator, Path(config.output), partial(resuming.require_free, config)):
         run = begin(config, accelerator, load_base)

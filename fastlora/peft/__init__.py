@@ -31,7 +31,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from torch import Tensor, nn
 
-from fastlora import bottleneck, fusion, model_loss, ops, packing, sharing
+from fastlora import bottleneck, fusion, memory, model_loss, ops, packing, sharing
 from fastlora.bottleneck import BottleneckLayer
 from fastlora.checks import is_hooked
 from fastlora.choice import table, trial
@@ -142,6 +142,9 @@ def accelerate(
     there is a card, that is measured as well.
     Under torch.distributed every process calls it, and all choose as rank 0 does.
 
+    What torch keeps for 16-bit products of ever new numbers of rows on a CPU is bounded by two variables of the environment, unless they are set
+    (memory.py): else batches of many lengths take a gigabyte more in an hour.
+
     PEFT's `unload` and `merge_and_unload` restore the model first: what they return has nothing of fastlora's.
 
     Raises:
@@ -151,6 +154,7 @@ def accelerate(
         UserWarning: not one of the LoRA layers could be fused, or the model has layers of PEFT's other methods alone.
     """
     ops.read_environment()
+    memory.bound_product_caches()
     budget = packed.Budget(pack_budget)
     layers: list[Any] = [module for module in model.modules() if isinstance(module, LoraLayer)]
     plain = _frozen_layers(model) if frozen else []
