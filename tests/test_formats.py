@@ -11,6 +11,7 @@ from fastlora.data.formats import FIELDS, OPTIONAL, REQUIRED, example
 
 USER = {"role": "user", "content": "How many?"}
 ANSWER = {"role": "assistant", "content": "Four."}
+SYSTEM = {"role": "system", "content": "Be brief."}
 CALL = {"type": "function", "id": "c1", "function": {"name": "count", "arguments": {"of": "legs", "deep": [None, 1.5]}}}
 TOOL = {"type": "function", "function": {"name": "count", "parameters": {"type": "object", "properties": {}}}}
 CALLING = {"role": "assistant", "tool_calls": [CALL]}
@@ -191,6 +192,15 @@ def nested(depth: int) -> Any:
         ),
         ({"instruction": "a", "output": "b", "history": {"c": 1}}, "history: expected a list, got dict"),
         ({"instruction": "a", "output": "b", "input": 3}, "input: expected a string, got int"),
+        (
+            {"prompt": "a", "completion": "b", "tools": [TOOL]},
+            "tools: prompt and completion are texts, which have no p",
+        ),
+        ({"prompt": "a", "completion": "b", "system": "Be brief."}, "system: prompt and completion are texts"),
+        (
+            {"messages": [SYSTEM, USER, ANSWER], "system": "Be long."},
+            "has a system, and another one as its first message",
+        ),
     ],
 )
 def test_a_bad_row_is_told_by_its_field(fields, message):
@@ -213,6 +223,40 @@ def test_columns_say_what_is_read_and_nothing_else_is():
         example(row, columns={"prompt": "question"})
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [{"messages": [USER, ANSWER]}, {"prompt": [USER], "completion": [ANSWER]}, {"conversations": [USER, ANSWER]}],
+)
+def test_a_system_of_its_own_is_the_first_message_and_never_the_second(fields):
+    opened = {name: value if name == "completion" else [SYSTEM, *value] for name, value in fields.items()}
+    expected = Example([SYSTEM, USER], "Four.", turns=example(fields).turns)
+    assert example(fields | {"system": SYSTEM["content"]}) == example(opened) == expected
+    assert example(opened | {"system": SYSTEM["content"]}) == example(opened | {"system": None}) == expected
+    assert example(fields | {"system": ""}) == example(fields) != expected
+
+
+def test_the_turns_that_count_are_told_behind_a_system():
+    light = {**ANSWER, "weight": 0}
+    assert example({"messages": [USER, light, USER, ANSWER], "system": "Be brief."}).turns == (4,)
+
+
+def test_alpaca_has_tools_and_two_texts_may_have_none_of_them():
+    alpaca = {"instruction": "How many?", "output": "Four.", "tools": json.dumps([TOOL])}
+    assert example(alpaca) == Example([USER], "Four.", tools=[TOOL])
+    for tools in ([], "", "[]", None):
+        assert example({"prompt": "a", "completion": "b", "tools": tools, "system": ""}) == Example("a", "b")
+
+
+def test_columns_name_parts_of_objects():
+    row = {"a": {"q": "x", "deep": {"r": "y"}}, "a.q": "whole", "b": [1]}
+    assert example(row, columns={"prompt": "a.q", "completion": "a.deep.r"}) == Example("whole", "y")
+    alpaca = {"instruction": "a.q", "output": "a.deep.r", "input": "a.no"}
+    assert example(row, columns=alpaca) == Example([{"role": "user", "content": "whole"}], "y")
+    for column in ("a.no", "a.q.x.y", "b.0", "."):
+        with pytest.raises(BadLine, match=f"no column '{column}': there are 'a', 'a.q', 'b'"):
+            example(row, columns={"prompt": "a.q", "completion": column})
+
+
 def test_columns_are_spelt_with_commas():
     assert parse_columns("prompt=question, completion=the answer") == {"prompt": "question", "completion": "the answer"}
     for text in ("prompt", "prompt=", "prompt=a,,completion=b", "prompt=a,prompt=b"):
@@ -223,6 +267,8 @@ def test_columns_are_spelt_with_commas():
         ({"question": "a"}, "got 'question'"),
         ({"prompt": ""}, "got 'prompt'"),
         ({"prompt": "#1", "completion": "answer"}, "or numbers"),
+        ({"text": "a", "tools": "b"}, "text has no tools, expected none"),
+        ({"messages": "a", "input": "b"}, "messages has no input, expected none"),
     ):
         with pytest.raises(ValueError, match=message):
             formats.check_columns(columns)

@@ -5,6 +5,7 @@ import gzip
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -142,11 +143,38 @@ def test_folders_and_patterns_are_their_files_in_order(tmp_path):
     assert len(pairs(f"{tmp_path}/**/*.jsonl")) == 5
     write(tmp_path / "odd[1].jsonl", lines(ROWS[:1]))
     assert pairs(tmp_path / "odd[1].jsonl") == EXPECTED[:1], "a file is one, whatever its name looks like"
+    assert len(pairs(f"{tmp_path}/**/**/**/*.jsonl")) == 6, "each file once, whichever way it is found"
     with pytest.raises(FileNotFoundError, match=r"^data: there is no file .*/\*\.tsv"):
         read_examples(f"{tmp_path}/*.tsv")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty is a folder without files that end in \.jsonl, "):
         read_examples(tmp_path / "empty")
+
+
+def test_no_file_of_a_folder_is_left_out_without_a_word(tmp_path, caplog):
+    write(tmp_path / "set" / "a.jsonl", lines(ROWS))
+    for name in ("b.jsonl.zst", "c.csv.zip", "notes.zip", "d.txt.xz"):
+        write(tmp_path / "set" / name, "packed")
+    assert pairs(tmp_path / "set") == EXPECTED
+    (record,) = caplog.records
+    told = f"data: {tmp_path}/set: left out b.jsonl.zst, c.csv.zip: unpack them first, or pack them by gzip"
+    assert record.getMessage() == told
+    (tmp_path / "set" / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    for data in (tmp_path / "set", f"{tmp_path}/set/*.jsonl"):
+        with pytest.raises(FileNotFoundError, match=r"^data: there is no file .*gone\.jsonl"):
+            read_examples(data)
+
+
+def test_a_column_that_no_row_has_is_told(tmp_path, caplog):
+    rows = [{"instruction": "i", "output": "o", "text": {"more": "m"}}, {"instruction": "i", "output": "o"}]
+    path = write(tmp_path / "rows.jsonl", lines(rows))
+    columns = {"instruction": "instruction", "output": "output", "input": "text.more"}
+    assert read_examples(path, columns=columns)[0].prompt[0]["content"] == "i\n\nm" and not caplog.records
+    read_examples([path, path], columns=columns | {"input": "txt", "system": "sys"})
+    assert [record.getMessage() for record in caplog.records] == [
+        f"columns: none of the 4 rows of {path}, {path} has the column 'txt', which is to be the input",
+        f"columns: none of the 4 rows of {path}, {path} has the column 'sys', which is to be the system",
+    ]
 
 
 def test_several_sources_follow_one_another_and_all_their_problems_are_told(tmp_path):
@@ -173,6 +201,8 @@ def test_options_of_no_use_are_refused():
         ([], {}, r"data=\[\] is empty"),
         (["a", ""], {}, "data=.* is empty"),
         ("a", {"max_samples": 0}, "max_samples=0: expected at least 1"),
+        ("a", {"max_samples": 1.5}, "max_samples=1.5: expected at least 1, an integer"),
+        ("a", {"max_samples": True}, "max_samples=True: expected at least 1"),
         ("a", {"streaming": True, "max_samples": 3}, "streaming=True: expected a data set of the hub"),
         ("hf:a/b", {"streaming": True}, "streaming=True: expected max_samples"),
         ("hf:", {}, "data=hf:: expected hf:OWNER/NAME, "),
@@ -217,6 +247,18 @@ def test_parquet_is_read_and_its_nulls_are_not_there(tmp_path):
     assert pairs(tmp_path) == [(one.prompt, one.completion) for one in found]
 
 
+def test_a_parquet_file_that_is_damaged_is_named(tmp_path):
+    parquet, arrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    path, texts = tmp_path / "rows.parquet", arrow.array(["a"])
+    parquet.write_table(arrow.Table.from_arrays([texts, texts, texts], ["prompt", "prompt", "completion"]), path)
+    with pytest.raises(ValueError, match=r"^data: .*rows\.parquet: the column 'prompt' is there twice"):
+        read_examples(path)
+    no_text = arrow.Array.from_buffers(arrow.string(), 1, [None, texts.buffers()[1], arrow.py_buffer(b"\xff")])
+    parquet.write_table(arrow.table({"prompt": no_text, "completion": texts}), path)
+    with pytest.raises(ValueError, match=r"^data: .*rows\.parquet cannot be read as Parquet: "):
+        read_examples(path)
+
+
 @pytest.fixture
 def saved(tmp_path) -> Path:
     """Two splits, as `datasets` saves them."""
@@ -254,6 +296,18 @@ def test_a_hub_data_set_is_read_by_split_whole_or_streaming(hub):
     assert pairs(hub, streaming=True, max_samples=2) == EXPECTED[:2]
     with pytest.raises(ValueError, match=r"^data: hf:.*:validation cannot be loaded: "):
         read_examples(f"{hub}:validation")
+
+
+@pytest.mark.parametrize(("error", "kind"), [(ConnectionError("reset"), OSError), (RuntimeError("odd"), ValueError)])
+def test_what_goes_wrong_behind_the_first_rows_is_named_with_the_data_set(monkeypatch, error, kind):
+    def some(*_: Any, **__: Any) -> Any:
+        yield from ROWS[:2]
+        raise error
+
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=some))
+    with pytest.raises(kind, match=rf"^data: hf:a/b cannot be loaded behind row 2: {error}"):
+        read_examples("hf:a/b", streaming=True, max_samples=3)
+    assert pairs("hf:a/b", streaming=True, max_samples=2) == EXPECTED[:2]
 
 
 def test_a_hub_data_set_that_is_not_there_is_named(tmp_path):

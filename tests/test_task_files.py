@@ -129,5 +129,5 @@ def test_rows_that_cannot_be_asked_are_told_at_once_each_with_its_line(folder):
     assert caught.value.problems[0] == f"{folder}/rows.jsonl:7: label='awful': expected one of good, bad"
     assert caught.value.problems[1].startswith(f"{folder}/rows.jsonl:8: text: expected a text")
     lacking = Task("n", [{"note": "x"}], TemplateSet.read("sentiment"), columns={"label": "mark.of", "text": "note"})
-    with pytest.raises(DataError, match="n:1: no column 'mark.of', there are note"):
+    with pytest.raises(DataError, match="n:1: no column 'mark.of': there are 'note'"):
         lacking.examples()

@@ -86,6 +86,27 @@ def test_examples_are_other_rows_in_the_same_wording_and_never_the_row_nor_what_
     assert mixed.example([rows[0], rows[20], rows[40]], 1).template == "t", "all ask the same"
 
 
+def test_what_asks_the_same_in_other_letters_or_spaces_gives_no_answer_away():
+    rows = [{"text": ("Who came?", " who\ncame? ", "WHO  CAME?")[i % 3] if i < 6 else f"n{i}", "label": f"l{i // 6}"}
+            for i in range(12)]  # fmt: skip
+    asked = TemplateSet([Template("{text}", "{label}", "t")], few_shot_share=1.0, shots=[5])
+    for number, one in enumerate(all_of(asked, rows)[:6]):
+        assert "l0" not in one.prompt and "shot" in one.template, number
+
+
+def test_a_bad_row_that_stands_before_another_is_told_by_its_number():
+    rows = [*ROWS[:5], {"text": "odd", "label": "awful"}]
+    asked = TemplateSet([ASKED[0]], options=["good", "bad"], few_shot_share=1.0, shots=[5])
+    told = "^row 6 of the task, which is to stand before it: label='awful': expected one of good, bad"
+    for number in range(5):
+        with pytest.raises(BadLine, match=told):
+            asked.example(rows, number)
+    with pytest.raises(BadLine, match="^label='awful'"):
+        asked.example(rows, 5)
+    with pytest.raises(BadLine, match="^row 6 of the task, which is to stand before it: no field 'text'"):
+        asked.example([*ROWS[:5], {"label": "good"}], 0)
+
+
 def test_examples_that_make_a_row_too_long_are_left_out_and_the_row_itself_never():
     rows = [{"text": "x" * 10, "label": "good"}, *({"text": f"{i:010}", "label": "good"} for i in range(50))]
     full = TemplateSet(
@@ -150,6 +171,8 @@ def test_what_is_no_field_is_no_template(text):
         ({"text": ["a", {}], "label": "bad"}, "text: expected .*, got dict"),
         ({"text": "a", "label": "awful"}, "label='awful': expected one of good, bad"),
         ({"text": "a\ud800", "label": "bad"}, "half of a surrogate pair"),
+        ({"text": float("nan"), "label": "bad"}, "text=nan: expected a text, or a finite number"),
+        ({"text": ["a", float("inf")], "label": "bad"}, "text=inf: expected a text, or a finite"),
     ],
 )
 def test_a_row_that_cannot_be_asked_says_why(row, message):
@@ -160,13 +183,19 @@ def test_a_row_that_cannot_be_asked_says_why(row, message):
 def test_an_empty_text_is_no_row():
     with pytest.raises(BadLine, match="the target of template '' is empty"):
         TemplateSet([Template("{text}", "{label}")]).example([{"text": "a", "label": " "}], 0)
+    sentence = TemplateSet([Template("{text}", "It is {label}.", "s")])
+    with pytest.raises(BadLine, match="label is empty, which the target of template 's' has"):
+        sentence.example([{"text": "a", "label": ""}], 0)
+    part = TemplateSet([ASKED[1]]).example([{"text": "", "label": "good"}], 0)
+    assert part.prompt == ": good or bad?\n", "what is asked may be empty in part"
 
 
 def test_options_of_the_row_itself():
     asked = TemplateSet([Template("{question} {options}", "{answer}")], options="choices")
     one = asked.example([{"question": "2+2?", "choices": [3, 4], "answer": 4}], 0)
     assert one.completion == "4" and "3" in one.prompt
-    for wrong in ("3, 4", ["4"], None, [{"text": "4"}, "3"]):
+    assert asked.example([{"question": "2+2?", "choices": [3, 4, "3"], "answer": 4}], 0).prompt.count("3") == 1
+    for wrong in ("3, 4", ["4"], ["4", 4], None, [{"text": "4"}, "3"]):
         with pytest.raises(BadLine, match="^choices: expected a list of at least two options"):
             asked.example([{"question": "2+2?", "choices": wrong, "answer": "4"}], 0)
 

@@ -183,6 +183,38 @@ def test_what_a_template_cannot_write_is_a_bad_line(words):
     assert counted(words, row_of(words, replace(DIALOGUE, completion="<s>"))) == ["<s></s>"]
 
 
+@pytest.mark.parametrize("marks", [("", ""), MARKS], ids=["plain", "marked"])
+def test_a_message_that_a_template_leaves_out_is_told(words, marks):
+    """As templates do that ask for the roles they know, one by one."""
+    system = {"role": "system", "content": "Be brief."}
+    words.chat_template = chat_template("ChatML", *marks)
+    assert "Be brief." in words.decode(row_of(words, replace(DIALOGUE, prompt=[system, *DIALOGUE.prompt])).input_ids)
+    whole = words.chat_template
+    words.chat_template = whole.replace("{{ m.content }}", "{% if m.role != 'system' %}{{ m.content }}{% endif %}")
+    assert words.chat_template != whole
+    with pytest.raises(DataError, match=r"data:1: the chat template writes nothing of messages\[0\], by 'system'"):
+        row_of(words, replace(DIALOGUE, prompt=[system, *DIALOGUE.prompt]))
+    assert row_of(words, DIALOGUE).labelled > 0
+    words.chat_template = whole.replace("{{ m.content }}", "{{ m.content | tojson }}")
+    quoted = {"role": "system", "content": '{"a":1}'}
+    assert row_of(words, replace(DIALOGUE, prompt=[quoted, *DIALOGUE.prompt])).labelled > 0
+    words.chat_template = whole.replace("{{ m.content }}", "{{ m.content.split('</think>')[-1] }}")
+    thought = {"role": "assistant", "content": "<think>hm</think>"}
+    assert row_of(words, replace(DIALOGUE, prompt=[*DIALOGUE.prompt[:1], thought, *DIALOGUE.prompt])).labelled > 0
+
+
+def test_what_was_thought_and_is_left_out_is_told(words, caplog):
+    thought = example({"messages": [MESSAGES[0], {**MESSAGES[1], "reasoning_content": "It has legs."}]}, "data:2")
+    encode([DIALOGUE, thought], words, 10**6)
+    (record,) = caplog.records
+    told = "the tokenizer's chat template does not read reasoning_content: left out in 1 of 2 rows (the first: data:2)"
+    assert record.getMessage() == told
+    caplog.clear()
+    words.chat_template = words.chat_template.replace("{{ m.content }}", "{{ m.reasoning_content }}{{ m.content }}")
+    encode([DIALOGUE, thought], words, 10**6)
+    assert not caplog.records
+
+
 def test_marks_that_are_no_turns_are_not_chosen_from(words):
     """Two blocks a turn: all of them count, or which are the last turn's cannot be told."""
     twice = chat_template("ChatML", *MARKS).replace(
@@ -288,6 +320,7 @@ def test_what_a_template_does_not_read_is_refused(words):
     for fields, name in (
         ({"messages": MESSAGES, "tools": [TOOL]}, "tools"),
         ({"messages": [{**one, "content": one.get("content", "")} for one in CALLS]}, "tool_calls"),
+        ({"messages": CALLS}, "tool_calls"),
     ):
         with pytest.raises(
             ValueError, match=f"data:1: the row has {name}, which the tokenizer's chat template does not"

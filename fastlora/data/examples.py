@@ -1,8 +1,13 @@
 """Rows in, examples out: the one entrance. Where rows come from is `sources`' business, what a row may hold that of `formats`."""
 
+import logging
+
 from fastlora.data import formats, sources
 from fastlora.data.formats import BadLine, Example, Message, Prompt
 from fastlora.data.sources import Columns, Sources
+from fastlora.typed import shown
+
+logger = logging.getLogger("fastlora")
 
 __all__ = ["BadLine", "Columns", "DataError", "Example", "Message", "Prompt", "Sources", "parse_line", "read_examples"]
 
@@ -29,7 +34,7 @@ def read_examples(
     Args:
         data: a file, folder or pattern, or hf:OWNER/NAME, as `sources` tells; or a list of them.
         columns: which column is which field ({"prompt": "question", "completion": "answer"}); no other is read then. #1 is the first column of a
-            CSV or TSV without a header.
+            CSV or TSV without a header, a.b is b of the object a. One that a row may lack, and that none has, is told in a warning.
         max_samples: take only the first so many rows of each source; those behind are not looked at.
         streaming: read the hub's data sets row by row, up to max_samples, without downloading the whole.
 
@@ -42,12 +47,14 @@ def read_examples(
     check_reading(data, columns, max_samples, streaming)
     examples: list[Example] = []
     problems: list[str] = []
+    unseen = {name: column for name, column in (columns or {}).items() if name in formats.OPTIONAL}
     for source in sources.each(data):
         before = len(examples) + len(problems)
         for place, fields in sources.rows(source, columns, max_samples, streaming):
             try:
                 if isinstance(fields, BadLine):
                     raise fields
+                unseen = {name: one for name, one in unseen.items() if not formats.has_column(fields, one)}
                 examples.append(formats.example(fields, place, columns))
             except BadLine as error:
                 problems.append(f"{place}: {error}")
@@ -55,6 +62,9 @@ def read_examples(
             raise ValueError(f"data: {source} has no rows")
     if problems:
         raise DataError(problems)
+    for name, column in unseen.items():
+        text = "columns: none of the %d rows of %s has the column %r, which is to be the %s"
+        logger.warning(text, len(examples), sources.named(data), column, name)
     return examples
 
 
@@ -68,8 +78,8 @@ def check_reading(data: Sources, columns: Columns | None, max_samples: int | Non
     if not given or not all(given):
         raise ValueError(f"data={data!r} is empty")
     formats.check_columns(columns)
-    if max_samples is not None and (isinstance(max_samples, bool) or max_samples < 1):
-        raise ValueError(f"max_samples={max_samples}: expected at least 1")
+    if max_samples is not None and (type(max_samples) is not int or max_samples < 1):
+        raise ValueError(f"max_samples={shown(max_samples)}: expected at least 1, an integer")
     if streaming and max_samples is None:
         raise ValueError("streaming=True: expected max_samples as well, what is read is kept in memory")
     if streaming and not any(one.startswith(sources.HUB) for one in given):

@@ -2,15 +2,15 @@
 
 | format | fields | as in |
 |---|---|---|
-| prompt and completion | `prompt`, `completion`: two texts, or two lists of messages; `tools` | TRL |
-| messages | `messages`; `tools` | TRL, OpenAI |
+| prompt and completion | `prompt`, `completion`: two texts, or two lists of messages with `system`, `tools` | TRL |
+| messages | `messages`; `system`, `tools` | TRL, OpenAI |
 | ShareGPT | `conversations`: turns of `from` and `value`, or of `role` and `content`; `system`, `tools` | axolotl, LLaMA-Factory |
-| alpaca | `instruction`, `output`; `input`, `system`, `history` | axolotl, LLaMA-Factory |
+| alpaca | `instruction`, `output`; `input`, `system`, `history`, `tools` | axolotl, LLaMA-Factory |
 | text | `text`, of which every token counts | TRL, axolotl |
 
 Other fields are ignored; a row that has fields of two formats is a bad one, unless `columns` says which to read. The last turn of
 a conversation must be the assistant's. An alpaca row is a conversation: its instruction and input are what the user says, with an
-empty line between them.
+empty line between them. `system` is the first message of a conversation that begins with none by system.
 
 A message has a role and content, and may have what chat templates read besides: `name`, `tool_calls`, `tool_call_id`,
 `reasoning_content`, `reasoning`, `thinking`. Arguments of a tool call may be JSON as text, as OpenAI has them; templates are given
@@ -41,6 +41,12 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "text": ("text",),
 }
 """What each format has, and no other."""
+ALLOWED: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("prompt and completion", "messages", "ShareGPT"), ("system", "tools")),
+    "alpaca": ("input", "system", "history", "tools"),
+    "text": (),
+}
+"""What each may have besides."""
 OPTIONAL = ("input", "system", "history", "tools")
 """What some of them may have besides."""
 FIELDS = (*(name for names in REQUIRED.values() for name in names), *OPTIONAL)
@@ -81,7 +87,7 @@ class Example:
 def check_columns(columns: Mapping[str, str] | None) -> None:
     """
     Raises:
-        ValueError: a name is no field of any format, or some columns have names and some numbers.
+        ValueError: a name is no field of any format, or none of the format that the others are of; or some columns have names and some numbers.
     """
     if columns is None:
         return
@@ -90,6 +96,12 @@ def check_columns(columns: Mapping[str, str] | None) -> None:
             raise ValueError(
                 f"columns={shown(columns)}: expected a column for one of {', '.join(FIELDS)}, got {shown(name)}"
             )
+    formats = [name for name, required in REQUIRED.items() if any(field in columns for field in required)]
+    useless = [
+        name for name in columns if len(formats) == 1 and name not in (*REQUIRED[formats[0]], *ALLOWED[formats[0]])
+    ]
+    if useless:
+        raise ValueError(f"columns={shown(columns)}: {formats[0]} has no {useless[0]}, expected none")
     numbered = [column for column in columns.values() if is_numbered(column)]
     if not columns or 0 < len(numbered) < len(columns):
         raise ValueError(f"columns={shown(columns)}: expected names of columns, or numbers (#1) of all of them")
@@ -104,7 +116,7 @@ def example(fields: Mapping[str, Any], source: str = "", columns: Mapping[str, s
     """The example that a row's fields make.
 
     Args:
-        columns: which column of the row is which field; no other is read then.
+        columns: which column of the row is which field; no other is read then. a.b is b of the object a.
 
     Raises:
         BadLine: the row has no format's fields, or those of two; or one of them is not as it must be.
@@ -115,10 +127,33 @@ def example(fields: Mapping[str, Any], source: str = "", columns: Mapping[str, s
 
 
 def _renamed(fields: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    missing = [column for name, column in columns.items() if column not in fields and name not in OPTIONAL]
-    if missing:
-        raise BadLine(f"no column {missing[0][:SHOWN_CHARACTERS]!r}: there are {_names(fields)}")
-    return {name: fields[column] for name, column in columns.items() if column in fields}
+    return {name: column_of(fields, column) for name, column in columns.items()
+            if name not in OPTIONAL or has_column(fields, column)}  # fmt: skip
+
+
+def has_column(fields: Mapping[str, Any], column: str) -> bool:
+    """Whether a row has it."""
+    try:
+        column_of(fields, column)
+    except BadLine:
+        return False
+    return True
+
+
+def column_of(fields: Mapping[str, Any], column: str) -> Any:
+    """What a row has by that name, or else, where it is a.b, b of the object a.
+
+    Raises:
+        BadLine: there is none.
+    """
+    if column in fields:
+        return fields[column]
+    value: Any = fields
+    for part in column.split("."):
+        if not isinstance(value, Mapping) or part not in value:
+            raise BadLine(f"no column {column[:SHOWN_CHARACTERS]!r}: there are {_names(fields)}")
+        value = value[part]
+    return value
 
 
 def _format(fields: Mapping[str, Any]) -> str:
@@ -143,31 +178,34 @@ def _names(fields: Mapping[str, Any]) -> str:
 def _prompt_and_completion(fields: Mapping[str, Any], source: str) -> Example:
     prompt, completion = fields["prompt"], fields["completion"]
     if not isinstance(prompt, list) and not isinstance(completion, list):
-        return Example(_text(prompt, "prompt"), _text(completion, "completion"), source)
+        example = Example(_text(prompt, "prompt"), _text(completion, "completion"), source)
+        left_out = next((name for name in ("system", "tools") if fields.get(name) not in (None, "", [], "[]")), None)
+        if left_out:
+            raise BadLine(f"{left_out}: prompt and completion are texts, which have no place for it: expected messages")
+        return example
     if not isinstance(prompt, list) or not isinstance(completion, list):
         kinds = type(prompt).__name__, type(completion).__name__
         raise BadLine(f"prompt and completion: expected two texts or two lists of messages, got {' and '.join(kinds)}")
     before, weights = _messages(prompt, "prompt")
     answer, more = _messages(completion, "completion")
     counted = [*([0.0] * len(weights)), *more]
-    return _conversation([*before, *answer], counted, source, _tools(fields), all_of_them=True)
+    return _conversation([*before, *answer], counted, source, fields, all_of_them=True)
 
 
 def _messages_row(fields: Mapping[str, Any], source: str) -> Example:
     messages, weights = _messages(fields["messages"], "messages")
     if len(messages) < 2:
         raise BadLine("messages: expected a list of at least two messages")
-    return _conversation(messages, weights, source, _tools(fields))
+    return _conversation(messages, weights, source, fields)
 
 
 def _sharegpt(fields: Mapping[str, Any], source: str) -> Example:
     turns = fields["conversations"]
     if not isinstance(turns, list) or len(turns) < 2:
         raise BadLine("conversations: expected a list of at least two turns")
-    opening = _system(fields)
     read = [_turn(turn, f"conversations[{position}]") for position, turn in enumerate(turns)]
     messages, weights = _messages(read, "conversations")
-    return _conversation([*opening, *messages], [1.0] * len(opening) + weights, source, _tools(fields))
+    return _conversation(messages, weights, source, fields)
 
 
 def _turn(turn: Any, name: str) -> Any:
@@ -198,7 +236,7 @@ def _alpaca(fields: Mapping[str, Any], source: str) -> Example:
     if fields.get("input") not in (None, ""):
         parts.append(_text(fields["input"], "input"))
     messages.append({"role": "user", "content": "\n\n".join(parts)})
-    return Example(messages, _text(fields["output"], "output"), source)
+    return Example(messages, _text(fields["output"], "output"), source, tools=_tools(fields))
 
 
 def _text_row(fields: Mapping[str, Any], source: str) -> Example:
@@ -218,15 +256,22 @@ def _conversation(
     messages: list[Message],
     weights: list[float],
     source: str,
-    tools: list[dict[str, Any]] | None,
+    fields: Mapping[str, Any],
     all_of_them: bool = False,
 ) -> Example:
     """Of checked messages.
 
     Args:
         weights: 0 where a message does not count.
+        fields: the row's, for its system and tools.
         all_of_them: several turns count also where the template marks none.
     """
+    opening = _system(fields)
+    if opening and messages[0]["role"] == "system":
+        if opening[0]["content"] != messages[0]["content"]:
+            raise BadLine("has a system, and another one as its first message: expected one of them")
+        opening = []
+    messages, weights = [*opening, *messages], [*(1.0 for _ in opening), *weights]
     *prompt, last = messages
     if last["role"] != "assistant":
         raise BadLine(f"the last message is by {last['role'][:SHOWN_CHARACTERS]!r}: expected 'assistant'")
@@ -239,7 +284,7 @@ def _conversation(
     turn = last if set(last) != {"role", "content"} else None
     said = len(counted) < len(assistant) or (all_of_them and len(counted) > 1)
     turns = counted if said else None
-    return Example(prompt, last.get("content", ""), source, turn, tools, turns)
+    return Example(prompt, last.get("content", ""), source, turn, _tools(fields), turns)
 
 
 def _system(fields: Mapping[str, Any]) -> list[Message]:

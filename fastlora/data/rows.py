@@ -39,6 +39,7 @@ from torch import Tensor
 from fastlora.data.examples import BadLine, DataError, Example, Message, Prompt
 from fastlora.data.mixture import Order
 from fastlora.language_model_loss import IGNORE
+from fastlora.typed import shown
 
 logger = logging.getLogger("fastlora")
 
@@ -47,6 +48,12 @@ TRUNCATIONS = get_args(Truncation)
 Turns = Literal["auto", "last", "all"]  # which of the assistant's count, see above
 TURNS = get_args(Turns)
 SHOWN_CHARACTERS = 400  # of a row in a warning
+WORD = re.compile(r"\w+")  # templates may write a text as JSON has it
+THOUGHTS = (
+    "reasoning_content",
+    "reasoning",
+    "thinking",
+)  # of a message, by the names that one template or another reads
 WIDEST = 8  # tokens that a text's end may have more in a longer text
 # What a completion is tokenised behind where its own prompt would merge with it: one of these rarely does.
 ANCHORS = ("\n", "=", ".", "0", "a", "q", "x", "z")
@@ -134,6 +141,7 @@ def encode(
             f"max_length={max_length} with truncation={truncation!r} drops every one of the {len(examples)} rows"
         )
     _warn_of_cuts(encoded, max_length)
+    _warn_of_thoughts(encoded.examples, tokenizer)
     if unended:
         example, row = unended[0]
         text = marked(row, tokenizer)
@@ -172,6 +180,16 @@ def _warn_of_cuts(encoded: Encoded, max_length: int) -> None:
             logger.warning(f"max_length=%d: {text} (the first: %s)", max_length, len(cut), count, cut[0].source)
 
 
+def _warn_of_thoughts(examples: Sequence[Example], tokenizer: Any) -> None:
+    """What the assistant thought decides what it says, and a template that knows it by another name leaves it out."""
+    for name in THOUGHTS:
+        with_it = [one for one in examples if any(name in message for message in one.messages)]
+        left_out = [one for one in with_it if not re.search(rf"\b{name}\b", _template(tokenizer, one.tools))]
+        if left_out:
+            text = "the tokenizer's chat template does not read %s: left out in %d of %d rows (the first: %s)"
+            logger.warning(text, name, len(left_out), len(examples), left_out[0].source)
+
+
 def require_count(name: str, value: Any, least: int = 1, reason: str = "") -> None:
     """Raise ValueError unless `value` is an integer of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -187,22 +205,21 @@ def _encode(
         prompt = _tokens(tokenizer, before)
         completion = _continue(tokenizer, before, prompt, whole)
         return _end(opening + prompt, completion, tokenizer), True
+    template = _template(tokenizer, example.tools)
+    _require_read(template, example)
     before = _render(tokenizer, example.prompt, example.tools, add_generation_prompt=True)
     whole = _render(tokenizer, example.messages, example.tools)
-    if example.completion and not any(word in whole for word in example.completion.split()):
-        # One that takes lists of texts and images, given a text: what is left to train on are the turn's ends.
-        raise BadLine("the chat template writes nothing of what the assistant says")
-    prompt, template = _tokens(tokenizer, before), _template(tokenizer, example.tools)
-    _require_read(template, example)
+    prompt = _tokens(tokenizer, before)
     marked = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template))
     counted = _counted(example, train_on_turns, marked)
-    if marked:
-        return _encode_marked(example, counted, before, prompt, whole, tokenizer, special)
-    if not whole.startswith(before):
+    if not marked and not whole.startswith(before):
         raise ValueError(
             f"{example.source}: the chat template renders the prompt otherwise without the answer:"
             " expected a template with {% generation %}"
         )
+    _require_written(whole, example)
+    if marked:
+        return _encode_marked(example, counted, before, prompt, whole, tokenizer, special)
     row = _end(prompt, _continue(tokenizer, before, prompt, whole), tokenizer)
     return _counting(row, counted, example, whole, tokenizer, special), True
 
@@ -216,6 +233,22 @@ def _require_read(template: str, example: Example) -> None:
     for name, given in (("tools", example.tools), ("tool_calls", calls)):
         if given and not re.search(rf"\b{name}\b", template):
             raise ValueError(f"{example.source}: the row has {name}, which the tokenizer's chat template does not read")
+
+
+def _require_written(whole: str, example: Example) -> None:
+    """
+    Raises:
+        BadLine: the template has left out a message without a word, as some do where they know no such role; of the assistant's earlier turns
+            some leave out what it thought, and that may be all.
+    """
+    for position, message in reversed(list(enumerate(example.messages))):
+        content, is_last = message.get("content", ""), position == len(example.messages) - 1
+        if message["role"] == "assistant" and not is_last:
+            continue
+        if content.strip() and not any(word in whole for word in WORD.findall(content) or content.split()):
+            # Or it takes lists of texts and images, and was given a text: what is left to train on are the turn's ends.
+            who = "what the assistant says" if is_last else f"messages[{position}], by {shown(message['role'])}"
+            raise BadLine(f"the chat template writes nothing of {who}")
 
 
 def _counted(example: Example, train_on_turns: str, marked: bool) -> set[int]:

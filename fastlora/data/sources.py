@@ -3,8 +3,9 @@
 A source is
 - a file. By its ending it is JSON (.json: a list of rows, an object of which one field is a list of rows, or lines), CSV with a
   header (.csv), or TSV with a header (.tsv); by its content Parquet. Any other has a JSON object a line. All but Parquet may be gzip;
-- a folder: its files with one of these endings or .jsonl, in order of their names, or what a data set's `save_to_disk` left;
-- a pattern (`rows/*.jsonl`, `**` for any depth): the files that match, in order;
+- a folder: its files with one of these endings or .jsonl, in order of their names, or what a data set's `save_to_disk` left. Those that are
+  compressed otherwise than by gzip are left out, with a warning;
+- a pattern (`rows/*.jsonl`, `**` for any depth): the files that match, each once, in order;
 - hf:OWNER/NAME, hf:OWNER/NAME:SPLIT or hf:OWNER/NAME:CONFIG:SPLIT: what `datasets.load_dataset` gives of it; the split is train unless told.
 
 A TSV's fields are what stands between the tabs: it knows neither quotes nor escapes. A file without a header is read where columns are named by their
@@ -17,6 +18,7 @@ import csv
 import glob
 import gzip
 import importlib
+import logging
 import os
 import re
 import zlib
@@ -29,10 +31,13 @@ from fastlora import reading
 from fastlora.data.formats import FIELDS, BadLine, is_numbered
 from fastlora.typed import listed
 
+logger = logging.getLogger("fastlora")
+
 HUB = "hf:"
 ENDINGS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 COMPRESSED = {b"PK\x03\x04": "zip", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2"}
+PACKED = (".xz", ".zst", ".bz2", ".zip")
 OTHER_FILES = {b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SAVED, SPLITS = ("state.json", "dataset_info.json"), "dataset_dict.json"
@@ -99,8 +104,14 @@ def _rows(source: str, columns: Columns | None, streaming: bool) -> Iterator[Fou
         yield from _saved(path)
     else:
         files = _files(path)
-        if not files and os.path.isdir(path):
-            raise ValueError(f"data: {path} is a folder without files that end in {', '.join(ENDINGS)}")
+        if os.path.isdir(path):
+            if not files:
+                raise ValueError(f"data: {path} is a folder without files that end in {', '.join(ENDINGS)}")
+            packed = sorted(
+                one.name for one in path.iterdir() if one.suffix in PACKED and _ending(one.with_suffix("")) in ENDINGS
+            )
+            if packed:
+                logger.warning("data: %s: left out %s: unpack them first, or pack them by gzip", path, listed(packed))
         for file in files or [path]:
             yield from _file(file, columns)
 
@@ -114,7 +125,8 @@ def _files(path: Path) -> list[Path]:
             return [path]
         else:
             found = [Path(one) for one in glob.glob(str(path), recursive=True)] if glob.has_magic(str(path)) else []
-        return sorted(one for one in found if one.is_file())
+        # A pattern with ** twice finds files twice; a link to nothing is told where it is read.
+        return sorted({one for one in found if one.is_file() or (one.is_symlink() and not one.exists())})
     except OSError:  # a name that is too long, say, which `_file` tells
         return []
 
@@ -243,9 +255,7 @@ def _table(lines: Iterable[bytes], path: Path, ending: str, columns: Columns | N
                 yield place, {f"#{number}": value for number, value in enumerate(values, 1)}
             elif header is None:
                 header = values
-                twice = [name for name in header if name and header.count(name) > 1]
-                if twice:
-                    raise ValueError(f"data: {place}: the column {twice[0][:40]!r} is there twice")
+                _require_once(header, place)
             elif len(values) != len(header):
                 yield place, BadLine(f"has {len(values)} fields, expected {len(header)} as in the header")
             else:
@@ -259,12 +269,23 @@ def _parquet(path: Path) -> Iterator[Found]:
     try:
         number = 0
         with parquet.ParquetFile(path) as file:
+            _require_once(file.schema_arrow.names, str(path))
             for batch in file.iter_batches(batch_size=1000):
                 for fields in batch.to_pylist():
                     number += 1
                     yield f"{path}:{number}", _without_nulls(fields)
-    except arrow.ArrowException as error:
+    except (
+        arrow.ArrowException,
+        UnicodeDecodeError,
+        OverflowError,
+    ) as error:  # a text that is none, a date beyond Python's
         raise ValueError(f"data: {path} cannot be read as Parquet: {error}") from error
+
+
+def _require_once(names: Sequence[str], place: str) -> None:
+    twice = [name for name in names if name and names.count(name) > 1]
+    if twice:
+        raise ValueError(f"data: {place}: the column {twice[0][:40]!r} is there twice")
 
 
 def _is_saved(path: Path) -> bool:
@@ -294,14 +315,16 @@ def _hub(source: str, streaming: bool) -> Iterator[Found]:
     datasets = _require("datasets", source)
     name, *more = parts
     split = more.pop() if more else "train"
+    number = 0
     try:
-        found = datasets.load_dataset(name, more[0] if more else None, split=split, streaming=streaming)
+        # Streaming, what is wrong with a later file shows when it is come to.
+        for number, fields in enumerate(datasets.load_dataset(name, *more[:1], split=split, streaming=streaming), 1):
+            yield f"{source}:{number}", _without_nulls(fields)
     except Exception as error:  # no such data set, no network, no such split
         kinds = (FileNotFoundError, ConnectionError)
         kind = next((one for one in kinds if isinstance(error, one)), ValueError)
-        raise kind(f"data: {source} cannot be loaded: {error}") from error
-    for number, fields in enumerate(found, 1):
-        yield f"{source}:{number}", _without_nulls(fields)
+        behind = f" behind row {number}" if number else ""
+        raise kind(f"data: {source} cannot be loaded{behind}: {error}") from error
 
 
 def _require(package: str, source: Any) -> Any:

@@ -11,7 +11,7 @@ and every other field of a TemplateSet. Without templates, the rows are prompts 
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from typing import Any
 from fastlora import reading
 from fastlora.data import sources
 from fastlora.data.examples import BadLine, DataError, Example, check_reading, read_examples
+from fastlora.data.formats import column_of
 from fastlora.data.templates import TemplateSet, parsed
-from fastlora.typed import check_fields, listed, shown
+from fastlora.typed import check_fields, shown
 
 YAML = (".yaml", ".yml")
 OF_TEMPLATES = tuple(one.name for one in fields(TemplateSet) if one.name != "name")
@@ -112,7 +113,7 @@ class Task:
             try:
                 if isinstance(row, BadLine):
                     raise row
-                rows.append({**row, **{name: _column(row, column) for name, column in columns.items()}})
+                rows.append({**row, **{name: column_of(row, column) for name, column in columns.items()}})
                 places.append(place)
             except BadLine as error:
                 problems.append(f"{place}: {error}")
@@ -121,17 +122,6 @@ class Task:
         if not rows:
             raise ValueError(f"data: {self.data} has no rows")
         return rows, places
-
-
-def _column(row: Mapping[str, Any], column: str) -> Any:
-    if column in row:
-        return row[column]
-    value: Any = row
-    for part in column.split("."):
-        if not isinstance(value, dict) or part not in value:
-            raise BadLine(f"no column {column!r}, there are {listed(list(row)) or 'none'}")
-        value = value[part]
-    return value
 
 
 def made(content: Any, folder: Path) -> Task:

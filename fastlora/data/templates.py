@@ -11,6 +11,7 @@ examples and without, with options and without.
 """
 
 import functools
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -78,6 +79,8 @@ def _text(row: Mapping[str, Any], name: str) -> str:
     for part in parts:
         if not isinstance(part, (str, int, float)):
             raise BadLine(f"{name}: expected a text, a number, or a list of them, got {type(part).__name__}")
+        if isinstance(part, float) and not math.isfinite(part):  # as tables have it where there is nothing
+            raise BadLine(f"{name}={part}: expected a text, or a finite number")
     return ", ".join(map(str, parts))
 
 
@@ -127,8 +130,8 @@ class TemplateSet:
     """The wordings of one task, and how they are mixed.
 
     A share of the rows is turned round (`inverted_share`), another has examples before it (`few_shot_share`), the rest is asked plainly. Examples
-    are other rows of the task in the same wording, never the row itself nor one that asks the same; those that make a row longer than
-    max_characters or max_tokens are left out.
+    are other rows of the task in the same wording, never the row itself nor one that asks the same, white space and case aside; those that make
+    a row longer than max_characters or max_tokens are left out.
 
     Raises:
         TypeError, ValueError: a field is of another type or out of range; the message names it.
@@ -226,7 +229,8 @@ class TemplateSet:
             max_tokens: a smaller one than the set's own, or in place of none: what a longer row would lose.
 
         Raises:
-            BadLine: a field is missing or is no text, a text is empty, or the answer is none of the options.
+            BadLine: a field is missing or is no text, a text is empty, or a field of the target is; the answer is none of the options. So too of the
+                rows before it, whose numbers, from 1, the message has.
             ValueError: the set has max_tokens, and no length is given.
         """
         draw = Random(f"fastlora template {seed} {self.name} {number}")
@@ -270,6 +274,9 @@ class TemplateSet:
             opening, bullet, between = listing
             shuffled = draw.sample(options, len(options))
             values[OPTIONS] = opening + between.join(bullet.format(one) for one in shuffled)
+        blank = [name for name in sorted(_fields(template.target)) if not values[name].strip()]
+        if blank and template.answer is None:
+            raise BadLine(f"{blank[0]} is empty, which the target of template {template.name!r} has")
         texts = _fill(template.input, values), _fill(template.target, values)
         for which, text in zip(("input", "target"), texts, strict=True):
             if not text.strip():
@@ -284,13 +291,11 @@ class TemplateSet:
         if isinstance(self.options, list):
             return self.options
         found = row.get(self.options)
-        if (
-            not isinstance(found, (list, tuple))
-            or len(found) < 2
-            or not all(isinstance(one, (str, int, float)) for one in found)
-        ):
+        plain = isinstance(found, (list, tuple)) and all(isinstance(one, (str, int, float)) for one in found)
+        options = list(dict.fromkeys(map(str, found))) if plain else []
+        if len(options) < 2:
             raise BadLine(f"{self.options}: expected a list of at least two options, got {shown(found)}")
-        return [str(one) for one in found]
+        return options
 
     def _exemplars(
         self,
@@ -304,15 +309,22 @@ class TemplateSet:
         """Other rows, (input, target) each."""
         asked = sorted(_fields(template.input) - {OPTIONS})
 
-        def question(one: int) -> list[str]:
-            return [_text(rows[one], name) for name in asked]
+        def of(one: int, found: Callable[[Mapping[str, Any]], Any]) -> Any:
+            try:
+                return found(rows[one])
+            except BadLine as error:
+                raise BadLine(f"row {one + 1} of the task, which is to stand before it: {error}") from None
+
+        def question(row: Mapping[str, Any]) -> list[list[str]]:
+            return [_text(row, name).casefold().split() for name in asked]
 
         drawn = draw.sample(
             range(len(rows) - 1), min(2 * shots, len(rows) - 1)
         )  # as many again, for what asks the same
         others = [one + (one >= number) for one in drawn]
-        different = [one for one in others if question(one) != question(number)]
-        return [self._render(template, rows[one], listing, draw) for one in different[:shots]]
+        own = question(rows[number])
+        different = [one for one in others if of(one, question) != own]
+        return [of(one, lambda row: self._render(template, row, listing, draw)) for one in different[:shots]]
 
     def _example(self, template: Template, own: tuple[str, str], exemplars: Sequence[tuple[str, str]]) -> Example:
         before = "".join(f"{x}{self.x_y_delimiter}{y}{self.example_separator}" for x, y in exemplars)
