@@ -362,7 +362,7 @@ def _module_names(text: Any) -> Any:
 def compare(**options: Any) -> None:
     """Train several methods with one budget each, and tell them apart: quality, forgetting, size, memory, speed."""
     _quiet()
-    from fastlora.comparison import compare, rows
+    from fastlora.comparison import compare, failures, rows
 
     _parse_data(options)
     if isinstance(options["methods"], str):
@@ -371,7 +371,7 @@ def compare(**options: Any) -> None:
     for name, kind in (("r", int), ("lr", float), ("lr_factors", float), ("token_indices", int)):
         options[name] = _numbers(name, options[name], kind)
     given = Comparison(**options)
-    found = list(rows(compare(given)))
+    found = list(rows(compare(given), failures(given)))
     _print_table([list(row.values()) for row in found], headings=list(found[0]), title="fastlora compare")
     told = ", with its figures on test_data" if given.test_data else ""
     print(

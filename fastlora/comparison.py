@@ -7,6 +7,7 @@ rows has risen. After PEFT's own comparison of methods (huggingface/peft, method
 """
 
 import gc
+import hashlib
 import io
 import json
 import logging
@@ -25,11 +26,17 @@ import torch
 
 from fastlora import __version__, memory, reading, writing
 from fastlora.config import DEFAULT_LR, DEFAULT_R, PROMPTS, RANKED, WHOLE, Method, TrainConfig, as_train, option
+from fastlora.course import Diverged
+from fastlora.data.sources import local_files
 from fastlora.typed import check_fields, fits, shown
 
 logger = logging.getLogger("fastlora")
 
 RUNS, RESULT, NAME, PLOT = "runs", "run.json", "compare.json", "compare.png"
+SETUP, FILES = (
+    "setup.json",
+    "files.json",
+)  # beside the runs: what all have in common, and the SHA-256 of each file of rows
 PROBE_STEPS = 4  # of a run that finds out how many steps fit into a number of seconds; the first is not counted
 ANSWERED = 4  # prompts a batch, whose answers' speed is measured
 ANSWER_TOKENS = 32
@@ -195,26 +202,57 @@ class Outcome:
     train_loss: float | None = None
 
 
+@dataclass(frozen=True)
+class Failure:
+    """A run that came to nothing: it diverged, at too high a rate, say."""
+
+    name: str
+    kind: str
+    method: str
+    r: int | None
+    lr: float | None
+    step: int  # that made its loss, a gradient or a weight infinite or NaN; or the last, where that shows on held-out rows only
+    failed: str  # what was said of it
+
+
 def compare(given: Comparison) -> list[Outcome]:
     """Train every run, measure all of them, and write OUTPUT/compare.json and compare.png; the base's row comes first.
 
-    A run that is done is not done again: a comparison that was stopped goes on where it was.
+    A run that is done is not done again: a comparison that was stopped goes on where it was. One that diverges has no outcome, and the others go
+    on: `failures` tells of it.
 
     Raises:
-        FileExistsError: the folder holds a comparison of other things, and overwrite was not asked for.
+        FileExistsError: the folder holds a comparison of other things, or of files that say something else now, and overwrite was not asked for.
+        ValueError: the base has no finite loss on some rows.
         RuntimeError: a run's process ended without an answer, out of memory, say.
-        As `train` and `evaluate`: what they raise.
+        As `train` and `evaluate`: what they raise, but for Diverged.
     """
     output = Path(given.output)
     writing.require_apart(output, model=str(given.model))
     with writing.locked(output):
         _claim(output, given)
-        found = [_once(output / RUNS / BASE, None, given, None)]
+        base = _once(output / RUNS / BASE, None, given, None)
+        assert isinstance(base, Outcome)
+        found = [base]
         for run in given.runs():
             print(f"{run.name}", flush=True)
-            found.append(_once(output / RUNS / run.name, run, given, found[0].retained_loss))
+            one = _once(output / RUNS / run.name, run, given, base.retained_loss)
+            if isinstance(one, Outcome):
+                found.append(one)
+            else:
+                print(f"{run.name} came to nothing: {one.failed}", flush=True)
         _write(output, given, found)
     return found
+
+
+def failures(given: Comparison) -> list[Failure]:
+    """The runs of a comparison that came to nothing, in order; none of what is still to be run.
+
+    Raises:
+        ValueError: a run's file is of another version.
+    """
+    found = (_done(Path(given.output) / RUNS / run.name / RESULT) for run in given.runs())
+    return [one for one in found if isinstance(one, Failure)]
 
 
 def best(found: Iterable[Outcome]) -> list[Outcome]:
@@ -233,8 +271,19 @@ def _setup(given: Comparison) -> dict[str, Any]:
     return {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
 
 
+def _files(given: Comparison) -> dict[str, str]:
+    """The SHA-256 of every file of rows."""
+    named = (given.data, given.eval_data, given.test_data, given.retain_data)
+    paths = dict.fromkeys(path for data in named if data is not None for path in local_files(data))
+    found = {}
+    for path in paths:
+        with path.open("rb") as file:
+            found[str(path)] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
 def _claim(output: Path, given: Comparison) -> None:
-    path, setup = output / RUNS / "setup.json", _setup(given)
+    path, setup, files = output / RUNS / SETUP, _setup(given), _files(given)
     if given.overwrite:
         writing.remove(output / RUNS)
     before = reading.json_file(path) if path.is_file() else None
@@ -245,25 +294,46 @@ def _claim(output: Path, given: Comparison) -> None:
         raise FileExistsError(
             f"output={output} holds a comparison with {name}={shown(before[name])}: expected that, or overwrite=True"
         )
+    known = reading.json_file(path.with_name(FILES)) if path.with_name(FILES).is_file() else files
+    if known != files:
+        file = next(name for name in {**known, **files} if known.get(name) != files.get(name))
+        raise FileExistsError(
+            f"output={output} holds a comparison in which {file} said something else: expected that, or overwrite=True"
+        )
     writing.make(output / RUNS)
-    writing.whole(path, (json.dumps(setup, indent=2) + "\n").encode())
+    for name, content in ((SETUP, setup), (FILES, files)):
+        writing.whole(output / RUNS / name, (json.dumps(content, indent=2) + "\n").encode())
 
 
-def _once(folder: Path, run: Run | None, given: Comparison, retained: float | None) -> Outcome:
+def _done(path: Path) -> Outcome | Failure | None:
+    """What a run's file says, if there is one."""
+    if not path.is_file():
+        return None
+    values = reading.json_file(path)
+    if set(values) == {one.name for one in fields(Outcome)} and fits(values["loss"], float):
+        return Outcome(**values)
+    if set(values) == {one.name for one in fields(Failure)} and fits(values["step"], int):
+        return Failure(**values)
+    raise ValueError(f"{path}: no outcome of this version of fastlora: expected overwrite=True")
+
+
+def _once(folder: Path, run: Run | None, given: Comparison, retained: float | None) -> Outcome | Failure:
     """What a run's file says, or else what its process finds."""
     path = folder / RESULT
-    if path.is_file():
-        values = reading.json_file(path)
-        if set(values) == {one.name for one in fields(Outcome)} and fits(values["loss"], float):
-            return Outcome(**values)
-        raise ValueError(f"{path}: no outcome of this version of fastlora: expected overwrite=True")
+    if (done := _done(path)) is not None:
+        return done
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=_warn_of, initargs=(list(warnings.filters),)) as process:
         found = process.submit(_find, run, given, folder).result()
-    if retained is not None:
-        found["forgetting"] = found["retained_loss"] - retained
     name, kind, method = (run.name, run.kind, run.method) if run else (BASE, BASE, BASE)
-    outcome = Outcome(name, kind, method, run.r if run else None, run.lr if run else None, **found)
+    own = (name, kind, method, run.r if run else None, run.lr if run else None)
+    outcome: Outcome | Failure
+    if "failed" in found:
+        outcome = Failure(*own, **found)
+    else:
+        if retained is not None:
+            found["forgetting"] = found["retained_loss"] - retained
+        outcome = Outcome(*own, **found)
     writing.make(folder)
     writing.whole(path, (json.dumps(asdict(outcome), indent=2) + "\n").encode())
     return outcome
@@ -275,10 +345,24 @@ def _warn_of(filters: list[Any]) -> None:
 
 
 def _find(run: Run | None, given: Comparison, folder: Path) -> dict[str, Any]:
-    """All that is told of a run, or of the base, in this process."""
-    trained = _train(run, given, folder) if run else {}
+    """All that is told of a run, or of the base, in this process; of one that diverged, in which step, and what was said of it.
+
+    Raises:
+        ValueError: the base has no finite loss.
+    """
+    try:
+        trained = _train(run, given, folder) if run else {}
+    except Diverged as error:
+        return {"step": error.step, "failed": str(error)}
     gc.collect()  # the model that was trained, which lies on the disk now
-    return {**trained, **_measure(given, *((run.name, run.method) if run else (BASE, BASE)))}
+    measured = _measure(given, *((run.name, run.method) if run else (BASE, BASE)))
+    losses = {name: measured[name] for name in ("eval_loss", "loss", "retained_loss") if measured[name] is not None}
+    for name, loss in losses.items():
+        if not math.isfinite(loss):
+            if run is None:
+                raise ValueError(f"model={given.model}: its {name} is {loss}, expected one that is finite")
+            return {"step": trained["steps"], "failed": f"step {trained['steps']}: {name} is {loss}"}
+    return {**trained, **measured}
 
 
 def _train(run: Run, given: Comparison, folder: Path) -> dict[str, Any]:
@@ -367,9 +451,11 @@ def _answer_rate(model: Any, tokenizer: Any, given: Comparison) -> float:
     """Tokens a second of greedy answers to a few held-out prompts, as long for everyone: none ends early."""
     from fastlora.data.examples import read_examples
     from fastlora.data.rows import encode, pad_token_id
+    from fastlora.models import positions
 
     examples = read_examples(given.told_data, columns=given.columns)[:ANSWERED]
-    rows = encode(examples, tokenizer, given.max_length, "prompt").rows
+    room = (positions(model) or math.inf) - ANSWER_TOKENS
+    rows = encode(examples, tokenizer, int(max(2, min(given.max_length, room))), "prompt").rows
     width = min(row.prompt_length for row in rows) or 1  # of plain text, the first token
     ends = [max(row.prompt_length, width) for row in rows]
     ids = torch.tensor(
@@ -394,6 +480,7 @@ def _write(output: Path, given: Comparison, found: Sequence[Outcome]) -> None:
         "threads": torch.get_num_threads(),
         "outcomes": [asdict(one) for one in found],
         "best": [one.name for one in best(found)],
+        "failed": [asdict(one) for one in failures(given)],
     }
     writing.whole(output / NAME, (json.dumps(content, indent=2) + "\n").encode())
     try:
@@ -405,14 +492,15 @@ def _write(output: Path, given: Comparison, found: Sequence[Outcome]) -> None:
     writing.whole(output / PLOT, image.getvalue())
 
 
-def rows(found: Iterable[Outcome]) -> Iterator[Mapping[str, str]]:
-    """A table's rows as text, by column."""
+def rows(found: Iterable[Outcome], failed: Iterable[Failure] = ()) -> Iterator[Mapping[str, str]]:
+    """A table's rows as text, by column: each kind's best, and what came to nothing."""
 
     def shown_as(value: float | None, form: str) -> str:
         return "-" if value is None else format(value, form)
 
+    blank: dict[str, str] = {}
     for one in best(found):
-        yield {
+        row = {
             "method": one.kind,
             "lr": shown_as(one.lr, "g"),
             "held-out loss": f"{one.loss:.4f}",
@@ -424,6 +512,10 @@ def rows(found: Iterable[Outcome]) -> Iterator[Mapping[str, str]]:
             "s a step": shown_as(one.seconds_per_step, ".3g"),
             "answer tokens/s": f"{one.answer_tokens_per_second:.1f}",
         }
+        blank = dict.fromkeys(row, "-")
+        yield row
+    for bad in failed:
+        yield blank | {"method": bad.kind, "lr": shown_as(bad.lr, "g"), "held-out loss": f"failed in step {bad.step}"}
 
 
 def figure(found: Sequence[Outcome]) -> Any:

@@ -337,6 +337,8 @@ class TrainConfig:
             raise ValueError(f"{name}={getattr(self, name)}: expected several data; of a mixture its file says it")
         if (self.mixing == "fixed") != (self.interleave_probs is not None):
             raise ValueError(f"mixing={self.mixing}: expected interleave_probs with fixed, and with no other")
+        if not all(is_finite(one) and one > 0 for one in self.interleave_probs or ()):
+            raise ValueError(f"interleave_probs={shown(self.interleave_probs)}: expected finite numbers above 0")
         if self.interleave_probs is not None and len(self.interleave_probs) != len(self.files):
             raise ValueError(
                 f"interleave_probs={shown(self.interleave_probs)}: expected {len(self.files)}, one a file of data"

@@ -25,6 +25,17 @@ class TrainingError(RuntimeError):
     """Training went wrong and would only go on in vain."""
 
 
+class Diverged(TrainingError):
+    """A loss, a gradient or a trained weight is infinite or NaN; step: the one that made it so."""
+
+    def __init__(self, step: int, said: str) -> None:
+        super().__init__(step, said)  # as pickle makes it anew
+        self.step = step
+
+    def __str__(self) -> str:
+        return str(self.args[1])
+
+
 class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM; a checkpoint was written first."""
 

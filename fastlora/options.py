@@ -146,7 +146,7 @@ def _content(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
         raise ValueError(f"config={path}: {error}" if not str(error).startswith("config=") else str(error)) from None
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise ValueError(f"config={path}: expected options by name, got {shown(content)}")
-    text = path.read_text(encoding="utf-8").splitlines()
+    text = path.read_text(encoding="utf-8").split("\n")
     places = {
         key: [
             number

@@ -49,14 +49,7 @@ from fastlora.batching import Batching
 from fastlora.checkpoint import Checkpoint, CheckpointError
 from fastlora.choice import table
 from fastlora.config import RANKED, SEEDS, WHOLE, TrainConfig
-from fastlora.course import (
-    Course,
-    TrainingError,
-    TrainingInterrupted,
-    digest,
-    named_writing,
-    stop_signals,
-)
+from fastlora.course import Course, Diverged, TrainingError, TrainingInterrupted, digest, named_writing, stop_signals
 from fastlora.data.rows import Encoded, Row, count_tokens, pad_token_id
 from fastlora.language_model_loss import LanguageModelLoss
 from fastlora.models import load_base, load_tokenizer, require_bitsandbytes, require_positions, resolve_dtype
@@ -96,8 +89,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
             started the processes asks for what cannot be done (processes.py).
         ImportError: load_in_4bit or load_in_8bit, and there is no bitsandbytes; a package of report_to's is missing.
         OSError: the data or the model is not there, or the output folder cannot be written into.
-        TrainingError: the loss or the gradient is not finite, no gradient reaches any trained weight, or the disk is full;
-            or another process has ended.
+        TrainingError: no gradient reaches any trained weight, the disk is full, or another process has ended; Diverged, which is one: the loss,
+            the gradient or what a validation measured is not finite.
         TrainingInterrupted: Ctrl-C or SIGTERM, after the checkpoint.
     """
     require_possible(config)
@@ -282,7 +275,7 @@ class _Run:
         if not (math.isfinite(value) and math.isfinite(norm)):
             checkpoint.set_rng_state(before[0])
             self.scaler.load_state_dict(before[1])
-            raise TrainingError(self._blame(rows, value, norm))
+            raise Diverged(self.step + 1, self._blame(rows, value, norm))
         self.step += 1
         if check_gradients:
             self._check_gradients()
@@ -377,7 +370,7 @@ class _Run:
     def _save_checkpoint(self) -> None:
         if not divergence.are_finite(self.trained):
             told = f"step {self.step}: its update made trained weights infinite or NaN; a lower lr may help"
-            raise TrainingError(told + self._kept())
+            raise Diverged(self.step, told + self._kept())
         rng = gather_object([checkpoint.rng_state()])
         with processes.as_one(self.accelerator):
             if self.accelerator.is_main_process:

@@ -24,7 +24,7 @@ from torch import Tensor
 from fastlora import checkpoint, metrics, processes, tracking, trainable, writing
 from fastlora.checkpoint import Checkpoint, CheckpointError
 from fastlora.config import TrainConfig
-from fastlora.course import TrainingError, digest, named_writing
+from fastlora.course import Diverged, digest, named_writing
 from fastlora.data.examples import Columns, Sources, read_examples
 from fastlora.data.rows import Encoded, Row, batches, encode, reference
 from fastlora.evaluation import labels, scores, total_loss
@@ -193,7 +193,7 @@ class Validation:
         """Measure after a step (0: before the first) where that is due and was not done; whether a checkpoint is to keep what is the best so far.
 
         Raises:
-            TrainingError: what was measured is not finite, or it cannot be written.
+            TrainingError: it cannot be written; Diverged: what was measured is not finite.
         """
         done = self.records[-1]["step"] if self.records else -1
         if done >= step or not self._is_due(step):
@@ -202,7 +202,7 @@ class Validation:
             record, samples = self._measure(step)
         for name, value in record.items():
             if not math.isfinite(value):
-                raise TrainingError(f"step {step}: {name} is {value}; a lower lr may help")
+                raise Diverged(step, f"step {step}: {name} is {value}; a lower lr may help")
         self.records.append(record)
         self.samples += samples
         for name, lines in ((metrics.SAMPLES, samples), (metrics.VALIDATION, [record])):

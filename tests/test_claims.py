@@ -3,7 +3,7 @@
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from benchmarks.claims import material, trials, verdicts
 from benchmarks.claims.experiments import EXPERIMENTS
 from benchmarks.claims.trials import LORA, QUICK, SEEDS, Bench, Found, Sizes
 from fastlora import comparison, demo
-from fastlora.comparison import RESULT, Outcome
+from fastlora.comparison import RESULT, Failure, Outcome
+from fastlora.config import DEFAULT_LR
 from fastlora.demo.tasks import generate
 from fastlora.models import load_tokenizer
 
@@ -131,6 +132,14 @@ def test_material(rows: material.Material, folder: Path, tmp_path: Path) -> None
         ("others: others", "others: [3]", r"got \[3\], expected a file"),
         ("  test: dialogues", "  tests: dialogues", "dialogues: expected train, validation, test, and columns"),
         ("clusters/sentiment", "", "got None, expected a file"),
+        (
+            "others: others",
+            "others: [others/arithmetic.jsonl, others/a*.jsonl]",
+            "others: two files are called arithmetic",
+        ),
+        ("others: others", "others: [", r"claims\.yaml: while parsing"),
+        ("clusters:", "  columns: prompt\nclusters:", "dialogues: columns: got 'prompt', expected field: column"),
+        ("others: others", "others: short.jsonl", r"claims\.yaml: others: short: max_length=384 .* drops every one"),
     ],
 )
 def test_a_claims_file_that_says_something_else(
@@ -138,7 +147,10 @@ def test_a_claims_file_that_says_something_else(
 ) -> None:
     text = (folder / "claims.yaml").read_text()
     assert old in text
-    (tmp_path / "claims.yaml").write_text(re.sub(r"\b(dialogues|clusters)/", rf"{folder}/\1/", text.replace(old, new)))
+    (tmp_path / "short.jsonl").write_text(json.dumps({"prompt": "a " * 999, "completion": "b"}))
+    (tmp_path / "claims.yaml").write_text(
+        re.sub(r"\b(dialogues|clusters|others)/", rf"{folder}/\1/", text.replace(old, new))
+    )
     assert command.main(given(tmp_path, tmp_path / "out", "--dry-run")) == 2
     assert re.search(message, capsys.readouterr().err)
 
@@ -173,6 +185,7 @@ def test_runs_are_made_once(
     assert result.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
     assert list(output.glob("trials/dialogues/runs/lora*/*.safetensors"))
     assert not list(output.glob("trials/dialogues/runs/full*/*.safetensors")), "measured, and half a gigabyte"
+    assert not list(output.rglob("checkpoints")), "nothing goes on from them, and an optimiser is a gigabyte"
 
     monkeypatch.setattr(comparison, "_train", lambda run, *_: pytest.fail(f"{run} was trained again"))
     monkeypatch.setattr(trials, "load", lambda *_: pytest.fail("measured again"))
@@ -194,15 +207,109 @@ def made_up(given: comparison.Comparison) -> list[Outcome]:
     return found
 
 
+def others_of(bench: Bench, _: object, one: Outcome) -> dict[str, dict[str, float]]:
+    return {name: {"loss": 1 + (one.lr or 0), "accuracy": 0.5} for name in bench.other_rows}
+
+
+@pytest.fixture
+def diverging(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """Runs of a rate or a seed that is put in here fail in their seventh step."""
+    failing: dict[str, Any] = {"rate": lambda given, run: False}
+
+    def failed(given: comparison.Comparison) -> list[Failure]:
+        bad = [run for run in given.runs() if failing["rate"](given, run)]
+        return [Failure(run.name, run.kind, run.method, run.r, run.lr, 7, "step 7: the loss is nan") for run in bad]
+
+    def compared(given: comparison.Comparison) -> list[Outcome]:
+        names = {one.name for one in failed(given)}
+        return [one for one in made_up(given) if one.name not in names]
+
+    monkeypatch.setattr(trials, "compare", compared)
+    monkeypatch.setattr(trials, "failures", failed)
+    monkeypatch.setattr(Bench, "_others", others_of)
+    return failing
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_a_rate_at_which_all_diverge_is_never_the_best_and_the_rest_is_told(
+    experiment: str, folder: Path, tmp_path: Path, diverging: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diverging["rate"] = lambda given, run: given.lr_factors and run.lr > 19 * DEFAULT_LR[run.method]
+    monkeypatch.setattr(command, "QUICK", replace(QUICK, rates=(3.0, 8.0, 20.0)))
+    assert command.main(given(folder, tmp_path, experiment=experiment)) == 0
+    (result,) = tmp_path.glob("*.json")
+    content = json.loads(result.read_text())
+    bad = [row for row in content["rows"] if row[1] == "failed in step 7"]
+    failed = [one for trial in content["trials"] for one in trial["failed"]]
+    assert len(bad) == len(failed) >= 2 and {one["step"] for one in failed} == {7}
+    assert {len(row) for row in content["rows"]} == {len(content["head"])} and len(content["rows"]) > len(bad)
+    assert all("rate" in row[0] and set(row[2:]) == {"-"} for row in bad)
+    for trial in content["trials"]:
+        names = {one["name"] for one in trial["failed"]}
+        assert not names & set(trial["best"]) and not names & {one["name"] for one in trial["outcomes"]}
+        assert not trial["best_rate_at_edge"], "a higher one was tried"
+    assert "failed in step 7" in result.with_suffix(".md").read_text() and result.with_suffix(".png").is_file()
+    assert not any("nothing is concluded" in line for line in content["says"])
+
+
+def test_where_every_rate_diverges_nothing_is_concluded_and_all_runs_are_told(
+    folder: Path, tmp_path: Path, diverging: dict[str, Any]
+) -> None:
+    diverging["rate"] = lambda given, run: run.method == "full"
+    assert command.main(given(folder, tmp_path)) == 0
+    (result,) = tmp_path.glob("*.json")
+    content = json.loads(result.read_text())
+    said = "nothing is concluded: full (dialogues) failed at every rate: at 6e-05 in step 7; at 0.0004 in step 7"
+    assert content["says"][0] == said
+    names = [row[:2] for row in content["rows"]]
+    assert names == [["dialogues", "base"], *[["dialogues", LORA]] * 2, *[[f"full (dialogues), rate {rate}", "failed in step 7"]
+                                                                  for rate in ("6e-05", "0.0004")]]  # fmt: skip
+    assert "no png" if not result.with_suffix(".png").exists() else pytest.fail("of what?")
+
+
+def test_seeds_that_diverge_leave_fewer_or_none(folder: Path, tmp_path: Path, diverging: dict[str, Any]) -> None:
+    diverging["rate"] = lambda given, run: given.seed == 1
+    assert command.main(given(folder, tmp_path / "one")) == 0
+    (result,) = (tmp_path / "one").glob("*.json")
+    content = json.loads(result.read_text())
+    assert any("the standard deviation over two seeds is 0.0014" in line for line in content["says"])
+    assert [row[:2] for row in content["rows"] if "seed" in row[0]] == [
+        [f"{kind} (dialogues), seed 1", "failed in step 7"] for kind in (LORA, "full")
+    ]
+    assert content["trials"][0]["seeds"].keys() == {LORA, "full"}
+    diverging["rate"] = lambda given, run: given.seed > 0
+    assert command.main(given(folder, tmp_path / "none")) == 0
+    (result,) = (tmp_path / "none").glob("*.json")
+    says = json.loads(result.read_text())["says"]
+    assert f"rouge1: the standard deviation is unknown, all but one of the seeds failed ({LORA}, dialogues)" in says
+
+
+def test_other_rows_that_have_changed_are_told(folder: Path, tmp_path: Path, rows: material.Material) -> None:
+    bench = Bench(demo.BASE_MODEL, tmp_path, rows, QUICK, "float32")
+    assert len(bench.other_rows) == 5 and len(list((tmp_path / "data").iterdir())) == 5
+    changed = replace(rows, others={**rows.others, "arithmetic": rows.others["arithmetic"][::-1]})
+    with pytest.raises(FileExistsError, match=r"other-arithmetic\.jsonl: the material has changed"):
+        _ = replace(bench, rows=changed).other_rows
+
+
+def test_a_run_that_failed_is_not_left_to_be_measured(folder: Path, tmp_path: Path, rows: material.Material) -> None:
+    bench = Bench(demo.BASE_MODEL, tmp_path, rows, QUICK, "float32")
+    trial = bench.trial("dialogues", rows.dialogues, others=True)
+    runs = bench.comparison(trial).runs()
+    assert [name for name, _ in bench.left(trial, lambda _: 10)] == ["base", *(run.name for run in runs)]
+    run = runs[0]
+    path = tmp_path / "trials" / "dialogues" / "runs" / run.name / RESULT
+    path.parent.mkdir(parents=True)
+    path.write_text(json.dumps(asdict(Failure(run.name, run.kind, run.method, run.r, run.lr, 7, "nan"))))
+    assert [name for name, _ in bench.left(trial, lambda _: 10)] == ["base", *(run.name for run in runs[1:])]
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_says_something(
     experiment: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def others(bench: Bench, _: object, one: Outcome) -> dict[str, dict[str, float]]:
-        return {name: {"loss": 1 + (one.lr or 0), "accuracy": 0.5} for name in bench.other_rows}
-
     monkeypatch.setattr(trials, "compare", made_up)
-    monkeypatch.setattr(Bench, "_others", others)
+    monkeypatch.setattr(Bench, "_others", others_of)
     assert command.main(given(folder, tmp_path, experiment=experiment)) == 0
     (result,) = tmp_path.glob("*.json")
     content = json.loads(result.read_text())

@@ -14,7 +14,19 @@ from process_here import Here
 from typer.testing import CliRunner
 
 from fastlora import cli, comparison
-from fastlora.comparison import BASE, NAME, RESULT, RUNS, Comparison, Outcome, Run, best, compare
+from fastlora.comparison import (
+    BASE,
+    FILES,
+    NAME,
+    RESULT,
+    RUNS,
+    Comparison,
+    Outcome,
+    Run,
+    best,
+    compare,
+    failures,
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -73,6 +85,90 @@ def test_methods_are_measured_alike_and_a_stopped_comparison_goes_on(
     path.write_text("{}")
     with pytest.raises(ValueError, match=re.escape(f"{path}: no outcome of this version of fastlora")):
         compare(given)
+
+
+def test_a_rate_that_diverges_is_told_and_the_others_go_on(
+    files: dict[str, Path], tmp_path: Path, in_this_process: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    given = Comparison(**files, output=tmp_path / "out", methods=["full", "lora"], lr=[1e30, 1e-3], **SMALL)
+    monkeypatch.setattr(comparison, "_answer_rate", lambda *_: 1.0)
+    found = compare(given)
+    assert [one.name for one in found] == [BASE, "full-lr0.001", "lora-r2-lr0.001"]
+    assert [one.name for one in best(found)[1:]] == ["full-lr0.001", "lora-r2-lr0.001"]
+    full, lora = failures(given)
+    assert (full.name, full.kind, full.method, full.r, full.lr) == ("full-lr1e+30", "full", "full", None, 1e30)
+    assert (lora.name, lora.kind, lora.r) == ("lora-r2-lr1e+30", "lora, r 2", 2)
+    for one in (full, lora):
+        assert (
+            one.step in (2, 3) and one.failed.startswith(f"step {one.step}: ") and "a lower lr may help" in one.failed
+        )
+        assert f"{one.name} came to nothing: step {one.step}: " in capsys.readouterr().out or one is lora
+    content = json.loads((tmp_path / "out" / NAME).read_text())
+    assert [one["name"] for one in content["failed"]] == [full.name, lora.name] and len(content["best"]) == 3
+    table = list(comparison.rows(found, [full, lora]))
+    assert [row["method"] for row in table] == [BASE, "full", "lora, r 2", "full", "lora, r 2"]
+    assert table[3]["held-out loss"] == f"failed in step {full.step}" and table[3]["lr"] == "1e+30"
+    assert {tuple(row) for row in table} == {tuple(table[0])} and table[3]["trained"] == "-"
+
+    monkeypatch.setattr(comparison, "_train", lambda run, *_: pytest.fail(f"{run} was trained again"))
+    assert compare(given) == found and failures(given) == [full, lora]
+    path = tmp_path / "out" / RUNS / "full-lr1e+30" / RESULT
+    path.write_text(path.read_text().replace('"step": ', '"step": "", "more": '))
+    with pytest.raises(ValueError, match=re.escape(f"{path}: no outcome of this version of fastlora")):
+        compare(given)
+
+
+def test_what_diverges_on_held_out_rows_only_is_a_failure_and_of_the_base_an_error(
+    files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = Comparison(**files, output=tmp_path / "out", methods=["lora"], **SMALL)
+    measured = {"eval_loss": 1.0, "loss": 1.0, "retained_loss": None}
+    monkeypatch.setattr(comparison, "_train", lambda *_: {"steps": 3})
+    for name in measured:
+        monkeypatch.setattr(comparison, "_measure", lambda *_, name=name: measured | {name: float("nan")})
+        said = {"step": 3, "failed": f"step 3: {name} is nan"}
+        assert comparison._find(given.runs()[0], given, tmp_path) == said
+        with pytest.raises(ValueError, match=rf"^model=.*base: its {name} is nan, expected one that is finite"):
+            comparison._find(None, given, tmp_path)
+    monkeypatch.setattr(comparison, "_measure", lambda *_: dict(measured))
+    assert comparison._find(given.runs()[0], given, tmp_path) == {"steps": 3, **measured}
+
+
+def test_a_comparison_is_of_what_its_files_say(
+    files: dict[str, Path], tmp_path: Path, in_this_process: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_bytes(files["data"].read_bytes())
+    monkeypatch.setattr(comparison, "_find", lambda *_: {"step": 1, "failed": "not tried"})
+    given = Comparison(**files | {"data": rows}, output=tmp_path / "out", methods=["lora"], **SMALL)
+    monkeypatch.setattr(comparison, "_once", lambda *_: pytest.fail("reached"))
+    setup = tmp_path / "out" / RUNS / "setup.json"
+    for _ in range(2):
+        comparison._claim(tmp_path / "out", given)
+    rows.write_text(rows.read_text().replace("cat", "cow"))
+    with pytest.raises(
+        FileExistsError, match=rf"holds a comparison in which {rows} said something else: expected that"
+    ):
+        compare(given)
+    # One of an earlier version has no such file, and is gone on with.
+    before = setup.read_bytes()
+    setup.with_name(FILES).unlink()
+    comparison._claim(tmp_path / "out", given)
+    assert setup.read_bytes() == before and json.loads(setup.with_name(FILES).read_text()).keys() == {
+        *map(str, (rows, files["eval_data"], files["retain_data"]))
+    }
+    comparison._claim(tmp_path / "out", replace(given, overwrite=True, max_steps=9))
+
+
+def test_answers_have_room_behind_prompts_as_long_as_the_model_has_positions(tmp_path: Path) -> None:
+    model, words = tiny.llama(vocab_size=420, max_position_embeddings=48), tiny.tokenizer()
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"prompt": "The cat runs. " * 30, "completion": " It runs."}) + "\n")
+    seen: list[tuple[int, ...]] = []
+    model.generate = lambda input_ids, **_: seen.append(tuple(input_ids.shape))
+    given = Comparison("m", path, path, "o", ["lora"], max_length=64)
+    assert comparison._answer_rate(model, words, given) > 0
+    assert seen[0][1] + comparison.ANSWER_TOKENS <= 48
 
 
 def test_rates_are_chosen_on_some_rows_and_told_on_others(

@@ -1,6 +1,7 @@
 """A step whose loss is not finite ends the run with its rows by name, and leaves what was good."""
 
 import math
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from training import a_base, a_config, adapter, assert_same_bits, on_cpu, one_thread, records, some_data  # noqa: F401  (fixtures)
 
 from fastlora import checkpoint
-from fastlora.course import TrainingError
+from fastlora.course import Diverged, TrainingError
 from fastlora.divergence import Blame
 from fastlora.train import train
 
@@ -70,6 +71,14 @@ def failing_step_of(told: str) -> int:
 
 def failing_step(config) -> int:
     return failing_step_of(failing(config))
+
+
+def test_it_says_in_which_step_even_to_another_process(config):
+    with pytest.raises(Diverged) as caught:
+        train(replace(config, lr=1e30, max_grad_norm=0.0, save_steps=50), progress=False)
+    assert caught.value.step == failing_step_of(str(caught.value)) >= 2
+    again = pickle.loads(pickle.dumps(caught.value))
+    assert (type(again), again.step, str(again)) == (Diverged, caught.value.step, str(caught.value))
 
 
 def test_weights_that_have_a_loss_for_no_row_are_not_kept(config):

@@ -246,6 +246,10 @@ WRONG = [
         {"data": ["a", "b"], "mixing": "fixed", "interleave_probs": [1.0]},
         r"^interleave_probs=\[1.0\]: expected 2, one a file",
     ),
+    (
+        {"data": ["a", "b"], "mixing": "fixed", "interleave_probs": [1.0, 0.0]},
+        r"^interleave_probs=\[1.0, 0.0\]: expected finite numbers above 0",
+    ),
     ({"data": ["a", "b"], "mixing_temperature": 2.0}, "^mixing_temperature=2.0: expected one with mixing=temperature"),
     ({"data": ["a", "b"], "mixing": "temperature"}, "^mixing_temperature: expected one with"),
     ({"data": ["a", "b"], "mixing_maximum": 0}, "^mixing_maximum=0: expected 1 or more"),

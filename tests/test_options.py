@@ -100,6 +100,11 @@ def test_other_files_that_are_none_are_told(tmp_path, name, text, message):
         read(write(tmp_path, text, name), KNOWN)
 
 
+def test_lines_are_those_that_editors_show(tmp_path):
+    with pytest.raises(ValueError, match="run.json:2: there is no option 'zzz'"):
+        read(write(tmp_path, '{"run_name": "a\u2028b",\n "zzz": 1}', "run.json"), KNOWN)
+
+
 def test_a_file_that_is_not_there_is_told(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"^config: there is no file .*none.yaml$"):
         read(tmp_path / "none.yaml", KNOWN)

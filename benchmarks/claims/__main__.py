@@ -3,7 +3,7 @@
 The experiments: dialogue, examples, ranks, prompts, forgetting and clusters; `all` runs them in this order. The material is the user's: a
 folder with a claims.yaml, see `material.py`. Each method is trained with three rates, the best is chosen on validation rows, and what is told is of
 test rows. Where two that decide a claim differ by less than twice the standard deviation of a difference of two runs, which three seeds of one of
-them tell, both get three seeds.
+them tell, both get three seeds. A rate at which a training diverges has a row that says in which step, and is never the best.
 OUTPUT gets DATE-MACHINE-claims-EXPERIMENT.json, .md and .png, and keeps every run in trials/: what was stopped goes on where it was.
 `--dry-run` prints the runs that are left, their rows and the expected seconds. `--quick` runs all of it in two steps each, which says nothing.
 Exit codes: 0 done, 2 wrong arguments or material.
@@ -23,8 +23,8 @@ from fastlora.models import load_tokenizer
 
 from .. import machine
 from . import drawing, material
-from .experiments import EXPERIMENTS, Told
-from .trials import QUICK, SEEDS, Bench, Sizes, settle
+from .experiments import EXPERIMENTS, Told, failed_rows, tell_runs
+from .trials import QUICK, SEEDS, Bench, NothingLeftError, Sizes, settle
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -63,8 +63,12 @@ def measure(bench: Bench, name: str, command: Sequence[str]) -> Path:
     """Run what is left of an experiment, and write what it says; the JSON file."""
     one = EXPERIMENTS[name]
     found = {trial.name: bench.run(trial) for trial in one.trials(bench)}
-    settled = settle(bench, one.reference(found), one.pairs(found), one.metric)
-    told = one.tell(bench, found)
+    try:
+        settled = settle(bench, one.reference(found), one.pairs(found), one.metric)
+        told = one.tell(bench, found)
+    except NothingLeftError as error:
+        settled, told = [f"nothing is concluded: {error}"], tell_runs(found)
+    told.rows.extend(failed_rows(found, len(told.head)))
     here = machine.this_machine(torch.device("cpu"))
     says = [
         *told.says,
@@ -83,7 +87,8 @@ def measure(bench: Bench, name: str, command: Sequence[str]) -> Path:
     }
     path = here.write(bench.output, f"claims-{name}", command, result)
     writing.whole(path.with_suffix(".md"), text.encode())
-    writing.whole(path.with_suffix(".png"), drawing.png(told.charts, f"{one.claim}\n{here.name}, {here.date}"))
+    if told.charts:
+        writing.whole(path.with_suffix(".png"), drawing.png(told.charts, f"{one.claim}\n{here.name}, {here.date}"))
     print(text)
     return path
 

@@ -66,6 +66,24 @@ def _rouge1(one: Outcome) -> float:
     return one.rouge1
 
 
+def failed_rows(found: dict[str, Found], width: int) -> list[list[str]]:
+    """A table's rows of that many cells for the runs that diverged."""
+    said = [(f"{one.kind} ({name}), rate {one.lr:g}", one) for name, each in found.items() for one in each.failed]
+    said += [(f"{one.kind} ({name}), seed {seed}", one)
+             for name, each in found.items() for (_, seed), one in each.failed_seeds.items()]  # fmt: skip
+    return [[name, f"failed in step {one.step}", *["-"] * (width - 2)] for name, one in said]
+
+
+def tell_runs(found: dict[str, Found]) -> Told:
+    """Every run by itself, where too many failed to conclude anything."""
+    rows = [
+        [name, one.kind, "-" if one.lr is None else f"{one.lr:g}", _percent(one.rouge1), f"{one.loss:.3f}"]
+        for name, each in found.items()
+        for one in each.outcomes
+    ]
+    return Told(["trained on", "method", "rate", "ROUGE-1", "loss"], rows, [], [])
+
+
 def _whole(bench: Bench, **more: Any) -> Trial:
     """Every experiment that looks at it adds methods and ranks; its folder is one."""
     return bench.trial(ALL, bench.rows.dialogues, others=True, **more)

@@ -22,11 +22,10 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-import yaml
-
-from fastlora import writing
+from fastlora import reading, writing
 from fastlora.data.examples import Example, read_examples
 from fastlora.data.rows import encode
+from fastlora.typed import fits
 
 NAME = "claims.yaml"
 PARTS = ("train", "validation", "test")
@@ -55,10 +54,13 @@ def read(folder: Path, tokenizer: Any, max_length: int) -> Material:
 
     Raises:
         OSError: there is no claims.yaml, or a file that it names is missing.
-        ValueError: it says something else than the above, or a task has no row that fits.
+        ValueError: it says something else than the above, or a task has no row that fits; the message has the file and what of it.
     """
     path = folder / NAME
-    said = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        said = reading.yaml_file(path)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     if not isinstance(said, dict) or not {"dialogues", "clusters", "others"} <= set(said) <= {
         *("dialogues", "examples", "clusters", "others")
     }:
@@ -69,7 +71,10 @@ def read(folder: Path, tokenizer: Any, max_length: int) -> Material:
     def fitting(examples: Sequence[Example], what: str) -> list[Example]:
         if not all(isinstance(one.prompt, str) for one in examples):
             raise ValueError(f"{path}: {what}: expected rows whose prompt is text")
-        kept = encode(examples, tokenizer, max_length, "drop").examples
+        try:
+            kept = encode(examples, tokenizer, max_length, "drop").examples
+        except ValueError as error:
+            raise ValueError(f"{path}: {what}: {error}") from error
         Random(0).shuffle(kept)
         return kept
 
@@ -77,6 +82,8 @@ def read(folder: Path, tokenizer: Any, max_length: int) -> Material:
         given = said[key]
         if not isinstance(given, dict) or not set(PARTS) <= set(given) <= {*PARTS, "columns"}:
             raise ValueError(f"{path}: {key}: expected {', '.join(PARTS)}, and columns if need be")
+        if not fits(given.get("columns", {}), dict[str, str]):
+            raise ValueError(f"{path}: {key}: columns: got {given['columns']!r}, expected field: column, texts both")
         parts = {part: read_examples(_files(path, given[part]), columns=given.get("columns")) for part in PARTS}
         return Rows(**{part: fitting(rows, f"{key}: {part}") for part, rows in parts.items()})
 
@@ -92,12 +99,21 @@ def read(folder: Path, tokenizer: Any, max_length: int) -> Material:
         kept = fitting(held, f"clusters: {name}")
         return Rows(fitting(trained, f"clusters: {name}"), kept, kept)
 
+    def others() -> dict[str, list[Example]]:
+        found: dict[str, list[Example]] = {}
+        for file in _files(path, said["others"]):
+            name = Path(file).stem
+            if name in found:
+                raise ValueError(f"{path}: others: two files are called {name}: expected each name once")
+            found[name] = fitting(read_examples(file), f"others: {name}")
+        return found
+
     dialogues = task("dialogues")
     return Material(
         dialogues,
         task("examples") if "examples" in said else dialogues,
         {str(name): cluster(name, place) for name, place in said["clusters"].items()},
-        {Path(file).stem: fitting(read_examples(file), "others") for file in _files(path, said["others"])},
+        others(),
     )
 
 

@@ -10,7 +10,7 @@ from statistics import mean
 from typing import Any
 
 from fastlora import reading, writing
-from fastlora.comparison import BASE, RESULT, RUNS, Comparison, Outcome, best, compare, load
+from fastlora.comparison import BASE, RESULT, RUNS, Comparison, Failure, Outcome, best, compare, failures, load
 from fastlora.config import WHOLE, Method
 from fastlora.data.examples import Example
 
@@ -22,6 +22,7 @@ OTHERS = "others.json"
 SEEDS = (1, 2)  # beside 0, where a difference is small
 LORA = "lora, r 16"
 ATTENTION = ".*[qkvo]_proj"
+CHECKPOINTS = "checkpoints"
 Pair = tuple[tuple["Found", str], tuple["Found", str]]  # a trial and a kind, twice: what decides a claim
 
 # Of SmolLM2-135M in bfloat16 on two cores of an AMD EPYC (Zen 5), 2026-11-29: what a dry run reckons with.
@@ -31,6 +32,10 @@ SECONDS_OF_ANSWER = 45 / 64  # to answer a test row with 64 tokens, its loss amo
 SECONDS_OF_OTHER = 0.12  # a row of other tasks, whose answers are short
 SECONDS_OF_VALIDATION = 0.06  # a row's loss
 SECONDS_OF_START = 20  # a process, the model, the speed of answers
+
+
+class NothingLeftError(RuntimeError):
+    """Every rate of a kind has failed, so that an experiment has nothing to tell of it."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +139,12 @@ class Bench:
     def run(self, trial: Trial) -> "Found":
         """Train and measure what is not yet."""
         given = self.comparison(trial)
+        _ = trial.others and self.other_rows  # or what is known would be of other rows
         outcomes = compare(given)
         others = {one.name: self._others(given, one) for one in outcomes} if trial.others else {}
-        for one in outcomes:
-            _forget_weights(given, one)
-        return Found(trial, outcomes, others)
+        failed = failures(given)
+        _forget_weights(given, [*outcomes, *failed])
+        return Found(trial, outcomes, others, failed)
 
     def again(self, found: "Found", kind: str) -> None:
         """The best of that kind with two more seeds."""
@@ -147,9 +153,13 @@ class Bench:
             changes: dict[str, Any] = {"methods": [one.method], "r": None if one.r is None else [one.r], "lr": [one.lr]}
             folder = self.output / "trials" / f"{found.trial.name}-seed{seed}"
             given = replace(self.comparison(found.trial), output=folder, seed=seed, lr_factors=None, **changes)
-            _, again = compare(given)
-            _forget_weights(given, again)
-            found.seeds.setdefault(kind, {})[seed] = again
+            _, *done = compare(given)
+            for again in done:
+                found.seeds.setdefault(kind, {})[seed] = again
+            failed = [] if done else failures(given)
+            for bad in failed:
+                found.failed_seeds[kind, seed] = bad
+            _forget_weights(given, [*done, *failed])
 
     def _others(self, given: Comparison, one: Outcome) -> dict[str, dict[str, Any]]:
         """Loss and accuracy on every other task and cluster, by name; kept beside the run."""
@@ -177,10 +187,17 @@ class Bench:
 
     @cached_property
     def other_rows(self) -> dict[str, list[Example]]:
-        """Of other tasks, by "other/NAME", and held-out rows of clusters, by "cluster/NAME"."""
+        """Of other tasks, by "other/NAME", and held-out rows of clusters, by "cluster/NAME".
+
+        Raises:
+            FileExistsError: they are not those of an earlier run.
+        """
         count = self.sizes.other
-        tasks = {f"other/{name}": rows[:count] for name, rows in self.rows.others.items()}
-        return tasks | {f"cluster/{name}": rows.test[:count] for name, rows in self.rows.clusters.items()}
+        found = {f"other/{name}": rows[:count] for name, rows in self.rows.others.items()}
+        found |= {f"cluster/{name}": rows.test[:count] for name, rows in self.rows.clusters.items()}
+        for name, rows in found.items():
+            material.write(self.output / "data" / f"{name.replace('/', '-')}.jsonl", rows)
+        return found
 
     def left(self, trial: Trial, tokens_of: Any) -> Iterator[tuple[str, float]]:
         """What is still to be run, with its expected seconds; tokens_of: a row's tokens."""
@@ -193,10 +210,11 @@ class Bench:
         runs = {BASE: 0.0} | {
             run.name: trained * SECONDS_OF_TOKEN.get(run.method, SECONDS_OF_TOKEN_ELSE) for run in given.runs()
         }
+        failed = {one.name for one in failures(given)}
         for name, seconds in runs.items():
             folder = Path(given.output) / RUNS / name
             left = 0.0 if (folder / RESULT).is_file() else seconds + measured
-            left += 0.0 if (folder / OTHERS).is_file() else other
+            left += 0.0 if (folder / OTHERS).is_file() or name in failed else other
             if left:
                 yield name, left
 
@@ -208,9 +226,11 @@ class Found:
     trial: Trial
     outcomes: list[Outcome]  # the base's first
     others: dict[str, dict[str, dict[str, Any]]]  # of each outcome, by name
+    failed: Sequence[Failure] = ()  # runs that diverged
 
     def __post_init__(self) -> None:
         self.seeds: dict[str, dict[int, Outcome]] = {}
+        self.failed_seeds: dict[tuple[str, int], Failure] = {}  # by kind and seed
 
     @property
     def base(self) -> Outcome:
@@ -221,11 +241,20 @@ class Found:
         return sorted((one for one in self.outcomes if one.kind == kind), key=lambda one: one.lr or 0.0)
 
     def best(self, kind: str) -> Outcome:
-        return next(one for one in best(self.outcomes) if one.kind == kind)
+        """
+        Raises:
+            NothingLeftError: all of its runs failed.
+        """
+        found = [one for one in best(self.outcomes) if one.kind == kind]
+        if not found:
+            said = "; ".join(f"at {one.lr:g} in step {one.step}" for one in self.failed if one.kind == kind)
+            raise NothingLeftError(f"{kind} ({self.trial.name}) failed at every rate: {said}")
+        return found[0]
 
     def is_at_edge(self, kind: str) -> bool:
-        """Whether its best rate is the lowest or the highest that was tried: a better one may lie beyond."""
-        rates = [one.lr for one in self.of(kind)]
+        """Whether its best rate is the lowest or the highest that was tried: a better one may lie beyond, but not where that failed."""
+        tried: list[Outcome | Failure] = [*self.outcomes, *self.failed]
+        rates = sorted(one.lr or 0.0 for one in tried if one.kind == kind)
         return self.best(kind).lr in (rates[0], rates[-1])
 
     def values(self, kind: str, metric: str) -> list[float]:
@@ -252,26 +281,35 @@ class Found:
         ]
         seeds = {kind: {seed: asdict(one) for seed, one in found.items()} for kind, found in self.seeds.items()}
         at_edge = [one.kind for one in best(self.outcomes)[1:] if self.is_at_edge(one.kind)]
-        return {"name": self.trial.name, "rows": len(self.trial.train), "outcomes": outcomes, "seeds": seeds,
+        failed = [
+            *map(asdict, self.failed),
+            *(asdict(one) | {"seed": seed} for (_, seed), one in self.failed_seeds.items()),
+        ]
+        return {"name": self.trial.name, "rows": len(self.trial.train), "outcomes": outcomes, "seeds": seeds, "failed": failed,
                 "best": [one.name for one in best(self.outcomes)], "best_rate_at_edge": at_edge}  # fmt: skip
 
 
 def settle(bench: Bench, reference: tuple[Found, str], pairs: Sequence[Pair], metric: str
 ) -> list[str]:  # fmt: skip
     """More seeds where they are needed: the reference has three, whose spread stands for all; a pair of (trial, kind) that
-    differs by less than `is_close` has three each.
+    differs by less than `is_close` has three each. Where the reference's other seeds fail, its spread is unknown, and every pair has three.
 
     Returns:
         What was decided, as sentences.
+
+    Raises:
+        NothingLeftError: of the reference, or of one of a pair, all runs failed.
     """
     bench.again(*reference)
-    spread = mean_and_spread(reference[0].values(reference[1], metric))[1] or 0.0
-    said = [
-        f"{metric}: the standard deviation over three seeds is {spread:.4f} ({reference[1]}, {reference[0].trial.name})"
-    ]
+    values = reference[0].values(reference[1], metric)
+    spread, many = mean_and_spread(values)[1], {2: "two", 3: "three"}.get(len(values))
+    of_them = f"({reference[1]}, {reference[0].trial.name})"
+    said = [f"{metric}: the standard deviation is unknown, all but one of the seeds failed {of_them}"]
+    if spread is not None:
+        said = [f"{metric}: the standard deviation over {many} seeds is {spread:.4f} {of_them}"]
     for pair in pairs:
         one, other = (getattr(found.best(kind), metric) for found, kind in pair)
-        close = is_close(one, other, spread)
+        close = spread is None or is_close(one, other, spread)
         for found, kind in pair if close else ():
             if kind not in found.seeds:
                 bench.again(found, kind)
@@ -286,8 +324,10 @@ def _named(measured: dict[str, Any], groups: Sequence[str]) -> list[str]:
     return [name for name in measured if {name.split("/", 1)[0], name} & set(groups)]
 
 
-def _forget_weights(given: Comparison, one: Outcome) -> None:
-    """What was trained whole is half a gigabyte, and measured."""
-    if one.method in WHOLE:
-        for path in (Path(given.output) / RUNS / one.name).glob("*.safetensors"):
+def _forget_weights(given: Comparison, runs: Sequence[Outcome | Failure]) -> None:
+    """What was trained whole is half a gigabyte, and measured; a checkpoint, with its optimiser, three times that, and nothing goes on from it."""
+    for one in runs:
+        folder = Path(given.output) / RUNS / one.name
+        writing.remove(folder / CHECKPOINTS)
+        for path in folder.glob("*.safetensors") if one.method in WHOLE else ():
             path.unlink()

@@ -291,8 +291,9 @@ class TemplateSet:
         if isinstance(self.options, list):
             return self.options
         found = row.get(self.options)
-        plain = isinstance(found, (list, tuple)) and all(isinstance(one, (str, int, float)) for one in found)
-        options = list(dict.fromkeys(map(str, found))) if plain else []
+        given = found if isinstance(found, (list, tuple)) else []
+        plain = all(isinstance(one, (str, int, float)) for one in given)
+        options = list(dict.fromkeys(map(str, given))) if plain else []
         if len(options) < 2:
             raise BadLine(f"{self.options}: expected a list of at least two options, got {shown(found)}")
         return options
