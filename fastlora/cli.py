@@ -405,7 +405,7 @@ def sweep(**options: Any) -> None:
 @command
 @configured
 def eval_(
-    data: Annotated[list[str], typer.Option(help="Rows, as of train but for tasks.")],
+    data: Annotated[list[str], typer.Option(help="Rows, as of train.")],
     columns: Annotated[str | None, OPTIONS["columns"]] = None,
     model: OptionalModelOption = None,
     adapter: Annotated[
@@ -427,11 +427,14 @@ def eval_(
     """Held-out loss, perplexity, exact match, ROUGE, F1 and accuracy."""
     _quiet()
     from fastlora.data.examples import parse_columns, read_examples
+    from fastlora.data.sources import each
+    from fastlora.data.tasks import is_task
     from fastlora.evaluation import evaluate
     from fastlora.models import load_model
 
     named = parse_columns(columns) if isinstance(columns, str) else columns  # a file has a mapping
-    examples = read_examples(data, columns=named)  # bad lines are reported before anything is loaded
+    # Bad lines are reported before anything is loaded, but for a task's, which the tokenizer counts.
+    rows: Any = data if any(map(is_task, each(data))) else read_examples(data, columns=named)
     loaded, tokenizer = load_model(
         model,
         {"default": adapter} if adapter else {},
@@ -442,7 +445,8 @@ def eval_(
     result = evaluate(
         loaded,
         tokenizer,
-        examples,
+        rows,
+        columns=named,
         batch_size=batch_size,
         max_length=max_length,
         truncation=truncation,

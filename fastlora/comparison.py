@@ -124,6 +124,9 @@ class Comparison:
             raise ValueError("methods: peft has a configuration of its own, expected names of methods")
         for run in self.runs():
             self.config_of(run, Path("unused"))  # a bad value is told before anything runs
+        names = [run.name for run in self.runs()]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"lr: two rates are so close that both runs are called {twice}: expected one of them")
 
     @property
     def told_data(self) -> str | Path | list[str]:
@@ -449,13 +452,13 @@ def _measure(given: Comparison, name: str, method: str) -> dict[str, Any]:
 
 def _answer_rate(model: Any, tokenizer: Any, given: Comparison) -> float:
     """Tokens a second of greedy answers to a few held-out prompts, as long for everyone: none ends early."""
-    from fastlora.data.examples import read_examples
-    from fastlora.data.rows import encode, pad_token_id
+    from fastlora.data.rows import encode, pad_token_id, row_length
+    from fastlora.data.tasks import read_rows
     from fastlora.models import positions
 
-    examples = read_examples(given.told_data, columns=given.columns)[:ANSWERED]
-    room = (positions(model) or math.inf) - ANSWER_TOKENS
-    rows = encode(examples, tokenizer, int(max(2, min(given.max_length, room))), "prompt").rows
+    room = int(max(2, min(given.max_length, (positions(model) or math.inf) - ANSWER_TOKENS)))
+    examples = read_rows(given.told_data, columns=given.columns, length=row_length(tokenizer), max_tokens=room)
+    rows = encode(examples[:ANSWERED], tokenizer, room, "prompt").rows
     width = min(row.prompt_length for row in rows) or 1  # of plain text, the first token
     ends = [max(row.prompt_length, width) for row in rows]
     ids = torch.tensor(

@@ -4,7 +4,7 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 
-from fastlora.data.examples import Columns, Example, read_examples
-from fastlora.data.rows import Row, batches, collate, encode, pad_token_id, reference, require_count
+from fastlora.data.examples import Columns, Example
+from fastlora.data.rows import Row, batches, collate, encode, pad_token_id, reference, require_count, row_length
+from fastlora.data.tasks import read_rows
 from fastlora.generation import answer, leave_room
 from fastlora.language_model_loss import IGNORE, LanguageModelLoss, evaluating
 from fastlora.models import positions
@@ -60,7 +61,7 @@ def evaluate(
     Each answer is given to the very prompt tokens that its row of the loss has.
 
     Args:
-        data: what `read_examples` takes, or examples.
+        data: what `read_rows` takes: what `read_examples` does, and tasks' YAML; or examples.
         columns: which column is which field, for what is read.
         max_length: tokens a row may have; never more than the model has positions for.
         truncation: what a longer row loses, as in training: prompt, completion, or drop for the whole row.
@@ -75,7 +76,7 @@ def evaluate(
     require_count("max_new_tokens", max_new_tokens)
     if limit is not None:
         require_count("limit", limit)
-    examples = _examples(data, columns)[:limit]
+    examples = _examples(data, columns, row_length(tokenizer), max_length)[:limit]
     if generations and any(example.prompt == "" for example in examples):
         raise ValueError("data: rows of plain text have no prompt to answer: expected no generations of them")
     encoded = encode(examples, tokenizer, min(max_length, positions(model) or max_length), truncation)
@@ -103,11 +104,17 @@ def evaluate(
     )
 
 
-def _examples(data: str | Path | Sequence[str | Path] | Sequence[Example], columns: Columns | None) -> list[Example]:
+def _examples(
+    data: str | Path | Sequence[str | Path] | Sequence[Example],
+    columns: Columns | None,
+    length: Callable[[Example], int],
+    max_tokens: int,
+) -> list[Example]:
+    same: dict[str, Any] = {"columns": columns, "length": length, "max_tokens": max_tokens}
     if isinstance(data, str | Path):
-        return read_examples(data, columns=columns)
+        return read_rows(data, **same)
     given = [one for one in data if isinstance(one, Example)]
-    return given if len(given) == len(data) else read_examples([str(one) for one in data], columns=columns)
+    return given if len(given) == len(data) else read_rows([str(one) for one in data], **same)
 
 
 def mean_loss(model: Any, tokenizer: Any, rows: Sequence[Row], batch_size: int) -> float:

@@ -10,11 +10,12 @@ from fastlora.data.examples import read_examples
 from fastlora.data.mixture import Mixture
 from fastlora.data.rows import Encoded, encode, row_length
 from fastlora.data.sources import local_files
+from fastlora.data.tasks import is_task
 
 
 def is_mixed(config: TrainConfig) -> bool:
     """Whether rows are asked and come as a mixture says: by the seed."""
-    tasks = any(Path(file).suffix in mixture.YAML for file in config.files)
+    tasks = any(map(is_task, config.files))
     return config.mixture is not None or len(config.files) > 1 or bool(config.rehearse) or tasks
 
 

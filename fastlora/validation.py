@@ -25,8 +25,9 @@ from fastlora import checkpoint, metrics, processes, tracking, trainable, writin
 from fastlora.checkpoint import Checkpoint, CheckpointError
 from fastlora.config import TrainConfig
 from fastlora.course import Diverged, digest, named_writing
-from fastlora.data.examples import Columns, Sources, read_examples
-from fastlora.data.rows import Encoded, Row, batches, encode, reference
+from fastlora.data.examples import Columns, Sources
+from fastlora.data.rows import Encoded, Row, batches, encode, reference, row_length
+from fastlora.data.tasks import read_rows
 from fastlora.evaluation import labels, scores, total_loss
 from fastlora.frozen import packed
 from fastlora.generation import answer, leave_room
@@ -70,7 +71,7 @@ class Validation:
         data: the rows that are trained on: held-out rows that are among them are told in a warning.
 
     Raises:
-        OSError, DataError, ValueError: as `read_examples` and `encode`; accuracy is to be the best, and the completions are no labels.
+        OSError, DataError, ValueError: as `read_rows` and `encode`; accuracy is to be the best, and the completions are no labels.
         ModuleNotFoundError: ROUGE is to be the best, and the package rouge-score is missing.
     """
 
@@ -103,7 +104,9 @@ class Validation:
             return None
         given = self.config
         return encode(
-            read_examples(data, columns=columns),
+            read_rows(
+                data, columns=columns, seed=given.seed, length=row_length(self.tokenizer), max_tokens=given.max_length
+            ),
             self.tokenizer,
             given.max_length,
             given.truncation,

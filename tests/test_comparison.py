@@ -256,6 +256,7 @@ def test_a_budget_of_seconds_is_measured_first(
         ({"eval_batch_size": 0}, "eval_batch_size=0: expected at least 1"),
         ({"lr": [0.1], "lr_factors": [1.0]}, "lr and lr_factors exclude each other"),
         ({"lr_factors": [-1.0]}, "lr=-0.0002: expected"),
+        ({"lr": [1e-3, 1.0000001e-3]}, "lr: two rates are so close that both runs are called lora-r16-lr0.001"),
         ({"r": [0]}, "r=0: expected at least 1"),
         ({"methods": ["tokens"]}, "token_indices: method=tokens needs one"),
         ({"target_modules": "(q_proj"}, r"target_modules='\(q_proj': no regular expression"),

@@ -218,6 +218,19 @@ def test_two_processes_tell_tasks_apart_as_one_does(config, tmp_path):
             assert two["tasks"][name]["loss"] == pytest.approx(task["loss"], rel=1e-4)
 
 
+def test_a_task_is_measured_on_as_it_is_trained_on(base, folder, tmp_path):
+    """Held-out rows in the task's wordings: the loss while training is the one that `fastlora eval` has of them."""
+    options: dict[str, Any] = {"data": folder / "plain.jsonl", "eval_data": folder / "acts.yaml", "max_length": 40}
+    train(TrainConfig(model=base, output=tmp_path / "out", r=2, max_steps=1, lr=0.0, **options), progress=False)
+    (measured,) = [json.loads(line) for line in (tmp_path / "out" / "validation.jsonl").read_text().splitlines()]
+    words = ("eval", "--model", base, "--data", folder / "acts.yaml", "--max-length", 40, "--no-generations", "--json")
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert done.exit_code == 0, done.output
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["rows"], found["prompt_cut_rows"], found["tokens"]) == (40, 0, measured["eval_tokens"])
+    assert found["loss"] == pytest.approx(measured["eval_loss"], rel=1e-6)
+
+
 def test_examples_that_would_not_fit_are_left_out(base, folder, tmp_path):
     """What max_length would have cut off is no half example."""
     words = load_tokenizer(str(base))

@@ -12,7 +12,7 @@ from test_tokens import CHATTING, KINDS, random_pair
 
 from fastlora.data.examples import DataError, Example
 from fastlora.data.formats import example
-from fastlora.data.rows import TURNS, Row, encode, encode_prompt, reference
+from fastlora.data.rows import TURNS, Row, encode, encode_prompt, reference, turn_end
 from fastlora.evaluation import evaluate
 from fastlora.language_model_loss import IGNORE
 
@@ -195,6 +195,7 @@ def test_a_message_that_a_template_leaves_out_is_told(words, marks):
     with pytest.raises(DataError, match=r"data:1: the chat template writes nothing of messages\[0\], by 'system'"):
         row_of(words, replace(DIALOGUE, prompt=[system, *DIALOGUE.prompt]))
     assert row_of(words, DIALOGUE).labelled > 0
+    assert turn_end(words, [system, *MESSAGES[:1]]) == words.eos_token_id, "an answer ends all the same"
     words.chat_template = whole.replace("{{ m.content }}", "{{ m.content | tojson }}")
     quoted = {"role": "system", "content": '{"a":1}'}
     assert row_of(words, replace(DIALOGUE, prompt=[quoted, *DIALOGUE.prompt])).labelled > 0

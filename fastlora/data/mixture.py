@@ -28,7 +28,7 @@ from typing import Any, Literal
 from fastlora import reading
 from fastlora.data.examples import Example
 from fastlora.data.sources import HUB
-from fastlora.data.tasks import YAML, Task, made
+from fastlora.data.tasks import Task, is_task, made
 from fastlora.typed import check_fields, is_finite, listed, shown
 
 Mixing = Literal["proportional", "temperature", "fixed"]
@@ -259,7 +259,7 @@ def of_files(files: Sequence[str], read: Mapping[str, Any], **options: Any) -> M
 def _of_file(source: str, name: str | None = None, **read: Any) -> Task:
     """A task's file, or rows of a format of their own."""
     path = Path(source)
-    return Task.read(path) if path.suffix in YAML else Task(name or path.stem, source, **read)
+    return Task.read(path) if is_task(path) else Task(name or path.stem, source, **read)
 
 
 def _beside(folder: Path, source: str) -> str:

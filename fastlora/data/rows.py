@@ -197,9 +197,14 @@ def require_count(name: str, value: Any, least: int = 1, reason: str = "") -> No
 
 
 def _encode(
-    example: Example, tokenizer: Any, opening: list[int], special: set[int], train_on_turns: str = "auto"
+    example: Example,
+    tokenizer: Any,
+    opening: list[int],
+    special: set[int],
+    train_on_turns: str = "auto",
+    whole_prompt: bool = True,
 ) -> tuple[Row, bool]:
-    """The whole row, and whether its last label is an end token, as far as it has one."""
+    """The whole row, and whether its last label is an end token, as far as it has one. whole_prompt: every message must be written."""
     if isinstance(example.prompt, str):
         before, whole = example.prompt, example.prompt + example.completion
         prompt = _tokens(tokenizer, before)
@@ -217,7 +222,7 @@ def _encode(
             f"{example.source}: the chat template renders the prompt otherwise without the answer:"
             " expected a template with {% generation %}"
         )
-    _require_written(whole, example)
+    _require_written(whole, example, whole_prompt)
     if marked:
         return _encode_marked(example, counted, before, prompt, whole, tokenizer, special)
     row = _end(prompt, _continue(tokenizer, before, prompt, whole), tokenizer)
@@ -235,7 +240,7 @@ def _require_read(template: str, example: Example) -> None:
             raise ValueError(f"{example.source}: the row has {name}, which the tokenizer's chat template does not read")
 
 
-def _require_written(whole: str, example: Example) -> None:
+def _require_written(whole: str, example: Example, whole_prompt: bool) -> None:
     """
     Raises:
         BadLine: the template has left out a message without a word, as some do where they know no such role; of the assistant's earlier turns
@@ -243,7 +248,7 @@ def _require_written(whole: str, example: Example) -> None:
     """
     for position, message in reversed(list(enumerate(example.messages))):
         content, is_last = message.get("content", ""), position == len(example.messages) - 1
-        if message["role"] == "assistant" and not is_last:
+        if not is_last and (message["role"] == "assistant" or not whole_prompt):
             continue
         if content.strip() and not any(word in whole for word in WORD.findall(content) or content.split()):
             # Or it takes lists of texts and images, and was given a text: what is left to train on are the turn's ends.
@@ -515,7 +520,7 @@ def cut_prompt(tokenizer: Any, ids: list[int], length: int) -> list[int]:
 def turn_end(tokenizer: Any, messages: list[Message]) -> int | None:
     """The token that the chat template ends the assistant's turn with; None where it is none of the special ones."""
     try:
-        row, _ = _encode(Example(messages, "a"), tokenizer, [], special := _special_ids(tokenizer))
+        row, _ = _encode(Example(messages, "a"), tokenizer, [], special := _special_ids(tokenizer), whole_prompt=False)
     except (TemplateError, ValueError):
         return None
     last = row.labels[_labels_end(row) - 1]

@@ -39,6 +39,7 @@ GZIP, PARQUET = b"\x1f\x8b", b"PAR1"
 COMPRESSED = {b"PK\x03\x04": "zip", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2"}
 PACKED = (".xz", ".zst", ".bz2", ".zip")
 OTHER_FILES = {b"\xff\xfe": "UTF-16 text", b"\xfe\xff": "UTF-16 text"}
+YAML = (".yaml", ".yml")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 SAVED, SPLITS = ("state.json", "dataset_info.json"), "dataset_dict.json"
 INSTALL = "pip install 'fastlora-kernels[data]'"
@@ -136,6 +137,10 @@ def _ending(path: Path) -> str:
 
 
 def _file(path: Path, columns: Columns | None) -> Iterator[Found]:
+    if path.suffix.lower() in YAML and path.is_file():
+        raise ValueError(
+            f"data: {path} is YAML, expected rows: a task's may be trained and measured on, and nothing else"
+        )
     try:
         with path.open("rb") as file:
             beginning = file.peek(8)[:8]  # of a pipe as well

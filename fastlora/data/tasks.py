@@ -23,7 +23,6 @@ from fastlora.data.formats import column_of
 from fastlora.data.templates import TemplateSet, parsed
 from fastlora.typed import check_fields, shown
 
-YAML = (".yaml", ".yml")
 OF_TEMPLATES = tuple(one.name for one in fields(TemplateSet) if one.name != "name")
 
 
@@ -124,6 +123,38 @@ class Task:
         return rows, places
 
 
+def is_task(source: str | Path) -> bool:
+    """Whether a source is a task's YAML, by its name."""
+    return Path(source).suffix.lower() in sources.YAML
+
+
+def read_rows(
+    data: sources.Sources,
+    *,
+    columns: sources.Columns | None = None,
+    seed: int = 0,
+    length: Callable[[Example], int] | None = None,
+    max_tokens: int | None = None,
+) -> list[Example]:
+    """The rows of sources of which each may be a task's YAML: what is measured on.
+
+    Args:
+        columns: which column is which field, of those that are no task's.
+        seed, length, max_tokens: as of `Task.examples`.
+
+    Raises:
+        As `read_examples`, `Task.read` and `Task.examples`.
+    """
+    given = sources.each(data)
+    if not any(map(is_task, given)):
+        return read_examples(data, columns=columns)
+    each = [
+        Task.read(one).examples(seed, length, max_tokens) if is_task(one) else read_examples(one, columns=columns)
+        for one in given
+    ]
+    return [example for examples in each for example in examples]
+
+
 def made(content: Any, folder: Path) -> Task:
     """The task of these fields.
 
@@ -152,7 +183,7 @@ def made(content: Any, folder: Path) -> Task:
     source = asked.pop("templates", None)
     if isinstance(source, str):
         beside = folder / source
-        return Task(templates=TemplateSet.read(beside if beside.suffix in YAML else source, **parsed(asked)), **given)
+        return Task(templates=TemplateSet.read(beside if is_task(beside) else source, **parsed(asked)), **given)
     if source is None:
         raise ValueError(f"{next(iter(asked))}: expected templates as well")
     return Task(templates=TemplateSet(**parsed({"templates": source, **asked})), **given)

@@ -37,9 +37,9 @@ from fastlora.course import (
     named_writing,
     stop_signals,
 )
-from fastlora.data.examples import read_examples
-from fastlora.data.rows import Encoded, Row, collate, count_tokens, encode, pad_token_id
+from fastlora.data.rows import Encoded, Row, collate, count_tokens, encode, pad_token_id, row_length
 from fastlora.data.sources import local_files, named
+from fastlora.data.tasks import read_rows
 from fastlora.evaluation import mean_loss
 from fastlora.language_model_loss import LanguageModelLoss, output_embedding
 from fastlora.models import load_base, load_tokenizer, require_positions, resolve_dtype
@@ -205,7 +205,8 @@ class SweepRun:
             self._load(saved)
 
     def _held_out(self, data: Path | tuple[str, ...], given: Sweep) -> list[Row]:
-        examples = read_examples(data, columns=given.columns)[: given.limit]
+        length = row_length(self.tokenizer)
+        examples = read_rows(data, columns=given.columns, length=length, max_tokens=given.max_length)[: given.limit]
         return encode(
             examples,
             self.tokenizer,
