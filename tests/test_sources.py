@@ -87,6 +87,8 @@ def test_one_row_in_a_json_file_is_a_row(tmp_path):
     assert (found.prompt, found.completion) == (messages[:1], "b")
     asked = {"dialogue": messages, "id": 1}
     assert read_examples(write(tmp_path / "one.json", json.dumps(asked)), columns={"messages": "dialogue"})
+    inside = write(tmp_path / "in.json", json.dumps({"of": {"q": "a", "a": "b"}, "tags": [{}]}, indent=1))
+    assert pairs(inside, columns={"prompt": "of.q", "completion": "of.a"}) == [("a", "b")]
 
 
 def test_long_fields_are_read_and_csv_is_left_as_it_was(tmp_path):

@@ -210,7 +210,8 @@ def _document(text: bytes, path: Path, columns: Columns | None) -> Iterator[Foun
     except ValueError as error:
         raise ValueError(f"data: {path}: {error}") from None
     if isinstance(value, dict):
-        if value.keys() & {*FIELDS, *(columns or {}).values()}:
+        named = (columns or {}).values()
+        if value.keys() & {*FIELDS, *named, *(column.partition(".")[0] for column in named)}:
             value = [value]
         else:
             found = [one for one in value.values() if isinstance(one, list) and one and isinstance(one[0], dict)]
