@@ -20,6 +20,8 @@ from fastlora.language_model_loss import IGNORE, LanguageModelLoss, evaluating
 from fastlora.models import positions
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
+UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff"  # kana and ideographs, which no space parts into words
+WORDS = re.compile(rf"[{UNSPACED}]|[^\W_{UNSPACED}]+")
 MOST_LABELS = 20
 LEAST_OF_LABEL = 2  # rows of each, on average: fewer are answers of their own
 
@@ -153,16 +155,24 @@ def exact_match(answers: Sequence[str], references: Sequence[str]) -> float:
 
 
 def rouge(answers: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """Mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L, without stemming; 0 to 1.
+    """Mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L, without stemming; 0 to 1. Of ASCII as rouge-score has them; it knows no letters beside
+    those, and gives texts of any other script 0.
 
     Raises:
         ModuleNotFoundError: the package rouge-score is missing.
     """
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(ROUGE)
+    scorer = RougeScorer(ROUGE, tokenizer=_Words())
     scores = [scorer.score(reference, answer) for answer, reference in zip(answers, references, strict=True)]
     return {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in ROUGE}
+
+
+class _Words:
+    """Of any script, for rouge-score: letters and digits in a row; each ideograph and kana by itself, as it is custom."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return WORDS.findall(text.lower())
 
 
 def token_f1(answers: Sequence[str], references: Sequence[str]) -> float:

@@ -1,6 +1,10 @@
 """Scores of answers: by a well-kept library where there is one, and by their definitions where there is none."""
 
+import string
+from random import Random
+
 import pytest
+from rouge_score.rouge_scorer import RougeScorer
 
 from fastlora.evaluation import accuracy, labels, rouge, scores, token_f1
 
@@ -35,6 +39,22 @@ def test_accuracy_is_by_the_words_that_an_answer_begins_with():
     references = ["yes", "no", "not sure", "not", "yes", "no", "not sure", "not"]
     answers = ["Yes, it is.", "no", "Not sure at all", "not surely", "yesterday", "", "not", "is not"]
     assert accuracy(answers, references) == 4 / 8
+
+
+def test_rouge_is_rouge_scores_of_ascii_and_knows_the_words_of_other_scripts():
+    draw, theirs = Random(0), RougeScorer(["rouge1", "rouge2", "rougeL"])
+    alphabet = [*string.printable, *["the ", "Cat", " 12 "] * 20]
+    for _ in range(200):
+        answer, reference = ("".join(draw.choices(alphabet, k=draw.randint(0, 40))) for _ in range(2))
+        expected = {name: one.fmeasure for name, one in theirs.score(reference, answer).items()}
+        assert rouge([answer], [reference]) == expected, (answer, reference)
+    assert theirs.score("Привет, мир", "Привет, мир")["rouge1"].fmeasure == 0
+    for text in ("Привет, мир", "Grüße, Österreich", "今日は", "مرحبا بالعالم"):
+        assert rouge([text], [text.lower()]) == {"rouge1": 1, "rouge2": 1, "rougeL": 1}, text
+    assert (
+        rouge(["привет всем"], ["Привет мир"])["rouge1"] == 0.5 and rouge(["猫が寝る"], ["犬が寝る"])["rouge1"] == 0.75
+    )
+    assert rouge(["GPT猫 a_b"], ["gpt 猫 a b"])["rouge2"] == 1
 
 
 def test_scores_are_told_apart_and_accuracy_where_there_are_labels():
