@@ -27,7 +27,7 @@ import torch
 from fastlora import __version__, memory, reading, writing
 from fastlora.config import DEFAULT_LR, DEFAULT_R, PROMPTS, RANKED, WHOLE, Method, TrainConfig, as_train, option
 from fastlora.course import Diverged
-from fastlora.data.sources import local_files
+from fastlora.data.tasks import files_of
 from fastlora.typed import check_fields, fits, shown
 
 logger = logging.getLogger("fastlora")
@@ -277,7 +277,7 @@ def _setup(given: Comparison) -> dict[str, Any]:
 def _files(given: Comparison) -> dict[str, str]:
     """The SHA-256 of every file of rows."""
     named = (given.data, given.eval_data, given.test_data, given.retain_data)
-    paths = dict.fromkeys(path for data in named if data is not None for path in local_files(data))
+    paths = dict.fromkeys(path for data in named if data is not None for path in files_of(data))
     found = {}
     for path in paths:
         with path.open("rb") as file:

@@ -7,7 +7,7 @@ import pytest
 
 from fastlora import Task, TemplateSet
 from fastlora.data.examples import DataError, read_examples
-from fastlora.data.tasks import read_rows
+from fastlora.data.tasks import files_of, read_rows
 
 ROWS = [{"note": f"note {i}", "mark": ("good", "bad")[i % 2], "of": {"who": f"who {i}"}} for i in range(6)]
 
@@ -120,6 +120,7 @@ def test_rows_to_measure_on_may_be_a_tasks(folder):
         [str(path), str(plain)], columns={"prompt": "q", "completion": "completion"}, seed=3, length=words
     )
     assert found[:-1] == Task.read(path).examples(3, words) and found[-1].prompt == "a" and len(found) > 3
+    assert files_of([str(path), plain]) == [path, plain, folder / "rows.jsonl"]
     fewer = read_rows(path, seed=3, length=words, max_tokens=1)
     assert [one.source for one in fewer] == [one.source for one in found[:-1]]
     assert not any("shot" in one.template for one in fewer)

@@ -128,6 +128,14 @@ def is_task(source: str | Path) -> bool:
     return Path(source).suffix.lower() in sources.YAML
 
 
+def files_of(data: sources.Sources) -> list[Path]:
+    """The files that are read for some sources, and of tasks those with their rows."""
+    given = sources.each(data)
+    tasks = [Task.read(one) for one in given if is_task(one) and os.path.isfile(one)]
+    own = [str(one.data) for one in tasks if not isinstance(one.data, list)]
+    return sources.local_files([*given, *own])
+
+
 def read_rows(
     data: sources.Sources,
     *,
