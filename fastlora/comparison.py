@@ -33,10 +33,8 @@ from fastlora.typed import check_fields, fits, shown
 logger = logging.getLogger("fastlora")
 
 RUNS, RESULT, NAME, PLOT = "runs", "run.json", "compare.json", "compare.png"
-SETUP, FILES = (
-    "setup.json",
-    "files.json",
-)  # beside the runs: what all have in common, and the SHA-256 of each file of rows
+SETUP, FILES = "setup.json", "files.json"
+"""Beside the runs: what all have in common, and the SHA-256 of each file of rows."""
 PROBE_STEPS = 4  # of a run that finds out how many steps fit into a number of seconds; the first is not counted
 ANSWERED = 4  # prompts a batch, whose answers' speed is measured
 ANSWER_TOKENS = 32

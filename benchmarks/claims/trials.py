@@ -139,7 +139,8 @@ class Bench:
     def run(self, trial: Trial) -> "Found":
         """Train and measure what is not yet."""
         given = self.comparison(trial)
-        _ = trial.others and self.other_rows  # or what is known would be of other rows
+        if trial.others:
+            _ = self.other_rows  # or what is known would be of other rows
         outcomes = compare(given)
         others = {one.name: self._others(given, one) for one in outcomes} if trial.others else {}
         failed = failures(given)

@@ -49,11 +49,8 @@ Turns = Literal["auto", "last", "all"]  # which of the assistant's count, see ab
 TURNS = get_args(Turns)
 SHOWN_CHARACTERS = 400  # of a row in a warning
 WORD = re.compile(r"\w+")  # templates may write a text as JSON has it
-THOUGHTS = (
-    "reasoning_content",
-    "reasoning",
-    "thinking",
-)  # of a message, by the names that one template or another reads
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Of a message, by the names that one template or another reads."""
 WIDEST = 8  # tokens that a text's end may have more in a longer text
 # What a completion is tokenised behind where its own prompt would merge with it: one of these rarely does.
 ANCHORS = ("\n", "=", ".", "0", "a", "q", "x", "z")

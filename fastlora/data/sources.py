@@ -280,11 +280,8 @@ def _parquet(path: Path) -> Iterator[Found]:
                 for fields in batch.to_pylist():
                     number += 1
                     yield f"{path}:{number}", _without_nulls(fields)
-    except (
-        arrow.ArrowException,
-        UnicodeDecodeError,
-        OverflowError,
-    ) as error:  # a text that is none, a date beyond Python's
+    # Also for a text that is none, and a date beyond Python's.
+    except (arrow.ArrowException, UnicodeDecodeError, OverflowError) as error:
         raise ValueError(f"data: {path} cannot be read as Parquet: {error}") from error
 
 
