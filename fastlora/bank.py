@@ -467,7 +467,7 @@ class AdapterBank:
             layer = self._layers[path]
             for table in entry.resident.tables[path] if entry.resident else ():
                 del _table(layer, table)[name]
-            known.forget(layer)  # or its plan would keep the weights
+            known.forget(layer, name)  # or its plan would keep the weights
         if entry.resident is not None and len(entry.template.spare) < SPARE:
             tables = entry.resident.tables
             held = [value for own in tables.values() for value in own.values() if isinstance(value, nn.Module)]

@@ -183,7 +183,11 @@ def plan_call(layer: Any, x: Any, names: AdapterNames) -> tuple[Sequence[str], P
     return used, plan
 
 
-def forget(layer: nn.Module) -> None:
-    """Let go of what the layer knows, and of the weights in it."""
+def forget(layer: nn.Module, adapter: str | None = None) -> None:
+    """Let go of what the layer knows, and of the weights in it. adapter: the one that goes; None: of all, their norms, too."""
     for name in (ACTIVE, MIXED):
         layer.__dict__.pop(name, None)
+    if adapter is None:
+        layer.__dict__.pop(obstacles.NORMS, None)
+    else:
+        layer.__dict__.get(obstacles.NORMS, {}).pop(adapter, None)
