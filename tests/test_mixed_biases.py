@@ -91,9 +91,7 @@ def _those_rows(names: mixed.RowNames, rows: mixed.RowNames) -> mixed.RowNames:
 
 def test_biases_of_the_base_are_every_rows() -> None:
     model, _ = peft_model("gpt2", bias="lora_only")
-    model.add_adapter(
-        "other", LoraConfig(r=3, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
-    )
+    model.add_adapter("other", LoraConfig(r=3, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True))
     for name, parameter in model.named_parameters():
         if name.endswith("bias") and "base_layer" in name:
             nn.init.normal_(parameter.data)

@@ -73,6 +73,7 @@ def test_several_adapters_with_biases_are_summed():
         assert torch.allclose(logits(model), logits(peer), atol=1e-4)
         assert "PEFT" not in reason_of(model)[1]
 
+
 def test_a_bias_that_is_trained_from_now_on_gets_its_gradient():
     model, labels = peft_model("bert")
     fastlora.accelerate(model)

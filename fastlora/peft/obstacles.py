@@ -98,7 +98,14 @@ class Plan(NamedTuple):
     def is_as(self, other: "Plan") -> bool:
         """Whether another plan, for the same x, has the same result."""
         mine, its = (
-            (plan.weight, plan.bias, *plan.lora_a, *plan.lora_b, *plan.magnitude.values(), *(one.bias for one in plan.added))
+            (
+                plan.weight,
+                plan.bias,
+                *plan.lora_a,
+                *plan.lora_b,
+                *plan.magnitude.values(),
+                *(one.bias for one in plan.added),
+            )
             for plan in (self, other)
         )
         same_numbers = (self.scale, self.dropout_p) == (other.scale, other.dropout_p)
@@ -236,7 +243,7 @@ def input_obstacle(x: Any) -> str | None:
 
 
 def plan_call(layer: Any, x: Any, used: Sequence[str], is_mixed: bool) -> Plan | str:
-    """The plan of a call of a LoRA layer with x and these adapters, or why it runs PEFT's own forward. is_mixed: each row has an adapter of its own."""
+    """The plan of a call of a LoRA layer with x and these adapters, or why it runs PEFT's own forward. is_mixed: each row has its own."""
     plan = lasting_plan(layer, used)
     if isinstance(plan, str):
         return plan
