@@ -177,6 +177,7 @@ class AdapterBank:
         self._exclusive = 0  # who waits for them to end
         self._ticks = itertools.count(1)
         self._counts = dict.fromkeys(("hits", "misses", "loads", "swaps", "evictions", "failures"), 0)
+        self._removals = 0
         self._changed = threading.Condition()
         self._line = threading.Lock()
         self._mine = threading.local()
@@ -207,6 +208,11 @@ class AdapterBank:
                 budget_bytes=self.budget_bytes,
                 **self._counts,
             )
+
+    @property
+    def changes(self) -> int:
+        """How often an adapter came into the model, or left it: within a `use` it stays the same, and so do the model's layers."""
+        return self._counts["loads"] + self._removals
 
     # ---- what may be used
 
@@ -486,6 +492,7 @@ class AdapterBank:
                     owner[slot] = other[slot]
                 entry.template.spare.append(tables)
         entry.resident = None
+        self._removals += 1
         self.model.peft_config.pop(name, None)
         receipts.note(self.model, name, None)
 
