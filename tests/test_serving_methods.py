@@ -212,7 +212,9 @@ def test_what_shares_no_batch_is_refused_by_name(root: Path, tmp_path: Path) -> 
         rf"adapters=.*odd: it is of MULTITASK_PROMPT_TUNING, {allowed}": MultitaskPromptTuningConfig(
             num_virtual_tokens=2, num_tasks=2, **sizes, **LM
         ),
-        "task_type=None: expected CAUSAL_LM of a soft prompt": PrefixTuningConfig(num_virtual_tokens=2, **sizes),
+        "task_type=None: expected CAUSAL_LM of a soft prompt": PrefixTuningConfig(
+            num_virtual_tokens=2, encoder_hidden_size=4, **sizes
+        ),
         "bias: .*changes the base itself": LoraConfig(bias="all", **LORA),
         r"it begins within a prompt \(alora_invocation_tokens\)": LoraConfig(
             target_modules=["q_proj"], alora_invocation_tokens=[5], **LM

@@ -116,16 +116,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def test_a_folder_of_adapters_and_nothing_else(folder: Path, tmp_path: Path) -> None:
-    assert list(server.adapter_folders(folder / "adapters")) == ["blue", "green", "red"]
-    with pytest.raises(FileNotFoundError, match="adapters=.*nowhere: there is no such folder"):
-        server.adapter_folders(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="this is an adapter's own folder, expected one with such folders in it"):
-        server.adapter_folders(folder / "adapters" / "red")
-    with pytest.raises(ValueError, match="no folder in it has an adapter_config.json"):
-        server.adapter_folders(folder)
-
-
 def test_names_and_lengths(folder: Path, tmp_path: Path) -> None:
     (tmp_path / served.BASE).symlink_to(folder / "adapters" / "red")
     with pytest.raises(ValueError, match="its name is the base model's"):

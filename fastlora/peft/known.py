@@ -2,8 +2,9 @@
 
 A plan holds as long as all that it was read from is as it was: the same modules, parameters and numbers in the same places, still without hooks,
 still frozen and of the same dtypes and shapes. csrc looks at all that again before each call (`unchanged.h`), in a tenth of the time; where anything
-has changed, the plan is made anew. Nothing tells the layer of a change, so that none can be missed; but who hands out a batch's names and has the model
-to himself, as a server has, may vouch that there was none since the last (`mixed.RowNames.since`). Without the native extension every call makes its plan.
+has changed, the plan is made anew. Nothing tells the layer of a change, so that none can be missed; but who hands out a batch's names, and has the
+model to himself as a server has, may vouch that there was none since the last (`mixed.RowNames.since`). Without the native extension every call
+makes its plan.
 """
 
 from collections.abc import Callable, Sequence

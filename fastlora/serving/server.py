@@ -37,24 +37,6 @@ def require_web() -> None:
         raise ImportError(f"it needs {' and '.join(missing)}: pip install 'fastlora-kernels[serve]'")
 
 
-def adapter_folders(folder: str | Path) -> dict[str, Path]:
-    """The adapters in a folder, by the names of their own folders.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is an adapter's own, or has none in it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"adapters={folder}: there is no such folder")
-    if adapter_files.is_adapter(folder):
-        raise ValueError(f"adapters={folder}: this is an adapter's own folder, expected one with such folders in it")
-    found = {one.name: one for one in sorted(folder.iterdir()) if adapter_files.is_adapter(one)}
-    if not found:
-        raise ValueError(f"adapters={folder}: no folder in it has an {adapter_files.CONFIG}")
-    return found
-
-
 def load_engine(
     model: str,
     adapters: str | Path | None = None,
@@ -90,7 +72,7 @@ def load_engine(
     if allow_missing and max_adapter_bytes is not None:
         raise ValueError("allow_missing=True: expected no max_adapter_bytes, a bank takes whole adapters only")
     base = Path(model).resolve().name if Path(model).is_dir() else model
-    folders = {} if adapters is None else adapter_folders(adapters)
+    folders = {} if adapters is None else adapter_files.folders_in(adapters, "adapters")
     for name in (base, BASE):
         if name in folders:
             raise ValueError(f"adapters={folders[name]}: its name is the base model's: rename one of the folders")
