@@ -201,13 +201,7 @@ def refused(root: Path, folder: Path, match: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_what_shares_no_batch_is_refused_by_name(root: Path, tmp_path: Path) -> None:
     allowed = "expected LORA, IA3, PROMPT_TUNING, P_TUNING, PREFIX_TUNING or CARTRIDGE"
-    sizes: Any = {
-        "num_layers": 2,
-        "token_dim": 16,
-        "num_attention_heads": 2,
-        "num_transformer_submodules": 1,
-        "encoder_hidden_size": 4,
-    }
+    sizes: Any = {"num_layers": 2, "token_dim": 16, "num_attention_heads": 2, "num_transformer_submodules": 1}
     odd = {
         rf"adapters=.*odd: it is of MULTITASK_PROMPT_TUNING, {allowed}": MultitaskPromptTuningConfig(
             num_virtual_tokens=2, num_tasks=2, **sizes, **LM
