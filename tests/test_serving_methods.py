@@ -165,6 +165,16 @@ def test_a_prompts_places_are_part_of_the_length(root: Path) -> None:
                 engine.submit(Request([5, 6], adapter, room - 1), served.Heard())
 
 
+def test_an_answer_without_a_limit_has_the_room_that_is_left(root: Path) -> None:
+    with served.listening(load(root, "PROMPT_TUNING", max_length=60)) as port:
+        asked = {"messages": [{"role": "user", "content": "The cat"}], "temperature": 0}
+        for adapter, places in (("p9", 9), (served.BASE, 0)):
+            status, _, body = served.call(port, "/v1/chat/completions", {"model": adapter, **asked})
+            assert status == 200 and body["usage"]["total_tokens"] <= 60 - places
+            if body["choices"][0]["finish_reason"] == "length":
+                assert body["usage"]["total_tokens"] == 60 - places
+
+
 def test_a_long_prompt_behind_a_soft_one_comes_in_parts(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = [Request(list(range(5, 65)), "p6", 5), Request([7, 8], "p1", 5), Request(list(range(5, 60)), "p1", 5)]
     with served.running(load(root, "PREFIX_TUNING")) as engine:
