@@ -685,7 +685,7 @@ def adapters(
         _print_table([_row_of(one) for one in found], headings)
     problems = [one for one in found if not one.is_sound]
     for one in problems:
-        print(_as_options(f"{one.name}: {one.problem}"), file=sys.stderr)
+        print(f"{one.name}: {one.problem}", file=sys.stderr)
     if problems:
         raise typer.Exit(1)
 

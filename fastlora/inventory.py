@@ -79,15 +79,19 @@ def _looked_at(name: str, folder: Path, look: Look) -> Item:
     try:
         read = adapters.read(folder)
     except (OSError, AdapterError) as error:
-        return Item(name, str(folder), problem=str(error))
+        return Item(name, str(folder), problem=_words(error, folder))
     told = _told(name, read)
     try:
         changes, change = look(read)
     except AdapterError as error:
-        return Item(**told, fits=False, problem=str(error))
+        return Item(**told, fits=False, problem=_words(error, folder))
     fits = None if look is _by_itself else True
     problem = "changes nothing" if changes is False else None
     return Item(**told, fits=fits, changes=changes, change=change, problem=problem)
+
+
+def _words(error: Exception, folder: Path) -> str:
+    return str(error).removeprefix(f"adapter={folder}: ")
 
 
 def _by_itself(read: Adapter) -> tuple[bool | None, float | None]:

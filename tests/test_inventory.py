@@ -105,8 +105,9 @@ def test_the_command_names_what_is_wrong_and_exits_1(root: Path) -> None:
     row = told[1 + list(CONFIGS).index("c-plain")].split()
     assert row[:5] == ["c-plain", "LORA", "2", "to", "4"] and row[-3:-1] == ["yes", "yes"] and float(row[-1]) > 0
     result = run(root / "bad", "--model", root / "model", code=1)
-    assert "other: --adapter " in result.output and "was it trained on another base" in result.output
-    assert "idle: changes nothing" in result.output and "cut: --adapter " in result.output
+    assert "\nother: adapter_model.safetensors: base_model.model." in result.output
+    assert "was it trained on another base" in result.output
+    assert "\nidle: changes nothing" in result.output and "\ncut: adapter_model.safetensors: " in result.output
     table = {line.split()[0]: line.split() for line in result.output.splitlines()[1:5]}
     assert table["idle"][-3:-1] == ["yes", "no"] and table["other"][-1] == "no" and table["cut"] == ["cut"]
     lines = [json.loads(line) for line in run(root / "bad", "--json", code=1).stdout.splitlines()]
