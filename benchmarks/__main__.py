@@ -1,12 +1,13 @@
 """python -m benchmarks [VERB ...] [--quick] [--json] [--out FOLDER] [--device cuda] [--no-gate]
 
-The verbs are lora_linear, multi_lora, prefix_concat, step, goals, launch, prompts, families, sweep, serve, trainers and model.
+The verbs are lora_linear, multi_lora, prefix_concat, step, goals, launch, prompts, families, sweep, serve, adapters, trainers and model.
 Runs the tests of each operator named (all by default), and times it only if they are green: fastlora against the
 frozen layer alone, PEFT, PEFT under torch.compile, torch's products and the merged weight. `goals` fills the table of
 what fastlora wants to reach on this kind of device (on a CPU with a whole training step in its first rows: of random weights
 of SmolLM2-135M's shape, or of --model on --data), `launch` says what a call of a small layer costs the host; `prompts` in which settings soft prompts
 are right on a CPU, and what they cost there; `families` that, DoRA, quantised bases and a mixture's experts; `sweep` what adapters gain that are
-trained in one batch; `serve` what many clients of `fastlora serve` get over one at a time;
+trained in one batch; `serve` what many clients of `fastlora serve` get over one at a time; `adapters` what many adapters on one base want to reach,
+those two's goals among them;
 `trainers` whether six trainers train six kinds of models the same with fastlora as without;
 `model` where an H100's time would go by the kernels' instructions, reckoned and not measured.
 Exit codes: 0 done, 1 something was wrong and was not timed, 2 wrong arguments, 3 (goals) something broke
@@ -27,6 +28,7 @@ from typing import Any
 import torch
 
 from . import gate
+from .adapters import adapter_lines, adapters_table
 from .card_goals import BARE_LINES, card_lines
 from .cases import OPERATORS, cases_of
 from .families import family_lines
@@ -65,8 +67,11 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add("--seconds", type=float, default=math.inf, help="goals: begin nothing after that long")
     add("--bare", action="store_true", help="goals on a card: three, of fastlora alone, as CUDA graphs")
-    add("--model", help="goals on a CPU, serve: the model of the training step or of the server, a folder or a hub id")
-    add("--data", type=Path, help="goals on a CPU: its rows, JSONL of prompt and completion, or messages")
+    add(
+        "--model",
+        help="goals on a CPU, serve, adapters: the model of the training step or of the server, a folder or a hub id",
+    )
+    add("--data", type=Path, help="goals on a CPU, adapters: its rows, JSONL of prompt and completion, or messages")
     add("--line-seconds", type=float, default=math.inf, help="goals: end the process where one takes longer")
     add("--resume", action="store_true", help="goals: go on from today's result file")
     arguments = parser.parse_args(argv)
@@ -159,6 +164,12 @@ def _serve_lines(command: Command) -> dict[str, Line]:
     return _only_on_a_cpu(partial(serve_lines, Material(command.arguments.model)), command)
 
 
+def _adapter_lines(command: Command) -> dict[str, Line]:
+    arguments = command.arguments
+    on_a_cpu = command.machine.device == "cpu"
+    return adapter_lines(Material(arguments.model, arguments.data), arguments.quick) if on_a_cpu else {}
+
+
 Lines = Callable[[Command], dict[str, Line]]
 Table = Callable[[Sequence[Any], Sequence[str]], str]  # of rows and notes
 
@@ -172,11 +183,12 @@ VERBS: dict[str, tuple[Lines, Table]] = {
     "families": (partial(_only_on_a_cpu, family_lines), goals_table),
     "sweep": (lambda command: sweep_lines(command.arguments.quick), sweep_table),
     "serve": (_serve_lines, goals_table),
+    "adapters": (_adapter_lines, adapters_table),
     "trainers": (lambda command: trainer_lines(command.arguments.quick), trainers_table),
     "model": (lambda _: model_lines(), model_table),
 }
-WITHIN = {"prompts"}
-"""What is measured by itself only where it is named: another verb has all of it."""
+WITHIN = {"prompts", "adapters"}
+"""What is measured by itself only where it is named: another verb has all of it, or most of it is others'."""
 
 
 def _measure(name: str, command: Command) -> int:

@@ -124,7 +124,7 @@ def check(operator: str, device: torch.device) -> list[str]:
 
 def tests_of(operator: str) -> str | None:
     """The file of its own tests, where they can be run: in a checkout with pytest. A step's are those of what `accelerate` does to a PEFT model."""
-    name = f"tests/test_{'peft' if operator == 'step' else operator}.py"
+    name = f"tests/test_{ {'step': 'peft', 'adapters': 'mixed_batches'}.get(operator, operator) }.py"
     here = in_checkout() and (ROOT / name).is_file() and importlib.util.find_spec("pytest") is not None
     return name if here else None
 

@@ -105,6 +105,24 @@ def is_adapter(folder: str | Path) -> bool:
     return (Path(folder) / CONFIG).is_file()
 
 
+def folders_in(folder: str | Path, argument: str) -> dict[str, Path]:
+    """The adapters in a folder, by the names of their own folders. argument: what the caller calls the folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it is an adapter's own, or has none in it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{argument}={folder}: there is no such folder")
+    if is_adapter(folder):
+        raise ValueError(f"{argument}={folder}: this is an adapter's own folder, expected one with such folders in it")
+    found = {one.name: one for one in sorted(folder.iterdir()) if is_adapter(one)}
+    if not found:
+        raise ValueError(f"{argument}={folder}: no folder in it has an {CONFIG}")
+    return found
+
+
 METHODS = (
     *("LORA", "IA3", "LN_TUNING", "TRAINABLE_TOKENS", "BOTTLENECK"),
     *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "CARTRIDGE"),
@@ -315,6 +333,12 @@ def _check_tensors(file: Path, config: Any, tensors: Mapping[str, Tensor]) -> No
         partner = key[: end.start(1)] + "AB"[end[1] == "A"] + key[end.end(1) :]
         if alpha * rank * largest[key] * largest.get(partner, 0.0) > torch.finfo(torch.float32).max:
             raise AdapterError(file, key, f"with {partner} and alpha {alpha} its update is more than float32 holds")
+
+
+def ranks(adapter: Adapter) -> set[int]:
+    """Those of its A and B; under target_parameters, of all experts together."""
+    ends = [(ENDS.search(key), tensor) for key, tensor in adapter.tensors.items()]
+    return {tensor.shape[0 if end[1] == "A" else 1] for end, tensor in ends if end}
 
 
 def check(adapter: Adapter, model: nn.Module, *, allow_missing: bool = False) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ import itertools
 import json
 import logging
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.ia3 import IA3Layer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -25,7 +26,7 @@ from fastlora import adapters, peft, receipts
 from fastlora.adapters import Adapter, AdapterError, Expected
 from fastlora.checks import is_hooked, wrong
 from fastlora.layers import BASE
-from fastlora.peft import known
+from fastlora.peft import known, prompts
 from fastlora.peft.layers import Fused
 from fastlora.typed import listed, shown
 
@@ -34,13 +35,19 @@ logger = logging.getLogger("fastlora")
 TEMPLATE = "default"
 """The name of the adapter on the model without memory that an adapter's layers are copied from."""
 
-REFUSED: dict[str, Any] = {
-    **dict.fromkeys(
-        ("modules_to_save", "trainable_token_indices", "target_parameters", "alora_invocation_tokens"), None
-    ),
-    **dict.fromkeys(("arrow_config", "monteclora_config", "velora_config"), None),
-}
-"""What a config may not have in a bank: what PEFT keeps outside of its LoRA layers, or what looks at the model as it is added."""
+LAYERS: dict[str, type[Any]] = {"LORA": LoraLayer, "IA3": IA3Layer}
+"""The methods whose adapters stand in layers of PEFT's, by its names."""
+
+METHODS = (*LAYERS, *(one.value for one in (*prompts.EMBEDDED, *prompts.KEYED)))
+"""Those that a bank has; the others' are soft prompts, which stand in the PeftModel itself."""
+
+TOLD = f"{', '.join(METHODS[:-1])} or {METHODS[-1]}"
+
+REFUSED = (
+    *("modules_to_save", "trainable_token_indices", "target_parameters", "alora_invocation_tokens"),
+    *("arrow_config", "monteclora_config", "velora_config"),
+)
+"""What a config may not have in a bank: what PEFT keeps outside of its layers, or what looks at the model as it is added."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,7 @@ class BankStats:
 
 
 Tables = dict[str, dict[str, Any]]
-"""An adapter's part of a model: by layer, by the layer's table of adapters, what belongs there."""
+"""An adapter's part of a model: by layer, by the layer's table of adapters, what belongs there. Of a prompt, the PeftModel is the layer, ""."""
 
 
 class Layers(NamedTuple):
@@ -73,7 +80,9 @@ class Template(NamedTuple):
     """An adapter's layers on a model without memory, for all adapters of one config."""
 
     expected: Expected
-    keys: list[str]  # PEFT's, of the parameters in the order of `_slots`
+    keys: list[
+        tuple[str, slice]
+    ]  # PEFT's, of the parameters in the order of `_slots`, and which rows of what a file has under it
     tables: Tables
     spare: list[
         Tables
@@ -106,7 +115,6 @@ class Entry:
     pinned: bool = False
     resident: Layers | None = None
     jobs: list[Job] = field(default_factory=list)
-    held: int = 0  # contexts of `use` that name it
     used: int = 0  # when last
 
 
@@ -133,25 +141,30 @@ class AdapterBank:
     ) -> None:
         """
         Args:
-            model: a PeftModel with LoRA, accelerated or not. The adapters that it has are its own: they stay, and are not counted.
+            model: a PeftModel with LoRA, IA³ or soft prompts, accelerated or not. The adapters that it has are its own: they stay, and are not
+                counted; those of the bank are of their method, as PEFT has but one in a model.
             budget_bytes: what the resident adapters may take together; None: as much as there is.
             autocast_adapter_dtype: 16-bit values become float32, as PEFT loads them; False: they have the dtype of the layers' weights.
             allow_noop: take also adapters that change nothing.
 
         Raises:
-            TypeError: the model is no PeftModel with LoRA.
+            TypeError: the model is no PeftModel with adapters of one of METHODS.
             ValueError: budget_bytes is no number of bytes.
         """
-        if not isinstance(model, PeftModel) or any(one.peft_type != "LORA" for one in model.peft_config.values()):
-            raise TypeError(f"model: got a {type(model).__name__}, expected a PeftModel with LoRA adapters")
+        configs: dict[str, Any] = dict(model.peft_config) if isinstance(model, PeftModel) else {}
+        found = {one.peft_type.value for one in configs.values()}
+        if len(found) != 1 or not found <= {*METHODS}:
+            got = f"{type(model).__name__}{' with ' * bool(found)}{' and '.join(sorted(found))}"
+            raise TypeError(f"model: got a {got}, expected a PeftModel with {TOLD}")
         if budget_bytes is not None and (not isinstance(budget_bytes, int) or budget_bytes < 0):
             raise wrong("budget_bytes", budget_bytes, "a number of bytes, or None")
         self.model: Any = model
         self.budget_bytes = budget_bytes
         self._autocast = autocast_adapter_dtype
         self._allow_noop = allow_noop
+        [self.method] = found
         bare: Any = peft.restore(adapters.without_memory(model))
-        self._skeleton: nn.Module = bare.unload()
+        self._skeleton: nn.Module = bare.unload() if self.method in LAYERS else bare.get_base_model()
         weights = model.get_base_model().named_parameters(remove_duplicate=False)
         self._own = {adapters.WRAPPERS.sub("", name): weight for name, weight in weights}
         self._layers: dict[str, Any] = {}
@@ -164,6 +177,7 @@ class AdapterBank:
         self._exclusive = 0  # who waits for them to end
         self._ticks = itertools.count(1)
         self._counts = dict.fromkeys(("hits", "misses", "loads", "swaps", "evictions", "failures"), 0)
+        self._removals = 0
         self._changed = threading.Condition()
         self._line = threading.Lock()
         self._mine = threading.local()
@@ -195,6 +209,11 @@ class AdapterBank:
                 **self._counts,
             )
 
+    @property
+    def changes(self) -> int:
+        """How often an adapter came into the model, or left it: within a `use` it stays the same, and so do the model's layers."""
+        return self._counts["loads"] + self._removals
+
     # ---- what may be used
 
     def register(self, name: str, folder: str | Path) -> None:
@@ -205,7 +224,7 @@ class AdapterBank:
         Raises:
             ValueError: the name is taken, or cannot be one.
             FileNotFoundError: there is no adapter in the folder.
-            AdapterError: the config is damaged, does not fit the model, or is none of plain LoRA's, rsLoRA's or DoRA's.
+            AdapterError: the config is damaged, does not fit the model, or is of another method or kind than a bank has.
         """
         adapters.require_name(name)
         with self._changed:
@@ -357,19 +376,14 @@ class AdapterBank:
 
     def _hold(self, wanted: frozenset[str]) -> bool:
         """Hold the adapters if all are resident; the lock is held."""
-        entries = [self._entry(name) for name in wanted]
-        if any(entry.resident is None for entry in entries):
+        if any(self._entry(name).resident is None for name in wanted):
             return False
-        for entry in entries:
-            entry.held += 1
         self._running += 1
         self._mine.depth = getattr(self._mine, "depth", 0) + 1
         return True
 
     def _leave(self, wanted: frozenset[str]) -> None:
         with self._changed:
-            for name in wanted:
-                self._entries[name].held -= 1
             self._touch(wanted)
             self._running -= 1
             self._mine.depth = getattr(self._mine, "depth", 1) - 1
@@ -409,9 +423,9 @@ class AdapterBank:
         return self.budget_bytes is None or kept + job.layers.bytes <= self.budget_bytes
 
     def _is_evictable(self, name: str) -> bool:
-        entry = self._entries[name]
-        free = not entry.pinned and not entry.held and name not in self._wanted
-        return free and name not in self.model.base_model.active_adapters
+        """Whether an adapter may go once no forward runs: those that run now have it till then, and none that begins later may keep it from going."""
+        free = not self._entries[name].pinned and name not in self._wanted
+        return free and name not in self.model.active_adapters
 
     def _insert_when_idle(self) -> None:
         """Put what is ready into the model, if no forward runs; the lock is held."""
@@ -467,16 +481,18 @@ class AdapterBank:
             layer = self._layers[path]
             for table in entry.resident.tables[path] if entry.resident else ():
                 del _table(layer, table)[name]
-            known.forget(layer)  # or its plan would keep the weights
+            known.forget(layer, name)  # or its plan would keep the weights
+            prompts.forget(layer, name)
         if entry.resident is not None and len(entry.template.spare) < SPARE:
             tables = entry.resident.tables
             held = [value for own in tables.values() for value in own.values() if isinstance(value, nn.Module)]
             # What somebody else has added to a module (a hook, DoRA's cached norm) goes with it.
             if not is_hooked(*held) and not any(getattr(module, "_dora_cache", None) for module in held):
-                for (owner, slot), (other, _) in zip(_slots(tables), _slots(entry.template.tables), strict=True):
+                for (_, owner, slot), (_, other, _) in zip(_slots(tables), _slots(entry.template.tables), strict=True):
                     owner[slot] = other[slot]
                 entry.template.spare.append(tables)
         entry.resident = None
+        self._removals += 1
         self.model.peft_config.pop(name, None)
         receipts.note(self.model, name, None)
 
@@ -545,14 +561,23 @@ class AdapterBank:
         with self._changed:
             spare = job.template.spare.pop() if job.template.spare else None
         tables = copy.deepcopy(job.template.tables) if spare is None else spare
-        total = 0
-        for (owner, slot), key in zip(_slots(tables), job.template.keys, strict=True):
-            weight = self._layers[_layer_of(key)].get_base_layer().weight
-            values = _as(given[key], self._dtype_beside(weight)).to(weight.device)
+        total = 0 if self.method in LAYERS else prompts.kept_bytes(self.model, job.config)
+        for (path, owner, slot), (key, rows) in zip(_slots(tables), job.template.keys, strict=True):
+            values = self._placed(given[key][rows], path)
             owner[slot] = nn.Parameter(values, requires_grad=False)
             total += values.nbytes
+        for own in tables.values():
+            if "prompt_tokens" in own:
+                own["prompt_tokens"] = torch.arange(len(own["prompt_tokens"]))
         source = receipts.Source(str(job.folder), read.hashes, tuple(sorted(read.tensors.keys() - given.keys())), ())
         return Layers(tables, total), source
+
+    def _placed(self, values: Tensor, path: str) -> Tensor:
+        """Values as the layer has them."""
+        if self.method not in LAYERS:
+            return _as(values, torch.float32).to(self.model.device)
+        weight = self._layers[path].get_base_layer().weight
+        return _as(values, self._dtype_beside(weight)).to(weight.device)
 
     def _dtype_beside(self, weight: Tensor) -> torch.dtype:
         """Of an adapter's values beside a weight, as PEFT has them."""
@@ -572,8 +597,8 @@ class AdapterBank:
             )
         config = adapters.read_config(folder / adapters.CONFIG)
         empty = Adapter(folder, config, {}, {})
-        if config.peft_type != "LORA":
-            problem = f"expected LORA, got {config.peft_type.value}: a bank has no other adapters"
+        if config.peft_type != self.method:
+            problem = f"expected {self.method}, as the model has, got {config.peft_type.value}; banks are for {TOLD}"
             raise AdapterError(folder / adapters.CONFIG, "peft_type", problem)
         adapters.require_an_untouched_base(empty)
         for key in REFUSED:
@@ -595,20 +620,33 @@ class AdapterBank:
         state = model.state_dict(keep_vars=True)
         parameters = get_peft_model_state_dict(model, state, TEMPLATE, save_embedding_layers=False)
         tables: Tables = {}
-        for path, module in model.get_base_model().named_modules():
-            if isinstance(module, LoraLayer):
-                assert isinstance(module, nn.Module)
-                everything = {**module.__dict__, **module._modules}
-                tables[path] = {
-                    table: held[TEMPLATE]
-                    for table, held in everything.items()
-                    if isinstance(held, (dict, nn.ModuleDict, nn.ParameterDict)) and TEMPLATE in held
-                }
-        key_of = {id(parameter): key for key, parameter in parameters.items()}
-        found = [owner[slot] for owner, slot in _slots(tables)]
-        if any(id(one) not in key_of for one in found):
+        for path, module in self._holders(model).items():
+            own = self._layers.get(path)
+            if own is not None and getattr(module, "is_feedforward", None) != getattr(own, "is_feedforward", None):
+                problem = f"{path} is one on one side alone, here or in the model's adapters: IA³ scales its x, or y"
+                raise AdapterError(empty.folder / adapters.CONFIG, "feedforward_modules", problem)
+            everything = {**module.__dict__, **module._modules}
+            tables[path] = {
+                table: held[TEMPLATE]
+                for table, held in everything.items()
+                if isinstance(held, (dict, nn.ModuleDict, nn.ParameterDict))
+                and TEMPLATE in held
+                and table != "peft_config"
+            }
+        found = [owner[slot] for _, owner, slot in _slots(tables)]
+        return Template(expected, self._keys(empty, parameters, found), tables, [])
+
+    def _keys(
+        self, empty: Adapter, saved: Mapping[str, Tensor], parameters: Sequence[Tensor]
+    ) -> list[tuple[str, slice]]:
+        """Where a file has each parameter's values."""
+        if self.method == "CARTRIDGE":  # its frozen rows and the trained ones, one behind the other
+            ends = list(itertools.accumulate(map(len, parameters)))
+            return [("prompt_embeddings", slice(*one)) for one in zip([0, *ends], ends, strict=False)]
+        key_of = {id(parameter): key for key, parameter in saved.items()}
+        if any(id(one) not in key_of for one in parameters):
             raise AdapterError(empty.folder / adapters.CONFIG, None, "PEFT saves its values in another form")
-        return Template(expected, [key_of[id(one)] for one in found], tables, [])
+        return [(key_of[id(one)], slice(None)) for one in parameters]
 
     def _make_layers(self, config: Any, new: list[str]) -> None:
         """Have PEFT wrap the modules that no adapter has had yet."""
@@ -625,9 +663,14 @@ class AdapterBank:
             logger.warning("adapters: %d layers are new (%s): call fastlora.accelerate(model) again", len(new), new[0])
 
     def _find_layers(self) -> None:
-        for path, module in self.model.get_base_model().named_modules():
-            if isinstance(module, LoraLayer):
-                self._layers[path] = module
+        self._layers |= self._holders(self.model)
+
+    def _holders(self, model: Any) -> dict[str, Any]:
+        """What has tables of adapters in a model, by path."""
+        if self.method not in LAYERS:
+            return {"": model}
+        named = model.get_base_model().named_modules()
+        return {path: module for path, module in named if isinstance(module, LAYERS[self.method])}
 
 
 def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -640,24 +683,20 @@ def _as(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return made
 
 
-def _slots(tables: Tables) -> Iterator[tuple[dict[str, Any], str]]:
-    """Where an adapter's parameters are kept, in an order that is the same for every copy."""
-    for own in tables.values():
+def _slots(tables: Tables) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Where an adapter's parameters are kept, and in which layer, in an order that is the same for every copy."""
+    for path, own in tables.items():
         for table, value in own.items():
             if isinstance(value, nn.Parameter):
-                yield own, table
+                yield path, own, table
             for module in value.modules() if isinstance(value, nn.Module) else ():
                 for slot, parameter in module._parameters.items():
                     if parameter is not None:
-                        yield module._parameters, slot
+                        yield path, module._parameters, slot
 
 
 def _table(layer: Any, name: str) -> Any:
     return layer._modules[name] if name in layer._modules else layer.__dict__[name]
-
-
-def _layer_of(key: str) -> str:
-    return key.removeprefix("base_model.model.").partition(".lora_")[0]
 
 
 def _signature(config: Any) -> str:

@@ -1,4 +1,4 @@
-"""The command line: `fastlora train | compare | sweep | eval | generate | serve | merge | receipt | bench | tune | env | demo`.
+"""The command line: `fastlora train | compare | sweep | eval | generate | serve | merge | receipt | adapters | bench | tune | env | demo`.
 
 Every command is a thin call of the function of the same name; what is slow to import is imported inside, so that --help
 is quick. Exit codes: 0 done, 1 training went wrong, 2 wrong options or data, 130 interrupted. An expected error is one
@@ -662,6 +662,55 @@ def receipt(
     idle = [one.name for one in found.adapters if one.changes_nothing]
     if idle and not allow_noop:
         raise ValueError(f"adapter={idle[0]} changes nothing (allow_noop=True takes it)")
+
+
+@command
+def adapters(
+    folder: Annotated[Path, typer.Argument(help="Folder of adapter folders.")],
+    model: Annotated[
+        str | None, typer.Option(help="Base model: a folder or a hub id. Without it, only the files are checked.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="auto: as the base is stored.")] = "auto",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object a line in place of the table.")
+    ] = False,
+) -> None:
+    """What a folder of adapters holds: method, rank, size, hash, whether each fits a model and changes anything; exit code 1 where one does not."""
+    _quiet()
+    from fastlora.inventory import inventory
+
+    found = []
+    for one in inventory(folder, model, dtype="stored" if dtype == "auto" else dtype):
+        found.append(one)
+        if as_json:
+            print(json.dumps(asdict(one)), flush=True)
+    if not as_json:
+        headings = ("adapter", "method", "r", "targets", "bytes", "sha256", "fits", "changes", "‖W'-W‖/‖W‖")
+        _print_table([_row_of(one) for one in found], headings)
+    problems = [one for one in found if not one.is_sound]
+    for one in problems:
+        print(f"{one.name}: {one.problem}", file=sys.stderr)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _row_of(one: Any) -> list[str]:
+    ranks = " to ".join(dict.fromkeys(str(rank) for rank in (min(one.r), max(one.r)))) if one.r else ""
+    told = {None: "", True: "yes", False: "no"}
+    hashed = next((value[:12] for name, value in one.hashes.items() if name.endswith(".safetensors")), "")
+    size = "" if one.bytes is None else f"{one.bytes:,}"
+    change = "" if one.change is None else f"{one.change:.3g}"
+    return [
+        one.name,
+        one.method or "",
+        ranks,
+        one.targets or "",
+        size,
+        hashed,
+        told[one.fits],
+        told[one.changes],
+        change,
+    ]
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)

@@ -12,7 +12,7 @@ import tiny
 import torch
 from adapter_folders import A, B, change, save, tensors
 from bank_folders import IDS, Q_V, alone, answer, own_model, save_several
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LNTuningConfig, LoraConfig, PeftModel, get_peft_model
 from quantised_models import EACH_KIND, NATIVE, a_folder  # noqa: F401  (a fixture)
 from torch import nn
 
@@ -25,6 +25,7 @@ KINDS = {
     "ragged": {"target_modules": Q_V, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"q_proj": 3}},
     "rank-stabilised": {"target_modules": "all-linear", "use_rslora": True, "lora_dropout": 0.1},
     "dora": {"target_modules": Q_V, "use_dora": True},
+    "biases of B": {"target_modules": Q_V, "lora_bias": True},
     "an embedding": {"target_modules": ["embed_tokens", "lm_head"]},
     "a pattern": {"target_modules": r".*layers\.1\..*_proj"},
 }
@@ -304,9 +305,9 @@ def test_what_cannot_be_registered_is_named(bank, tmp_path):
 def test_what_is_no_model_for_a_bank(tmp_path):
     with pytest.raises(TypeError, match="model: got a LlamaForCausalLM, expected a PeftModel"):
         AdapterBank(tiny.llama())
-    ia3 = get_peft_model(tiny.llama(), IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
-    with pytest.raises(TypeError, match="expected a PeftModel with LoRA"):
-        AdapterBank(ia3)
+    norms = get_peft_model(tiny.llama(), LNTuningConfig(target_modules=["norm"]))
+    with pytest.raises(TypeError, match="got a PeftModel with LN_TUNING, expected a PeftModel with LORA, IA3, PROMPT_"):
+        AdapterBank(norms)
     with pytest.raises(ValueError, match="budget_bytes: got -1"):
         AdapterBank(get_peft_model(tiny.llama(), LoraConfig(target_modules=["q_proj"])), budget_bytes=-1)
 

@@ -103,6 +103,24 @@ def test_nothing_is_evicted_under_a_forward(bank, threads, tmp_path):
     assert bank.resident == ("a1",)
 
 
+def test_a_large_one_does_not_wait_for_ever_behind_small_ones(bank, threads, tmp_path):
+    """A model that is never idle, whose forwards all need what would have to go: who comes now waits until it has gone."""
+    for name in ("a2", "a0"):  # ranks 4 and 2
+        bank.load(name).result()
+        if name == "a2":
+            bank.budget_bytes = bank.stats.bytes
+    with bank.use(["a0"]) as names:
+        large = threads.submit(ask, bank, ["a2"])
+        until(lambda: bank._ready)
+        late = threads.submit(ask, bank, ["a0"])
+        time.sleep(0.05)
+        assert not late.done() and bank.resident == ("a0",)
+        close(answer(bank.model, names)[0], alone(tmp_path / "a0"))
+    for name, found in (("a2", large), ("a0", late)):
+        close(found.result(PATIENCE)[0], alone(tmp_path / name))
+    assert bank.stats.evictions == 3 and bank.stats.bytes <= bank.budget_bytes
+
+
 def test_two_that_fill_the_budget_take_turns(bank, threads, tmp_path):
     for name in ("a1", "a2"):
         bank.load(name).result()

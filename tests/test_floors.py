@@ -50,7 +50,7 @@ FLOORS = (
         *("warm_start", "tracking", "task_losses", "training_data"),
     ),
     ("batching",),
-    ("evaluation", "merge", "processes", "serving", "trainable", "resuming"),
+    ("evaluation", "inventory", "merge", "processes", "serving", "trainable", "resuming"),
     ("validation",),
     ("train", "combine"),
     ("comparison", "sweep", "planning"),

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 import fastlora
-from fastlora.peft import FusedLinear, known, obstacles
+from fastlora.peft import FusedLinear, known, mixed, obstacles
 from fastlora.peft.known import ACTIVE, MIXED, find, plan_call
 
 K, N = 8, 6
@@ -97,6 +97,27 @@ def test_every_change_is_seen(change: str, names: Any) -> None:
     assert plan == expected if isinstance(plan, str) else plan.is_as(expected)
     if names is None or "active" not in change:
         assert plan is not before[1]
+
+
+def test_who_vouches_for_a_layer_is_believed_until_he_says_something_else() -> None:
+    def names(since: object) -> mixed.RowNames:
+        handed_out = mixed.RowNames(NAMES, [1] * len(NAMES))
+        handed_out.since = since
+        return handed_out
+
+    layer, first, second = layer_of(), object(), object()
+    plan = plan_call(layer, X, names(first))[1]
+    layer.lora_A["default"].register_forward_hook(hook)
+    assert plan_call(layer, X, names(first))[1] is plan
+    for since in (None, second):
+        assert find(layer, X, names(since)) is None
+        assert isinstance(plan_call(layer, X, names(since))[1], str)
+    layer = layer_of()
+    plan = plan_call(layer, X, names(None))[1]
+    assert plan_call(layer, X, names(first))[1] is plan, "looked at, and as it was"
+    layer.lora_A["default"].register_forward_hook(hook)
+    assert plan_call(layer, X, names(first))[1] is plan and find(layer, X, NAMES) is None
+    assert find(layer, X.double(), names(first)) is None, "of x nobody has vouched for anything"
 
 
 def magnitudes(layer: Any) -> Any:

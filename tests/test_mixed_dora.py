@@ -10,8 +10,8 @@ from peft_models import IDS, logits, q_proj, reason_of
 from torch import nn
 
 import fastlora
-from fastlora.operators import lora_linear
-from fastlora.peft import mixed
+from fastlora.operators import dora_factor, lora_linear
+from fastlora.peft import mixed, obstacles
 from fastlora.peft.layers import SEEN
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
@@ -154,6 +154,37 @@ def test_what_is_kept_follows_the_adapters() -> None:
             q_proj(each).base_layer.weight.mul_(1.5)
     expected = row_by_row(peer, names)["logits"]
     torch.testing.assert_close(logits(model, adapter_names=names), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_norms_stay_when_the_names_of_a_batch_are_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another list of names is another plan, of the same adapters: only those are computed that no plan had, or whose W, A or B are others."""
+    model = lora_and_dora().eval()
+    peer = copy.deepcopy(model)
+    fastlora.accelerate(model)
+    seen, own = [], dora_factor.compute
+    monkeypatch.setattr(dora_factor, "compute", lambda *given: seen.append(given) or own(*given))
+    layers = sum("dora" in getattr(layer, "lora_magnitude_vector", ()) for layer in model.modules())
+
+    def run(*names: str) -> int:
+        before = len(seen)
+        torch.testing.assert_close(
+            logits(model, adapter_names=names), row_by_row(peer, names)["logits"].detach(), rtol=1e-4, atol=1e-5
+        )
+        return len(seen) - before
+
+    assert run("dora", BASE, "default") == layers
+    assert run("default", "dora", "dora") == run("dora", "dora", "dora") == run(BASE, BASE, BASE) == 0
+    assert 0 < run("small", "dora", BASE) < layers, "those of the other alone"
+    for each in (model, peer):
+        linear = q_proj(each).lora_A["dora"]
+        linear.weight = nn.Parameter(linear.weight.detach() * 3)
+    assert run("dora", BASE, "default") == 1
+    for each in (model, peer):
+        q_proj(each).base_layer.weight = nn.Parameter(q_proj(each).base_layer.weight * 2, requires_grad=False)
+    assert run("dora", BASE, "default") == 1 and run("default", "small", BASE) == 1
+    assert obstacles.NORMS not in q_proj(copy.deepcopy(model)).__dict__
+    model.delete_adapter("small")
+    assert obstacles.NORMS not in q_proj(model).__dict__
 
 
 def test_layers_that_share_x_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:

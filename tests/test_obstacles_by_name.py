@@ -306,11 +306,11 @@ def test_biases_that_may_be_trained() -> None:
     layer.scaling["default"] = 3
     plan = plan_of(layer)
     assert isinstance(plan, Plan) and plan.bias is None
-    assert [(id(bias), scale) for bias, scale in plan.added] == [
-        (id(layer.base_layer.bias), 1.0),
-        (id(layer.lora_B["default"].bias), 3.0),
+    assert [(id(one.bias), one.scale, one.place) for one in plan.added] == [
+        (id(layer.base_layer.bias), 1.0, None),
+        (id(layer.lora_B["default"].bias), 3.0, 0),
     ]
-    assert plan_of(layer, mixed=True) == "a mixed batch has a trained bias"
+    assert plan_of(layer, mixed=True).added == plan.added
     assert plan_of(make_dora(), mixed=True).magnitude.keys() == {0}
     layer.base_layer.bias.requires_grad_(False)
     assert plan_of(layer).bias is layer.base_layer.bias and len(plan_of(layer).added) == 1

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from fastlora.adapters import AdapterError
 from fastlora.bank import AdapterBank
 from fastlora.serving.adapters import NoRoom
-from fastlora.serving.engine import Engine, EngineError, Request
+from fastlora.serving.engine import MOST_PASSED, Engine, EngineError, Request
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +157,32 @@ def test_who_is_kept_meanwhile_may_be_in_the_way(engine: Engine, monkeypatch: py
         adapters.is_there(names[0])
     for name in names:
         adapters.release(name)
+
+
+def test_one_that_finds_no_room_is_not_passed_for_ever(folder: Path, sizes: dict[str, int]) -> None:
+    """Of many rows whose small adapter is never let go, no more than MOST_PASSED go before the one that wants the large one's room."""
+    budget = sizes["blue"] + sizes["red"] - 1
+    with served.running(
+        served.load(folder, max_adapter_bytes=budget, max_rows=3, max_length=64, max_queue=300)
+    ) as engine:
+        ended: list[str] = []
+        heard = [served.Heard() for _ in range(4 * MOST_PASSED)]
+        names = ["red", "red", "blue", *["red", served.BASE] * (2 * MOST_PASSED - 1)][: len(heard)]
+
+        def noted(listener: served.Heard, name: str) -> Any:
+            def hear(news: Any) -> None:
+                if getattr(news, "finish", None) is not None:
+                    ended.append(name)
+                listener(news)
+
+            return hear
+
+        for i, (one, name) in enumerate(zip(heard, names, strict=True)):
+            engine.submit(Request([5, 6], name, 3 + i % 4), noted(one, name))
+        assert {one.answer()[1] for one in heard} == {"length"}
+    place = ended.index("blue")
+    assert ended[:place].count("red") <= 2 + MOST_PASSED + 3 and len(ended) == len(names)
+    assert place < len(ended) - MOST_PASSED, "many reds are left"
 
 
 def wait_until(is_so: Any) -> None:

@@ -15,7 +15,6 @@ import pytest
 import served
 import tiny
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
 from typer.testing import CliRunner
 
 from fastlora.cli import app
@@ -115,31 +114,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("served")
     served.save(found)
     return found
-
-
-def test_a_folder_of_adapters_and_nothing_else(folder: Path, tmp_path: Path) -> None:
-    assert list(server.adapter_folders(folder / "adapters")) == ["blue", "green", "red"]
-    with pytest.raises(FileNotFoundError, match="adapters=.*nowhere: there is no such folder"):
-        server.adapter_folders(tmp_path / "nowhere")
-    with pytest.raises(ValueError, match="this is an adapter's own folder, expected one with such folders in it"):
-        server.adapter_folders(folder / "adapters" / "red")
-    with pytest.raises(ValueError, match="no folder in it has an adapter_config.json"):
-        server.adapter_folders(folder)
-
-
-@pytest.mark.parametrize(
-    ("config", "problem"),
-    [
-        (LoraConfig(target_modules=["q_proj"], use_dora=True), "it is a DoRA"),
-        (LoraConfig(target_modules=["q_proj"], lora_bias=True), "it has trained biases"),
-        (IA3Config(target_modules=["k_proj"], feedforward_modules=[]), "it is of IA3"),
-    ],
-)
-def test_an_adapter_that_shares_no_batch_is_refused(folder: Path, tmp_path: Path, config: Any, problem: str) -> None:
-    model = tiny.llama(vocab_size=len(tiny.tokenizer()), tie_word_embeddings=False)
-    get_peft_model(model, config).save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match=f"adapters=.*other: {problem}, expected plain LoRA"):
-        server.load_engine(str(folder / served.BASE), tmp_path)
 
 
 def test_names_and_lengths(folder: Path, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from fastlora.operators import dora_factor, lora_linear, scale_columns
 from fastlora.operators.frozen_linear import frozen_linear
 from fastlora.operators.lora_cross_entropy import lora_cross_entropy
 from fastlora.operators.lora_linear import RowGroups
-from fastlora.peft.obstacles import Plan
+from fastlora.peft.obstacles import Added, Plan
 
 
 def compute_dora(
@@ -59,8 +59,11 @@ def _updated(plans: Sequence[Plan], x: Tensor, cast: torch.dtype | None, rows: R
 def _scaled(plan: Plan, u: Tensor, rows: RowGroups | None, bias: Tensor | None) -> Tensor:
     """c ∘ u + b."""
     bias = None if bias is None else bias.to(u.dtype)
-    factors = {i: _factor(plan, i) for i in plan.magnitude}
-    return scale_columns.apply(u, factors[0], bias) if rows is None else scale_rows(u, factors, rows, bias)
+    if rows is None:
+        return scale_columns.apply(u, _factor(plan, 0), bias)
+    sizes = rows.apart(len(rows_of(u)))[2]
+    factors = {i: _factor(plan, i) for i in plan.magnitude if sizes[i + 1]}  # a plan may have adapters without a row
+    return scale_rows(u, factors, rows, bias)
 
 
 def _factor(plan: Plan, place: int) -> Tensor:
@@ -96,11 +99,28 @@ def _apart(x: Tensor, rows: RowGroups, change: Callable[[Tensor, int], Tensor]) 
     return shaped(torch.cat([change(own, i - 1) for i, own in enumerate(parts)]).index_select(0, inverse), x)
 
 
-def add_biases(y: Tensor, plan: Plan) -> Tensor:
-    """The result with the biases that may be trained; in place."""
-    for bias, scale in plan.added:
-        y = y.add_(bias if scale == 1.0 else bias * scale)
-    return y
+def add_biases(y: Tensor, plan: Plan, rows: RowGroups | None) -> Tensor:
+    """The result with the biases that may be trained; in place, but for those of a mixed batch's adapters. rows: of a mixed batch."""
+    of_adapters = {} if rows is None else {one.place: one for one in plan.added if one.place is not None}
+    for one in plan.added:
+        if one.place not in of_adapters:
+            y = y.add_(_scaled_bias(one))
+    return _add_by_row(y, of_adapters, rows) if rows is not None and of_adapters else y
+
+
+def _scaled_bias(one: Added) -> Tensor:
+    return one.bias if one.scale == 1.0 else one.bias * one.scale
+
+
+@torch._disable_dynamo
+def _add_by_row(y: Tensor, of_adapters: Mapping[int, Added], rows: RowGroups) -> Tensor:
+    """Each row with the bias of its own adapter."""
+
+    def change(own: Tensor, adapter: int) -> Tensor:
+        one = of_adapters.get(adapter)
+        return own if one is None else (own + _scaled_bias(one)).to(own.dtype)
+
+    return _apart(y, rows, change)
 
 
 def head_obstacle(plan: Plan) -> str | None:

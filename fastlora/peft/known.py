@@ -2,8 +2,9 @@
 
 A plan holds as long as all that it was read from is as it was: the same modules, parameters and numbers in the same places, still without hooks,
 still frozen and of the same dtypes and shapes. csrc looks at all that again before each call (`unchanged.h`), in a tenth of the time; where anything
-has changed, the plan is made anew. Nothing tells the layer of a change, so that none can be missed. Without the native extension every call makes
-its plan.
+has changed, the plan is made anew. Nothing tells the layer of a change, so that none can be missed; but who hands out a batch's names, and has the
+model to himself as a server has, may vouch that there was none since the last (`mixed.RowNames.since`). Without the native extension every call
+makes its plan.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from torch.autograd import forward_ad
 
 from fastlora import checks
 from fastlora.frozen.quantised import QuantisedWeight
-from fastlora.peft import obstacles
+from fastlora.peft import mixed, obstacles
 from fastlora.peft.obstacles import Plan
 
 try:
@@ -45,6 +46,7 @@ class Known(NamedTuple):
     state: tuple[tuple[Any, ...], ...]
     used: Sequence[str]
     plan: Plan
+    since: object | None  # of the names, when all that was looked at last
 
 
 class _State:
@@ -162,7 +164,18 @@ def find(layer: nn.Module, x: Any, names: AdapterNames) -> Known | None:
     cast = checks.autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
     if cast is not known.cast or (names is not known.names and names != known.names):
         return None
-    return known if unchanged is not None and unchanged(*known.state) else None
+    since = _since(names)
+    if since is not None and since is known.since:
+        return known
+    if unchanged is None or not unchanged(*known.state):
+        return None
+    if since is not None:
+        known = layer.__dict__[MIXED] = known._replace(since=since)
+    return known
+
+
+def _since(names: AdapterNames) -> object | None:
+    return names.since if isinstance(names, mixed.RowNames) else None
 
 
 def plan_call(layer: Any, x: Any, names: AdapterNames) -> tuple[Sequence[str], Plan | str]:
@@ -178,12 +191,16 @@ def plan_call(layer: Any, x: Any, names: AdapterNames) -> tuple[Sequence[str], P
         state = _state_of(layer, names, used)
         cast = checks.autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
         if state is not None:
-            known = Known(layer, names, x.dtype, x.device, x.shape[-1], cast, state, used, plan)
+            known = Known(layer, names, x.dtype, x.device, x.shape[-1], cast, state, used, plan, _since(names))
             layer.__dict__[ACTIVE if names is None else MIXED] = known
     return used, plan
 
 
-def forget(layer: nn.Module) -> None:
-    """Let go of what the layer knows, and of the weights in it."""
+def forget(layer: nn.Module, adapter: str | None = None) -> None:
+    """Let go of what the layer knows, and of the weights in it. adapter: the one that goes; None: of all, their norms, too."""
     for name in (ACTIVE, MIXED):
         layer.__dict__.pop(name, None)
+    if adapter is None:
+        layer.__dict__.pop(obstacles.NORMS, None)
+    else:
+        layer.__dict__.get(obstacles.NORMS, {}).pop(adapter, None)

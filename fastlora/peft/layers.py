@@ -19,7 +19,7 @@ SEEN, OWN_FORWARD = "_fastlora_seen", "_fastlora_own_forward"
 """Under which a layer's `__dict__` has its last calls, for `report`."""
 
 
-NOT_COPIED = (siblings.KEY, known.ACTIVE, known.MIXED)
+NOT_COPIED = (siblings.KEY, known.ACTIVE, known.MIXED, obstacles.NORMS)
 """What a copy or a pickle of a layer leaves out of its `__dict__`."""
 
 
@@ -141,7 +141,7 @@ class Fused(mixed.ByRow, _Layer):
         losses: [n]; out: the rows' own.
         """
         used = obstacles.used_adapters(self, None)
-        plan = obstacles.plan_call(self, hidden, used, mixed=False)
+        plan = obstacles.plan_call(self, hidden, used, is_mixed=False)
         if isinstance(plan, str):
             raise ValueError(f"hidden: {plan}")
         loss = composed.cross_entropy(plan, hidden, labels, losses)
@@ -211,7 +211,8 @@ def compute(plans: Sequence[Plan], x: Tensor, used: Sequence[str], names: known.
     """The results of layers that share x and, in a mixed batch, the adapters of its rows."""
     ys = _compute_updates(plans, x, used, names)
     if any(plan.added for plan in plans):
-        return [composed.add_biases(y, plan) for y, plan in zip(ys, plans, strict=True)]
+        rows = None if names is None else mixed.groups_of(names, used, x)
+        return [composed.add_biases(y, plan, rows) for y, plan in zip(ys, plans, strict=True)]
     return ys
 
 

@@ -53,6 +53,9 @@ class RowNames(tuple[str, ...]):
 
     lengths: Sequence[int]
     examples: Sequence[str]
+    since: object | None = (
+        None  # by who hands them out: as long as it is the same object, nobody has changed a layer or its adapters
+    )
     _groups: dict[Any, RowGroups]
 
     def __new__(cls, examples: Sequence[str], lengths: Sequence[int]) -> Self:

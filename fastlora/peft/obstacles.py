@@ -4,6 +4,7 @@ nn.Module looks for parameters and children last. Reading `_parameters` and `_mo
 """
 
 import operator
+import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from fastlora.choice.table import name_of
 from fastlora.frozen import packed
 from fastlora.frozen.quantised import QuantisedWeight
 from fastlora.operators.dora_factor import KeptNorm
-from fastlora.peft import probing, quantised
+from fastlora.peft import mixed, probing, quantised
 
 GLOBAL_HOOKS = (
     nn_module._global_forward_hooks,
@@ -68,6 +69,14 @@ def multiplied(base: Any, dtype: torch.dtype | None = None) -> Tensor:
     return found.weight(dtype) if isinstance(found, quantised.Base) else parameter(base, "weight")
 
 
+class Added(NamedTuple):
+    """A bias that may be trained, and is added to the result."""
+
+    bias: Tensor  # [N]
+    scale: float  # what it is multiplied by before
+    place: int | None  # of the adapter whose B has it, in the plan's lists; None: the base layer's own
+
+
 class Plan(NamedTuple):
     """What the operator takes for one layer besides x; the lists have an entry an adapter."""
 
@@ -79,10 +88,8 @@ class Plan(NamedTuple):
     scale: list[float]
     dropout_p: list[float]
     magnitude: dict[int, Tensor]  # m [N] of each adapter that is a DoRA, by its place in the lists
-    norm: dict[int, KeptNorm]  # of each of them: kept as long as the plan is
-    added: list[
-        tuple[Tensor, float]
-    ]  # biases [N] that may be trained, and what each is multiplied by before it is added to the result
+    norm: dict[int, KeptNorm]  # of each of them: the layer's own, whatever plan it is in
+    added: list["Added"]
 
     @property
     def linear_weight(self) -> Tensor:  # [N, K]
@@ -91,7 +98,14 @@ class Plan(NamedTuple):
     def is_as(self, other: "Plan") -> bool:
         """Whether another plan, for the same x, has the same result."""
         mine, its = (
-            (plan.weight, plan.bias, *plan.lora_a, *plan.lora_b, *plan.magnitude.values(), *(b for b, _ in plan.added))
+            (
+                plan.weight,
+                plan.bias,
+                *plan.lora_a,
+                *plan.lora_b,
+                *plan.magnitude.values(),
+                *(one.bias for one in plan.added),
+            )
             for plan in (self, other)
         )
         same_numbers = (self.scale, self.dropout_p) == (other.scale, other.dropout_p)
@@ -120,7 +134,7 @@ def plan_of_base(layer: nn.Module) -> Plan | str:
     obstacle = weight_obstacle(weight, None if is_trained else bias)
     if obstacle is None and is_hooked(base):
         return "the base layer carries a hook"
-    trained = [(bias, 1.0)] if is_trained else []
+    trained = [Added(bias, 1.0, None)] if is_trained else []
     return obstacle or Plan(
         weight, None if is_trained else bias, isinstance(base, Conv1D), [], [], [], [], {}, {}, trained
     )
@@ -162,7 +176,8 @@ def add_adapter(plan: Plan, layer: Any, adapter: str) -> str | None:
         if type(magnitude) is not DoraLinearLayer or is_hooked(magnitude):
             return f"adapter {adapter!r} has a {type(magnitude).__name__} for its magnitudes, or a hook there"
         own: Any = magnitude._parameters["weight"]
-        plan.magnitude[len(plan.lora_a)], plan.norm[len(plan.lora_a)] = own, KeptNorm()
+        plan.magnitude[len(plan.lora_a)] = own
+        plan.norm[len(plan.lora_a)] = _norm_of(layer, adapter, (plan.weight, a, b))
         drops = drops and layer.training  # PEFT asks both
     plan.lora_a.append(a)
     plan.lora_b.append(b)
@@ -170,8 +185,23 @@ def add_adapter(plan: Plan, layer: Any, adapter: str) -> str | None:
     plan.dropout_p.append(dropout.p if drops else 0.0)
     bias = parameter(lora_b, "bias")
     if bias is not None:  # lora_bias
-        plan.added.append((bias, float(scale)))
+        plan.added.append(Added(bias, float(scale), len(plan.lora_a) - 1))
     return None
+
+
+NORMS = "_fastlora_norms"
+"""Under which a layer's `__dict__` has the norms of its DoRA adapters, by name, and of which tensors they are."""
+
+
+def _norm_of(layer: Any, adapter: str, tensors: tuple[Tensor, Tensor, Tensor]) -> KeptNorm:
+    """Where a DoRA's norms are kept from plan to plan, as long as its W, A and B are these."""
+    if torch.compiler.is_compiling() or not isinstance(layer, mixed.ByRow):  # PEFT's own layers stay as they are
+        return KeptNorm()
+    norms: dict[str, tuple[tuple[weakref.ref[Tensor], ...], KeptNorm]] = layer.__dict__.setdefault(NORMS, {})
+    found = norms.get(adapter)
+    if found is None or any(seen() is not one for seen, one in zip(found[0], tensors, strict=True)):
+        found = norms[adapter] = tuple(map(weakref.ref, tensors)), KeptNorm()
+    return found[1]
 
 
 def used_adapters(layer: Any, adapter_names: Sequence[str] | None) -> list[str]:
@@ -212,8 +242,8 @@ def input_obstacle(x: Any) -> str | None:
     return None
 
 
-def plan_call(layer: Any, x: Any, used: Sequence[str], mixed: bool) -> Plan | str:
-    """The plan of a call of a LoRA layer with x and these adapters, or why it runs PEFT's own forward. mixed: each row has an adapter of its own."""
+def plan_call(layer: Any, x: Any, used: Sequence[str], is_mixed: bool) -> Plan | str:
+    """The plan of a call of a LoRA layer with x and these adapters, or why it runs PEFT's own forward. is_mixed: each row has its own."""
     plan = lasting_plan(layer, used)
     if isinstance(plan, str):
         return plan
@@ -235,17 +265,15 @@ def plan_call(layer: Any, x: Any, used: Sequence[str], mixed: bool) -> Plan | st
             return f"the adapter is {name_of(a.dtype)} and x is {name_of(dtype)}"
         if a.shape != (R, K) or b.shape != (N, R) or a.device != device or b.device != device:
             return f"an adapter is {checks.shown(a)} and {checks.shown(b)}, and x {checks.shown(x)}"
-    for one in (*plan.magnitude.values(), *(bias for bias, _ in plan.added)):
+    for one in (*plan.magnitude.values(), *(added.bias for added in plan.added)):
         if one.shape != (N,) or one.device != device or one.dtype not in (weight.dtype, torch.float32):
             return f"a magnitude or bias is {checks.shown(one)}, and the weight {checks.shown(weight)}"
-    if mixed and plan.added:
-        return "a mixed batch has a trained bias"
     if len(used) > 1:
-        if plan.magnitude and not mixed:
+        if plan.magnitude and not is_mixed:
             return "several adapters are active, and one is a DoRA"
         if any(a.dtype != plan.lora_a[0].dtype for a in plan.lora_a):
             return "the adapters have different dtypes"
-        if not mixed and any(plan.dropout_p):
+        if not is_mixed and any(plan.dropout_p):
             return "several adapters are active with dropout"
     return plan
 

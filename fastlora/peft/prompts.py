@@ -232,6 +232,26 @@ def kept_keys(model: Any, state: State, found: Prompts) -> list[Keys]:
     return keys
 
 
+def kept_bytes(model: Any, config: Any) -> int:
+    """What `kept_keys` keeps of a prompt of that configuration once it has run; keys and values that a file holds are not kept."""
+    if config.peft_type not in EMBEDDED:
+        return 0
+    sizes, P = model.get_base_model().config.get_text_config(), int(config.num_virtual_tokens)
+    heads = int(getattr(sizes, "num_key_value_heads", None) or sizes.num_attention_heads)
+    width = int(getattr(sizes, "head_dim", None) or sizes.hidden_size // sizes.num_attention_heads)
+    weight: Tensor = model.word_embeddings.weight
+    prompt = P * weight.shape[1] * torch.float32.itemsize
+    return prompt + 2 * int(sizes.num_hidden_layers) * P * heads * width * weight.dtype.itemsize
+
+
+def forget(model: Any, name: str) -> None:
+    """Let go of what an adapter's prompts left in the model's layers."""
+    state: State | None = model.__dict__.get(KEY)
+    kept = {} if state is None else state.kept
+    for key in [key for key in kept if key[0] == name]:
+        kept.pop(key, None)
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 

@@ -126,7 +126,8 @@ class App:
         if self.engine.adapters.find(wanted.model) is None:
             raise UnknownName(wanted.model)
         tokens, ends = await anyio.to_thread.run_sync(self._encode, wanted, limiter=self._encoding)
-        room = self.engine.max_length - len(tokens)
+        name = self.engine.adapters.find(wanted.model) or ""
+        room = self.engine.max_length - self.engine.adapters.tokens_before(name) - len(tokens)
         asked = Asked(
             tokens=tokens,
             adapter=wanted.model,

@@ -74,6 +74,14 @@ class Batch:
             )
         return found.logits[:, -1].float()
 
+    @torch.inference_mode()
+    def begin(self, slot: int, name: str) -> int:
+        """Let a row's slot begin with its adapter's soft prompt; returns how many places that takes, 0 where there is none."""
+        count = self.adapters.tokens_before(name)
+        if count:
+            self.cache.fill(slot, self.adapters.prompt_of(name))
+        return count
+
     def _mask(self, places: Tensor, reach: int) -> Any:
         """What each token sees, to be added to its scores: [rows, 1, T, reach], or that by the kind of layer."""
         keys = torch.arange(reach, device=places.device)

@@ -17,6 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from fastlora.data.rows import require_count
+from fastlora.layers import BASE
 from fastlora.serving.adapters import Adapters, NoRoom
 from fastlora.serving.batch import Batch
 from fastlora.serving.picking import Picker, pick
@@ -28,6 +29,7 @@ CHUNK = 512  # tokens of new rows' prompts in a turn, padding counted
 PAUSE = 0.005  # seconds, where all that there is to do is to wait for a file
 THREAD = "fastlora-engine"
 LONGEST_WAIT = 60  # seconds that a client is told to wait
+MOST_PASSED = 32  # rows that go before one whose adapter finds no room: then they wait until it does
 
 
 class EngineError(Exception):
@@ -93,12 +95,13 @@ class Row:
     picker: Picker
     words: Words
     asked: float  # time.perf_counter
-    filled: int = 0  # tokens that lie in its slot
+    filled: int = 0  # places of its slot that are, those of a soft prompt among them
     last: int = 0  # the newest token, which does not yet
     count: int = 0  # tokens of the answer
     gone: bool = False  # nobody waits for it any more
     kept: bool = False  # its adapter is on its way into the model, or there, where it stays until the row ends
     tried: int = -1  # how many rows had ended when there was no room for its adapter
+    passed: int = 0  # rows behind it in the queue that went before it since
 
 
 @dataclass
@@ -179,9 +182,10 @@ class Engine:
         name = self.adapters.find(request.adapter)
         if name is None:
             raise UnknownName(request.adapter)
-        asked = len(request.tokens) + request.max_tokens
-        if asked > self.max_length:
-            text = f"{len(request.tokens)} tokens of the prompt and {request.max_tokens} of the answer"
+        before = self.adapters.tokens_before(name)
+        if before + len(request.tokens) + request.max_tokens > self.max_length:
+            own = f"{before} of the adapter's own, " if before else ""
+            text = f"{own}{len(request.tokens)} tokens of the prompt and {request.max_tokens} of the answer"
             raise TooLong(f"{text} are more than the {self.max_length} that a request may have together")
         picker = Picker(request.temperature, request.top_p, request.seed)
         words = Words(self.tokenizer, request.stop)
@@ -255,14 +259,32 @@ class Engine:
         """Of those that wait, in turn, as many as have room and their adapters; a row that fills a turn alone becomes the long one."""
         with self._changed:
             first = list(itertools.islice(self._waiting, self.max_rows - len(self._under_way)))
-        ready = [row for row in first if self._has_adapter(row)]
+        ready = self._ready(first)
         if ready and len(ready[0].request.tokens) > CHUNK:
             self._long = ready[0]
         taken = [] if self._long is not None else _beside(ready)
+        gone = {*taken, *filter(None, [self._long])}
         with self._changed:
-            for row in (*taken, *filter(None, [self._long])):
+            for row in gone:
                 self._waiting.remove(row)
+        for i, row in enumerate(first):
+            if row.tried >= 0:
+                row.passed += sum(one in gone for one in first[i + 1 :])
         return taken
+
+    def _ready(self, rows: Sequence[Row]) -> list[Row]:
+        """Of these, in turn, those whose adapters are there; none behind one that has waited long enough for room, but the base's."""
+        ready, is_waited_for = [], False
+        for row in rows:
+            if is_waited_for and row.name != BASE:
+                if row.kept:
+                    self.adapters.release(row.name)
+                    row.kept = False
+            elif self._has_adapter(row):
+                ready.append(row)
+            else:
+                is_waited_for |= row.tried >= 0 and row.passed >= MOST_PASSED
+        return ready
 
     def _has_adapter(self, row: Row) -> bool:
         """Whether the adapter of a row that waits is in the model, to stay; it is sent for. A row whose adapter cannot be had hears of it."""
@@ -296,10 +318,12 @@ class Engine:
 
     def _take_in_a_part(self, row: Row) -> None:
         """The next part of a long prompt; with the last one the row joins the others."""
-        logits = self._step(self.max_rows, [row], [list(row.request.tokens[row.filled : row.filled + CHUNK])])
+        before = self.adapters.tokens_before(row.name)
+        first = max(row.filled - before, 0)
+        logits = self._step(self.max_rows, [row], [list(row.request.tokens[first : first + CHUNK])])
         if logits is None:
             self._long = None
-        elif row.filled == len(row.request.tokens):
+        elif row.filled == before + len(row.request.tokens):
             self._batch.cache.move(self.max_rows, len(self._under_way), row.filled)
             self._long = None
             self._under_way.append(row)
@@ -315,6 +339,8 @@ class Engine:
         """A step of the model; None where it has failed, which these rows have heard then."""
         begun = time.perf_counter()
         try:
+            for slot, row in enumerate(rows, first):
+                row.filled = row.filled or self._batch.begin(slot, row.name)
             logits = self._batch.step(first, tokens, [row.filled for row in rows], [row.name for row in rows])
         except Exception as error:  # of any kind: out of memory, an adapter that went away
             logger.exception("a step of %d rows has failed", len(rows))

@@ -13,7 +13,7 @@ from typing import Any
 from peft import LoraConfig, get_peft_model
 
 from fastlora import adapters as adapter_files
-from fastlora.bank import AdapterBank
+from fastlora.bank import METHODS, AdapterBank
 from fastlora.generation import end_tokens
 from fastlora.layers import BASE
 from fastlora.models import load_model, positions
@@ -25,6 +25,9 @@ DEFAULT_LENGTH = 2048
 OWN = "fastlora-server"
 """Of the adapter that a model has before its first one is read."""
 
+SERVED = tuple(name for name in METHODS if name != "MULTITASK_PROMPT_TUNING")
+"""The methods whose rows can share a batch, all of one folder's of the same; a prompt of several tasks has none of its own for a request."""
+
 LINGERING = 120  # seconds that answers under way get to end, once the server is told to
 
 
@@ -32,24 +35,6 @@ def require_web() -> None:
     """Raise ImportError, which says what to type, where the web framework is not installed."""
     if missing := [name for name in ("starlette", "uvicorn") if importlib.util.find_spec(name) is None]:
         raise ImportError(f"it needs {' and '.join(missing)}: pip install 'fastlora-kernels[serve]'")
-
-
-def adapter_folders(folder: str | Path) -> dict[str, Path]:
-    """The adapters in a folder, by the names of their own folders.
-
-    Raises:
-        FileNotFoundError: there is no such folder.
-        ValueError: it is an adapter's own, or has none in it.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"adapters={folder}: there is no such folder")
-    if adapter_files.is_adapter(folder):
-        raise ValueError(f"adapters={folder}: this is an adapter's own folder, expected one with such folders in it")
-    found = {one.name: one for one in sorted(folder.iterdir()) if adapter_files.is_adapter(one)}
-    if not found:
-        raise ValueError(f"adapters={folder}: no folder in it has an {adapter_files.CONFIG}")
-    return found
 
 
 def load_engine(
@@ -64,7 +49,8 @@ def load_engine(
     allow_missing: bool = False,
     allow_noop: bool = False,
 ) -> Engine:
-    """The engine of a base and the LoRA adapters in a folder, accelerated; it is not started.
+    """The engine of a base and the adapters in a folder, accelerated; it is not started. They are of one method, one of SERVED: plain LoRA, rsLoRA,
+    DoRA and such with biases of B (`lora_bias`) together, or IA³, or one kind of soft prompts.
 
     Args:
         model: the base: a folder, whose own name it is asked for by, or a hub id, which is its name.
@@ -86,13 +72,14 @@ def load_engine(
     if allow_missing and max_adapter_bytes is not None:
         raise ValueError("allow_missing=True: expected no max_adapter_bytes, a bank takes whole adapters only")
     base = Path(model).resolve().name if Path(model).is_dir() else model
-    folders = {} if adapters is None else adapter_folders(adapters)
+    folders = {} if adapters is None else adapter_files.folders_in(adapters, "adapters")
     for name in (base, BASE):
         if name in folders:
             raise ValueError(f"adapters={folders[name]}: its name is the base model's: rename one of the folders")
     configs = [adapter_files.read_config(folder / adapter_files.CONFIG) for folder in folders.values()]
-    for folder, config in zip(folders.values(), configs, strict=True):
-        _require_mixable(folder, config)
+    by_folder = dict(zip(folders.values(), configs, strict=True))
+    for folder, config in by_folder.items():
+        _require_mixable(folder, config, by_folder)
     # PEFT's names have no dots, and none that torch's modules have.
     inner = {name: f"adapter-{i}" for i, name in enumerate(folders)}
     paths = {inner[name]: folder for name, folder in folders.items()}
@@ -108,8 +95,18 @@ def load_engine(
     length = min(most, DEFAULT_LENGTH) if max_length is None else max_length
     if length > most:
         raise ValueError(f"max_length={length}: the model has positions for {most}")
-    names = Adapters(base, inner, loaded if inner else None, bank)
-    return Engine(loaded, tokenizer, names, max_rows=max_rows, max_length=length, max_queue=max_queue)
+    prompts = {
+        name: one.num_virtual_tokens for name, one in zip(folders, configs, strict=True) if one.is_prompt_learning
+    }
+    names = Adapters(base, inner, loaded if inner else None, bank, prompts)
+    by_row = [folder for folder, one in by_folder.items() if one.peft_type == "IA3" or getattr(one, "use_dora", False)]
+    if by_row and not names.are_by_row:
+        kind = "IA³" if by_folder[by_row[0]].peft_type == "IA3" else "a DoRA"
+        raise ValueError(
+            f"adapters={by_row[0]}: it is {kind}, which shares a batch only where every adapted module of all adapters is a fused linear layer"
+        )
+    own = loaded.get_base_model() if prompts else loaded
+    return Engine(own, tokenizer, names, max_rows=max_rows, max_length=length, max_queue=max_queue)
 
 
 def start_engine(*args: Any, **options: Any) -> Engine:
@@ -138,27 +135,37 @@ def _with_bank(
     model: Any, folders: Mapping[str, Path], first: Any, budget_bytes: int, allow_noop: bool
 ) -> tuple[Any, AdapterBank]:
     """The model with the layers of all these adapters and none of them, and the bank that has their names."""
-    own = LoraConfig(r=1, target_modules=copy.copy(first.target_modules), task_type="CAUSAL_LM", inference_mode=True)
-    model = get_peft_model(model, own, adapter_name=OWN)  # of B zero; nobody asks for it
+    # Of B zero, or as small as one of that method is; nobody asks for it.
+    own: Any = copy.deepcopy(first)
+    own.inference_mode = True
+    if first.peft_type == "LORA":
+        own = LoraConfig(r=1, target_modules=first.target_modules, task_type="CAUSAL_LM", inference_mode=True)
+    elif first.is_prompt_learning:
+        own.num_virtual_tokens = 1
+    model = get_peft_model(model, own, adapter_name=OWN)
     bank = AdapterBank(model.eval(), budget_bytes=budget_bytes, allow_noop=allow_noop)
     for name, folder in folders.items():
         bank.register(name, folder)
     return model, bank
 
 
-def _require_mixable(folder: Path, config: Any) -> None:
-    """Raise ValueError unless rows of this adapter can share a batch with others'."""
+def _require_mixable(folder: Path, config: Any, by_folder: Mapping[Path, Any]) -> None:
+    """Raise ValueError unless rows of this adapter can share a batch with the others'."""
+    first, method = next(iter(by_folder)), config.peft_type.value
     problem = None
-    if config.peft_type != "LORA":
-        problem = f"it is of {config.peft_type.value}"
-    elif config.use_dora:
-        problem = "it is a DoRA"
-    elif config.bias != "none" or config.lora_bias:
-        problem = "it has trained biases"
+    if method not in SERVED:
+        problem = f"it is of {method}, expected {', '.join(SERVED[:-1])} or {SERVED[-1]}: others share no batch"
+    elif config.peft_type != by_folder[first].peft_type:
+        problem = (
+            f"it is of {method}, and {first} of {by_folder[first].peft_type.value}: a model has adapters of one method"
+        )
+    elif config.is_prompt_learning and config.task_type != "CAUSAL_LM":
+        problem = f"task_type={config.task_type}: expected CAUSAL_LM of a soft prompt"
     elif getattr(config, "alora_invocation_tokens", None):
-        problem = "it begins within a prompt (alora_invocation_tokens)"
+        problem = "it begins within a prompt (alora_invocation_tokens), and so shares no batch"
     if problem:
-        raise ValueError(f"adapters={folder}: {problem}, expected plain LoRA: others share no batch")
+        raise ValueError(f"adapters={folder}: {problem}")
+    adapter_files.require_an_untouched_base(adapter_files.Adapter(folder, config, {}, {}))
 
 
 def serve(

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from fastlora.sharing import Keys
+
 
 @dataclass(frozen=True)
 class Aim:
@@ -47,6 +49,13 @@ class Slots(Cache):
         """Copy a row's first places to another slot."""
         for part in self._parts():
             part[target, :, :places] = part[source, :, :places]
+
+    @torch.inference_mode()
+    def fill(self, slot: int, keys: Keys) -> None:
+        """Write the first places of a row: of each layer a key and a value [1, heads, places, D]."""
+        sides = [side for layer in keys for side in layer]
+        for part, side in zip(self._parts(), sides, strict=True):
+            part[slot, :, : side.shape[2]] = side[0]
 
     @torch.inference_mode()
     def clear(self, slot: int) -> None:
