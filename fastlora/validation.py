@@ -21,12 +21,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from fastlora import checkpoint, metrics, processes, tracking, trainable, writing
+from fastlora import checkpoint, metrics, processes, tracking, trainable, training_data, writing
 from fastlora.checkpoint import Checkpoint, CheckpointError
 from fastlora.config import TrainConfig
 from fastlora.course import TrainingError, digest, named_writing
 from fastlora.data.examples import Columns, Sources, read_examples
-from fastlora.data.rows import Encoded, Row, batches, encode, reference
+from fastlora.data.rows import Encoded, Row, batches, reference
 from fastlora.evaluation import labels, scores, total_loss
 from fastlora.frozen import packed
 from fastlora.generation import answer, leave_room
@@ -84,8 +84,8 @@ class Validation:
         kept = (SAMPLES if config.eval_generate else 0) if config.eval_samples is None else config.eval_samples
         kept = min(kept, len(rows))
         self.sampled = [i * len(rows) // kept for i in range(kept)]
-        known = {tuple(row.input_ids) for row in data}
-        if leaked := sum(tuple(row.input_ids) in known for row in rows):
+        known = {tuple(map(tuple, row.sides)) for row in data}
+        if leaked := sum(tuple(map(tuple, row.sides)) in known for row in rows):
             text = "eval_data: %d of its %d rows are also in data: what is measured on those is memory"
             logger.warning(text, leaked, len(rows))
         self.references: list[str] = []
@@ -101,15 +101,7 @@ class Validation:
     def _read(self, data: Sources | None, columns: Columns | None = None) -> Encoded | None:
         if data is None:
             return None
-        given = self.config
-        return encode(
-            read_examples(data, columns=columns),
-            self.tokenizer,
-            given.max_length,
-            given.truncation,
-            train_on_turns=given.train_on_turns,
-            completion_only_loss=given.completion_only_loss,
-        )
+        return training_data.encoded(self.config, read_examples(data, columns=columns), self.tokenizer)
 
     def _require_metric(self) -> None:
         if not self.config.eval_generate:
