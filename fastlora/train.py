@@ -126,7 +126,6 @@ def begin(config: TrainConfig, accelerator: Accelerator, load: Callable[..., Any
     with processes.as_one(accelerator):
         saved = resuming.newest(config) if config.resume else None
         config = warm_start.resolved(config, saved.folder if saved else None)
-        training_data.require_fitting(config)
         tokenizer = load_tokenizer(str(config.model))
         data = training_data.read(config, tokenizer)
     return _Run(config, data, tokenizer, accelerator, saved, load)

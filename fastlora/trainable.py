@@ -30,8 +30,8 @@ def build(
     load: as `load_base`.
 
     Raises:
-        ValueError: a name in target_modules matches nothing, or no layer; an encoder-decoder that does not say what its decoder begins with; compile, and transformers does not say what the layers are;
-            AdapterError: the checkpoint's adapter is none of this model's.
+        ValueError: a name in target_modules matches nothing, or no layer; compile, and transformers does not say what the layers are;
+            an encoder-decoder does not say what its decoder's input begins with; AdapterError: the checkpoint's adapter is none of this model's.
         OSError, ValueError: as `load_base`.
     """
     if config.method in WHOLE:
@@ -222,7 +222,9 @@ def peft_config(model: Any, config: TrainConfig) -> Any:
         return peft.TrainableTokensConfig(token_indices=list(config.token_indices or ()), **options)
     options["num_virtual_tokens"] = config.num_virtual_tokens
     if model.config.is_encoder_decoder and config.method in ("prompt", "ptuning"):
-        options["num_transformer_submodules"] = 1  # before the encoder's input: PEFT makes twice the rows, and uses those
+        options["num_transformer_submodules"] = (
+            1  # before the encoder's input: PEFT makes twice the rows, and uses those
+        )
     if config.method == "prompt":
         text = config.prompt_tuning_init_text
         if text:

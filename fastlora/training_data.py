@@ -49,14 +49,8 @@ def mixture_of(config: TrainConfig) -> Mixture | None:
     return mixed
 
 
-def require_fitting(config: TrainConfig) -> None:
-    """
-    Raises:
-        ValueError: the model is an encoder-decoder, and an option is for causal models alone.
-        OSError, ValueError: as `load_base`, as far as the model's config.json tells.
-    """
-    if not is_encoder_decoder(str(config.model)):
-        return
+def _require_fitting(config: TrainConfig) -> None:
+    """Raise ValueError for an option of a causal model that the encoder-decoder to train has no use for."""
     for name, reason in REFUSED.items():
         value, default = getattr(config, name), type(config).__dataclass_fields__[name].default
         if value != default:
@@ -67,16 +61,19 @@ def read(config: TrainConfig, tokenizer: Any) -> Encoded:
     """The training's rows, and of a mixture their order.
 
     Raises:
+        ValueError: the model is an encoder-decoder, and an option is for causal models alone; told before anything is read.
         OSError, DataError, TypeError, ValueError: as `mixture_of`, `read_examples`, `Task.examples`, `encode` and `Mixture.order`.
     """
+    pairs = is_encoder_decoder(str(config.model))
+    if pairs:
+        _require_fitting(config)
     mixed = mixture_of(config)
     if mixed is None:
         examples = read_examples(
             config.files, columns=config.columns, max_samples=config.max_samples, streaming=config.streaming
         )
     else:
-        length = row_length(tokenizer, is_encoder_decoder(str(config.model)))
-        examples = mixed.examples(config.seed, length, config.max_length)
+        examples = mixed.examples(config.seed, row_length(tokenizer, pairs), config.max_length)
     data = encoded(config, examples, tokenizer)
     return replace(data, order=mixed.order([row.task for row in data.rows], config.seed)) if mixed else data
 

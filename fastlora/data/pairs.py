@@ -1,8 +1,8 @@
 """An encoder-decoder's two sides: the prompt is what its encoder reads, the completion what its decoder is to write.
 
-Each side is framed as the model's tokenizer frames a text of it: T5's ends both with the end token, BART's opens them, too, and mBART's names another
-language on the completion's (`text_target`). A completion ends with the end token in any case. What the decoder's input begins with is the model's own
-business, which shifts the labels. There is no chat template.
+Each side is framed as the model's tokenizer frames a text of it: T5's ends both with the end token, BART's opens them, too, and mBART's names
+another language on the completion's (`text_target`). A completion ends with the end token in any case. What the decoder's input begins with is the
+model's own business, which shifts the labels. There is no chat template.
 """
 
 from typing import Any

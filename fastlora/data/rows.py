@@ -23,8 +23,8 @@ A row of more than `max_length` tokens is cut as `truncation` says:
 - completion: the row loses its end. It trains all the same, if a part of its completion is left: TRL's keep_start.
 - drop: the row is left out.
 
-An encoder-decoder's row has two sides (pairs.py), each of at most `max_length` tokens: a prompt that is longer is cut by `prompt` alone, a completion by
-`prompt` and `completion`; else the row is left out.
+An encoder-decoder's row has two sides (pairs.py), each of at most `max_length` tokens: a prompt that is longer is cut by `prompt` alone, a completion
+by `prompt` and `completion`; else the row is left out.
 """
 
 import logging
@@ -190,7 +190,7 @@ def encode(
 
 
 def row_length(tokenizer: Any, encoder_decoder: bool = False) -> Callable[[Example], int]:
-    """What counts the tokens of an example's row, of an encoder-decoder's longer side, before anything is cut; it raises BadLine where there is no row."""
+    """What counts the tokens of an example's row, or its longer side, before anything is cut; it raises BadLine where there is no row."""
     opening, special = _opening(tokenizer), _special_ids(tokenizer)
 
     def length(example: Example) -> int:
@@ -250,7 +250,7 @@ def _encode(
     return _counting(row, counted, example, whole, tokenizer, special), True
 
 
-def _pair(example: Example, tokenizer: Any) -> Pair:
+def _pair(example: Example, tokenizer: Any) -> Row:
     prompt, answer = pairs.encode(tokenizer, example)
     return Pair(prompt, answer, len(prompt))
 
@@ -612,7 +612,8 @@ def pad_token_id(tokenizer: Any) -> int:
 
 
 def collate(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
-    """One batch padded on the right to its longest row: input_ids, attention_mask, labels, each int64 [rows, width]; labels have a width of their own."""
+    """One batch padded on the right to its longest row: input_ids, attention_mask, labels, each int64 [rows, width]. An encoder-decoder's labels
+    have a width of their own."""
     return {
         "input_ids": _padded([row.input_ids for row in rows], pad),
         "attention_mask": _padded([[1] * len(row.input_ids) for row in rows], 0),
