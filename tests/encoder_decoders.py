@@ -21,20 +21,20 @@ def tokenizer(kind: str) -> Any:
     return tokenizer_kinds.byte_level(False, "<s> $A </s>")
 
 
-def model(kind: str, words: Any, dropout: float = 0.0) -> Any:
+def model(kind: str, words: Any, dropout: float = 0.0, **sizes: Any) -> Any:
     torch.manual_seed(0)
     tokens = {name: getattr(words, name) for name in ("eos_token_id", "pad_token_id")} | {"vocab_size": len(words)}
     if kind == "t5":
         start = {"decoder_start_token_id": words.pad_token_id}
-        return T5ForConditionalGeneration(T5Config(**T5, **tokens, **start, dropout_rate=dropout)).eval()
+        return T5ForConditionalGeneration(T5Config(**{**T5, **sizes}, **tokens, **start, dropout_rate=dropout)).eval()
     start = {"bos_token_id": words.bos_token_id, "decoder_start_token_id": words.eos_token_id}
     return BartForConditionalGeneration(
-        BartConfig(**BART, **tokens, **start, dropout=dropout, forced_eos_token_id=None)
+        BartConfig(**{**BART, **sizes}, **tokens, **start, dropout=dropout, forced_eos_token_id=None)
     ).eval()
 
 
-def save_model(folder: Path, kind: str, dropout: float = 0.0) -> Path:
+def save_model(folder: Path, kind: str, dropout: float = 0.0, **sizes: Any) -> Path:
     words = tokenizer(kind)
-    model(kind, words, dropout).save_pretrained(folder)
+    model(kind, words, dropout, **sizes).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder

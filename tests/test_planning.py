@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import encoder_decoders
 import pytest
 import tiny
 import torch
@@ -158,8 +159,13 @@ def wide_gpt2(folder: Path) -> Path:
     return folder
 
 
+def wide_t5(folder: Path) -> Path:
+    sizes = {"d_model": 512, "d_kv": 64, "num_heads": 8, "d_ff": 1024, "num_layers": 2}
+    return encoder_decoders.save_model(folder, "t5", dropout=0.1, **sizes)
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells what a process holds")
-@pytest.mark.parametrize("make", [wide_llama, wide_gpt2])
+@pytest.mark.parametrize("make", [wide_llama, wide_gpt2, wide_t5])
 def test_the_estimate_is_within_a_quarter_of_the_measured_peak(make, tmp_path):
     """Of a step that takes much more than the process itself, in a process of its own."""
     rows = [{"prompt": row["prompt"] * 8, "completion": row["completion"]} for row in tiny.rows(64)]
