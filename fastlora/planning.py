@@ -228,7 +228,7 @@ def _of_attention_weight(block: nn.Module, model: Any) -> int:
     """Bytes that a block keeps of a weight of its attention, where that drops: of float32 before dropout and after it, what it is made of, and a byte
     of the mask; where it has a bias for each distance: itself."""
     biased = any(hasattr(module, "has_relative_attention_bias") for module in block.modules())
-    if attention_drops(model) or (biased and getattr(model.config, "dropout_rate", 0)):
+    if attention_drops(model) or (biased and getattr(model.config, "dropout_rate", 0.0) > 0):
         return 13
     return 4 * biased
 
