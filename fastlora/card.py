@@ -11,7 +11,7 @@ import yaml
 from fastlora.config import WHOLE
 from fastlora.drawing import UNPRINTABLE
 
-PIPELINE = "text-generation"
+PIPELINES = {"CausalLM": "text-generation", "Seq2SeqLM": "text2text-generation"}
 
 
 def text(summary: Mapping[str, Any], loader: str = "CausalLM") -> str:
@@ -24,7 +24,7 @@ def text(summary: Mapping[str, Any], loader: str = "CausalLM") -> str:
     whole = method in WHOLE
     name = Path(config["output"]).name
     parts = [
-        _front_matter(summary),
+        _front_matter(summary, PIPELINES[loader]),
         f"# {_plain(name)}",
         f"{_what(method)} of {_code(config['model'])}, trained with fastlora on {summary['rows']:,} rows.",
         "## How to load it",
@@ -72,13 +72,13 @@ def _what(method: str) -> str:
     return "A copy with trained biases" if method == "bitfit" else f"An adapter ({method})"
 
 
-def _front_matter(summary: Mapping[str, Any]) -> str:
+def _front_matter(summary: Mapping[str, Any], pipeline: str) -> str:
     config = summary["config"]
     method = config["method"]
     content = {
         "base_model": config["model"],
         "library_name": "transformers" if method in WHOLE else "peft",
-        "pipeline_tag": PIPELINE,
+        "pipeline_tag": pipeline,
         "tags": ["fastlora", method],
         "datasets": list(dict.fromkeys(Path(one["file"]).name for one in summary["data"] if one["option"] == "data")),
         "language": "und",  # ISO 639's for undetermined: nobody has said

@@ -395,11 +395,12 @@ def _seconds(folder: Path) -> list[float]:
 def _steps(config: TrainConfig, given: Comparison, folder: Path) -> int | None:
     """The optimiser steps that the budget is worth."""
     if given.max_tokens is not None:
+        from fastlora.data.rows import count_tokens
         from fastlora.models import load_tokenizer
         from fastlora.training_data import read
 
         rows = read(config, load_tokenizer(str(config.model))).rows
-        mean = sum(len(row.input_ids) for row in rows) / len(rows) * min(config.batch_size, len(rows))
+        mean = count_tokens(rows) / len(rows) * min(config.batch_size, len(rows))
         return max(1, round(given.max_tokens / mean))
     if given.max_seconds is not None:
         from fastlora.train import train
@@ -456,7 +457,8 @@ def _answer_rate(model: Any, tokenizer: Any, given: Comparison) -> float:
 
     room = int(max(2, min(given.max_length, (positions(model) or math.inf) - ANSWER_TOKENS)))
     examples = read_rows(given.told_data, columns=given.columns, length=row_length(tokenizer), max_tokens=room)
-    rows = encode(examples[:ANSWERED], tokenizer, room, "prompt").rows
+    pairs = model.config.is_encoder_decoder
+    rows = encode(examples[:ANSWERED], tokenizer, room, "prompt", encoder_decoder=pairs).rows
     width = min(row.prompt_length for row in rows) or 1  # of plain text, the first token
     ends = [max(row.prompt_length, width) for row in rows]
     ids = torch.tensor(

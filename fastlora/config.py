@@ -191,7 +191,7 @@ class TrainConfig:
         False,
     )
     group_by_length: bool = option("Let a step's rows have like lengths.", False)
-    max_length: int = option("Tokens a row may have.", 512)
+    max_length: int = option("Tokens a row may have, or each side of an encoder-decoder's.", 512)
     truncation: Truncation = option(
         "What a longer row loses: its prompt's oldest tokens, its completion's end, or all.", "prompt"
     )

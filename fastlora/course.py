@@ -71,7 +71,7 @@ class Course:
             order = list(range(len(self.rows)))
             random.Random(f"fastlora {self.config.seed} {epoch}").shuffle(order)
             if self.config.group_by_length:
-                order = lines.group_by_length(order, [len(row.input_ids) for row in self.rows], self.rows_per_step)
+                order = lines.group_by_length(order, [row.tokens for row in self.rows], self.rows_per_step)
             self._order = epoch, order
         chosen = self._order[1][position * self.rows_per_step : (position + 1) * self.rows_per_step]
         return [self.rows[i] for i in chosen]

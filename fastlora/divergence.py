@@ -54,7 +54,7 @@ def blame(model: Any, loss_of: Callable[[Sequence[Row]], Tensor], rows: Sequence
         return [row for row in some if not math.isfinite(loss_of([row]).item())]
 
     def named(some: Iterable[Row]) -> list[str]:
-        return [sources.get(id(row), f"a row of {len(row.input_ids)} tokens") for row in some]
+        return [sources.get(id(row), f"a row of {row.tokens} tokens") for row in some]
 
     alone: Callable[[], Any] | None = getattr(model, "disable_adapter", None)
     with evaluating(model):

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 
 from fastlora.data.examples import Columns, Example
+from fastlora.data.lines import without_labels
 from fastlora.data.rows import Row, batches, collate, encode, pad_token_id, reference, require_count, row_length
 from fastlora.data.tasks import read_rows
 from fastlora.generation import answer, leave_room
-from fastlora.language_model_loss import IGNORE, LanguageModelLoss, evaluating
+from fastlora.language_model_loss import LanguageModelLoss, evaluating
 from fastlora.models import positions
 
 ROUGE = ("rouge1", "rouge2", "rougeL")
@@ -81,7 +82,8 @@ def evaluate(
     examples = _examples(data, columns, row_length(tokenizer), max_length)[:limit]
     if generations and any(example.prompt == "" for example in examples):
         raise ValueError("data: rows of plain text have no prompt to answer: expected no generations of them")
-    encoded = encode(examples, tokenizer, min(max_length, positions(model) or max_length), truncation)
+    longest, pairs = min(max_length, positions(model) or max_length), model.config.is_encoder_decoder
+    encoded = encode(examples, tokenizer, longest, truncation, encoder_decoder=pairs)
     # Before anything is computed: there may be no room for an answer.
     ids = [row.input_ids[: row.prompt_length] for row in encoded.rows]
     ids = leave_room(model, tokenizer, ids, max_new_tokens) if generations else ids
@@ -129,10 +131,10 @@ def total_loss(
 ) -> torch.Tensor:
     """The summed loss of all labelled tokens of rows, in nats, a float64 scalar on the CPU; of several processes each has a share of that sum."""
     total, loss = torch.zeros((), dtype=torch.float64), LanguageModelLoss(model)
-    parts = list(batches(sorted(rows, key=lambda row: len(row.input_ids)), batch_size))
+    parts = list(batches(sorted(rows, key=lambda row: row.tokens), batch_size))
     own = parts[process::processes]
     if len(own) < len(parts[::processes]):  # every process calls the model as often as the others, here for nothing
-        own.append([Row(parts[0][0].input_ids, [IGNORE] * len(parts[0][0].labels))])
+        own.append([without_labels(parts[0][0])])
     with torch.no_grad(), evaluating(model):
         for part in own:
             batch = {name: value.to(model.device) for name, value in collate(part, pad_token_id(tokenizer)).items()}

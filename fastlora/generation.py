@@ -35,7 +35,7 @@ def generate(
 
     Args:
         prompts: texts, or lists of messages for the chat template.
-        max_length: tokens that a prompt and its answer may have together; None: as many as the model has positions for.
+        max_length: tokens that a prompt and its answer may have together, an encoder-decoder's each; None: as many as the model has positions for.
         adapter_name: who answers: a loaded adapter, "__base__" for none of them, None for the one that is active.
 
     Raises:
@@ -48,16 +48,17 @@ def generate(
     require_count("batch_size", batch_size)
     if max_length is not None:
         require_count("max_length", max_length)
-    ids = [_prompt_tokens(tokenizer, prompt, f"prompts[{i}]") for i, prompt in enumerate(prompts)]
+    pairs = model.config.is_encoder_decoder
+    ids = [_prompt_tokens(tokenizer, prompt, f"prompts[{i}]", pairs) for i, prompt in enumerate(prompts)]
     ids = leave_room(model, tokenizer, ids, max_new_tokens, max_length)
     return answer(model, tokenizer, prompts, ids, max_new_tokens, batch_size, adapter_name)
 
 
-def _prompt_tokens(tokenizer: Any, prompt: Prompt, name: str) -> list[int]:
+def _prompt_tokens(tokenizer: Any, prompt: Prompt, name: str, encoder_decoder: bool) -> list[int]:
     if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt):
         raise ValueError(f"{name}: expected a text or a list of messages, got {type(prompt).__name__}")
     try:
-        ids = encode_prompt(tokenizer, prompt)
+        ids = encode_prompt(tokenizer, prompt, encoder_decoder)
     except (TemplateError, BadLine, UnicodeEncodeError) as error:
         raise ValueError(f"{name}: {error}") from error
     if not ids:
@@ -79,12 +80,15 @@ def answer(
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # rows of like length share a batch: less padding
     answers, pad = [""] * len(ids), pad_token_id(tokenizer)
     options = _greedy(model, tokenizer, max_new_tokens, prompts)
+    pairs = model.config.is_encoder_decoder
+    side = "right" if pairs else "left"
     with evaluating(model), _answering_as(model, adapter_name):
         for batch in batches(by_length, batch_size):
             rows = [torch.tensor(ids[i], device=model.device) for i in batch]
-            inputs = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side="left")
-            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side="left")
-            out = model.generate(input_ids=inputs, attention_mask=mask, **options)[:, inputs.shape[1] :]
+            inputs = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side=side)
+            mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True, padding_side=side)
+            out = model.generate(input_ids=inputs, attention_mask=mask, **options)
+            out = out[:, 1:] if pairs else out[:, inputs.shape[1] :]  # a decoder's own begins with its start token
             for i, text in zip(batch, tokenizer.batch_decode(out, skip_special_tokens=True), strict=True):
                 answers[i] = text
     return answers
@@ -93,13 +97,14 @@ def answer(
 def leave_room(
     model: Any, tokenizer: Any, ids: list[list[int]], max_new_tokens: int, max_length: int | None = None
 ) -> list[list[int]]:
-    """The prompts' tokens without the oldest of those that leave no room for an answer."""
+    """The prompts' tokens without the oldest of those that leave no room for an answer; an encoder-decoder's answer takes none of a prompt's."""
     limits = {"max_length": max_length, "the number of the model's positions": positions(model)}
     name, limit = min(limits.items(), key=lambda item: item[1] or math.inf)
     if limit is None:
         return ids
-    room = limit - max_new_tokens
-    if room < 2:
+    pairs = model.config.is_encoder_decoder
+    room = limit if pairs else limit - max_new_tokens
+    if room < 2 or max_new_tokens >= limit:  # before an answer there is a token at least
         raise ValueError(f"max_new_tokens={max_new_tokens} leaves nothing to the prompt: {name} is {limit}")
     cut = [i for i, row in enumerate(ids) if len(row) > room]
     if cut:

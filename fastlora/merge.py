@@ -310,4 +310,5 @@ def _probes(model: Any) -> Tensor:
 
 @torch.no_grad()
 def _logits(model: Any, input_ids: Tensor) -> Tensor:
-    return model.eval()(input_ids=input_ids, use_cache=False).logits.float()
+    more = {"decoder_input_ids": input_ids} if model.config.is_encoder_decoder else {}
+    return model.eval()(input_ids=input_ids, use_cache=False, **more).logits.float()

@@ -34,7 +34,7 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | None:
 
 
 def load_base(path: str, dtype: torch.dtype | None, device: torch.device, bits: int | None = None) -> Any:
-    """The causal language model saved in a folder, or known to the hub by that id.
+    """The causal language model or encoder-decoder saved in a folder, or known to the hub by that id.
 
     Args:
         dtype: None: the one that its config names, or else the one that its first weights are stored in.
@@ -42,19 +42,15 @@ def load_base(path: str, dtype: torch.dtype | None, device: torch.device, bits: 
             or to int8; it must be there (`require_bitsandbytes`). None: they are as they are stored.
 
     Raises:
-        ValueError: the folder holds an adapter, the model is no decoder, or its files are damaged, or lack weights that it has.
+        ValueError: the folder holds an adapter, the model is no language model, or its files are damaged, or lack weights that it has.
         OSError: there is no such model.
     """
-    from transformers import AutoModelForCausalLM
-
-    _decoder_config(path)
+    kind = _class_of(_base_config(path))
     options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told below
     if bits is not None:
         options |= {"quantization_config": _quantisation(bits, dtype), "device_map": {"": device}}
     with _named(path, "the model"), _without_report():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path, dtype=dtype or "auto", trust_remote_code=False, **options
-        )
+        loaded: Any = kind.from_pretrained(path, dtype=dtype or "auto", trust_remote_code=False, **options)
     model, found = loaded
     # Weights that transformers has made up: the files have none for them, or of another shape.
     if missing := sorted(found["missing_keys"]):
@@ -80,12 +76,11 @@ def empty_base(path: str, dtype: torch.dtype | None, device: torch.device, bits:
         OSError, ValueError: as `load_base`, as far as config.json tells.
     """
     from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
 
-    config = _decoder_config(path)
+    config = _base_config(path)
     chosen = dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
     with _named(path, "the model"), init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=chosen, trust_remote_code=False)
+        model: Any = _class_of(config).from_config(config, dtype=chosen, trust_remote_code=False)
     for module in model.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
@@ -99,14 +94,26 @@ def empty_base(path: str, dtype: torch.dtype | None, device: torch.device, bits:
     return model
 
 
-def _decoder_config(path: str) -> Any:
-    config = _base_config(path)
-    if config.is_encoder_decoder:
-        raise ValueError(
-            f"model={path}: expected a decoder, got an encoder-decoder model"
-            " (transformers' trainers take it, with fastlora.accelerate)"
-        )
-    return config
+def is_encoder_decoder(path: str) -> bool:
+    """Whether that model is one, by its config; of a model that is loaded `model.config.is_encoder_decoder` says it.
+
+    Raises:
+        OSError, ValueError: as `load_base`, as far as config.json tells.
+    """
+    return bool(_base_config(path).is_encoder_decoder)
+
+
+def require_decoder(path: str, what: str) -> None:
+    """Raise ValueError for an encoder-decoder. what: is to be done with the model, and takes none."""
+    if is_encoder_decoder(path):
+        raise ValueError(f"model={path}: expected a decoder, got an encoder-decoder, which {what} does not take")
+
+
+def _class_of(config: Any) -> Any:
+    """transformers' class of models with a language model's head, by what the config says of their kind."""
+    from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def require_bitsandbytes(bits: int) -> None:
@@ -307,8 +314,8 @@ def positions(model: Any) -> int | None:
 
 
 def require_positions(model: Any, rows: Sequence[Row]) -> None:
-    """Raise ValueError if a row has more tokens than the model has positions for."""
-    longest, most = max(len(row.input_ids) for row in rows), positions(model)
+    """Raise ValueError if a row, or a side of it, has more tokens than the model has positions for."""
+    longest, most = max(len(side) for row in rows for side in row.sides), positions(model)
     if most is not None and longest > most:
         raise ValueError(
             f"max_length: the longest row has {longest} tokens and the model positions for {most};"

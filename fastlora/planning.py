@@ -12,7 +12,9 @@ A step holds, at the end of its forward:
                   that is written in PyTorch what lies between. The backward of one block takes as much again. Of logits there is a block at a time
     process       what Python and its packages take, as it is now; on a card, nothing
 
-The tokens are those of the batch that has the most. With gradient checkpointing a block keeps its input, and one block at a time the rest.
+The tokens are those of the batch that has the most; through an encoder-decoder's blocks go those of their side, but for the encoder's that a decoder
+attends to. Attention with a bias for each distance, as T5's, keeps its weights, too. With gradient checkpointing a block keeps its input, and one
+block at a time the rest.
 """
 
 import math
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastlora import checkpoint, memory, tracking, writing
+from fastlora.bottleneck import ATTENTIONS
 from fastlora.config import RANKED, WHOLE, TrainConfig
 from fastlora.course import Course
 from fastlora.data.rows import count_tokens, marked
@@ -40,6 +43,8 @@ from fastlora.train import begin, require_possible
 from fastlora.typed import lined_up
 
 SHOWN_ROWS = 3
+CROSS = tuple(name for _, *others in ATTENTIONS for name in others)
+"""What attends to an encoder is called."""
 LINE = 300  # bytes of metrics.jsonl, about
 
 
@@ -110,7 +115,7 @@ def plan(config: TrainConfig) -> Plan:
         steps=course.steps - run.step,
         tokens_per_step=sum(map(count_tokens, epoch)) / len(epoch),
         labelled_per_step=sum(row.labelled for rows in epoch for row in rows) / len(epoch),
-        memory=needed_memory(config, model, largest_batch(config, course)),
+        memory=needed_memory(config, model, *largest_batch(config, course)),
         disk=needed_disk(config, model, course.steps),
         free=writing.free(Path(config.output)),
         samples=samples,
@@ -121,18 +126,25 @@ def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
-def largest_batch(config: TrainConfig, course: Course) -> int:
-    """The tokens of the batch that has the most, in the first epoch: fastlora leaves padding out, transformers computes it."""
-    most = 0
+def largest_batch(config: TrainConfig, course: Course) -> list[int]:
+    """The tokens of the batch that has the most, in the first epoch, a number for each side of its rows: fastlora leaves a causal model's padding
+    out, transformers computes it."""
+    most = [0]
     for step in range(min(course.steps, course.steps_per_epoch)):
         for rows in course.batches(course.step_rows(step), 0):
-            lengths = [len(row.input_ids) for row in rows]
-            most = max(most, sum(lengths) if config.accelerate else max(lengths) * len(lengths))
+            sides = [[len(side) for side in of_rows] for of_rows in zip(*(row.sides for row in rows), strict=True)]
+            leaves = config.accelerate and len(sides) == 1
+            most = max(most, [sum(one) if leaves else max(one) * len(one) for one in sides], key=sum)
     return most
 
 
-def needed_memory(config: TrainConfig, model: Any, tokens: int) -> dict[str, int]:
-    """Bytes of a step with so many tokens at once, by what they are for: the formulas above."""
+def needed_memory(config: TrainConfig, model: Any, tokens: int, written: int = 0) -> dict[str, int]:
+    """Bytes of a step with so many tokens at once, by what they are for: the formulas above.
+
+    Args:
+        tokens: a causal model's, or an encoder's.
+        written: its decoder's.
+    """
     parameters = list(model.parameters())
     trained = sum(one.numel() for one in parameters if one.requires_grad)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -150,12 +162,11 @@ def needed_memory(config: TrainConfig, model: Any, tokens: int) -> dict[str, int
     if device == "cpu" and config.accelerate and packed.packs(model.dtype) and config.bits is None:
         inner = sum(math.prod(_size(module)) for block in _blocks(model) for module in _products(block))
         copies = min(packed.Budget(config.pack_budget).limit, 2 * inner * model.dtype.itemsize)
-    of_blocks = [_kept(block, config, dtype.itemsize) for block in _blocks(model)]
-    if attention_drops(model):
-        of_blocks = [one + _of_dropped_attention(config, model, tokens) for one in of_blocks]
+    through = _through(model, tokens, written)
+    of_blocks = [_of_block(block, config, model, dtype.itemsize, own, tokens) for block, own in through]
     width = model.get_input_embeddings().weight.shape[1] * dtype.itemsize
     if config.gradient_checkpointing:
-        kept = len(of_blocks) * width + 2 * max(of_blocks)
+        kept = sum(own for _, own in through) * width + 2 * max(of_blocks)
     else:
         kept = sum(of_blocks) + max(of_blocks)
     logits = 3 * 4 * LOGITS_AT_ONCE[device]
@@ -165,7 +176,7 @@ def needed_memory(config: TrainConfig, model: Any, tokens: int) -> dict[str, int
         "packed copies": copies,
         "gradients": 4 * trained,
         "optimiser": 8 * trained,
-        "activations": int(tokens * (kept + 3 * width)) + logits,
+        "activations": int(kept + (tokens + written) * 3 * width) + logits,
         "process": process,
     }
 
@@ -187,16 +198,54 @@ def _process() -> int:
         return 0
 
 
-def _of_dropped_attention(config: TrainConfig, model: Any, tokens: int) -> float:
-    """Bytes that a block keeps of a token's attention where that drops: of each head and token of the row the weights in float32 before dropout and
-    after it, what they are made of, and a byte of the mask."""
-    heads = model.config.get_text_config(decoder=True).num_attention_heads
-    return heads * tokens / config.batch_size * 13
+def _through(model: Any, tokens: int, written: int) -> list[tuple[nn.Module, int]]:
+    """The model's blocks, each with how many tokens go through it."""
+    stack, base = _blocks(model), model.get_base_model() if hasattr(model, "get_base_model") else model
+    reading = set(base.get_encoder().modules()) if base.config.is_encoder_decoder else set(stack)
+    return [(block, tokens if block in reading else written) for block in stack]
+
+
+def _of_block(block: nn.Module, config: TrainConfig, model: Any, itemsize: int, own: int, tokens: int) -> float:
+    """Bytes that a block keeps from its forward to its backward.
+
+    Args:
+        itemsize: of an activation's element.
+        own: tokens that go through it.
+        tokens: those that it attends to, where it attends to an encoder.
+    """
+    kept, weight = 0.0, _of_attention_weight(block, model)
+    if weight:
+        weight *= model.config.get_text_config(decoder=True).num_attention_heads
+        kept += own * own / config.batch_size * weight
+    for name, part in _parts(block):
+        crosses = name in CROSS  # keys and values, half of what it keeps, are of the encoder's tokens
+        kept += _kept(part, config, itemsize) * ((own + tokens) / 2 if crosses else own)
+        kept += own * tokens / config.batch_size * weight * crosses
+    return kept
+
+
+def _of_attention_weight(block: nn.Module, model: Any) -> int:
+    """Bytes that a block keeps of a weight of its attention, where that drops: of float32 before dropout and after it, what it is made of, and a byte
+    of the mask; where it has a bias for each distance: itself."""
+    biased = any(hasattr(module, "has_relative_attention_bias") for module in block.modules())
+    if attention_drops(model) or (biased and getattr(model.config, "dropout_rate", 0.0) > 0):
+        return 13
+    return 4 * biased
 
 
 def _blocks(model: Any) -> list[Any]:
     """What the model is a stack of; itself where transformers does not say."""
     return blocks(model) or [model.get_base_model() if hasattr(model, "get_base_model") else model]
+
+
+def _parts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """A block's sublayers and norms, by name: what has products of its own, or none. T5's lie in parts of the block."""
+    for name, child in block.named_children():
+        whole = _size(child) is not None or any(_size(one) is not None for one in child.children())
+        if whole or isinstance(child, BaseTunerLayer) or next(_products(child), None) is None:
+            yield name, child
+        else:
+            yield from _parts(child)
 
 
 def _products(part: nn.Module) -> Iterator[nn.Module]:
@@ -229,30 +278,25 @@ def _between(part: nn.Module) -> int:
     return found
 
 
-def _kept(block: nn.Module, config: TrainConfig, itemsize: int) -> float:
-    """Bytes that a block keeps of a token from its forward to its backward. itemsize: of an activation's element."""
-    kept = 0.0
-    for part in block.children():
-        layers = list(_products(part))
-        if not layers:
-            kept += sum(one.numel() for one in part.parameters() if one.dim() == 1) * (
-                itemsize if config.accelerate else 4
-            )
-            continue
-        sizes = [_size(layer) for layer in layers]
-        kept += (sizes[-1][0] + sum(out for _, out in sizes[:-1])) * itemsize
-        if len(sizes) == 2:  # without a gate, which would be an operator of ours
-            kept += _between(part) * sizes[0][1] * itemsize
-        adapted = [one for one, layer in zip(sizes, layers, strict=True) if isinstance(layer, BaseTunerLayer)]
-        if config.accelerate or not adapted:
-            kept += sizes[0][0] * itemsize + sum(inputs for inputs, _ in adapted) / 8 * bool(config.lora_dropout)
-        else:
-            kept += sum(inputs for inputs, _ in adapted) * (5 if config.lora_dropout else 4)
-        if not config.accelerate:
-            last = sizes[-1][
-                0
-            ]  # what an MLP's activation gives is as wide, and so are the heads that keys and values are repeated for
-            kept += (2 * (last - sizes[1][1]) if len(sizes) == 4 else last) * itemsize
+def _kept(part: nn.Module, config: TrainConfig, itemsize: int) -> float:
+    """Bytes that a sublayer or a norm keeps of a token from its forward to its backward. itemsize: of an activation's element."""
+    layers = list(_products(part))
+    if not layers:
+        return sum(one.numel() for one in part.parameters() if one.dim() == 1) * (itemsize if config.accelerate else 4)
+    sizes = [_size(layer) for layer in layers]
+    kept: float = (sizes[-1][0] + sum(out for _, out in sizes[:-1])) * itemsize
+    if len(sizes) in (2, 3) and (between := _between(part)):
+        # Behind a gate, which is no operator of ours then, what the activation gives is kept, too.
+        kept += (between + (config.accelerate and len(sizes) == 3)) * sizes[0][1] * itemsize
+    adapted = [one for one, layer in zip(sizes, layers, strict=True) if isinstance(layer, BaseTunerLayer)]
+    if config.accelerate or not adapted:
+        kept += sizes[0][0] * itemsize + sum(inputs for inputs, _ in adapted) / 8 * bool(config.lora_dropout)
+    else:
+        kept += sum(inputs for inputs, _ in adapted) * (5 if config.lora_dropout else 4)
+    if not config.accelerate:
+        # What an MLP's activation gives is as wide, and so are the heads that keys and values are repeated for.
+        last = sizes[-1][0]
+        kept += (2 * (last - sizes[1][1]) if len(sizes) == 4 else last) * itemsize
     return kept
 
 

@@ -31,7 +31,7 @@ def build(
 
     Raises:
         ValueError: a name in target_modules matches nothing, or no layer; compile, and transformers does not say what the layers are;
-            AdapterError: the checkpoint's adapter is none of this model's.
+            an encoder-decoder does not say what its decoder's input begins with; AdapterError: the checkpoint's adapter is none of this model's.
         OSError, ValueError: as `load_base`.
     """
     if config.method in WHOLE:
@@ -45,11 +45,23 @@ def build(
         for module in base.modules():
             quantised.hold(module)  # it may be asked in eval mode, and must have a gradient afterwards
         model = _add_adapter(base, config, resume_from)
+    if model.config.is_encoder_decoder:
+        _require_start(model, config)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if config.compile:
         _compile_layers(model)
     return model
+
+
+def _require_start(model: Any, config: TrainConfig) -> None:
+    """An encoder-decoder makes its decoder's input of the labels: what a token begins it with, the config must say."""
+    try:
+        model.prepare_decoder_input_ids_from_labels(torch.zeros(1, 1, dtype=torch.long))
+    except (AttributeError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"model={config.model}: config.json: decoder_start_token_id: expected the token that the decoder's input begins with: {error}"
+        ) from error
 
 
 def take(model: Any, config: TrainConfig, folder: Path, trained: Mapping[str, Tensor]) -> None:
@@ -119,7 +131,7 @@ def targets(model: Any, target_modules: str | list[str]) -> str | list[str]:
             f"target_modules: no module is called {', '.join(map(repr, unmatched))}; there are {_examples(model)}"
         )
     if len(names) < len(set(target_modules)):
-        linear: Any = _maybe_include_all_linear_layers(LoraConfig(task_type="CAUSAL_LM", target_modules=whole), model)
+        linear: Any = _maybe_include_all_linear_layers(LoraConfig(task_type=_task(model), target_modules=whole), model)
         names |= linear.target_modules
     return sorted(names)
 
@@ -180,9 +192,9 @@ def peft_config(model: Any, config: TrainConfig) -> Any:
 
     if config.method == "peft":
         new = adapters.read_config(Path(str(config.peft_config)))
-        new.inference_mode, new.task_type = False, "CAUSAL_LM"
+        new.inference_mode, new.task_type = False, _task(model)
         return new
-    options: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    options: dict[str, Any] = {"task_type": _task(model)}
     if config.method in RANKED:
         options |= {name: getattr(config, name) for name in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
         wanted = targets(model, config.target_modules)
@@ -209,6 +221,10 @@ def peft_config(model: Any, config: TrainConfig) -> Any:
             )
         return peft.TrainableTokensConfig(token_indices=list(config.token_indices or ()), **options)
     options["num_virtual_tokens"] = config.num_virtual_tokens
+    if model.config.is_encoder_decoder and config.method in ("prompt", "ptuning"):
+        options["num_transformer_submodules"] = (
+            1  # before the encoder's input: PEFT makes twice the rows, and uses those
+        )
     if config.method == "prompt":
         text = config.prompt_tuning_init_text
         if text:
@@ -220,6 +236,11 @@ def peft_config(model: Any, config: TrainConfig) -> Any:
     if config.method == "ptuning":
         return peft.PromptEncoderConfig(**options)
     return peft.PrefixTuningConfig(prefix_projection=config.prefix_projection, **options)
+
+
+def _task(model: Any) -> str:
+    """PEFT's name of what the model is for."""
+    return "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
 
 
 def _norms(model: Any) -> list[str]:

@@ -21,12 +21,12 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
-from fastlora import checkpoint, metrics, processes, tracking, trainable, writing
+from fastlora import checkpoint, metrics, processes, tracking, trainable, training_data, writing
 from fastlora.checkpoint import Checkpoint, CheckpointError
 from fastlora.config import TrainConfig
 from fastlora.course import Diverged, digest, named_writing
 from fastlora.data.examples import Columns, Sources
-from fastlora.data.rows import Encoded, Row, batches, encode, reference, row_length
+from fastlora.data.rows import Encoded, Row, batches, reference, row_length
 from fastlora.data.tasks import read_rows
 from fastlora.evaluation import labels, scores, total_loss
 from fastlora.frozen import packed
@@ -85,8 +85,8 @@ class Validation:
         kept = (SAMPLES if config.eval_generate else 0) if config.eval_samples is None else config.eval_samples
         kept = min(kept, len(rows))
         self.sampled = [i * len(rows) // kept for i in range(kept)]
-        known = {tuple(row.input_ids) for row in data}
-        if leaked := sum(tuple(row.input_ids) in known for row in rows):
+        known = {tuple(map(tuple, row.sides)) for row in data}
+        if leaked := sum(tuple(map(tuple, row.sides)) in known for row in rows):
             text = "eval_data: %d of its %d rows are also in data: what is measured on those is memory"
             logger.warning(text, leaked, len(rows))
         self.references: list[str] = []
@@ -103,16 +103,10 @@ class Validation:
         if data is None:
             return None
         given = self.config
-        return encode(
-            read_rows(
-                data, columns=columns, seed=given.seed, length=row_length(self.tokenizer), max_tokens=given.max_length
-            ),
-            self.tokenizer,
-            given.max_length,
-            given.truncation,
-            train_on_turns=given.train_on_turns,
-            completion_only_loss=given.completion_only_loss,
+        examples = read_rows(
+            data, columns=columns, seed=given.seed, length=row_length(self.tokenizer), max_tokens=given.max_length
         )
+        return training_data.encoded(given, examples, self.tokenizer)
 
     def _require_metric(self) -> None:
         if not self.config.eval_generate:

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import encoder_decoders
 import pytest
 import tiny
 import torch
@@ -112,10 +113,12 @@ def test_an_empty_base_keeps_its_ties(tmp_path):
     assert sum(one.nbytes for one in empty.parameters()) == sum(one.nbytes for one in model.parameters())
 
 
-def test_an_encoder_decoder_is_refused_as_when_it_is_loaded(tmp_path):
-    tiny.t5().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="expected a decoder, got an encoder-decoder model"):
-        models.empty_base(str(tmp_path), None, torch.device("cpu"))
+def test_an_empty_encoder_decoder_is_one(tmp_path):
+    model = tiny.t5()
+    model.save_pretrained(tmp_path)
+    empty = models.empty_base(str(tmp_path), None, torch.device("cpu"))
+    assert type(empty) is type(model) and empty.encoder.embed_tokens.weight is empty.shared.weight
+    assert [one.shape for one in empty.parameters()] == [one.shape for one in model.parameters()]
 
 
 def test_more_tokens_checkpointing_and_bits_change_the_estimate_as_they_should(config):
@@ -156,8 +159,13 @@ def wide_gpt2(folder: Path) -> Path:
     return folder
 
 
+def wide_t5(folder: Path) -> Path:
+    sizes = {"d_model": 512, "d_kv": 64, "num_heads": 8, "d_ff": 1024, "num_layers": 2}
+    return encoder_decoders.save_model(folder, "t5", dropout=0.1, **sizes)
+
+
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells what a process holds")
-@pytest.mark.parametrize("make", [wide_llama, wide_gpt2])
+@pytest.mark.parametrize("make", [wide_llama, wide_gpt2, wide_t5])
 def test_the_estimate_is_within_a_quarter_of_the_measured_peak(make, tmp_path):
     """Of a step that takes much more than the process itself, in a process of its own."""
     rows = [{"prompt": row["prompt"] * 8, "completion": row["completion"]} for row in tiny.rows(64)]

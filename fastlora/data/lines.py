@@ -6,6 +6,7 @@ and the longest rows come first: where memory ends, it ends at once. A cut follo
 
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -32,19 +33,23 @@ def group_by_length(order: Sequence[int], lengths: Sequence[int], size: int) -> 
 
 def without_labels(row: Row) -> Row:
     """The row, of which nothing counts: for a process that has too few."""
-    return Row(row.input_ids, [IGNORE] * len(row.labels))
+    return replace(row, labels=[IGNORE] * len(row.labels))
 
 
 def padded_batches(rows: Sequence[Row], most: int, processes: int) -> list[list[list[Row]]]:
     """For each process as many batches: each of at most `most` tokens when it is padded to its longest row, or of one row that alone has more."""
     batches: list[list[Row]] = []
     for row in sorted(rows, key=_longest_first):
-        width = len(batches[-1][0].input_ids) if batches else 0
-        if batches and width * (len(batches[-1]) + 1) <= most:
+        if batches and padded_tokens([*batches[-1], row]) <= most:
             batches[-1].append(row)
         else:
             batches.append([row])
     return _share_out(batches, processes)
+
+
+def padded_tokens(rows: Sequence[Row]) -> int:
+    """Of a batch that is filled up to the longest row, each side by itself."""
+    return len(rows) * sum(max(map(len, sides)) for sides in zip(*(row.sides for row in rows), strict=True))
 
 
 def packed_batches(rows: Sequence[Row], length: int, most: int | None, processes: int) -> list[list[list[Row]]]:
@@ -96,7 +101,7 @@ def lay(rows: Sequence[Row], capacity: int) -> list[list[Row]]:
 
 
 def _longest_first(row: Row) -> int:
-    return -len(row.input_ids)
+    return -row.tokens
 
 
 def _share_out(parts: list[list[Row]], processes: int) -> list[list[list[Row]]]:
@@ -107,7 +112,7 @@ def _share_out(parts: list[list[Row]], processes: int) -> list[list[list[Row]]]:
     while len(parts) % processes:
         several = [number for number, part in enumerate(parts) if len(part) > 1]
         if not several:
-            shortest = min((part[0] for part in parts), key=lambda row: len(row.input_ids))
+            shortest = min((part[0] for part in parts), key=lambda row: row.tokens)
             parts.append([without_labels(shortest)])
             continue
         largest = max(several, key=lambda number: count_tokens(parts[number]))

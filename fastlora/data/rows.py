@@ -22,6 +22,9 @@ A row of more than `max_length` tokens is cut as `truncation` says:
   A row of plain text has no prompt, and loses its end.
 - completion: the row loses its end. It trains all the same, if a part of its completion is left: TRL's keep_start.
 - drop: the row is left out.
+
+An encoder-decoder's row has two sides (pairs.py), each of at most `max_length` tokens: a prompt that is longer is cut by `prompt` alone, a completion
+by `prompt` and `completion`; else the row is left out.
 """
 
 import logging
@@ -36,6 +39,7 @@ import torch
 from jinja2 import TemplateError, TemplateSyntaxError
 from torch import Tensor
 
+from fastlora.data import pairs
 from fastlora.data.examples import BadLine, DataError, Example, Message, Prompt
 from fastlora.data.mixture import Order
 from fastlora.language_model_loss import IGNORE
@@ -68,6 +72,37 @@ class Row:
         """How many tokens count in the loss (the first token is predicted from nothing, so it never does)."""
         return sum(label != IGNORE for label in self.labels[1:])
 
+    @property
+    def completion_length(self) -> int:
+        """Tokens of the last turn's answer, its end token with them."""
+        return _labels_end(self) - self.prompt_length
+
+    @property
+    def sides(self) -> tuple[list[int], ...]:
+        """All that a model reads of it, in as many sequences as it has stacks that read."""
+        return (self.input_ids,)
+
+    @property
+    def tokens(self) -> int:
+        return sum(map(len, self.sides))
+
+
+@dataclass(frozen=True)
+class Pair(Row):
+    """An encoder-decoder's: input_ids are the encoder's, all of them the prompt's; labels are what the decoder is to write, as long as that is."""
+
+    @property
+    def labelled(self) -> int:
+        return sum(label != IGNORE for label in self.labels)
+
+    @property
+    def completion_length(self) -> int:
+        return len(self.labels)
+
+    @property
+    def sides(self) -> tuple[list[int], ...]:
+        return self.input_ids, self.labels
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -87,6 +122,7 @@ def encode(
     *,
     train_on_turns: str = "auto",
     completion_only_loss: bool = True,
+    encoder_decoder: bool = False,
 ) -> Encoded:
     """Token rows of at most `max_length` tokens; warns once of each kind of rows that lost something.
 
@@ -94,6 +130,7 @@ def encode(
         truncation: what a row that is too long loses: prompt, completion or drop, see above.
         train_on_turns: which of the assistant's turns count: auto, last or all, see above.
         completion_only_loss: the prompt does not count.
+        encoder_decoder: whose rows they are: each is a `Pair`, of which the completion counts and nothing else.
 
     Raises:
         DataError: the tokenizer's chat template refuses some messages, the tokenizer has no tokens for some text, or a turn's cannot be told apart.
@@ -111,7 +148,10 @@ def encode(
     encoded, problems, unended = Encoded([], [], [], [], []), [], []
     for example in examples:
         try:
-            whole, ended = _encode(example, tokenizer, opening, special, train_on_turns)
+            if encoder_decoder:
+                whole, ended = _pair(example, tokenizer), True
+            else:
+                whole, ended = _encode(example, tokenizer, opening, special, train_on_turns)
         except TemplateSyntaxError as error:
             raise ValueError(f"the tokenizer's chat template is no Jinja template: {error}") from error
         except (TemplateError, BadLine, UnicodeEncodeError) as error:
@@ -121,7 +161,8 @@ def encode(
             unended.append((example, whole))
         if not completion_only_loss:
             whole = _counting_all(whole)
-        row = _fit(whole, max_length, truncation, _kept_first(whole.input_ids, tokenizer, opening))
+        first = _kept_first(whole.input_ids, tokenizer, opening)
+        row = (_fit_pair if isinstance(whole, Pair) else _fit)(whole, max_length, truncation, first)
         if row is None:
             encoded.dropped.append(example)
             continue
@@ -129,7 +170,7 @@ def encode(
         encoded.examples.append(example)
         if row.prompt_length < whole.prompt_length:
             encoded.prompt_cut.append(example)
-        if _labels_end(row) - row.prompt_length < _labels_end(whole) - whole.prompt_length:
+        if row.completion_length < whole.completion_length:
             encoded.completion_cut.append(example)
     if problems:
         raise DataError(problems)
@@ -153,11 +194,13 @@ def encode(
     return encoded
 
 
-def row_length(tokenizer: Any) -> Callable[[Example], int]:
-    """What counts the tokens of an example's row, before anything is cut; it raises BadLine where there is no row."""
+def row_length(tokenizer: Any, encoder_decoder: bool = False) -> Callable[[Example], int]:
+    """What counts the tokens of an example's row, or its longer side, before anything is cut; it raises BadLine where there is no row."""
     opening, special = _opening(tokenizer), _special_ids(tokenizer)
 
     def length(example: Example) -> int:
+        if encoder_decoder:
+            return max(map(len, _pair(example, tokenizer).sides))
         try:
             return len(_encode(example, tokenizer, opening, special)[0].input_ids)
         except TemplateError as error:
@@ -224,6 +267,11 @@ def _encode(
         return _encode_marked(example, counted, before, prompt, whole, tokenizer, special)
     row = _end(prompt, _continue(tokenizer, before, prompt, whole), tokenizer)
     return _counting(row, counted, example, whole, tokenizer, special), True
+
+
+def _pair(example: Example, tokenizer: Any) -> Row:
+    prompt, answer = pairs.encode(tokenizer, example)
+    return Pair(prompt, answer, len(prompt))
 
 
 def _require_read(template: str, example: Example) -> None:
@@ -440,7 +488,9 @@ def _special_ids(tokenizer: Any) -> set[int]:
 
 
 def marked(row: Row, tokenizer: Any) -> str:
-    """A row's text as its tokens have it, with [[ ]] around what counts in the loss."""
+    """A row's text as its tokens have it, with [[ ]] around what counts in the loss; an encoder-decoder's with each side on a line of its own."""
+    if isinstance(row, Pair):
+        return f"encoder: {_decode(tokenizer, row.input_ids)}\ndecoder: [[{_decode(tokenizer, row.labels)}]]"
     text, position = "", 0
     for start, stop in _runs([label != IGNORE for label in row.labels]):
         text += _decode(tokenizer, row.input_ids[position:start])
@@ -477,6 +527,17 @@ def _fit(row: Row, max_length: int, truncation: str, first: int) -> Row | None:
     return row if row.labelled else None
 
 
+def _fit_pair(row: Row, max_length: int, truncation: str, first: int) -> Pair | None:
+    """As `_fit`, of each side."""
+    prompt, answer = (len(side) > max_length for side in row.sides)
+    if (truncation == "drop" and (prompt or answer)) or (
+        prompt and (truncation == "completion" or max_length <= first + 1)  # nothing of the prompt itself would stay
+    ):
+        return None
+    ids = _cut_oldest(row.input_ids, max_length, first)
+    return Pair(ids, row.labels[:max_length], len(ids))
+
+
 def _cut_oldest(tokens: list[int], length: int, first: int) -> list[int]:
     """The first `first` tokens and the last ones, `length` in all."""
     return tokens if len(tokens) <= length else tokens[:first] + tokens[len(tokens) - (length - first) :]
@@ -489,12 +550,14 @@ def _kept_first(ids: list[int], tokenizer: Any, opening: list[int]) -> int:
     return int(bool(ids) and ids[0] == tokenizer.bos_token_id)
 
 
-def encode_prompt(tokenizer: Any, prompt: Prompt) -> list[int]:
-    """The tokens before the completion, in training as in generation.
+def encode_prompt(tokenizer: Any, prompt: Prompt, encoder_decoder: bool = False) -> list[int]:
+    """The tokens before the completion, or an encoder's, in training as in generation.
 
     Text gets the tokenizer's own first tokens; messages go through the chat template, which opens the assistant's turn. A
-    tokenizer that closes every text, with the end token or another, does not close a prompt.
+    tokenizer that closes every text, with the end token or another, does not close a prompt, but of an encoder.
     """
+    if encoder_decoder:
+        return pairs.encode_prompt(tokenizer, prompt)
     if isinstance(prompt, str):
         return _opening(tokenizer) + _tokens(tokenizer, prompt)
     return _tokens(tokenizer, _render(tokenizer, prompt, add_generation_prompt=True))
@@ -575,7 +638,7 @@ def _template(tokenizer: Any, tools: list[dict[str, Any]] | None = None) -> str:
 
 def count_tokens(rows: Sequence[Row]) -> int:
     """Padding aside."""
-    return sum(len(row.input_ids) for row in rows)
+    return sum(row.tokens for row in rows)
 
 
 def pad_token_id(tokenizer: Any) -> int:
@@ -584,14 +647,18 @@ def pad_token_id(tokenizer: Any) -> int:
 
 
 def collate(rows: Sequence[Row], pad: int) -> dict[str, Tensor]:
-    """One batch padded on the right to its longest row: input_ids, attention_mask, labels, each int64 [rows, width]."""
-    width = max(len(row.input_ids) for row in rows)
-    filling = [width - len(row.input_ids) for row in rows]
+    """One batch padded on the right to its longest row: input_ids, attention_mask, labels, each int64 [rows, width]. An encoder-decoder's labels
+    have a width of their own."""
     return {
-        "input_ids": torch.tensor([row.input_ids + [pad] * n for row, n in zip(rows, filling, strict=True)]),
-        "attention_mask": torch.tensor([[1] * (width - n) + [0] * n for n in filling]),
-        "labels": torch.tensor([row.labels + [IGNORE] * n for row, n in zip(rows, filling, strict=True)]),
+        "input_ids": _padded([row.input_ids for row in rows], pad),
+        "attention_mask": _padded([[1] * len(row.input_ids) for row in rows], 0),
+        "labels": _padded([row.labels for row in rows], IGNORE),
     }
+
+
+def _padded(sequences: Sequence[list[int]], filler: int) -> Tensor:
+    width = max(map(len, sequences))
+    return torch.tensor([one + [filler] * (width - len(one)) for one in sequences])
 
 
 def batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

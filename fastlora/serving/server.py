@@ -16,7 +16,7 @@ from fastlora import adapters as adapter_files
 from fastlora.bank import METHODS, AdapterBank
 from fastlora.generation import end_tokens
 from fastlora.layers import BASE
-from fastlora.models import load_model, positions
+from fastlora.models import load_model, positions, require_decoder
 from fastlora.serving.adapters import Adapters
 from fastlora.serving.engine import THREAD, Engine
 
@@ -71,6 +71,7 @@ def load_engine(
 
     if allow_missing and max_adapter_bytes is not None:
         raise ValueError("allow_missing=True: expected no max_adapter_bytes, a bank takes whole adapters only")
+    require_decoder(model, "serve")
     base = Path(model).resolve().name if Path(model).is_dir() else model
     folders = {} if adapters is None else adapter_files.folders_in(adapters, "adapters")
     for name in (base, BASE):

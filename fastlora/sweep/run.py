@@ -42,7 +42,7 @@ from fastlora.data.sources import local_files, named
 from fastlora.data.tasks import read_rows
 from fastlora.evaluation import mean_loss
 from fastlora.language_model_loss import LanguageModelLoss, output_embedding
-from fastlora.models import load_base, load_tokenizer, require_positions, resolve_dtype
+from fastlora.models import load_base, load_tokenizer, require_decoder, require_positions, resolve_dtype
 from fastlora.optimisers import build, load_state, scheduler
 from fastlora.peft import accelerate, mixed, obstacles
 from fastlora.peft.layers import Fused
@@ -89,6 +89,7 @@ def sweep(given: Sweep, *, progress: bool = True) -> list[Outcome]:
     state = PartialState()
     if state.num_processes > 1:
         raise ValueError(f"a sweep runs on one process, got {state.num_processes}")
+    require_decoder(str(given.model), "a sweep")
     with writing.locked(output):
         _require_free(given, jobs)
         saved = newest(output) if given.resume else None
