@@ -1,7 +1,7 @@
 """csrc/cuda compiled for this CPU: `load` registers its operators for CPU tensors, under their names on a card, `<op>_cuda`.
 
-How a card is emulated: emulated_cuda.h. What cannot be seen so: how fast a kernel is, and what only the hardware knows (tensor cores' last bits, limits
-that ptxas reports: test_cuda_compile.py). Its memory's order between threads is seen by what is built with ORDER (races.py).
+How a card is emulated: emulated_cuda.h. What cannot be seen so: how fast a kernel is, and what only the hardware knows (tensor cores'
+last bits, limits that ptxas reports: test_cuda_compile.py). Its memory's order between threads is seen by what is built with ORDER (races.py).
 """
 
 import ctypes
