@@ -282,6 +282,7 @@ __device__ void take_sides(const Fused<T, G>& task) {
     if (mine < task.first_tiles) {
       const bool shrinks = side_tile<T, RANK, BACK ? SHRINKS | GRADS : SHRINKS | DROPS>(task.first, mine, queue(), SIDE_BARRIER);
       if (!shrinks) continue;
+      fence_copy_engine();            // the reader's own fence may do for a read by the copy engine; no card has shown it
       team_sync(SIDE_BARRIER, TEAM);  // all of the tile is written: what is released below comes after it
       const int row = thread < SHRINK_ROWS ? shrunk_rows(queue())[thread] : task.product.M;
       if (row < task.product.M) release_add(task.progress.of_row(row), 1);
