@@ -54,11 +54,30 @@ __global__ void wait_forever_kernel(int* flags) {
 
 __global__ void trap_kernel(int*) { __trap(); }
 
+/// Block 0 tells the others of what it wrote by a flag that orders nothing.
+__global__ void tell_kernel(int* memory) {
+  volatile int* const told = memory;
+  if (blockIdx.x == 0) {
+    memory[1 + threadIdx.x] = 7;
+    atomicAdd(memory, 1);
+  } else {
+    while (*told != static_cast<int>(blockDim.x)) __nanosleep(100);
+    memory[1 + (blockIdx.x * blockDim.x) + threadIdx.x] = memory[1 + threadIdx.x];
+  }
+}
+
+__global__ void one_kernel(int* memory) { memory[threadIdx.x] = 1; }
+__global__ void early_kernel(int* memory, bool waits) {
+  if (waits) wait_for_launch_before();
+  memory[threadIdx.x] += 1;
+}
+
+std::string message;
+
 }  // namespace
 
 /// Null, or the message of the exception.
 extern "C" __attribute__((visibility("default"))) const char* check(const char* name, int* memory, int blocks, int threads) {
-  static std::string message;
   const std::string kernel = name;
   try {
     if (kernel == "sum") launch(sum_kernel, blocks, threads, 128, nullptr, memory + blocks, memory, 1000);
@@ -68,6 +87,11 @@ extern "C" __attribute__((visibility("default"))) const char* check(const char* 
     else if (kernel == "diverge") launch(diverge_kernel, blocks, threads, 0, nullptr, memory);
     else if (kernel == "hang") launch(hang_kernel, blocks, threads, 0, nullptr, memory);
     else if (kernel == "wait_forever") launch(wait_forever_kernel, blocks, threads, 0, nullptr, memory);
+    else if (kernel == "tell") launch(tell_kernel, blocks, threads, 0, nullptr, memory);
+    else if (kernel == "early" || kernel == "too_early") {
+      launch(one_kernel, blocks, threads, 0, nullptr, memory);
+      launch_early(early_kernel, blocks, threads, 0, nullptr, memory, kernel == "early");
+    }
     else if (kernel == "trap") launch(trap_kernel, blocks, threads, 0, nullptr, memory);
     else return "no such kernel";
   } catch (const std::exception& error) {

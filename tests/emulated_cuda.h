@@ -29,6 +29,8 @@
 #include <utility>
 #include <vector>
 
+#include "emulated_order.h"
+
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
 #else
@@ -80,8 +82,9 @@ struct Warp {
 };
 
 struct Barrier {
-  std::vector<Fiber*> arrived;  // null: one that does not wait
+  std::vector<Fiber*> arrived;
   unsigned expected = 0;  // threads, 0: all that have not ended
+  order::Knowledge knowledge;
 };
 
 /// What a thread runs on. When one ends, the next may go on from there, which costs no system call.
@@ -100,6 +103,8 @@ struct Fiber {
   Warp* warp = nullptr;
   Stack* stack = nullptr;
   std::shared_ptr<void> instructions;  // emulated_ptx.h's: what it has under way for this thread
+  order::Thread order;
+  bool ordered = true;  // by the barrier that it waits at
 };
 
 struct Block {
@@ -108,7 +113,9 @@ struct Block {
   std::vector<Warp> warps;
   Barrier barriers[16];
   std::unique_ptr<unsigned char, decltype(&free)> memory{nullptr, free};  // shared
+  size_t bytes = 0;
   size_t alive = 0;
+  bool waited = false;  // for the launch before
   int word = 0;  // of __syncthreads_or
   std::shared_ptr<void> instructions;  // emulated_ptx.h's
 };
@@ -156,21 +163,25 @@ inline void try_barrier(Block& block, Barrier& barrier) {
   const size_t expected = barrier.expected ? barrier.expected : block.alive;
   if (barrier.arrived.empty() || barrier.arrived.size() < expected) return;
   for (Fiber* fiber : barrier.arrived) {
-    if (fiber) release(fiber);
+    if (fiber->ordered) order::take(fiber->order, barrier.knowledge);
+    release(fiber);
   }
   barrier.arrived.clear();
+  barrier.knowledge = {};
 }
 
-/// bar.sync and bar.arrive: barrier `id` of the block, of `threads` threads (0: all that have not ended).
-inline void meet(int id, unsigned threads = 0, bool wait = true) {
+/// bar.sync: barrier `id` of the block, of `threads` threads (0: all that have not ended). Whether it orders their accesses.
+inline void meet(int id, unsigned threads, bool orders) {
   Block& block = *current->block;
   Barrier& barrier = block.barriers[id];
   if (!barrier.arrived.empty() && barrier.expected != threads) fail("threads expect different numbers of threads at one barrier");
   barrier.expected = threads;
-  if (wait) current->state = Fiber::WAITING;
-  barrier.arrived.push_back(wait ? current : nullptr);
+  current->ordered = orders;
+  if (orders) order::give(current->order, barrier.knowledge);
+  current->state = Fiber::WAITING;
+  barrier.arrived.push_back(current);
   try_barrier(block, barrier);
-  if (wait && current->state == Fiber::WAITING) leave(Fiber::WAITING);
+  if (current->state == Fiber::WAITING) leave(Fiber::WAITING);
 }
 
 inline void try_collective(Warp& warp, unsigned mask) {
@@ -192,6 +203,7 @@ inline void try_collective(Warp& warp, unsigned mask) {
 /// (null outside `lanes`). Shuffles, votes and the tensor cores' instructions are made of it. `compute` captures nothing.
 template <class Out, class In, class Compute>
 Out collective(unsigned mask, const In& in, Compute compute) {
+  const order::Quiet quiet;
   static_assert(std::is_empty_v<Compute>);
   const auto finish = [](Seat* seats, unsigned lanes) {
     const In* ins[32] = {};
@@ -250,6 +262,9 @@ inline void resume(Fiber& fiber) {
   current = &fiber;
   threadIdx = fiber.thread;
   blockIdx = fiber.block->index;
+#ifdef FASTLORA_ORDER
+  order::stack = reinterpret_cast<uintptr_t>(fiber.stack->memory), order::stack_size = STACK;
+#endif
   Stack& stack = *fiber.stack;
   before_switch(&scheduler_fake_stack, stack.memory, STACK);
   if (_setjmp(scheduler) == 0) {
@@ -288,6 +303,8 @@ inline std::unique_ptr<Block> begin_block(size_t number, size_t shared) {
   void* memory = nullptr;
   if (posix_memalign(&memory, 1024, std::max<size_t>(shared, 1)) != 0) throw std::bad_alloc();
   block->memory.reset(static_cast<unsigned char*>(std::memset(memory, 0xFF, shared)));
+  block->bytes = shared;
+  order::begin_block(memory, shared);
   block->fibers.resize(threads);
   block->warps.resize((threads + 31) / 32);
   block->alive = threads;
@@ -300,6 +317,7 @@ inline std::unique_ptr<Block> begin_block(size_t number, size_t shared) {
     fiber.warp->seats[fiber.lane].fiber = &fiber;
     fiber.warp->there |= 1u << fiber.lane;
     fiber.stack = new_stack();
+    order::begin_thread(fiber.order, static_cast<uint32_t>(number), i);
   }
   return block;
 }
@@ -329,7 +347,8 @@ inline bool run_round(std::vector<std::unique_ptr<Block>>& running) {
   return progress;
 }
 
-inline void run(dim3 grid, dim3 block, size_t shared, const std::function<void()>& body) {
+/// early: it begins before the launch before has ended, which each of its blocks waits for (launch_early).
+inline void run(dim3 grid, dim3 block, size_t shared, bool early, const std::function<void()>& body) {
   static std::mutex one_at_a_time;
   const std::lock_guard lock(one_at_a_time);
   const size_t blocks = static_cast<size_t>(grid.x) * grid.y * grid.z, threads = static_cast<size_t>(block.x) * block.y * block.z;
@@ -339,6 +358,7 @@ inline void run(dim3 grid, dim3 block, size_t shared, const std::function<void()
   blockDim = block;
   kernel = &body;
   failure.clear();
+  order::begin_launch(early);
   std::vector<std::unique_ptr<Block>> running;
   size_t begun = 0;
   int idle_rounds = 0;
@@ -355,8 +375,9 @@ inline void run(dim3 grid, dim3 block, size_t shared, const std::function<void()
       return std::any_of(one->fibers.begin(), one->fibers.end(), [](const Fiber& fiber) { return fiber.state == Fiber::IDLE; });
     });
     if (failure.empty() && begun == blocks && idle_rounds > (spins ? IDLE_ROUNDS : 1)) failure = "the threads wait for one another forever";
-    std::erase_if(running, [](const auto& one) {
+    std::erase_if(running, [&](const auto& one) {
       if (one->alive) return false;
+      if (early && !one->waited && failure.empty()) failure = "a block of a launch that begins early does not wait for the launch before";
       end_block(*one);
       return true;
     });
@@ -376,14 +397,35 @@ extern "C" __attribute__((weak, visibility("default"))) void emulated_together(i
 
 // What device code calls.
 
-inline void __syncthreads() { emulated::meet(0); }
-inline void __syncwarp(unsigned mask = ~0u) {
-  emulated::collective<int>(mask, 0, [](const int* const*, int* const*, unsigned) {});
+inline void __syncthreads(emulated::order::Site at = emulated::order::Site::current()) {
+  const emulated::order::Quiet quiet;
+  emulated::meet(0, 0, emulated::order::orders("__syncthreads", at));
 }
-inline void __nanosleep(unsigned) { emulated::leave(emulated::Fiber::IDLE); }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
-[[noreturn]] inline void __trap() { emulated::fail("trap"); }
+inline void __syncwarp(unsigned mask = ~0u, emulated::order::Site at = emulated::order::Site::current()) {
+  const emulated::order::Quiet quiet;
+  emulated::collective<int>(mask, emulated::order::orders("__syncwarp", at), [](const bool* const* in, int* const*, unsigned) {
+    emulated::order::Knowledge all;
+    const emulated::Seat* const seats = emulated::current->warp->seats;
+    for (int lane = 0; lane < 32; ++lane) {
+      if (in[lane] && *in[lane]) emulated::order::give(seats[lane].fiber->order, all);
+    }
+    for (int lane = 0; lane < 32; ++lane) {
+      if (in[lane] && *in[lane]) emulated::order::take(seats[lane].fiber->order, all);
+    }
+  });
+}
+inline void __nanosleep(unsigned) {
+  const emulated::order::Quiet quiet;
+  emulated::leave(emulated::Fiber::IDLE);
+}
+inline void __threadfence(emulated::order::Site at = emulated::order::Site::current()) {
+  const emulated::order::Quiet quiet;
+  if (emulated::order::orders("__threadfence", at)) emulated::order::fence(emulated::current->order);
+}
+[[noreturn]] inline void __trap() {
+  const emulated::order::Quiet quiet;
+  emulated::fail("trap");
+}
 
 namespace emulated {
 template <class T>
@@ -404,20 +446,24 @@ inline unsigned part_begin(int width) { return current->lane & ~(static_cast<uns
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int from, int width = 32) {
+  const emulated::order::Quiet quiet;
   return emulated::shuffle(mask, value, emulated::part_begin(width) + (static_cast<unsigned>(from) & (width - 1)));
 }
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int bits, int width = 32) {
+  const emulated::order::Quiet quiet;
   const unsigned lane = emulated::current->lane, from = lane ^ bits;
   return emulated::shuffle(mask, value, from < emulated::part_begin(width) + width ? from : lane);
 }
 template <class T>
 T __shfl_up_sync(unsigned mask, T value, unsigned by, int width = 32) {
+  const emulated::order::Quiet quiet;
   const unsigned lane = emulated::current->lane;
   return emulated::shuffle(mask, value, lane >= emulated::part_begin(width) + by ? lane - by : lane);
 }
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned by, int width = 32) {
+  const emulated::order::Quiet quiet;
   const unsigned lane = emulated::current->lane;
   return emulated::shuffle(mask, value, lane + by < emulated::part_begin(width) + width ? lane + by : lane);
 }
@@ -441,13 +487,15 @@ inline unsigned __reduce_min_sync(unsigned mask, unsigned value) {
 }
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, !predicate) == 0; }
-inline int __syncthreads_or(int predicate) {
+inline int __syncthreads_or(int predicate, emulated::order::Site at = emulated::order::Site::current()) {
+  const emulated::order::Quiet quiet;
+  if (!emulated::order::orders("__syncthreads_or", at)) return predicate;
   int& word = emulated::current->block->word;
-  __syncthreads();
+  emulated::meet(0, 0, true);
   word = 0;
-  __syncthreads();
+  emulated::meet(0, 0, true);
   word |= predicate != 0;
-  __syncthreads();
+  emulated::meet(0, 0, true);
   return word;
 }
 
@@ -455,14 +503,29 @@ template <class T>
 T __ldg(const T* address) { return *address; }
 template <class T>
 T __ldcg(const T* address) { return *address; }
+
+namespace emulated {
+/// A relaxed atomic.
+template <class T, class Change>
+T change_atomically(T* address, Change change) {
+  const order::Quiet quiet;
+  order::touch(current->order, address, sizeof(T), order::ATOMIC | order::WRITE);
+  order::hear_flag(current->order, address, false);
+  order::tell_flag(current->order, address, false);
+  return std::exchange(*address, static_cast<T>(change(*address)));
+}
+}  // namespace emulated
+
 template <class T>
-T atomicAdd(T* address, std::type_identity_t<T> value) { return std::exchange(*address, static_cast<T>(*address + value)); }
+T atomicAdd(T* address, std::type_identity_t<T> value) { return emulated::change_atomically(address, [&](T now) { return now + value; }); }
 template <class T>
-T atomicExch(T* address, std::type_identity_t<T> value) { return std::exchange(*address, value); }
+T atomicExch(T* address, std::type_identity_t<T> value) { return emulated::change_atomically(address, [&](T) { return value; }); }
 template <class T>
-T atomicMax(T* address, std::type_identity_t<T> value) { return std::exchange(*address, std::max<T>(*address, value)); }
+T atomicMax(T* address, std::type_identity_t<T> value) { return emulated::change_atomically(address, [&](T now) { return std::max<T>(now, value); }); }
 template <class T>
-T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value) { return std::exchange(*address, *address == expected ? value : *address); }
+T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
+  return emulated::change_atomically(address, [&](T now) { return now == expected ? value : now; });
+}
 
 inline int __popc(unsigned bits) { return std::popcount(bits); }
 inline int __ffs(unsigned bits) { return bits ? std::countr_zero(bits) + 1 : 0; }
@@ -509,18 +572,32 @@ inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 namespace fastlora {
 
 template <class... Parameters, class... Arguments>
-void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t, Arguments... arguments) {
-  emulated::run(grid, block, shared, [&] { kernel(arguments...); });
+void launch_as(bool early, void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, Arguments... arguments) {
+  emulated::run(grid, block, shared, early, [&]() EMULATED_UNWATCHED {
+    emulated::order::hear(true);
+    kernel(arguments...);
+    emulated::order::hear(false);
+  });
 }
-
 template <class... Parameters, class... Arguments>
-void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t stream, Arguments... arguments) {
-  launch(kernel, grid, block, shared, stream, arguments...);
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t, Arguments... arguments) {
+  launch_as(false, kernel, grid, block, shared, arguments...);
+}
+template <class... Parameters, class... Arguments>
+void launch_early(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared, cudaStream_t, Arguments... arguments) {
+  launch_as(true, kernel, grid, block, shared, arguments...);
 }
 inline void let_next_launch_begin() {}
-inline void wait_for_launch_before() {}
+inline void wait_for_launch_before(emulated::order::Site at = emulated::order::Site::current()) {
+  const emulated::order::Quiet quiet;
+  emulated::current->block->waited = true;
+  if (emulated::order::orders("wait_for_launch_before", at)) emulated::order::wait_for_launch_before(emulated::current->order);
+}
 inline int processors() { return 16; }
 
-inline unsigned char* shared_memory() { return emulated::current->block->memory.get(); }
+inline unsigned char* shared_memory() {
+  const emulated::order::Quiet quiet;
+  return emulated::current->block->memory.get();
+}
 
 }  // namespace fastlora

@@ -9,6 +9,11 @@
 
 namespace fastlora {
 
+namespace order = emulated::order;
+using order::Site;
+inline order::Thread& this_thread() { return emulated::current->order; }
+inline uint32_t thread_number() { return static_cast<uint32_t>(emulated::current - emulated::current->block->fibers.data()); }
+
 template <class T>
 uint32_t pack(float low, float high) {
   return std::bit_cast<uint16_t>(static_cast<T>(low)) | static_cast<uint32_t>(std::bit_cast<uint16_t>(static_cast<T>(high))) << 16;
@@ -35,11 +40,14 @@ template <class Instruction>
 struct Pending {
   std::vector<Instruction> open;
   std::deque<std::vector<Instruction>> ended;
+  uint32_t number = 1;  // of the open set
 
   void commit() {
     ended.push_back(std::move(open));
     open.clear();
+    ++number;
   }
+  uint32_t done() const { return number - 1 - static_cast<uint32_t>(ended.size()); }  // the newest set that was waited for
   template <class Run>
   void wait(size_t pending, Run run) {
     for (; ended.size() > pending; ended.pop_front()) {
@@ -56,7 +64,7 @@ State& state_of(std::shared_ptr<void>& place) {
 }
 
 /// Where the byte lies that is at `address` without the 128-byte swizzle.
-inline uintptr_t swizzled(uintptr_t address) { return address ^ (address >> 7 & 7) << 4; }
+EMULATED_UNWATCHED inline uintptr_t swizzled(uintptr_t address) { return address ^ (address >> 7 & 7) << 4; }
 
 struct OperandProduct {
   float* d;
@@ -64,17 +72,37 @@ struct OperandProduct {
   uint64_t a, b;
   bool across, add;
   float (*number)(uint16_t);
+  uint32_t number_of_set;
 
   /// Eight rows of 128 bytes are swizzled by their addresses: an operand that begins between them would need an offset in it.
   static bool between_rows(uint64_t operand) { return begin(operand) >> 7 & 7; }
   static uintptr_t begin(uint64_t operand) { return (operand & ((uint64_t{1} << 44) - 1)) << 4; }
-  float at(uintptr_t address) const { return number(*reinterpret_cast<const uint16_t*>(swizzled(address))); }
-  float left(int row, int depth) const { return at(begin(a) + row / 8 * 1024 + row % 8 * 128 + depth * 2); }
-  float right(int column, int depth) const {
+  static constexpr int DEPTH = 16;
+  /// What the lane's warp reads, for its first lane.
+  void touch() const {
+    if (threadIdx.x % 32) return;
+    const auto read = [&](uintptr_t address, size_t bytes) {
+      const uint32_t set = number_of_set;
+      order::touch_by(this_thread(), order::TENSOR_CORES, thread_number() / 32, set, reinterpret_cast<void*>(address), bytes, order::READ | order::ASYNC);
+    };
+    const auto rows = [&](uint64_t operand, int first, int count) {
+      for (int row = first; row < first + count; ++row) {
+        for (int depth = 0; depth < DEPTH; depth += 8) read(swizzled(begin(operand) + row / 8 * 1024 + row % 8 * 128 + depth * 2), 16);
+      }
+    };
+    rows(a, static_cast<int>(threadIdx.x % 128 / 32 * 16), 16);
+    if (!across) return rows(b, 0, 2 * size);
+    for (int block = 0; block < 2 * size / 64; ++block) {
+      for (int depth = 0; depth < DEPTH; ++depth) read(begin(b) + block * (b >> 44 << 4) + depth / 8 * 1024 + depth % 8 * 128, 128);
+    }
+  }
+  EMULATED_UNWATCHED float at(uintptr_t address) const { return number(*reinterpret_cast<const uint16_t*>(swizzled(address))); }
+  EMULATED_UNWATCHED float left(int row, int depth) const { return at(begin(a) + row / 8 * 1024 + row % 8 * 128 + depth * 2); }
+  EMULATED_UNWATCHED float right(int column, int depth) const {
     if (!across) return at(begin(b) + column / 8 * 1024 + column % 8 * 128 + depth * 2);
     return at(begin(b) + column / 64 * (b >> 44 << 4) + depth / 8 * 1024 + depth % 8 * 128 + column % 64 * 2);
   }
-  void compute() const {
+  EMULATED_UNWATCHED void compute() const {
     const int lane = threadIdx.x % 32, row = threadIdx.x % 128 / 32 * 16 + lane / 4;
     float rows[2][16];
     for (int i = 0; i < 32; ++i) rows[i / 16][i % 16] = left(row + i / 16 * 8, i % 16);
@@ -101,30 +129,49 @@ inline ThreadState& thread_state() { return state_of<ThreadState>(emulated::curr
 
 template <int SIZE>
 void copy_async(void* shared, const void* global, int bytes) {
+  const order::Quiet quiet;
   const auto address = reinterpret_cast<uintptr_t>(global);
   if (bytes < 0 || bytes > SIZE) emulated::fail("a copy of more or fewer bytes than there is room for");
   if (reinterpret_cast<uintptr_t>(shared) % SIZE || address % SIZE) emulated::fail("a copy that is not aligned to its size");
-  thread_state().copies.open.push_back({shared, global, SIZE, bytes});
+  Pending<Copy>& copies = thread_state().copies;
+  copies.open.push_back({shared, global, SIZE, bytes});
+  order::touch_by(this_thread(), order::COPIES, thread_number(), copies.number, global, bytes, order::READ);
+  order::touch_by(this_thread(), order::COPIES, thread_number(), copies.number, shared, SIZE, order::WRITE);
 }
-inline void prefetch(const void* global) { static_cast<void>(*static_cast<const volatile unsigned char*>(global)); }
-inline void commit_copies() { thread_state().copies.commit(); }
+inline void prefetch(const void* global) {
+  const order::Quiet quiet;
+  static_cast<void>(*static_cast<const volatile unsigned char*>(global));
+}
+inline void commit_copies(Site at = Site::current()) {
+  const order::Quiet quiet;
+  if (order::orders("commit_copies", at)) thread_state().copies.commit();
+}
 template <int PENDING>
-void wait_copies() {
-  thread_state().copies.wait(PENDING, [](const Copy& copy) {
+void wait_copies(Site at = Site::current()) {
+  const order::Quiet quiet;
+  if (!order::orders("wait_copies", at)) return;
+  Pending<Copy>& copies = thread_state().copies;
+  copies.wait(PENDING + order::weaker("wait_copies", at), [](const Copy& copy) {
     if (copy.bytes) std::memcpy(copy.to, copy.from, copy.bytes);
     std::memset(static_cast<char*>(copy.to) + copy.bytes, 0, copy.size - copy.bytes);
   });
+  order::learn(this_thread(), order::COPIES, thread_number(), copies.done());
 }
 
 struct Quad { uint32_t word[4]; };
 
 template <bool TRANSPOSED>
 void load_8x8(uint32_t (&to)[4], const void* row) {
+  const order::Quiet quiet;
   if (reinterpret_cast<uintptr_t>(row) % 16) emulated::fail("a row of a matrix that is not aligned to 16 bytes");
   const Quad got = emulated::collective<Quad>(~0u, row, [](const void* const* const* in, Quad* const* out, unsigned) {
     for (int lane = 0; lane < 32; ++lane) {
       for (int i = 0; i < 4; ++i) {
-        const auto number = [&](int r, int c) { return static_cast<uint32_t>(static_cast<const uint16_t*>(*in[8 * i + r])[c]); };
+        const auto number = [&](int r, int c) {
+          const uint16_t* const at = static_cast<const uint16_t*>(*in[8 * i + r]) + c;
+          order::touch(emulated::current->warp->seats[lane].fiber->order, at, sizeof(*at), order::READ);
+          return static_cast<uint32_t>(*at);
+        };
         const int g = lane / 4, t = lane % 4 * 2;
         out[lane]->word[i] = TRANSPOSED ? number(t, g) | number(t + 1, g) << 16 : number(g, t) | number(g, t + 1) << 16;
       }
@@ -161,7 +208,10 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   std::copy(sum.d, sum.d + 4, d);
 }
 
-inline void team_sync(int id, int threads) { emulated::meet(id, threads); }
+inline void team_sync(int id, int threads, Site at = Site::current()) {
+  const order::Quiet quiet;
+  emulated::meet(id, threads, order::orders("team_sync", at));
+}
 
 // Hopper's. Boxes arrive when their barrier is waited for, products are computed when they are waited for, both no earlier.
 
@@ -187,7 +237,18 @@ struct Box {
   int row, column;
 
   int bytes() const { return map->box_rows * map->box_columns * 2; }
-  void bring() const {
+  /// What the copy engine does for it, in this phase of a barrier.
+  void touch(uint32_t barrier, uint32_t phase) const {
+    const auto by_engine = [&](const void* address, size_t bytes, int access) {
+      order::touch_by(this_thread(), order::COPY_ENGINE, barrier, phase, address, bytes, access | order::ASYNC);
+    };
+    for (int64_t r = row; r < std::min<int64_t>(row + map->box_rows, map->rows); ++r) {
+      const int64_t columns = std::min<int64_t>(map->box_columns, map->columns - column);
+      if (columns > 0) by_engine(map->data + r * map->stride + column, columns * 2, order::READ);
+    }
+    by_engine(to, bytes(), order::WRITE);
+  }
+  EMULATED_UNWATCHED void bring() const {
     for (int r = 0; r < map->box_rows; ++r) {
       for (int c = 0; c < map->box_columns; ++c) {
         const bool inside = row + r < map->rows && column + c < map->columns;
@@ -205,6 +266,7 @@ class Patience {
 
  public:
   void spend(const Awaited& awaited) const {
+    const order::Quiet quiet;
     if (++looked > MOST) emulated::fail(in_words(awaited));
   }
 };
@@ -215,27 +277,65 @@ struct CountingBarrier {
   int64_t bytes;  // announced and not there
   uint32_t parity;
   std::vector<Box> boxes;
+  uint32_t number;     // of this barrier in its block
+  uint32_t initialised_by;
+  uint32_t ended = 0;  // phases
+  order::Knowledge arrived{}, of_ended{};
 
   void try_end() {
     if (missing || bytes || !boxes.empty()) return;
     missing = count;
     parity ^= 1;
+    ++ended;
+    of_ended = arrived;
   }
 };
 inline auto& counting_barriers() { return state_of<std::map<uint64_t*, CountingBarrier>>(emulated::current->block->instructions); }
 
-inline void init_barrier(uint64_t* barrier, int count) { counting_barriers()[barrier] = {count, count, 0, 0, {}}; }
-inline void publish_barriers() {}
-inline void arrive_expecting(uint64_t* barrier, int bytes) {
-  CountingBarrier& state = counting_barriers().at(barrier);
+inline void init_barrier(uint64_t* barrier, int count, Site at = Site::current()) {
+  const order::Quiet quiet;
+  if (!order::orders("init_barrier", at)) return;
+  count -= order::weaker("init_barrier", at);
+  const uint32_t number = static_cast<uint32_t>(counting_barriers().size());
+  counting_barriers()[barrier] = {count, count, 0, 0, {}, number, thread_number()};
+  order::touch(this_thread(), barrier, sizeof(*barrier), order::WRITE);
+}
+inline void publish_barriers(Site at = Site::current()) {
+  const order::Quiet quiet;
+  if (!order::orders("publish_barriers", at)) return;
+  for (const auto& [barrier, state] : counting_barriers()) {
+    if (state.initialised_by == thread_number()) order::publish(this_thread(), barrier, sizeof(*barrier));
+  }
+}
+/// The barrier, if there is one.
+inline CountingBarrier& counting_barrier(uint64_t* barrier) {
+  const auto found = counting_barriers().find(barrier);
+  if (found == counting_barriers().end()) emulated::fail("a barrier that is not initialised");
+  return found->second;
+}
+inline void arrive_at(uint64_t* barrier, int bytes, bool orders) {
+  CountingBarrier& state = counting_barrier(barrier);
+  order::touch(this_thread(), barrier, sizeof(*barrier), order::ATOMIC | order::WRITE);
+  if (orders) order::give(this_thread(), state.arrived);
   if (state.missing-- == 0) emulated::fail("more threads arrive at a barrier than it counts");
   state.bytes += bytes;
   state.try_end();
 }
-inline void arrive(uint64_t* barrier) { arrive_expecting(barrier, 0); }
-inline void wait_barrier(uint64_t* barrier, uint32_t parity, const Awaited& awaited) {
+inline void arrive_expecting(uint64_t* barrier, int bytes, Site at = Site::current()) {
+  const order::Quiet quiet;
+  arrive_at(barrier, bytes, order::orders("arrive_expecting", at));
+}
+inline void arrive(uint64_t* barrier, Site at = Site::current()) {
+  const order::Quiet quiet;
+  arrive_at(barrier, 0, order::orders("arrive", at));
+}
+inline void wait_barrier(uint64_t* barrier, uint32_t parity, const Awaited& awaited, Site at = Site::current()) {
+  const order::Quiet quiet;
+  const bool orders = order::orders("wait_barrier", at);
   const Patience patience;
-  for (CountingBarrier& state = counting_barriers().at(barrier); state.parity == parity; __nanosleep(0)) {
+  CountingBarrier& state = counting_barrier(barrier);
+  order::touch(this_thread(), barrier, sizeof(*barrier), order::ATOMIC);
+  for (; state.parity == parity; __nanosleep(0)) {
     patience.spend(awaited);
     for (const Box& box : state.boxes) {
       box.bring();
@@ -243,19 +343,42 @@ inline void wait_barrier(uint64_t* barrier, uint32_t parity, const Awaited& awai
     }
     state.boxes.clear();
     state.try_end();
-    if (state.parity != parity) return;
+    if (state.parity != parity) break;
   }
+  if (!orders) return;
+  order::take(this_thread(), state.of_ended);
+  order::learn(this_thread(), order::COPY_ENGINE, state.number, state.ended);
 }
 inline int boxes_until_one_is_lost = -1;
 extern "C" __attribute__((weak, visibility("default"))) void emulated_lose_box(int after) { boxes_until_one_is_lost = after; }
 inline void copy_box(void* shared, const TensorMap* map, uint64_t* barrier, int row, int column) {
+  const order::Quiet quiet;
   if (boxes_until_one_is_lost >= 0 && boxes_until_one_is_lost-- == 0) return;
   if (reinterpret_cast<uintptr_t>(shared) % 1024) emulated::fail("a box that is not aligned to the swizzle's 1024 bytes");
-  counting_barriers().at(barrier).boxes.push_back({static_cast<unsigned char*>(shared), map, row, column});
+  CountingBarrier& state = counting_barrier(barrier);
+  const Box box{static_cast<unsigned char*>(shared), map, row, column};
+  const uint32_t phase = state.ended + 1;
+  order::touch_by(
+      this_thread(), order::COPY_ENGINE, state.number, phase, barrier, sizeof(*barrier), order::ATOMIC | order::WRITE | order::ASYNC);
+  box.touch(state.number, phase);
+  state.boxes.push_back(box);
 }
-inline void fence_copy_engine() {}
-inline void release_add(uint32_t* flag, uint32_t value) { *flag += value; }
-inline uint32_t acquire(const uint32_t* flag) { return *flag; }
+inline void fence_copy_engine(Site at = Site::current()) {
+  const order::Quiet quiet;
+  if (order::orders("fence_copy_engine", at)) order::fence_proxy(this_thread());
+}
+inline void release_add(uint32_t* flag, uint32_t value, Site at = Site::current()) {
+  const order::Quiet quiet;
+  order::touch(this_thread(), flag, sizeof(*flag), order::ATOMIC | order::WRITE);
+  order::tell_flag(this_thread(), flag, order::orders("release_add", at));
+  *flag += value;
+}
+inline uint32_t acquire(const uint32_t* flag, Site at = Site::current()) {
+  const order::Quiet quiet;
+  order::touch(this_thread(), flag, sizeof(*flag), order::ATOMIC);
+  order::hear_flag(this_thread(), flag, order::orders("acquire", at));
+  return *flag;
+}
 template <int COUNT>
 void take_registers() {}
 template <int COUNT>
@@ -268,20 +391,32 @@ inline uint64_t operand(const void* shared, int apart) {
 
 template <class T, bool ACROSS, int SIZE>
 void multiply_operands(float (&d)[SIZE], uint64_t a, uint64_t b, int add) {
-  const auto number = [](uint16_t bits) { return static_cast<float>(std::bit_cast<T>(bits)); };
+  const order::Quiet quiet;
+  const auto number = [](uint16_t bits) EMULATED_UNWATCHED { return static_cast<float>(std::bit_cast<T>(bits)); };
   if (!thread_state().products_begun) emulated::fail("a product before its set's begin_products");
   if (OperandProduct::between_rows(a) || OperandProduct::between_rows(b)) emulated::fail("an operand that begins between eight rows");
-  thread_state().products.open.push_back({d, SIZE, a, b, ACROSS, add != 0, number});
+  Pending<OperandProduct>& products = thread_state().products;
+  products.open.push_back({d, SIZE, a, b, ACROSS, add != 0, number, products.number});
+  products.open.back().touch();
 }
-inline void begin_products() { thread_state().products_begun = true; }
-inline void commit_products() {
-  thread_state().products.commit();
+inline void begin_products(Site at = Site::current()) {
+  const order::Quiet quiet;
+  thread_state().products_begun = order::orders("begin_products", at);
+}
+inline void commit_products(Site at = Site::current()) {
+  const order::Quiet quiet;
+  if (order::orders("commit_products", at)) thread_state().products.commit();
   thread_state().products_begun = false;
 }
 template <int PENDING>
-void wait_products() {
-  thread_state().products.wait(PENDING, [](const OperandProduct& product) { product.compute(); });
-  __syncwarp();  // what one lane does next is after all lanes' reading
+void wait_products(Site at = Site::current()) {
+  const order::Quiet quiet;
+  Pending<OperandProduct>& products = thread_state().products;
+  if (order::orders("wait_products", at)) {
+    products.wait(PENDING + order::weaker("wait_products", at), [](const OperandProduct& product) { product.compute(); });
+    order::learn(this_thread(), order::TENSOR_CORES, thread_number() / 32, products.done());
+  }
+  emulated::collective<int>(~0u, 0, [](const int* const*, int* const*, unsigned) {});  // the tensor cores read for all lanes at once
 }
 
 }  // namespace fastlora

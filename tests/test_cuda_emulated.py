@@ -65,6 +65,7 @@ def test_a_missing_barrier_shows(run: Any, order: str) -> None:
         ("diverge", 32, "lanes of one warp meet at different instructions"),
         ("hang", 32, "wait for one another forever"),
         ("wait_forever", 32, "wait for one another forever"),
+        ("too_early", 32, "does not wait for the launch before"),
         ("trap", 32, r"trap \(block 0,0,0"),
         ("sum", 2048, "no card can launch this"),
         ("sum", 0, "no card can launch this"),

@@ -415,7 +415,6 @@ __global__ void __launch_bounds__(THREADS, 2) multi_linear_kernel(const __grid_c
       }
     }
   }
-  wait_copies<0>();
 
   wait_for_launch_before();
   if (adapts) {

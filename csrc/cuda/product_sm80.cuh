@@ -161,7 +161,6 @@ __device__ void run(const Product<T, G>& task) {
       }
     });
   }
-  wait_copies<0>();
 
   uint32_t thread = threadIdx.x;
   forget(thread);  // or where the sums belong keeps registers all along

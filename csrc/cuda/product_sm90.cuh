@@ -201,9 +201,6 @@ __device__ void consume(const Fused<T, G>& task, int consumer) {
   const auto right = [&]<bool WIDE>(std::bool_constant<WIDE>, int k) {
     return WIDE ? operand(stage.right() + k * 16 * 128, DEPTH * 128) : operand(stage.right() + k * 32, 0);
   };
-  const auto release = [&](const Stage& read) {
-    if (lane == 0) arrive(read.empty());
-  };
   for (int number = blockIdx.x; number < task.tiles; number += gridDim.x) {
     const Tile tile = tile_of(number, product.M, product.N, HEIGHT, WIDTH);
     float sum[128];
@@ -216,11 +213,11 @@ __device__ void consume(const Fused<T, G>& task, int consumer) {
       for (int k = 0; k < DEPTH / 16; ++k) multiply_operands<T, ACROSS>(sum, left(k), right(std::bool_constant<ACROSS>{}, k), step | k);
       commit_products();
       wait_products<1>();
-      if (step > 0) release(before);
+      if (lane == 0 && step > 0) arrive(before.empty());
       before = stage;
     }
     wait_products<0>();
-    release(before);
+    if (lane == 0) arrive(before.empty());
     uint32_t thread = threadIdx.x;
     forget(thread);  // or the row keeps a register all along
     const int row = tile.row + consumer * 64 + static_cast<int>(thread % WARPGROUP / 32 * 16 + thread % 32 / 4);
@@ -253,7 +250,7 @@ __device__ void consume(const Fused<T, G>& task, int consumer) {
         wait_products<0>();
       }
       __syncwarp();  // all have read what the producer told
-      release(stage);
+      if (lane == 0) arrive(stage.empty());
     }
     write_sums<!BACK>(product, [&]<bool BIAS, bool WHOLE>(std::bool_constant<BIAS>, std::bool_constant<WHOLE>) {
 #pragma unroll
@@ -279,15 +276,14 @@ __device__ void take_sides(const Fused<T, G>& task) {
   wait_for_launch_before();
   for (;;) {
     if (thread == 0) *number = static_cast<int>(atomicAdd(task.progress.taken(), 1u));
-    team_sync(SIDE_BARRIER, TEAM);
-    const int mine = *number;  // the next is written after the barriers of this one
+    team_sync(SIDE_BARRIER, TEAM);  // and the queue is read
+    const int mine = *number;       // the next is written after the barriers of this one
     if (mine >= task.side_tiles) return;
     if (mine < task.first_tiles) {
       const bool shrinks = side_tile<T, RANK, BACK ? SHRINKS | GRADS : SHRINKS | DROPS>(task.first, mine, queue(), SIDE_BARRIER);
       if (!shrinks) continue;
-      fence_copy_engine();
-      __threadfence();
-      team_sync(SIDE_BARRIER, TEAM);
+      fence_copy_engine();            // the reader's own fence may do for a read by the copy engine; no card has shown it
+      team_sync(SIDE_BARRIER, TEAM);  // all of the tile is written: what is released below comes after it
       const int row = thread < SHRINK_ROWS ? shrunk_rows(queue())[thread] : task.product.M;
       if (row < task.product.M) release_add(task.progress.of_row(row), 1);
       if (thread == 0) release_add(task.progress.shrunk(), 1);

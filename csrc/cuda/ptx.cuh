@@ -222,7 +222,8 @@ __device__ __forceinline__ void copy_box(void* shared, const TensorMap* map, uin
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
                "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row) : "memory");
 }
-/// Between what was written to the card's memory and what the copy engine reads of it: by who wrote, and by who asks for it after its wait.
+/// Between what threads wrote to the card's memory and what the copy engine reads of it: by who asks for it, after the wait for it. Who wrote need not:
+/// between blocks it is the reader's fence that counts (Lustig, Cooksey and Giroux, Mixed-proxy extensions for the PTX memory model, ISCA 2022, 5.4).
 /// .global is named, because of the fence of all memories ptxas makes one for the engine's view of shared memory alone.
 __device__ __forceinline__ void fence_copy_engine() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 

@@ -210,7 +210,6 @@ __device__ void shrink_tile(const Shrink<T, G>& task, int tile, int first_rank, 
       *reinterpret_cast<uint32_t*>(task.keep + static_cast<int64_t>(row[half]) * keep_stride + byte) = kept[half];
     }
   }
-  wait_copies<0>();
   team_sync(barrier, TEAM);  // the queue becomes the place where the warps' sums meet
 
   float* const meeting = reinterpret_cast<float*>(queue);  // [WARPS, 16 places, WIDTH]
@@ -249,7 +248,6 @@ __device__ void shrink_tile(const Shrink<T, G>& task, int tile, int first_rank, 
     if (r < task.R) out[0] = r < again.R ? factor * total[0] : 0.f;
     if (r + 1 < task.R) out[1] = r + 1 < again.R ? factor * total[1] : 0.f;
   }
-  team_sync(barrier, TEAM);  // before the queue is filled again
 }
 
 /// sums[part] = pᵀ d(x) over a part of an adapter's places, a tile of 64 columns; without the factor of d.
@@ -334,8 +332,7 @@ __device__ void gradient_tile(const Gradient<T, G>& task, int number, int block,
       }
     }
   }
-  wait_copies<0>();
-  team_sync(barrier, TEAM);
+  if constexpr (ALONE) team_sync(barrier, TEAM);  // the queue becomes the place where the warps' sums meet
 
   // sum[j] holds ranks g and g + 8, columns 16 t + j and 16 t + 8 + j of the block.
   const int stride = round_up(task.columns, GRAD_COLUMNS);
@@ -357,7 +354,6 @@ __device__ void gradient_tile(const Gradient<T, G>& task, int number, int block,
       sums[i / GRAD_COLUMNS * stride + i % GRAD_COLUMNS] = total;
     }
   }
-  team_sync(barrier, TEAM);  // before the queue is filled again
 }
 
 /// Tiles of both products in the order in which they are to be taken, by turns `shrinks_a_turn` of the one and `grads_a_turn` of the other: where
@@ -383,7 +379,7 @@ struct Sides {
 /// What a launch may be asked for: the less, the fewer registers.
 enum Kinds { SHRINKS = 1, GRADS = 2, DROPS = 4 };
 
-/// Computes tile `number`. Whether it has shrunk rows.
+/// Computes tile `number`. Whether it has shrunk rows. The team meets within it, and must meet again before the queue is filled for another.
 template <class T, int WIDTH, int KINDS, class G>
 __device__ bool side_tile(const Sides<T, G>& sides, int number, unsigned char* queue, int barrier) {
   const int first_rank = number % sides.passes * WIDTH, all = number / sides.passes;
