@@ -30,7 +30,7 @@ EXPLAINED = {
     "product_sm90.cuh: __syncwarp();  // who does not ask waits here, and does not look at flags while the first thread is busy": (
         "paces the warp; orders nothing"
     ),
-    "product_sm90.cuh: fence_copy_engine();  // the reader's own fence may do for a read by the copy engine; no card has shown it": (
+    "product_sm90.cuh: fence_copy_engine();            // the reader's own fence may do for a read by the copy engine; no card has shown it": (
         "the model of the card lets the reader's fence do alone; which of the two a card needs nobody has measured"
     ),
 }
