@@ -34,8 +34,8 @@ from fastlora.data.rows import count_tokens, marked
 from fastlora.frozen import packed
 from fastlora.models import blocks, empty_base
 from fastlora.operators.linear_cross_entropy import LOGITS_AT_ONCE
+from fastlora.packing import attention_drops
 from fastlora.resuming import require_free
-from fastlora.sharing import attention_drops
 from fastlora.train import begin, require_possible
 from fastlora.typed import lined_up
 
