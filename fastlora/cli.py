@@ -28,7 +28,7 @@ from typer.main import get_command
 from fastlora import __version__
 from fastlora.comparison import Comparison
 from fastlora.config import CombinationType, Dtype, MajoritySignMethod, TrainConfig
-from fastlora.data.rows import Truncation
+from fastlora.data.rows import Truncation, Turns
 from fastlora.options import Given, hint, own_name, read
 from fastlora.sweep.jobs import Sweep
 
@@ -414,6 +414,8 @@ def eval_(
     batch_size: BatchOption = 8,
     max_length: Annotated[int, OPTIONS["max_length"]] = 512,
     truncation: Annotated[Truncation, OPTIONS["truncation"]] = "prompt",
+    train_on_turns: Annotated[Turns, OPTIONS["train_on_turns"]] = "auto",
+    completion_only_loss: Annotated[bool, OPTIONS["completion_only_loss"]] = True,
     max_new_tokens: NewTokensOption = 64,
     generations: Annotated[
         bool, typer.Option(help="Also let the model answer: exact match, ROUGE, F1, accuracy.")
@@ -428,11 +430,12 @@ def eval_(
     _quiet()
     from fastlora.data.examples import parse_columns, read_examples
     from fastlora.data.sources import each
-    from fastlora.data.tasks import is_task
+    from fastlora.data.tasks import check_asking, is_task
     from fastlora.evaluation import evaluate
     from fastlora.models import load_model
 
     named = parse_columns(columns) if isinstance(columns, str) else columns  # a file has a mapping
+    check_asking(data, named)
     # Bad lines are reported before anything is loaded, but for a task's, which the tokenizer counts.
     rows: Any = data if any(map(is_task, each(data))) else read_examples(data, columns=named)
     loaded, tokenizer = load_model(
@@ -450,6 +453,8 @@ def eval_(
         batch_size=batch_size,
         max_length=max_length,
         truncation=truncation,
+        train_on_turns=train_on_turns,
+        completion_only_loss=completion_only_loss,
         max_new_tokens=max_new_tokens,
         generations=generations,
         limit=limit,

@@ -54,6 +54,8 @@ def evaluate(
     batch_size: int = 8,
     max_length: int = 512,
     truncation: str = "prompt",
+    train_on_turns: str = "auto",
+    completion_only_loss: bool = True,
     max_new_tokens: int = 64,
     generations: bool = True,
     limit: int | None = None,
@@ -67,6 +69,7 @@ def evaluate(
         columns: which column is which field, for what is read.
         max_length: tokens a row may have; never more than the model has positions for.
         truncation: what a longer row loses, as in training: prompt, completion, or drop for the whole row.
+        train_on_turns, completion_only_loss: which tokens the loss is of, as in training (`encode`).
         limit: take only the first so many rows.
 
     Raises:
@@ -81,7 +84,14 @@ def evaluate(
     examples = _examples(data, columns, row_length(tokenizer), max_length)[:limit]
     if generations and any(example.prompt == "" for example in examples):
         raise ValueError("data: rows of plain text have no prompt to answer: expected no generations of them")
-    encoded = encode(examples, tokenizer, min(max_length, positions(model) or max_length), truncation)
+    encoded = encode(
+        examples,
+        tokenizer,
+        min(max_length, positions(model) or max_length),
+        truncation,
+        train_on_turns=train_on_turns,
+        completion_only_loss=completion_only_loss,
+    )
     # Before anything is computed: there may be no room for an answer.
     ids = [row.input_ids[: row.prompt_length] for row in encoded.rows]
     ids = leave_room(model, tokenizer, ids, max_new_tokens) if generations else ids
@@ -200,6 +210,11 @@ def labels(references: Sequence[str]) -> set[tuple[str, ...]]:
         return set()
     found = {_label(text) for text in texts}
     return found if len(found) == len(texts) and () not in found else set()
+
+
+def are_labels(examples: Sequence[Example]) -> bool:
+    """Whether examples have prompts, and `labels` as completions."""
+    return all(one.prompt != "" for one in examples) and bool(labels([one.completion for one in examples]))
 
 
 def accuracy(answers: Sequence[str], references: Sequence[str]) -> float:
