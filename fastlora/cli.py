@@ -78,7 +78,14 @@ def _option(field: Field[Any]) -> Any:
 
 
 class _Command(TyperCommand):
-    """Says of an option that there is not which one may have been meant, by whatever program's name."""
+    """Says of an option that there is not which one may have been meant, by whatever program's name, and which may be given several times."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        for option in self.get_params(ctx):
+            several: Any = option
+            if getattr(option, "multiple", False) and several.metavar is None:
+                several.metavar = re.sub(r"^<list\[(.*)\]>$", r"<\1>...", str(several.display_type(ctx)).lower())
+        super().format_options(ctx, formatter)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
@@ -131,7 +138,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         finally:
             messages.removeHandler(handler)
 
-    return app.command(name, cls=_Command)(run)
+    return app.command(name, cls=_Command, short_help=function.__doc__)(run)  # typer cuts what it takes itself
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Given | None:
@@ -252,7 +259,8 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
     logging.disable(logging.WARNING)
     try:
-        import transformers.modeling_utils  # noqa: F401  (brings in what there is of torchao, kernels, bitsandbytes)
+        import peft  # noqa: F401  (brings in bitsandbytes, where there is one)
+        import transformers.modeling_utils  # noqa: F401  (and torchao, and kernels)
     finally:
         logging.disable(logging.NOTSET)
     from transformers.utils import logging as transformers_logging
@@ -304,7 +312,7 @@ DRY_RUN = inspect.Parameter(
 @configured
 @_with_options_of(TrainConfig, DRY_RUN)
 def train(**options: Any) -> None:
-    """Train a LoRA adapter, or the whole model, on prompts and completions."""
+    """Train an adapter, a part of a model or the whole of it, on prompts and completions or messages."""
     _quiet()
     from fastlora.planning import Plan, plan
     from fastlora.train import train
@@ -718,9 +726,16 @@ def _row_of(one: Any) -> list[str]:
     ]
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+BENCH = "Test and time the operators: fastlora bench [OPERATOR ...] [--json] (the same as python -m benchmarks)."
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+    help=BENCH,
+    short_help=BENCH,
+)
 def bench(context: typer.Context) -> None:
-    """Test and time the operators: fastlora bench [OPERATOR ...] [--json] (the same as python -m benchmarks)."""
     from fastlora.benchmarks import __main__ as benchmarks
 
     raise typer.Exit(benchmarks.main(context.args) or 0)

@@ -425,6 +425,12 @@ def _is_fused(module: nn.Module) -> bool:
     return is_derived(module) and type(module) not in _segmented
 
 
+def attends(model: nn.Module) -> bool:
+    """Whether all of a model's attention is swapped for ours."""
+    found = [_is_fused(module) for part, module in _parts(model) if part is PARTS[packing.ATTENTION]]
+    return bool(found) and all(found)
+
+
 def _attends_otherwise(model: nn.Module) -> bool:
     """Whether an attention's class has another forward since, which needs the mask."""
     return any(_is_overtaken(module) for part, module in _parts(model) if part is PARTS[packing.ATTENTION])

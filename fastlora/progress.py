@@ -76,6 +76,6 @@ class Bar:
                 parts.append(f"{limit.percent(rows, record['seconds'], self.processes):.0f} % of the machine")
             held = memory.peak(self.device)
             if held is not None:
-                parts.append(f"{held / 2**30:.1f} GiB")
+                parts.append(f"{held / 1e9:.1f} GB")
             self.tqdm.set_postfix_str(", ".join(parts), refresh=False)
         self.tqdm.update()

@@ -222,7 +222,7 @@ class _Run:
             f"fastlora {__version__}": f"{config.method}, {config.model}, {parameters:,} parameters",
             "rows": f"{len(rows.rows):,}" + (f", and {len(rows.dropped):,} dropped" if rows.dropped else ""),
             **({"tasks": rows.order.describe()} if rows.order else {}),
-            "steps": f"{course.steps:,} of {course.rows_per_step} rows"
+            "steps": f"{course.steps:,}, of {course.rows_per_step} rows each"
             + (f", from step {self.step + 1:,} on" if self.step else ""),
             "trained": f"{trained:,} parameters, {100 * trained / parameters:.3g} %",
             "device": f"{self.accelerator.device}, {table.name_of(self.dtype)}, {self.setup['threads']} thread{'s' * (self.setup['threads'] > 1)}"
@@ -235,8 +235,7 @@ class _Run:
         if config.packing:
             lines["packed"] = self.batching.plan(course)
         lines |= self.validation.told()
-        runs = trainable.implementations(self.model, config)
-        lines["runs"] = ", ".join(f"{count} {name}" for name, count in runs.items()) or "plain PyTorch"
+        lines["runs"] = trainable.shown(trainable.implementations(self.model, config))
         return lines
 
     def loop(self, stop: threading.Event, progress: bool) -> None:

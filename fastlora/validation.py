@@ -90,6 +90,7 @@ class Validation:
             text = "eval_data: %d of its %d rows are also in data: what is measured on those is memory"
             logger.warning(text, leaked, len(rows))
         self.references: list[str] = []
+        self.prompts: list[list[int]] = []  # where they are answered, once there is a model
         if self.held_out and (config.eval_generate or kept):
             if any(example.prompt == "" for example in self.held_out.examples):
                 raise ValueError(
@@ -137,7 +138,7 @@ class Validation:
 
     def told(self) -> dict[str, str]:
         """What the banner says of it."""
-        parts = [f"{len(one.rows):,} of {name}" + (f" ({len(one.dropped):,} dropped)" if one.dropped else "")
+        parts = [f"{len(one.rows):,} rows of {name}" + (f" ({len(one.dropped):,} dropped)" if one.dropped else "")
                  for name, one in (("eval_data", self.held_out), ("retain_data", self.retained)) if one]  # fmt: skip
         every = f", every {self.config.eval_steps:,} steps" if self.config.eval_steps else ", at the end"
         return {"measured": " and ".join(parts) + every} if parts else {}
