@@ -1,7 +1,8 @@
 """What a person sees while a training runs: a bar with its loss, its speed, how near that is to the machine's limit, its memory, the time left."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -63,6 +64,14 @@ class Bar:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.tqdm.close()
+
+    @contextmanager
+    def aside(self, what: str) -> Iterator[None]:
+        """While something is done that comes once, before the first step: what is told, and its time is no step's."""
+        self.tqdm.set_postfix_str(what)
+        yield
+        self.tqdm.set_postfix_str("", refresh=False)
+        self.tqdm.unpause()
 
     def tell(self, record: Mapping[str, float], rows: Sequence[Row], limit: Limit | None, measured: str = "") -> None:
         """One more step is done, with this record of metrics.jsonl, on these rows of all processes; measured: by the last validation."""

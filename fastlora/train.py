@@ -230,7 +230,7 @@ class _Run:
         }
         if self.steps_before != course.steps:
             lines["extended"] = (
-                f"from {self.steps_before:,} steps: from step {self.step + 1:,} on {config.lr_scheduler_type} is that of {course.steps:,}"
+                f"from {self.steps_before:,} steps to {course.steps:,}, whose {config.lr_scheduler_type} schedule is followed from step {self.step + 1:,} on"
             )
         if config.packing:
             lines["packed"] = self.batching.plan(course)
@@ -244,8 +244,9 @@ class _Run:
         limit = Limit.of(self.model, self.config, device, self.dtype) if shown else None
         first = self.step
         with Bar(self.course.steps, first, shown, device, self.course.processes) as bar:
-            if self.validation.after(self.step):  # before the first step, or where a stop left it undone
-                self._save_checkpoint()
+            with bar.aside("measuring" if self.validation.told() else ""):
+                if self.validation.after(self.step):  # before the first step, or where a stop left it undone
+                    self._save_checkpoint()
             while self.step < self.course.steps and self.validation.stop_reason is None:
                 rows = self.course.step_rows(self.step)
                 record, stopped = self._train_step(rows, stop, check_gradients=self.step == first)
@@ -436,8 +437,7 @@ class _Run:
             way, reason = sharing.last_call(self.model)
             if way == sharing.APART:
                 logger.warning("share_prefix: the last batch's rows ran each for itself: %s", reason)
-        weights = self.output / ("model" if self.config.method in WHOLE else "adapter_model")
-        file = weights.with_suffix(".safetensors")
+        file = self.output / f"{'model' if self.config.method in WHOLE else 'adapter_model'}.safetensors"
         content["adapter_bytes"] = file.stat().st_size if file.is_file() else 0
         with processes.as_one(self.accelerator), self._writing("the summary"):
             if self.accelerator.is_main_process:
