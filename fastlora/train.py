@@ -229,9 +229,7 @@ class _Run:
             + (f", {self.setup['processes']} processes" if self.setup["processes"] > 1 else ""),
         }
         if self.steps_before != course.steps:
-            lines["extended"] = (
-                f"from {self.steps_before:,} steps to {course.steps:,}, whose {config.lr_scheduler_type} schedule is followed from step {self.step + 1:,} on"
-            )
+            lines["extended"] = resuming.extended(config, self.steps_before, course.steps, self.step)
         if config.packing:
             lines["packed"] = self.batching.plan(course)
         lines |= self.validation.told()
@@ -244,7 +242,7 @@ class _Run:
         limit = Limit.of(self.model, self.config, device, self.dtype) if shown else None
         first = self.step
         with Bar(self.course.steps, first, shown, device, self.course.processes) as bar:
-            with bar.aside("measuring" if self.validation.told() else ""):
+            with bar.aside("measuring" * self.validation.is_due(self.step)):
                 if self.validation.after(self.step):  # before the first step, or where a stop left it undone
                     self._save_checkpoint()
             while self.step < self.course.steps and self.validation.stop_reason is None:

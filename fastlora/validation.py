@@ -199,8 +199,7 @@ class Validation:
         Raises:
             TrainingError: it cannot be written; Diverged: what was measured is not finite.
         """
-        done = self.records[-1]["step"] if self.records else -1
-        if done >= step or not self._is_due(step):
+        if not self.is_due(step):
             return False
         with self._beside_training():
             record, samples = self._measure(step)
@@ -218,8 +217,10 @@ class Validation:
         tracking.report(self.accelerator, record)
         return self.config.load_best_model_at_end and self.verdict().best_step == step
 
-    def _is_due(self, step: int) -> bool:
-        if not self.held_out and not self.retained:
+    def is_due(self, step: int) -> bool:
+        """Whether a validation is due after a step (0: before the first), and was not done."""
+        done = self.records[-1]["step"] if self.records else -1
+        if done >= step or not (self.held_out or self.retained):
             return False
         if step == 0:
             return self.config.eval_on_start or self.retained is not None or bool(self.sampled)
