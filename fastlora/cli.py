@@ -562,10 +562,10 @@ def serve(
     allow_noop: AllowNoopOption = False,
 ) -> None:
     """Serve a base and its adapters behind OpenAI's interface on this machine, to try them: `model` names the adapter."""
+    _quiet()
     from fastlora.serving.server import require_web, serve
 
     require_web()
-    _quiet()
     serve(
         model,
         adapters,
