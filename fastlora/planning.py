@@ -212,9 +212,9 @@ def _computes_in(config: TrainConfig, model: Any) -> torch.dtype:
 
 
 def kept_by_optimiser(config: TrainConfig, model: Any) -> int:
-    """Bytes that the optimiser keeps of what is trained, in float32."""
+    """Bytes that the optimiser keeps of what is trained, in float32; a step's number and its like aside."""
     of_each = (KINDS[config.optim].keeps(one) for one in model.parameters() if one.requires_grad)
-    return 4 * sum(math.prod(kept.shape) for each in of_each for kept in each.values() if kept.shape is not None)
+    return 4 * sum(math.prod(kept.shape) for each in of_each for kept in each.values() if kept.shape)
 
 
 def needed_memory(config: TrainConfig, model: Any, tokens: int) -> dict[str, int]:
