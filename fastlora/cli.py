@@ -28,7 +28,7 @@ from typer.main import get_command
 from fastlora import __version__
 from fastlora.comparison import Comparison
 from fastlora.config import CombinationType, Dtype, MajoritySignMethod, TrainConfig
-from fastlora.data.rows import Truncation
+from fastlora.data.rows import Truncation, Turns
 from fastlora.options import Given, hint, own_name, read
 from fastlora.sweep.jobs import Sweep
 
@@ -78,7 +78,14 @@ def _option(field: Field[Any]) -> Any:
 
 
 class _Command(TyperCommand):
-    """Says of an option that there is not which one may have been meant, by whatever program's name."""
+    """Says of an option that there is not which one may have been meant, by whatever program's name, and which may be given several times."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        for option in self.get_params(ctx):
+            several: Any = option
+            if getattr(option, "multiple", False) and several.metavar is None:
+                several.metavar = re.sub(r"^<list\[(.*)\]>$", r"<\1>...", str(several.display_type(ctx)).lower())
+        super().format_options(ctx, formatter)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:
@@ -131,7 +138,7 @@ def command(function: Callable[..., None]) -> Callable[..., None]:
         finally:
             messages.removeHandler(handler)
 
-    return app.command(name, cls=_Command)(run)
+    return app.command(name, cls=_Command, short_help=function.__doc__)(run)  # typer cuts what it takes itself
 
 
 def _read_config(context: typer.Context, path: Path | None) -> Given | None:
@@ -252,7 +259,8 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
     logging.disable(logging.WARNING)
     try:
-        import transformers.modeling_utils  # noqa: F401  (brings in what there is of torchao, kernels, bitsandbytes)
+        import peft  # noqa: F401  (brings in bitsandbytes, where there is one)
+        import transformers.modeling_utils  # noqa: F401  (and torchao, and kernels)
     finally:
         logging.disable(logging.NOTSET)
     from transformers.utils import logging as transformers_logging
@@ -304,7 +312,7 @@ DRY_RUN = inspect.Parameter(
 @configured
 @_with_options_of(TrainConfig, DRY_RUN)
 def train(**options: Any) -> None:
-    """Train a LoRA adapter, or the whole model, on prompts and completions."""
+    """Train an adapter, a part of a model or the whole of it, on prompts and completions or messages."""
     _quiet()
     from fastlora.planning import Plan, plan
     from fastlora.train import train
@@ -414,6 +422,8 @@ def eval_(
     batch_size: BatchOption = 8,
     max_length: Annotated[int, OPTIONS["max_length"]] = 512,
     truncation: Annotated[Truncation, OPTIONS["truncation"]] = "prompt",
+    train_on_turns: Annotated[Turns, OPTIONS["train_on_turns"]] = "auto",
+    completion_only_loss: Annotated[bool, OPTIONS["completion_only_loss"]] = True,
     max_new_tokens: NewTokensOption = 64,
     generations: Annotated[
         bool, typer.Option(help="Also let the model answer: exact match, ROUGE, F1, accuracy.")
@@ -428,11 +438,12 @@ def eval_(
     _quiet()
     from fastlora.data.examples import parse_columns, read_examples
     from fastlora.data.sources import each
-    from fastlora.data.tasks import is_task
+    from fastlora.data.tasks import check_asking, is_task
     from fastlora.evaluation import evaluate
     from fastlora.models import load_model
 
     named = parse_columns(columns) if isinstance(columns, str) else columns  # a file has a mapping
+    check_asking(data, named)
     # Bad lines are reported before anything is loaded, but for a task's, which the tokenizer counts.
     rows: Any = data if any(map(is_task, each(data))) else read_examples(data, columns=named)
     loaded, tokenizer = load_model(
@@ -450,6 +461,8 @@ def eval_(
         batch_size=batch_size,
         max_length=max_length,
         truncation=truncation,
+        train_on_turns=train_on_turns,
+        completion_only_loss=completion_only_loss,
         max_new_tokens=max_new_tokens,
         generations=generations,
         limit=limit,
@@ -549,10 +562,10 @@ def serve(
     allow_noop: AllowNoopOption = False,
 ) -> None:
     """Serve a base and its adapters behind OpenAI's interface on this machine, to try them: `model` names the adapter."""
+    _quiet()
     from fastlora.serving.server import require_web, serve
 
     require_web()
-    _quiet()
     serve(
         model,
         adapters,
@@ -713,9 +726,16 @@ def _row_of(one: Any) -> list[str]:
     ]
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+BENCH = "Test and time the operators: fastlora bench [OPERATOR ...] [--json] (the same as python -m benchmarks)."
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+    help=BENCH,
+    short_help=BENCH,
+)
 def bench(context: typer.Context) -> None:
-    """Test and time the operators: fastlora bench [OPERATOR ...] [--json] (the same as python -m benchmarks)."""
     from fastlora.benchmarks import __main__ as benchmarks
 
     raise typer.Exit(benchmarks.main(context.args) or 0)

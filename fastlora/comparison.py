@@ -27,6 +27,7 @@ import torch
 from fastlora import __version__, memory, reading, writing
 from fastlora.config import DEFAULT_LR, DEFAULT_R, PROMPTS, RANKED, WHOLE, Method, TrainConfig, as_train, option
 from fastlora.course import Diverged
+from fastlora.data.rows import Truncation, Turns
 from fastlora.data.tasks import files_of
 from fastlora.typed import check_fields, fits, shown
 
@@ -39,6 +40,8 @@ PROBE_STEPS = 4  # of a run that finds out how many steps fit into a number of s
 ANSWERED = 4  # prompts a batch, whose answers' speed is measured
 ANSWER_TOKENS = 32
 BASE = "base"
+CUT = ("max_length", "truncation", "train_on_turns", "completion_only_loss")
+"""What is trained on and measured of a row."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,9 @@ class Comparison:
     batch_size: int = option("Rows a step.", 8)
     eval_batch_size: int | None = option("Rows that are measured at once. [default: batch_size]", None)
     max_length: int = option("Tokens a row may have.", 512)
+    truncation: Truncation = as_train("truncation")
+    train_on_turns: Turns = as_train("train_on_turns")
+    completion_only_loss: bool = as_train("completion_only_loss")
     num_virtual_tokens: int = option("Length of soft prompts, in tokens.", 20)
     token_indices: list[int] | None = option(
         "Tokens whose embeddings method tokens trains, with commas.", None, typed=str
@@ -151,7 +157,7 @@ class Comparison:
             given["num_virtual_tokens"] = self.num_virtual_tokens
         if run.method == "tokens":
             given["token_indices"] = self.token_indices
-        same = ("model", "data", "columns", "epochs", "batch_size", "max_length", "seed", "dtype", "max_steps")
+        same = ("model", "data", "columns", "epochs", "batch_size", *CUT, "seed", "dtype", "max_steps")
         given |= {name: getattr(self, name) for name in same}
         given |= {"method": run.method, "lr": run.lr, "output": output, "save_steps": 10**6}
         return TrainConfig(**given | more)
@@ -190,7 +196,9 @@ class Outcome:
     rouge1: float | None
     rougeL: float | None
     exact_match: float | None
+    accuracy: float | None  # where the answers are labels
     retained_loss: float | None  # on the other rows
+    retained_accuracy: float | None  # where their answers are labels
     forgetting: float | None  # by how much that is above the base's
     answer_tokens_per_second: float
     trainable_parameters: int = 0
@@ -423,27 +431,31 @@ def load(given: Comparison, name: str, method: str) -> tuple[Any, Any]:
 
 def _measure(given: Comparison, name: str, method: str) -> dict[str, Any]:
     """What a trained run, or the base, can."""
-    from fastlora.evaluation import evaluate
+    from fastlora.data.rows import row_length
+    from fastlora.data.tasks import read_rows
+    from fastlora.evaluation import are_labels, evaluate
 
     model, tokenizer = load(given, name, method)
     batch_size = given.eval_batch_size or given.batch_size
-    same: dict[str, Any] = {"batch_size": batch_size, "max_length": given.max_length, "limit": given.limit}
-    told = evaluate(
-        *(model, tokenizer, given.told_data),
-        **{"columns": given.columns, "generations": given.generations, "max_new_tokens": given.max_new_tokens, **same},
-    )
-
-    def loss_on(data: str | Path | list[str], **more: Any) -> float:
-        return evaluate(model, tokenizer, data, generations=False, **same, **more).loss
-
-    kept = loss_on(given.retain_data) if given.retain_data else None
+    same: dict[str, Any] = {name: getattr(given, name) for name in (*CUT, "limit")} | {"batch_size": batch_size}
+    answered: dict[str, Any] = {"generations": given.generations, "max_new_tokens": given.max_new_tokens}
+    told = evaluate(model, tokenizer, given.told_data, columns=given.columns, **answered, **same)
+    chosen_by, kept = told, None
+    if given.test_data:
+        chosen_by = evaluate(model, tokenizer, given.eval_data, columns=given.columns, generations=False, **same)
+    if given.retain_data:
+        other = read_rows(given.retain_data, length=row_length(tokenizer), max_tokens=given.max_length)
+        answered["generations"] = given.generations and are_labels(other[: given.limit])
+        kept = evaluate(model, tokenizer, other, **answered, **same)
     return {
-        "eval_loss": loss_on(given.eval_data, columns=given.columns) if given.test_data else told.loss,
+        "eval_loss": chosen_by.loss,
         "loss": told.loss,
         "rouge1": told.rouge1,
         "rougeL": told.rougeL,
         "exact_match": told.exact_match,
-        "retained_loss": kept,
+        "accuracy": told.accuracy,
+        "retained_loss": kept.loss if kept else None,
+        "retained_accuracy": kept.accuracy if kept else None,
         "forgetting": None if kept is None else 0.0,
         "answer_tokens_per_second": _answer_rate(model, tokenizer, given),
     }
@@ -502,13 +514,16 @@ def rows(found: Iterable[Outcome], failed: Iterable[Failure] = ()) -> Iterator[M
         return "-" if value is None else format(value, form)
 
     blank: dict[str, str] = {}
-    for one in best(found):
+    told = best(found)
+    for one in told:
         row = {
             "method": one.kind,
             "lr": shown_as(one.lr, "g"),
             "held-out loss": f"{one.loss:.4f}",
             "ROUGE-1": shown_as(one.rouge1 and 100 * one.rouge1, ".1f"),
+            **_where_any(told, one, "accuracy", "accuracy"),
             "forgetting": shown_as(one.forgetting, "+.4f"),
+            **_where_any(told, one, "retained accuracy", "retained_accuracy"),
             "trained": f"{one.trainable_parameters:,}",
             "file MB": f"{one.file_bytes / 1e6:.3g}",
             "peak GB": shown_as(one.peak_bytes and one.peak_bytes / 1e9, ".2f"),
@@ -519,6 +534,14 @@ def rows(found: Iterable[Outcome], failed: Iterable[Failure] = ()) -> Iterator[M
         yield row
     for bad in failed:
         yield blank | {"method": bad.kind, "lr": shown_as(bad.lr, "g"), "held-out loss": f"failed in step {bad.step}"}
+
+
+def _where_any(found: Sequence[Outcome], one: Outcome, heading: str, name: str) -> dict[str, str]:
+    """A column of per cents, where some outcome has one."""
+    if all(getattr(other, name) is None for other in found):
+        return {}
+    value = getattr(one, name)
+    return {heading: "-" if value is None else f"{100 * value:.1f}"}
 
 
 def figure(found: Sequence[Outcome]) -> Any:

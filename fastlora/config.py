@@ -9,8 +9,9 @@ from fastlora import schedules
 from fastlora.adapters import LARGEST_RANK, is_number
 from fastlora.data.examples import check_reading
 from fastlora.data.mixture import Mixing, check_mixing
-from fastlora.data.rows import Truncation, Turns
+from fastlora.data.rows import Truncation, Turns, check_counting
 from fastlora.data.sources import each, one_or_several
+from fastlora.data.tasks import check_asking
 from fastlora.metrics import MEASURED, SCORES
 from fastlora.typed import check_fields, is_finite, shown
 
@@ -117,10 +118,12 @@ class TrainConfig:
         typed=list[str],
     )
     eval_data: str | Path | list[str] | None = option(
-        "Held-out rows of the same task, to measure on.", None, typed=list[str]
+        "Held-out rows of the same task, from where data may be, to measure on.", None, typed=list[str]
     )
     retain_data: str | Path | list[str] | None = option(
-        "Rows of other tasks: how much their loss rises is what is forgotten.", None, typed=list[str]
+        "Rows of other tasks, from where data may be: how much their loss rises is what is forgotten.",
+        None,
+        typed=list[str],
     )
     columns: dict[str, str] | None = option(
         "Which column is which field: prompt=question,completion=answer; #1 is a headless file's first.",
@@ -277,10 +280,7 @@ class TrainConfig:
             if not getattr(self, name):
                 raise ValueError(f"{name}={getattr(self, name)!r} is empty")
         self._check_data()
-        if not self.completion_only_loss and self.train_on_turns != "auto":
-            raise ValueError(
-                f"completion_only_loss=False and train_on_turns={self.train_on_turns!r} exclude each other: all counts"
-            )
+        check_counting(self.train_on_turns, self.completion_only_loss)
         self._check_method()
         if self.lr is None:
             self.lr = DEFAULT_LR[self.method]
@@ -327,6 +327,7 @@ class TrainConfig:
             raise ValueError(f"data={shown(self.data)}: expected data or mixture, and not both")
         if self.data is not None:
             check_reading(self.data, self.columns, self.max_samples, self.streaming)
+            check_asking(self.data, self.columns, self.max_samples, self.streaming)
         elif self.columns is not None or self.max_samples is not None or self.streaming:
             given = next(name for name in ("columns", "max_samples", "streaming") if getattr(self, name))
             raise ValueError(f"{given}={shown(getattr(self, given))}: expected none beside mixture, whose tasks say it")

@@ -55,6 +55,8 @@ def evaluate(
     batch_size: int = 8,
     max_length: int = 512,
     truncation: str = "prompt",
+    train_on_turns: str = "auto",
+    completion_only_loss: bool = True,
     max_new_tokens: int = 64,
     generations: bool = True,
     limit: int | None = None,
@@ -68,6 +70,7 @@ def evaluate(
         columns: which column is which field, for what is read.
         max_length: tokens a row may have; never more than the model has positions for.
         truncation: what a longer row loses, as in training: prompt, completion, or drop for the whole row.
+        train_on_turns, completion_only_loss: which tokens the loss is of, as in training (`encode`).
         limit: take only the first so many rows.
 
     Raises:
@@ -83,7 +86,15 @@ def evaluate(
     if generations and any(example.prompt == "" for example in examples):
         raise ValueError("data: rows of plain text have no prompt to answer: expected no generations of them")
     longest, pairs = min(max_length, positions(model) or max_length), model.config.is_encoder_decoder
-    encoded = encode(examples, tokenizer, longest, truncation, encoder_decoder=pairs)
+    encoded = encode(
+        examples,
+        tokenizer,
+        longest,
+        truncation,
+        train_on_turns=train_on_turns,
+        completion_only_loss=completion_only_loss,
+        encoder_decoder=pairs,
+    )
     # Before anything is computed: there may be no room for an answer.
     ids = [row.input_ids[: row.prompt_length] for row in encoded.rows]
     ids = leave_room(model, tokenizer, ids, max_new_tokens) if generations else ids
@@ -202,6 +213,11 @@ def labels(references: Sequence[str]) -> set[tuple[str, ...]]:
         return set()
     found = {_label(text) for text in texts}
     return found if len(found) == len(texts) and () not in found else set()
+
+
+def are_labels(examples: Sequence[Example]) -> bool:
+    """Whether examples have prompts, and `labels` as completions."""
+    return all(one.prompt != "" for one in examples) and bool(labels([one.completion for one in examples]))
 
 
 def accuracy(answers: Sequence[str], references: Sequence[str]) -> float:

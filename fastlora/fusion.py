@@ -263,12 +263,13 @@ def attend(
 ) -> tuple[Tensor, None]:
     """As transformers' sdpa_attention_forward, of q [B, H, T, D], k and v: by our operator where nothing is masked but what comes later.
 
-    options: cu_seq_lens_q [segments + 1] says which of a batch's one row of tokens see one another; the mask then says nothing. segment_parents
+    options: cu_seq_lens_q [segments + 1] says which of a batch's one row of tokens see one another; the mask then says nothing else. segment_parents
     [segments] says whose keys they see before their own (operators/attention.py), which lie as cu_seq_lens_k has it. key_roots has for each layer the
     keys and values [1, key heads, their rows, D] that lie before all others, of segments without queries.
 
     Raises:
-        ValueError: there is a cu_seq_lens_q, and more that the operator has not; segment_parents is no tree, or without a cu_seq_lens_q.
+        ValueError: there is a cu_seq_lens_q, no mask that says the same, and more that the operator has not; segment_parents is no tree, or without a
+            cu_seq_lens_q.
     """
     starts, parents = options.get("cu_seq_lens_q"), options.get("segment_parents")
     key_starts = None if parents is None else options.get("cu_seq_lens_k")
@@ -282,7 +283,7 @@ def attend(
         obstacle = _obstacle("attention", query.shape[1] * query.shape[3], query, key, value)
     _note(module, query, query.shape[1] * query.shape[3], obstacle)
     if obstacle is not None:
-        if starts is not None:
+        if starts is not None and (parents is not None or not _says(attention_mask)):
             raise ValueError(f"cu_seq_lens_q: rows without padding cannot be attended to: {obstacle}")
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     B, H, T, D = query.shape
@@ -295,6 +296,11 @@ def attend(
     if parents is not None:
         check_segments(starts, len(q), parents, key_starts, len(k))
     return within(q, k, v, starts, scale, causal, parents, key_starts).view(B, T, H, D), None
+
+
+def _says(mask: Tensor | None) -> bool:
+    """Whether a mask tells what is seen: that of a batch without padding (packing.py) is NaN."""
+    return mask is not None and not bool(mask.isnan().any())
 
 
 PLAIN_OPTIONS = (
@@ -321,10 +327,10 @@ def _attention_obstacle(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict[str, Any]
 ) -> str | None:
     """Why torch attends in the operator's place, or None."""
-    if mask is not None:
-        return "there is a mask"
     if options.get("dropout"):
         return "attention has dropout"
+    if mask is not None:
+        return "there is a mask"
     more = [
         name
         for name, one in options.items()
@@ -349,7 +355,7 @@ class Part(NamedTuple):
 PARTS = {
     "RMSNorm": Part(_is_norm, with_norm, ("rms_norm",)),
     "MLP": Part(_is_mlp, with_mlp, ("swiglu",)),
-    "Attention": Part(_is_attention, with_attention, ("attention", "rotary")),
+    packing.ATTENTION: Part(_is_attention, with_attention, ("attention", "rotary")),
 }
 """By how transformers' names of their classes end."""
 
@@ -384,7 +390,7 @@ def _fits(part: Part, module: nn.Module) -> bool:
 def attach_segments(model: nn.Module) -> None:
     """Swap the classes of attentions that `attach` has not swapped, for segments with parents alone."""
     for part, module in _parts(model):
-        if part is PARTS["Attention"] and not is_derived(module) and _names(module, INTERFACES):
+        if part is PARTS[packing.ATTENTION] and not is_derived(module) and _names(module, INTERFACES):
             kind: Any = type(module)
             become(module, with_segments(kind))
 
@@ -419,9 +425,15 @@ def _is_fused(module: nn.Module) -> bool:
     return is_derived(module) and type(module) not in _segmented
 
 
+def attends(model: nn.Module) -> bool:
+    """Whether all of a model's attention is swapped for ours."""
+    found = [_is_fused(module) for part, module in _parts(model) if part is PARTS[packing.ATTENTION]]
+    return bool(found) and all(found)
+
+
 def _attends_otherwise(model: nn.Module) -> bool:
     """Whether an attention's class has another forward since, which needs the mask."""
-    return any(_is_overtaken(module) for part, module in _parts(model) if part is PARTS["Attention"])
+    return any(_is_overtaken(module) for part, module in _parts(model) if part is PARTS[packing.ATTENTION])
 
 
 packing.TELLERS.append(_attends_otherwise)

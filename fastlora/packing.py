@@ -29,8 +29,8 @@ TELLERS: list[Callable[[nn.Module], bool]] = []
 def real_tokens(model: nn.Module, given: Mapping[str, Any]) -> Tensor | None:
     """Where a causal model's batch has tokens, bool [B, T]; None where there is no padding to leave out, or it must stay.
 
-    It must where more is given than is known here, where layers are told of a batch's examples, and where torch compiles a part of the model: what it
-    traces runs the model's own attention.
+    It must where more is given than is known here, where layers are told of a batch's examples, where attention has dropout, and where torch compiles
+    a part of the model: what it traces runs the model's own attention.
     """
     ids, mask = given.get("input_ids"), given.get("attention_mask")
     known = all(value is None or name in MAY_BE_GIVEN for name, value in given.items()) and not given.get("use_cache")
@@ -42,7 +42,30 @@ def real_tokens(model: nn.Module, given: Mapping[str, Any]) -> Tensor | None:
 
 def keeps_padding(model: nn.Module) -> bool:
     """Whether a model runs padding now, whatever it gives without."""
-    return any(map(is_compiled, model.modules())) or any(tells(model) for tells in TELLERS)
+    return attention_drops(model) or any(map(is_compiled, model.modules())) or any(tells(model) for tells in TELLERS)
+
+
+ATTENTION = "Attention"
+"""How transformers' names of attentions' classes end."""
+DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+"""How an attention's configuration calls its dropout. Most attentions keep it, a number or a module, under this name or another of these."""
+KEPT_DROPOUTS = (*DROPOUTS, "attn_dropout", "attn_dropout_p", "attn_drop", "dropout", "dropout_p", "dropout_prob")
+
+
+def attention_drops(model: nn.Module) -> bool:
+    """Whether some attention of the model has dropout now: torch's has that, and ours has not."""
+    return any(
+        module.training and type(module).__name__.endswith(ATTENTION) and _drops(module) for module in model.modules()
+    )
+
+
+def _drops(attention: nn.Module) -> bool:
+    """Whether an attention that is trained drops. Some keep what is dropped of their results under the same names: these count, too."""
+    kept = {**vars(attention), **attention._modules}
+    found = [kept.get(name) for name in KEPT_DROPOUTS]
+    found += [getattr(kept.get("config"), name, None) for name in DROPOUTS]
+    rates = (one.p if isinstance(one, nn.Dropout) else one for one in found)
+    return any(isinstance(rate, int | float) and rate > 0 for rate in rates)
 
 
 def is_compiled(module: nn.Module) -> bool:

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 from fastlora import drawing, reading, writing
 from fastlora.drawing import Point, curves, running_mean, safe, table, thinned
 from fastlora.metrics import SAMPLES, VALIDATION
-from fastlora.typed import fits, is_finite, listed
+from fastlora.typed import fits, gigabytes, is_finite, listed
 
 NAME = "report.html"
 SHOWN = 20  # samples
@@ -109,7 +109,7 @@ def html(
 def _figures(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = [(name, form.format(**summary)) for name, form in FIGURES.items()]
     if summary["peak_memory"] is not None:
-        found.append(("memory at its peak", f"{summary['peak_memory'] / 2**30:.2f} GiB"))
+        found.append(("memory at its peak", gigabytes(summary["peak_memory"])))
     for name in ("best_step", "best_eval_loss"):
         if summary.get(name) is not None:
             found.append((name, _shown(summary[name])))

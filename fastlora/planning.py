@@ -4,22 +4,25 @@ A step holds, at the end of its forward:
 
     weights       of the base, as they lie in memory, and of the adapter; on a CPU also the packed copies that 16-bit weights may get
     gradients     4 bytes for each trained number
-    optimiser     AdamW's two moments: 8 bytes for each
+    optimiser     what it keeps of each (optimisers.KINDS): AdamW two moments, 8 bytes; Adafactor a matrix's rows and columns; SGD nothing
     activations   what the backward reads of each token: of a sublayer, as attention or an MLP, the input of its first product, the outputs of all
                   but the last, and the last's input; of a norm its input. In fastlora's layers dropout keeps a bit for each input. PEFT's own keep
                   each layer's dropped input in float32, and its mask in bytes; transformers' MLP keeps the activation as well, its attention keys
                   and values repeated for each head. Attention that drops keeps its weights, an activation
                   that is written in PyTorch what lies between. The backward of one block takes as much again. Of logits there is a block at a time
+    validation    by how much more a validation takes than gradients and activations, which are not there then: a block at a time of its largest
+                  batch, and where prompts are answered the keys and values of all blocks
     process       what Python and its packages take, as it is now; on a card, nothing
 
-The tokens are those of the batch that has the most; through an encoder-decoder's blocks go those of their side, but for the encoder's that a decoder
-attends to. Attention with a bias for each distance, as T5's, keeps its weights, too. With gradient checkpointing a block keeps its input, and one
-block at a time the rest.
+The tokens are those of the batch that has the most, with its padding where that runs: not where fastlora's attention leaves it out. Through an
+encoder-decoder's blocks go those of their side, but for the encoder's that a decoder attends to. Attention with a bias for each distance, as T5's,
+keeps its weights, too. With gradient checkpointing a block keeps its input, and one block at a time the rest.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +32,20 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fastlora import checkpoint, memory, tracking, writing
+from fastlora import fusion, memory, packing, tracking, writing
 from fastlora.bottleneck import ATTENTIONS
 from fastlora.config import RANKED, WHOLE, TrainConfig
 from fastlora.course import Course
-from fastlora.data.rows import count_tokens, marked
+from fastlora.data.lines import lay
+from fastlora.data.rows import Row, batches, count_tokens, marked
 from fastlora.frozen import packed
-from fastlora.models import blocks, empty_base
+from fastlora.models import DTYPES, blocks, empty_base
 from fastlora.operators.linear_cross_entropy import LOGITS_AT_ONCE
+from fastlora.optimisers import KINDS
 from fastlora.resuming import require_free
-from fastlora.sharing import attention_drops
 from fastlora.train import begin, require_possible
-from fastlora.typed import lined_up
+from fastlora.typed import gigabytes, lined_up
+from fastlora.validation import Validation
 
 SHOWN_ROWS = 3
 CROSS = tuple(name for _, *others in ATTENTIONS for name in others)
@@ -77,12 +82,12 @@ class Plan:
         return sum(self.memory.values())
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {_gigabytes(size)}" for name, size in self.memory.items() if size)
+        parts = ", ".join(f"{name} {gigabytes(size)}" for name, size in self.memory.items() if size)
         lines = {
             **self.told,
             "tokens": f"{self.tokens_per_step:,.0f} a step, of which {self.labelled_per_step:,.0f} count in the loss",
-            "memory": f"about {_gigabytes(self.peak)}, an estimate: {parts}",
-            "disk": f"about {_gigabytes(self.disk)} ({self.free})",
+            "memory": f"about {gigabytes(self.peak)}, an estimate: {parts}",
+            "disk": f"about {gigabytes(self.disk)} ({self.free})",
         }
         rows = [
             f"\n{one.source}: {one.tokens} tokens, {one.counted} count, [[these]]:\n{one.text}" for one in self.samples
@@ -115,27 +120,108 @@ def plan(config: TrainConfig) -> Plan:
         steps=course.steps - run.step,
         tokens_per_step=sum(map(count_tokens, epoch)) / len(epoch),
         labelled_per_step=sum(row.labelled for rows in epoch for row in rows) / len(epoch),
-        memory=needed_memory(config, model, *largest_batch(config, course)),
+        memory=_with_validation(needed_memory(config, model, *largest_batch(config, model, course)), run),
         disk=needed_disk(config, model, course.steps),
         free=writing.free(Path(config.output)),
         samples=samples,
     )
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+def largest_batch(config: TrainConfig, model: Any, course: Course) -> list[int]:
+    """The tokens that run at once of the batch that has the most, in the first epoch, a number for each side of its rows."""
+    batches = chain.from_iterable(
+        course.batches(course.step_rows(step), 0) for step in range(min(course.steps, course.steps_per_epoch))
+    )
+    return max((_run_at_once(config, model, rows) for rows in batches), key=sum)
 
 
-def largest_batch(config: TrainConfig, course: Course) -> list[int]:
-    """The tokens of the batch that has the most, in the first epoch, a number for each side of its rows: fastlora leaves a causal model's padding
-    out, transformers computes it."""
-    most = [0]
-    for step in range(min(course.steps, course.steps_per_epoch)):
-        for rows in course.batches(course.step_rows(step), 0):
-            sides = [[len(side) for side in of_rows] for of_rows in zip(*(row.sides for row in rows), strict=True)]
-            leaves = config.accelerate and len(sides) == 1
-            most = max(most, [sum(one) if leaves else max(one) * len(one) for one in sides], key=sum)
-    return most
+def _run_at_once(config: TrainConfig, model: Any, rows: Sequence[Row]) -> list[int]:
+    """The tokens that run of a training's batch, a number for each side of its rows."""
+    sides = [[len(side) for side in of_rows] for of_rows in zip(*(row.sides for row in rows), strict=True)]
+    if leaves_padding(config, model):
+        return [sum(side) for side in sides]
+    if config.packing:
+        lines = lay(rows, min(config.max_length, config.max_tokens or config.max_length))
+        sides = [[count_tokens(line) for line in lines]]
+    return [_padded(side) for side in sides]
+
+
+def _padded(lengths: Sequence[int]) -> int:
+    return max(lengths) * len(lengths)
+
+
+def leaves_padding(config: TrainConfig, model: Any) -> bool:
+    """Whether the model's padded batches would run without their padding, as far as its parts tell: all of its attention is fastlora's, on a CPU."""
+    return (
+        config.accelerate
+        and not model.config.is_encoder_decoder
+        and not torch.cuda.is_available()
+        and not packing.keeps_padding(model)
+        and fusion.attends(model)
+    )
+
+
+def _with_validation(needed: dict[str, int], run: Any) -> dict[str, int]:
+    """What is needed, with what a run's validation needs beyond it."""
+    beyond = needed_validation(run.config, run.model, run.validation) - needed["gradients"] - needed["activations"]
+    process = needed.pop("process")
+    return {**needed, "validation": max(0, beyond), "process": process}
+
+
+def needed_validation(config: TrainConfig, model: Any, validation: Validation) -> int:
+    """Bytes that measuring takes besides weights, their copies and the optimiser's state: the formulas above. 0 where nothing is measured."""
+    size, of_token = config.eval_batch_size, _of_token(config, model)
+    most = 0
+    for one in (validation.held_out, validation.retained):
+        lengths = sorted(sum(map(len, row.sides)) for row in one.rows) if one else []
+        for part in batches(lengths, size):
+            most = max(most, sum(part) if leaves_padding(config, model) else _padded(part))
+    needed = most * of_token + _of_logits() if most else 0
+    for part in batches(sorted(map(len, validation.prompts)), size):
+        answered = len(part) * (max(part) + config.eval_max_new_tokens) * _of_cached_token(model)
+        needed = max(needed, int(_padded(part) * of_token + answered))
+    return int(needed)
+
+
+def _of_token(config: TrainConfig, model: Any) -> float:
+    """Bytes of a token that runs without being kept for a backward: what a block holds of it, its input and its result."""
+    itemsize = _computes_in(config, model).itemsize
+    of_blocks = (sum(_kept(part, config, itemsize) for _, part in _parts(block)) for block in _blocks(model))
+    return max(of_blocks) + 3 * _width(model) * itemsize
+
+
+def _of_cached_token(model: Any) -> int:
+    """Bytes of a token's keys and values in all blocks."""
+    text = model.config.get_text_config(decoder=True)
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or _width(model) // text.num_attention_heads
+    return 2 * heads * width * model.dtype.itemsize * len(_blocks(model))
+
+
+def _of_logits() -> int:
+    """Bytes of a block of logits, and what is made of it."""
+    return 3 * 4 * LOGITS_AT_ONCE["cuda" if torch.cuda.is_available() else "cpu"]
+
+
+def _width(model: Any) -> int:
+    return int(model.get_input_embeddings().weight.shape[1])
+
+
+def _computes_in(config: TrainConfig, model: Any) -> torch.dtype:
+    """The dtype of what is computed: of a whole model, which is float32, autocast's."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if config.method not in WHOLE or config.dtype == "float32":
+        dtype: torch.dtype = model.dtype
+        return dtype
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    return torch.bfloat16 if device == "cuda" and torch.cuda.is_bf16_supported() else torch.float32
+
+
+def kept_by_optimiser(config: TrainConfig, model: Any) -> int:
+    """Bytes that the optimiser keeps of what is trained, in float32; a step's number and its like aside."""
+    of_each = (KINDS[config.optim].keeps(one) for one in model.parameters() if one.requires_grad)
+    return 4 * sum(math.prod(kept.shape) for each in of_each for kept in each.values() if kept.shape)
 
 
 def needed_memory(config: TrainConfig, model: Any, tokens: int, written: int = 0) -> dict[str, int]:
@@ -147,8 +233,7 @@ def needed_memory(config: TrainConfig, model: Any, tokens: int, written: int = 0
     """
     parameters = list(model.parameters())
     trained = sum(one.numel() for one in parameters if one.requires_grad)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = torch.bfloat16 if _casts(config, device) else model.dtype
+    device, dtype = "cuda" if torch.cuda.is_available() else "cpu", _computes_in(config, model)
     weights = sum(one.nbytes for one in parameters)
     frozen = [one for one in parameters if one.dim() == 2 and not one.requires_grad]
     if config.bits is not None:  # all but the embeddings, which may be one
@@ -161,33 +246,25 @@ def needed_memory(config: TrainConfig, model: Any, tokens: int, written: int = 0
     copies = 0
     if device == "cpu" and config.accelerate and packed.packs(model.dtype) and config.bits is None:
         inner = sum(math.prod(_size(module)) for block in _blocks(model) for module in _products(block))
-        copies = min(packed.Budget(config.pack_budget).limit, 2 * inner * model.dtype.itemsize)
+        copies = min(
+            packed.Budget(config.pack_budget).limit, 2 * inner * packed.copy_bytes(torch.empty(1, dtype=model.dtype))
+        )
     through = _through(model, tokens, written)
     of_blocks = [_of_block(block, config, model, dtype.itemsize, own, tokens) for block, own in through]
-    width = model.get_input_embeddings().weight.shape[1] * dtype.itemsize
+    width = _width(model) * dtype.itemsize
     if config.gradient_checkpointing:
         kept = sum(own for _, own in through) * width + 2 * max(of_blocks)
     else:
         kept = sum(of_blocks) + max(of_blocks)
-    logits = 3 * 4 * LOGITS_AT_ONCE[device]
     process = 0 if device == "cuda" else _process()
     return {
         "weights": weights,
         "packed copies": copies,
         "gradients": 4 * trained,
-        "optimiser": 8 * trained,
-        "activations": int(kept + (tokens + written) * 3 * width) + logits,
+        "optimiser": kept_by_optimiser(config, model),
+        "activations": int(kept + (tokens + written) * 3 * width) + _of_logits(),
         "process": process,
     }
-
-
-def _casts(config: TrainConfig, device: str) -> bool:
-    """Whether a whole model, which is float32, computes in bfloat16."""
-    if config.method not in WHOLE:
-        return False
-    return config.dtype == "bfloat16" or (
-        config.dtype == "auto" and device == "cuda" and torch.cuda.is_bf16_supported()
-    )
 
 
 def _process() -> int:
@@ -228,7 +305,7 @@ def _of_attention_weight(block: nn.Module, model: Any) -> int:
     """Bytes that a block keeps of a weight of its attention, where that drops: of float32 before dropout and after it, what it is made of, and a byte
     of the mask; where it has a bias for each distance: itself."""
     biased = any(hasattr(module, "has_relative_attention_bias") for module in block.modules())
-    if attention_drops(model) or (biased and getattr(model.config, "dropout_rate", 0.0) > 0):
+    if packing.attention_drops(model) or (biased and getattr(model.config, "dropout_rate", 0.0) > 0):
         return 13
     return 4 * biased
 
@@ -306,4 +383,5 @@ def needed_disk(config: TrainConfig, model: Any, steps: int) -> int:
     trained = sum(one.numel() for one in parameters if one.requires_grad)
     saved = sum(one.nbytes for one in parameters) if config.method in WHOLE else 4 * trained
     twice = 4 * trained if config.method not in (*RANKED, *WHOLE) else 0  # trained.safetensors
-    return saved + (checkpoint.KEPT + 1) * (saved + twice + 8 * trained) + steps * LINE
+    checkpoints = config.save_total_limit + config.load_best_model_at_end + 1
+    return saved + checkpoints * (saved + twice + kept_by_optimiser(config, model)) + steps * LINE

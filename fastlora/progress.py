@@ -1,7 +1,8 @@
 """What a person sees while a training runs: a bar with its loss, its speed, how near that is to the machine's limit, its memory, the time left."""
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -64,6 +65,14 @@ class Bar:
     ) -> None:
         self.tqdm.close()
 
+    @contextmanager
+    def aside(self, what: str) -> Iterator[None]:
+        """While something is done that comes once, before the first step: what is told, and its time is no step's."""
+        self.tqdm.set_postfix_str(what)
+        yield
+        self.tqdm.set_postfix_str("", refresh=False)
+        self.tqdm.unpause()
+
     def tell(self, record: Mapping[str, float], rows: Sequence[Row], limit: Limit | None, measured: str = "") -> None:
         """One more step is done, with this record of metrics.jsonl, on these rows of all processes; measured: by the last validation."""
         if not self.tqdm.disable:
@@ -76,6 +85,6 @@ class Bar:
                 parts.append(f"{limit.percent(rows, record['seconds'], self.processes):.0f} % of the machine")
             held = memory.peak(self.device)
             if held is not None:
-                parts.append(f"{held / 2**30:.1f} GiB")
+                parts.append(f"{held / 1e9:.1f} GB")
             self.tqdm.set_postfix_str(", ".join(parts), refresh=False)
         self.tqdm.update()

@@ -108,6 +108,12 @@ def steps_before(then: Mapping[str, Any], folder: Path, course: Course) -> int:
     )
 
 
+def extended(config: TrainConfig, before: int, steps: int, done: int) -> str:
+    """What a run of so many steps says that was to have other ones before, for people."""
+    schedule = f"whose {config.lr_scheduler_type} schedule is followed from step {done + 1:,} on"
+    return f"from {before:,} steps to {steps:,}, {schedule}"
+
+
 def go_on(optimizer: torch.optim.Optimizer, scheduler: Any, step: int) -> None:
     """Take a schedule, and the optimiser's rates, to where they are after a step."""
     rates = [base * rate(step) for base, rate in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]

@@ -26,7 +26,7 @@ from fastlora import trees
 from fastlora.bounds import nearly_equal
 from fastlora.checks import transform_obstacle
 from fastlora.language_model_loss import output_embedding, undisturbed
-from fastlora.packing import MAY_BE_GIVEN, PROBE_TOKENS, UNFIT, is_compiled
+from fastlora.packing import MAY_BE_GIVEN, PROBE_TOKENS, UNFIT, attention_drops, is_compiled
 from fastlora.swap import become, derive, undo
 from fastlora.trees import IGNORE, KEY, Root, Tree
 
@@ -135,13 +135,6 @@ def targets_of(given: Mapping[str, Any]) -> Tensor | None:
     if shifted is not None or labels is None:
         return shifted
     return F.pad(labels[:, 1:], (0, 1), value=IGNORE)
-
-
-def attention_drops(model: nn.Module) -> bool:
-    """Whether the model's attention has dropout now: torch's has that, and ours has not."""
-    config: Any = getattr(model, "config", None)
-    names = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-    return model.training and any(getattr(config, name, 0) for name in names)
 
 
 def checkpoints(model: nn.Module) -> bool:

@@ -222,21 +222,18 @@ class _Run:
             f"fastlora {__version__}": f"{config.method}, {config.model}, {parameters:,} parameters",
             "rows": f"{len(rows.rows):,}" + (f", and {len(rows.dropped):,} dropped" if rows.dropped else ""),
             **({"tasks": rows.order.describe()} if rows.order else {}),
-            "steps": f"{course.steps:,} of {course.rows_per_step} rows"
+            "steps": f"{course.steps:,}, of {course.rows_per_step} rows each"
             + (f", from step {self.step + 1:,} on" if self.step else ""),
             "trained": f"{trained:,} parameters, {100 * trained / parameters:.3g} %",
             "device": f"{self.accelerator.device}, {table.name_of(self.dtype)}, {self.setup['threads']} thread{'s' * (self.setup['threads'] > 1)}"
             + (f", {self.setup['processes']} processes" if self.setup["processes"] > 1 else ""),
         }
         if self.steps_before != course.steps:
-            lines["extended"] = (
-                f"from {self.steps_before:,} steps: from step {self.step + 1:,} on {config.lr_scheduler_type} is that of {course.steps:,}"
-            )
+            lines["extended"] = resuming.extended(config, self.steps_before, course.steps, self.step)
         if config.packing:
             lines["packed"] = self.batching.plan(course)
         lines |= self.validation.told()
-        runs = trainable.implementations(self.model, config)
-        lines["runs"] = ", ".join(f"{count} {name}" for name, count in runs.items()) or "plain PyTorch"
+        lines["runs"] = trainable.shown(trainable.implementations(self.model, config))
         return lines
 
     def loop(self, stop: threading.Event, progress: bool) -> None:
@@ -245,8 +242,9 @@ class _Run:
         limit = Limit.of(self.model, self.config, device, self.dtype) if shown else None
         first = self.step
         with Bar(self.course.steps, first, shown, device, self.course.processes) as bar:
-            if self.validation.after(self.step):  # before the first step, or where a stop left it undone
-                self._save_checkpoint()
+            with bar.aside("measuring" * self.validation.is_due(self.step)):
+                if self.validation.after(self.step):  # before the first step, or where a stop left it undone
+                    self._save_checkpoint()
             while self.step < self.course.steps and self.validation.stop_reason is None:
                 rows = self.course.step_rows(self.step)
                 record, stopped = self._train_step(rows, stop, check_gradients=self.step == first)
@@ -437,8 +435,7 @@ class _Run:
             way, reason = sharing.last_call(self.model)
             if way == sharing.APART:
                 logger.warning("share_prefix: the last batch's rows ran each for itself: %s", reason)
-        weights = self.output / ("model" if self.config.method in WHOLE else "adapter_model")
-        file = weights.with_suffix(".safetensors")
+        file = self.output / f"{'model' if self.config.method in WHOLE else 'adapter_model'}.safetensors"
         content["adapter_bytes"] = file.stat().st_size if file.is_file() else 0
         with processes.as_one(self.accelerator), self._writing("the summary"):
             if self.accelerator.is_main_process:

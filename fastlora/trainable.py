@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import adapters, checkpoint, warm_start
+from fastlora import adapters, checkpoint, ops, warm_start
 from fastlora.config import OPTIONS_OF, RANKED, WHOLE, TrainConfig
 from fastlora.models import blocks, load_base
 from fastlora.peft import accelerate, quantised
@@ -264,6 +264,13 @@ def _ia3_config(model: Any, named: Any, options: dict[str, Any]) -> Any:
     return peft.IA3Config(
         target_modules=targets(model, ["k_proj", "v_proj", "down_proj"]), feedforward_modules=feedforward, **options
     )
+
+
+def shown(runs: Mapping[str, int]) -> str:
+    """What `implementations` gives, for people."""
+    titles = {**ops.TITLES, "reference": "plain PyTorch", "peft": "PEFT"}
+    told = [f"{count} layer{'s' * (count > 1)} by {titles.get(name, name)}" for name, count in runs.items()]
+    return ", ".join(told) or "plain PyTorch"
 
 
 def require_compiler() -> None:

@@ -67,6 +67,11 @@ def shown(value: Any) -> str:
     return text if len(text) <= SHOWN else text[:SHOWN] + " ..."
 
 
+def gigabytes(size: int) -> str:
+    """Bytes, for people: a GB is 10^9 of them."""
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
 def listed(names: Sequence[str]) -> str:
     """Names as messages list them: not all of very many."""
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""

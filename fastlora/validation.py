@@ -90,6 +90,7 @@ class Validation:
             text = "eval_data: %d of its %d rows are also in data: what is measured on those is memory"
             logger.warning(text, leaked, len(rows))
         self.references: list[str] = []
+        self.prompts: list[list[int]] = []  # where they are answered, once there is a model
         if self.held_out and (config.eval_generate or kept):
             if any(example.prompt == "" for example in self.held_out.examples):
                 raise ValueError(
@@ -131,7 +132,7 @@ class Validation:
 
     def told(self) -> dict[str, str]:
         """What the banner says of it."""
-        parts = [f"{len(one.rows):,} of {name}" + (f" ({len(one.dropped):,} dropped)" if one.dropped else "")
+        parts = [f"{len(one.rows):,} rows of {name}" + (f" ({len(one.dropped):,} dropped)" if one.dropped else "")
                  for name, one in (("eval_data", self.held_out), ("retain_data", self.retained)) if one]  # fmt: skip
         every = f", every {self.config.eval_steps:,} steps" if self.config.eval_steps else ", at the end"
         return {"measured": " and ".join(parts) + every} if parts else {}
@@ -192,8 +193,7 @@ class Validation:
         Raises:
             TrainingError: it cannot be written; Diverged: what was measured is not finite.
         """
-        done = self.records[-1]["step"] if self.records else -1
-        if done >= step or not self._is_due(step):
+        if not self.is_due(step):
             return False
         with self._beside_training():
             record, samples = self._measure(step)
@@ -211,8 +211,10 @@ class Validation:
         tracking.report(self.accelerator, record)
         return self.config.load_best_model_at_end and self.verdict().best_step == step
 
-    def _is_due(self, step: int) -> bool:
-        if not self.held_out and not self.retained:
+    def is_due(self, step: int) -> bool:
+        """Whether a validation is due after a step (0: before the first), and was not done."""
+        done = self.records[-1]["step"] if self.records else -1
+        if done >= step or not (self.held_out or self.retained):
             return False
         if step == 0:
             return self.config.eval_on_start or self.retained is not None or bool(self.sampled)

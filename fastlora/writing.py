@@ -204,7 +204,7 @@ def remove(path: Path) -> None:
 def free(path: Path) -> str:
     """For people: how much room there is on the disk that a path lies on."""
     try:
-        return f"{shutil.disk_usage(_there(path)).free:,} bytes free"
+        return f"{shutil.disk_usage(_there(path)).free / 1e9:,.1f} GB free"
     except OSError:
         return "its disk is gone"
 

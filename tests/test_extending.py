@@ -58,7 +58,9 @@ def test_from_the_checkpoint_on_the_schedule_is_the_longer_runs(config, name, ca
     config = replace(config, max_steps=10, resume=True)
     train(config)
     told = capsys.readouterr().err
-    assert re.search(rf"^extended +from 6 steps: from step 7 on {name} is that of 10$", told, re.MULTILINE)
+    assert re.search(
+        rf"^extended +from 6 steps to 10, whose {name} schedule is followed from step 7 on$", told, re.MULTILINE
+    )
     assert numbers(config.output)[:6] == before
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=config.lr)
     longer = scheduler(config, optimizer, 10)

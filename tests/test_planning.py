@@ -75,7 +75,7 @@ def test_a_plan_of_a_run_that_goes_on(config):
     train(replace(config, max_steps=2), progress=False)
     before = contents(config.output)
     found = plan(replace(config, max_steps=5, resume=True))
-    assert found.told["steps"] == "5 of 8 rows, from step 3 on" and found.steps == 3 and "extended" in found.told
+    assert found.told["steps"] == "5, of 8 rows each, from step 3 on" and found.steps == 3 and "extended" in found.told
     assert contents(config.output) == before
     with pytest.raises(FileExistsError, match="resume=True goes on from there"):
         plan(config)
@@ -84,7 +84,7 @@ def test_a_plan_of_a_run_that_goes_on(config):
 def test_the_plan_is_printed(config, base, data):
     words = ("--model", base, "--data", data, "--output", config.output, "--max-steps", 3)
     told = run("train", *words, "--dry-run")
-    for part in ("48", "3 of 8 rows", "count in the loss", "an estimate: weights", "bytes free"):
+    for part in ("48", "3, of 8 rows each", "count in the loss", "an estimate: weights", "GB free"):
         assert part in told, part
     assert "[[ It" in told and ":3: " in told and not config.output.exists()
     assert "--r 0: expected" in run("train", *words, "--dry-run", "--r", 0, code=2)

@@ -82,10 +82,26 @@ def test_percent_is_of_one_process_among_those_that_are_alike():
     assert limit.percent(rows, 2.0, 4) == pytest.approx(100 * flops / 8e9)
 
 
+def test_what_comes_before_the_first_step_is_told_and_is_no_steps_time(capsys):
+    now = [0.0]
+    bar = progress.Bar(4, 0, True, CPU, 1)
+    bar.tqdm._time = lambda: now[0]
+    bar.tqdm.start_t = bar.tqdm.last_print_t = 0.0
+    with bar.aside("measuring"):
+        now[0] = 100.0
+        assert bar.tqdm.postfix == "measuring"
+    assert bar.tqdm.start_t == 100.0 and not bar.tqdm.postfix
+    bar.tqdm.close()
+    assert "0/4" in capsys.readouterr().err
+    with progress.Bar(4, 0, False, CPU, 1) as quiet, quiet.aside("measuring"):
+        pass
+    assert not capsys.readouterr().err
+
+
 def test_the_bar_says_it_all_and_changes_no_bit(config, capsys, tmp_path):
     train(replace(config, max_steps=3))
     line = capsys.readouterr().err.splitlines()[-1]
-    for part in ("3/3", "loss ", "tokens/s", "% of the machine", "GiB", "<00:00"):
+    for part in ("3/3", "loss ", "tokens/s", "% of the machine", " GB", "<00:00"):
         assert part in line, part
     quiet = replace(config, max_steps=3, output=tmp_path / "quiet")
     train(quiet, progress=False)

@@ -134,14 +134,9 @@ def test_labels_as_the_tree_has_them() -> None:
     assert sharing.targets_of({"labels": IDS, "shift_labels": REAL}) is REAL
 
 
-def test_dropout_and_checkpointing_as_a_model_has_them_now() -> None:
+def test_checkpointing_as_a_model_has_it_now() -> None:
     model: Any = nn.Sequential(nn.Linear(1, 1))
-    assert not sharing.attention_drops(model) and not sharing.checkpoints(model)
-    model.config = SimpleNamespace(attn_pdrop=0.0)
-    assert not sharing.attention_drops(model)
-    for name in ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob"):
-        model.config = SimpleNamespace(**{name: 0.1})
-        assert sharing.attention_drops(model.train()) and not sharing.attention_drops(model.eval())
+    assert not sharing.checkpoints(model)
     model[0].gradient_checkpointing = True
     assert sharing.checkpoints(model.train()) and not sharing.checkpoints(model.eval())
 
@@ -171,14 +166,14 @@ def test_the_first_way_that_is_exact_found_once(monkeypatch: pytest.MonkeyPatch)
     asked: list[bool] = []
     exact = {False: [TREE, MASK], True: [MASK]}
     monkeypatch.setattr(sharing, "_probe", lambda model, call, embed, kind: asked.append(kind) or exact[kind])
-    state, model = State(), SimpleNamespace(training=True, config=SimpleNamespace(attention_dropout=0.1))
+    state, model = State(), llama(attention_dropout=0.1).train()
     find = functools.partial(sharing.find_way, state, model, None, None)
     assert find() == MASK and find(keys_only=True) == MASK  # dropout is torch's attention's
-    model.training = False
+    model.eval()
     assert find() == TREE and find(keys_only=True) == MASK
     state.ways[True] = [TREE]
     assert find(keys_only=True) == TREE
-    model.training = True
+    model.train()
     assert find(keys_only=True) == APART
     assert asked == [False, True]
 

@@ -176,7 +176,7 @@ def test_two_processes_of_one_run_share_a_folder_and_train_as_one(again):
         [*command, "--", "fastlora", "train", *arguments], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "2 of 8 rows" in done.stderr and "2 processes" in done.stderr
+    assert "2, of 8 rows each" in done.stderr and "2 processes" in done.stderr
     alone = replace(
         again, output=again.output.parent / "one", resume=False, max_steps=2, lora_dropout=0.0, batch_size=8
     )
@@ -193,7 +193,14 @@ def test_a_banner_says_what_runs_before_the_bar(config, capsys):
     names = [line.split()[0] for line in lines[:6]]
     assert names == ["fastlora", "rows", "steps", "trained", "device", "runs"]
     shown = "\n".join(lines[:6])
-    for part in (config.model, "48", "2 of 8 rows", "4,096 parameters, 9.59 %", "cpu, float32, 1 thread", "15 "):
+    for part in (
+        config.model,
+        "48",
+        "2, of 8 rows each",
+        "4,096 parameters, 9.59 %",
+        "cpu, float32, 1 thread",
+        "15 layers by ",
+    ):
         assert part in shown, part
     assert "2/2" in lines[-1]
 

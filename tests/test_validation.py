@@ -251,7 +251,7 @@ def test_two_processes_measure_as_one(measured, tmp_path, sharding):
         [*command, "fastlora", "train", *options, "--output", str(two)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert "20 of eval_data, every 2 steps" in done.stderr
+    assert "20 rows of eval_data, every 2 steps" in done.stderr
     train(replace(measured, eval_batch_size=3), progress=False)
     ours, theirs = lines(measured.output), lines(two)
     # A sharded layer runs PEFT's own forward, which rounds otherwise.
@@ -281,7 +281,7 @@ def test_rows_that_are_trained_on_and_rows_that_are_cut_are_told(config, data, t
 def test_the_banner_and_the_bar_tell_of_it(measured, capsys):
     train(replace(measured, max_steps=5))
     told = capsys.readouterr().err
-    assert "20 of eval_data and 9 of retain_data, every 5 steps" in told
+    assert "20 rows of eval_data and 9 rows of retain_data, every 5 steps" in told
     assert f"eval_loss {lines(measured.output)[-1]['eval_loss']:.4f}" in told
 
 

@@ -140,8 +140,11 @@ def encode(
     require_count("max_length", max_length, 2, "a token of the prompt and one of the completion")
     if truncation not in TRUNCATIONS:
         raise ValueError(f"truncation={truncation!r}: expected one of {', '.join(TRUNCATIONS)}")
-    if train_on_turns not in TURNS:
-        raise ValueError(f"train_on_turns={train_on_turns!r}: expected one of {', '.join(TURNS)}")
+    check_counting(train_on_turns, completion_only_loss)
+    if encoder_decoder and (train_on_turns != "auto" or not completion_only_loss):
+        raise ValueError(
+            f"train_on_turns={train_on_turns!r} and completion_only_loss={completion_only_loss}: an encoder-decoder's completion counts, no turns"
+        )
     if not examples:
         raise ValueError("data: expected at least one row")
     opening, special = _opening(tokenizer), _special_ids(tokenizer)
@@ -192,6 +195,19 @@ def encode(
             repr(text if len(text) <= SHOWN_CHARACTERS else "..." + text[-SHOWN_CHARACTERS:]),
         )
     return encoded
+
+
+def check_counting(train_on_turns: str, completion_only_loss: bool) -> None:
+    """
+    Raises:
+        ValueError: train_on_turns is none, or of no use where all counts; the message names it.
+    """
+    if train_on_turns not in TURNS:
+        raise ValueError(f"train_on_turns={train_on_turns!r}: expected one of {', '.join(TURNS)}")
+    if not completion_only_loss and train_on_turns != "auto":
+        raise ValueError(
+            f"completion_only_loss=False and train_on_turns={train_on_turns!r} exclude each other: all counts"
+        )
 
 
 def row_length(tokenizer: Any, encoder_decoder: bool = False) -> Callable[[Example], int]:

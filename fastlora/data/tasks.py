@@ -128,6 +128,19 @@ def is_task(source: str | Path) -> bool:
     return Path(source).suffix.lower() in sources.YAML
 
 
+def check_asking(
+    data: sources.Sources, columns: sources.Columns | None, max_samples: int | None = None, streaming: bool = False
+) -> None:
+    """
+    Raises:
+        ValueError: one of these options is given where all of the data are tasks' files; the message names it.
+    """
+    given = {"columns": columns, "max_samples": max_samples, "streaming": streaming}
+    name = next((name for name, value in given.items() if value), None)
+    if name is not None and all(map(is_task, sources.each(data))):
+        raise ValueError(f"{name}={shown(given[name])}: expected none beside a task's file, which says it itself")
+
+
 def files_of(data: sources.Sources) -> list[Path]:
     """The files that are read for some sources, and of tasks those with their rows."""
     given = sources.each(data)
@@ -156,11 +169,19 @@ def read_rows(
     given = sources.each(data)
     if not any(map(is_task, given)):
         return read_examples(data, columns=columns)
-    each = [
-        Task.read(one).examples(seed, length, max_tokens) if is_task(one) else read_examples(one, columns=columns)
-        for one in given
-    ]
-    return [example for examples in each for example in examples]
+    found: list[Example] = []
+    problems: list[str] = []
+    for one in given:
+        try:
+            if is_task(one):
+                found += Task.read(one).examples(seed, length, max_tokens)
+            else:
+                found += read_examples(one, columns=columns)
+        except DataError as error:  # bad lines of all sources are told at once
+            problems += error.problems
+    if problems:
+        raise DataError(problems)
+    return found
 
 
 def made(content: Any, folder: Path) -> Task:
