@@ -21,7 +21,9 @@ from transformers import (
     MistralConfig,
 )
 
+import fastlora
 from fastlora.models import load_model
+from fastlora.serving import batch
 from fastlora.serving import engine as engines
 from fastlora.serving.adapters import Adapters
 from fastlora.serving.batch import Batch
@@ -248,6 +250,26 @@ def test_a_model_whose_rows_cannot_join_is_refused(config: Any, problem: str) ->
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with pytest.raises(ValueError, match=problem):
         Engine(model, tiny.tokenizer(), Adapters("base", {}), max_rows=4, max_length=64)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_deep_model_in_16_bits_is_served(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows differ from each alone by more than a rounding, as they do by the model's own cache; not by what another row's tokens would make."""
+    torch.manual_seed(0)
+    deep = LlamaConfig(**{**SIZES, "num_hidden_layers": 30})
+    model = AutoModelForCausalLM.from_config(deep, dtype=dtype).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    fastlora.accelerate(model, frozen=True, fuse=True)
+    if dtype is torch.bfloat16:
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="other logits than alone"):
+            patch.setattr(batch, "MOST_NOISE", 0.0)
+            Batch(model, Adapters("base", {}), 4, 64).require_rows_alone()
+    Batch(model, Adapters("base", {}), 4, 64).require_rows_alone()
+    step = Batch.step
+    monkeypatch.setattr(Batch, "step", lambda self, *given: step(self, *given).flip(0))
+    with pytest.raises(ValueError, match="other logits than alone"):
+        Batch(model, Adapters("base", {}), 4, 64).require_rows_alone()
 
 
 def test_bad_options_are_named(engine: Engine) -> None:

@@ -17,6 +17,8 @@ from fastlora.serving.slots import Aim, Slots
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 """transformers' names of the kinds of attention that a step has masks for."""
+MOST_NOISE = 0.1
+"""Of the largest logit: what a batch may differ by from a row alone, however rough the model's own cache is."""
 
 
 class Batch:
@@ -97,7 +99,8 @@ class Batch:
 
     @torch.inference_mode()
     def require_rows_alone(self) -> None:
-        """Raise ValueError unless two rows of a batch, of unlike lengths, get the logits of each alone, by the model's own forward, cacheless."""
+        """Raise ValueError unless two rows of a batch, of unlike lengths, get the logits of each alone, by the model's own forward, cacheless: but for
+        rounding, of which its own cache shows how much there is."""
         size = self.model.config.get_text_config().vocab_size
         drawn = torch.randint(size, (2, 6), generator=torch.Generator().manual_seed(0)).tolist()
         rows, names = [drawn[0][:5], drawn[1][:3]], [BASE, BASE]
@@ -106,10 +109,9 @@ class Batch:
             found.append(self.step(0, [drawn[0][5:], drawn[1][3:4]], [5, 3], names))
             for i, lengths in enumerate(((5, 3), (6, 4))):
                 for row, length in enumerate(lengths):
-                    ids = torch.tensor([drawn[row][:length]], device=self.model.device)
-                    with self.adapters.use([BASE]) as options:
-                        alone = self.model(input_ids=ids, use_cache=False, **options).logits[0, -1].float()
-                    if not nearly_equal(found[i][row], alone):
+                    alone, noise = self._alone(drawn[row][:length])
+                    within = (found[i][row] - alone).abs().max() <= min(4 * noise, MOST_NOISE * alone.abs().max())
+                    if not within and not nearly_equal(found[i][row], alone):
                         raise ValueError("a row of a batch has other logits than alone")
         except (
             TypeError,
@@ -121,6 +123,16 @@ class Batch:
         ) as error:
             kind = self.model.config.model_type
             raise ValueError(f"model: {kind} cannot be served in batches whose rows join and leave: {error}") from error
+
+    def _alone(self, row: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The logits [V] behind a row by the model's own forward, in float32, and by how much they differ at most where the last token comes by its
+        own cache: in bfloat16, thirty layers turn another order of the same sums into several per cent."""
+        ids = torch.tensor([row], device=self.model.device)
+        with self.adapters.use([BASE]) as options:
+            alone = self.model(input_ids=ids, use_cache=False, **options).logits[0, -1].float()
+            begun = self.model(input_ids=ids[:, :-1], use_cache=True, **options).past_key_values
+            after = self.model(input_ids=ids[:, -1:], past_key_values=begun, use_cache=True, **options)
+        return alone, (after.logits[0, -1].float() - alone).abs().max()
 
 
 def _windows(config: Any) -> dict[str, int | None]:
