@@ -38,7 +38,8 @@ class Counts:
     epilogue: int = 500  # of a whole tile without a bias
     with_bias: int = 900
     masked: int = 120  # of 64 of a masked rank step's 256 columns
-    loop: int = 76  # of the main loop, every 64 of the depth
+    loop: int = 72  # of the main loop, every 64 of the depth
+    loop_64: int = 78  # of kernels for more than 16 ranks
     # Of the thin products', a step: x aᵀ and pᵀ x, with up to 16 ranks and with up to 64.
     shrink_16: int = 400
     shrink_64: int = 460
