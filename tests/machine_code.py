@@ -50,6 +50,20 @@ def blocks(code: list[Instruction]) -> Iterator[list[Instruction]]:
     yield piece
 
 
+def loops(code: list[Instruction], kind: str) -> Iterator[list[Instruction]]:
+    """Those that have an instruction of this kind and no loop that has one: from where a branch goes back to, to the branch."""
+    place = {one.address: i for i, one in enumerate(code)}
+    spans = []
+    for i, one in enumerate(code):
+        found = TARGET.search(one.operands) if one.kind == "BRA" else None
+        begin = place[int(found[1], 16)] if found else i + 1
+        if begin <= i and any(inside.kind == kind for inside in code[begin:i]):
+            spans.append((begin, i))
+    for begin, end in spans:
+        if not any((begin, end) != (b, e) and begin <= b and e <= end for b, e in spans):
+            yield code[begin : end + 1]
+
+
 def count(piece: list[Instruction], name: str) -> int:
     """How many have a name that begins so."""
     return sum(one.name.startswith(name) for one in piece)

@@ -203,12 +203,15 @@ CASES = {
     "rank 1": Case(33, 80, 96, 1, BF16, F32, bias=False, dropout_p=0.1),
     "rank 16": Case(130, 200, 136, 16, BF16, F32, dropout_p=0.1),
     "rank 40": Case(70, 96, 80, 40, F16, dropout_p=0.5),
+    "rank 33": Case(70, 200, 104, 33, BF16, F32, dropout_p=0.1),
+    "rank 64": Case(100, 304, 120, 64, F16, F32, dropout_p=0.1),
     "rank 130": Case(20, 136, 264, 130, BF16, F32, dropout_p=0.1),
     "long sums": Case(40, 1104, 600, 3, dropout_p=0.1),
     "one row": Case(1, 64, 48, 5, dropout_p=0.1),
     "no rows": Case(0, 64, 48, 5, dropout_p=0.1),
     "all dropped": Case(19, 72, 40, 4, dropout_p=1.0),
     "two parts": Case(1100, 72, 40, 4, dropout_p=0.1),
+    "two parts of rank 20": Case(1100, 72, 40, 20, dropout_p=0.1),
 }
 
 
@@ -256,7 +259,7 @@ def test_gradients_in_any_order(
 ) -> None:
     """Bitwise: a wait that is missing would show, as would a sum whose order depends on who comes first."""
     # Three tiles are shrunk: of two blocks one is at the last of them while the other begins with what needs it.
-    layer = make_layer(40, 136, 704, 20, BF16, F32)
+    layer = make_layer(72, 136, 704, 20, BF16, F32)
     seed = torch.tensor(5)
     first = run(card, layer, 0.1, seed)
     wanted = first._replace(**{name: None for name, need in zip(("dx", "da", "db"), needs, strict=True) if not need})

@@ -252,6 +252,7 @@ MANY: dict[str, dict[str, Any]] = {
         "dropout": True,
     },
     "two parts": {"index": sequences((1, 1030), (0, 1100)), "ranks": (3, 4), "K": 72, "N": 40, "dropout": True},
+    "ranks up to 64": {"index": LONG, "ranks": (33, 8, 16, 64, 48), "K": 200, "N": 104, "dropout": True},
 }
 
 
@@ -287,7 +288,7 @@ NEEDS = [(1, 1, 1), (1, 1, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0)]
 ANY_ORDER: dict[str, dict[str, Any]] = {
     "several tiles": {"index": LONG, "ranks": (1, 8, 16, 20, 9), "K": 136, "N": 530},
     # Three tiles are shrunk: of two blocks one is at the last of them while the other begins with what needs it.
-    "few tiles": {"index": [0] * 40, "ranks": (20, 7), "K": 136, "N": 704},
+    "few tiles": {"index": [0] * 72, "ranks": (20, 7), "K": 136, "N": 704},
 }
 
 

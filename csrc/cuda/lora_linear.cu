@@ -57,7 +57,7 @@ template <class T>
 __global__ void __launch_bounds__(BLOCK) sum_kernel(const __grid_constant__ Sums task) {
   wait_for_launch_before();
   const Sum& sum = task.sum[blockIdx.y];
-  const int64_t stride = round_up(sum.columns, GRAD_COLUMNS), a_part = padded_rank(task.R) * stride;
+  const int64_t stride = sums_stride(sum.columns, task.R), a_part = padded_rank(task.R) * stride;
   for (int64_t i = blockIdx.x * static_cast<int64_t>(BLOCK) + threadIdx.x; i < sum.rows * sum.columns; i += gridDim.x * BLOCK) {
     const int64_t row = i / sum.columns, column = i % sum.columns, at = row * sum.row_stride + column * sum.column_stride;
     float total = 0;
@@ -75,12 +75,12 @@ __global__ void __launch_bounds__(BLOCK) sum_kernel(const __grid_constant__ Sums
 template <class T>
 struct Call {
   const LoraLinear& layer;
-  int M, K, N, R, padded;
+  int M, K, N, R, padded, shrink_rows;
   cudaStream_t stream;
 
   Call(const LoraLinear& layer, cudaStream_t stream)
       : layer(layer), M(static_cast<int>(layer.M)), K(static_cast<int>(layer.K)), N(static_cast<int>(layer.N)), R(static_cast<int>(layer.R)),
-        padded(padded_rank(R)), stream(stream) {}
+        padded(padded_rank(R)), shrink_rows(fastlora::shrink_rows(ranks_a_pass(R))), stream(stream) {}
 
   Rounding<T> rounding(const Matrix& from, int64_t rows, int64_t columns, T* to, int64_t to_rows, int64_t to_columns) const {
     return {from.data, layer.adapter_dtype == Dtype::FLOAT32, rows, columns, from.strides[0], from.strides[1], to, to_rows, to_columns, to_columns};
@@ -108,7 +108,7 @@ struct ForwardWorkspace {
   int a_stride;
   int64_t bytes;
 
-  ForwardWorkspace(const Call<T>& call, void* base) : a_stride(round_up(call.K, SHRINK_STEP)) {
+  ForwardWorkspace(const Call<T>& call, void* base) : a_stride(a_columns(call.K, call.R)) {
     Workspace space{static_cast<unsigned char*>(base)};
     a = space.take<T>(int64_t{1} * call.padded * a_stride);  // [padded R, padded K]
     b = space.take<T>(call.layer.N * call.padded);           // [N, padded R]
@@ -132,9 +132,9 @@ std::string forward(const LoraLinearForward& given, cudaStream_t stream) {
   const OneAdapter adapter = call.adapter(given.seed);
   const Shrink<T, OneAdapter> shrink{
       x, layer.x.strides[0], space.a, space.a_stride, given.xa, given.xa_stride, space.xa, nullptr,
-      adapter.adapter.threshold ? given.keep : nullptr, given.seed, call.M, call.K, call.R, round_up(call.M, SHRINK_ROWS), adapter};
+      adapter.adapter.threshold ? given.keep : nullptr, given.seed, call.M, call.K, call.R, round_up(call.M, PLACES), adapter};
   Sides<T, OneAdapter> sides(call.R);
-  sides.take(shrink, divide_up(call.M, SHRINK_ROWS), span_of(call.M) / SHRINK_ROWS);
+  sides.take(shrink, divide_up(call.M, call.shrink_rows), span_of(call.M) / call.shrink_rows);
   const Product<T, OneAdapter> product{
       x, layer.x.strides[0], static_cast<const T*>(layer.weight.data), call.weight_stride(), space.xa, space.b, call.padded,
       static_cast<const T*>(layer.bias), layer.bias_stride, nullptr, static_cast<T*>(given.y), call.M, call.N, call.K, call.R, call.padded, adapter};
@@ -150,7 +150,7 @@ struct BackwardWorkspace {
   int64_t bytes;
 
   BackwardWorkspace(const Call<T>& call, void* base)
-      : a_stride(round_up(call.K, SHRINK_STEP)), b_stride(round_up(call.N, SHRINK_STEP)), rows(round_up(call.M, SHRINK_ROWS)),
+      : a_stride(a_columns(call.K, call.R)), b_stride(a_columns(call.N, call.R)), rows(round_up(call.M, PLACES)),
         parts(divide_up(call.M, span_of(call.M))) {
     Workspace space{static_cast<unsigned char*>(base)};
     a = space.take<T>(int64_t{1} * call.padded * a_stride);                                     // [padded R, padded K]
@@ -158,8 +158,8 @@ struct BackwardWorkspace {
     xa = space.take<T>(int64_t{1} * call.padded * rows);                                        // [padded R, padded M], transposed
     dxa = space.take<T>(call.layer.M * call.padded);                                     // [M, padded R]
     dxa_transposed = space.take<T>(int64_t{1} * call.padded * rows);                            // [padded R, padded M]
-    da = space.take<float>(int64_t{1} * parts * call.padded * round_up(call.K, GRAD_COLUMNS));  // [parts, padded R, padded K]
-    db = space.take<float>(int64_t{1} * parts * call.padded * round_up(call.N, GRAD_COLUMNS));  // [parts, padded R, padded N], transposed
+    da = space.take<float>(int64_t{1} * parts * call.padded * sums_stride(call.K, call.R));  // [parts, padded R, padded K]
+    db = space.take<float>(int64_t{1} * parts * call.padded * sums_stride(call.N, call.R));  // [parts, padded R, padded N], transposed
     progress = space.take<uint32_t>(sm90::Progress::count(call.M));
     bytes = space.used;
   }
@@ -205,7 +205,7 @@ std::string backward(const LoraLinearBackward& given, cudaStream_t stream) {
       static_cast<const T*>(layer.x.data), layer.x.strides[0], keep, space.dxa_transposed, space.da, call.M, span, call.K, call.R, space.rows,
       call.padded, adapter};
   Sides<T, OneAdapter> first(call.R), last(call.R);
-  if (given.dx || given.da) first.take(dxa, divide_up(call.M, SHRINK_ROWS), span / SHRINK_ROWS);
+  if (given.dx || given.da) first.take(dxa, divide_up(call.M, call.shrink_rows), span / call.shrink_rows);
   if (given.db) first.take(db, space.parts, 1);
   if (given.da) last.take(da, space.parts, 1);
   if (given.dx) {

@@ -53,8 +53,8 @@ __device__ void make_ready(const MultiRound<T>& task) {
   for (int64_t row = first; row < round_up(M, ROW_BLOCK); row += step) task.groups.group_of_row[row] = row < M ? 0 : ManyAdapters::NO_ROW;
   if (!task.xa) return;
   for (int64_t place = first; place < task.places; place += step) {
-    const Piece piece = task.groups.piece(static_cast<int>(place / SHRINK_ROWS), SHRINK_ROWS);
-    const int row = task.groups.row(piece, piece.begin + static_cast<int>(place % SHRINK_ROWS));
+    const Piece piece = task.groups.piece(static_cast<int>(place / PLACES), PLACES);
+    const int row = task.groups.row(piece, piece.begin + static_cast<int>(place % PLACES));
     for (int r = 0; r < padded_rank(task.R); ++r) {
       const float value = row < M && r < task.R ? task.xa[static_cast<int64_t>(row) * task.R + r] : 0.f;
       reinterpret_cast<uint16_t*>(task.xa_transposed)[static_cast<int64_t>(r) * task.places + place] = static_cast<uint16_t>(pack<T>(value, 0));
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(BLOCK) multi_sum_kernel(const __grid_constant_
   wait_for_launch_before();
   const MultiSum& sum = task.sum[blockIdx.z];
   if (!sum.parts) return;
-  const int64_t stride = round_up(sum.columns, GRAD_COLUMNS);
+  const int64_t stride = sums_stride(sum.columns, task.R);
   for (int group = 1 + blockIdx.y; group <= task.groups.count; group += gridDim.y) {
     const Adapter& adapter = task.groups.of(group);
     const int begin = task.groups.begin(group), parts = max(0, divide_up(task.groups.begin(group + 1) - begin, task.span));
@@ -115,7 +115,7 @@ __global__ void __launch_bounds__(BLOCK) multi_sum_kernel(const __grid_constant_
       const int64_t row = i / sum.columns, column = i % sum.columns;
       float total = 0;
       for (int part = 0; part < parts; ++part) {
-        total += sum.parts[(sums_row(adapter, part, begin / task.span + part - 1, task.ranks, task.R) + row) * stride + column];
+        total += sum.parts[(sums_row(adapter, part, begin / task.span + part - 1, task.ranks, padded_rank(task.R)) + row) * stride + column];
       }
       total *= factor;
       const int64_t at = before + (sum.transposed ? column * adapter.R + row : i);
@@ -134,13 +134,13 @@ struct Call {
   const MultiLora& layer;
   int M, K, N, S, R, padded;
   int ranks = 0;      // of all adapters, padded
-  int tiles, places;  // of SHRINK_ROWS places; places, padded
+  int tiles, places;  // of x aᵀ; places, padded
   cudaStream_t stream;
 
   Call(const MultiLora& layer, cudaStream_t stream)
       : layer(layer), M(static_cast<int>(layer.M)), K(static_cast<int>(layer.K)), N(static_cast<int>(layer.N)), S(static_cast<int>(layer.S)),
-        R(static_cast<int>(layer.R)), padded(padded_rank(R)), tiles(ManyAdapters::pieces(M, S, SHRINK_ROWS)), places(tiles * SHRINK_ROWS),
-        stream(stream) {
+        R(static_cast<int>(layer.R)), padded(padded_rank(R)), tiles(ManyAdapters::pieces(M, S, shrink_rows(ranks_a_pass(R)))),
+        places(ManyAdapters::pieces(M, S, PLACES) * PLACES), stream(stream) {
     for (int i = 0; i < S; ++i) ranks += padded_beside(layer.adapters[i]);
   }
 
@@ -177,7 +177,7 @@ struct ForwardWorkspace {
   int a_stride;
   int64_t bytes;
 
-  ForwardWorkspace(const Call<T>& call, void* base) : a_stride(round_up(call.K, SHRINK_STEP)) {
+  ForwardWorkspace(const Call<T>& call, void* base) : a_stride(a_columns(call.K, call.R)) {
     Workspace space{static_cast<unsigned char*>(base)};
     a = space.take<T>(int64_t{1} * call.ranks * a_stride);  // [ranks, padded K]
     b = space.take<T>(call.layer.N * call.ranks);           // [N, ranks]
@@ -223,7 +223,7 @@ struct BackwardWorkspace {
   int64_t bytes;
 
   BackwardWorkspace(const Call<T>& call, void* base)
-      : a_stride(round_up(call.K, SHRINK_STEP)), b_stride(round_up(call.N, SHRINK_STEP)), span(span_of(call.M)) {
+      : a_stride(a_columns(call.K, call.R)), b_stride(a_columns(call.N, call.R)), span(span_of(call.M)) {
     Workspace space{static_cast<unsigned char*>(base)};
     const int64_t parts = call.ranks + int64_t{1} * (call.M / span) * call.padded;  // their ranks
     a = space.take<T>(int64_t{1} * call.ranks * a_stride);                   // [ranks, padded K]
@@ -231,8 +231,8 @@ struct BackwardWorkspace {
     xa = space.take<T>(int64_t{1} * call.padded * call.places);              // [padded R, places]
     dxa = space.take<T>(call.layer.M * call.padded);                         // [M, padded R]
     dxa_transposed = space.take<T>(int64_t{1} * call.padded * call.places);  // [padded R, places]
-    da = space.take<float>(parts * round_up(call.K, GRAD_COLUMNS));          // [parts' ranks, padded K]
-    db = space.take<float>(parts * round_up(call.N, GRAD_COLUMNS));          // [parts' ranks, padded N]
+    da = space.take<float>(parts * sums_stride(call.K, call.R));               // [parts' ranks, padded K]
+    db = space.take<float>(parts * sums_stride(call.N, call.R));               // [parts' ranks, padded N]
     table = space.take<Adapter>(call.S);
     group_of_row = space.take<int>(round_up(call.M, ROW_BLOCK));
     progress = space.take<uint32_t>(sm90::Progress::count(call.M));
@@ -295,7 +295,7 @@ std::string unsupported(const MultiLora& layer) {
     return "weight: got [" + std::to_string(layer.N) + ", " + std::to_string(layer.K) + "], expected sides of 1 to 2^24";
   }
   const int64_t parts = ManyAdapters::pieces(layer.M, layer.S, span_of(static_cast<int>(layer.M)));
-  const int64_t tiles = parts * divide_up(std::max(layer.K, layer.N), GRAD_COLUMNS) * padded_rank(static_cast<int>(layer.R)) / 16;
+  const int64_t tiles = parts * divide_up(std::max(layer.K, layer.N), grad_columns(16)) * padded_rank(static_cast<int>(layer.R)) / 16;
   if (layer.S > 1 << 20 || tiles > 1 << 30) {
     return "lora_a: got " + std::to_string(layer.S) + " adapters, expected at most 2^20, and fewer beside a weight that is large";
   }

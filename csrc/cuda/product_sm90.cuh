@@ -30,8 +30,12 @@ constexpr int TOLD = 256;  // bytes of barriers, a number, and what is told of s
 constexpr int SHARED = STAGES * (LEFT + RIGHT) + QUEUE + TOLD;
 constexpr int SIDE_BARRIER = 1;
 // Registers a thread. At the start all have 168; wgmma with 256 columns does not compile with fewer than 154, so four warpgroups would be too many.
-constexpr int OTHER_REGISTERS = 120, CONSUMER_REGISTERS = 192;
-static_assert(TEAM + 32 == WARPGROUP && OTHER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * 168);
+// Where a rank step does not count for all rows and columns (add_selected), consumers need more, and the sides make do with what is left.
+template <class G, bool BACK>
+constexpr int OTHER_REGISTERS = BACK || G::MANY ? 120 : 152;
+template <class G, bool BACK>
+constexpr int CONSUMER_REGISTERS = (3 * 168 - OTHER_REGISTERS<G, BACK>) / 2;
+static_assert(TEAM + 32 == WARPGROUP && CONSUMER_REGISTERS<OneAdapter, true> % 8 == 0 && CONSUMER_REGISTERS<OneAdapter, false> % 8 == 0);
 
 /// How far the thin products are: zeros at first.
 struct Progress {
@@ -284,7 +288,7 @@ __device__ void take_sides(const Fused<T, G>& task) {
       if (!shrinks) continue;
       fence_copy_engine();            // the reader's own fence may do for a read by the copy engine; no card has shown it
       team_sync(SIDE_BARRIER, TEAM);  // all of the tile is written: what is released below comes after it
-      const int row = thread < SHRINK_ROWS ? shrunk_rows(queue())[thread] : task.product.M;
+      const int row = thread < shrink_rows(RANK) ? shrunk_rows(queue())[thread] : task.product.M;
       if (row < task.product.M) release_add(task.progress.of_row(row), 1);
       if (thread == 0) release_add(task.progress.shrunk(), 1);
     } else if constexpr (BACK) {
@@ -308,14 +312,14 @@ __device__ void run(const Fused<T, G>& task) {
   __syncthreads();
   const int warpgroup = threadIdx.x / WARPGROUP;
   if (warpgroup == 0) {
-    give_registers<OTHER_REGISTERS>();
+    give_registers<OTHER_REGISTERS<G, BACK>>();
     if (threadIdx.x < TEAM) {
       take_sides<T, G, BACK, RANK>(task);
     } else {
       produce<T, G, BACK, ACROSS>(task);
     }
   } else {
-    take_registers<CONSUMER_REGISTERS>();
+    take_registers<CONSUMER_REGISTERS<G, BACK>>();
     consume<T, G, BACK, ACROSS>(task, warpgroup - 1);
   }
 }

@@ -57,7 +57,7 @@ struct ManyAdapters : RowsByAdapter {
       }
     }
     const int first = begin(group), within = number - group - first / size, from = first + within * size;
-    const int padded = (first / SHRINK_ROWS + group) * SHRINK_ROWS + within * size;
+    const int padded = (first / PLACES + group) * PLACES + within * size;
     return {group, from, min(from + size, begin(group + 1)), padded, within, number - group - 1};
   }
 

@@ -1,8 +1,9 @@
 // The two thin products of an adapter, each a tile by a team of three warps: x aᵀ with few columns, and pᵀ x with few rows.
 //
-// Both are bound by reading x, so x goes from memory to the lane that multiplies it, 16 bytes at a time, with hardly a barrier and no exchange: a
-// sum may take its terms in any order, so a lane's own columns (or rows) are called the depths that the tensor core expects of it. Shared memory
-// is a queue of each thread's own copies. Every sum has one order, whoever computes it.
+// Both are bound by reading x, so x goes from memory to the lanes that multiply it, up to 16 bytes at a time, and nothing is exchanged: a sum may
+// take its terms in any order, so a lane's own columns (or rows) are called the depths that the tensor core expects of it. Shared memory is a queue
+// of copies. Where there are up to 16 ranks a warp reads its own only, hardly with a barrier; where there are more, the warps divide what they
+// compute and read the same, a barrier a step. Every sum has one order, whoever computes it.
 #pragma once
 
 #include <type_traits>
@@ -13,12 +14,9 @@ namespace fastlora {
 
 constexpr int WARPS = 3;               // a team; on Hopper the fourth of its warpgroup brings tiles
 constexpr int TEAM = 32 * WARPS;       // threads
-constexpr int QUEUE = 16 * TEAM * 16;  // bytes of shared memory a team
-constexpr int SHRINK_ROWS = 16;        // of a tile of x aᵀ
-constexpr int SHRINK_STEP = 128;       // columns of x that a warp takes at a time; the rows of `a` are padded with zeros to a multiple of it
-constexpr int GRAD_COLUMNS = 64;       // of a tile of pᵀ x
-constexpr int GRAD_STEP = 16 * WARPS;  // rows of x that a team takes at a time
-constexpr int RANKS = 16 * WARPS;      // at most in one tile; beyond, x is read again
+constexpr int QUEUE = 18 * TEAM * 16;  // bytes of shared memory a team
+constexpr int RANKS = 64;              // at most in one tile
+constexpr int PLACES = 32;             // an adapter's places begin at a multiple of these
 
 template <class I>
 constexpr __host__ __device__ I divide_up(I a, std::type_identity_t<I> b) { return (a + b - 1) / b; }
@@ -27,6 +25,24 @@ constexpr __host__ __device__ I round_up(I a, std::type_identity_t<I> b) { retur
 /// The ranks of a tile where R is the largest rank, which those of each adapter are padded with zeros to a multiple of.
 constexpr __host__ __device__ int ranks_a_pass(int R) { return R <= 16 ? 16 : RANKS; }
 constexpr __host__ __device__ int padded_rank(int R) { return round_up(R, ranks_a_pass(R)); }
+
+// Tiles by their ranks, 16 or RANKS. Both matrices come from the second-level cache for each tile anew, whichever tile brings them there. Of 16 ranks
+// and rows `a` is as much as x, of 64 ranks it would be four times as much, with 32 rows it is twice. Beyond 64 ranks x is read again, too, by the
+// next tile: of 128 that is x twice and `a` four times x, less than a tile of 128 ranks and 16 rows would read, x and eight times x, and there
+// are no registers for more.
+constexpr __host__ __device__ int shrink_rows(int ranks) { return ranks == 16 ? 16 : 32; }      // of a tile of x aᵀ
+constexpr __host__ __device__ int shrink_columns(int ranks) { return ranks == 16 ? 384 : 96; }  // of x, that a team takes at a time
+constexpr __host__ __device__ int grad_columns(int ranks) { return ranks == 16 ? 64 : 48; }     // of a tile of pᵀ x
+static_assert(PLACES % shrink_rows(16) == 0 && PLACES % shrink_rows(RANKS) == 0);
+/// To what the rows of `a`, of so many columns, are padded with zeros.
+constexpr __host__ __device__ int a_columns(int64_t columns, int R) { return static_cast<int>(round_up(columns, shrink_columns(ranks_a_pass(R)))); }
+
+/// The same number. What is made of it is made anew in each round of a loop, or it would keep registers all along.
+__device__ __forceinline__ int anew(int number) {
+  uint32_t same = static_cast<uint32_t>(number);
+  forget(same);
+  return static_cast<int>(same);
+}
 
 /// The 16-bit number below which a half-word drops its element, and what a kept one is multiplied by; as in fastlora/reference.py.
 inline uint32_t threshold_of(double p) { return static_cast<uint32_t>(65536 * p + 0.5); }
@@ -60,16 +76,20 @@ __device__ inline uint32_t draw(uint64_t seed, uint64_t counter, uint32_t thresh
   return bits;
 }
 
-/// Eight 16-bit numbers that lie side by side in memory.
-struct alignas(16) Eight { uint32_t pair[4]; };
+/// 16-bit numbers that lie side by side in memory.
+template <int COUNT>
+struct alignas(COUNT * 2) Numbers { uint32_t pair[COUNT / 2]; };
+using Eight = Numbers<8>;
 
-/// What is read of eight numbers of which only the first `left` are in the matrix.
-__device__ inline int bytes_inside(int left) { return max(0, min(8, left)) * 2; }
+/// What is read of COUNT numbers of which only the first `left` are in the matrix.
+template <int COUNT = 8>
+__device__ inline int bytes_inside(int left) { return max(0, min(COUNT, left)) * 2; }
 
 /// Zeros where `bits` has them.
-__device__ inline void drop(Eight& numbers, uint32_t bits) {
+template <int COUNT>
+__device__ inline void drop(Numbers<COUNT>& numbers, uint32_t bits) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) numbers.pair[i] &= (bits >> 2 * i & 1) * 0xFFFFu | (bits >> (2 * i + 1) & 1) * 0xFFFF0000u;
+  for (int i = 0; i < COUNT / 2; ++i) numbers.pair[i] &= (bits >> 2 * i & 1) * 0xFFFFu | (bits >> (2 * i + 1) & 1) * 0xFFFF0000u;
 }
 
 /// What the kernels must know of an adapter.
@@ -83,7 +103,7 @@ struct Adapter {
 /// Some of an adapter's rows by their places, which are consecutive; the rows need not be.
 struct Piece {
   int group, begin, end;  // places
-  int padded;             // `begin` where each adapter's places begin at a multiple of SHRINK_ROWS
+  int padded;             // `begin` where each adapter's places begin at a multiple of PLACES
   int number;             // of this piece among those of its adapter
   int slot;               // of this piece among all that are not the first of their adapter
 };
@@ -120,12 +140,12 @@ struct OneAdapter {
   };
 };
 
-/// out = factor * d(x) aᵀ, a tile of 16 places.
+/// out = factor * d(x) aᵀ, a tile of shrink_rows places.
 template <class T, class G>
 struct Shrink {
   const T* x;  // [M, K]
   int64_t x_stride;
-  const T* a;  // [padded ranks of all adapters, K], rows padded with zeros to a multiple of SHRINK_STEP
+  const T* a;  // [padded ranks of all adapters, K], rows padded with zeros, see a_columns
   int a_stride;
   float* out;           // [M, R] in float32, rows of out_stride, 0 beyond a row's own ranks; or null
   int64_t out_stride;
@@ -134,115 +154,143 @@ struct Shrink {
   uint8_t* keep;        // [M, 8 ceil(K / 64)]: the mask drawn, or null: nothing is dropped
   const int64_t* seed;  // read where keep is given
   int M, K, R;          // R: the largest rank
-  int places;           // a multiple of SHRINK_ROWS
+  int places;           // a multiple of PLACES
   G groups;
 };
 
 /// Where shrink_tile leaves the rows of its tile's places, M or more where there is none, until the queue is filled again.
-__device__ inline int* shrunk_rows(unsigned char* queue) { return reinterpret_cast<int*>(queue + QUEUE) - SHRINK_ROWS; }
+__device__ inline int* shrunk_rows(unsigned char* queue) { return reinterpret_cast<int*>(queue + QUEUE) - PLACES; }
 
-/// DRAWS: whether `keep` may be given.
+/// With a WIDTH of 16 each warp takes columns of its own, and the sums meet; with RANKS each brings a share of the columns for all, and takes eight
+/// ranks of each twenty-four. DRAWS: whether `keep` may be given.
 template <class T, int WIDTH, bool DRAWS, class G>
 __device__ void shrink_tile(const Shrink<T, G>& task, int tile, int first_rank, unsigned char* queue, int barrier) {
-  constexpr int EARLY = WIDTH == 16 ? 2 : 3;  // loads of `a` before the bits are drawn, which hides them
-  const int thread = threadIdx.x % TEAM, warp = thread / 32, g = thread % 32 / 4, t = thread % 4;
-  const Piece piece = task.groups.piece(tile, SHRINK_ROWS);
+  constexpr bool MEET = WIDTH == 16;
+  constexpr int ROWS = shrink_rows(WIDTH), EIGHTS = ROWS / 8, SHARE = shrink_columns(WIDTH) / WARPS;  // columns that a warp brings in a step
+  constexpr int COPIES = EIGHTS * SHARE / 32, STAGES = 16 / COPIES;                                   // a lane's in a step
+  constexpr int CHUNKS = MEET ? SHARE / 32 : WARPS, BLOCKS = divide_up(WIDTH / 8, MEET ? 1 : WARPS);  // a warp multiplies with in a step
+  const int thread = anew(threadIdx.x % TEAM), warp = thread / 32, g = thread % 32 / 4, t = thread % 4, lane = thread % 32;
+  const Piece piece = task.groups.piece(tile, ROWS);
   const Adapter& adapter = task.groups.of(piece.group);
-  const int steps = first_rank < adapter.R && piece.begin < piece.end ? divide_up(task.K, SHRINK_STEP) : 0;
-  const int row[2] = {task.groups.row(piece, piece.begin + g), task.groups.row(piece, piece.begin + g + 8)};
-  const T* const rows[2] = {task.x + row[0] * task.x_stride, task.x + row[1] * task.x_stride};
-  const int columns[2] = {row[0] < task.M ? task.K : 0, row[1] < task.M ? task.K : 0};
+  const int ranks = adapter.R - first_rank, steps = ranks > 0 && piece.begin < piece.end ? divide_up(task.K, WARPS * SHARE) : 0;
+  int row[EIGHTS];
+#pragma unroll
+  for (int i = 0; i < EIGHTS; ++i) row[i] = task.groups.row(piece, piece.begin + i * 8 + g);
   const bool draws = DRAWS && task.keep && task.groups.drops(adapter);
-  const auto place = [&](int step, int i) { return queue + ((step / WARPS % 2 * 8 + i) * TEAM + thread) * 16; };
+  // Sixteen bytes a lane, those of 32 columns (chunk c of the share that a warp has brought) of eight rows.
+  const auto place = [&](int step, int of_warp, int c, int i) {
+    return queue + ((step % STAGES * COPIES + c * EIGHTS + i) * TEAM + of_warp * 32 + lane) * 16;
+  };
+  const auto share = [&](int step) { return (step * WARPS + warp) * SHARE; };  // its first column
   const auto fetch = [&](int step) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const int column = step * SHRINK_STEP + i / 2 * 32 + t * 8;
-      if (step < steps) copy_async<16>(place(step, i), rows[i % 2] + column, bytes_inside(columns[i % 2] - column));
+    for (int k = 0; k < COPIES; ++k) {
+      const int column = share(step) + k / EIGHTS * 32 + t * 8, m = anew(row[k % EIGHTS]);
+      const int bytes = m < task.M ? bytes_inside(task.K - column) : 0;
+      if (step < steps) copy_async<16>(place(step, warp, k / EIGHTS, k % EIGHTS), task.x + m * task.x_stride + column, bytes);
     }
     commit_copies();
   };
   const uint64_t seed = draws ? static_cast<uint64_t>(*task.seed) : 0;
   const int64_t calls = divide_up(task.K, 8);
   const int keep_stride = divide_up(task.K, 64) * 8;
-  const T* const a = task.a + static_cast<int64_t>(adapter.first + first_rank + g) * task.a_stride + t * 8;
-  float sum[WIDTH / 8][4] = {};
-
-  fetch(warp);
-  fetch(warp + WARPS);
-  for (int step = warp; step < steps; step += WARPS) {
-    wait_copies<1>();
-    uint32_t kept[2] = {};  // of both rows: 32 columns, those with number t of the four times 32
+  // Zeros what is dropped where it lies. The four lanes that have 32 columns of a row have a word of keep, too, which one of them writes.
+  const auto drop_share = [&](int step) {
 #pragma unroll 1
-    for (int c = 0; c < 4; ++c) {
-      const int column = step * SHRINK_STEP + c * 32;
-      uint4 right[WIDTH / 8];
-      const auto load = [&](int j) { right[j] = *reinterpret_cast<const uint4*>(a + j * 8 * task.a_stride + column); };
+    for (int c = 0; c < SHARE / 32; ++c) {
+      const int column = share(step) + c * 32;
+      uint32_t kept = 0;
+      int kept_row = task.M;
 #pragma unroll
-      for (int j = 0; j < EARLY; ++j) load(j);
-      Eight left[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        left[half] = *reinterpret_cast<const Eight*>(place(step, 2 * c + half));
-        if (!draws) continue;
-        const uint32_t bits = draw(seed, row[half] * calls + column / 8 + t, adapter.threshold);
-        drop(left[half], bits);
+      for (int i = 0; i < EIGHTS; ++i) {
+        const int m = anew(row[i]);
+        uint32_t bits = draw(seed, m * calls + column / 8 + t, adapter.threshold);
+        if (i % 2) forget(bits);  // two are drawn together: of four there are no registers for all that is between
+        drop(*reinterpret_cast<Eight*>(place(step, warp, c, i)), bits);
         uint32_t word = bits << 8 * t;
         word |= __shfl_xor_sync(~0u, word, 1);
         word |= __shfl_xor_sync(~0u, word, 2);
-        if (t == c) kept[half] = word;
+        if (t == i) kept = word, kept_row = m;
       }
-#pragma unroll
-      for (int j = EARLY; j < WIDTH / 8; ++j) load(j);
-      const auto [u, v] = left;
-      const uint32_t first[4] = {u.pair[0], v.pair[0], u.pair[1], v.pair[1]}, second[4] = {u.pair[2], v.pair[2], u.pair[3], v.pair[3]};
-#pragma unroll
-      for (int j = 0; j < WIDTH / 8; ++j) {
-        multiply<T>(sum[j], first, right[j].x, right[j].y);
-        multiply<T>(sum[j], second, right[j].z, right[j].w);
-      }
+      if (first_rank || kept_row >= task.M || column / 8 >= keep_stride) continue;
+      *reinterpret_cast<uint32_t*>(task.keep + static_cast<int64_t>(kept_row) * keep_stride + column / 8) = kept;
     }
-    fetch(step + 2 * WARPS);
-    const int byte = step * (SHRINK_STEP / 8) + t * 4;
+  };
+  const T* const a = task.a + static_cast<int64_t>(adapter.first + first_rank + g) * task.a_stride + t * 8;
+  const auto block = [&](int i) { return (MEET ? i : i * WARPS + warp) * 8; };  // its first rank
+  constexpr int AHEAD = MEET ? 2 : DRAWS && !G::MANY ? CHUNKS : 1;  // chunks whose part of `a` is asked for ahead, as registers allow
+  uint4 right[AHEAD][BLOCKS];
+  const auto load = [&](int step, int c, int i) {
+    const int column = (MEET ? share(step) : step * WARPS * SHARE) + c * 32;
+    if (block(i) < min(WIDTH, ranks) && column < task.a_stride) {
+      right[c % AHEAD][i] = *reinterpret_cast<const uint4*>(a + anew(block(i)) * task.a_stride + column);
+    }
+  };
+  float sum[EIGHTS / 2][BLOCKS][4] = {};
+
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (!draws || first_rank || row[half] >= task.M || byte >= keep_stride) continue;
-      *reinterpret_cast<uint32_t*>(task.keep + static_cast<int64_t>(row[half]) * keep_stride + byte) = kept[half];
+  for (int step = 0; step < STAGES - 1; ++step) fetch(step);
+#pragma unroll
+  for (int k = 0; k < AHEAD * BLOCKS; ++k) load(0, k / BLOCKS, k % BLOCKS);
+  for (int step = 0; step < steps; ++step) {
+    wait_copies<STAGES - 2>();
+    if (draws) drop_share(step);
+    if constexpr (!MEET) team_sync(barrier, TEAM);  // all shares of this step are there, and the step before is read
+    fetch(step + STAGES - 1);
+#pragma unroll
+    for (int c = 0; c < CHUNKS; ++c) {
+      Eight left[EIGHTS];
+#pragma unroll
+      for (int i = 0; i < EIGHTS; ++i) left[i] = *reinterpret_cast<const Eight*>(place(step, MEET ? warp : c, MEET ? c : 0, i));
+#pragma unroll
+      for (int j = 0; j < BLOCKS; ++j) {
+        if (block(j) >= min(WIDTH, ranks)) break;
+        const auto [x, y, z, w] = right[c % AHEAD][j];
+#pragma unroll
+        for (int i = 0; i < EIGHTS / 2; ++i) {
+          const Eight &u = left[2 * i], &v = left[2 * i + 1];
+          const uint32_t first[4] = {u.pair[0], v.pair[0], u.pair[1], v.pair[1]}, second[4] = {u.pair[2], v.pair[2], u.pair[3], v.pair[3]};
+          multiply<T>(sum[i][j], first, x, y);
+          multiply<T>(sum[i][j], second, z, w);
+        }
+        load(step + (c + AHEAD) / CHUNKS, (c + AHEAD) % CHUNKS, j);
+      }
     }
   }
-  team_sync(barrier, TEAM);  // the queue becomes the place where the warps' sums meet
+  team_sync(barrier, TEAM);  // the queue becomes the place where the sums meet
 
-  float* const meeting = reinterpret_cast<float*>(queue);  // [WARPS, 16 places, WIDTH]
+  constexpr int SUMS = MEET ? WARPS : 1;                   // of each number
+  float* const meeting = reinterpret_cast<float*>(queue);  // [SUMS, ROWS, WIDTH]
   int* const met_rows = shrunk_rows(queue);
-  if (warp == 0 && t == 0) met_rows[g] = row[0], met_rows[g + 8] = row[1];
+  static_assert(SUMS * ROWS * WIDTH * sizeof(float) <= QUEUE - PLACES * sizeof(int));
 #pragma unroll
-  for (int j = 0; j < WIDTH / 8; ++j) {
+  for (int i = 0; i < EIGHTS; ++i) {
+    if (warp == 0 && t == 0) met_rows[i * 8 + g] = row[i];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float* const to = meeting + (warp * SHRINK_ROWS + g + half * 8) * WIDTH + j * 8 + t * 2;
-      *reinterpret_cast<float2*>(to) = make_float2(sum[j][2 * half], sum[j][2 * half + 1]);
+    for (int j = 0; j < BLOCKS; ++j) {
+      float* const to = meeting + ((MEET ? warp * ROWS : 0) + i * 8 + g) * WIDTH + block(j) + t * 2;
+      if (block(j) < WIDTH) *reinterpret_cast<float2*>(to) = make_float2(sum[i / 2][j][i % 2 * 2], sum[i / 2][j][i % 2 * 2 + 1]);
     }
   }
   team_sync(barrier, TEAM);
-  if (thread < SHRINK_ROWS && met_rows[thread] < task.M) task.groups.note(met_rows[thread], piece.group);
+  if (thread < ROWS && met_rows[thread] < task.M) task.groups.note(met_rows[thread], piece.group);
   const Adapter& again = task.groups.of(piece.group);  // or it keeps registers all along
   const float factor = draws ? again.factor : 1.f;
-  for (int i = thread; i < SHRINK_ROWS * WIDTH / 2; i += TEAM) {
-    const int m = met_rows[i * 2 / WIDTH], r = first_rank + i * 2 % WIDTH;
+  for (int i = thread; i < ROWS * WIDTH / 2; i += TEAM) {
+    const int place = i * 2 / WIDTH, m = met_rows[place], r = first_rank + i * 2 % WIDTH;
     float total[2] = {};
-    for (int from = 0; from < WARPS; ++from) {
-      total[0] += meeting[from * SHRINK_ROWS * WIDTH + i * 2];
-      total[1] += meeting[from * SHRINK_ROWS * WIDTH + i * 2 + 1];
+    for (int from = 0; from < SUMS; ++from) {
+      total[0] += meeting[from * ROWS * WIDTH + i * 2];
+      total[1] += meeting[from * ROWS * WIDTH + i * 2 + 1];
     }
     const uint32_t pair = m < task.M ? pack<T>(again.scale * (factor * total[0]), again.scale * (factor * total[1])) : 0;
     if (task.transposed) {
-      const int64_t place = tile * SHRINK_ROWS + i * 2 / WIDTH;
-      uint16_t* const to = reinterpret_cast<uint16_t*>(task.transposed) + static_cast<int64_t>(r) * task.places + place;
+      uint16_t* const to = reinterpret_cast<uint16_t*>(task.transposed) + static_cast<int64_t>(r) * task.places + piece.padded + place;
       to[0] = static_cast<uint16_t>(pair);
       to[task.places] = static_cast<uint16_t>(pair >> 16);
     }
     if (m >= task.M) continue;
-    *reinterpret_cast<uint32_t*>(task.rounded + static_cast<int64_t>(m) * padded_rank(task.R) + r) = pair;
+    *reinterpret_cast<uint32_t*>(task.rounded + static_cast<int64_t>(m) * round_up(task.R, WIDTH) + r) = pair;
     if (!task.out) continue;
     float* const out = task.out + m * task.out_stride + r;
     if (r < task.R) out[0] = r < again.R ? factor * total[0] : 0.f;
@@ -250,108 +298,138 @@ __device__ void shrink_tile(const Shrink<T, G>& task, int tile, int first_rank, 
   }
 }
 
-/// sums[part] = pᵀ d(x) over a part of an adapter's places, a tile of 64 columns; without the factor of d.
+/// sums[part] = pᵀ d(x) over a part of an adapter's places, a tile of grad_columns; without the factor of d.
 template <class T, class G>
 struct Gradient {
   const T* x;  // [M, columns]
   int64_t x_stride;
   const uint8_t* keep;  // [M, 8 ceil(columns / 64)], or null: nothing is dropped
   const T* p;           // [padded R, places], transposed
-  float* sums;          // [padded ranks of all adapters + slots * padded R, columns padded to GRAD_COLUMNS]: first parts, all other parts
-  int M, span;          // span: places a part, a multiple of 16
+  float* sums;          // [padded ranks of all adapters + slots * padded R, sums_stride]: first parts, all other parts
+  int M, span;          // span: places a part, a multiple of PLACES
   int columns, R;       // R: the largest rank
-  int places, ranks;    // places: a multiple of SHRINK_ROWS; ranks: of all adapters, padded
+  int places, ranks;    // places: a multiple of PLACES; ranks: of all adapters, padded
   G groups;
 };
 
 /// Where the ranks of a part of an adapter begin in `sums`, by the part's Piece::number and slot.
-__device__ inline int sums_row(const Adapter& adapter, int number, int slot, int ranks, int R) {
-  return number == 0 ? adapter.first : ranks + slot * padded_rank(R);
+__device__ inline int sums_row(const Adapter& adapter, int number, int slot, int ranks, int padded) {
+  return number == 0 ? adapter.first : ranks + slot * padded;
 }
+/// From row to row of `sums`.
+constexpr __host__ __device__ int64_t sums_stride(int64_t columns, int R) { return round_up(columns, grad_columns(ranks_a_pass(R))); }
 
-/// Sixteen ranks a warp. With a WIDTH of 16 the warps divide the rows of x; with RANKS each has its own ranks, and all read what is in the queue.
-/// MASKS: whether `keep` may be given.
+/// With a WIDTH of 16 each warp takes rows of its own, and their sums meet; with RANKS it takes columns of its own, a third of the tile's, and all
+/// read the same of p. MASKS: whether `keep` may be given.
 template <class T, int WIDTH, bool MASKS, class G>
 __device__ void gradient_tile(const Gradient<T, G>& task, int number, int block, int first_rank, unsigned char* queue, int barrier) {
-  constexpr int STAGES = 3;
-  constexpr bool ALONE = WIDTH == 16;  // each warp reads only what it has fetched itself
-  const int thread = threadIdx.x % TEAM, warp = thread / 32, g = thread % 32 / 4, t = thread % 4, lane = thread % 32;
-  const int column = block * GRAD_COLUMNS + g * 8, bytes = bytes_inside(task.columns - column);
+  constexpr bool MEET = WIDTH == 16;
+  constexpr int COLUMNS = grad_columns(WIDTH), MINE = (MEET ? COLUMNS : COLUMNS / WARPS) / 8;  // of a tile; a lane's in a row
+  constexpr int STEP = MEET ? 16 * WARPS : 16;                                                 // rows that the team takes at a time
+  // Bytes of a step: four rows of each lane's, their bits, and sixteen rows of p, 512 bytes for sixteen ranks.
+  constexpr int X = 4 * TEAM * MINE * 2, BITS = TEAM * 16, P = 512 * (MEET ? WARPS : WIDTH / 16), STAGES = MEET ? 3 : 4;
+  static_assert(STAGES * (X + BITS + P) <= QUEUE);
+  const int thread = anew(threadIdx.x % TEAM), warp = thread / 32, g = thread % 32 / 4, t = thread % 4, lane = thread % 32;
+  const int own = block * COLUMNS + (MEET ? 0 : warp * 8 * MINE), column = own + g * MINE;  // the warp's first; the lane's
+  const int bytes = bytes_inside<MINE>(task.columns - column);
   const Piece part = task.groups.piece(number, task.span);
   const Adapter& adapter = task.groups.of(part.group);
-  if (first_rank >= adapter.R || part.begin >= part.end) return team_sync(barrier, TEAM);
-  const int begin = part.begin, end = part.end, steps = divide_up(end - begin, GRAD_STEP), keep_stride = divide_up(task.columns, 64) * 8;
-  uint32_t sums_begin = static_cast<uint32_t>(sums_row(adapter, part.number, part.slot, task.ranks, task.R));
+  const int ranks = min(WIDTH, adapter.R - first_rank);
+  if (ranks <= 0 || part.begin >= part.end) return team_sync(barrier, TEAM);
+  const int begin = part.begin, end = part.end, steps = divide_up(end - begin, STEP), keep_stride = divide_up(task.columns, 64) * 8;
+  uint32_t sums_begin = static_cast<uint32_t>(sums_row(adapter, part.number, part.slot, task.ranks, round_up(task.R, WIDTH)));
   forget(sums_begin);  // or what it is made of keeps more registers all along
   const bool masks = MASKS && task.keep && task.groups.drops(adapter);
-  const auto place = [&](int step, int i, int of_warp) { return queue + ((step % STAGES * 5 + i) * TEAM + of_warp * 32 + lane) * 16; };
+  const auto x_place = [&](int step, int i) { return queue + step % STAGES * (X + BITS + P) + (i * TEAM + thread) * MINE * 2; };
+  const auto bits_place = [&](int step, int i) { return queue + step % STAGES * (X + BITS + P) + X + thread * 16 + i * 4; };
+  const auto p_place = [&](int step, int i) { return queue + step % STAGES * (X + BITS + P) + X + BITS + (MEET ? warp : i) * 512; };
+  const auto row_of = [&](int step) { return begin + step * STEP + (MEET ? warp * 16 : 0); };  // the first of sixteen
+  const T* const p = task.p + static_cast<int64_t>(first_rank + lane / 2) * task.places + (part.padded - begin) + lane % 2 * 8;
   typename G::FourRows rows;  // of the step that is fetched next: their numbers may have to come from memory first
   const auto fetch = [&](int step) {
-    const int first = begin + step * GRAD_STEP + warp * 16 + t * 4;
+    const int first = anew(row_of(step)) + t * 4;
+    const T* const x = task.x + first * task.x_stride + column;  // of one adapter's rows, which follow one another
+    const uint8_t* const keep = task.keep + static_cast<int64_t>(first) * keep_stride + column / 32 * 4;  // the lane's bits are in four bytes
+    const int there = bytes ? end - first : 0;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       if (step >= steps) break;
-      const int row = rows.row(first, i);
-      const bool inside = first + i < end && row < task.M;
-      copy_async<16>(place(step, i, warp), task.x + row * task.x_stride + column, inside ? bytes : 0);
-      if (!masks) continue;
-      const uint8_t* const four = task.keep + static_cast<int64_t>(row) * keep_stride + block * 8 + g / 4 * 4;  // the lane's byte among them
-      copy_async<4>(place(step, 4, warp) + i * 4, four, inside ? 4 : 0);
+      const int64_t ahead = G::MANY ? rows.row(first, i) - first : i;
+      const bool inside = i < there && (!G::MANY || rows.row(first, i) < task.M);
+      copy_async<MINE * 2>(x_place(step, i), x + ahead * task.x_stride, inside ? bytes : 0);
+      if (masks) copy_async<4>(bits_place(step, i), keep + ahead * keep_stride, inside ? 4 : 0);
+    }
+#pragma unroll
+    for (int k = 0; k < divide_up(WIDTH / 16, WARPS); ++k) {
+      const int i = MEET ? 0 : k * WARPS + warp;
+      if (step >= steps || i * 16 >= ranks) break;
+      const T* const sixteen = p + i * 16 * static_cast<int64_t>(task.places) + row_of(step);
+      copy_async<16>(p_place(step, i) + lane * 16, sixteen, !MEET || row_of(step) < end ? 16 : 0);
     }
     commit_copies();
-    rows.look(task.groups, part, first + GRAD_STEP);
+    rows.look(task.groups, part, first + STEP);
   };
-  const T* const p = task.p + static_cast<int64_t>(first_rank + (ALONE ? 0 : warp * 16) + g) * task.places + (part.padded - begin) + t * 4;
-  float sum[8][4] = {};
+  float sum[WIDTH / 16][MINE][4] = {};
 
-  rows.look(task.groups, part, begin + warp * 16 + t * 4);
+  rows.look(task.groups, part, row_of(0) + t * 4);
 #pragma unroll
   for (int step = 0; step < STAGES - 1; ++step) fetch(step);
   for (int step = 0; step < steps; ++step) {
     wait_copies<STAGES - 2>();
-    if constexpr (!ALONE) team_sync(barrier, TEAM);  // all copies of this step are there, and the step before is read
+    if constexpr (MEET) {
+      __syncwarp();
+    } else {
+      team_sync(barrier, TEAM);  // all of p is there for this step, and the step before is read
+    }
     fetch(step + STAGES - 1);
+    if (MEET && row_of(step) >= end) break;
+    Numbers<MINE> right[4];  // rows 4 t to 4 t + 3, columns MINE g to MINE g + MINE - 1
 #pragma unroll
-    for (int share = 0; share < (ALONE ? 1 : WARPS); ++share) {
-      const int of_warp = ALONE ? warp : share;
-      const int row = begin + step * GRAD_STEP + of_warp * 16;
-      if (row >= end) break;
-      const uint2 low = *reinterpret_cast<const uint2*>(p + row), high = *reinterpret_cast<const uint2*>(p + row + int64_t{8} * task.places);
+    for (int i = 0; i < 4; ++i) {
+      right[i] = *reinterpret_cast<const Numbers<MINE>*>(x_place(step, i));
+      if (masks) drop(right[i], *reinterpret_cast<const uint32_t*>(bits_place(step, i)) >> column % 32);
+    }
+#pragma unroll
+    for (int i = 0; i < WIDTH / 16; ++i) {
+      if (i * 16 >= ranks) break;
+      const uint2* const fragment = reinterpret_cast<const uint2*>(p_place(step, i)) + lane;
+      const uint2 low = fragment[0], high = fragment[32];  // ranks g and g + 8
       const uint32_t left[4] = {low.x, high.x, low.y, high.y};
-      Eight right[4];  // rows 4 t to 4 t + 3, columns 8 g to 8 g + 7
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        right[i] = *reinterpret_cast<const Eight*>(place(step, i, of_warp));
-        if (masks) drop(right[i], *(place(step, 4, of_warp) + i * 4 + g % 4));
-      }
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
+      for (int j = 0; j < MINE / 2; ++j) {
         const uint32_t row0 = right[0].pair[j], row1 = right[1].pair[j], row2 = right[2].pair[j], row3 = right[3].pair[j];
-        multiply<T>(sum[2 * j], left, low_halves(row0, row1), low_halves(row2, row3));
-        multiply<T>(sum[2 * j + 1], left, high_halves(row0, row1), high_halves(row2, row3));
+        multiply<T>(sum[i][2 * j], left, low_halves(row0, row1), low_halves(row2, row3));
+        multiply<T>(sum[i][2 * j + 1], left, high_halves(row0, row1), high_halves(row2, row3));
       }
     }
   }
-  if constexpr (ALONE) team_sync(barrier, TEAM);  // the queue becomes the place where the warps' sums meet
+  if constexpr (MEET) team_sync(barrier, TEAM);  // the queue becomes the place where the warps' sums meet
 
-  // sum[j] holds ranks g and g + 8, columns 16 t + j and 16 t + 8 + j of the block.
-  const int stride = round_up(task.columns, GRAD_COLUMNS);
-  float* const sums = task.sums + (static_cast<int64_t>(sums_begin) + first_rank) * stride + block * GRAD_COLUMNS;
-  float* const meeting = reinterpret_cast<float*>(queue);  // [WARPS, 16 ranks, 64 columns]
+  // sum[i][j] holds ranks 16 i + g and 16 i + g + 8, columns 2 MINE t + j and 2 MINE t + MINE + j of the warp's.
+  const int64_t stride = round_up(task.columns, COLUMNS);
+  float* const sums = task.sums + (static_cast<int64_t>(sums_begin) + first_rank) * stride + own;
+  float* const meeting = reinterpret_cast<float*>(queue) + warp * 16 * COLUMNS;  // [WARPS, 16 ranks, COLUMNS]
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {  // rank g or g + 8, the first or the last 8 columns
-    float* const to = ALONE ? meeting + (warp * 16 + g + i / 2 * 8) * GRAD_COLUMNS : sums + (warp * 16 + g + i / 2 * 8) * stride;
+  for (int i = 0; i < WIDTH / 16 * 4; ++i) {  // of sixteen ranks, rank g or g + 8, the first or the last of the columns
+    const int rank = i / 4 * 16 + i % 4 / 2 * 8 + g;
+    if (i / 4 * 16 >= ranks) break;
+    float* const to = (MEET ? meeting + rank * COLUMNS : sums + rank * stride) + t * 2 * MINE + i % 2 * MINE;
+    using Some = std::conditional_t<MEET, float4, float2>;
+    constexpr int SOME = sizeof(Some) / sizeof(float);
 #pragma unroll
-    for (int j = 0; j < 8; j += 4) {
-      *reinterpret_cast<float4*>(to + t * 16 + i % 2 * 8 + j) = make_float4(sum[j][i], sum[j + 1][i], sum[j + 2][i], sum[j + 3][i]);
+    for (int j = 0; j < MINE; j += SOME) {
+      alignas(Some) float some[SOME];
+#pragma unroll
+      for (int k = 0; k < SOME; ++k) some[k] = sum[i / 4][j + k][i % 4];
+      *reinterpret_cast<Some*>(to + j) = *reinterpret_cast<const Some*>(some);
     }
   }
-  if constexpr (ALONE) {
+  if constexpr (MEET) {
     team_sync(barrier, TEAM);
-    for (int i = thread; i < 16 * GRAD_COLUMNS; i += TEAM) {
+    for (int i = thread; i < 16 * COLUMNS; i += TEAM) {
       float total = 0;
-      for (int from = 0; from < WARPS; ++from) total += meeting[from * 16 * GRAD_COLUMNS + i];
-      sums[i / GRAD_COLUMNS * stride + i % GRAD_COLUMNS] = total;
+      for (int from = 0; from < WARPS; ++from) total += reinterpret_cast<const float*>(queue)[from * 16 * COLUMNS + i];
+      sums[i / COLUMNS * stride + i % COLUMNS] = total;
     }
   }
 }
@@ -369,7 +447,8 @@ struct Sides {
   explicit Sides(int R) : R(R), passes(padded_rank(R) / ranks_a_pass(R)) {}
   void take(const Shrink<T, G>& task, int tiles, int a_turn) { shrink = task, shrinks = tiles, shrinks_a_turn = a_turn; }
   void take(const Gradient<T, G>& task, int parts, int parts_a_turn) {
-    gradient = task, blocks = divide_up(task.columns, GRAD_COLUMNS), grads = parts * blocks, grads_a_turn = parts_a_turn * blocks;
+    gradient = task, blocks = divide_up(task.columns, grad_columns(ranks_a_pass(R)));
+    grads = parts * blocks, grads_a_turn = parts_a_turn * blocks;
   }
 
   __host__ __device__ int shrink_tiles() const { return shrinks * passes; }
