@@ -99,8 +99,10 @@ class Batch:
 
     @torch.inference_mode()
     def require_rows_alone(self) -> None:
-        """Raise ValueError unless two rows of a batch, of unlike lengths, get the logits of each alone, by the model's own forward, cacheless: but for
-        rounding, of which its own cache shows how much there is."""
+        """Raise ValueError unless two rows of a batch, of unlike lengths, get the logits of each alone, by the model's own forward without a cache.
+
+        But for rounding, of which its own cache shows how much there is.
+        """
         size = self.model.config.get_text_config().vocab_size
         drawn = torch.randint(size, (2, 6), generator=torch.Generator().manual_seed(0)).tolist()
         rows, names = [drawn[0][:5], drawn[1][:3]], [BASE, BASE]
