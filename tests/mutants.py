@@ -63,6 +63,8 @@ MODULES = {
     "fastlora/operators/scale_columns.py": ("scale_columns", *OF_ANY_OPERATOR),
     "fastlora/operators/dora_factor.py": ("dora_factor",),
     "fastlora/operators/lora_cross_entropy.py": ("lora_cross_entropy", *OF_ANY_OPERATOR),
+    "fastlora/peft/embeddings.py": ("embeddings",),
+    "fastlora/peft/merging.py": ("merging",),
     "fastlora/peft/composed.py": ("dora", "trained_biases", "head_adapters"),
     "fastlora/peft/scaled.py": ("ia3*", "other_methods"),
     "fastlora/peft/probing.py": ("probing",),
