@@ -102,11 +102,12 @@ def test_a_loss_that_differs_is_not_timed(tiny: None, line: str, monkeypatch: py
         list(families.family_lines()[line](Session(torch.device("cpu"))))
 
 
-def test_prompts_are_measured_once_where_all_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_stands_within_another_is_measured_once_where_all_is(monkeypatch: pytest.MonkeyPatch) -> None:
     measured: list[str] = []
     monkeypatch.setattr(command, "_measure", lambda name, _: measured.append(name) or 0)
     assert command.main(["--no-gate"]) == 0
-    assert measured == [name for name in command.VERBS if name != "prompts"] and "families" in measured
+    assert measured == [name for name in command.VERBS if name not in ("prompts", "adapters")]
+    assert {"families", "sweep", "serve"} < set(measured)
     assert families.family_lines().keys() > prompts.prompt_lines().keys()
 
 
