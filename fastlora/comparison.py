@@ -196,11 +196,11 @@ class Outcome:
     rouge1: float | None
     rougeL: float | None
     exact_match: float | None
-    accuracy: float | None  # where the answers are labels
     retained_loss: float | None  # on the other rows
-    retained_accuracy: float | None  # where their answers are labels
     forgetting: float | None  # by how much that is above the base's
     answer_tokens_per_second: float
+    accuracy: float | None = None  # on told_data, where the answers are labels
+    retained_accuracy: float | None = None  # on the other rows, where theirs are
     trainable_parameters: int = 0
     parameters: int = 0
     file_bytes: int = 0
