@@ -444,7 +444,8 @@ def _measure(given: Comparison, name: str, method: str) -> dict[str, Any]:
     if given.test_data:
         chosen_by = evaluate(model, tokenizer, given.eval_data, columns=given.columns, generations=False, **same)
     if given.retain_data:
-        other = read_rows(given.retain_data, length=row_length(tokenizer), max_tokens=given.max_length)
+        length = row_length(tokenizer, model.config.is_encoder_decoder)
+        other = read_rows(given.retain_data, length=length, max_tokens=given.max_length)
         answered["generations"] = given.generations and are_labels(other[: given.limit])
         kept = evaluate(model, tokenizer, other, **answered, **same)
     return {
@@ -468,8 +469,9 @@ def _answer_rate(model: Any, tokenizer: Any, given: Comparison) -> float:
     from fastlora.models import positions
 
     room = int(max(2, min(given.max_length, (positions(model) or math.inf) - ANSWER_TOKENS)))
-    examples = read_rows(given.told_data, columns=given.columns, length=row_length(tokenizer), max_tokens=room)
     pairs = model.config.is_encoder_decoder
+    counting = row_length(tokenizer, pairs)
+    examples = read_rows(given.told_data, columns=given.columns, length=counting, max_tokens=room)
     rows = encode(examples[:ANSWERED], tokenizer, room, "prompt", encoder_decoder=pairs).rows
     width = min(row.prompt_length for row in rows) or 1  # of plain text, the first token
     ends = [max(row.prompt_length, width) for row in rows]

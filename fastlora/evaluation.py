@@ -82,10 +82,11 @@ def evaluate(
     require_count("max_new_tokens", max_new_tokens)
     if limit is not None:
         require_count("limit", limit)
-    examples = _examples(data, columns, row_length(tokenizer), max_length)[:limit]
+    pairs = model.config.is_encoder_decoder
+    examples = _examples(data, columns, row_length(tokenizer, pairs), max_length)[:limit]
     if generations and any(example.prompt == "" for example in examples):
         raise ValueError("data: rows of plain text have no prompt to answer: expected no generations of them")
-    longest, pairs = min(max_length, positions(model) or max_length), model.config.is_encoder_decoder
+    longest = min(max_length, positions(model) or max_length)
     encoded = encode(
         examples,
         tokenizer,

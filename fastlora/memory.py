@@ -14,9 +14,9 @@ SHAPES_KEPT = 128
 def bound_product_caches() -> None:
     """Let a process keep compiled code for 128 shapes of 16-bit products on a CPU, unless the environment says for how many.
 
-    oneDNN compiles half a megabyte of code for each number of rows (570 kB for one nn.Linear; AMD Zen 5, torch 2.13), so that batches of ever
-    new lengths fill a gigabyte and more before the oldest is dropped. 128 are more than the layers of a model share among one another.
-    Both are read at a process's first such product: what was computed earlier has settled it.
+    oneDNN compiles half a megabyte of code for each number of rows (570 kB for one nn.Linear; AMD Zen 5, torch 2.13, 2026-11-29), so that batches of
+    ever new lengths fill a gigabyte and more before the oldest is dropped. 128 are more than the layers of a model share among one another. Both are
+    read at a process's first such product: what was computed earlier has settled it.
     """
     for name in PRODUCT_CACHES:
         os.environ.setdefault(name, str(SHAPES_KEPT))

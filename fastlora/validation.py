@@ -31,7 +31,7 @@ from fastlora.data.tasks import read_rows
 from fastlora.evaluation import labels, scores, total_loss
 from fastlora.frozen import packed
 from fastlora.generation import answer, leave_room
-from fastlora.models import require_positions
+from fastlora.models import is_encoder_decoder, require_positions
 from fastlora.peft import reporting
 
 logger = logging.getLogger("fastlora")
@@ -105,7 +105,11 @@ class Validation:
             return None
         given = self.config
         examples = read_rows(
-            data, columns=columns, seed=given.seed, length=row_length(self.tokenizer), max_tokens=given.max_length
+            data,
+            columns=columns,
+            seed=given.seed,
+            length=row_length(self.tokenizer, is_encoder_decoder(str(given.model))),
+            max_tokens=given.max_length,
         )
         return training_data.encoded(given, examples, self.tokenizer)
 

@@ -13,10 +13,12 @@ from training import on_cpu, one_thread  # noqa: F401  (fixtures)
 from transformers import AutoModelForSeq2SeqLM
 from typer.testing import CliRunner
 
-from fastlora import comparison
+from fastlora import comparison, evaluation, validation
 from fastlora.cli import app
 from fastlora.comparison import Comparison, compare
 from fastlora.config import TrainConfig
+from fastlora.data import tasks
+from fastlora.data.examples import Example
 from fastlora.evaluation import evaluate
 from fastlora.generation import generate
 from fastlora.merge import merge
@@ -78,6 +80,9 @@ def test_eval_is_of_the_rows_as_transformers_has_them(files, kind):
             loss = plain(**words(row["prompt"], return_tensors="pt"), labels=labels).loss
         total, tokens = total + loss.item() * labels.numel(), tokens + labels.numel()
     assert found.tokens == tokens and found.loss == pytest.approx(total / tokens, rel=1e-5)
+    for options in ({"train_on_turns": "last"}, {"completion_only_loss": False}):
+        with pytest.raises(ValueError, match="an encoder-decoder's completion counts, no turns"):
+            evaluate(model, words, files["held"], **options)
     answers = own_answers(plain, words, [row["prompt"] for row in rows])
     same = [answer.strip() == row["completion"].strip() for answer, row in zip(answers, rows, strict=True)]
     assert found.exact_match == sum(same) / len(rows)
@@ -115,6 +120,36 @@ def test_methods_are_compared(files, tmp_path, monkeypatch):
     for one in trained:
         assert one.loss < base.loss and one.answer_tokens_per_second > 0 and one.forgetting is not None
         assert one.tokens == pytest.approx(300, rel=0.3)
+
+
+TASK = """
+name: acts
+data: {data}
+templates: [{{name: as it is, input: "{{prompt}}", target: "{{completion}}"}}]
+few_shot_share: 1.0
+shots: [3]
+"""
+
+
+def test_a_tasks_examples_have_as_much_room_as_its_side(files, tmp_path, monkeypatch):
+    """Wherever a task is measured on, as where it is trained on: an example counts by its longer side."""
+    task, counted = tmp_path / "task.yaml", []
+    task.write_text(TASK.format(data=files["held"]))
+    read = tasks.read_rows
+
+    def reading(*data: Any, **given: Any) -> Any:
+        counted.append(given["length"](Example("The cat runs.", "It")))
+        return read(*data, **given)
+
+    for module in (tasks, evaluation, validation):
+        monkeypatch.setattr(module, "read_rows", reading)
+    monkeypatch.setattr(comparison, "ProcessPoolExecutor", Here)
+    model, words = load_model(str(files["t5"]))
+    evaluate(model, words, task, generations=False)
+    given: dict[str, Any] = {"model": files["t5"], "data": files["data"], "eval_data": task, "max_steps": 1}
+    train(TrainConfig(**given, output=tmp_path / "trained"), progress=False)
+    compare(Comparison(**given, output=tmp_path / "out", retain_data=task, methods=["prompt"], lr=[1e-2], limit=2))
+    assert len(counted) > 4 and set(counted) == {len(words("The cat runs.")["input_ids"])}
 
 
 def run(*words: object) -> str:

@@ -143,7 +143,7 @@ def accelerate(
     Under torch.distributed every process calls it, and all choose as rank 0 does.
 
     What torch keeps for 16-bit products of ever new numbers of rows on a CPU is bounded by two variables of the environment, unless they are set
-    (memory.py): else batches of many lengths take a gigabyte more in an hour.
+    (memory.py): else batches of ever new lengths take a gigabyte and more, a little with every step.
 
     PEFT's `unload` and `merge_and_unload` restore the model first: what they return has nothing of fastlora's.
 
