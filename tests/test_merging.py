@@ -126,8 +126,35 @@ def test_one_of_several_adapters():
     model.set_adapter("other")
     other = logits(model)
     model.set_adapter("default")
+    before = logits(model)
     with fastlora.merged(model, ["other"]):
         torch.testing.assert_close(logits(model), other)
+    assert torch.equal(logits(model), before)  # layers that the other has none of run the active adapter again
+
+
+def test_what_is_merged_is_no_more_trained_than_before(monkeypatch):
+    """Nor is an update subtracted from a weight that goes anyway."""
+    model = fastlora.accelerate(wrapped("linear", torch.float32))
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    monkeypatch.setattr(FusedLinear, "unmerge", None)
+    with fastlora.merged(model):
+        assert trained == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.filterwarnings("error:Already unmerged")
+def test_norms_that_were_unmerged_inside_are_not_unmerged_again():
+    model = wrapped("norms", torch.float32)
+    before = bits(model)
+    with fastlora.merged(model):
+        model.unmerge_adapter()
+    assert_as_before(model, before)
+
+
+def test_what_peft_refuses_to_merge_is_refused():
+    model = wrapped("linear", torch.float32)
+    model.base_model.model.quantization_method = "gptq"
+    with pytest.raises(ValueError, match="Cannot merge LORA layers when the model is gptq quantized"):
+        fastlora.merged(model).__enter__()
 
 
 def test_what_cannot_be_merged_is_refused_and_named():
@@ -143,10 +170,22 @@ def test_what_cannot_be_merged_is_refused_and_named():
     model.merge_adapter()
     with pytest.raises(ValueError, match="model: is merged already"):
         fastlora.merged(model).__enter__()
-    model.unmerge_adapter()
+
+
+class OwnParameter(nn.Parameter):
+    pass
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.int32, torch.float8_e4m3fn, OwnParameter], ids=str)
+def test_a_weight_of_another_kind_is_refused(kind):
+    model = wrapped("linear", torch.float32)
     layer = model.base_model.model.model.layers[1].mlp.up_proj.base_layer
-    layer.weight = nn.Parameter(layer.weight.to(torch.int8), requires_grad=False)
+    weight = layer.weight.detach()
+    layer.weight = OwnParameter(weight) if kind is OwnParameter else nn.Parameter(weight.to(kind), requires_grad=False)
     before = bits(model)
     with pytest.raises(TypeError, match="over a Linear, expected one weight of 16 bits or more"):
         fastlora.merged(model).__enter__()
-    assert_as_before(model, before)
+    after = bits(model)
+    assert {name: identity for name, (identity, _) in after.items()} == {
+        name: identity for name, (identity, _) in before.items()
+    }

@@ -132,7 +132,7 @@ def swap_obstacle(layer: Any) -> str | None:
 
 def attach(layer: nn.Module) -> None:
     """Swap the class of a LoRA layer over an embedding, if it can be."""
-    if type(layer) is lora.Embedding and swap_obstacle(layer) is None:
+    if swap_obstacle(layer) is None:
         become(layer, with_addition(lora.Embedding))
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from torch import Tensor, nn
+from torch import nn
 
 from fastlora.checks import wrong
 
@@ -48,13 +48,12 @@ def merged(model: nn.Module, adapter_names: Sequence[str] | None = None) -> Iter
     disabled: list[tuple[Any, bool]] = []
     try:
         for layer in layers:
-            # Layers of norms are exchanged as a whole, and exactly.
-            for base, name in () if isinstance(layer, LNTuningLayer) else _changed(layer):
+            for base, name in _changed(layer):
                 original: Any = base._parameters[name]
                 aside.append((base, name, original))
                 base._parameters[name] = nn.Parameter(original.detach().clone(), requires_grad=False)
             layer.merge(adapter_names=names)
-            if names is not None and not layer.merged:  # it has none of these, and would run the active adapter
+            if not layer.merged:  # it has none of these, and would run the active adapter
                 disabled.append((layer, layer._disable_adapters))
                 layer._disable_adapters = True
         yield model
@@ -63,7 +62,7 @@ def merged(model: nn.Module, adapter_names: Sequence[str] | None = None) -> Iter
             layer._disable_adapters = before
         for layer in layers:
             if isinstance(layer, LNTuningLayer) and layer.merged:
-                layer.unmerge()
+                layer.unmerge()  # exact: it has exchanged the norm as a whole
             layer.merged_adapters.clear()
         for base, name, original in reversed(aside):
             base._parameters[name] = original
@@ -79,9 +78,8 @@ def _changed(layer: Any) -> Iterator[tuple[nn.Module, str]]:
 
 def _require_a_weight(layer: Any) -> None:
     base = layer.get_base_layer()
-    weight = base._parameters.get(getattr(layer, "parameter_name", "weight"))
-    plain = type(weight) is nn.Parameter and isinstance(weight, Tensor)
-    if not plain or not weight.is_floating_point() or weight.dtype.itemsize < 2:
+    weight: Any = base._parameters.get(getattr(layer, "parameter_name", "weight"))
+    if type(weight) is not nn.Parameter or not weight.is_floating_point() or weight.dtype.itemsize < 2:
         raise TypeError(
             f"model: an adapter stands over a {type(base).__name__}, expected one weight of 16 bits or more"
         )
