@@ -478,7 +478,7 @@ def eval_(
 @command
 def generate(
     prompt: Annotated[list[str] | None, typer.Option(help="Text to answer; may be given several times.")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="Take the prompts of these rows.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Take the prompts of these rows; a task's YAML, too.")] = None,
     columns: Annotated[str | None, OPTIONS["columns"]] = None,
     model: OptionalModelOption = None,
     adapter: Annotated[
@@ -501,25 +501,30 @@ def generate(
 ) -> None:
     """Greedy answers; with several adapters, each one's, swapped on one base."""
     _quiet()
-    from fastlora.data.examples import Prompt, parse_columns, read_examples
+    from fastlora.data.examples import Prompt, parse_columns
+    from fastlora.data.rows import row_length
+    from fastlora.data.tasks import read_rows
     from fastlora.generation import generate
-    from fastlora.models import load_model
+    from fastlora.models import load_model, positions
 
     if bool(prompt) == bool(data):
         raise ValueError("expected either --prompt or --data")
     if columns is not None and not data:
         raise ValueError(f"columns={columns!r}: expected data, a prompt has none")
     named = None if columns is None else parse_columns(columns)
-    examples = read_examples(data, columns=named) if data else []
-    if any(example.tools or example.prompt == "" for example in examples):
-        raise ValueError(
-            "data: rows of plain text have no prompt, and those with tools are for training and eval alone"
-        )
-    prompts: list[Prompt] = [example.prompt for example in examples] or list(prompt or [])
-    if chat:
-        prompts = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
     adapters = _named_adapters(adapter or [])
     loaded, tokenizer = load_model(model, adapters, dtype=dtype, allow_missing=allow_missing, allow_noop=allow_noop)
+    prompts: list[Prompt] = list(prompt or [])
+    if data:
+        length = row_length(tokenizer, loaded.config.is_encoder_decoder)
+        examples = read_rows(data, columns=named, length=length, max_tokens=max_length or positions(loaded))
+        if any(example.tools or example.prompt == "" for example in examples):
+            raise ValueError(
+                "data: rows of plain text have no prompt, and those with tools are for training and eval alone"
+            )
+        prompts = [example.prompt for example in examples]
+    if chat:
+        prompts = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
     names: list[str | None] = [*adapters] or [None]
     answers = [
         generate(

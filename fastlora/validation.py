@@ -107,7 +107,6 @@ class Validation:
         examples = read_rows(
             data,
             columns=columns,
-            seed=given.seed,
             length=row_length(self.tokenizer, is_encoder_decoder(str(given.model))),
             max_tokens=given.max_length,
         )

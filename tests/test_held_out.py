@@ -19,6 +19,7 @@ from fastlora.data.examples import DataError, read_examples
 from fastlora.data.rows import encode, row_length
 from fastlora.data.tasks import read_rows
 from fastlora.evaluation import EvalResult, evaluate
+from fastlora.generation import generate
 from fastlora.models import load_model
 from fastlora.sweep.jobs import Sweep
 from fastlora.sweep.run import sweep
@@ -109,7 +110,7 @@ def test_a_training_validates_on_tasks(folder: Path, tmp_path: Path, loaded: Any
     config = TrainConfig(
         **{"model": folder / "base", "data": folder / "acts.yaml", "eval_data": folder / "acts.yaml"},
         **{"retain_data": [str(folder / "acts.yaml"), str(folder / "plain.jsonl")], "output": tmp_path / "out"},
-        **{"r": 2, "max_steps": 1, "max_length": ROOM},
+        **{"r": 2, "max_steps": 1, "max_length": ROOM, "seed": 7},
     )
     train(config, progress=False)
     record = json.loads((tmp_path / "out" / "validation.jsonl").read_text().splitlines()[0])
@@ -233,3 +234,12 @@ def test_other_rows_are_answered_only_where_that_is_asked_for_and_tells(
     monkeypatch.setattr("fastlora.evaluation.answer", answer)
     compare(given)
     assert answered == [1, 1]  # of the held-out conversation, by the base and by the run
+
+
+def test_generate_asks_as_a_task_does(folder: Path, loaded: Any) -> None:
+    options = ("--data", folder / "acts.yaml", "--max-length", ROOM, "--max-new-tokens", 2)
+    found = CliRunner().invoke(app, ["generate", "--model", str(folder / "base"), *map(str, options)])
+    assert found.exit_code == 0, found.output
+    prompts = [one.prompt for one in asked(folder, loaded[1])]
+    answers = generate(*loaded, prompts, max_new_tokens=2, max_length=ROOM)
+    assert found.stdout == "".join(f"> {one}\n{text.strip()}\n" for one, text in zip(prompts, answers, strict=True))

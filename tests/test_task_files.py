@@ -110,18 +110,16 @@ def test_a_file_that_is_none_is_named_with_its_field(content, folder):
 
 
 def test_rows_to_measure_on_may_be_a_tasks(folder):
-    """Asked in its own wordings, by the seed; with as many examples as there is room for."""
+    """Asked in its own wordings, the same for every run; with as many examples as there is room for."""
     path = written(folder, "name: n\ndata: rows.jsonl\ncolumns: {text: note, label: mark}\ntemplates: sentiment\noptions: [good, bad]\n"
                            "few_shot_share: 1\nmax_tokens: 30")  # fmt: skip
     plain = folder / "plain.jsonl"
     plain.write_text('{"q": "a", "completion": "b"}\n')
     words = lambda one: len(one.prompt.split())  # noqa: E731
-    found = read_rows(
-        [str(path), str(plain)], columns={"prompt": "q", "completion": "completion"}, seed=3, length=words
-    )
-    assert found[:-1] == Task.read(path).examples(3, words) and found[-1].prompt == "a" and len(found) > 3
+    found = read_rows([str(path), str(plain)], columns={"prompt": "q", "completion": "completion"}, length=words)
+    assert found[:-1] == Task.read(path).examples(0, words) and found[-1].prompt == "a" and len(found) > 3
     assert files_of([str(path), plain]) == [path, plain, folder / "rows.jsonl"]
-    fewer = read_rows(path, seed=3, length=words, max_tokens=1)
+    fewer = read_rows(path, length=words, max_tokens=1)
     assert [one.source for one in fewer] == [one.source for one in found[:-1]]
     assert not any("shot" in one.template for one in fewer)
     assert read_rows(plain, columns={"text": "q"}) == read_examples(plain, columns={"text": "q"})

@@ -153,15 +153,14 @@ def read_rows(
     data: sources.Sources,
     *,
     columns: sources.Columns | None = None,
-    seed: int = 0,
     length: Callable[[Example], int] | None = None,
     max_tokens: int | None = None,
 ) -> list[Example]:
-    """The rows of sources of which each may be a task's YAML: what is measured on.
+    """The rows of sources of which each may be a task's YAML: what is measured on. A task asks the same of every run, whatever that one's seed.
 
     Args:
         columns: which column is which field, of those that are no task's.
-        seed, length, max_tokens: as of `Task.examples`.
+        length, max_tokens: as of `Task.examples`.
 
     Raises:
         As `read_examples`, `Task.read` and `Task.examples`.
@@ -174,7 +173,7 @@ def read_rows(
     for one in given:
         try:
             if is_task(one):
-                found += Task.read(one).examples(seed, length, max_tokens)
+                found += Task.read(one).examples(length=length, max_tokens=max_tokens)
             else:
                 found += read_examples(one, columns=columns)
         except DataError as error:  # bad lines of all sources are told at once
