@@ -3,7 +3,7 @@
 A model of `take_sides`, `produce`, `wait_for_rows` and `wait_for_all_shrunk` on small sizes: a block has a team that takes thin products' tiles and
 a producer that asks for the rank step of its tiles. The launch before, which clears the flags, may end at any time. Any block may begin while fewer
 than `resident` are at work, and any part of any block that is able to take its next step may be the next that does. In no order may everybody wait,
-and no rank step may read a row that is not shrunk.
+and neither a rank step nor a tile that waits for all may read a row that is not shrunk.
 
 Left out, since they wait for nobody but their own block: the stages between a producer and its consumers, which the emulated card runs. That
 whoever sees a flag sees what was written before it is the release's and the acquire's doing (PTX ISA, Memory Consistency Model).
@@ -69,7 +69,7 @@ class State:
 
 
 class Unsafe(Exception):
-    """A rank step reads a row that is not shrunk, or somebody looks at a flag that is not cleared."""
+    """A row is read that is not shrunk, or somebody looks at a flag that is not cleared."""
 
 
 class Deadlock(Exception):
@@ -149,6 +149,8 @@ class Model:
             yield self._with(state, index, replace(block, side=side), taken=state.taken + 1)
         elif block.side == LAST:
             if self._all_shrunk(state):
+                if len(state.written) < len(self.placed) * self.launch.passes:
+                    raise Unsafe(f"a tile reads what is not all shrunk: {state}")
                 yield self._with(state, index, replace(block, side=None))
         elif block.side != "done":
             yield from self._shrink(state, index, block)
@@ -209,6 +211,7 @@ LAUNCHES = {
     "rows without a place": Launch(6, ((0, 5), (2,)), last=1),
     "a row-block without a place": Launch(8, ((0, 1), (2, 3)), last=1),
     "no row has a place": Launch(5, ()),
+    "no product": Launch(6, IN_ORDER.shrinks, columns=0, last=2),
     "a tile without rows": Launch(4, ((0, 1), ()), last=1),
 }
 
@@ -226,6 +229,7 @@ def test_every_order_ends_and_reads_shrunk_rows(name: str, blocks: int, resident
         (Rules(missing_rows=1), "rows by adapter", Unsafe),
         (Rules(counts_passes=False), "two passes", Unsafe),
         (Rules(missing_tiles=1), "rows without a place", Unsafe),
+        (Rules(missing_tiles=1), "no product", Unsafe),
         (Rules(missing_tiles=-1), "rows without a place", Deadlock),
         (Rules(missing_rows=-1, falls_back=False), "forward", Deadlock),
         (Rules(writes_first=False), "forward", Unsafe),
@@ -238,4 +242,5 @@ def test_every_order_ends_and_reads_shrunk_rows(name: str, blocks: int, resident
 )
 def test_a_broken_rule_is_found(broken: Rules, name: str, error: type[Exception]) -> None:
     with pytest.raises(error):
-        explore(replace(LAUNCHES[name], resident=1), broken)
+        for resident in (1, 2):
+            explore(replace(LAUNCHES[name], resident=resident), broken)
