@@ -19,6 +19,7 @@ from torch.nn.modules import module as nn_module
 import fastlora
 from fastlora.peft import FusedLinear, known, mixed, obstacles
 from fastlora.peft.known import ACTIVE, MIXED, find, plan_call
+from fastlora.peft.layers import restore_layer
 
 K, N = 8, 6
 X = torch.linspace(-1, 1, 3 * K).view(3, K)
@@ -46,6 +47,7 @@ def hook(*_: Any) -> None:
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "disabled": lambda layer: layer.enable_adapters(False),
     "merged": lambda layer: layer.merge(),
+    "merged by hand": lambda layer: layer.merged_adapters.append("default"),
     "other active": lambda layer: layer.set_adapter("other"),
     "active in place": lambda layer: layer._active_adapter.append("other"),
     "none active": lambda layer: layer.set_adapter([]),
@@ -285,6 +287,21 @@ def test_what_a_layer_knows_is_its_own_and_goes_with_what_it_had() -> None:
     assert ACTIVE not in layer.__dict__
 
 
+def test_forgetting_takes_the_norms_of_the_adapter_that_goes_or_all() -> None:
+    layer = layer_of(use_dora=True)
+    for name in ("default", "other"):
+        layer.set_adapter(name)
+        plan_call(layer, X, None)
+    assert layer.__dict__[obstacles.NORMS].keys() == {"default", "other"}
+    known.forget(layer, "default")
+    assert layer.__dict__[obstacles.NORMS].keys() == {"other"} and ACTIVE not in layer.__dict__
+    known.forget(layer)
+    assert obstacles.NORMS not in layer.__dict__
+    plan_call(layer, X, None)
+    restore_layer(layer)
+    assert not {obstacles.NORMS, ACTIVE} & layer.__dict__.keys()
+
+
 def test_a_restored_layer_knows_nothing() -> None:
     model, _ = peft_model()
     fastlora.accelerate(model)
@@ -313,6 +330,11 @@ def test_what_nobody_can_look_at_again_is_not_kept(monkeypatch: pytest.MonkeyPat
         patch.setattr(known, "unchanged", None)
         plan = plan_call(layer, X, None)[1]
         assert isinstance(plan, obstacles.Plan) and ACTIVE not in layer.__dict__
+    plan_call(layer, X, None)
+    with monkeypatch.context() as patch:
+        patch.setattr(known, "unchanged", None)
+        assert find(layer, X, None) is None
+    known.forget(layer)
     quantised = plan._replace(weight=quantised_weight("int8", N, K, torch.float32))
     with monkeypatch.context() as patch:
         patch.setattr(obstacles, "plan_call", lambda *_: quantised)

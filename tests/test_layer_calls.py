@@ -13,8 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 import fastlora
 from fastlora.frozen import packed
-from fastlora.peft import FrozenLinear, FusedLinear, mixed, siblings
-from fastlora.peft.layers import OWN_FORWARD, SEEN, OwnForward, Seen, frozen_base, restore_layer
+from fastlora.operators import lora_linear
+from fastlora.peft import FrozenLinear, FusedLinear, mixed, obstacles, siblings
+from fastlora.peft.layers import OWN_FORWARD, SEEN, OwnForward, Seen, compute, frozen_base, restore_layer
+from fastlora.swap import is_derived
 
 K, N = 8, 6
 X = torch.linspace(-1, 1, 3 * K).view(3, K)
@@ -150,6 +152,31 @@ def test_autocast_casts() -> None:
     torch.testing.assert_close(y.float(), layer(X), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.parametrize("more", ["", "gradients", "dropout", "a sum", "names", "autocast", "by column", "siblings"])
+def test_one_call_of_csrcs_is_asked_where_it_is_enough(more: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One plain adapter, without gradients; and what it gives is not computed again."""
+    layer = layer_of(*["other"] * (more == "a sum"), dropout=0.5 * (more == "dropout"))
+    layer.train(more == "dropout")
+    result, asked, computed = torch.ones(3, N), [], []
+    monkeypatch.setattr(lora_linear, "compute_few", lambda *args: asked.append(args) or result)
+    monkeypatch.setattr(lora_linear, "compute", lambda x, weights, *_: computed.append(x) or [result] * len(weights))
+    used = layer.active_adapters
+    plan = obstacles.plan_call(layer, X, used, is_mixed=False)
+    plan = plan._replace(transposed=more == "by column", weight=plan.weight.T if more == "by column" else plan.weight)
+    names = ("default",) * 3 if more == "names" else None
+    with torch.set_grad_enabled(more == "gradients"), torch.autocast("cpu", enabled=more == "autocast"):
+        ys = compute([plan] * (1 + (more == "siblings")), X, used, names)
+    assert ys == [result] * len(ys) and (len(asked), len(computed)) == ((0, 1) if more else (1, 0))
+
+
+def test_where_csrc_has_no_such_call_the_operator_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of().eval()
+    expected = layer(X)
+    monkeypatch.setattr(lora_linear, "compute_few", lambda *args: None)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(X), expected)
+
+
 def test_a_weight_that_lies_the_other_way() -> None:
     """As GPT-2's layers have it."""
     config = peft.LoraConfig(r=2, target_modules=["0"], fan_in_fan_out=True)  # of which B is zero
@@ -243,6 +270,16 @@ def test_peft_unloads_layers_without_anything_of_ours() -> None:
 def test_which_layers_multiply_by_a_frozen_weight() -> None:
     layer, frozen, plain = layer_of(), frozen_layer(), nn.Linear(K, N)
     assert frozen_base(layer) is layer.base_layer and frozen_base(frozen) is frozen and frozen_base(plain) is None
+    configs = peft.IA3Config(target_modules=["0"], feedforward_modules=[]), peft.LoraConfig(target_modules=["0"])
+    models = [
+        peft.get_peft_model(nn.Sequential(own), config)
+        for own, config in zip((nn.Linear(K, N), nn.Embedding(K, N)), configs, strict=True)
+    ]
+    scaled, embedding = (model.base_model.model[0] for model in models)
+    assert frozen_base(scaled) is None
+    for model in models:
+        fastlora.accelerate(model)
+    assert frozen_base(scaled) is scaled.base_layer and is_derived(embedding) and frozen_base(embedding) is None
     for one, kind in ((layer, lora.Linear), (frozen, nn.Linear), (plain, nn.Linear)):
         restore_layer(one)
         assert type(one) is kind

@@ -90,7 +90,7 @@ class Fused(mixed.ByRow, _Layer):
             used: Sequence[str] = obstacles.used_adapters(self, names)
         else:
             used, plan = known.plan_call(self, x, names)
-        if of_rows is not None and (not used or isinstance(plan, str) or not of_rows.fit(x)):
+        if of_rows is not None and (isinstance(plan, str) or not of_rows.fit(x)):
             return self._without_own(x, used, plan)
         if isinstance(plan, str):
             if names is not None:
