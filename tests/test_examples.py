@@ -98,10 +98,11 @@ def test_a_template_that_refuses_names_the_line(words):
 
 
 BAD_LINES = {
-    "{": "not JSON",
+    "{": r"not JSON \(Expecting property name enclosed in double quotes: column 2\)",
     "[" * 100_000: "not JSON",
     "[1]": "expected a JSON object, got list",
-    '{"prompt": "a"}': "no field 'completion'",
+    '{"prompt": "a"}': "no field 'completion': there are 'prompt'",
+    '{"promt": "a", "completion": "b"}': "no field 'prompt': there are 'promt', 'completion'",
     '{"question": "a"}': "fits no format: has the fields 'question', expected prompt and completion; messages; ",
     '{"prompt": 1, "completion": "b"}': "prompt: expected a string, got int",
     '{"prompt": "a", "completion": null}': "completion: expected a string, got NoneType",

@@ -166,7 +166,7 @@ def _format(fields: Mapping[str, Any]) -> str:
         raise BadLine(f"fits no format: has the fields {_names(fields)}, expected {wanted}")
     missing = [name for name in REQUIRED[found[0]] if name not in fields]
     if missing:
-        raise BadLine(f"no field {missing[0]!r}")
+        raise BadLine(f"no field {missing[0]!r}: there are {_names(fields)}")
     return found[0]
 
 
