@@ -251,6 +251,23 @@ def test_a_row_that_is_too_long_loses_its_prompts_oldest_tokens(words, caplog):
     )
 
 
+def test_words_that_run_together_across_the_seam_are_told(words, caplog):
+    parted = [("Is it?", "yes"), ("is", " it"), ("is\n", "it"), ("は", "い"), ("(", "a"), ("2 +", "2"), ("", "text")]
+    encode([Example(prompt, completion, "data:1") for prompt, completion in parted], words, 64)
+    assert not caplog.records
+    seams = [("- yes\n- no", "no"), ("2", "2"), ("не", "да"), ("the cat", "s")]
+    encode(
+        [Example(prompt, completion, f"data:{n}") for n, (prompt, completion) in enumerate([*parted, *seams])],
+        words,
+        64,
+    )
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "prompt and completion run together in 4 of 11 rows (the first, data:7: '- yes\\n- no' and 'no'):"
+        " expected a space or line break between them"
+    )
+
+
 def test_a_completion_that_leaves_no_room_for_its_prompt_loses_its_end(words, caplog):
     example = Example("What does the cat do?", " It runs. It sleeps. It sings. It eats. It hides." * 2, "data:2")
     (row,) = (encoded := encode([example], words, 12)).rows
