@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from fastlora.config import WHOLE
+from fastlora.data.sources import HUB
 from fastlora.drawing import UNPRINTABLE
 
 PIPELINES = {"CausalLM": "text-generation", "Seq2SeqLM": "text2text-generation"}
@@ -26,7 +28,7 @@ def text(summary: Mapping[str, Any], loader: str = "CausalLM") -> str:
     parts = [
         _front_matter(summary, PIPELINES[loader]),
         f"# {_plain(name)}",
-        f"{_what(method)} of {_code(config['model'])}, trained with fastlora on {summary['rows']:,} rows.",
+        f"{_what(method)} of {_code(config['model'])}, trained with fastlora: {_steps(summary)}, of {summary['rows']:,}.",
         "## How to load it",
         _how_to_load(config, whole, loader),
         "## What it was trained on",
@@ -35,10 +37,10 @@ def text(summary: Mapping[str, Any], loader: str = "CausalLM") -> str:
                 (_code(Path(one["file"]).name), one["option"], _count(one["rows"]), _code(one.get("sha256", "no file")))
                 for one in summary["data"]
             ],
-            ("file", "option", "rows trained on", "SHA-256"),
+            ("file", "option", "rows to train on", "SHA-256"),
         ),
         "## How",
-        f"{summary['steps']:,} steps, {summary['tokens']:,} tokens, {summary['trainable_parameters']:,} of"
+        f"{_steps(summary)}, {summary['tokens']:,} tokens, {summary['trainable_parameters']:,} of"
         f" {summary['parameters']:,} parameters, {summary['seconds']:,.0f} s in steps on {_plain(summary['device'])}."
         " Options that are not as they are unless told:",
         _table(
@@ -72,18 +74,40 @@ def _what(method: str) -> str:
     return "A copy with trained biases" if method == "bitfit" else f"An adapter ({method})"
 
 
+def _steps(summary: Mapping[str, Any]) -> str:
+    config, steps = summary["config"], summary["steps"]
+    rows = config["batch_size"] * config["gradient_accumulation_steps"] * summary["processes"]
+    return f"{steps:,} step{'s' * (steps != 1)} of {rows:,} row{'s' * (rows != 1)}"
+
+
 def _front_matter(summary: Mapping[str, Any], pipeline: str) -> str:
     config = summary["config"]
     method = config["method"]
     content = {
-        "base_model": config["model"],
         "library_name": "transformers" if method in WHOLE else "peft",
         "pipeline_tag": pipeline,
         "tags": ["fastlora", method],
-        "datasets": list(dict.fromkeys(Path(one["file"]).name for one in summary["data"] if one["option"] == "data")),
         "language": "und",  # ISO 639's for undetermined: nobody has said
     }
+    # The hub refuses a card that names a folder or file as a model's or data set's id.
+    if _is_hub_id(config["model"]):
+        content = {"base_model": config["model"], **content}
+    named = [
+        one["file"].removeprefix(HUB).partition(":")[0]
+        for one in summary["data"]
+        if one["option"] == "data" and one["file"].startswith(HUB)
+    ]
+    if named:
+        content["datasets"] = list(dict.fromkeys(named))
     return f"---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---"
+
+
+def _is_hub_id(model: str) -> bool:
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return False
+    return True
 
 
 def _how_to_load(config: Mapping[str, Any], whole: bool, loader: str) -> str:

@@ -431,6 +431,7 @@ def load(given: Comparison, name: str, method: str) -> tuple[Any, Any]:
 
 def _measure(given: Comparison, name: str, method: str) -> dict[str, Any]:
     """What a trained run, or the base, can."""
+    from fastlora.data.examples import named_as
     from fastlora.data.rows import row_length
     from fastlora.data.tasks import read_rows
     from fastlora.evaluation import are_labels, evaluate
@@ -439,13 +440,16 @@ def _measure(given: Comparison, name: str, method: str) -> dict[str, Any]:
     batch_size = given.eval_batch_size or given.batch_size
     same: dict[str, Any] = {name: getattr(given, name) for name in (*CUT, "limit")} | {"batch_size": batch_size}
     answered: dict[str, Any] = {"generations": given.generations, "max_new_tokens": given.max_new_tokens}
-    told = evaluate(model, tokenizer, given.told_data, columns=given.columns, **answered, **same)
+    with named_as("test_data" if given.test_data else "eval_data"):
+        told = evaluate(model, tokenizer, given.told_data, columns=given.columns, **answered, **same)
     chosen_by, kept = told, None
     if given.test_data:
-        chosen_by = evaluate(model, tokenizer, given.eval_data, columns=given.columns, generations=False, **same)
+        with named_as("eval_data"):
+            chosen_by = evaluate(model, tokenizer, given.eval_data, columns=given.columns, generations=False, **same)
     if given.retain_data:
         length = row_length(tokenizer, model.config.is_encoder_decoder)
-        other = read_rows(given.retain_data, length=length, max_tokens=given.max_length)
+        with named_as("retain_data"):
+            other = read_rows(given.retain_data, length=length, max_tokens=given.max_length)
         answered["generations"] = given.generations and are_labels(other[: given.limit])
         kept = evaluate(model, tokenizer, other, **answered, **same)
     return {

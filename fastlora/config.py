@@ -324,7 +324,8 @@ class TrainConfig:
 
     def _check_data(self) -> None:
         if (self.data is None) == (self.mixture is None):
-            raise ValueError(f"data={shown(self.data)}: expected data or mixture, and not both")
+            given = "data" if self.data is None else f"data={shown(self.data)}"
+            raise ValueError(f"{given}: expected data or mixture, and not both")
         if self.data is not None:
             check_reading(self.data, self.columns, self.max_samples, self.streaming)
             check_asking(self.data, self.columns, self.max_samples, self.streaming)

@@ -29,9 +29,12 @@ class MergeError(RuntimeError):
 class MergeReport:
     dtype: str
     layers: int  # merged
-    weight_max_error: float  # |merged weight - the one computed in float64|, largest element of all layers
-    weight_relative_error: float  # norm of that difference over the norm of the merged weights, all layers together
-    update_relative_error: float  # that norm over the norm of s B A: the part of the adapter that rounding lost
+    # Of LoRA, and None of what is no sum with a weight, as IA3's factors:
+    weight_max_error: float | None  # |merged weight - the one computed in float64|, largest element of all layers
+    weight_relative_error: (
+        float | None
+    )  # norm of that difference over the norm of the merged weights, all layers together
+    update_relative_error: float | None  # that norm over the norm of s B A: the part of the adapter that rounding lost
     logits_max_error: float  # |logits of the model that was written - those with the adapter beside the base|
     logits_relative_error: float  # norm of that difference over the norm of the logits
     untied: str | None  # weights that were one with another and have become their own
@@ -125,21 +128,26 @@ def _merge(
     report = MergeReport(
         dtype=str(written_dtype).removeprefix("torch."),
         layers=errors.layers,
-        weight_max_error=errors.largest,
-        weight_relative_error=(errors.difference / errors.weight) ** 0.5 if errors.weight else 0.0,
-        update_relative_error=(errors.difference / errors.update) ** 0.5 if errors.update else 0.0,
+        weight_max_error=errors.largest if errors.measured else None,
+        weight_relative_error=_ratio(errors.difference, errors.weight) if errors.measured else None,
+        update_relative_error=_ratio(errors.difference, errors.update) if errors.measured else None,
         logits_max_error=(read_back - before).abs().max().item(),
         logits_relative_error=_relative(read_back, before),
         untied=", ".join(errors.untied) or None,
         output=str(output),
     )
-    if report.update_relative_error > LARGEST_LOSS:
+    if report.update_relative_error is not None and report.update_relative_error > LARGEST_LOSS:
         logger.warning(
             "merging in %s lost %.0f %% of the adapter's update to rounding: merge with dtype=float32, or keep the adapter beside the base",
             report.dtype,
             100 * report.update_relative_error,
         )
     return report
+
+
+def _ratio(error: float, whole: float) -> float:
+    """Of the norms whose squares these are."""
+    return (error / whole) ** 0.5 if whole else 0.0
 
 
 def _relative(got: Tensor, expected: Tensor) -> float:
@@ -150,7 +158,8 @@ def _relative(got: Tensor, expected: Tensor) -> float:
 class Errors:
     """What rounding cost, over all layers; sums of squares but for the largest. And which weights are tied no longer."""
 
-    layers: int = 0
+    layers: int = 0  # merged
+    measured: bool = True  # LoRA's alone are
     largest: float = 0.0
     difference: float = 0.0
     weight: float = 0.0
@@ -204,6 +213,7 @@ def _merge_tokens(peft_model: Any) -> None:
 
 def _merge_layers(peft_model: Any) -> Errors:
     from peft.tuners.lora import LoraLayer
+    from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     layers: dict[str, Any] = {name: one for name, one in peft_model.named_modules() if isinstance(one, LoraLayer)}
@@ -213,6 +223,8 @@ def _merge_layers(peft_model: Any) -> Errors:
             f"adapter: expected plain LoRA layers, {len(variants)} of {len(layers)} are variants such as DoRA (the first:"
             f" {variants[0]}); PEFT's merge_and_unload merges them"
         )
+    if not layers:  # PEFT merges what there is else
+        return Errors(sum(isinstance(one, BaseTunerLayer) for one in peft_model.modules()), measured=False)
     errors = Errors()
     for name, layer in layers.items():
         if isinstance(layer.base_layer, AuxiliaryTrainingWrapper):  # LoRA over a head that follows trainable tokens

@@ -54,9 +54,12 @@ def json_value(text: bytes, *, strict: bool = True) -> Any:
         ValueError: the text is not UTF-8 or not JSON, or has an integer of more digits than Python reads or a field twice.
     """
     try:
-        return json.loads(text.decode(), object_pairs_hook=_unique, parse_constant=_refuse if strict else None)
+        return json.loads(text.decode().rstrip(), object_pairs_hook=_unique, parse_constant=_refuse if strict else None)
     except UnicodeDecodeError:
         raise ValueError("not UTF-8") from None
+    except json.JSONDecodeError as error:
+        line = f"line {error.lineno}, " if b"\n" in text.rstrip() else ""  # of one line, FILE:LINE says which
+        raise ValueError(f"not JSON ({error.msg}: {line}column {error.colno})") from None
     except (ValueError, RecursionError) as error:  # RecursionError: thousands of brackets
         raise ValueError(f"not JSON ({error})") from None
 

@@ -293,14 +293,20 @@ def _compile_layers(model: Any) -> None:
 
 
 def implementations(model: Any, config: TrainConfig) -> dict[str, int]:
-    """How many layers each implementation runs, as `report` tells; of compiled layers it is a guess, and says so."""
+    """How many layers each implementation runs, as `report` tells; of compiled layers it is a guess, and says so.
+
+    A soft prompt and what rows share count as one, by the way that they run; until they have run there is none to tell.
+    """
     if config.method in WHOLE:
         return {}
     if not config.accelerate:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         return {"peft": sum(isinstance(module, BaseTunerLayer) for module in model.modules())}
+    from fastlora.peft.layers import NOT_CALLED
     from fastlora.peft.reporting import NOT_OBSERVED, layers
+    from fastlora.sharing import APART
 
     guess = f" ({NOT_OBSERVED})"
-    return dict(Counter(one.implementation + guess * one.reason.startswith(NOT_OBSERVED) for one in layers(model)))
+    told = [one for one in layers(model) if one.implementation != APART or not one.reason.startswith(NOT_CALLED)]
+    return dict(Counter(one.implementation + guess * one.reason.startswith(NOT_OBSERVED) for one in told))

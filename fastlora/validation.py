@@ -25,7 +25,7 @@ from fastlora import checkpoint, metrics, processes, tracking, trainable, traini
 from fastlora.checkpoint import Checkpoint, CheckpointError
 from fastlora.config import TrainConfig
 from fastlora.course import Diverged, digest, named_writing
-from fastlora.data.examples import Columns, Sources
+from fastlora.data.examples import named_as
 from fastlora.data.rows import Encoded, Row, batches, reference, row_length
 from fastlora.data.tasks import read_rows
 from fastlora.evaluation import labels, scores, total_loss
@@ -77,7 +77,7 @@ class Validation:
 
     def __init__(self, config: TrainConfig, data: Sequence[Row], tokenizer: Any) -> None:
         self.config, self.tokenizer, self.output = config, tokenizer, Path(config.output)
-        self.held_out, self.retained = self._read(config.eval_data, config.columns), self._read(config.retain_data)
+        self.held_out, self.retained = self._read("eval_data"), self._read("retain_data")
         self.records: list[dict[str, Any]] = []
         self.samples: list[dict[str, Any]] = []
         self.steps = 0
@@ -100,16 +100,18 @@ class Validation:
             self.references = [reference(example, row, tokenizer) for example, row in pairs]
         self._require_metric()
 
-    def _read(self, data: Sources | None, columns: Columns | None = None) -> Encoded | None:
+    def _read(self, option: str) -> Encoded | None:
+        given = self.config
+        data = getattr(given, option)
         if data is None:
             return None
-        given = self.config
-        examples = read_rows(
-            data,
-            columns=columns,
-            length=row_length(self.tokenizer, is_encoder_decoder(str(given.model))),
-            max_tokens=given.max_length,
-        )
+        with named_as(option):
+            examples = read_rows(
+                data,
+                columns=given.columns if option == "eval_data" else None,
+                length=row_length(self.tokenizer, is_encoder_decoder(str(given.model))),
+                max_tokens=given.max_length,
+            )
         return training_data.encoded(given, examples, self.tokenizer)
 
     def _require_metric(self) -> None:

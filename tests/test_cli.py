@@ -469,8 +469,8 @@ def test_bad_lines_are_listed(folder):
     output = run("train", "--model", folder / "model", "--data", bad, "--output", folder / "none", code=2)
     assert output.splitlines()[-3:] == [
         "fastlora train: 2 bad lines in the data:",
-        f"{bad}:1: no field 'completion'",
-        f"{bad}:2: no field 'prompt'",
+        f"{bad}:1: no field 'completion': there are 'prompt'",
+        f"{bad}:2: no field 'prompt': there are 'completion'",
     ]
 
 

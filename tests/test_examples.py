@@ -98,10 +98,11 @@ def test_a_template_that_refuses_names_the_line(words):
 
 
 BAD_LINES = {
-    "{": "not JSON",
+    "{": r"not JSON \(Expecting property name enclosed in double quotes: column 2\)",
     "[" * 100_000: "not JSON",
     "[1]": "expected a JSON object, got list",
-    '{"prompt": "a"}': "no field 'completion'",
+    '{"prompt": "a"}': "no field 'completion': there are 'prompt'",
+    '{"promt": "a", "completion": "b"}': "no field 'prompt': there are 'promt', 'completion'",
     '{"question": "a"}': "fits no format: has the fields 'question', expected prompt and completion; messages; ",
     '{"prompt": 1, "completion": "b"}': "prompt: expected a string, got int",
     '{"prompt": "a", "completion": null}': "completion: expected a string, got NoneType",
@@ -247,6 +248,23 @@ def test_a_row_that_is_too_long_loses_its_prompts_oldest_tokens(words, caplog):
     (record,) = caplog.records
     assert (
         record.getMessage() == "max_length=12: cut the oldest tokens of the prompt in 1 of 1 rows (the first: data:1)"
+    )
+
+
+def test_words_that_run_together_across_the_seam_are_told(words, caplog):
+    parted = [("Is it?", "yes"), ("is", " it"), ("is\n", "it"), ("は", "い"), ("(", "a"), ("2 +", "2"), ("", "text")]
+    encode([Example(prompt, completion, "data:1") for prompt, completion in parted], words, 64)
+    assert not caplog.records
+    seams = [("- yes\n- no", "no"), ("2", "2"), ("не", "да"), ("the cat", "s")]
+    encode(
+        [Example(prompt, completion, f"data:{n}") for n, (prompt, completion) in enumerate([*parted, *seams])],
+        words,
+        64,
+    )
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "prompt and completion run together in 4 of 11 rows (the first, data:7: '- yes\\n- no' and 'no'):"
+        " expected a space or line break between them"
     )
 
 

@@ -93,6 +93,35 @@ def test_bad_lines_of_all_sources_are_told_at_once(folder: Path, tmp_path: Path)
     ]
 
 
+@pytest.mark.parametrize("option", ["eval_data", "retain_data", "rehearse_data"])
+def test_what_is_wrong_with_a_source_is_said_of_its_option(folder: Path, tmp_path: Path, option: str) -> None:
+    given: dict[str, Any] = {"model": folder / "base", "data": folder / "plain.jsonl", "output": tmp_path / "out"}
+    if option == "rehearse_data":
+        given["rehearse"] = 0.5
+    missing = str(tmp_path / "missing.jsonl")
+    with pytest.raises(FileNotFoundError, match=f"^{option}: there is no file {missing}$"):
+        train(TrainConfig(**given, **{option: missing}), progress=False)
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(ValueError, match=f"^{option}: .*empty.jsonl has no rows$"):
+        train(TrainConfig(**given, **{option: str(tmp_path / "empty.jsonl")}), progress=False)
+    (tmp_path / "bad.jsonl").write_text("{}\n")
+    with pytest.raises(DataError, match=r"bad\.jsonl:1: "):
+        train(TrainConfig(**given, **{option: str(tmp_path / "bad.jsonl")}), progress=False)
+
+
+@pytest.mark.parametrize("option", ["eval_data", "test_data", "retain_data"])
+def test_a_comparison_and_a_sweep_name_it_too(folder: Path, tmp_path: Path, option: str, monkeypatch: Any) -> None:
+    monkeypatch.setattr(comparison, "ProcessPoolExecutor", Here)
+    given: dict[str, Any] = {"model": folder / "base", "data": folder / "plain.jsonl", "output": tmp_path / "out"}
+    given |= {"eval_data": folder / "plain.jsonl", "max_length": ROOM}
+    missing = tmp_path / "missing.jsonl"
+    with pytest.raises(FileNotFoundError, match=f"^{option}: there is no file {missing}$"):
+        compare(Comparison(**given | {option: missing}, methods=["lora"], max_steps=1, generations=False))
+    if option == "eval_data":
+        with pytest.raises(FileNotFoundError, match=f"^{option}: there is no file {missing}$"):
+            sweep(Sweep(**given | {option: missing}, max_steps=1))
+
+
 @pytest.mark.parametrize(
     ("options", "name"),
     [({"columns": {"prompt": "q", "completion": "a"}}, "columns"), ({"max_samples": 2}, "max_samples")],

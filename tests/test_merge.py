@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
@@ -345,3 +345,19 @@ def test_what_does_not_read_back_is_not_published(folders, monkeypatch):
     with pytest.raises(MergeError, match="reads back as another model"):
         merge(None, folders / "adapter", folders / "out")
     assert not (folders / "out").exists()
+
+
+def test_what_is_no_sum_with_a_weight_has_no_error_of_one(folders):
+    model = AutoModelForCausalLM.from_pretrained(folders / "base", dtype=torch.float32)
+    config = IA3Config(task_type="CAUSAL_LM", target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    model = get_peft_model(model, config).eval()
+    for name, parameter in model.named_parameters():
+        if "ia3" in name:
+            torch.nn.init.uniform_(parameter.data, 0.5, 2.0)
+    model.peft_config["default"].base_model_name_or_path = str(folders / "base")
+    model.save_pretrained(folders / "factors")
+    report = merge(None, folders / "factors", folders / "scaled", dtype="float32")
+    assert report.layers == 2 * model.config.num_hidden_layers and 0 <= report.logits_relative_error <= 1e-5
+    assert report.weight_max_error is report.weight_relative_error is report.update_relative_error is None
+    merged = AutoModelForCausalLM.from_pretrained(folders / "scaled", dtype="auto").eval()
+    assert relative(logits(merged), logits(model)) <= 1e-5

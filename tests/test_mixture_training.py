@@ -243,7 +243,7 @@ def test_examples_that_would_not_fit_are_left_out(base, folder, tmp_path):
 
 
 WRONG = [
-    ({}, "^data=None: expected data or mixture, and not both"),
+    ({}, "^data: expected data or mixture, and not both"),
     ({"mixture": "b", "max_samples": 3}, "^max_samples=3: expected none beside mixture"),
     ({"mixture": "b", "columns": {"prompt": "x"}}, "^columns=.*: expected none beside mixture"),
     ({"data": "a", "mixture": "b"}, "^data='a': expected data or mixture, and not both"),

@@ -61,23 +61,21 @@ def test_a_card_says_what_was_trained_on_what_how_and_with_which_result(finished
     text = (finished / "README.md").read_text()
     front, body = split(text)
     assert front == {
-        "base_model": str(base),
         "library_name": "peft",
         "pipeline_tag": "text-generation",
         "tags": ["fastlora", "lora"],
-        "datasets": ["train.jsonl"],
         "language": "und",
     }
     summary = json.loads((finished / "summary.json").read_text())
     digest = sha256(data.read_bytes()).hexdigest()
     for part in (
         "# out",
-        "An adapter (lora) of",
+        f"An adapter (lora) of `{base}`, trained with fastlora: 6 steps of 8 rows, of 48.",
         f"| `train.jsonl` | data | 48 | `{digest}` |",
         "| `r` | `2` |",
         "| `lr` | `0.01` |",
         "| `max_steps` | `6` |",
-        f"6 steps, {summary['tokens']:,} tokens",
+        f"6 steps of 8 rows, {summary['tokens']:,} tokens",
         f"| training loss, last steps | {summary['loss']:.4f} |",
         f"| torch | {card._plain(torch.__version__)} |",
     ):
@@ -114,13 +112,33 @@ def test_what_strangers_named_stays_what_they_named(finished):
     summary["versions"] = {HOSTILE: HOSTILE}
     text = card.text(summary)
     front, body = split(text)
-    assert front["base_model"] == HOSTILE and front["datasets"] == [HOSTILE.rpartition("/")[2]]
+    assert not {"base_model", "datasets"} & front.keys()
     headings = [line for line in body.splitlines() if line.startswith("#")]
     assert headings[1:] == ["## How to load it", "## What it was trained on", "## How", "## Results", "## Made with"]
     outside = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", PYTHON.sub("", body).replace("\\`", ""))
     assert "<script>" not in outside and "](" not in outside and "\x00" not in text.split("---\n", 2)[2]
     rows = [line for line in body.splitlines() if line.startswith("|")]
     assert all(len(re.findall(r"(?<!\\)\|", row)) in (3, 5) for row in rows)
+
+
+def test_the_front_matter_has_ids_of_the_hub_and_no_paths_which_the_hub_refuses(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    sources = ("hf:one/rows:train[:10]", "rows.jsonl", "hf:one/rows:test", "hf:two")
+    summary["data"] = [{"option": "data", "file": one, "rows": 3} for one in sources]
+    summary["data"].append({"option": "eval_data", "file": "hf:three/rows", "rows": None})
+    for model, known in (("some/model", True), ("gpt2", True), ("../base", False), ("/a/b/c", False), ("a/b/c", False)):
+        summary["config"]["model"] = model
+        front, _ = split(card.text(summary))
+        assert front.get("base_model") == (model if known else None)
+        assert front["datasets"] == ["one/rows", "two"]
+
+
+def test_a_step_of_the_card_has_the_rows_of_all_batches_and_processes(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    summary["config"] |= {"batch_size": 1, "gradient_accumulation_steps": 1}
+    assert ": 6 steps of 1 row, of 48." in card.text(summary)
+    summary["config"] |= {"batch_size": 2, "gradient_accumulation_steps": 3}
+    assert ": 1 step of 24 rows, of 48." in card.text({**summary, "steps": 1, "processes": 4})
 
 
 def test_code_and_plain_text_are_on_one_line():

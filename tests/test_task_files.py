@@ -130,9 +130,13 @@ def test_rows_to_measure_on_may_be_a_tasks(folder):
 def test_files_that_are_not_there(folder):
     with pytest.raises(FileNotFoundError, match="there is no file .*/no.yaml, expected a task's"):
         Task.read(folder / "no.yaml")
-    with pytest.raises(FileNotFoundError, match="templates: there is no file .*no.yaml; those that ship are"):
+    with pytest.raises(
+        FileNotFoundError, match="^.*task.yaml: templates: there is no file .*no.yaml; those that ship are"
+    ):
         Task.read(written(folder, "name: n\ndata: rows.jsonl\ntemplates: no.yaml"))
-    with pytest.raises(FileNotFoundError, match="templates: there is no file sentiments; those that ship are"):
+    with pytest.raises(
+        FileNotFoundError, match="^.*task.yaml: templates: there is no file sentiments; those that ship are"
+    ):
         Task.read(written(folder, "name: n\ndata: rows.jsonl\ntemplates: sentiments"))
     with pytest.raises(OSError, match="no.jsonl"):
         Task.read(written(folder, "name: n\ndata: no.jsonl\ntemplates: sentiment")).examples()

@@ -206,14 +206,33 @@ def test_a_message_that_a_template_leaves_out_is_told(words, marks):
 
 def test_what_was_thought_and_is_left_out_is_told(words, caplog):
     thought = example({"messages": [MESSAGES[0], {**MESSAGES[1], "reasoning_content": "It has legs."}]}, "data:2")
-    encode([DIALOGUE, thought], words, 10**6)
+    encode([DIALOGUE, thought], words, 10**6, train_on_turns="last")
     (record,) = caplog.records
     told = "the tokenizer's chat template does not read reasoning_content: left out in 1 of 2 rows (the first: data:2)"
     assert record.getMessage() == told
     caplog.clear()
     words.chat_template = words.chat_template.replace("{{ m.content }}", "{{ m.reasoning_content }}{{ m.content }}")
-    encode([DIALOGUE, thought], words, 10**6)
+    encode([DIALOGUE, thought], words, 10**6, train_on_turns="last")
     assert not caplog.records
+
+
+def test_that_only_the_last_turn_counts_is_told_where_nobody_asked_for_it(words, caplog):
+    short = Example(MESSAGES[:1], SAID[1], "data:2")
+    weighed = replace(DIALOGUE, turns=(5,))
+    text = Example("a ", "b", "data:3")
+    encode([short, DIALOGUE, text, weighed], words, 10**6)
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "train_on_turns=auto: the chat template marks no turns: of several turns of the assistant's only the last counts,"
+        " in 1 of 4 rows (the first: data:1); train_on_turns=all counts every one"
+    )
+    caplog.clear()
+    encode([short, text, weighed], words, 10**6)
+    for options in ({"train_on_turns": "last"}, {"train_on_turns": "all"}, {"completion_only_loss": False}):
+        encode([DIALOGUE], words, 10**6, **options)
+    words.chat_template = words.chat_template.replace("{{ m.content }}", f"{MARKS[0]}{{{{ m.content }}}}{MARKS[1]}")
+    encode([DIALOGUE], words, 10**6)
+    assert "marks no turns" not in caplog.text
 
 
 def test_marks_that_are_no_turns_are_not_chosen_from(words):

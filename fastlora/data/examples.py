@@ -1,6 +1,9 @@
 """Rows in, examples out: the one entrance. Where rows come from is `sources`' business, what a row may hold that of `formats`."""
 
 import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from fastlora.data import formats, sources
 from fastlora.data.formats import BadLine, Example, Message, Prompt
@@ -9,7 +12,18 @@ from fastlora.typed import shown
 
 logger = logging.getLogger("fastlora")
 
-__all__ = ["BadLine", "Columns", "DataError", "Example", "Message", "Prompt", "Sources", "parse_line", "read_examples"]
+__all__ = [
+    "BadLine",
+    "Columns",
+    "DataError",
+    "Example",
+    "Message",
+    "Prompt",
+    "Sources",
+    "named_as",
+    "parse_line",
+    "read_examples",
+]
 
 LISTED_PROBLEMS = 20
 
@@ -66,6 +80,17 @@ def read_examples(
         text = "columns: none of the %d rows of %s has the column %r, which is to be the %s"
         logger.warning(text, len(examples), sources.named(data), column, name)
     return examples
+
+
+@contextmanager
+def named_as(option: str) -> Iterator[None]:
+    """What is wrong with a source, which is `data` to who reads it, is said of the option that it was given by."""
+    try:
+        yield
+    except (ImportError, OSError, ValueError) as error:
+        if option == "data" or not re.match("data[:=]", str(error)):
+            raise
+        raise type(error)(option + str(error).removeprefix("data")) from error
 
 
 def check_reading(data: Sources, columns: Columns | None, max_samples: int | None, streaming: bool) -> None:

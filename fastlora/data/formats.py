@@ -163,10 +163,12 @@ def _format(fields: Mapping[str, Any]) -> str:
         raise BadLine(f"has both {first} and {second}, of two formats: expected one, or columns that say which to read")
     if not found:
         wanted = "; ".join(" and ".join(required) for required in REQUIRED.values())
-        raise BadLine(f"fits no format: has the fields {_names(fields)}, expected {wanted}")
+        raise BadLine(
+            f"fits no format: has the fields {_names(fields)}, expected {wanted}; or columns that say which is which"
+        )
     missing = [name for name in REQUIRED[found[0]] if name not in fields]
     if missing:
-        raise BadLine(f"no field {missing[0]!r}")
+        raise BadLine(f"no field {missing[0]!r}: there are {_names(fields)}")
     return found[0]
 
 

@@ -26,7 +26,7 @@ from random import Random
 from typing import Any, Literal
 
 from fastlora import reading
-from fastlora.data.examples import Example
+from fastlora.data.examples import Example, named_as
 from fastlora.data.sources import HUB
 from fastlora.data.tasks import Task, is_task, made
 from fastlora.typed import check_fields, is_finite, listed, shown
@@ -139,7 +139,11 @@ class Mixture:
 
         Args, Raises: as `Task.examples`.
         """
-        return [one for task in self.every for one in task.examples(seed, length, max_tokens)]
+        found: list[Example] = []
+        for task in self.every:
+            with named_as("rehearse_data" if task is self.rehearsal else "data"):
+                found += task.examples(seed, length, max_tokens)
+        return found
 
     def rates(self, counts: Mapping[str, int]) -> dict[str, float]:
         """Each task's share of the draws, by its name.

@@ -52,6 +52,7 @@ TRUNCATIONS = get_args(Truncation)
 Turns = Literal["auto", "last", "all"]  # which of the assistant's count, see above
 TURNS = get_args(Turns)
 SHOWN_CHARACTERS = 400  # of a row in a warning
+SHOWN_AT_A_SEAM = 20  # on either side
 WORD = re.compile(r"\w+")  # templates may write a text as JSON has it
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 """Of a message, by the names that one template or another reads."""
@@ -183,6 +184,9 @@ def encode(
         )
     _warn_of_cuts(encoded, max_length)
     _warn_of_thoughts(encoded.examples, tokenizer)
+    _warn_of_seams(encoded.examples)
+    if train_on_turns == "auto" and completion_only_loss:
+        _warn_of_turns(encoded.examples, tokenizer)
     if unended:
         example, row = unended[0]
         text = marked(row, tokenizer)
@@ -246,6 +250,46 @@ def _warn_of_thoughts(examples: Sequence[Example], tokenizer: Any) -> None:
             logger.warning(text, name, len(left_out), len(examples), left_out[0].source)
 
 
+def _warn_of_seams(examples: Sequence[Example]) -> None:
+    """A completion stands right behind its prompt: two words become one where neither brings what parts them."""
+    texts = [one for one in examples if isinstance(one.prompt, str) and one.prompt]
+    run_together = [one for one in texts if _is_of_word(one.prompt[-1]) and _is_of_word(one.completion[0])]
+    if run_together:
+        first = run_together[0]
+        logger.warning(
+            "prompt and completion run together in %d of %d rows (the first, %s: %r and %r): expected a space or line break between them",
+            len(run_together),
+            len(examples),
+            first.source,
+            first.prompt[-SHOWN_AT_A_SEAM:],
+            first.completion[:SHOWN_AT_A_SEAM],
+        )
+
+
+def _is_of_word(character: str) -> bool:
+    """Whether it is a letter or digit of a script that parts words: those have capitals."""
+    return character.isdecimal() or character.lower() != character.upper()
+
+
+def _warn_of_turns(examples: Sequence[Example], tokenizer: Any) -> None:
+    """What auto comes down to where the template marks nothing."""
+    several = [
+        one
+        for one in examples
+        if one.turns is None
+        and sum(message["role"] == "assistant" for message in one.messages) > 1
+        and not _marks_turns(_template(tokenizer, one.tools))
+    ]
+    if several:
+        logger.warning(
+            "train_on_turns=auto: the chat template marks no turns: of several turns of the assistant's only the last counts,"
+            " in %d of %d rows (the first: %s); train_on_turns=all counts every one",
+            len(several),
+            len(examples),
+            several[0].source,
+        )
+
+
 def require_count(name: str, value: Any, least: int = 1, reason: str = "") -> None:
     """Raise ValueError unless `value` is an integer of at least `least`."""
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
@@ -271,7 +315,7 @@ def _encode(
     before = _render(tokenizer, example.prompt, example.tools, add_generation_prompt=True)
     whole = _render(tokenizer, example.messages, example.tools)
     prompt = _tokens(tokenizer, before)
-    marked = bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template))
+    marked = _marks_turns(template)
     counted = _counted(example, train_on_turns, marked)
     if not marked and not whole.startswith(before):
         raise ValueError(
@@ -283,6 +327,10 @@ def _encode(
         return _encode_marked(example, counted, before, prompt, whole, tokenizer, special)
     row = _end(prompt, _continue(tokenizer, before, prompt, whole), tokenizer)
     return _counting(row, counted, example, whole, tokenizer, special), True
+
+
+def _marks_turns(template: str) -> bool:
+    return bool(re.search(r"\{%[-+]?\s*generation\s*[-+]?%\}", template))
 
 
 def _pair(example: Example, tokenizer: Any) -> Row:

@@ -72,7 +72,7 @@ class Task:
             raise FileNotFoundError(f"there is no file {path}, expected a task's")
         try:
             return made(reading.yaml_file(path, words=True), path.parent)
-        except (TypeError, ValueError) as error:
+        except (FileNotFoundError, TypeError, ValueError) as error:
             raise type(error)(f"{path}: {error}") from None
 
     def examples(

@@ -23,6 +23,10 @@ NOT_COPIED = (siblings.KEY, known.ACTIVE, known.MIXED, obstacles.NORMS)
 """What a copy or a pickle of a layer leaves out of its `__dict__`."""
 
 
+ROWS_BEFORE_ANY_CALL = 512  # of which `report` tells then
+NOT_CALLED = "not called yet, unless compiled"
+
+
 class Seen(NamedTuple):
     """What `report` needs to know of a layer's last fused call."""
 
@@ -54,7 +58,7 @@ def last_fused_call(layer: nn.Module, plan: object) -> Seen | str:
         return "fused in its last call, sharded between calls"
     if isinstance(plan, str):
         return f"PEFT's own forward from now on: {plan}"
-    return "not called yet, unless compiled" if seen is None else seen
+    return NOT_CALLED if seen is None else seen
 
 
 if TYPE_CHECKING:

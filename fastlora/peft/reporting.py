@@ -17,9 +17,17 @@ from fastlora.frozen import composed, products
 from fastlora.operators import frozen_linear, lora_linear
 from fastlora.packing import is_compiled
 from fastlora.peft import embeddings, experts, obstacles, prompts, quantised, scaled, siblings
-from fastlora.peft.layers import OWN_FORWARD, SEEN, FrozenLinear, FrozenQuantised, Seen, frozen_base
+from fastlora.peft.layers import (
+    NOT_CALLED,
+    OWN_FORWARD,
+    ROWS_BEFORE_ANY_CALL,
+    SEEN,
+    FrozenLinear,
+    FrozenQuantised,
+    Seen,
+    frozen_base,
+)
 
-ROWS_BEFORE_ANY_CALL = 512
 BOTTLENECK = (
     "a bottleneck adapter around a sublayer, two small products in plain PyTorch; the sublayer's parts are told apart"
 )
@@ -153,7 +161,7 @@ def _explain(layer: Any, compiled: bool) -> tuple[str, str]:
     if in_pieces:
         obstacle = None
     if obstacle is not None and seen is None:
-        return "reference", f"{NOT_OBSERVED if compiled else 'not called yet, unless compiled'}; {plain}: {obstacle}"
+        return "reference", f"{NOT_OBSERVED if compiled else NOT_CALLED}; {plain}: {obstacle}"
     implementation, reason = _describe(layer, base, seen or _before_any_call(layer, base, compiled), compiled)
     if in_pieces:
         reason += "; sharded between calls"
@@ -164,7 +172,7 @@ def _explain(layer: Any, compiled: bool) -> tuple[str, str]:
     if compiled:
         reason = f"{NOT_OBSERVED}; {'a guess' if seen is None else 'its last eager call'}, {reason}"
     elif seen is None:
-        reason = f"not called yet, unless compiled; {reason}"
+        reason = f"{NOT_CALLED}; {reason}"
     return implementation, reason
 
 

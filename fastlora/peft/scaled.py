@@ -18,7 +18,15 @@ from fastlora.frozen.quantised import QuantisedWeight
 from fastlora.operators import frozen_linear, scale_columns
 from fastlora.operators.lora_linear import RowGroups
 from fastlora.peft import composed, mixed, obstacles, probing, quantised
-from fastlora.peft.layers import SEEN, Seen, last_fused_call, note_own_forward, restore_layer
+from fastlora.peft.layers import (
+    NOT_CALLED,
+    ROWS_BEFORE_ANY_CALL,
+    SEEN,
+    Seen,
+    last_fused_call,
+    note_own_forward,
+    restore_layer,
+)
 from fastlora.swap import become, derive, is_derived
 
 
@@ -191,15 +199,20 @@ def attach(layer: Any) -> str | None:
 
 
 def describe(layer: Any) -> tuple[str, str]:
-    """(implementation, reason), for people, of the layer's last call that nobody compiled."""
+    """(implementation, reason), for people, of the layer's last call that nobody compiled; before any a guess, for as many rows as others' is."""
     if not is_swapped(layer):
         return "peft", swap_obstacle(layer) or "not accelerated: call fastlora.accelerate(model)"
     obstacle = lasting_plan(layer)
     seen = last_fused_call(layer, obstacle)
-    if isinstance(seen, str) or isinstance(obstacle, str):  # which the former says
+    if isinstance(obstacle, str):  # which the former says
         return "reference", str(seen)
-    rows = math.prod(seen.shape[:-1])
     weight = obstacle.weight
+    called = seen != NOT_CALLED
+    if not called:
+        seen = Seen((ROWS_BEFORE_ANY_CALL, weight.shape[1]), weight.dtype)
+    if isinstance(seen, str):
+        return "reference", seen
+    rows = math.prod(seen.shape[:-1])
     like = weight.new_empty(1, 1, dtype=seen.dtype).expand(rows, weight.shape[1])
     try:
         choice, how = scale_columns.choose(like), frozen_linear.choose(like, weight)
@@ -207,4 +220,5 @@ def describe(layer: Any) -> tuple[str, str]:
         return str(ops.forced), f"cannot run: {error}"
     where = "before" if layer.is_feedforward else "after"
     reason = f"{rows} row{'s' * (rows != 1)}: {how.reason}; one factor a column {where} it: {choice.reason}"
+    reason = reason if called else f"{NOT_CALLED}; {reason}"
     return choice.implementation, reason

@@ -37,6 +37,7 @@ from fastlora.course import (
     named_writing,
     stop_signals,
 )
+from fastlora.data.examples import named_as
 from fastlora.data.rows import Encoded, Row, collate, count_tokens, encode, pad_token_id, row_length
 from fastlora.data.sources import local_files, named
 from fastlora.data.tasks import read_rows
@@ -207,7 +208,8 @@ class SweepRun:
 
     def _held_out(self, data: Path | tuple[str, ...], given: Sweep) -> list[Row]:
         length = row_length(self.tokenizer)
-        examples = read_rows(data, columns=given.columns, length=length, max_tokens=given.max_length)[: given.limit]
+        with named_as("eval_data"):
+            examples = read_rows(data, columns=given.columns, length=length, max_tokens=given.max_length)[: given.limit]
         return encode(
             examples,
             self.tokenizer,
