@@ -64,7 +64,7 @@ MODULES = {
         "fusion",
         "sharing",
     ),
-    "fastlora/peft/obstacles.py": OF_PEFT,
+    "fastlora/peft/obstacles.py": ("obstacles*", "known", "layer_calls", "layers", "dora", "unloading"),
     "fastlora/peft/siblings.py": (*OF_PEFT, "dora"),
     "fastlora/peft/reporting.py": OF_PEFT,
     "fastlora/peft/experts.py": ("experts", "experts_obstacles"),
