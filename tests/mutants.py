@@ -4,9 +4,10 @@
 
 One process imports torch, the package and the tests, and collects them. It runs them once and notes which functions each of them calls, or
 has torch.compile trace. A mutant then is a fork of that process in which the changed function has another code object, so that all who have
-imported it have the mutant; the tests that call it run, the quickest first, until one fails or T seconds of them (as first measured) have run. A
-mutant that lives is named by file, line and change; those that mutants_explained.toml explains are counted only. Exit status 1: others lived;
-2: a test fails without a mutant.
+imported it have the mutant; the tests that call it run until one fails or T seconds of them (as first measured) have run: first those that have
+killed another mutant of the function, then each test function once, the quickest first, then again with other parameters. A mutant that lives
+is named by file, line and change; those that mutants_explained.toml explains are counted only. Exit status 1: others lived; 2: a test fails
+without a mutant.
 
 What runs while a module is imported is not mutated, nor a message's words; and what a test does in processes of its own does not count.
 Neither mutmut nor cosmic-ray does: mutmut 3 wraps every function in another, which torch.compile and the tests that count calls do not bear;
@@ -19,6 +20,7 @@ import collections
 import functools
 import gc
 import json
+import mmap
 import os
 import random
 import signal
@@ -288,6 +290,9 @@ class Runner:
         self.mutants, self.trees, self.seconds, self.jobs = mutants, trees, seconds, jobs
         self.survivors: list[Mutant] = []
         self.late = 0  # killed by their time limit
+        self.killed: dict[str, collections.Counter[int]] = collections.defaultdict(
+            collections.Counter
+        )  # by function, by test
         self.broken: list[str] = []  # what fails without a mutant
         self.terminal = os.dup(1)
 
@@ -356,15 +361,21 @@ class Runner:
     def run_test(self, item: pytest.Item, following: pytest.Item | None) -> None:
         item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
 
-    def tests_of(self, keys: set[str]) -> tuple[list[pytest.Item], float]:
-        """The quickest tests that call any of these functions, and their seconds."""
-        those = sorted({i for key in keys for i in self.calls.get(key, ())}, key=self.took.__getitem__)
+    def tests_of(self, keys: set[str]) -> tuple[list[int], float]:
+        """The tests to run, by number, of those that call any of these functions, and their seconds."""
+        times: collections.Counter[str] = collections.Counter()
+        order: list[tuple[int, float, int]] = []
+        for i in sorted({i for key in keys for i in self.calls.get(key, ())}, key=self.took.__getitem__):
+            name = self.session.items[i].nodeid.partition("[")[0]  # without its parameters
+            killed = max(self.killed[key][i] for key in keys)
+            order.append((-killed or times[name], self.took[i], i))
+            times[name] += 1
         total, chosen = 0.0, []
-        for i in those:
-            total += self.took[i]
+        for _, seconds, i in sorted(order):
+            total += seconds
             if chosen and total > self.seconds:
                 break
-            chosen.append(self.session.items[i])
+            chosen.append(i)
         return chosen, total
 
     def try_all(self) -> None:
@@ -372,21 +383,24 @@ class Runner:
             (path, one) for path in self.mutants for one in self.mutants[path]
         ]
         waiting.reverse()
-        running: dict[int, tuple[Path, Mutant | None, float]] = {}
+        running: dict[int, tuple[Path, Mutant | None, float, mmap.mmap]] = {}
         while not self.broken and (waiting or running):
             while waiting and len(running) < self.jobs:
                 path, mutant = waiting.pop()
                 of = self.mutants[path] if mutant is None else [mutant]
                 tests, seconds = self.tests_of({f"{path} {one.function}" for one in of})
-                pid = self.fork(functools.partial(self.try_one, path, mutant, tests))
-                running[pid] = path, mutant, time.monotonic() + 20 + 3 * seconds
-            for pid in [pid for pid, (*_, until) in running.items() if time.monotonic() > until]:
+                killer = mmap.mmap(-1, 8)
+                pid = self.fork(functools.partial(self.try_one, path, mutant, tests, killer))
+                running[pid] = path, mutant, time.monotonic() + 20 + 3 * seconds, killer
+            for pid in [pid for pid, (*_, until, _) in running.items() if time.monotonic() > until]:
                 os.killpg(pid, signal.SIGKILL)
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid == 0:
                 time.sleep(0.02)
                 continue
-            path, mutant, _ = running.pop(pid)
+            path, mutant, _, killer = running.pop(pid)
+            if mutant is not None and os.waitstatus_to_exitcode(status) == 1:
+                self.killed[f"{path} {mutant.function}"][int.from_bytes(killer)] += 1
             if mutant is None and status:
                 self.broken.append(f"the tests of {shown(path)} in another order")
             elif mutant is not None and status == signal.SIGKILL:
@@ -410,7 +424,8 @@ class Runner:
         finally:
             os._exit(status)
 
-    def try_one(self, path: Path, mutant: Mutant | None, tests: list[pytest.Item]) -> int:
+    def try_one(self, path: Path, mutant: Mutant | None, tests: list[int], killer: mmap.mmap) -> int:
+        """killer: out: the number of the test that fails."""
         if mutant is not None:
             now = {key_of(code): code for code in codes_in(mutant.code(self.trees[path]))}
             for function in self.functions[path]:
@@ -420,9 +435,11 @@ class Runner:
             for one in self.cached:
                 if one.__wrapped__ in self.functions[path]:
                     one.cache_clear()
-        for test, following in zip(tests, [*tests[1:], None], strict=True):
+        items = [self.session.items[i] for i in tests]
+        for i, test, following in zip(tests, items, [*items[1:], None], strict=True):
             self.run_test(test, following)
             if self.session.testsfailed:
+                killer[:] = i.to_bytes(8)
                 if mutant is None:
                     os.write(self.terminal, f"{test.nodeid} fails in another order\n".encode())
                 return 1
