@@ -252,18 +252,15 @@ def _warn_of_thoughts(examples: Sequence[Example], tokenizer: Any) -> None:
 
 def _warn_of_seams(examples: Sequence[Example]) -> None:
     """A completion stands right behind its prompt: two words become one where neither brings what parts them."""
-    texts = [one for one in examples if isinstance(one.prompt, str) and one.prompt]
-    run_together = [one for one in texts if _is_of_word(one.prompt[-1]) and _is_of_word(one.completion[0])]
+    run_together = [
+        (one.source, one.prompt[-SHOWN_AT_A_SEAM:], one.completion[:SHOWN_AT_A_SEAM])
+        for one in examples
+        if isinstance(one.prompt, str) and isinstance(one.completion, str) and one.prompt
+        if _is_of_word(one.prompt[-1]) and _is_of_word(one.completion[0])
+    ]
     if run_together:
-        first = run_together[0]
-        logger.warning(
-            "prompt and completion run together in %d of %d rows (the first, %s: %r and %r): expected a space or line break between them",
-            len(run_together),
-            len(examples),
-            first.source,
-            first.prompt[-SHOWN_AT_A_SEAM:],
-            first.completion[:SHOWN_AT_A_SEAM],
-        )
+        text = "prompt and completion run together in %d of %d rows (the first, %s: %r and %r): expected a space or line break between them"
+        logger.warning(text, len(run_together), len(examples), *run_together[0])
 
 
 def _is_of_word(character: str) -> bool:
