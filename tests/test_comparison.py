@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -193,8 +195,22 @@ def test_a_runs_process_is_as_silent_as_this_one() -> None:
         warnings.filterwarnings("ignore", message="nothing to see")
         filters = list(warnings.filters)
     with warnings.catch_warnings(action="error"):
-        comparison._warn_of(filters)
+        comparison._begin(filters, None)
         warnings.warn("nothing to see", stacklevel=1)
+    begun: list[str] = []
+    with warnings.catch_warnings():
+        comparison._begin(filters, lambda: begun.append("begun"))
+    assert begun == ["begun"]
+
+
+def test_a_process_of_a_command_speaks_as_the_command_does() -> None:
+    """As `compare` begins each run's: other packages are silent there, too, and messages name options, a line each."""
+    said = (
+        "import logging, warnings; from fastlora import cli; cli.begin_process();"
+        "logging.getLogger('fastlora').warning('max_length=%d: cut\\nrows', 8); warnings.warn('train_on_turns=all')"
+    )
+    found = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
+    assert found.stderr.splitlines() == ["--max-length 8: cut rows", "--train-on-turns all"]
 
 
 def test_the_best_rate_of_each_kind_is_told() -> None:
