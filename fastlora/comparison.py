@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
@@ -224,6 +225,10 @@ class Failure:
     failed: str  # what was said of it
 
 
+class RunEnded(RuntimeError):
+    """A run's process is gone, and has said nothing."""
+
+
 def compare(given: Comparison, begin: Callable[[], object] | None = None) -> list[Outcome]:
     """Train every run, measure all of them, and write OUTPUT/compare.json and compare.png; the base's row comes first.
 
@@ -236,7 +241,7 @@ def compare(given: Comparison, begin: Callable[[], object] | None = None) -> lis
     Raises:
         FileExistsError: the folder holds a comparison of other things, or of files that say something else now, and overwrite was not asked for.
         ValueError: the base has no finite loss on some rows.
-        RuntimeError: a run's process ended without an answer, out of memory, say.
+        RunEnded: a run's process ended without an answer, out of memory, say.
         As `train` and `evaluate`: what they raise, but for Diverged.
     """
     output = Path(given.output)
@@ -339,7 +344,13 @@ def _once(
     spawn = multiprocessing.get_context("spawn")
     initargs = (list(warnings.filters), begin)
     with ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin, initargs=initargs) as process:
-        found = process.submit(_find, run, given, folder).result()
+        try:
+            found = process.submit(_find, run, given, folder).result()
+        except BrokenProcessPool:
+            who = run.name if run else BASE
+            raise RunEnded(
+                f"{who}: its process ended without an answer, as one does that the system kills for its memory"
+            ) from None
     name, kind, method = (run.name, run.kind, run.method) if run else (BASE, BASE, BASE)
     own = (name, kind, method, run.r if run else None, run.lr if run else None)
     outcome: Outcome | Failure

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -211,6 +212,26 @@ def test_a_process_of_a_command_speaks_as_the_command_does() -> None:
     )
     found = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
     assert found.stderr.splitlines() == ["--max-length 8: cut rows", "--train-on-turns all"]
+
+
+class Killed(Here):
+    def result(self) -> Any:
+        raise BrokenProcessPool
+
+
+def test_a_process_that_is_killed_is_told(files: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(comparison, "ProcessPoolExecutor", Killed)
+    monkeypatch.setattr(comparison, "_find", lambda *_: {})
+    given = Comparison(**files, output=tmp_path / "out", methods=["lora"])
+    with pytest.raises(comparison.RunEnded, match="^base: its process ended without an answer"):
+        compare(given)
+
+
+def test_methods_that_there_are_not_are_named(files: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(
+        TypeError, match=r"^methods=\['lora', 'lro'\]: expected a list of 'lora' or .*, got list with 'lro'$"
+    ):
+        Comparison(**files, output=tmp_path / "out", methods=["lora", "lro"])
 
 
 def test_the_best_rate_of_each_kind_is_told() -> None:
