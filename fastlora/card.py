@@ -77,7 +77,10 @@ def _what(method: str) -> str:
 def _steps(summary: Mapping[str, Any]) -> str:
     config, steps = summary["config"], summary["steps"]
     rows = config["batch_size"] * config["gradient_accumulation_steps"] * summary["processes"]
-    return f"{steps:,} step{'s' * (steps != 1)} of {rows:,} row{'s' * (rows != 1)}"
+    most = (
+        "" if summary["tasks"] or summary["rows"] % rows == 0 else "at most "
+    )  # an epoch's last step has what is left
+    return f"{steps:,} step{'s' * (steps != 1)} of {most}{rows:,} row{'s' * (rows != 1)}"
 
 
 def _front_matter(summary: Mapping[str, Any], pipeline: str) -> str:

@@ -268,6 +268,13 @@ def _quiet() -> None:
     transformers_logging.disable_progress_bar()
 
 
+def begin_process() -> None:
+    """What a process of a command's begins with, to speak as the command does."""
+    _quiet()
+    warnings.showwarning = _say
+    logging.getLogger("fastlora").addHandler(_Messages())
+
+
 @app.callback()
 def fastlora(
     version: Annotated[
@@ -379,7 +386,7 @@ def compare(**options: Any) -> None:
     for name, kind in (("r", int), ("lr", float), ("lr_factors", float), ("token_indices", int)):
         options[name] = _numbers(name, options[name], kind)
     given = Comparison(**options)
-    found = list(rows(compare(given), failures(given)))
+    found = list(rows(compare(given, begin_process), failures(given)))
     _print_table([list(row.values()) for row in found], headings=list(found[0]), title="fastlora compare")
     told = ", with its figures on test_data" if given.test_data else ""
     print(
@@ -789,7 +796,7 @@ def demo(output: Annotated[Path, typer.Option(help="Folder for report.html and t
     _quiet()
     from fastlora import demo
 
-    demo.main(output)
+    demo.main(output, begin=begin_process)
 
 
 def _print_values(title: str, values: dict[str, Any]) -> None:

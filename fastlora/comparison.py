@@ -15,8 +15,9 @@ import math
 import multiprocessing
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
@@ -224,28 +225,35 @@ class Failure:
     failed: str  # what was said of it
 
 
-def compare(given: Comparison) -> list[Outcome]:
+class RunEnded(RuntimeError):
+    """A run's process is gone, and has said nothing."""
+
+
+def compare(given: Comparison, begin: Callable[[], object] | None = None) -> list[Outcome]:
     """Train every run, measure all of them, and write OUTPUT/compare.json and compare.png; the base's row comes first.
 
     A run that is done is not done again: a comparison that was stopped goes on where it was. One that diverges has no outcome, and the others go
     on: `failures` tells of it.
 
+    Args:
+        begin: what each run's process begins with, a function of a module; it says what is printed there, as this process has it for itself.
+
     Raises:
         FileExistsError: the folder holds a comparison of other things, or of files that say something else now, and overwrite was not asked for.
         ValueError: the base has no finite loss on some rows.
-        RuntimeError: a run's process ended without an answer, out of memory, say.
+        RunEnded: a run's process ended without an answer, out of memory, say.
         As `train` and `evaluate`: what they raise, but for Diverged.
     """
     output = Path(given.output)
     writing.require_apart(output, model=str(given.model))
     with writing.locked(output):
         _claim(output, given)
-        base = _once(output / RUNS / BASE, None, given, None)
+        base = _once(output / RUNS / BASE, None, given, None, begin)
         assert isinstance(base, Outcome)
         found = [base]
         for run in given.runs():
             print(f"{run.name}", flush=True)
-            one = _once(output / RUNS / run.name, run, given, base.retained_loss)
+            one = _once(output / RUNS / run.name, run, given, base.retained_loss, begin)
             if isinstance(one, Outcome):
                 found.append(one)
             else:
@@ -326,14 +334,23 @@ def _done(path: Path) -> Outcome | Failure | None:
     raise ValueError(f"{path}: no outcome of this version of fastlora: expected overwrite=True")
 
 
-def _once(folder: Path, run: Run | None, given: Comparison, retained: float | None) -> Outcome | Failure:
+def _once(
+    folder: Path, run: Run | None, given: Comparison, retained: float | None, begin: Callable[[], object] | None
+) -> Outcome | Failure:
     """What a run's file says, or else what its process finds."""
     path = folder / RESULT
     if (done := _done(path)) is not None:
         return done
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_warn_of, initargs=(list(warnings.filters),)) as process:
-        found = process.submit(_find, run, given, folder).result()
+    initargs = (list(warnings.filters), begin)
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=_begin, initargs=initargs) as process:
+        try:
+            found = process.submit(_find, run, given, folder).result()
+        except BrokenProcessPool:
+            who = run.name if run else BASE
+            raise RunEnded(
+                f"{who}: its process ended without an answer, as one does that the system kills for its memory"
+            ) from None
     name, kind, method = (run.name, run.kind, run.method) if run else (BASE, BASE, BASE)
     own = (name, kind, method, run.r if run else None, run.lr if run else None)
     outcome: Outcome | Failure
@@ -348,8 +365,10 @@ def _once(folder: Path, run: Run | None, given: Comparison, retained: float | No
     return outcome
 
 
-def _warn_of(filters: list[Any]) -> None:
+def _begin(filters: list[Any], begin: Callable[[], object] | None) -> None:
     """What the process that began this one does not want to be warned of is silent here, too."""
+    if begin is not None:
+        begin()
     warnings.filters[:] = filters  # type: ignore[index]
 
 

@@ -61,6 +61,12 @@ class Course:
         self.steps = config.max_steps or max(1, math.ceil(round(config.epochs * self.steps_per_epoch, 6)))
         self._order: tuple[int, list[int]] = (-1, [])
 
+    def describe(self, done: int) -> str:
+        """The steps, and the rows of one; done: how many of them a run goes on from."""
+        count = self.rows_per_step
+        most = "" if self.mixed or len(self.rows) % count == 0 else "at most "  # an epoch's last step has what is left
+        return f"{self.steps:,}, of {most}{count} row{'s' * (count != 1)} each{going_on(done, self.steps)}"
+
     def step_rows(self, step: int) -> list[Row]:
         """The rows of a step, counted from 0, over all processes."""
         if self.mixed:
@@ -88,6 +94,13 @@ class Course:
             part[process :: self.processes] or [lines.without_labels(part[0])]
             for part in batches(rows, config.batch_size * self.processes)
         ]
+
+
+def going_on(done: int, steps: int) -> str:
+    """Where a run of so many steps goes on, behind their number."""
+    if not done:
+        return ""
+    return f", from step {done + 1:,} on" if done < steps else ", all of them done"
 
 
 def digest(rows: Sequence[Row], more: bytes = b"") -> str:

@@ -222,8 +222,7 @@ class _Run:
             f"fastlora {__version__}": f"{config.method}, {config.model}, {parameters:,} parameters",
             "rows": f"{len(rows.rows):,}" + (f", and {len(rows.dropped):,} dropped" if rows.dropped else ""),
             **({"tasks": rows.order.describe()} if rows.order else {}),
-            "steps": f"{course.steps:,}, of {course.rows_per_step} rows each"
-            + (f", from step {self.step + 1:,} on" if self.step else ""),
+            "steps": course.describe(self.step),
             "trained": f"{trained:,} parameters, {100 * trained / parameters:.3g} %",
             "device": f"{self.accelerator.device}, {table.name_of(self.dtype)}, {self.setup['threads']} thread{'s' * (self.setup['threads'] > 1)}"
             + (f", {self.setup['processes']} processes" if self.setup["processes"] > 1 else ""),

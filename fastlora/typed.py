@@ -24,7 +24,15 @@ def check_fields(instance: Any) -> None:
         if get_origin(hint) is Literal and type(value) in map(type, get_args(hint)) and not fits(value, hint):
             raise ValueError(f"{name}={shown(value)}: expected {spelt(hint)}")
         if not fits(value, hint):
-            raise TypeError(f"{name}={shown(value)}: expected {spelt(hint)}, got {type(value).__name__}")
+            raise TypeError(f"{name}={shown(value)}: expected {spelt(hint)}, got {_kind(value, hint)}")
+
+
+def _kind(value: Any, hint: Any) -> str:
+    """What a value is instead; of a list where one may be, also what in it is wrong."""
+    union = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    of = [get_args(one)[0] for one in union if get_origin(one) is list]
+    wrong = [one for one in value if not fits(one, of[0])] if of and isinstance(value, list) else []
+    return type(value).__name__ + (f" with {shown(wrong[0])}" if wrong else "")
 
 
 def fits(value: Any, hint: Any) -> bool:

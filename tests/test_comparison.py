@@ -2,8 +2,11 @@
 
 import json
 import re
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -193,8 +196,42 @@ def test_a_runs_process_is_as_silent_as_this_one() -> None:
         warnings.filterwarnings("ignore", message="nothing to see")
         filters = list(warnings.filters)
     with warnings.catch_warnings(action="error"):
-        comparison._warn_of(filters)
+        comparison._begin(filters, None)
         warnings.warn("nothing to see", stacklevel=1)
+    begun: list[str] = []
+    with warnings.catch_warnings():
+        comparison._begin(filters, lambda: begun.append("begun"))
+    assert begun == ["begun"]
+
+
+def test_a_process_of_a_command_speaks_as_the_command_does() -> None:
+    """As `compare` begins each run's: other packages are silent there, too, and messages name options, a line each."""
+    said = (
+        "import logging, warnings; from fastlora import cli; cli.begin_process();"
+        "logging.getLogger('fastlora').warning('max_length=%d: cut\\nrows', 8); warnings.warn('train_on_turns=all')"
+    )
+    found = subprocess.run([sys.executable, "-c", said], capture_output=True, text=True, check=True)
+    assert found.stderr.splitlines() == ["--max-length 8: cut rows", "--train-on-turns all"]
+
+
+class Killed(Here):
+    def result(self) -> Any:
+        raise BrokenProcessPool
+
+
+def test_a_process_that_is_killed_is_told(files: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(comparison, "ProcessPoolExecutor", Killed)
+    monkeypatch.setattr(comparison, "_find", lambda *_: {})
+    given = Comparison(**files, output=tmp_path / "out", methods=["lora"])
+    with pytest.raises(comparison.RunEnded, match="^base: its process ended without an answer"):
+        compare(given)
+
+
+def test_methods_that_there_are_not_are_named(files: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(
+        TypeError, match=r"^methods=\['lora', 'lro'\]: expected a list of 'lora' or .*, got list with 'lro'$"
+    ):
+        Comparison(**files, output=tmp_path / "out", methods=["lora", "lro"])
 
 
 def test_the_best_rate_of_each_kind_is_told() -> None:

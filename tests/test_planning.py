@@ -76,7 +76,10 @@ def test_a_plan_of_a_run_that_goes_on(config):
     before = contents(config.output)
     found = plan(replace(config, max_steps=5, resume=True))
     assert found.told["steps"] == "5, of 8 rows each, from step 3 on" and found.steps == 3 and "extended" in found.told
+    assert plan(replace(config, max_steps=2, resume=True)).told["steps"] == "2, of 8 rows each, all of them done"
     assert contents(config.output) == before
+    for rows, told in ((1, "5, of 1 row each"), (9, "5, of at most 9 rows each"), (48, "5, of 48 rows each")):
+        assert plan(replace(config, output=config.output / "new", max_steps=5, batch_size=rows)).told["steps"] == told
     with pytest.raises(FileExistsError, match="resume=True goes on from there"):
         plan(config)
 

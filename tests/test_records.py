@@ -137,6 +137,11 @@ def test_a_step_of_the_card_has_the_rows_of_all_batches_and_processes(finished):
     summary = json.loads((finished / "summary.json").read_text())
     summary["config"] |= {"batch_size": 1, "gradient_accumulation_steps": 1}
     assert ": 6 steps of 1 row, of 48." in card.text(summary)
+    summary["config"] |= {"batch_size": 5}
+    assert ": 6 steps of at most 5 rows, of 48." in card.text(summary)
+    assert ": 6 steps of 5 rows, of 48." in card.text(
+        {**summary, "tasks": {"one": {}}}
+    )  # a mixture's steps are all whole
     summary["config"] |= {"batch_size": 2, "gradient_accumulation_steps": 3}
     assert ": 1 step of 24 rows, of 48." in card.text({**summary, "steps": 1, "processes": 4})
 

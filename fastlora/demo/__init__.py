@@ -8,7 +8,7 @@ validation rows, and fastlora's step is timed beside PEFT's. Everything is gener
 import json
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -43,12 +43,15 @@ TIMED_ROWS = 8
 SAMPLES = 4
 
 
-def main(output: Path, base: Path = BASE_MODEL) -> dict[str, Any]:
+def main(output: Path, base: Path = BASE_MODEL, begin: Callable[[], object] | None = None) -> dict[str, Any]:
     """Train, measure and report; everything in the report is returned, too.
 
     Writes OUTPUT/report.html, report.json, data/ (dialogues, and examples of the base's tasks), compare/ (what
     ``fastlora compare`` leaves), lora/ (the best adapter) and full/ (the best fully fine-tuned model). An earlier
     demo's files there are replaced.
+
+    Args:
+        begin: as of `compare`.
 
     Raises:
         FileExistsError: an adapter, a model or a comparison lies there that is no earlier demo's.
@@ -60,10 +63,10 @@ def main(output: Path, base: Path = BASE_MODEL) -> dict[str, Any]:
             raise FileExistsError(
                 f"output={output} holds {' and '.join(theirs)}, no demo's: expected a folder of its own"
             )
-        return _run(output, base)
+        return _run(output, base, begin)
 
 
-def _run(output: Path, base: Path) -> dict[str, Any]:
+def _run(output: Path, base: Path, begin: Callable[[], object] | None) -> dict[str, Any]:
     # Imported here: who only draws examples needs this package, and waits for none of the below.
     from fastlora.comparison import Comparison, best, compare
     from fastlora.demo import report
@@ -97,7 +100,7 @@ def _run(output: Path, base: Path) -> dict[str, Any]:
         overwrite=True,
     )
     print("1/3 learning to summarise dialogues: the base, then each method at each of its rates", flush=True)
-    outcomes = compare(given)
+    outcomes = compare(given, begin)
     told = best(outcomes)
     losses = {one.kind: _publish(given, one, output) for one in told[1:]}
     print("2/3 answering a few dialogues and the base's own tasks, before and after", flush=True)

@@ -34,6 +34,7 @@ from fastlora.course import (
     TrainingError,
     TrainingInterrupted,
     digest,
+    going_on,
     named_writing,
     stop_signals,
 )
@@ -284,12 +285,13 @@ class SweepRun:
     def announce(self) -> None:
         """Say on stderr what is about to run."""
         weights = sum(p.numel() for one in self.jobs for p in one.trained.values())
+        threads = torch.get_num_threads()
         lines = {
             f"fastlora {__version__}": f"sweep, {self.given.model}",
             "jobs": listed([one.job.name for one in self.jobs]),
-            "steps": f"{self.steps:,}" + (f", from step {self.step + 1:,} on" if self.step else ""),
+            "steps": f"{self.steps:,}{going_on(self.step, self.steps)}",
             "trained": f"{weights:,} parameters, all jobs together",
-            "device": f"{self.device}, {table.name_of(self.dtype)}, {torch.get_num_threads()} threads",
+            "device": f"{self.device}, {table.name_of(self.dtype)}, {threads} thread{'s' * (threads != 1)}",
         }
         width = max(map(len, lines))
         print(*(f"{name:{width}}  {value}" for name, value in lines.items()), sep="\n", file=sys.stderr)
