@@ -5,9 +5,8 @@
 One process imports torch, the package and the tests, and collects them. It runs them once and notes which functions each of them calls, or
 has torch.compile trace. A mutant then is a fork of that process in which the changed function has another code object, so that all who have
 imported it have the mutant; the tests that call it run until one fails or T seconds of them (as first measured) have run: first those that have
-killed another mutant of the function, then each test function once, the quickest first, then again with other parameters. A mutant that lives
-is named by file, line and change; those that mutants_explained.toml explains are counted only. Exit status 1: others lived; 2: a test fails
-without a mutant.
+killed another mutant of the function, then the quickest, of a test with many parameters a few. A mutant that lives is named by file, line and
+change; those that mutants_explained.toml explains are counted only. Exit status 1: others lived; 2: a test fails without a mutant.
 
 What runs while a module is imported is not mutated, nor a message's words; and what a test does in processes of its own does not count.
 Neither mutmut nor cosmic-ray does: mutmut 3 wraps every function in another, which torch.compile and the tests that count calls do not bear;
@@ -364,15 +363,14 @@ class Runner:
     def tests_of(self, keys: set[str]) -> tuple[list[int], float]:
         """The tests to run, by number, of those that call any of these functions, and their seconds."""
         times: collections.Counter[str] = collections.Counter()
-        order: list[tuple[int, float, int]] = []
+        order: list[tuple[int, float, int]] = []  # a test's next parameters come later than another as quick
         for i in sorted({i for key in keys for i in self.calls.get(key, ())}, key=self.took.__getitem__):
             name = self.session.items[i].nodeid.partition("[")[0]  # without its parameters
-            killed = max(self.killed[key][i] for key in keys)
-            order.append((-killed or times[name], self.took[i], i))
             times[name] += 1
+            order.append((-max(self.killed[key][i] for key in keys), times[name] * self.took[i], i))
         total, chosen = 0.0, []
-        for _, seconds, i in sorted(order):
-            total += seconds
+        for *_, i in sorted(order):
+            total += self.took[i]
             if chosen and total > self.seconds:
                 break
             chosen.append(i)
