@@ -84,6 +84,7 @@ MODULES = {
     "fastlora/peft/mixed.py": ("mixed*", "sweep_gradients"),
     "fastlora/peft/prompts.py": (
         "prompt_parts",
+        "prompts_attached",
         "prompt_generation",
         "prompt_models",
         "prompt_settings",
