@@ -6,6 +6,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from peft.tuners import lora
 from quantised_weights import weight as quantised_weight
 from test_obstacles_by_name import ROWS, K, N, R, hook, make_dora, make_layer, plan_of
 from torch import nn
@@ -35,6 +36,12 @@ def test_a_weight_in_pieces_is_told_from_one_of_a_class(monkeypatch: pytest.Monk
     assert weight_obstacle(flat, None) == "the weight is [8]: expected two dimensions or more"
     flat.ds_id = 7
     assert weight_obstacle(flat, None) == "the weight is [8]: DeepSpeed ZeRO-3 keeps it in pieces"
+
+
+def test_a_trained_bias_is_in_the_way_of_a_frozen_layer() -> None:
+    bias = nn.Parameter(torch.ones(N))
+    assert weight_obstacle(frozen(N, K), bias) == "the base weight or bias is trained"
+    assert weight_obstacle(frozen(N, K), bias.requires_grad_(False)) is None
 
 
 class Lookup(nn.Module):
@@ -90,6 +97,37 @@ def test_a_quantised_layer_is_multiplied_by_what_is_read_of_it(monkeypatch: pyte
         assert plan_of_base(layer) == "the weight is a OwnParameter" and len(asked) == 3
     hook(base)
     assert plan_of_base(layer) == "the base layer carries a hook"
+
+
+def test_a_quantised_weight_follows_x_and_not_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, found = make_layer(), a_base()
+    layer.base_layer.weight = OwnParameter(layer.base_layer.weight.detach(), requires_grad=False)
+    layer.base_layer.bias = None
+    monkeypatch.setattr(quantised, "base_of", lambda one: found)
+    for dtype in (torch.float32, torch.bfloat16):
+        plan = plan_of(layer, ROWS.to(dtype))
+        assert isinstance(plan, Plan) and plan.weight is found.weight(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert plan_of(layer) == "autocast is on, and the weight quantised"
+
+
+def test_pefts_layers_over_quantised_bases_are_known_by_name() -> None:
+    for name, obstacle in (("Linear4bit", None), ("Linear2bit", "peft.tuners.lora.bnb.Linear2bit is not fused")):
+        layer = make_layer()
+        layer.__class__ = type(name, (lora.Linear,), {"__module__": "peft.tuners.lora.bnb"})
+        assert obstacles.swap_obstacle(layer) == obstacle
+
+
+def test_a_layer_of_another_class_is_probed_before_it_is_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Own(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    layer, probed = make_layer(), []
+    monkeypatch.setattr(probing, "probe", probed.append)
+    assert obstacles.swap_obstacle(layer) is None and probed == []
+    layer.base_layer.__class__ = Own
+    assert obstacles.swap_obstacle(layer) == "the base layer is a Own" and probed == [layer.base_layer]
 
 
 def test_a_dora_over_a_quantised_weight_is_pefts_and_a_plain_one_is_not() -> None:

@@ -131,7 +131,7 @@ def plan_of_base(layer: nn.Module) -> Plan | str:
         return f"the base layer is a {type(base).__name__}"
     weight, bias = parameter(base, "weight"), parameter(base, "bias")
     is_trained = bias is not None and bias.requires_grad  # LoraConfig's bias="lora_only" and "all"
-    obstacle = weight_obstacle(weight, None if is_trained else bias)
+    obstacle = weight_obstacle(weight, None)
     if obstacle is None and is_hooked(base):
         return "the base layer carries a hook"
     trained = [Added(bias, 1.0, None)] if is_trained else []
