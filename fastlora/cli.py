@@ -257,6 +257,10 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     # PEFT fears for the merging of tied weights, which `fastlora merge` unties.
     warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+    # And for names such as `lora`, which its own loading takes for parts of keys: fastlora's puts each tensor where it belongs.
+    warnings.filterwarnings("ignore", message="Adapter name '.*' should not be contained in the prefix")
+    # It asks a norm, which method=norm trains, for a width that it has not.
+    warnings.filterwarnings("ignore", message="Unsupported layer type '<class '[^']*Norm'>' encountered")
     logging.disable(logging.WARNING)
     try:
         import peft  # noqa: F401  (brings in bitsandbytes, where there is one)

@@ -21,7 +21,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import MISSING, asdict, dataclass, fields, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -60,7 +60,9 @@ class Comparison:
         "Held-out rows of the same task, from where data may be: the best rate is chosen by them.", typed=list[str]
     )
     output: str | Path = option("Folder for compare.json, compare.png and runs/.", typed=Path)
-    methods: list[Method] = option("Names with commas: lora,dora,ia3,adapter,prompt,prefix,norm,full.", typed=str)
+    methods: list[Method] = option(
+        f"With commas, of {', '.join(name for name in get_args(Method) if name != 'peft')}.", typed=str
+    )
     columns: dict[str, str] | None = option(
         "Of data, eval_data and test_data: which column is which field.", None, typed=str
     )

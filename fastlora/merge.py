@@ -34,7 +34,9 @@ class MergeReport:
     weight_relative_error: (
         float | None
     )  # norm of that difference over the norm of the merged weights, all layers together
-    update_relative_error: float | None  # that norm over the norm of s B A: the part of the adapter that rounding lost
+    update_relative_error: (
+        float | None
+    )  # that norm over the norm of s B A, or of a DoRA's change: the part of the adapter that rounding lost
     logits_max_error: float  # |logits of the model that was written - those with the adapter beside the base|
     logits_relative_error: float  # norm of that difference over the norm of the logits
     untied: str | None  # weights that were one with another and have become their own
@@ -51,7 +53,7 @@ def merge(
     allow_missing: bool = False,
     allow_noop: bool = False,
 ) -> MergeReport:
-    """Write the base with W + s B A in every layer of the adapter: an ordinary transformers model, with its tokenizer.
+    """Write the base with W + s B A, or what DoRA makes of it, in every layer of the adapter: an ordinary transformers model, with its tokenizer.
 
     The sums are computed in float32 and rounded once. The weights' error is measured layer by layer against the same sum in float64, the logits'
     on four sequences of 64 random tokens with the model as it reads back. It is written elsewhere and renamed: what stands there is whole.
@@ -67,7 +69,7 @@ def merge(
         BlockingIOError: a training or another merge writes into it.
         ValueError: the output folder is the adapter's or the base's, or in it or around it; the adapter makes some weight infinite or NaN.
         AdapterError: the adapter's files are not what they should be.
-        TypeError: the adapter has layers whose update is no sum (DoRA and other variants), or is a soft prompt or a bottleneck adapter.
+        TypeError: the adapter has other variants of LoRA than DoRA on linear layers, or is a soft prompt or a bottleneck adapter.
         OSError: something is not there, or the disk is full.
         MergeError: the written model is not the merged one.
     """
@@ -179,8 +181,8 @@ def fold(peft_model: Any) -> tuple[Any, Errors]:
 
     Raises:
         ValueError: some weight would become infinite or NaN.
-        TypeError: a layer's update is no sum (DoRA and other variants), or its weight is quantised; the adapter is none of weights: a soft prompt,
-            or a bottleneck.
+        TypeError: a layer is another variant of LoRA than DoRA on a linear layer, or its weight is quantised; the adapter is none of weights: a soft
+            prompt, or a bottleneck.
     """
     if any(config.is_prompt_learning for config in peft_model.peft_config.values()):
         raise TypeError("adapter: a soft prompt cannot be merged: it stands before the tokens, and changes no weight")
@@ -217,11 +219,11 @@ def _merge_layers(peft_model: Any) -> Errors:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     layers: dict[str, Any] = {name: one for name, one in peft_model.named_modules() if isinstance(one, LoraLayer)}
-    variants = [name for name, layer in layers.items() if getattr(layer, "lora_variant", {})]
+    variants = [name for name, layer in layers.items() if getattr(layer, "lora_variant", {}) and not _is_dora(layer)]
     if variants:
         raise TypeError(
-            f"adapter: expected plain LoRA layers, {len(variants)} of {len(layers)} are variants such as DoRA (the first:"
-            f" {variants[0]}); PEFT's merge_and_unload merges them"
+            f"adapter: expected plain LoRA layers, or linear ones with one DoRA, {len(variants)} of {len(layers)} are others"
+            f" (the first: {variants[0]}); PEFT's merge_and_unload merges them"
         )
     if not layers:  # PEFT merges what there is else
         return Errors(sum(isinstance(one, BaseTunerLayer) for one in peft_model.modules()), measured=False)
@@ -237,6 +239,11 @@ def _merge_layers(peft_model: Any) -> Errors:
             )
         for adapter in [one for one in layer.active_adapters if one in layer.scaling]:
             # One layer at a time, so that a second copy of one weight is all that merging costs.
+            if adapter in getattr(layer, "lora_variant", {}):
+                base.weight = _scaled(f"{name}.weight", layer, adapter, errors)
+                layer.merged_adapters.append(adapter)
+                errors.layers += 1
+                continue
             updates = {weight_name: layer.get_delta_weight(adapter)}
             if layer.lora_bias.get(adapter):
                 updates["bias"] = layer.lora_B[adapter].bias * layer.scaling[adapter]
@@ -249,21 +256,50 @@ def _merge_layers(peft_model: Any) -> Errors:
     return errors
 
 
-def _added(name: str, weight: Tensor, update: Tensor, errors: Errors) -> nn.Parameter:
-    """weight + update, computed in float32 and rounded once, as a Parameter of its own."""
+def _is_dora(layer: Any) -> bool:
+    """Whether a layer is linear and its one adapter a DoRA, of which the merged weight is known."""
+    from peft.tuners import lora
+    from peft.tuners.lora.variants import DoraLinearVariant
+
+    used = [one for one in layer.active_adapters if one in layer.scaling]
+    plain = isinstance(layer, lora.Linear) and len(used) == 1 and not layer.lora_bias.get(used[0])
+    return plain and all(type(one) is DoraLinearVariant for one in layer.lora_variant.values())
+
+
+def _scaled(name: str, layer: Any, adapter: str, errors: Errors) -> nn.Parameter:
+    """A DoRA layer's merged weight: m (W + s B A) / ‖W + s B A‖ by rows, or by columns where W lies by column."""
+    weight, update = layer.get_base_layer().weight, layer.get_delta_weight(adapter)
+    magnitude = layer.lora_magnitude_vector[adapter].weight.flatten()  # [N]
+    if not layer.fan_in_fan_out:
+        return _added(name, weight, update, errors, magnitude)
+    merged = _added(name, weight.t(), update.t(), errors, magnitude)
+    return nn.Parameter(merged.t().contiguous(), requires_grad=False)
+
+
+def _added(name: str, weight: Tensor, update: Tensor, errors: Errors, magnitude: Tensor | None = None) -> nn.Parameter:
+    """weight + update, its rows made as long as `magnitude` says, computed in float32 and rounded once, as a Parameter of its own."""
     wide = torch.promote_types(weight.dtype, torch.float32)
-    merged = (weight.to(wide) + update).to(weight.dtype)
+    merged = _sum(weight, update, magnitude, wide).to(weight.dtype)
     if not merged.isfinite().all():
         raise ValueError(f"adapter: {name} would become infinite or NaN in {weight.dtype}")
     rows = max(1, BLOCK // max(1, weight[0].numel()))
-    for part, added, old in zip(merged.split(rows), update.split(rows), weight.split(rows), strict=True):
-        exact = old.double() + added.double()
-        difference = part.double() - exact
+    for start in range(0, len(weight), rows):
+        block = slice(start, start + rows)
+        old, length = weight[block].double(), None if magnitude is None else magnitude[block]
+        exact = _sum(old, update[block], length, torch.float64)
+        difference = merged[block].double() - exact
         errors.largest = max(errors.largest, difference.abs().max().item())
         errors.difference += difference.square().sum().item()
         errors.weight += exact.square().sum().item()
-        errors.update += added.double().square().sum().item()
+        errors.update += (update[block].double() if length is None else exact - old).square().sum().item()
     return nn.Parameter(merged, requires_grad=False)
+
+
+def _sum(weight: Tensor, update: Tensor, magnitude: Tensor | None, dtype: torch.dtype) -> Tensor:
+    found = weight.to(dtype) + update.to(dtype)
+    if magnitude is None:
+        return found
+    return found * (magnitude.to(dtype) / torch.linalg.vector_norm(found, dim=1)).unsqueeze(1)
 
 
 def _untie(model: Any, tied: Mapping[str, str]) -> tuple[str, ...]:

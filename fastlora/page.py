@@ -77,7 +77,7 @@ def html(
     parts = [
         f"<h1>fastlora: {safe(config['method'])} of {safe(Path(config['model']).name)}</h1>",
         f'<p class="note">{safe(summary["date"])}, {safe(config["model"])}, {safe(summary["device"])},'
-        f" {safe(config['dtype'])}, fastlora {safe(summary['versions']['fastlora'])}</p>",
+        f" {safe(summary['compute_dtype'])}, fastlora {safe(summary['versions']['fastlora'])}</p>",
         table(_figures(summary), kind="text"),
         "<h2>Training loss</h2>",
         '<p class="note">Nats a labelled token: each step&#x27;s, and their running mean.</p>',

@@ -37,6 +37,7 @@ class TrainResult:
     parameters: int
     adapter_bytes: int  # of the weights' file
     peak_memory: int | None  # bytes that this process held at most, on a GPU there; None where the system does not tell
+    compute_dtype: str  # of what the base computes
     dtype: str  # of the saved weights: an adapter's are float32, a model's as its base's are stored unless told
     implementations: dict[str, int]  # LoRA and frozen layers, by what ran them; a guess where it says compiled
     loss_path: str | None  # LanguageModelLoss's; None where no step was left to do

@@ -416,6 +416,7 @@ class _Run:
             trainable_parameters=_count(self.trained.values()),
             parameters=_count(self.model.parameters()),
             peak_memory=memory.peak(self.accelerator.device),
+            compute_dtype=table.name_of(self.dtype),
             dtype=table.name_of(dtype),
             implementations=trainable.implementations(self.model, self.config),
             loss_path=self.loss.path,

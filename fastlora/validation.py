@@ -139,7 +139,8 @@ class Validation:
         """What the banner says of it."""
         parts = [f"{len(one.rows):,} rows of {name}" + (f" ({len(one.dropped):,} dropped)" if one.dropped else "")
                  for name, one in (("eval_data", self.held_out), ("retain_data", self.retained)) if one]  # fmt: skip
-        every = f", every {self.config.eval_steps:,} steps" if self.config.eval_steps else ", at the end"
+        steps = self.config.eval_steps
+        every = ", at the end" if steps is None else ", every step" if steps == 1 else f", every {steps:,} steps"
         return {"measured": " and ".join(parts) + every} if parts else {}
 
     def resume(self, saved: Checkpoint) -> None:
@@ -320,7 +321,7 @@ class Validation:
         threshold = self.config.early_stopping_threshold
         margin = f" by more than {threshold:g}" if threshold else ""
         return (
-            f"{self.config.best_metric} has not become {way}{margin} in {patience} validations:"
+            f"{self.config.best_metric} has not become {way}{margin} in {patience} validation{'s' * (patience != 1)}:"
             f" the best is {verdict.best:.6g}, of step {verdict.best_step}"
         )
 

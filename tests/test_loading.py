@@ -4,17 +4,19 @@ import ast
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LNTuningConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
 from transformers import AutoModelForCausalLM
 
 from fastlora import adapters, merge
+from fastlora.cli import _quiet
 from fastlora.config import TrainConfig
 from fastlora.models import base_of, load_model, load_tokenizer
 from fastlora.train import train
@@ -226,3 +228,25 @@ def test_the_library_does_not_speak_of_the_command_lines_options(path):
     # A style sheet's names begin so, too.
     said = [text for text in texts if isinstance(text, str) and not text.lstrip().startswith(":root {")]
     assert not [text for text in said if re.search(r"(^|[\s(:])--[a-z]", text)]
+
+
+@pytest.mark.parametrize(
+    "config", [LoraConfig(target_modules=["q_proj"]), LNTuningConfig(target_modules=["norm"])], ids=["lora", "norm"]
+)
+def test_a_name_that_peft_takes_for_part_of_a_key_is_loaded_exactly_and_without_its_warning(base, tmp_path, config):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter.data)
+    model.save_pretrained(tmp_path / "adapter")
+    ids = torch.arange(3, 12)[None]
+    expected = model.eval()(input_ids=ids).logits
+    names = ("one", "lora", "lora_A", "base_layer", "ln_tuning")
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        _quiet()
+        loaded, _ = load_model(str(base), dict.fromkeys(names, tmp_path / "adapter"))
+    assert not [one for one in heard if "peft" in one.filename]
+    for name in names:
+        loaded.set_adapter(name)
+        assert torch.allclose(loaded(input_ids=ids).logits, expected, atol=1e-5), name

@@ -1,5 +1,6 @@
 """Merging: the model that is written is the adapter's, whatever shares its weights; and no folder is lost or left half."""
 
+import copy
 import errno
 import json
 import logging
@@ -170,6 +171,58 @@ def test_layers_that_share_their_weights_are_told_apart(tie, tmp_path):
     assert (read_back.lm_head.weight is read_back.model.embed_tokens.weight) == tie
 
 
+DORA = {
+    "by row": (tiny.llama, {"target_modules": ["q_proj", "down_proj"]}),
+    "by column": (tiny.gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
+}
+
+
+@pytest.mark.parametrize("kind", DORA)
+def test_a_dora_is_merged_by_its_equation(kind, monkeypatch):
+    monkeypatch.setattr(fastlora.merge, "BLOCK", 48)  # blocks of a row or two, and a smaller last one
+    make, options = DORA[kind]
+    peft_model = with_adapter(make, use_dora=True, **options)
+    layers = [module for module in peft_model.modules() if getattr(module, "lora_variant", {})]
+    expected, lengths = logits(peft_model), [one.lora_magnitude_vector.default.weight.abs() for one in layers]
+    bases = [one.get_base_layer() for one in layers]
+    update = sum((merged_by_peft(one) - one.get_base_layer().weight).double().square().sum() for one in layers).sqrt()
+    merged, errors = fold(peft_model)
+    assert relative(logits(merged), expected) <= 1e-6 and errors.layers == len(layers) == len(bases)
+    for base, length in zip(bases, lengths, strict=True):
+        norm = base.weight.norm(dim=0 if kind == "by column" else 1)
+        torch.testing.assert_close(norm, length.flatten(), rtol=1e-5, atol=0)
+        assert base.weight.is_contiguous()
+    assert errors.update**0.5 == pytest.approx(update.item(), rel=1e-4) and 0 < errors.largest < 1e-5
+    assert errors.weight**0.5 == pytest.approx(
+        torch.cat([one.weight.flatten() for one in bases]).norm().item(), rel=1e-5
+    )
+
+
+@torch.no_grad()
+def merged_by_peft(layer):
+    layer = copy.deepcopy(layer)
+    layer.merge()
+    return layer.get_base_layer().weight
+
+
+def test_a_bfloat16_dora_is_rounded_once():
+    peft_model = with_adapter(lambda: tiny.llama().bfloat16(), target_modules=["q_proj"], use_dora=True)
+    layer = peft_model.get_base_model().model.layers[0].self_attn.q_proj
+    total = layer.base_layer.weight.double() + layer.get_delta_weight("default").double()
+    exact = total * (layer.lora_magnitude_vector.default.weight.double() / total.norm(dim=1))[:, None]
+    merged = fold(peft_model)[0].model.layers[0].self_attn.q_proj.weight
+    assert merged.dtype == torch.bfloat16 and torch.equal(merged, exact.float().bfloat16())
+
+
+def test_a_dora_beside_another_adapter_is_refused():
+    config = LoraConfig(r=4, target_modules=["q_proj"], use_dora=True)
+    peft_model = get_peft_model(tiny.llama(), config)
+    peft_model.add_adapter("other", config)
+    peft_model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(TypeError, match="expected plain LoRA layers, or linear ones with one DoRA, 2 of 2 are others"):
+        fold(peft_model)
+
+
 def test_bfloat16_weights_are_rounded_once():
     peft_model = with_adapter(lambda: tiny.llama().bfloat16(), target_modules=["q_proj"])
     layer = peft_model.get_base_model().model.layers[0].self_attn.q_proj
@@ -181,7 +234,12 @@ def test_bfloat16_weights_are_rounded_once():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"target_modules": ["q_proj"], "use_dora": True}, TypeError, "2 of 2 are variants such as DoRA"),
+        (
+            {"target_modules": ["q_proj"], "alora_invocation_tokens": [1]},
+            TypeError,
+            "2 of 2 are others .the first: .*layers.0.self_attn.q_proj",
+        ),
+        ({"target_modules": ["embed_tokens"], "use_dora": True}, TypeError, "1 of 1 are others"),
         ({"target_modules": ["q_proj"], "lora_bias": True}, TypeError, "none in its base"),
     ],
 )

@@ -93,6 +93,7 @@ def test_a_training_leaves_a_page_that_is_whole_and_alone(finished, data):
         "transformers",
     ):
         assert word in outline.words, word
+    assert "cpu, float32, fastlora " in text  # what it was computed in, where the option says auto
     (losses,) = shapes(text)
     assert [one.find("title").text for one in losses.findall("polyline")] == ["step", "running mean"]
     assert "Held-out loss" not in text and "Answers before and after" not in text and "by task" not in text
@@ -148,7 +149,13 @@ def test_whatever_strangers_wrote_is_shown_and_does_nothing(finished):
     summary["config"] |= dict.fromkeys(("model", "output", "method", "dtype", "truncation"), HOSTILE)
     summary["versions"][HOSTILE] = HOSTILE
     summary["data"] = [{"option": HOSTILE, "file": HOSTILE, "rows": None, "sha256": HOSTILE}]
-    summary |= {"device": HOSTILE, "date": HOSTILE, "best_step": HOSTILE, "changed": {HOSTILE: HOSTILE}}
+    summary |= {
+        "device": HOSTILE,
+        "compute_dtype": HOSTILE,
+        "date": HOSTILE,
+        "best_step": HOSTILE,
+        "changed": {HOSTILE: HOSTILE},
+    }
     validations = [{"step": 1, "eval_loss": 1.0, HOSTILE: HOSTILE, f"eval_{HOSTILE}": 0.5}]
     samples = [dict.fromkeys(("step", "source", "prompt", "reference", "answer"), HOSTILE)]
     layers = [(HOSTILE, HOSTILE, HOSTILE)]

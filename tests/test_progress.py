@@ -66,6 +66,14 @@ def test_a_product_that_the_machine_has_not_is_left_out(config, base, monkeypatc
     assert progress.Limit.of(load_base(str(base), torch.float32, CPU), config, CPU, torch.float16) is None
 
 
+def test_products_of_16_bits_that_are_slower_than_float32s_are_no_limit(config, base, monkeypatch):
+    rates = {torch.float32: 3e9, torch.float16: 1e9, torch.bfloat16: 5e9}
+    monkeypatch.setattr(progress, "fastest_product", lambda device, dtype, *_: rates[dtype])
+    model = load_base(str(base), torch.float32, CPU)
+    found = [progress.Limit.of(model, config, CPU, dtype).rate for dtype in rates]
+    assert found == [3e9, 3e9, 5e9]
+
+
 def test_the_rate_is_measured_without_a_draw_from_any_generator():
     before = torch.get_rng_state()
     rate = limits.fastest_product(CPU, torch.float32, HostClock(CPU), 0.01, 64)

@@ -108,6 +108,7 @@ def test_full_training_changes_the_weights_and_leaves_a_model(config, base):
 
 def test_a_bfloat16_base_keeps_a_float32_adapter(config):
     result = train(replace(config, dtype="bfloat16", epochs=4), progress=False)
+    assert (result.compute_dtype, result.dtype) == ("bfloat16", "float32")
     assert result.loss < result.first_loss
     assert {value.dtype for value in adapter(config.output).values()} == {torch.float32}
 
@@ -147,6 +148,7 @@ def test_full_training_keeps_the_dtype_that_the_base_is_stored_in(
     assert result.dtype == json.loads((config.output / "config.json").read_text())["dtype"] == expected
     summary = json.loads((config.output / "summary.json").read_text())
     assert (summary["dtype"], summary["base_dtype"]) == (expected, stored)
+    assert summary["compute_dtype"] == ("float32" if dtype == "auto" else dtype)
     kept = load_file(config.output / "checkpoints" / "step-2" / "model.safetensors")
     assert {value.dtype for value in kept.values()} == {torch.float32}  # a resumed run goes on with all bits
     assert all(torch.equal(value, kept[name].to(value.dtype)) for name, value in saved.items())
@@ -209,7 +211,7 @@ def test_the_summary_says_where_its_figures_come_from(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert summary["config"]["r"] == 2 and summary["config"]["max_steps"] == 6 and summary["device"] == "cpu"
     assert summary["versions"]["torch"] == torch.__version__ and summary["base_dtype"] == "float32"
-    assert summary["date"].startswith("20") and summary["dtype"] == "float32"
+    assert summary["date"].startswith("20") and summary["dtype"] == summary["compute_dtype"] == "float32"
     assert [record["epoch"] for record in records(finished)] == [step / 6 for step in range(1, 7)]
     assert all(record["grad_norm"] > 0 for record in records(finished))
 

@@ -283,6 +283,9 @@ def test_the_banner_and_the_bar_tell_of_it(measured, capsys):
     told = capsys.readouterr().err
     assert "20 rows of eval_data and 9 rows of retain_data, every 5 steps" in told
     assert f"eval_loss {lines(measured.output)[-1]['eval_loss']:.4f}" in told
+    for steps, said in ((1, "rows of retain_data, every step\n"), (None, "rows of retain_data, at the end\n")):
+        train(replace(measured, max_steps=1, eval_steps=steps, overwrite=True))
+        assert said in capsys.readouterr().err
 
 
 def test_what_is_not_finite_ends_the_run_by_name(config, held_out, monkeypatch):
