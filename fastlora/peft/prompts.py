@@ -82,12 +82,12 @@ def attach(model: Any) -> None:
     Warns:
         UserWarning: the model is of a class that is left to PEFT, or a prompt has rows that PEFT never uses.
     """
-    if KEY not in model.__dict__ and type(model) not in FORWARDS:
-        warnings.warn(f"fastlora.accelerate leaves the prompts of a {type(model).__name__} to PEFT", stacklevel=3)
-    if KEY not in model.__dict__ and type(model) in FORWARDS:
-        kind: Any = type(model)
+    kind: Any = type(model)
+    if kind in FORWARDS:
         become(model, with_prompts(kind))
         model.__dict__[KEY] = State()
+    elif KEY not in model.__dict__:  # nor swapped before
+        warnings.warn(f"fastlora.accelerate leaves the prompts of a {kind.__name__} to PEFT", stacklevel=3)
     for name, config in model.peft_config.items():
         twice = isinstance(model, PeftModelForSeq2SeqLM) and config.num_transformer_submodules == 2
         if twice and config.peft_type in (PeftType.PROMPT_TUNING, PeftType.P_TUNING):
@@ -159,9 +159,7 @@ def find_prompts(model: Any, count: int, names: Sequence[str] | None, tasks: Ten
             raise ValueError(
                 f"task_ids: got None, expected the tasks of the batch's rows, as adapter {name!r} has many"
             )
-        value = _as_if_active(model, name).get_prompt(
-            1, **({"task_ids": torch.tensor([number], device=model.device)} if tasks is not None else {})
-        )
+        value = _as_if_active(model, name).get_prompt(1, task_ids=torch.tensor([number], device=model.device))
         if kinds[name] in KEYED:
             keys.append(sharing.keys_of(value))
         else:
