@@ -7,14 +7,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-from peft.tuners import lora
+from peft.tuners import ia3, lora
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import fastlora
 from fastlora.frozen import packed
 from fastlora.operators import lora_linear
-from fastlora.peft import FrozenLinear, FusedLinear, mixed, obstacles, siblings
+from fastlora.peft import FrozenLinear, FusedLinear, mixed, obstacles, probing, quantised, siblings
 from fastlora.peft.layers import OWN_FORWARD, SEEN, OwnForward, Seen, compute, frozen_base, restore_layer
 from fastlora.swap import is_derived
 
@@ -283,6 +283,34 @@ def test_which_layers_multiply_by_a_frozen_weight() -> None:
     for one, kind in ((layer, lora.Linear), (frozen, nn.Linear), (plain, nn.Linear)):
         restore_layer(one)
         assert type(one) is kind
+
+
+def test_restoring_takes_back_all_that_was_put_on_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, released = layer_of(), []
+    base = layer.base_layer
+    base.__dict__[probing.KEY] = nn.Linear.forward
+    monkeypatch.setattr(quantised, "release", released.append)
+    restore_layer(layer)
+    assert probing.KEY not in base.__dict__ and released == [base]
+    config = peft.IA3Config(target_modules=["0"], feedforward_modules=[])
+    model = fastlora.accelerate(peft.get_peft_model(nn.Sequential(nn.Linear(K, N)), config))
+    scaled = model.base_model.model[0]
+    assert is_derived(scaled)
+    restore_layer(scaled)
+    assert type(scaled) is ia3.Linear
+
+
+def test_a_class_that_another_has_derived_since_is_restored_below_it() -> None:
+    """As fully_shard does."""
+
+    class Sharded:
+        pass
+
+    layer = frozen_layer()
+    layer.__class__ = type("ShardedFrozenLinear", (Sharded, FrozenLinear), {})
+    restore_layer(layer)
+    assert issubclass(type(layer), Sharded) and issubclass(type(layer), nn.Linear)
+    assert FrozenLinear not in type(layer).__mro__
 
 
 def test_a_frozen_layer_whose_weight_is_computed_is_restored_too() -> None:

@@ -40,8 +40,9 @@ def test_a_batch_as_it_is_given() -> None:
 def test_whether_a_first_token_has_a_label() -> None:
     none = torch.full_like(IDS, -100)
     assert not a_batch().predicts_first() and not a_batch(labels=none).predicts_first()
-    first, second = none.clone(), none.clone()
-    first[0, 1], second[0, 2] = 7, 7
+    first, second, last = none.clone(), none.clone(), none.clone()
+    first[0, 1], second[0, 2], last[2, 0] = 7, 7, 7
+    assert a_batch(labels=last).predicts_first()
     assert a_batch(labels=first).predicts_first() and not a_batch(labels=second).predicts_first()
     assert not a_batch(labels=first, shift_labels=IDS).predicts_first()
 
