@@ -84,11 +84,11 @@ MODULES = {
     "fastlora/peft/mixed.py": ("mixed*", "sweep_gradients"),
     "fastlora/peft/prompts.py": (
         "prompt_parts",
-        "prompts_attached",
+        "prompt_ways",
         "prompt_generation",
         "prompt_models",
         "prompt_settings",
-        "prompts_of_encoders",
+        "prompts_*",
     ),
     "fastlora/peft/quantised.py": ("quantised_layers",),
     "fastlora/trees.py": ("trees",),

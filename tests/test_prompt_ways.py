@@ -88,6 +88,24 @@ def test_a_cache_begins_with_kept_keys_where_each_row_is_one_text(monkeypatch: p
         assert told(model) == f"{APART}use_cache was given"
 
 
+def test_logits_that_nobody_asks_for_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    peer, model = both()
+    base, kept = type(model.base_model), []
+    forward = base.forward
+
+    def noted(self: Any, *args: Any, logits_to_keep: Any = 0, **kwargs: Any) -> Any:
+        out = forward(self, *args, logits_to_keep=logits_to_keep, **kwargs)
+        kept.append(out.logits.shape[1])
+        return out
+
+    with torch.no_grad():
+        model(IDS)  # the prompt has been run, and the ways compared
+        monkeypatch.setattr(base, "forward", noted)
+        out = model(IDS, logits_to_keep=2).logits
+    assert kept == [4] and out.shape[:2] == (2, 2)
+    torch.testing.assert_close(out, each_alone(peer)[:, -2:], rtol=1e-6, atol=1e-6)
+
+
 def test_embeddings_have_nothing_in_common_that_could_be_seen() -> None:
     peer, model = both(share_prefix=True)
     ids = IDS.clone()
