@@ -56,9 +56,20 @@ ALIASES = {
 """What transformers, PEFT, TRL, axolotl and LLaMA-Factory call an option: taken on the command line and in files of options, and nowhere else."""
 INSTEAD = {
     **dict.fromkeys(("logging_steps", "logging_strategy"), "every step is in metrics.jsonl, and told to report_to"),
-    **dict.fromkeys(("bf16", "torch_dtype", "mixed_precision"), "dtype: auto, float32 or bfloat16"),
+    **dict.fromkeys(("bf16", "fp16", "torch_dtype", "mixed_precision"), "dtype says it, as bfloat16"),
     **dict.fromkeys(("finetuning_type", "adapter", "use_dora", "use_peft"), "method: lora, dora, full, ..."),
     "resume_from_checkpoint": "resume goes on from the newest checkpoint, resume_from from that of a step",
+    **dict.fromkeys(
+        ("eval_strategy", "evaluation_strategy", "save_strategy"), "eval_steps and save_steps say how often"
+    ),
+    **dict.fromkeys(("val_size", "val_set_size", "test_size"), "eval_data, rows of a file of their own"),
+    **dict.fromkeys(("train_on_inputs", "train_on_prompt"), "no_completion_only_loss counts the prompt, too"),
+    **dict.fromkeys(("assistant_only_loss", "roles_to_train"), "train_on_turns: auto, last or all"),
+    **dict.fromkeys(("chat_template", "template"), "the tokenizer's own chat template is what counts"),
+    **dict.fromkeys(("use_wandb", "wandb_project"), "report_to: wandb"),
+    **dict.fromkeys(("hub_model_id", "push_to_hub"), "the output folder is what `hf upload` takes"),
+    **dict.fromkeys(("do_sample", "temperature", "top_p"), "answers are greedy; `fastlora serve` draws them, too"),
+    "iters": "max_steps",
     "do_train": "`fastlora train` trains and `fastlora eval` measures",
 }
 """What does here what an option of theirs does there, where that is no option of the same values."""

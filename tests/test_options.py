@@ -203,7 +203,10 @@ def test_an_option_that_there_is_not_names_the_nearest():
     for typed, told in {
         "--learning-rat": "No such option: --learning-rat; the nearest is --learning-rate",
         "--bathc-size": "; the nearest is --batch-size",
-        "--bf16": "No such option: --bf16: dtype: auto, float32 or bfloat16",
+        "--bf16": "No such option: --bf16: dtype says it, as bfloat16",
+        "--val-size": "No such option: --val-size: eval_data, rows of a file of their own",
+        "--train-on-inputs": "--train-on-inputs: no_completion_only_loss counts the prompt, too",
+        "--assistant-only-loss": "--assistant-only-loss: train_on_turns: auto, last or all",
         "--logging-steps": "every step is in metrics.jsonl",
         "--zzzz": "No such option: --zzzz\n",
     }.items():
