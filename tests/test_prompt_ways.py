@@ -1,6 +1,7 @@
 """peft/prompts.py, one call of a causal model: when a prompt's kept keys and values may stand for it, and when each row has its prompt for itself."""
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM
 
 import fastlora
-from fastlora.peft.prompts import KEY
+from fastlora import sharing
+from fastlora.peft.prompts import KEY, Prompts, State, _choose
+from fastlora.sharing import MASK, TREE
 
 IDS = torch.randint(5, VOCABULARY, (2, 7), generator=torch.Generator().manual_seed(2))
 APART = "each row has its prompt for itself: "
@@ -104,6 +107,33 @@ def test_logits_that_nobody_asks_for_are_not_computed(monkeypatch: pytest.Monkey
         out = model(IDS, logits_to_keep=2).logits
     assert kept == [4] and out.shape[:2] == (2, 2)
     torch.testing.assert_close(out, each_alone(peer)[:, -2:], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("keyed", "inferring", "checkpoints", "ways", "expected"),
+    [
+        (False, False, True, {False: MASK}, (MASK, False)),  # what is run again in the backward runs its prompt again
+        (False, True, False, {True: MASK, False: MASK}, (MASK, True)),
+        (False, True, True, {True: MASK, False: MASK}, (MASK, False)),  # checkpointing drops the cache
+        (False, True, True, {True: TREE, False: MASK}, (TREE, True)),
+        (False, True, False, {True: sharing.APART, False: MASK}, (MASK, False)),
+        (False, True, False, {True: sharing.APART, False: sharing.APART}, (sharing.APART, False)),
+        (True, False, False, {True: MASK}, (MASK, True)),
+        (True, True, True, {True: MASK}, (sharing.APART, True)),
+    ],
+)
+def test_the_ways_are_tried_in_turn(
+    keyed: bool,
+    inferring: bool,
+    checkpoints: bool,
+    ways: dict[bool, str],
+    expected: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sharing, "find_way", lambda *_, keys_only: ways[keys_only])
+    monkeypatch.setattr(sharing, "checkpoints", lambda base: checkpoints)
+    found = Prompts([P], [0], [], [object()] * keyed, [("default", 0)])  # type: ignore[list-item]
+    assert _choose(State(), None, SimpleNamespace(embedding=None), found, inferring) == expected  # type: ignore[arg-type]
 
 
 def test_embeddings_have_nothing_in_common_that_could_be_seen() -> None:
