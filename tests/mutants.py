@@ -8,8 +8,8 @@ imported it have the mutant; the tests that call it run until one fails or T sec
 killed another mutant of the function, then the quickest, of a test with many parameters a few. A mutant that lives is named by file, line and
 change; those that mutants_explained.toml explains are counted only. Exit status 1: others lived; 2: a test fails without a mutant.
 
-What runs while a module is imported is not mutated, nor a message's words; and what a test does in processes of its own does not count.
-Neither mutmut nor cosmic-ray does: mutmut 3 wraps every function in another, which torch.compile and the tests that count calls do not bear;
+What runs while a module is imported is not mutated, nor a message's words, nor zip's strict, which asserts; and what a test does in processes
+of its own does not count. Neither mutmut nor cosmic-ray does: mutmut 3 wraps every function in another, which torch.compile and the tests that count calls do not bear;
 cosmic-ray imports torch again for every mutant, and has no operator that takes a condition or one of its parts away.
 """
 
@@ -220,6 +220,8 @@ def mutants_of(path: Path, tree: ast.Module) -> list[Mutant]:
                 function = ".".join(scope)
         for field, value in ast.iter_fields(node):
             if field in UNTOUCHED and not isinstance(node, ast.Call):
+                continue
+            if isinstance(node, ast.keyword) and node.arg == "strict":
                 continue
             parts = (
                 [(value, i, part) for i, part in enumerate(value)]
