@@ -316,7 +316,9 @@ PLAIN_OPTIONS = (
 IGNORED_OPTIONS = (
     "position_ids",
     "use_cache",
-    "num_items_in_batch",
+    "num_items_in_batch",  # this and the next two are the loss's: transformers hands every part all that a model was given
+    "shift_labels",
+    "ignore_index",
     "output_attentions",
     "output_hidden_states",
     "seq_idx",  # of texts packed in a row, as cu_seq_lens_q has them

@@ -9,8 +9,8 @@ killed another mutant of the function, then the quickest, of a test with many pa
 change; those that mutants_explained.toml explains are counted only. Exit status 1: others lived; 2: a test fails without a mutant.
 
 What runs while a module is imported is not mutated, nor a message's words, nor zip's strict, which asserts; and what a test does in processes
-of its own does not count. Neither mutmut nor cosmic-ray does: mutmut 3 wraps every function in another, which torch.compile and the tests that count calls do not bear;
-cosmic-ray imports torch again for every mutant, and has no operator that takes a condition or one of its parts away.
+of its own does not count. Neither mutmut nor cosmic-ray does: mutmut 3 wraps every function in another, which torch.compile and the tests that
+count calls do not bear; cosmic-ray imports torch again for every mutant, and has no operator that takes a condition or one of its parts away.
 """
 
 import argparse

@@ -500,9 +500,7 @@ def _apart(model: Any, state: State, batch: Batch, found: Prompts, reason: str) 
         positions = None if positions is None else apart.spread(positions.expand(batch.shape))
         rows = _concatenate(model, batch, apart, found, real, labels, positions)
         shift = _before(found, batch.device).lengths
-        given |= {"inputs_embeds": rows.embeds, "attention_mask": rows.attention_mask}
-        if labels is not None:
-            given["labels"] = rows.labels
+        given |= {"inputs_embeds": rows.embeds, "attention_mask": rows.attention_mask, "labels": rows.labels}
         if "position_ids" in _parameters(base):
             given["position_ids"] = rows.position_ids
         if "shift_labels" in batch.given:
