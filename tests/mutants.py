@@ -67,7 +67,7 @@ MODULES = {
     ),
     "fastlora/peft/obstacles.py": ("obstacles*", "known", "layer_calls", "layers", "dora", "unloading"),
     "fastlora/peft/siblings.py": (*OF_PEFT, "dora"),
-    "fastlora/peft/reporting.py": OF_PEFT,
+    "fastlora/peft/reporting.py": ("report*", "layers", "quantised_layers"),
     "fastlora/peft/experts.py": ("experts", "experts_obstacles"),
     "fastlora/peft/layers.py": ("layer_calls", "layer_names", "sibling*", "known", "*_biases", "quantised_layers"),
     "fastlora/operators/lora_linear.py": OF_OPERATORS,
