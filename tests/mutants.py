@@ -78,7 +78,7 @@ MODULES = {
     "fastlora/peft/embeddings.py": ("embeddings", "embedding_calls"),
     "fastlora/peft/merging.py": ("merging",),
     "fastlora/peft/composed.py": ("dora", "trained_biases", "head_adapters"),
-    "fastlora/peft/scaled.py": ("ia3*", "other_methods"),
+    "fastlora/peft/scaled.py": ("ia3*", "mixed_ia3", "other_methods"),
     "fastlora/peft/probing.py": ("probing",),
     "fastlora/peft/known.py": ("known", "layer_calls", "mixed_batches"),
     "fastlora/peft/mixed.py": ("mixed*", "sweep_gradients"),

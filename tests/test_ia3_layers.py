@@ -8,6 +8,7 @@ import torch
 from packed_weights import check_now, held_bytes
 from peft import IA3Config, get_peft_model
 from peft.tuners import ia3
+from quantised_weights import weight as quantised_weight
 from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
@@ -15,7 +16,7 @@ import fastlora
 from fastlora import ops, swap
 from fastlora.frozen import packed
 from fastlora.frozen.packed import Budget
-from fastlora.peft import scaled
+from fastlora.peft import quantised, scaled
 from fastlora.peft.layers import OWN_FORWARD, SEEN, FrozenLinear
 
 K, N = 8, 6
@@ -279,3 +280,27 @@ def test_what_peft_writes_into_the_weight_is_seen(how: str, layer: Any, copies: 
     assert held_bytes() == 0
     check_now(base.weight)
     packed.detach(base)
+
+
+def test_a_quantised_weight_follows_x_and_not_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = layer_of(fastlora.accelerate(model_of()))
+    found = quantised.Base(None, quantised_weight("int8", N, K, torch.float32).stored, "int8", None)  # type: ignore[arg-type]
+    layer.base_layer.weight = Own(layer.base_layer.weight.detach(), requires_grad=False)
+    layer.base_layer.bias = None
+    monkeypatch.setattr(quantised, "base_of", lambda one: found)
+    for dtype in (torch.float32, torch.bfloat16):
+        plan = scaled._plan_call(layer, X.to(dtype))
+        assert isinstance(plan, scaled.Scaling) and plan.weight is found.weight(dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert scaled._plan_call(layer, X) == "autocast is on, and the weight quantised"
+
+
+def test_pefts_layers_over_bitsandbytes_are_known_by_name_and_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[nn.Module] = []
+    monkeypatch.setattr(quantised, "hold", held.append)
+    for name, obstacle in (("Linear4bit", None), ("Linear2bit", "peft.tuners.ia3.bnb.Linear2bit is not fused")):
+        layer = layer_of(model_of())
+        layer.__class__ = type(name, (ia3.Linear,), {"__module__": "peft.tuners.ia3.bnb"})
+        held.clear()
+        assert scaled.attach(layer) == obstacle
+        assert held == [layer.base_layer] * (obstacle is None)

@@ -342,6 +342,9 @@ def test_what_stands_in_the_way_of_torchao() -> None:
 
     layer.weight = Other(torch.zeros(N, K), requires_grad=False)
     assert quantised.base_of(layer) == "the weight is a Other"
+    Other.__name__ = "Int4OpaqueTensor"
+    told = "torchao has packed its int4 weight for a kernel of torch's, which has no gradient"
+    assert quantised.base_of(layer) == told
     layer = torchao()
     layer.__class__ = Doubled
     assert quantised.base_of(layer) is None
