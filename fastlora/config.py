@@ -121,7 +121,7 @@ class TrainConfig:
         "Held-out rows of the same task, from where data may be, to measure on.", None, typed=list[str]
     )
     retain_data: str | Path | list[str] | None = option(
-        "Rows of other tasks, from where data may be: how much their loss rises is what is forgotten.",
+        "Rows of other tasks, as data but without columns: how much their loss rises is what is forgotten.",
         None,
         typed=list[str],
     )

@@ -36,8 +36,9 @@ from fastlora import fusion, memory, packing, tracking, writing
 from fastlora.bottleneck import ATTENTIONS
 from fastlora.config import RANKED, WHOLE, TrainConfig
 from fastlora.course import Course
+from fastlora.data.examples import Example
 from fastlora.data.lines import lay
-from fastlora.data.rows import Row, batches, count_tokens, marked
+from fastlora.data.rows import Encoded, Row, batches, count_tokens, marked
 from fastlora.frozen import packed
 from fastlora.models import DTYPES, blocks, empty_base
 from fastlora.operators.linear_cross_entropy import LOGITS_AT_ONCE
@@ -113,7 +114,7 @@ def plan(config: TrainConfig) -> Plan:
     epoch = [course.step_rows(step) for step in range(min(course.steps, course.steps_per_epoch))]
     samples = [
         Sample(example.source, len(row.input_ids), row.labelled, marked(row, run.tokenizer))
-        for example, row in zip(run.data.examples[:SHOWN_ROWS], run.data.rows, strict=False)
+        for example, row in _shown(run.data)
     ]
     return Plan(
         told=told,
@@ -125,6 +126,15 @@ def plan(config: TrainConfig) -> Plan:
         free=writing.free(Path(config.output)),
         samples=samples,
     )
+
+
+def _shown(data: Encoded) -> list[tuple[Example, Row]]:
+    """The first rows, or of several tasks the first of each: all of them are asked in ways of their own."""
+    pairs = list(zip(data.examples, data.rows, strict=True))
+    firsts: dict[str, tuple[Example, Row]] = {}
+    for example, row in pairs:
+        firsts.setdefault(row.task, (example, row))
+    return pairs[:SHOWN_ROWS] if len(firsts) == 1 else list(firsts.values())
 
 
 def largest_batch(config: TrainConfig, model: Any, course: Course) -> list[int]:

@@ -195,6 +195,8 @@ def test_files_and_rehearsal(folder):
     assert mixture.rates({"a": 3, "rehearsal": 1}) == {"a": 0.75, "rehearsal": 0.25}
     alike = of_files(["x/train.jsonl", "y/train.jsonl", "y/test.jsonl"], {})
     assert [one.name for one in alike.tasks] == ["x/train.jsonl", "y/train.jsonl", "test"]
+    with pytest.raises(ValueError, match="^data=y.jsonl: is given twice, expected each once; mixing says how often"):
+        of_files(["x.jsonl", "y.jsonl", "z.jsonl", "y.jsonl"], {})
 
 
 FILES = {

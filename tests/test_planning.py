@@ -71,6 +71,16 @@ def test_a_plan_of_every_method(config, tmp_path, method):
     assert found.peak > 0 and found.disk > 0
 
 
+def test_of_several_tasks_a_row_of_each_is_shown(config, tmp_path):
+    names = ("b", "a", "d", "c")
+    for name in names:
+        tiny.save_data(tmp_path / f"{name}.jsonl", 5)
+    found = plan(replace(config, data=[str(tmp_path / f"{name}.jsonl") for name in names]))
+    assert [one.source for one in found.samples] == [f"{tmp_path}/{name}.jsonl:1" for name in names]
+    one_task = plan(replace(config, data=str(tmp_path / "a.jsonl"), rehearse=0.5, rehearse_data=tmp_path / "b.jsonl"))
+    assert [one.source for one in one_task.samples] == [f"{tmp_path}/{name}.jsonl:1" for name in ("a", "b")]
+
+
 def test_a_plan_of_a_run_that_goes_on(config):
     train(replace(config, max_steps=2), progress=False)
     before = contents(config.output)

@@ -254,7 +254,13 @@ def of_files(files: Sequence[str], read: Mapping[str, Any], **options: Any) -> M
     Args:
         read: columns, max_samples and streaming, of those that are no task's file.
         options: Mixture's.
+
+    Raises:
+        ValueError: a source is given twice; or as Mixture.
     """
+    twice = next((file for file in files if files.count(file) > 1), None)
+    if twice is not None:
+        raise ValueError(f"data={twice}: is given twice, expected each once; mixing says how often its rows come")
     stems = [Path(file).stem for file in files]
     names = [file if stems.count(stem) > 1 else stem for file, stem in zip(files, stems, strict=True)]
     return Mixture([_of_file(file, name, **read) for file, name in zip(files, names, strict=True)], **options)
