@@ -16,7 +16,7 @@ import fastlora
 from fastlora import ops, swap
 from fastlora.frozen import packed
 from fastlora.frozen.packed import Budget
-from fastlora.peft import quantised, scaled
+from fastlora.peft import mixed, quantised, scaled
 from fastlora.peft.layers import OWN_FORWARD, SEEN, FrozenLinear
 
 K, N = 8, 6
@@ -304,3 +304,19 @@ def test_pefts_layers_over_bitsandbytes_are_known_by_name_and_held(monkeypatch: 
         held.clear()
         assert scaled.attach(layer) == obstacle
         assert held == [layer.base_layer] * (obstacle is None)
+
+
+def test_names_are_asked_for_where_there_are_some_and_disabled_adapters_are_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = fastlora.accelerate(model_of())
+    layer, asked, names_of = layer_of(model), [], mixed.names_of
+    monkeypatch.setattr(mixed, "names_of", lambda one: asked.append(one) or names_of(one))
+    y = layer(X)
+    assert asked == []
+    with mixed._handing_out({layer: ("default", "__base__", "default")}):
+        rows = layer(X)
+        torch.testing.assert_close(rows[::2], y[::2])
+        assert asked == [layer] and torch.equal(rows[1], layer.base_layer(X)[1])
+        with model.disable_adapter():
+            assert torch.equal(layer(X), layer.base_layer(X))

@@ -138,11 +138,13 @@ def test_the_ways_are_tried_in_turn(
 
 def test_embeddings_have_nothing_in_common_that_could_be_seen() -> None:
     peer, model = both(share_prefix=True)
-    ids = IDS.clone()
-    ids[1, :3] = ids[0, :3]
+    begun = torch.arange(5, 15).expand(2, -1)
+    ids = torch.cat((begun, IDS), 1)
     with torch.no_grad():
-        logits = model(inputs_embeds=model.word_embeddings(ids)).logits
-        assert_alone(logits, peer, ids=ids)
+        assert_alone(model(ids).logits, peer, ids=ids)
+        assert "; 24 tokens run" in told(model)
+        assert_alone(model(inputs_embeds=model.word_embeddings(ids)).logits, peer, ids=ids)
+        assert "; 34 tokens run" in told(model)
 
 
 def test_a_window_that_is_shorter_than_prompt_and_text() -> None:
