@@ -77,7 +77,7 @@ MODULES = {
     "fastlora/operators/lora_cross_entropy.py": ("lora_cross_entropy", *OF_ANY_OPERATOR),
     "fastlora/peft/embeddings.py": ("embeddings", "embedding_calls"),
     "fastlora/peft/merging.py": ("merging",),
-    "fastlora/peft/composed.py": ("dora", "mixed_dora", "*_biases", "head_adapters"),
+    "fastlora/peft/composed.py": ("composed_layers", "dora", "mixed_dora", "*_biases", "head_adapters"),
     "fastlora/peft/scaled.py": ("ia3*", "mixed_ia3", "other_methods"),
     "fastlora/peft/probing.py": ("probing",),
     "fastlora/peft/known.py": ("known", "layer_calls", "mixed_batches"),
