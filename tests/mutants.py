@@ -90,7 +90,12 @@ MODULES = {
     "fastlora/operators/rotary.py": ("rotary", *OF_ANY_OPERATOR),
     "fastlora/operators/attention.py": ("attention", *OF_ANY_OPERATOR),
     "fastlora/operators/frozen_linear.py": ("frozen_linear", "frozen_rules", *OF_ANY_OPERATOR),
-    "fastlora/operators/linear_cross_entropy.py": ("linear_cross_entropy", *OF_ANY_OPERATOR),
+    "fastlora/operators/linear_cross_entropy.py": (
+        "linear_cross_entropy",
+        "lora_cross_entropy",
+        "losses_by_token",
+        *OF_ANY_OPERATOR,
+    ),
     "fastlora/operators/prefix_concat.py": ("prefix_concat*", *OF_ANY_OPERATOR),
     "fastlora/fusion.py": ("fused_parts", "fused_choice"),
     "fastlora/packing.py": ("packing",),

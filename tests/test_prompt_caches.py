@@ -138,19 +138,21 @@ def test_a_cache_that_is_asked_for_in_training_is_returned(method: str) -> None:
     assert out.past_key_values.get_seq_length() == P + 7
 
 
-@pytest.mark.parametrize("how", ["no names", "not ours", "ours"])
+@pytest.mark.parametrize("how", ["no names", "no state", "not ours", "ours"])
 def test_names_in_generation(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     _, model = accelerated()
     model.add_adapter("other", PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P))
     given: list[dict[str, Any]] = []
     plain = SimpleNamespace(generate=lambda self, *args, **kwargs: given.append({"args": args, **kwargs}) or "answers")
     generate = prompts._generating(plain)
-    if how == "not ours":
+    if how == "no state":
         model.__dict__.pop(prompts.KEY)
+    if how == "not ours":
+        monkeypatch.setattr(prompts, "_is_known", lambda config: False)
     names = None if how == "no names" else ["other", "__base__", "default"]
     assert generate(model, IDS, adapter_names=names, max_new_tokens=3) == "answers"
     ((one),) = given
     assert one["args"] == (IDS,) and one["max_new_tokens"] == 3
-    assert ("prompt_index" in one) == (how == "ours") and ("adapter_names" in one) == (how == "not ours")
+    assert ("prompt_index" in one) == (how == "ours") and ("adapter_names" in one) == (how in ("no state", "not ours"))
     if how == "ours":
         assert one["prompt_index"].tolist() == [1, -1, 0]

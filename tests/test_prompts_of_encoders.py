@@ -1,6 +1,7 @@
 """Accelerated soft prompts where the prompt sees the input, or the output is a row's: each text's values are those of that text alone, unpadded."""
 
 import copy
+import warnings
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ from transformers import (
     BertForSequenceClassification,
     BertForTokenClassification,
     BertModel,
+    GPT2Config,
+    GPT2ForSequenceClassification,
     LlamaConfig,
     LlamaForSequenceClassification,
     LlamaForTokenClassification,
@@ -29,6 +32,7 @@ from transformers import (
 )
 
 import fastlora
+from fastlora.peft import prompts
 
 IDS = torch.randint(5, 90, (3, 11), generator=torch.Generator().manual_seed(3))
 MASK = torch.tensor([[0] * 4 + [1] * 7, [1] * 11, [1] * 9 + [0] * 2])
@@ -162,3 +166,58 @@ def test_an_encoder(name: str, method: str) -> None:
             one.backward()
         ours, theirs = (one.prompt_encoder["default"].embedding.weight.grad for one in (model, plain))
         assert torch.allclose(ours, theirs, atol=1e-5, rtol=1e-4)
+
+
+GPT2 = GPT2Config(
+    n_embd=32, n_layer=2, n_head=4, vocab_size=96, n_positions=40, pad_token_id=0, initializer_range=0.3,
+    attn_pdrop=0, embd_pdrop=0, resid_pdrop=0,
+)  # fmt: skip
+
+
+def test_a_causal_classifier_with_learned_positions_and_kinds_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = pair(GPT2ForSequenceClassification, GPT2, "prompt tuning", "SEQ_CLS")
+    types = (IDS % 2) * MASK
+    out = model(input_ids=IDS, attention_mask=MASK, token_type_ids=types)
+    for row in range(3):
+        # By hand: PEFT gives a prompt the kind 0, and its own forward has no positions.
+        embeds = torch.cat((plain.get_prompt(1), plain.word_embeddings(text(row))), 1)
+        kinds = torch.cat((torch.zeros(1, P, dtype=torch.long), types[row : row + 1, MASK[row] == 1]), 1)
+        own = plain.base_model(inputs_embeds=embeds, token_type_ids=kinds)
+        assert torch.allclose(out.logits[row], own.logits[0], atol=1e-5)
+    told: list[set[str]] = []
+    model.base_model.register_forward_pre_hook(lambda _, args, given: told.append(set(given)), with_kwargs=True)
+    model(input_ids=IDS, attention_mask=MASK)
+    monkeypatch.setattr(prompts, "_parameters", lambda base: {})
+    model(input_ids=IDS, attention_mask=MASK)
+    assert told[0] - told[1] == {"position_ids"}
+
+
+def test_each_token_behind_prompts_of_two_lengths() -> None:
+    model, plain = pair(BertForTokenClassification, BERT, "prompt tuning", "TOKEN_CLS")
+    longer = PromptTuningConfig(task_type="TOKEN_CLS", num_virtual_tokens=P + 3)
+    for one in (plain, model):
+        one.add_adapter("longer", longer)
+    model.prompt_encoder.load_state_dict(plain.prompt_encoder.state_dict())
+    names, types = ["longer", "default", "default"], (IDS % 2) * MASK
+    labels = (IDS % 2).masked_fill(MASK == 0, IGNORE)
+    given = {"input_ids": IDS, "attention_mask": MASK, "token_type_ids": types, "labels": labels}
+    out = model(**given, adapter_names=names)
+    for row, name in enumerate(names):
+        plain.set_adapter(name)
+        there = MASK[row] == 1
+        own = plain(
+            input_ids=text(row), attention_mask=torch.ones_like(text(row)), token_type_ids=types[row : row + 1, there]
+        )
+        assert torch.allclose(out.logits[row, there], own.logits[0, -int(there.sum()) :], atol=1e-5)
+    as_tuple = model(**given, adapter_names=names, return_dict=False)
+    assert type(as_tuple) is tuple and torch.equal(as_tuple[0], out.loss) and torch.equal(as_tuple[1], out.logits)
+
+
+def test_hidden_states_are_without_kinds_of_tokens_as_pefts_are() -> None:
+    model, plain = pair(BertModel, BERT, "prompt tuning", "FEATURE_EXTRACTION")
+    ones = torch.ones_like(IDS)
+    found = model(input_ids=IDS, attention_mask=ones, token_type_ids=IDS % 2).last_hidden_state
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT says that it leaves them out
+        expected = plain(input_ids=IDS, attention_mask=ones, token_type_ids=IDS % 2).last_hidden_state
+    assert torch.allclose(found, expected, atol=1e-5)

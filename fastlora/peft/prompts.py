@@ -632,6 +632,7 @@ def _encoder(model: Any, plain: Any, state: State, given: dict[str, Any]) -> Any
         state.last = APART, "PEFT's own forward: encoder_outputs was given"
         return plain.forward(model, **given)
     names, tasks = given.pop("adapter_names", None), given.get("task_ids")
+    as_tuple = given.pop("return_dict", True) is False
     batch = Batch(model, given)
     texts = trees.find_rows(batch.real, None)
     per_token = plain is PeftModelForTokenClassification
@@ -667,9 +668,9 @@ def _encoder(model: Any, plain: Any, state: State, given: dict[str, Any]) -> Any
         if "labels" in given and not per_token:
             row["labels"] = given["labels"]
         out = base(**batch.rest("task_ids"), **row)
-    if not per_token or not hasattr(out, "logits"):
-        return out
-    return type(out)(**{**out, "logits": apart.gather(out.logits, shift)})
+    if per_token:
+        out = type(out)(**{**out, "logits": apart.gather(out.logits, shift)})
+    return out.to_tuple() if as_tuple else out
 
 
 FORWARDS = {
