@@ -4,7 +4,7 @@ import pytest
 import torch
 from bounds import INPUTS, assert_within_bound_over_inputs, dense, double, gapped, gradients
 from test_language_model_loss import MODELS, adapted, batch, trained
-from test_linear_cross_entropy import chosen, head, in_blocks, raw  # noqa: F401  (fixtures)
+from test_linear_cross_entropy import Seen, chosen, head, in_blocks, raw  # noqa: F401  (fixtures)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -101,6 +101,21 @@ def test_a_head_with_an_adapter_does_not_tell_its_tokens_apart():
 
 
 @pytest.mark.usefixtures("in_blocks", "chosen")
+def test_by_row_whoever_looks_at_operators_sees_one_and_plain_tensors_pass_the_dispatcher_by(monkeypatch):
+    *leaves, labels = raw(5, 12, 31, torch.float32)
+    with Seen() as seen:
+        linear_cross_entropy_by_row(*leaves, labels)
+    assert [name for name in seen.names if "fastlora" in name] == ["fastlora.linear_cross_entropy.default"]
+    monkeypatch.setattr(torch.ops.fastlora, "linear_cross_entropy", None)
+    linear_cross_entropy_by_row(*leaves, labels)
+
+
+def test_by_row_a_transform_is_refused():
+    hidden, weight, bias, labels = raw(5, 12, 31, torch.float32)
+    with pytest.raises(NotImplementedError):
+        torch.func.vmap(lambda one: linear_cross_entropy_by_row(one[None], weight, bias, labels[:1]))(hidden)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("trained", [False, True])
 def test_the_rows_losses_are_written_beside_the_sum_which_keeps_its_bits(dtype, trained):
@@ -119,7 +134,14 @@ def test_the_rows_losses_are_written_beside_the_sum_which_keeps_its_bits(dtype, 
 
 
 @pytest.mark.parametrize(
-    "losses", [torch.zeros(4), torch.zeros(5, dtype=torch.bfloat16), torch.zeros(5).requires_grad_(), [0.0] * 5]
+    "losses",
+    [
+        torch.zeros(4),
+        torch.zeros(5, dtype=torch.bfloat16),
+        torch.zeros(5).requires_grad_(),
+        torch.zeros(5, device="meta"),
+        [0.0] * 5,
+    ],
 )
 def test_where_losses_are_written_to_is_checked(losses):
     with pytest.raises((TypeError, ValueError), match="losses"):

@@ -1,5 +1,6 @@
 """peft/mixed.py's parts: whose names are handed out, when rows are sorted anew, what is refused before anything runs, and what a block remembers."""
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 from peft_models import peft_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fastlora
 from fastlora.peft import mixed
@@ -134,3 +136,19 @@ def test_a_layer_that_asks_by_name_of_another_kind_leaves_all_to_peft() -> None:
     model, _ = peft_model()
     fastlora.accelerate(model)
     assert len(mixed._layers(model.base_model.model, mixed.ByRow)) > 2
+
+
+def test_what_is_computed_again_in_a_backward_is_missed_where_it_had_names() -> None:
+    for seen_mixed in (False, True):
+        mixed.require_names(seen_mixed)  # in a forward
+        calls: list[bool] = []
+
+        def forward(x: torch.Tensor, seen: bool = seen_mixed, calls: list[bool] = calls) -> torch.Tensor:
+            if calls:
+                mixed.require_names(seen)
+            calls.append(seen)
+            return x.exp()
+
+        y = checkpoint(forward, torch.ones(3, requires_grad=True), use_reentrant=False)
+        with pytest.raises(RuntimeError, match="without the names") if seen_mixed else nullcontext():
+            y.sum().backward()

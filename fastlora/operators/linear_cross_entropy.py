@@ -261,9 +261,10 @@ def _block(
 ) -> _Block:
     w = weight[columns].to(x.dtype)
     c = None if bias is None else bias[columns].to(x.dtype)
-    b = None if update is None else update.lora_b[columns].to(x.dtype)
+    b = None
     logits = frozen_linear.run(x, w, c)
-    if update is not None and b is not None:
+    if update is not None:
+        b = update.lora_b[columns].to(x.dtype)
         logits.addmm_(update.xa, b.t())
     if logits.dtype != scratch.dtype:  # a new tensor for each block would cost more in page faults than the copy
         logits = scratch[: logits.numel()].view_as(logits).copy_(logits)
