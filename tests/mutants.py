@@ -68,7 +68,7 @@ MODULES = {
     "fastlora/peft/obstacles.py": ("obstacles*", "known", "layer_calls", "layers", "dora", "unloading"),
     "fastlora/peft/siblings.py": (*OF_PEFT, "dora"),
     "fastlora/peft/reporting.py": ("report*", "layers", "quantised_layers"),
-    "fastlora/peft/experts.py": ("experts", "experts_obstacles"),
+    "fastlora/peft/experts.py": ("experts", "experts_obstacles", "expert_parts"),
     "fastlora/peft/layers.py": ("layer_calls", "layer_names", "sibling*", "known", "*_biases", "quantised_layers"),
     "fastlora/operators/lora_linear.py": OF_OPERATORS,
     "fastlora/operators/rms_norm.py": ("rms_norm", *OF_ANY_OPERATOR),

@@ -134,6 +134,19 @@ def test_obstacles_of_a_module(model, change, obstacle):
     [
         (lambda x, index, weights: (x.double(), index, weights.double()), "x is float64 [17, 32] on cpu"),
         (lambda x, index, weights: (x[0], index, weights), "x is float32 [32] on cpu and the index"),
+        (lambda x, index, weights: (x[:, None], index, weights), "x is float32 [17, 1, 32] on cpu and the index"),
+        (
+            lambda x, index, weights: (x, index[:, 0], weights[:, 0]),
+            "x is float32 [17, 32] on cpu and the index int64 [17]",
+        ),
+        (
+            lambda x, index, weights: (x, index.repeat(2, 1), weights.repeat(2, 1)),
+            "x is float32 [17, 32] on cpu and the index int64 [34",
+        ),
+        (
+            lambda x, index, weights: (x, index[:, :0], weights[:, :0]),
+            "x is float32 [17, 32] on cpu and the index int64 [17, 0",
+        ),
         (lambda x, index, weights: (x, index[0], weights), "x is float32 [17, 32] on cpu and the index int64 [2]"),
         (lambda x, index, weights: (x, index.int(), weights), "x is float32 [17, 32] on cpu and the index int32"),
         (lambda x, index, weights: (x, index[:0], weights[:0]), "x is float32 [17, 32] on cpu and the index int64 [0"),

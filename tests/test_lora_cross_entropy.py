@@ -193,3 +193,24 @@ RIGHT = {
 def test_a_wrong_argument_is_named(name, error, value):
     with pytest.raises(error, match=rf"^{name}: "):
         lora_cross_entropy(**{**RIGHT, name: value})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_the_rows_losses_are_written_beside_the_sum_which_keeps_its_bits(dtype):
+    hidden, xa, lora_b, weight, bias, labels = given = draw(19, 33, 3, 101, dtype)
+    alone = ours(*given)
+    losses = torch.full((19,), torch.nan, dtype=alone.dtype)
+    beside = lora_cross_entropy(hidden, xa, weight, bias, lora_b, labels, losses)
+    assert torch.equal(alone, beside) and not losses.requires_grad
+    logits = (F.linear(hidden, weight, bias) + xa @ lora_b.T).detach().to(alone.dtype)
+    coarse = dtype == torch.bfloat16
+    torch.testing.assert_close(
+        losses, F.cross_entropy(logits, labels, reduction="none"), rtol=1e-5, atol=0.1 if coarse else 1e-5
+    )
+    assert abs(losses.sum() - alone) <= (1e-2 if coarse else 1e-5) * alone
+
+
+def test_plain_tensors_pass_the_dispatcher_by(monkeypatch):
+    for name in ("lora_cross_entropy", "lora_cross_entropy_backward"):
+        monkeypatch.setattr(torch.ops.fastlora, name, None)
+    ours(*draw(5, 12, 3, 31, torch.float32)).backward()
