@@ -180,6 +180,8 @@ RIGHT = {
         ("xa", ValueError, torch.ones(2)),
         ("xa", ValueError, torch.ones(2, 3, device="meta")),
         ("weight", ValueError, torch.ones(5, 3)),
+        ("weight", (TypeError, ValueError), torch.ones(5, 4, dtype=torch.float64)),
+        ("losses", (TypeError, ValueError), torch.ones(3)),
         ("weight", ValueError, torch.ones(5, 4, requires_grad=True)),
         ("bias", ValueError, torch.ones(4)),
         ("bias", ValueError, torch.ones(5, requires_grad=True)),
