@@ -119,15 +119,21 @@ def test_the_backward_is_asked_for_what_trains_alone(
 def test_autocast_is_off_where_an_implementation_runs(trained: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is told its dtypes."""
     seen: list[bool] = []
-    plain = ops.implementations["lora_linear", "reference"]
-    watched = lambda *args: seen.append(torch.is_autocast_enabled("cpu")) or plain(*args)  # noqa: E731
-    monkeypatch.setattr(ops, "implementations", ops.implementations | {("lora_linear", "reference"): watched})
+
+    def watched(case: str) -> Any:
+        plain = ops.implementations[case, "reference"]
+        return lambda *args: seen.append(torch.is_autocast_enabled("cpu")) or plain(*args)
+
+    cases = {(case, "reference"): watched(case) for case in ("lora_linear", "lora_linear_backward")}
+    monkeypatch.setattr(ops, "implementations", ops.implementations | cases)
     monkeypatch.setattr(ops, "forced", "reference")
     x, a, b = torch.randn(5, 24), torch.randn(2, 24), torch.randn(16, 2)
     with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(trained):
         y = lora_linear.lora_linear(x, torch.randn(16, 24), None, a.requires_grad_(trained), b, 1.0)
         assert y.dtype == torch.bfloat16 and torch.is_autocast_enabled("cpu")
-    assert seen == [False]
+        if trained:
+            y.sum().backward()
+    assert seen == [False] * (1 + trained)
 
 
 def test_how_a_weight_lies_is_asked_of_each_on_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
