@@ -41,6 +41,9 @@ EXPLAINED = TESTS / "mutants_explained.toml"
 OF_PEFT = ("peft*", "obstacles*", "report*", "sibling*", "layers", "unloading", "packed*")
 OF_OPERATORS = (
     "lora_linear*",
+    "few_rows_now",
+    "composed",
+    "tune",
     "multi_lora*",
     "layers*",
     "sibling*",

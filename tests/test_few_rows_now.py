@@ -1,13 +1,16 @@
 """csrc's few_rows_now_cpu, which computes as few_rows_lora_cpu does, and mixed batches in which each adapter has a few rows."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from quantised_weights import weight as quantised_weight
 from torch import Tensor
 
 from fastlora import ops
 from fastlora.bounds import Errors
+from fastlora.choice import table
 from fastlora.operators import lora_linear
 
 now, with_xa, update = (ops.native(f"{name}_cpu") for name in ("few_rows_now", "few_rows_lora", "lora_update"))
@@ -94,3 +97,30 @@ def test_few_rows_of_each_adapter(layers: int, dtype: torch.dtype) -> None:
             tiny = torch.finfo(dtype).eps * exact.abs().max().item()
             errors = Errors((y.double() - exact).abs().max().item(), (eager.double() - exact).abs().max().item(), tiny)
             assert errors.within, errors
+
+
+@pytest.mark.parametrize("why", ["no columns", "quantised", "not built", "traced", "a choice", "float64", "by column"])
+def test_where_one_call_is_not_enough(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w, *rest = arguments(3, torch.float32, torch.float32)
+    chosen: list[str] = []
+    monkeypatch.setattr(table, "choices", {})
+    monkeypatch.setattr(lora_linear, "_few_rows_now", lambda *_: "computed")
+    implementation = "reference" if why == "a choice" else "cpu"
+    monkeypatch.setattr(
+        lora_linear, "choose", lambda *_: chosen.append(why) or SimpleNamespace(implementation=implementation)
+    )
+    assert (lora_linear.compute_few(x, w, *rest) is None) == (why == "a choice") and len(chosen) == 1
+    assert (lora_linear.compute_few(x, w, *rest) is None) == (why == "a choice") and len(chosen) == 1  # remembered
+    if why == "no columns":
+        x, w = torch.ones(3, 0), torch.ones(N, 0)
+    elif why == "quantised":
+        w = quantised_weight("int8", N, K, torch.float32)
+    elif why == "not built":
+        monkeypatch.setattr(lora_linear, "_few_rows_now", None)
+    elif why == "traced":
+        monkeypatch.setattr(lora_linear, "is_eager", lambda *_: False)
+    elif why == "float64":
+        x, w = x.double(), w.double()
+    elif why == "by column":
+        w = w.t().contiguous().t()
+    assert lora_linear.compute_few(x, w, *rest) is None and len(chosen) == 1

@@ -15,7 +15,16 @@ import fastlora
 from fastlora.frozen import packed
 from fastlora.operators import lora_linear
 from fastlora.peft import FrozenLinear, FusedLinear, mixed, obstacles, probing, quantised, siblings
-from fastlora.peft.layers import OWN_FORWARD, SEEN, OwnForward, Seen, compute, frozen_base, restore_layer
+from fastlora.peft.layers import (
+    OWN_FORWARD,
+    SEEN,
+    FrozenQuantised,
+    OwnForward,
+    Seen,
+    compute,
+    frozen_base,
+    restore_layer,
+)
 from fastlora.swap import is_derived
 
 K, N = 8, 6
@@ -283,6 +292,25 @@ def test_which_layers_multiply_by_a_frozen_weight() -> None:
     for one, kind in ((layer, lora.Linear), (frozen, nn.Linear), (plain, nn.Linear)):
         restore_layer(one)
         assert type(one) is kind
+
+
+def test_which_layers_may_be_frozen_products() -> None:
+    frozen, hooked, plain = frozen_layer(), frozen_layer(), nn.Linear(K, N).requires_grad_(False)
+    hooked.register_forward_hook(lambda *_: None)
+    held = type("Held", (FrozenQuantised, nn.Linear), {})(K, N)
+    derived = frozen_layer()
+    derived.__class__ = type("Parametrised", (FrozenLinear,), {})
+    for layer, may in (
+        (frozen, True),
+        (hooked, True),
+        (plain, True),
+        (held, True),
+        (derived, False),
+        (nn.Linear(K, N), False),
+    ):
+        assert fastlora.peft._is_frozen_product(layer) is may
+    plain.register_forward_hook(lambda *_: None)
+    assert not fastlora.peft._is_frozen_product(plain)
 
 
 def test_restoring_takes_back_all_that_was_put_on_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:

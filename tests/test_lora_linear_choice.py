@@ -9,6 +9,7 @@ import torch
 from measurements import entry, hold
 
 from fastlora import ops
+from fastlora.frozen import composed
 from fastlora.functional import group_rows
 from fastlora.operators import lora_linear
 from fastlora.operators.lora_linear import CASES
@@ -148,3 +149,11 @@ def test_how_a_weight_lies_is_asked_of_each_on_a_card(monkeypatch: pytest.Monkey
     dense, odd = torch.ones(16, 16), torch.ones(17, 17)[:16, :16]
     ran = [lora_linear.run(x, [one], [None], [], [], [], [], None, None, None) for one in (dense, odd, dense)]
     assert ran == ["cuda", "reference", "cuda"]
+
+
+def test_ways_to_add_an_adapter_are_measured_on_a_cpu_alone() -> None:
+    every = lora_linear.linear_classes("cuda", torch.float32, ["small"])
+    assert any(rows >= composed.FEWEST_MEASURED for rows, *_ in every)
+    assert list(lora_linear.rank_classes("cuda", torch.float32, ["small"])) == []
+    found = list(lora_linear.rank_classes("cpu", torch.float32, ["small"]))
+    assert found and min(rows for rows, *_ in found) == composed.FEWEST_MEASURED

@@ -110,9 +110,10 @@ def test_every_name_must_be_some_layers() -> None:
 
 
 def test_blocks_that_are_checkpointed_remember_and_others_do_not() -> None:
-    block, other = nn.Identity(), nn.Identity()
-    model, layer = nn.Sequential(block, other), nn.Linear(K, N)
+    block, other, bare, plain = (nn.Identity() for _ in range(4))
+    model, layer = nn.Sequential(block, other, plain), nn.Linear(K, N)
     block.gradient_checkpointing, other.gradient_checkpointing = True, False  # type: ignore[assignment]
+    bare.gradient_checkpointing = True  # type: ignore[assignment]
     asked: list[Any] = []
 
     def checkpoint(forward: Any, *inputs: Any) -> Any:
@@ -121,8 +122,10 @@ def test_blocks_that_are_checkpointed_remember_and_others_do_not() -> None:
 
     for one in model:
         one.__dict__[CHECKPOINT] = checkpoint
+    model.append(bare)
     with pytest.raises(RuntimeError), mixed._remembering(model, {layer: ("a",)}):
-        assert mixed.names_of(layer) == ("a",) and other.__dict__[CHECKPOINT] is checkpoint
+        assert mixed.names_of(layer) == ("a",) and CHECKPOINT not in bare.__dict__
+        assert other.__dict__[CHECKPOINT] is plain.__dict__[CHECKPOINT] is checkpoint
         kept = block.__dict__[CHECKPOINT]
         raise RuntimeError
     assert block.__dict__[CHECKPOINT] is checkpoint and mixed.names_of(layer) is None

@@ -176,12 +176,18 @@ GPT2 = GPT2Config(
 
 def test_a_causal_classifier_with_learned_positions_and_kinds_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     model, plain = pair(GPT2ForSequenceClassification, GPT2, "prompt tuning", "SEQ_CLS")
-    types = (IDS % 2) * MASK
-    out = model(input_ids=IDS, attention_mask=MASK, token_type_ids=types)
-    for row in range(3):
+    for one in (plain, model):
+        one.add_adapter("longer", PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=P + 3))
+    model.load_state_dict(plain.state_dict())
+    names, types = ["longer", "default", "default"], (IDS % 2) * MASK
+    out = model(input_ids=IDS, attention_mask=MASK, token_type_ids=types, adapter_names=names)
+    for row, name in enumerate(names):
+        plain.set_adapter(name)
         # By hand: PEFT gives a prompt the kind 0, and its own forward has no positions.
-        embeds = torch.cat((plain.get_prompt(1), plain.word_embeddings(text(row))), 1)
-        kinds = torch.cat((torch.zeros(1, P, dtype=torch.long), types[row : row + 1, MASK[row] == 1]), 1)
+        prompt = plain.get_prompt(1)
+        embeds = torch.cat((prompt, plain.word_embeddings(text(row))), 1)
+        before = torch.zeros(1, prompt.shape[1], dtype=torch.long)
+        kinds = torch.cat((before, types[row : row + 1, MASK[row] == 1]), 1)
         own = plain.base_model(inputs_embeds=embeds, token_type_ids=kinds)
         assert torch.allclose(out.logits[row], own.logits[0], atol=1e-5)
     told: list[set[str]] = []
