@@ -22,6 +22,7 @@ class Chart:
     up: str
     lines: dict[str, list[tuple[float, float]]]
     is_log: bool = False
+    names: tuple[str, ...] = ()  # of 0, 1, 2 and so on across, where these are no numbers: bars then
 
 
 @dataclass(frozen=True)
@@ -367,7 +368,8 @@ def _tell_dialogue(bench: Bench, found: dict[str, Found]) -> Told:
     ]
     lines = {"here": [(float(at), score) for at, score in enumerate(scores)],
              "FLAN-T5-base, published": [(float(at), score) for at, score in enumerate(verdicts.PUBLISHED.values())]}  # fmt: skip
-    chart = Chart("ROUGE-1 of the base, full and LoRA", "0 the base, 1 full, 2 LoRA", "ROUGE-1", lines)
+    names = ("base", "full fine-tuning", LORA)
+    chart = Chart("ROUGE-1 on dialogues that were not trained on", "", "ROUGE-1", lines, names=names)
     figures = {
         "rouge1": dict(zip(verdicts.PUBLISHED, scores, strict=True)),
         "share_of_gain": share,
