@@ -88,7 +88,7 @@ def test_every_page_and_example_is_linked() -> None:
     linked = {
         (page.parent / link).resolve() for page in PAGES for link in re.findall(r"\]\(([^)#]+)", page.read_text())
     }
-    assert len(DOCS) == 13 and {page.resolve() for page in DOCS} <= linked
+    assert len(DOCS) == 14 and {page.resolve() for page in DOCS} <= linked
     assert {path.resolve() for path in (ROOT / "examples").glob("*.py")} <= linked
 
 
