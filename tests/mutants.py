@@ -58,6 +58,7 @@ OF_ANY_OPERATOR = ("gradients", "derivatives", "problems")
 OF_FROZEN = ("packed*", "frozen*", "product*", "native*", "quantised", "composed", "lora_linear", "multi_lora")
 MODULES = {
     "fastlora/peft/__init__.py": (
+        "accelerate",
         *OF_PEFT,
         "unload*",
         "ia3*",
