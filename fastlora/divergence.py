@@ -1,4 +1,6 @@
-"""Why a step's loss is not finite: which of its rows have none that is, each run alone without gradients, and whether the base has one for them."""
+"""Why a step's loss is not finite: which of its rows have none that is, each run alone without gradients, and whether the base has one for them.
+And whether losses that are all finite end where nothing is learned.
+"""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -68,3 +70,13 @@ def blame(model: Any, loss_of: Callable[[Sequence[Row]], Tensor], rows: Sequence
 def are_finite(weights: Mapping[str, Tensor]) -> bool:
     """Whether every number of the weights is."""
     return all(bool(weight.detach().isfinite().all()) for weight in weights.values())
+
+
+RISE = 1.5, 0.5  # of the first step's loss; and more than it, nats
+
+
+def has_risen(losses: Sequence[float]) -> bool:
+    """Whether a training's losses, a step each, end far above the first, which is the untrained model's: the rate is far too high."""
+    ends = max(1, min(10, len(losses) // 2))
+    last = sum(losses[-ends:]) / ends
+    return last > max(losses[0] * RISE[0], losses[0] + RISE[1])

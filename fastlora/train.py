@@ -431,6 +431,11 @@ class _Run:
         with processes.as_one(self.accelerator), self._writing(what):
             if self.accelerator.is_main_process:
                 writing.publish(self.output, lambda folder: self._write_result(folder, content))
+        if divergence.has_risen([record["loss"] for record in records]):
+            text = (
+                "the loss has risen, from %.3g in the first step to %.3g in the last ones: a lower lr than %g may help"
+            )
+            logger.warning(text, records[0]["loss"], result.loss, self.config.lr)
         if self.config.share_prefix:
             way, reason = sharing.last_call(self.model)
             if way == sharing.APART:

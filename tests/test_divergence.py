@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from training import a_base, a_config, adapter, assert_same_bits, on_cpu, one_thread, records, some_data  # noqa: F401  (fixtures)
 
-from fastlora import checkpoint
+from fastlora import checkpoint, divergence
 from fastlora.course import Diverged, TrainingError
-from fastlora.divergence import Blame
+from fastlora.divergence import Blame, has_risen
 from fastlora.train import train
 
 
@@ -116,3 +116,32 @@ def test_the_words(found, text):
     assert text in str(found)
     assert found.spares_the_weights
     assert not Blame(2, ["a:1", "a:2"], []).spares_the_weights
+
+
+def test_a_loss_that_ends_far_above_where_it_began_is_told(config, caplog, monkeypatch):
+    asked = []
+    for answer in (False, True):
+        monkeypatch.setattr(divergence, "has_risen", lambda losses, answer=answer: asked.append(losses) or answer)
+        result = train(replace(config, epochs=1, overwrite=True), progress=False)
+        told = [message for message in caplog.messages if "has risen" in message]
+        assert asked[-1] == [record["loss"] for record in records(config.output)] and len(told) == answer
+    first, last = f"{asked[-1][0]:.3g}", f"{result.loss:.3g}"
+    assert told == [
+        f"the loss has risen, from {first} in the first step to {last} in the last ones: a lower lr than 0.01 may help"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([2.0], False),
+        ([2.0, 2.9], False),
+        ([2.0, 3.1], True),
+        ([0.1, 0.5], False),  # by less than half a nat
+        ([0.1, 0.7], True),
+        ([2.0, *[9.0] * 5, *[2.0] * 10], False),  # it came back
+        ([2.0, *[2.0] * 10, *[9.0] * 10], True),
+    ],
+)
+def test_what_is_a_rise(losses, expected):
+    assert has_risen(losses) is expected
