@@ -9,6 +9,7 @@ import torch
 from measurements import entry, hold
 
 from fastlora import ops
+from fastlora.choice import table
 from fastlora.frozen import composed
 from fastlora.functional import group_rows
 from fastlora.operators import lora_linear
@@ -157,3 +158,9 @@ def test_ways_to_add_an_adapter_are_measured_on_a_cpu_alone() -> None:
     assert list(lora_linear.rank_classes("cuda", torch.float32, ["small"])) == []
     found = list(lora_linear.rank_classes("cpu", torch.float32, ["small"]))
     assert found and min(rows for rows, *_ in found) == composed.FEWEST_MEASURED
+
+
+def test_ways_to_add_an_adapter_are_measured_with_one_layer_and_one_adapter() -> None:
+    found = lora_linear.calls(table.rank_case(4), 4, 8, 6, 5, torch.float32, torch.device("cpu"), False)
+    every = [call for calls in found.values() for call in calls]
+    assert every and all({len(one) for one in call if isinstance(one, (list, tuple))} == {1} for call in every)
