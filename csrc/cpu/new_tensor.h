@@ -12,8 +12,10 @@ namespace fastlora {
 inline torch::stable::Tensor new_tensor(const torch::stable::Tensor& like, const std::vector<int64_t>& sizes, torch::headeronly::ScalarType dtype) {
   auto number = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
   AtenTensorHandle made = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_aten_new_empty(
-      like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &number, nullptr, nullptr, 0, nullptr, &made));
+  // torch's own macro for this has one name in 2.11 and another one later.
+  const bool failed = aoti_torch_aten_new_empty(
+      like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &number, nullptr, nullptr, 0, nullptr, &made);
+  STD_TORCH_CHECK(!failed, "no memory for a tensor of a call's results");
   return torch::stable::Tensor(made);
 }
 
