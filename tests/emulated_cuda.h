@@ -83,7 +83,6 @@ struct Warp {
 
 struct Barrier {
   std::vector<Fiber*> arrived;
-  unsigned expected = 0;  // threads, 0: all that have not ended
   order::Knowledge knowledge;
 };
 
@@ -111,7 +110,7 @@ struct Block {
   uint3 index{};
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  Barrier barriers[16];
+  Barrier barrier;  // of its threads that have not ended
   std::unique_ptr<unsigned char, decltype(&free)> memory{nullptr, free};  // shared
   size_t bytes = 0;
   size_t alive = 0;
@@ -159,9 +158,9 @@ inline void leave(Fiber::State state) {
 
 inline void release(Fiber* fiber) { fiber->state = Fiber::READY; }
 
-inline void try_barrier(Block& block, Barrier& barrier) {
-  const size_t expected = barrier.expected ? barrier.expected : block.alive;
-  if (barrier.arrived.empty() || barrier.arrived.size() < expected) return;
+inline void try_barrier(Block& block) {
+  Barrier& barrier = block.barrier;
+  if (barrier.arrived.empty() || barrier.arrived.size() < block.alive) return;
   for (Fiber* fiber : barrier.arrived) {
     if (fiber->ordered) order::take(fiber->order, barrier.knowledge);
     release(fiber);
@@ -170,17 +169,15 @@ inline void try_barrier(Block& block, Barrier& barrier) {
   barrier.knowledge = {};
 }
 
-/// bar.sync: barrier `id` of the block, of `threads` threads (0: all that have not ended). Whether it orders their accesses.
-inline void meet(int id, unsigned threads, bool orders) {
+/// bar.sync. Whether it orders the threads' accesses.
+inline void meet(bool orders) {
   Block& block = *current->block;
-  Barrier& barrier = block.barriers[id];
-  if (!barrier.arrived.empty() && barrier.expected != threads) fail("threads expect different numbers of threads at one barrier");
-  barrier.expected = threads;
+  Barrier& barrier = block.barrier;
   current->ordered = orders;
   if (orders) order::give(current->order, barrier.knowledge);
   current->state = Fiber::WAITING;
   barrier.arrived.push_back(current);
-  try_barrier(block, barrier);
+  try_barrier(block);
   if (current->state == Fiber::WAITING) leave(Fiber::WAITING);
 }
 
@@ -238,9 +235,7 @@ inline void end_thread() {
   Fiber* const self = current;
   Block& block = *self->block;
   --block.alive;
-  for (Barrier& barrier : block.barriers) {
-    if (!barrier.expected) try_barrier(block, barrier);
-  }
+  try_barrier(block);
   self->warp->seats[self->lane].fiber = nullptr;
   self->warp->there &= ~(1u << self->lane);
   for (const Seat& seat : self->warp->seats) {
@@ -399,7 +394,7 @@ extern "C" __attribute__((weak, visibility("default"))) void emulated_together(i
 
 inline void __syncthreads(emulated::order::Site at = emulated::order::Site::current()) {
   const emulated::order::Quiet quiet;
-  emulated::meet(0, 0, emulated::order::orders("__syncthreads", at));
+  emulated::meet(emulated::order::orders("__syncthreads", at));
 }
 inline void __syncwarp(unsigned mask = ~0u, emulated::order::Site at = emulated::order::Site::current()) {
   const emulated::order::Quiet quiet;
@@ -491,11 +486,11 @@ inline int __syncthreads_or(int predicate, emulated::order::Site at = emulated::
   const emulated::order::Quiet quiet;
   if (!emulated::order::orders("__syncthreads_or", at)) return predicate;
   int& word = emulated::current->block->word;
-  emulated::meet(0, 0, true);
+  emulated::meet(true);
   word = 0;
-  emulated::meet(0, 0, true);
+  emulated::meet(true);
   word |= predicate != 0;
-  emulated::meet(0, 0, true);
+  emulated::meet(true);
   return word;
 }
 

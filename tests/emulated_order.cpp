@@ -157,7 +157,7 @@ void touch_as(Thread& thread, const Record& mine, const void* address, size_t by
       // A thread's read comes before a write by the async proxy without a fence: nothing of it is left to be seen.
       const bool changes_proxy = conflicts && (other.access & WRITE) && !(other.access & ASYNC) && (record.access & ASYNC);
       const bool before = other.launch != launch ? other.launch <= knowledge.before.launches
-                                                 : (changes_proxy ? knowledge.proxied : knowledge.before).of(other.who) >= other.time;
+                                                 : !changes_proxy && knowledge.before.of(other.who) >= other.time;
       if (conflicts && !before) {
         fail_of(other, record, at, changes_proxy && other.launch == launch && knowledge.before.of(other.who) >= other.time);
       }
@@ -253,7 +253,6 @@ void Clock::join(const Clock& other) {
 
 void Knowledge::join(const Knowledge& other) {
   before.join(other.before);
-  proxied.join(other.proxied);
   fenced.join(other.fenced);
   unfenced.join(other.unfenced);
 }
@@ -312,11 +311,6 @@ void fence(Thread& thread) {
   Knowledge& knowledge = thread.knowledge;
   knowledge.before.join(knowledge.unfenced);
   knowledge.fenced = knowledge.before;
-  go_on(thread);
-}
-
-void fence_proxy(Thread& thread) {
-  thread.knowledge.proxied = thread.knowledge.before;
   go_on(thread);
 }
 

@@ -6,9 +6,9 @@
 // What orders, as the PTX ISA's memory consistency model has it: barriers of a block, __syncwarp, mbarriers, a release and the acquire that has
 // seen it, __threadfence before and after a relaxed atomic, the wait for the launch before. Shuffles, votes and tensor cores order nothing. Who
 // works beside the threads takes part as they do: the copies of a thread (cp.async), until it waits for them; the copy engine, until its mbarrier
-// is waited for; the tensor cores for a warp (wgmma), until it waits. The last two see memory by another proxy: what was written by a thread comes
-// before what they do only by way of a proxy fence in their block ("Mixed-proxy extensions for the NVIDIA PTX memory consistency model", Lustig,
-// Cooksey and Giroux, ISCA 2022, section 5.4). Left out: clusters, which no kernel has, and registers that tensor cores are at work on, which
+// is waited for; the tensor cores for a warp (wgmma), until it waits. The last two see memory by another proxy: nothing that a thread of the same launch
+// has written comes before what they do ("Mixed-proxy extensions for the NVIDIA PTX memory consistency model", Lustig, Cooksey and Giroux, ISCA 2022,
+// section 5.4: a proxy fence would let it, and no kernel has one). Left out: clusters, which no kernel has, and registers that tensor cores are at work on, which
 // test_machine_code.py is for.
 //
 // A place in the source that orders something is a Site. One of them can be changed (change): it happens as before, but orders nothing any more, or
@@ -53,7 +53,6 @@ struct Clock {
 
 struct Knowledge {
   Clock before;    // what comes before
-  Clock proxied;   // of it, what a proxy fence of this block has passed on to the async proxy
   Clock fenced;    // of it, what comes before a __threadfence, and so before what relaxed atomics tell
   Clock unfenced;  // what relaxed atomics have told: it comes before the next __threadfence
 
@@ -98,7 +97,6 @@ void take(Thread& to, const Knowledge& from);
 void tell_flag(Thread& from, const void* flag, bool release);
 void hear_flag(Thread& to, const void* flag, bool acquire);
 void fence(Thread& thread);
-void fence_proxy(Thread& thread);
 
 /// An access of the thread, or one that it has asked a helper for, which ends at the helper's time. Ends the launch if it races.
 void touch(Thread& thread, const void* address, size_t bytes, int access);
@@ -128,7 +126,6 @@ inline void take(Thread&, const Knowledge&) {}
 inline void tell_flag(Thread&, const void*, bool) {}
 inline void hear_flag(Thread&, const void*, bool) {}
 inline void fence(Thread&) {}
-inline void fence_proxy(Thread&) {}
 inline void touch(Thread&, const void*, size_t, int) {}
 inline void touch_by(Thread&, Helper, uint32_t, uint32_t, const void*, size_t, int) {}
 inline void publish(Thread&, const void*, size_t) {}

@@ -25,6 +25,13 @@ float half_of(uint32_t pair, int high) { return std::bit_cast<T>(static_cast<uin
 inline uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xFFFF) | b << 16; }
 inline uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xFFFF0000); }
 
+template <uint32_t WHICH>
+uint32_t from_signs(uint32_t bytes) {
+  uint32_t all = 0;
+  for (int i = 0; i < 4; ++i) all |= (bytes >> (WHICH >> 4 * i & 7) * 8 + 7 & 1) * 0xFFu << 8 * i;
+  return all;
+}
+
 inline void forget(uint32_t&) {}
 template <int SIZE>
 void forget(float (&)[SIZE]) {}
@@ -208,11 +215,6 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   std::copy(sum.d, sum.d + 4, d);
 }
 
-inline void team_sync(int id, int threads, Site at = Site::current()) {
-  const order::Quiet quiet;
-  emulated::meet(id, threads, order::orders("team_sync", at));
-}
-
 // Hopper's. Boxes arrive when their barrier is waited for, products are computed when they are waited for, both no earlier.
 
 struct TensorMap {
@@ -362,22 +364,6 @@ inline void copy_box(void* shared, const TensorMap* map, uint64_t* barrier, int 
       this_thread(), order::COPY_ENGINE, state.number, phase, barrier, sizeof(*barrier), order::ATOMIC | order::WRITE | order::ASYNC);
   box.touch(state.number, phase);
   state.boxes.push_back(box);
-}
-inline void fence_copy_engine(Site at = Site::current()) {
-  const order::Quiet quiet;
-  if (order::orders("fence_copy_engine", at)) order::fence_proxy(this_thread());
-}
-inline void release_add(uint32_t* flag, uint32_t value, Site at = Site::current()) {
-  const order::Quiet quiet;
-  order::touch(this_thread(), flag, sizeof(*flag), order::ATOMIC | order::WRITE);
-  order::tell_flag(this_thread(), flag, order::orders("release_add", at));
-  *flag += value;
-}
-inline uint32_t acquire(const uint32_t* flag, Site at = Site::current()) {
-  const order::Quiet quiet;
-  order::touch(this_thread(), flag, sizeof(*flag), order::ATOMIC);
-  order::hear_flag(this_thread(), flag, order::orders("acquire", at));
-  return *flag;
 }
 template <int COUNT>
 void take_registers() {}

@@ -20,19 +20,14 @@ import emulated
 SOURCES = sorted((emulated.ROOT / "csrc/cuda").glob("*.cu*"))
 # What orders something, or counts towards it, in the words of launch.h and ptx.cuh. A vote orders nothing. Nor does let_next_launch_begin.
 ORDERING = (
-    "__syncthreads", "__syncthreads_or", "__syncwarp", "__threadfence", "team_sync", "wait_for_launch_before",
+    "__syncthreads", "__syncthreads_or", "__syncwarp", "__threadfence", "wait_for_launch_before",
     "commit_copies", "wait_copies", "init_barrier", "publish_barriers", "arrive", "arrive_expecting", "wait_barrier",
-    "fence_copy_engine", "release_add", "acquire", "begin_products", "commit_products", "wait_products",
+    "begin_products", "commit_products", "wait_products",
 )  # fmt: skip
 COUNTING = ("wait_copies", "wait_products", "init_barrier")  # which can be weaker by one
 OTHERS = ("ptx.cuh", "launch.h")  # where they are defined
 EXPLAINED = {
-    "product_sm90.cuh: __syncwarp();  // who does not ask waits here, and does not look at flags while the first thread is busy": (
-        "paces the warp; orders nothing"
-    ),
-    "product_sm90.cuh: fence_copy_engine();            // the reader's own fence may do for a read by the copy engine; no card has shown it": (
-        "the model of the card lets the reader's fence do alone; which of the two a card needs nobody has measured"
-    ),
+    "product_sm90.cuh: __syncwarp();  // who does not ask waits here": "paces the warp; orders nothing",
 }
 
 

@@ -163,17 +163,20 @@ def functions(program: str, target: str, code: Path) -> list[str]:
 
 # Of kernels that are written for a card's own instructions: asynchronous copies, the copy engine, tensor cores of either kind, and what lets a
 # launch begin early (PREEXIT) and wait for the one before (ACQBULK).
-HOPPER = {"UTMALDG", "HGMMA", "USETMAXREG", "LDGSTS", "HMMA", "PREEXIT", "ACQBULK"}
+HOPPER = {"UTMALDG", "HGMMA", "USETMAXREG", "PREEXIT", "ACQBULK"}
+THIN = {"LDGSTS", "HMMA", "PREEXIT", "ACQBULK"}
 INSTRUCTIONS = {
     ("lora_linear.cu", "product_sm80_kernel", "sm_80"): {"LDGSTS", "LDSM", "HMMA"},
     ("lora_linear.cu", "round_kernel", "sm_90a"): {"PREEXIT"},
     ("lora_linear.cu", "sum_kernel", "sm_90a"): {"ACQBULK"},
     ("lora_linear.cu", "product_sm90_kernel", "sm_90a"): HOPPER,
     ("lora_linear.cu", "side_kernel", "sm_80"): {"LDGSTS", "HMMA"},
+    ("lora_linear.cu", "side_kernel", "sm_90a"): THIN,
     ("multi_lora.cu", "product_sm80_kernel", "sm_80"): {"LDGSTS", "LDSM", "HMMA"},
     ("multi_lora.cu", "multi_round_kernel", "sm_90a"): {"PREEXIT"},
     ("multi_lora.cu", "multi_sum_kernel", "sm_90a"): {"ACQBULK"},
     ("multi_lora.cu", "product_sm90_kernel", "sm_90a"): HOPPER,
+    ("multi_lora.cu", "side_kernel", "sm_90a"): THIN,
     ("multi_lora.cu", "multi_shrink_kernel", "sm_90a"): {"PREEXIT", "HMMA"},
     ("multi_lora.cu", "multi_linear_kernel", "sm_80"): {"LDGSTS", "HMMA"},
     ("multi_lora.cu", "multi_linear_kernel", "sm_90a"): {"ACQBULK", "LDGSTS", "HMMA"},
@@ -193,7 +196,7 @@ def test_machine_code_has_what_the_kernel_is_for(
         assert set(re.findall(r"\b[A-Z]{3,}\b", body)) >= INSTRUCTIONS[name, kernel, target], body.partition("\n")[0]
         assert "GLOBALTIMER" not in body  # which builds for tests look at while they wait
         # What the launch before writes is read, and what it may still read is written, behind the wait only. Not so where one warp waits for
-        # the others of its block (test_cuda_protocol.py).
+        # the others of its block, and brings them all that they read of it.
         waits_first = "ACQBULK" in body and kernel != "product_sm90_kernel"
         ahead = body.partition("ACQBULK")[0] if waits_first else ""
         assert re.findall(r"\b(?:LDG\S*STRONG|STG|ATOM|RED)\S*", ahead) == []

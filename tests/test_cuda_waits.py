@@ -31,7 +31,7 @@ def hopper(card: ctypes.CDLL) -> Iterator[ctypes.CDLL]:
 CHECKED = """
 #include "cuda/product_launch.cuh"
 using namespace fastlora;
-template __global__ void fastlora::product_sm90_kernel<__half, OneAdapter, false, false, 16>(const __grid_constant__ sm90::Fused<__half, OneAdapter>);
+template __global__ void fastlora::product_sm90_kernel<__half, OneAdapter, false, false>(const __grid_constant__ sm90::Task<__half, OneAdapter>);
 """
 
 

@@ -3,14 +3,13 @@
 //
 //     forward     A and B rounded to x's numbers and padded        round_kernel
 //                 xa, the mask drawn on the way and kept as bits   side_kernel: one read of x
-//                 y, the rank step last, the bias on the way out   product_sm80_kernel
+//                 y, the rank step last, the bias on the way out   product_sm80_kernel, product_sm90_kernel
 //     backward    A, B and xa rounded, padded, transposed          round_kernel
 //                 dxa and parts of dB                              side_kernel: dy from memory once, then from the cache
-//                 dx, the rank step last and masked                product_sm80_kernel
+//                 dx, the rank step last and masked                product_sm80_kernel, product_sm90_kernel
 //                 parts of dA                                      side_kernel: one read of x
 //                 dA and dB, parts added in order                  sum_kernel
 //
-// On Hopper what stands between the first and the last is one launch, product_sm90_kernel: the thin products run beside the tensor cores' work.
 // Layers that share x are such calls one after the other, each of which adds its dx to what those before have left.
 // Products accumulate in float32; A, B, s xa, xa and dxa are rounded once to x's numbers. The factor 1 / (1 - p) is applied to sums.
 #include "lora_linear.h"
@@ -24,18 +23,12 @@ template <class T>
 struct Roundings {
   Rounding<T> matrix[3];
   int count;
-  uint32_t* progress;  // what the next launch finds as zeros
-  int64_t progress_count;
 };
 
 template <class T>
 __global__ void __launch_bounds__(BLOCK) round_kernel(const __grid_constant__ Roundings<T> task) {
   let_next_launch_begin();
-  const Rounding<T>& matrix = task.matrix[blockIdx.y];
-  if (blockIdx.x == 0 && blockIdx.y == 0) {
-    for (int64_t i = threadIdx.x; i < task.progress_count; i += BLOCK) task.progress[i] = 0;
-  }
-  round(matrix);
+  round(task.matrix[blockIdx.y]);
 }
 
 /// factor * the sum of the parts [parts, padded R, padded columns], written as [R, columns] with any strides.
@@ -53,20 +46,31 @@ struct Sums {
   bool wide;  // to float32
 };
 
+/// Four columns a thread.
 template <class T>
 __global__ void __launch_bounds__(BLOCK) sum_kernel(const __grid_constant__ Sums task) {
+  let_next_launch_begin();
   wait_for_launch_before();
   const Sum& sum = task.sum[blockIdx.y];
   const int64_t stride = sums_stride(sum.columns, task.R), a_part = padded_rank(task.R) * stride;
-  for (int64_t i = blockIdx.x * static_cast<int64_t>(BLOCK) + threadIdx.x; i < sum.rows * sum.columns; i += gridDim.x * BLOCK) {
-    const int64_t row = i / sum.columns, column = i % sum.columns, at = row * sum.row_stride + column * sum.column_stride;
-    float total = 0;
-    for (int64_t part = 0; part < sum.count; ++part) total += sum.parts[part * a_part + row * stride + column];
-    total *= sum.factor;
-    if (task.wide) {
-      static_cast<float*>(sum.to)[at] = total;
-    } else {
-      static_cast<uint16_t*>(sum.to)[at] = static_cast<uint16_t>(pack<T>(total, 0));
+  const uint32_t fours = static_cast<uint32_t>(divide_up(sum.columns, 4)), all = static_cast<uint32_t>(sum.rows) * fours;
+  for (uint32_t i = blockIdx.x * BLOCK + threadIdx.x; i < all; i += gridDim.x * BLOCK) {
+    const int64_t row = i / fours, column = i % fours * 4;
+    const float* from = sum.parts + row * stride + column;
+    float total[4] = {};
+#pragma unroll 8
+    for (int64_t part = 0; part < sum.count; ++part, from += a_part) {
+      const float4 four = *reinterpret_cast<const float4*>(from);
+      total[0] += four.x, total[1] += four.y, total[2] += four.z, total[3] += four.w;
+    }
+    for (int k = 0; k < 4 && column + k < sum.columns; ++k) {
+      const int64_t at = row * sum.row_stride + (column + k) * sum.column_stride;
+      const float value = total[k] * sum.factor;
+      if (task.wide) {
+        static_cast<float*>(sum.to)[at] = value;
+      } else {
+        static_cast<uint16_t*>(sum.to)[at] = static_cast<uint16_t>(pack<T>(value, 0));
+      }
     }
   }
 }
@@ -75,12 +79,12 @@ __global__ void __launch_bounds__(BLOCK) sum_kernel(const __grid_constant__ Sums
 template <class T>
 struct Call {
   const LoraLinear& layer;
-  int M, K, N, R, padded, shrink_rows;
+  int M, K, N, R, padded;
   cudaStream_t stream;
 
   Call(const LoraLinear& layer, cudaStream_t stream)
       : layer(layer), M(static_cast<int>(layer.M)), K(static_cast<int>(layer.K)), N(static_cast<int>(layer.N)), R(static_cast<int>(layer.R)),
-        padded(padded_rank(R)), shrink_rows(fastlora::shrink_rows(ranks_a_pass(R))), stream(stream) {}
+        padded(padded_rank(R)), stream(stream) {}
 
   Rounding<T> rounding(const Matrix& from, int64_t rows, int64_t columns, T* to, int64_t to_rows, int64_t to_columns) const {
     return {from.data, layer.adapter_dtype == Dtype::FLOAT32, rows, columns, from.strides[0], from.strides[1], to, to_rows, to_columns, to_columns};
@@ -104,7 +108,6 @@ struct Call {
 template <class T>
 struct ForwardWorkspace {
   T *a, *b, *xa;
-  uint32_t* progress;
   int a_stride;
   int64_t bytes;
 
@@ -113,7 +116,6 @@ struct ForwardWorkspace {
     a = space.take<T>(int64_t{1} * call.padded * a_stride);  // [padded R, padded K]
     b = space.take<T>(call.layer.N * call.padded);           // [N, padded R]
     xa = space.take<T>(call.layer.M * call.padded);          // [M, padded R]: s xa
-    progress = space.take<uint32_t>(sm90::Progress::count(call.M));
     bytes = space.used;
   }
 };
@@ -126,7 +128,7 @@ std::string forward(const LoraLinearForward& given, cudaStream_t stream) {
   const ForwardWorkspace<T> space(call, given.workspace);
   const Rounding<T> a = call.rounding(layer.lora_a, call.R, call.K, space.a, call.padded, space.a_stride);
   const Rounding<T> b = call.rounding(layer.lora_b, call.N, call.R, space.b, call.N, call.padded);
-  call.round({{a, b}, 2, space.progress, sm90::Progress::count(call.M)});
+  call.round({{a, b}, 2});
 
   const T* const x = static_cast<const T*>(layer.x.data);
   const OneAdapter adapter = call.adapter(given.seed);
@@ -134,24 +136,23 @@ std::string forward(const LoraLinearForward& given, cudaStream_t stream) {
       x, layer.x.strides[0], space.a, space.a_stride, given.xa, given.xa_stride, space.xa, nullptr,
       adapter.adapter.threshold ? given.keep : nullptr, given.seed, call.M, call.K, call.R, round_up(call.M, PLACES), adapter};
   Sides<T, OneAdapter> sides(call.R);
-  sides.take(shrink, divide_up(call.M, call.shrink_rows), span_of(call.M) / call.shrink_rows);
+  sides.take(shrink, divide_up(call.M, SHRINK_ROWS), span_of(call.M, call.R) / SHRINK_ROWS);
   const Product<T, OneAdapter> product{
       x, layer.x.strides[0], static_cast<const T*>(layer.weight.data), call.weight_stride(), space.xa, space.b, call.padded,
       static_cast<const T*>(layer.bias), layer.bias_stride, nullptr, static_cast<T*>(given.y), call.M, call.N, call.K, call.R, call.padded, adapter};
-  return launch_products<T, OneAdapter, false>(call.by_column(), product, sides, Sides<T, OneAdapter>(call.R), space.progress, stream);
+  return launch_products<T, OneAdapter, false>(call.by_column(), product, sides, Sides<T, OneAdapter>(call.R), stream);
 }
 
 template <class T>
 struct BackwardWorkspace {
   T *a, *b, *xa, *dxa, *dxa_transposed;
   float *da, *db;
-  uint32_t* progress;
   int a_stride, b_stride, rows, parts;
   int64_t bytes;
 
   BackwardWorkspace(const Call<T>& call, void* base)
       : a_stride(a_columns(call.K, call.R)), b_stride(a_columns(call.N, call.R)), rows(round_up(call.M, PLACES)),
-        parts(divide_up(call.M, span_of(call.M))) {
+        parts(divide_up(call.M, span_of(call.M, call.R))) {
     Workspace space{static_cast<unsigned char*>(base)};
     a = space.take<T>(int64_t{1} * call.padded * a_stride);                                     // [padded R, padded K]
     b = space.take<T>(int64_t{1} * call.padded * b_stride);                                     // [padded R, padded N], transposed
@@ -160,7 +161,6 @@ struct BackwardWorkspace {
     dxa_transposed = space.take<T>(int64_t{1} * call.padded * rows);                            // [padded R, padded M]
     da = space.take<float>(int64_t{1} * parts * call.padded * sums_stride(call.K, call.R));  // [parts, padded R, padded K]
     db = space.take<float>(int64_t{1} * parts * call.padded * sums_stride(call.N, call.R));  // [parts, padded R, padded N], transposed
-    progress = space.take<uint32_t>(sm90::Progress::count(call.M));
     bytes = space.used;
   }
 };
@@ -171,7 +171,7 @@ void add_parts(const Call<T>& call, const LoraLinearBackward& given, const Backw
   if (given.da) sums.sum[sums.count++] = {space.da, space.parts, call.R, call.K, given.da, call.K, 1, factor};
   if (given.db) sums.sum[sums.count++] = {space.db, space.parts, call.R, call.N, given.db, 1, call.R, static_cast<float>(call.layer.scale)};
   if (sums.count == 0) return;
-  const int64_t most = static_cast<int64_t>(call.R) * std::max(call.K, call.N);
+  const int64_t most = static_cast<int64_t>(call.R) * divide_up(std::max(call.K, call.N), 4);
   launch_early(sum_kernel<T>, dim3(blocks_for(most), sums.count), dim3(BLOCK), 0, call.stream, sums);
 }
 
@@ -192,11 +192,11 @@ std::string backward(const LoraLinearBackward& given, cudaStream_t stream) {
   const Rounding<T> b = call.rounding(b_transposed, call.R, call.N, space.b, call.padded, space.b_stride);
   Rounding<T> xa = call.rounding({given.xa, {1, given.xa_stride}}, call.R, call.M, space.xa, call.padded, space.rows);
   xa.wide = true;
-  call.round({{a, b, xa}, 3, space.progress, sm90::Progress::count(call.M)});
+  call.round({{a, b, xa}, 3});
 
   const T* const dy = static_cast<const T*>(given.dy.data);
   const int64_t dy_stride = given.dy.strides[0];
-  const int span = span_of(call.M);
+  const int span = span_of(call.M, call.R);
   const Shrink<T, OneAdapter> dxa{
       dy, dy_stride, space.b, space.b_stride, nullptr, 0, space.dxa, space.dxa_transposed, nullptr, nullptr, call.M, call.N, call.R, space.rows,
       adapter};
@@ -205,14 +205,14 @@ std::string backward(const LoraLinearBackward& given, cudaStream_t stream) {
       static_cast<const T*>(layer.x.data), layer.x.strides[0], keep, space.dxa_transposed, space.da, call.M, span, call.K, call.R, space.rows,
       call.padded, adapter};
   Sides<T, OneAdapter> first(call.R), last(call.R);
-  if (given.dx || given.da) first.take(dxa, divide_up(call.M, call.shrink_rows), span / call.shrink_rows);
+  if (given.dx || given.da) first.take(dxa, divide_up(call.M, SHRINK_ROWS), span / SHRINK_ROWS);
   if (given.db) first.take(db, space.parts, 1);
   if (given.da) last.take(da, space.parts, 1);
   if (given.dx) {
     const Product<T, OneAdapter> product{
         dy, dy_stride, static_cast<const T*>(layer.weight.data), call.weight_stride(), space.dxa, space.a, space.a_stride, nullptr, 0,
         keep, static_cast<T*>(given.dx), call.M, call.K, call.N, call.R, call.padded, adapter, given.adds};
-    const std::string error = launch_products<T, OneAdapter, true>(call.by_column(), product, first, last, space.progress, stream);
+    const std::string error = launch_products<T, OneAdapter, true>(call.by_column(), product, first, last, stream);
     if (!error.empty()) return error;
   } else {
     launch_sides(first, stream);

@@ -12,13 +12,9 @@
 //                 parts of dA_i                                     side_kernel
 //                 dA_i and dB_i, parts added in order               multi_sum_kernel
 //
-// As in lora_linear.cu, whose products these are, and on Hopper, too, one launch: product_sm90_kernel. The thin products go through the rows by
-// their places, an adapter after the other, so that each tile is of one adapter. The product goes through them as they lie, which the copy engine
-// needs: for each block of 128 rows it adds the rank steps of the adapters that are among them, in prefill mostly one; where they are several, a
-// row takes its own adapter's. An adapter that no row uses is not read.
-//
-// None of this is measured. Where an adapter's place in the order is not that of its rows in x, the first tiles of the product may have to wait for the
-// last thin ones: with many thousands of rows longer than their own work takes.
+// As in lora_linear.cu, whose products these are. The thin products go through the rows by their places, an adapter after the other, so that each tile
+// is of one adapter. The product goes through them as they lie, which the copy engine needs: for each block of 128 rows it adds the rank steps of the
+// adapters that are among them, in prefill mostly one; where they are several, a row takes its own adapter's. An adapter that no row uses is not read.
 #include "multi_lora.cuh"
 #include "product_launch.cuh"
 
@@ -37,8 +33,6 @@ struct MultiRound {
   int K, N, R;
   ManyAdapters groups;
   // What the first launch makes ready for those that follow.
-  uint32_t* progress;
-  int progress_count;
   const float* xa;   // [M, R], to be rounded and transposed, or null
   T* xa_transposed;  // [padded R, places]
   int places;
@@ -49,7 +43,6 @@ template <class T>
 __device__ void make_ready(const MultiRound<T>& task) {
   const int M = static_cast<int>(task.groups.M);
   const int64_t first = blockIdx.x * static_cast<int64_t>(BLOCK) + threadIdx.x, step = gridDim.x * BLOCK;
-  for (int64_t i = first; i < task.progress_count; i += step) task.progress[i] = 0;
   for (int64_t row = first; row < round_up(M, ROW_BLOCK); row += step) task.groups.group_of_row[row] = row < M ? 0 : ManyAdapters::NO_ROW;
   if (!task.xa) return;
   for (int64_t place = first; place < task.places; place += step) {
@@ -139,7 +132,7 @@ struct Call {
 
   Call(const MultiLora& layer, cudaStream_t stream)
       : layer(layer), M(static_cast<int>(layer.M)), K(static_cast<int>(layer.K)), N(static_cast<int>(layer.N)), S(static_cast<int>(layer.S)),
-        R(static_cast<int>(layer.R)), padded(padded_rank(R)), tiles(ManyAdapters::pieces(M, S, shrink_rows(ranks_a_pass(R)))),
+        R(static_cast<int>(layer.R)), padded(padded_rank(R)), tiles(ManyAdapters::pieces(M, S, SHRINK_ROWS)),
         places(ManyAdapters::pieces(M, S, PLACES) * PLACES), stream(stream) {
     for (int i = 0; i < S; ++i) ranks += padded_beside(layer.adapters[i]);
   }
@@ -173,7 +166,6 @@ struct ForwardWorkspace {
   T *a, *b, *xa;
   Adapter* table;
   int* group_of_row;
-  uint32_t* progress;
   int a_stride;
   int64_t bytes;
 
@@ -184,7 +176,6 @@ struct ForwardWorkspace {
     xa = space.take<T>(call.layer.M * call.padded);         // [M, padded R]: s_i xa
     table = space.take<Adapter>(call.S);
     group_of_row = space.take<int>(round_up(call.M, ROW_BLOCK));
-    progress = space.take<uint32_t>(sm90::Progress::count(call.M));
     bytes = space.used;
   }
 };
@@ -196,8 +187,7 @@ std::string many_rows(const MultiLoraForward& given, cudaStream_t stream) {
   const ForwardWorkspace<T> space(call, given.workspace);
   const ManyAdapters groups = call.groups(space.table, space.group_of_row);
   call.round(
-      {{}, 0, 0, false, space.table, space.a, space.b, space.a_stride, call.ranks, call.K, call.N, call.R, groups, space.progress,
-       sm90::Progress::count(call.M), nullptr, nullptr, 0},
+      {{}, 0, 0, false, space.table, space.a, space.b, space.a_stride, call.ranks, call.K, call.N, call.R, groups, nullptr, nullptr, 0},
       given.seed);
 
   const T* const x = static_cast<const T*>(layer.x);
@@ -209,7 +199,7 @@ std::string many_rows(const MultiLoraForward& given, cudaStream_t stream) {
   const Product<T, ManyAdapters> product{
       x, layer.x_stride, static_cast<const T*>(layer.weight), layer.weight_stride, space.xa, space.b, call.ranks,
       static_cast<const T*>(given.bias), given.bias_stride, nullptr, static_cast<T*>(given.y), call.M, call.N, call.K, call.R, call.ranks, groups};
-  return launch_products<T, ManyAdapters, false>(layer.by_column, product, sides, Sides<T, ManyAdapters>(call.R), space.progress, stream);
+  return launch_products<T, ManyAdapters, false>(layer.by_column, product, sides, Sides<T, ManyAdapters>(call.R), stream);
 }
 
 template <class T>
@@ -218,12 +208,11 @@ struct BackwardWorkspace {
   float *da, *db;
   Adapter* table;
   int* group_of_row;
-  uint32_t* progress;
   int a_stride, b_stride, span;
   int64_t bytes;
 
   BackwardWorkspace(const Call<T>& call, void* base)
-      : a_stride(a_columns(call.K, call.R)), b_stride(a_columns(call.N, call.R)), span(span_of(call.M)) {
+      : a_stride(a_columns(call.K, call.R)), b_stride(a_columns(call.N, call.R)), span(span_of(call.M, call.R)) {
     Workspace space{static_cast<unsigned char*>(base)};
     const int64_t parts = call.ranks + int64_t{1} * (call.M / span) * call.padded;  // their ranks
     a = space.take<T>(int64_t{1} * call.ranks * a_stride);                   // [ranks, padded K]
@@ -235,7 +224,6 @@ struct BackwardWorkspace {
     db = space.take<float>(parts * sums_stride(call.N, call.R));               // [parts' ranks, padded N]
     table = space.take<Adapter>(call.S);
     group_of_row = space.take<int>(round_up(call.M, ROW_BLOCK));
-    progress = space.take<uint32_t>(sm90::Progress::count(call.M));
     bytes = space.used;
   }
 };
@@ -247,8 +235,8 @@ std::string backward(const MultiLoraBackward& given, cudaStream_t stream) {
   const BackwardWorkspace<T> space(call, given.workspace);
   const ManyAdapters groups = call.groups(space.table, space.group_of_row);
   call.round(
-      {{}, 0, 0, true, space.table, space.a, space.b, space.a_stride, space.b_stride, call.K, call.N, call.R, groups, space.progress,
-       sm90::Progress::count(call.M), given.db ? given.xa : nullptr, space.xa, call.places},
+      {{}, 0, 0, true, space.table, space.a, space.b, space.a_stride, space.b_stride, call.K, call.N, call.R, groups,
+       given.db ? given.xa : nullptr, space.xa, call.places},
       given.keep);
 
   const T* const dy = static_cast<const T*>(given.dy);
@@ -269,7 +257,7 @@ std::string backward(const MultiLoraBackward& given, cudaStream_t stream) {
     const Product<T, ManyAdapters> product{
         dy, given.dy_stride, static_cast<const T*>(layer.weight), layer.weight_stride, space.dxa, space.a, space.a_stride, nullptr, 0,
         given.keep, static_cast<T*>(given.dx), call.M, call.K, call.N, call.R, call.ranks, groups};
-    const std::string error = launch_products<T, ManyAdapters, true>(layer.by_column, product, first, last, space.progress, stream);
+    const std::string error = launch_products<T, ManyAdapters, true>(layer.by_column, product, first, last, stream);
     if (!error.empty()) return error;
   } else if (call.M) {
     launch_sides(first, stream);
@@ -294,7 +282,7 @@ std::string unsupported(const MultiLora& layer) {
   if (std::min(layer.K, layer.N) < 1 || std::max(layer.K, layer.N) > FAR) {
     return "weight: got [" + std::to_string(layer.N) + ", " + std::to_string(layer.K) + "], expected sides of 1 to 2^24";
   }
-  const int64_t parts = ManyAdapters::pieces(layer.M, layer.S, span_of(static_cast<int>(layer.M)));
+  const int64_t parts = ManyAdapters::pieces(layer.M, layer.S, span_of(static_cast<int>(layer.M), static_cast<int>(layer.R)));
   const int64_t tiles = parts * divide_up(std::max(layer.K, layer.N), grad_columns(16)) * padded_rank(static_cast<int>(layer.R)) / 16;
   if (layer.S > 1 << 20 || tiles > 1 << 30) {
     return "lora_a: got " + std::to_string(layer.S) + " adapters, expected at most 2^20, and fewer beside a weight that is large";

@@ -11,10 +11,11 @@
 namespace fastlora {
 
 constexpr int BLOCK = 256;  // threads of the kernels that only move numbers
-constexpr int SPAN = 1024;  // places a part of dA and dB, unless there would be more than PARTS
+// Places a part of dA and dB, unless there would be more than PARTS: of many ranks, whose tiles have more columns, fewer.
+constexpr int least_span(int R) { return R <= 16 ? 1024 : 512; }
 constexpr int PARTS = 64;
 
-inline int span_of(int M) { return std::max(SPAN, round_up(divide_up(M, PARTS), sm90::HEIGHT)); }
+inline int span_of(int M, int R) { return std::max(least_span(R), round_up(divide_up(M, PARTS), sm90::HEIGHT)); }
 
 /// A matrix rounded, and padded with zeros to [to_rows, to_columns], eight columns at a time: `to` and its rows are at multiples of 16 bytes.
 template <class T>
@@ -47,8 +48,10 @@ __device__ void round(const Rounding<T>& matrix) {
 }
 
 template <class T, class G, int RANK>
-__global__ void __launch_bounds__(TEAM, 4) side_kernel(const __grid_constant__ Sides<T, G> sides) {
-  side_tile<T, RANK, SHRINKS | GRADS | DROPS>(sides, blockIdx.x, shared_memory(), 1);
+__global__ void __launch_bounds__(TEAM, AT_ONCE) side_kernel(const __grid_constant__ Sides<T, G> sides) {
+  let_next_launch_begin();
+  wait_for_launch_before();
+  side_tile<T, RANK>(sides, blockIdx.x, shared_memory());
 }
 
 // The host launches the one or the other. A body compiled for another card than its own stops the card: nothing returns unwritten results.
@@ -61,10 +64,10 @@ __global__ void __launch_bounds__(sm80::THREADS, 2) product_sm80_kernel(const __
 #endif
 }
 
-template <class T, class G, bool BACK, bool ACROSS, int RANK>
-__global__ void __launch_bounds__(sm90::THREADS, 1) product_sm90_kernel(const __grid_constant__ sm90::Fused<T, G> task) {
+template <class T, class G, bool BACK, bool ACROSS>
+__global__ void __launch_bounds__(sm90::THREADS, 1) product_sm90_kernel(const __grid_constant__ sm90::Task<T, G> task) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) || defined(FASTLORA_EMULATED)
-  sm90::run<T, G, BACK, ACROSS, RANK>(task);
+  sm90::run<T, G, BACK, ACROSS>(task);
 #else
   __trap();
 #endif
@@ -75,15 +78,13 @@ template <class T, class G>
 void launch_sides(const Sides<T, G>& sides, cudaStream_t stream) {
   if (sides.tiles() == 0) return;
   const auto kernel = padded_rank(sides.R) == 16 ? side_kernel<T, G, 16> : side_kernel<T, G, RANKS>;
-  launch(kernel, dim3(sides.tiles()), dim3(TEAM), QUEUE, stream, sides);
+  launch_early(kernel, dim3(sides.tiles()), dim3(TEAM), QUEUE, stream, sides);
 }
 
 template <class T, class G, bool BACK, bool ACROSS>
-std::string launch_on_sm90(
-    const Product<T, G>& product, const Sides<T, G>& first, const Sides<T, G>& last, uint32_t* progress, int device, int multiprocessors,
-    cudaStream_t stream) {
-  const int tiles = divide_up(product.M, sm90::HEIGHT) * divide_up(product.N, sm90::WIDTH), side_tiles = first.tiles() + last.tiles();
-  sm90::Fused<T, G> task{{}, {}, {}, {}, product, first, last, {progress}, tiles, first.tiles(), side_tiles};
+std::string launch_on_sm90(const Product<T, G>& product, int device, int multiprocessors, cudaStream_t stream) {
+  const int tiles = divide_up(product.M, sm90::HEIGHT) * divide_up(product.N, sm90::WIDTH);
+  sm90::Task<T, G> task{{}, {}, {}, {}, product, tiles};
   // The driver's function that describes a matrix needs the card's context on this thread, on which autograd may not have run anything before.
   cudaSetDevice(device);
   const auto map = [](TensorMap& to, const T* matrix, int64_t rows, int64_t columns, int64_t stride, int box_rows) {
@@ -94,26 +95,28 @@ std::string launch_on_sm90(
                       map(task.w, product.w, ACROSS ? depth : N, ACROSS ? N : depth, product.w_stride, ACROSS ? 64 : sm90::WIDTH) &&
                       map(task.q, product.q, BACK ? ranks : N, BACK ? N : ranks, product.q_stride, BACK ? 64 : sm90::WIDTH);
   if (!mapped) return "the driver has no tensor map (cuTensorMapEncodeTiled) for x, weight, lora_a or lora_b";
-  const auto kernel = padded == 16 ? product_sm90_kernel<T, G, BACK, ACROSS, 16> : product_sm90_kernel<T, G, BACK, ACROSS, RANKS>;
   hear_of_waits();
-  launch_early(kernel, dim3(std::min(multiprocessors, std::max(tiles, side_tiles))), dim3(sm90::THREADS), sm90::SHARED, stream, task);
+  launch_early(product_sm90_kernel<T, G, BACK, ACROSS>, dim3(std::min(multiprocessors, tiles)), dim3(sm90::THREADS), sm90::SHARED, stream, task);
   return "";
 }
 
-/// The product, `first` that shrinks for it, and `last`, which reads what `first` has shrunk. progress: sm90::Progress::count(M) zeros.
+/// The product, `first` that shrinks for it, and `last`, which reads what `first` has shrunk.
 template <class T, class G, bool BACK, bool ACROSS>
-std::string launch_products(
-    const Product<T, G>& product, const Sides<T, G>& first, const Sides<T, G>& last, uint32_t* progress, cudaStream_t stream) {
+std::string launch_products(const Product<T, G>& product, const Sides<T, G>& first, const Sides<T, G>& last, cudaStream_t stream) {
   int device = 0, major = 0, minor = 0, multiprocessors = 0;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
   if (major < 8) return "this card has compute capability " + std::to_string(major) + "." + std::to_string(minor) + ", expected 8.0 or newer";
-  if (major == 9 && minor == 0) return launch_on_sm90<T, G, BACK, ACROSS>(product, first, last, progress, device, multiprocessors, stream);
   launch_sides(first, stream);
-  const int tiles = divide_up(product.M, sm80::SIDE) * divide_up(product.N, sm80::SIDE);
-  launch(product_sm80_kernel<T, G, BACK, ACROSS>, dim3(tiles), dim3(sm80::THREADS), sm80::SHARED, stream, product);
+  if (major == 9 && minor == 0) {
+    const std::string error = launch_on_sm90<T, G, BACK, ACROSS>(product, device, multiprocessors, stream);
+    if (!error.empty()) return error;
+  } else {
+    const int tiles = divide_up(product.M, sm80::SIDE) * divide_up(product.N, sm80::SIDE);
+    launch(product_sm80_kernel<T, G, BACK, ACROSS>, dim3(tiles), dim3(sm80::THREADS), sm80::SHARED, stream, product);
+  }
   launch_sides(last, stream);
   return "";
 }
@@ -121,8 +124,8 @@ std::string launch_products(
 /// The same; by_column: the frozen weight [N, K] lies column by column, as Conv1D keeps it, and not row by row.
 template <class T, class G, bool BACK>
 std::string launch_products(
-    bool by_column, const Product<T, G>& product, const Sides<T, G>& first, const Sides<T, G>& last, uint32_t* progress, cudaStream_t stream) {
-  return (by_column == BACK ? launch_products<T, G, BACK, false> : launch_products<T, G, BACK, true>)(product, first, last, progress, stream);
+    bool by_column, const Product<T, G>& product, const Sides<T, G>& first, const Sides<T, G>& last, cudaStream_t stream) {
+  return (by_column == BACK ? launch_products<T, G, BACK, false> : launch_products<T, G, BACK, true>)(product, first, last, stream);
 }
 
 /// Pieces of the workspace, one after the other. Without a base it only counts.

@@ -1,15 +1,11 @@
-// The product with the frozen weight on Hopper (sm_90a), and the thin products beside it in the same launch: wgmma on tiles that the copy engine
-// brings into a queue of stages. The grid is persistent, a block a multiprocessor, and a block is three warpgroups:
+// The product with the frozen weight on Hopper (sm_90a): wgmma on tiles that the copy engine brings into a queue of stages. The grid is persistent, a
+// block a multiprocessor, and a block is three warpgroups:
 //
-//     sides       three warps take the thin products' tiles in their order, from all blocks together, while the tensor cores are busy elsewhere
-//     producer    the fourth warp asks for tiles; before those of a rank step it waits until its rows are shrunk
+//     producer    one thread asks for tiles; before the first rank step it waits for the launch that has shrunk its rows
 //     consumers   two warpgroups, each 64 rows of the tile of 128 x 256
 //
-// The launch before, which rounds the adapters and clears the flags, may still run when this one begins: the sides and the producer's rank steps
-// wait for its end, the frozen part, which it has nothing to do with, does not. What its own predecessors wrote is there by then.
-//
-// A shrinking tile waits for nothing else and all of them are handed out before any tile that waits for them, so whoever waits, waits for warps that
-// are at work: nothing depends on which blocks run at the same time.
+// The launch before may still run when this one begins: the frozen part, which has nothing to do with it, does not wait for its end. What its own
+// predecessors wrote is there by then.
 #pragma once
 
 #include <type_traits>
@@ -26,46 +22,28 @@ constexpr int WARPGROUP = 128;
 constexpr int THREADS = 3 * WARPGROUP;
 constexpr int CONSUMER_WARPS = 8;
 constexpr int LEFT = HEIGHT * DEPTH * 2, RIGHT = WIDTH * DEPTH * 2;  // bytes of a stage's operands
-constexpr int TOLD = 256;  // bytes of barriers, a number, and what is told of stages
-constexpr int SHARED = STAGES * (LEFT + RIGHT) + QUEUE + TOLD;
-constexpr int SIDE_BARRIER = 1;
-// Registers a thread. At the start all have 168; wgmma with 256 columns does not compile with fewer than 154, so four warpgroups would be too many.
-// Where a rank step does not count for all rows and columns (add_selected), consumers need more, and the sides make do with what is left.
-template <class G, bool BACK>
-constexpr int OTHER_REGISTERS = BACK || G::MANY ? 120 : 152;
-template <class G, bool BACK>
-constexpr int CONSUMER_REGISTERS = (3 * 168 - OTHER_REGISTERS<G, BACK>) / 2;
-static_assert(TEAM + 32 == WARPGROUP && CONSUMER_REGISTERS<OneAdapter, true> % 8 == 0 && CONSUMER_REGISTERS<OneAdapter, false> % 8 == 0);
+constexpr int TOLD = 256;  // bytes of barriers, and what is told of stages
+constexpr int SHARED = STAGES * (LEFT + RIGHT) + TOLD;
+// Registers a thread. At the start all have 168; the producer's warpgroup leaves most of its own to the consumers.
+constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+static_assert(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * 168);
 
-/// How far the thin products are: zeros at first.
-struct Progress {
-  uint32_t* words;  // [2 + ceil(M / HEIGHT)]
-
-  static __host__ __device__ int count(int M) { return 2 + divide_up(M, HEIGHT); }
-  __device__ uint32_t* taken() const { return words; }                             // side tiles handed out
-  __device__ uint32_t* shrunk() const { return words + 1; }                        // shrinking tiles done
-  __device__ uint32_t* of_row(int row) const { return words + 2 + row / HEIGHT; }  // rows shrunk in its block of HEIGHT, counted in every pass
-};
-
-/// One launch: the product, `first` that shrinks what its rank steps add, and `last`, which reads what `first` has shrunk.
+/// One launch.
 template <class T, class G>
-struct Fused {
+struct Task {
   TensorMap x, w, p, q;  // in boxes of HEIGHT rows; of WIDTH rows, or of DEPTH rows where it lies across the depth; as x; as w
   Product<T, G> product;
-  Sides<T, G> first, last;
-  Progress progress;
-  int tiles, first_tiles, side_tiles;  // of the product, of first, of first and last
+  int tiles;
 };
 
-__device__ inline unsigned char* queue() { return shared_memory() + STAGES * (LEFT + RIGHT); }
-__device__ inline uint64_t* barriers() { return reinterpret_cast<uint64_t*>(queue() + QUEUE); }
+__device__ inline uint64_t* barriers() { return reinterpret_cast<uint64_t*>(shared_memory() + STAGES * (LEFT + RIGHT)); }
 
 /// What the producer tells the consumers of a stage of the rank steps.
 struct alignas(16) RankStage {
   RankStep step;
   bool more;  // stages of this tile follow
 };
-static_assert((2 * STAGES + 2) * sizeof(uint64_t) + STAGES * sizeof(RankStage) <= TOLD);
+static_assert(2 * STAGES * sizeof(uint64_t) + STAGES * sizeof(RankStage) <= TOLD);
 
 /// Where a producer or a consumer is in the queue of stages.
 struct Stage {
@@ -76,35 +54,16 @@ struct Stage {
   __device__ unsigned char* right() const { return left() + LEFT; }
   __device__ uint64_t* full() const { return barriers() + at; }
   __device__ uint64_t* empty() const { return barriers() + STAGES + at; }
-  __device__ RankStage& rank() const { return reinterpret_cast<RankStage*>(barriers() + 2 * STAGES + 2)[at]; }  // after the barriers and a number
+  __device__ RankStage& rank() const { return reinterpret_cast<RankStage*>(barriers() + 2 * STAGES)[at]; }  // after the barriers
   __device__ void next() {
     at = (at + 1) % STAGES;
     parity ^= at == 0;
   }
 };
 
-template <class T, class G>
-__device__ bool all_shrunk(const Fused<T, G>& task) {
-  return static_cast<int>(acquire(task.progress.shrunk())) >= task.first.shrink_tiles();
-}
-
-template <class T, class G>
-__device__ void wait_for_all_shrunk(const Fused<T, G>& task, int side) {
-  for (const Patience patience; !all_shrunk(task); __nanosleep(100)) patience.spend({Awaited::ALL_SHRUNK, 0, side});
-}
-
-/// Until the rows of tile `number`, HEIGHT from `row` on, are shrunk. Where not every row has a place, the end of all shrinking is waited for.
-template <class T, class G>
-__device__ void wait_for_rows(const Fused<T, G>& task, int row, int number) {
-  const int rows = min(HEIGHT, task.product.M - row) * task.first.passes;
-  for (const Patience patience; static_cast<int>(acquire(task.progress.of_row(row))) < rows && !all_shrunk(task); __nanosleep(100)) {
-    patience.spend({Awaited::SHRUNK_ROWS, 0, number});
-  }
-}
-
 /// The whole warp walks through the stages, its first thread asks for what is in them.
 template <class T, class G, bool BACK, bool ACROSS>
-__device__ void produce(const Fused<T, G>& task) {
+__device__ void produce(const Task<T, G>& task) {
   const bool asks = threadIdx.x % 32 == 0;
   Stage stage;
   const auto bring = [&]<bool WIDE>(
@@ -125,10 +84,8 @@ __device__ void produce(const Fused<T, G>& task) {
       wait_barrier(stage.empty(), stage.parity ^ 1, {Awaited::FREE_STAGE, stage.at, number});
       bring(std::bool_constant<ACROSS>{}, &task.x, tile.row, depth, &task.w, tile.column, depth);
     }
-    __syncwarp();  // who does not ask waits here, and does not look at flags while the first thread is busy
+    __syncwarp();  // who does not ask waits here
     if (number == blockIdx.x) wait_for_launch_before();
-    wait_for_rows(task, tile.row, number);
-    fence_copy_engine();
     RankSteps<G, BACK, DEPTH> steps(task.product.groups, tile.row);
     do {  // one stage at least, which tells that no other follows
       const RankStep step = steps.step();
@@ -196,7 +153,7 @@ __device__ void prefetch_tile(const Product<T, G>& product, int row, int column)
 }
 
 template <class T, class G, bool BACK, bool ACROSS>
-__device__ void consume(const Fused<T, G>& task, int consumer) {
+__device__ void consume(const Task<T, G>& task, int consumer) {
   constexpr bool ADDS = BACK && !G::MANY;  // whether it may
   const Product<T, G>& product = task.product;
   const int lane = threadIdx.x % 32, frozen = divide_up(product.depth, DEPTH);
@@ -273,34 +230,8 @@ __device__ void consume(const Fused<T, G>& task, int consumer) {
   }
 }
 
-template <class T, class G, bool BACK, int RANK>
-__device__ void take_sides(const Fused<T, G>& task) {
-  int* const number = reinterpret_cast<int*>(barriers() + 2 * STAGES);
-  const int thread = threadIdx.x;
-  wait_for_launch_before();
-  for (;;) {
-    if (thread == 0) *number = static_cast<int>(atomicAdd(task.progress.taken(), 1u));
-    team_sync(SIDE_BARRIER, TEAM);  // and the queue is read
-    const int mine = *number;       // the next is written after the barriers of this one
-    if (mine >= task.side_tiles) return;
-    if (mine < task.first_tiles) {
-      const bool shrinks = side_tile<T, RANK, BACK ? SHRINKS | GRADS : SHRINKS | DROPS>(task.first, mine, queue(), SIDE_BARRIER);
-      if (!shrinks) continue;
-      fence_copy_engine();            // the reader's own fence may do for a read by the copy engine; no card has shown it
-      team_sync(SIDE_BARRIER, TEAM);  // all of the tile is written: what is released below comes after it
-      const int row = thread < shrink_rows(RANK) ? shrunk_rows(queue())[thread] : task.product.M;
-      if (row < task.product.M) release_add(task.progress.of_row(row), 1);
-      if (thread == 0) release_add(task.progress.shrunk(), 1);
-    } else if constexpr (BACK) {
-      if (thread == 0) wait_for_all_shrunk(task, mine);
-      team_sync(SIDE_BARRIER, TEAM);
-      side_tile<T, RANK, GRADS | DROPS>(task.last, mine - task.first_tiles, queue(), SIDE_BARRIER);
-    }
-  }
-}
-
-template <class T, class G, bool BACK, bool ACROSS, int RANK>
-__device__ void run(const Fused<T, G>& task) {
+template <class T, class G, bool BACK, bool ACROSS>
+__device__ void run(const Task<T, G>& task) {
   let_next_launch_begin();
   if (threadIdx.x == 0) {
     for (int i = 0; i < STAGES; ++i) {
@@ -312,14 +243,10 @@ __device__ void run(const Fused<T, G>& task) {
   __syncthreads();
   const int warpgroup = threadIdx.x / WARPGROUP;
   if (warpgroup == 0) {
-    give_registers<OTHER_REGISTERS<G, BACK>>();
-    if (threadIdx.x < TEAM) {
-      take_sides<T, G, BACK, RANK>(task);
-    } else {
-      produce<T, G, BACK, ACROSS>(task);
-    }
+    give_registers<PRODUCER_REGISTERS>();
+    if (threadIdx.x < 32) produce<T, G, BACK, ACROSS>(task);
   } else {
-    take_registers<CONSUMER_REGISTERS<G, BACK>>();
+    take_registers<CONSUMER_REGISTERS>();
     consume<T, G, BACK, ACROSS>(task, warpgroup - 1);
   }
 }

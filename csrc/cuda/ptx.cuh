@@ -1,4 +1,4 @@
-// The instructions that C++ has no word for: asynchronous copies, tensor cores, named barriers, flags between blocks. tests/emulated_ptx.h has
+// The instructions that C++ has no word for: asynchronous copies, tensor cores, barriers that count. tests/emulated_ptx.h has
 // the same functions for the CPU, lane by lane.
 //
 // Lane 4 g + t holds of a warp's m16n8k16 product: of a, rows g and g + 8 at depths 2 t, 2 t + 1 (a[0], a[1]) and 2 t + 8, 2 t + 9 (a[2], a[3]);
@@ -14,13 +14,12 @@ namespace fastlora {
 
 /// What a thread waits for, and where: Patience tells it when that does not come.
 struct Awaited {
-  enum What : int { FREE_STAGE, BOXES, SHRUNK_ROWS, ALL_SHRUNK } what;
+  enum What : int { FREE_STAGE, BOXES } what;
   int stage, tile;
 };
 
 inline std::string in_words(const Awaited& awaited) {
-  static constexpr const char* WORDS[] = {
-      "a stage's consumers", "the boxes of a stage", "the rows of a tile to be shrunk", "all rows to be shrunk"};
+  static constexpr const char* WORDS[] = {"a stage's consumers", "the boxes of a stage"};
   return std::string("waited in vain for ") + WORDS[awaited.what] + ", stage " + std::to_string(awaited.stage) + ", tile " + std::to_string(awaited.tile);
 }
 
@@ -59,6 +58,14 @@ __device__ __forceinline__ uint32_t pack<__half>(float low, float high) {
 /// Two bytes of `a` and two of `b`: the low halves, or the high ones.
 __device__ __forceinline__ uint32_t low_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x5410); }
 __device__ __forceinline__ uint32_t high_halves(uint32_t a, uint32_t b) { return __byte_perm(a, b, 0x7632); }
+
+/// Each byte is all of the sign of the byte that its digit of WHICH names, less 8.
+template <uint32_t WHICH>
+__device__ __forceinline__ uint32_t from_signs(uint32_t bytes) {
+  uint32_t all;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(all) : "r"(bytes), "n"(WHICH));
+  return all;
+}
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
 
@@ -111,9 +118,6 @@ __device__ __forceinline__ void multiply<__half>(float (&d)[4], const uint32_t (
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-
-/// The barrier `id` of `threads` threads of the block.
-__device__ __forceinline__ void team_sync(int id, int threads) { asm volatile("barrier.cta.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
 // Hopper's: the copy engine, which brings tiles; barriers in shared memory that count its bytes; products of four warps from shared memory.
 
@@ -222,21 +226,6 @@ __device__ __forceinline__ void copy_box(void* shared, const TensorMap* map, uin
   asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::
                "r"(shared_address(shared)), "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row) : "memory");
 }
-/// Between what threads wrote to the card's memory and what the copy engine reads of it: by who asks for it, after the wait for it. Who wrote need not:
-/// between blocks it is the reader's fence that counts (Lustig, Cooksey and Giroux, Mixed-proxy extensions for the PTX memory model, ISCA 2022, 5.4).
-/// .global is named, because of the fence of all memories ptxas makes one for the engine's view of shared memory alone.
-__device__ __forceinline__ void fence_copy_engine() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
-
-/// A flag in the card's memory: what a thread wrote before adding is seen by who has read the sum.
-__device__ __forceinline__ void release_add(uint32_t* flag, uint32_t value) {
-  asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(flag), "r"(value) : "memory");
-}
-__device__ __forceinline__ uint32_t acquire(const uint32_t* flag) {
-  uint32_t value;
-  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(flag) : "memory");
-  return value;
-}
-
 template <int COUNT>
 __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 template <int COUNT>

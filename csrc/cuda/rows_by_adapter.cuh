@@ -85,16 +85,6 @@ struct ManyAdapters : RowsByAdapter {
   __device__ bool exists(int group) const { return group <= count; }
   __device__ bool has(int row, int group) const { return group_of_row[row] == group; }
 
-  struct FourRows {
-    int rows[4];
-
-    __device__ void look(const ManyAdapters& groups, const Piece& piece, int place) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) rows[i] = groups.row(piece, place + i);
-    }
-    __device__ int row(int, int i) const { return rows[i]; }
-  };
-
  private:
   __device__ int4 four_of(int row) const { return *reinterpret_cast<const int4*>(group_of_row + row + threadIdx.x % 32 * 4); }
 };

@@ -1,9 +1,13 @@
-// The two thin products of an adapter, each a tile by a team of three warps: x aᵀ with few columns, and pᵀ x with few rows.
+// The two thin products of an adapter, a block of eight warps each tile: x aᵀ with few columns, and pᵀ x with few rows.
 //
 // Both are bound by reading x, so x goes from memory to the lanes that multiply it, up to 16 bytes at a time, and nothing is exchanged: a sum may
 // take its terms in any order, so a lane's own columns (or rows) are called the depths that the tensor core expects of it. Shared memory is a queue
 // of copies. Where there are up to 16 ranks a warp reads its own only, hardly with a barrier; where there are more, the warps divide what they
-// compute and read the same, a barrier a step. Every sum has one order, whoever computes it.
+// compute and read the same, a barrier a step. Every sum has one order, whoever computes it. Two blocks a multiprocessor, 16 warps: with fewer, what
+// an instruction waits for the one before shows.
+//
+// They are launches of their own. Beside the product, on the same multiprocessors, they had been slower (an H200, 2026-11-29): a product of one warp
+// (mma.sync) waits some 360 cycles for tensor cores that warpgroups' products (wgmma) keep busy, however little it asks of them.
 #pragma once
 
 #include <type_traits>
@@ -12,11 +16,12 @@
 
 namespace fastlora {
 
-constexpr int WARPS = 3;               // a team; on Hopper the fourth of its warpgroup brings tiles
-constexpr int TEAM = 32 * WARPS;       // threads
-constexpr int QUEUE = 18 * TEAM * 16;  // bytes of shared memory a team
-constexpr int RANKS = 64;              // at most in one tile
-constexpr int PLACES = 32;             // an adapter's places begin at a multiple of these
+constexpr int WARPS = 8;           // of a block
+constexpr int TEAM = 32 * WARPS;   // threads
+constexpr int AT_ONCE = 2;         // blocks on a multiprocessor
+constexpr int QUEUE = 96 << 10;    // bytes of a block's shared memory
+constexpr int RANKS = 64;          // at most in one tile
+constexpr int PLACES = 32;         // an adapter's places begin at a multiple of these
 
 template <class I>
 constexpr __host__ __device__ I divide_up(I a, std::type_identity_t<I> b) { return (a + b - 1) / b; }
@@ -26,14 +31,13 @@ constexpr __host__ __device__ I round_up(I a, std::type_identity_t<I> b) { retur
 constexpr __host__ __device__ int ranks_a_pass(int R) { return R <= 16 ? 16 : RANKS; }
 constexpr __host__ __device__ int padded_rank(int R) { return round_up(R, ranks_a_pass(R)); }
 
-// Tiles by their ranks, 16 or RANKS. Both matrices come from the second-level cache for each tile anew, whichever tile brings them there. Of 16 ranks
-// and rows `a` is as much as x, of 64 ranks it would be four times as much, with 32 rows it is twice. Beyond 64 ranks x is read again, too, by the
-// next tile: of 128 that is x twice and `a` four times x, less than a tile of 128 ranks and 16 rows would read, x and eight times x, and there
-// are no registers for more.
-constexpr __host__ __device__ int shrink_rows(int ranks) { return ranks == 16 ? 16 : 32; }      // of a tile of x aᵀ
-constexpr __host__ __device__ int shrink_columns(int ranks) { return ranks == 16 ? 384 : 96; }  // of x, that a team takes at a time
-constexpr __host__ __device__ int grad_columns(int ranks) { return ranks == 16 ? 64 : 48; }     // of a tile of pᵀ x
-static_assert(PLACES % shrink_rows(16) == 0 && PLACES % shrink_rows(RANKS) == 0);
+// Tiles by their ranks, 16 or RANKS. Both matrices come from the second-level cache for each tile anew, whichever tile brings them there: of 16 ranks
+// `a` is half as much as x, of 64 ranks twice. Beyond 64 ranks x is read again, too, by the next tile: of 128 that is x twice and `a` four times x,
+// less than a tile of 128 ranks and 16 rows would read, x and eight times x.
+constexpr int SHRINK_ROWS = 32;                                                               // of a tile of x aᵀ
+constexpr __host__ __device__ int shrink_columns(int ranks) { return ranks == 16 ? 512 : 256; }  // of x, that a block takes at a time
+constexpr __host__ __device__ int grad_columns(int ranks) { return ranks == 16 ? 64 : 256; }    // of a tile of pᵀ x
+static_assert(PLACES % SHRINK_ROWS == 0);
 /// To what the rows of `a`, of so many columns, are padded with zeros.
 constexpr __host__ __device__ int a_columns(int64_t columns, int R) { return static_cast<int>(round_up(columns, shrink_columns(ranks_a_pass(R)))); }
 
@@ -89,7 +93,10 @@ __device__ inline int bytes_inside(int left) { return max(0, min(COUNT, left)) *
 template <int COUNT>
 __device__ inline void drop(Numbers<COUNT>& numbers, uint32_t bits) {
 #pragma unroll
-  for (int i = 0; i < COUNT / 2; ++i) numbers.pair[i] &= (bits >> 2 * i & 1) * 0xFFFFu | (bits >> (2 * i + 1) & 1) * 0xFFFF0000u;
+  for (int i = 0; i < COUNT / 4; ++i) {
+    const uint32_t signs = (bits >> 4 * i & 15) * 0x10204080u;  // four bits, each the sign of a byte
+    numbers.pair[2 * i] &= from_signs<0x9988>(signs), numbers.pair[2 * i + 1] &= from_signs<0xBBAA>(signs);
+  }
 }
 
 /// What the kernels must know of an adapter.
@@ -132,15 +139,9 @@ struct OneAdapter {
   __device__ bool alone(int, int) const { return true; }
   /// Whether the group has an adapter: else its rows are NaN.
   __device__ bool exists(int) const { return true; }
-
-  /// The rows at four places of a piece, looked up before they are asked for.
-  struct FourRows {
-    __device__ void look(const OneAdapter&, const Piece&, int) {}
-    __device__ int row(int first, int i) const { return first + i; }
-  };
 };
 
-/// out = factor * d(x) aᵀ, a tile of shrink_rows places.
+/// out = factor * d(x) aᵀ, a tile of SHRINK_ROWS places.
 template <class T, class G>
 struct Shrink {
   const T* x;  // [M, K]
@@ -158,72 +159,72 @@ struct Shrink {
   G groups;
 };
 
-/// Where shrink_tile leaves the rows of its tile's places, M or more where there is none, until the queue is filled again.
-__device__ inline int* shrunk_rows(unsigned char* queue) { return reinterpret_cast<int*>(queue + QUEUE) - PLACES; }
-
 /// With a WIDTH of 16 each warp takes columns of its own, and the sums meet; with RANKS each brings a share of the columns for all, and takes eight
-/// ranks of each twenty-four. DRAWS: whether `keep` may be given.
-template <class T, int WIDTH, bool DRAWS, class G>
-__device__ void shrink_tile(const Shrink<T, G>& task, int tile, int first_rank, unsigned char* queue, int barrier) {
+/// of the ranks.
+template <class T, int WIDTH, class G>
+__device__ void shrink_tile(const Shrink<T, G>& task, int tile, int first_rank, unsigned char* queue) {
   constexpr bool MEET = WIDTH == 16;
-  constexpr int ROWS = shrink_rows(WIDTH), EIGHTS = ROWS / 8, SHARE = shrink_columns(WIDTH) / WARPS;  // columns that a warp brings in a step
-  constexpr int COPIES = EIGHTS * SHARE / 32, STAGES = 16 / COPIES;                                   // a lane's in a step
-  constexpr int CHUNKS = MEET ? SHARE / 32 : WARPS, BLOCKS = divide_up(WIDTH / 8, MEET ? 1 : WARPS);  // a warp multiplies with in a step
-  const int thread = anew(threadIdx.x % TEAM), warp = thread / 32, g = thread % 32 / 4, t = thread % 4, lane = thread % 32;
+  constexpr int ROWS = SHRINK_ROWS, EIGHTS = ROWS / 8, SHARE = shrink_columns(WIDTH) / WARPS;  // columns that a warp brings in a step
+  constexpr int COPIES = EIGHTS * SHARE / 32, STAGES = QUEUE / (COPIES * TEAM * 16);            // a lane's in a step
+  constexpr int CHUNKS = MEET ? SHARE / 32 : WARPS, BLOCKS = MEET ? WIDTH / 8 : 1;              // of 32 columns, of 8 ranks, that a warp multiplies
+  static_assert(MEET || WARPS * 8 == WIDTH);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, g = thread % 32 / 4, t = thread % 4, lane = thread % 32;
   const Piece piece = task.groups.piece(tile, ROWS);
   const Adapter& adapter = task.groups.of(piece.group);
   const int ranks = adapter.R - first_rank, steps = ranks > 0 && piece.begin < piece.end ? divide_up(task.K, WARPS * SHARE) : 0;
   int row[EIGHTS];
 #pragma unroll
   for (int i = 0; i < EIGHTS; ++i) row[i] = task.groups.row(piece, piece.begin + i * 8 + g);
-  const bool draws = DRAWS && task.keep && task.groups.drops(adapter);
-  // Sixteen bytes a lane, those of 32 columns (chunk c of the share that a warp has brought) of eight rows.
-  const auto place = [&](int step, int of_warp, int c, int i) {
-    return queue + ((step % STAGES * COPIES + c * EIGHTS + i) * TEAM + of_warp * 32 + lane) * 16;
+  const bool draws = task.keep && task.groups.drops(adapter);
+  // Where 16 bytes lie: columns 8 of_t to 8 of_t + 7 of chunk c, 32 columns of the share that a warp has brought, of row 8 i + of_g. Those that lanes
+  // copy, and read, at a time are in different banks.
+  const auto place = [&](int step, int of_warp, int c, int i, int of_g, int of_t) {
+    return queue + ((step % STAGES * COPIES + c * EIGHTS + i) * TEAM + of_warp * 32 + (of_g ^ c % 2) * 4 + of_t) * 16;
   };
   const auto share = [&](int step) { return (step * WARPS + warp) * SHARE; };  // its first column
+  // Eight lanes after one another copy as much of a row as lies side by side: what is asked for in pieces costs the cache more.
+  constexpr int SIDE_BY_SIDE = SHARE / 8, ROWS_A_COPY = 32 / SIDE_BY_SIDE;
+  int copied[COPIES];  // rows
+#pragma unroll
+  for (int k = 0; k < COPIES; ++k) copied[k] = task.groups.row(piece, piece.begin + k * ROWS_A_COPY + lane / SIDE_BY_SIDE);
   const auto fetch = [&](int step) {
+    const int column = share(step) + lane % SIDE_BY_SIDE * 8;
 #pragma unroll
     for (int k = 0; k < COPIES; ++k) {
-      const int column = share(step) + k / EIGHTS * 32 + t * 8, m = anew(row[k % EIGHTS]);
+      const int within = k * ROWS_A_COPY + lane / SIDE_BY_SIDE, m = anew(copied[k]);
       const int bytes = m < task.M ? bytes_inside(task.K - column) : 0;
-      if (step < steps) copy_async<16>(place(step, warp, k / EIGHTS, k % EIGHTS), task.x + m * task.x_stride + column, bytes);
+      unsigned char* const to = place(step, warp, lane % SIDE_BY_SIDE / 4, within / 8, within % 8, lane % 4);
+      if (step < steps) copy_async<16>(to, task.x + m * task.x_stride + column, bytes);
     }
     commit_copies();
   };
   const uint64_t seed = draws ? static_cast<uint64_t>(*task.seed) : 0;
   const int64_t calls = divide_up(task.K, 8);
   const int keep_stride = divide_up(task.K, 64) * 8;
-  // Zeros what is dropped where it lies. The four lanes that have 32 columns of a row have a word of keep, too, which one of them writes.
-  const auto drop_share = [&](int step) {
-#pragma unroll 1
-    for (int c = 0; c < SHARE / 32; ++c) {
-      const int column = share(step) + c * 32;
-      uint32_t kept = 0;
-      int kept_row = task.M;
+  // Zeros what is dropped of 32 columns of a lane's rows. The four lanes that have a row's have a word of keep, too, which one of them writes.
+  const auto drop_chunk = [&](int column, Eight (&numbers)[EIGHTS]) {
+    uint32_t kept = 0;
+    int kept_row = task.M;
 #pragma unroll
-      for (int i = 0; i < EIGHTS; ++i) {
-        const int m = anew(row[i]);
-        uint32_t bits = draw(seed, m * calls + column / 8 + t, adapter.threshold);
-        if (i % 2) forget(bits);  // two are drawn together: of four there are no registers for all that is between
-        drop(*reinterpret_cast<Eight*>(place(step, warp, c, i)), bits);
-        uint32_t word = bits << 8 * t;
-        word |= __shfl_xor_sync(~0u, word, 1);
-        word |= __shfl_xor_sync(~0u, word, 2);
-        if (t == i) kept = word, kept_row = m;
-      }
-      if (first_rank || kept_row >= task.M || column / 8 >= keep_stride) continue;
-      *reinterpret_cast<uint32_t*>(task.keep + static_cast<int64_t>(kept_row) * keep_stride + column / 8) = kept;
+    for (int i = 0; i < EIGHTS; ++i) {
+      const int m = anew(row[i]);
+      const uint32_t bits = draw(seed, m * calls + column / 8 + t, adapter.threshold);
+      drop(numbers[i], bits);
+      uint32_t word = bits << 8 * t;
+      word |= __shfl_xor_sync(~0u, word, 1);
+      word |= __shfl_xor_sync(~0u, word, 2);
+      if (t == i) kept = word, kept_row = m;
     }
+    if (first_rank || kept_row >= task.M || column / 8 >= keep_stride) return;
+    *reinterpret_cast<uint32_t*>(task.keep + static_cast<int64_t>(kept_row) * keep_stride + column / 8) = kept;
   };
   const T* const a = task.a + static_cast<int64_t>(adapter.first + first_rank + g) * task.a_stride + t * 8;
-  const auto block = [&](int i) { return (MEET ? i : i * WARPS + warp) * 8; };  // its first rank
-  constexpr int AHEAD = MEET ? 2 : DRAWS && !G::MANY ? CHUNKS : 1;  // chunks whose part of `a` is asked for ahead, as registers allow
-  uint4 right[AHEAD][BLOCKS];
+  const auto block = [&](int i) { return (MEET ? i : warp) * 8; };  // its first rank
+  uint4 right[CHUNKS][BLOCKS];  // parts of `a`, each asked for a step ahead
   const auto load = [&](int step, int c, int i) {
     const int column = (MEET ? share(step) : step * WARPS * SHARE) + c * 32;
     if (block(i) < min(WIDTH, ranks) && column < task.a_stride) {
-      right[c % AHEAD][i] = *reinterpret_cast<const uint4*>(a + anew(block(i)) * task.a_stride + column);
+      right[c][i] = *reinterpret_cast<const uint4*>(a + anew(block(i)) * task.a_stride + column);
     }
   };
   float sum[EIGHTS / 2][BLOCKS][4] = {};
@@ -231,21 +232,34 @@ __device__ void shrink_tile(const Shrink<T, G>& task, int tile, int first_rank, 
 #pragma unroll
   for (int step = 0; step < STAGES - 1; ++step) fetch(step);
 #pragma unroll
-  for (int k = 0; k < AHEAD * BLOCKS; ++k) load(0, k / BLOCKS, k % BLOCKS);
+  for (int k = 0; k < CHUNKS * BLOCKS; ++k) load(0, k / BLOCKS, k % BLOCKS);
   for (int step = 0; step < steps; ++step) {
     wait_copies<STAGES - 2>();
-    if (draws) drop_share(step);
-    if constexpr (!MEET) team_sync(barrier, TEAM);  // all shares of this step are there, and the step before is read
-    fetch(step + STAGES - 1);
+    __syncwarp();  // what the warp has copied is there for this step, and the step before is read
+    if constexpr (MEET) {
+      fetch(step + STAGES - 1);
+    } else {
+      if (draws) {  // where it lies, for all warps
+        Eight mine[EIGHTS];
+#pragma unroll
+        for (int i = 0; i < EIGHTS; ++i) mine[i] = *reinterpret_cast<const Eight*>(place(step, warp, 0, i, g, t));
+        drop_chunk(share(step), mine);
+#pragma unroll
+        for (int i = 0; i < EIGHTS; ++i) *reinterpret_cast<Eight*>(place(step, warp, 0, i, g, t)) = mine[i];
+      }
+      __syncthreads();  // all shares of this step are there, and the step before is read
+      fetch(step + STAGES - 1);
+    }
 #pragma unroll
     for (int c = 0; c < CHUNKS; ++c) {
       Eight left[EIGHTS];
 #pragma unroll
-      for (int i = 0; i < EIGHTS; ++i) left[i] = *reinterpret_cast<const Eight*>(place(step, MEET ? warp : c, MEET ? c : 0, i));
+      for (int i = 0; i < EIGHTS; ++i) left[i] = *reinterpret_cast<const Eight*>(place(step, MEET ? warp : c, MEET ? c : 0, i, g, t));
+      if (MEET && draws) drop_chunk(share(step) + c * 32, left);
 #pragma unroll
       for (int j = 0; j < BLOCKS; ++j) {
         if (block(j) >= min(WIDTH, ranks)) break;
-        const auto [x, y, z, w] = right[c % AHEAD][j];
+        const auto [x, y, z, w] = right[c][j];
 #pragma unroll
         for (int i = 0; i < EIGHTS / 2; ++i) {
           const Eight &u = left[2 * i], &v = left[2 * i + 1];
@@ -253,26 +267,26 @@ __device__ void shrink_tile(const Shrink<T, G>& task, int tile, int first_rank, 
           multiply<T>(sum[i][j], first, x, y);
           multiply<T>(sum[i][j], second, z, w);
         }
-        load(step + (c + AHEAD) / CHUNKS, (c + AHEAD) % CHUNKS, j);
+        load(step + 1, c, j);
       }
     }
   }
-  team_sync(barrier, TEAM);  // the queue becomes the place where the sums meet
+  __syncthreads();  // the queue becomes the place where the sums meet
 
   constexpr int SUMS = MEET ? WARPS : 1;                   // of each number
   float* const meeting = reinterpret_cast<float*>(queue);  // [SUMS, ROWS, WIDTH]
-  int* const met_rows = shrunk_rows(queue);
-  static_assert(SUMS * ROWS * WIDTH * sizeof(float) <= QUEUE - PLACES * sizeof(int));
+  int* const met_rows = reinterpret_cast<int*>(queue + QUEUE) - ROWS;
+  static_assert(SUMS * ROWS * WIDTH * sizeof(float) <= QUEUE - ROWS * sizeof(int));
 #pragma unroll
   for (int i = 0; i < EIGHTS; ++i) {
     if (warp == 0 && t == 0) met_rows[i * 8 + g] = row[i];
 #pragma unroll
     for (int j = 0; j < BLOCKS; ++j) {
       float* const to = meeting + ((MEET ? warp * ROWS : 0) + i * 8 + g) * WIDTH + block(j) + t * 2;
-      if (block(j) < WIDTH) *reinterpret_cast<float2*>(to) = make_float2(sum[i / 2][j][i % 2 * 2], sum[i / 2][j][i % 2 * 2 + 1]);
+      *reinterpret_cast<float2*>(to) = make_float2(sum[i / 2][j][i % 2 * 2], sum[i / 2][j][i % 2 * 2 + 1]);
     }
   }
-  team_sync(barrier, TEAM);
+  __syncthreads();
   if (thread < ROWS && met_rows[thread] < task.M) task.groups.note(met_rows[thread], piece.group);
   const Adapter& again = task.groups.of(piece.group);  // or it keeps registers all along
   const float factor = draws ? again.factor : 1.f;
@@ -319,45 +333,55 @@ __device__ inline int sums_row(const Adapter& adapter, int number, int slot, int
 /// From row to row of `sums`.
 constexpr __host__ __device__ int64_t sums_stride(int64_t columns, int R) { return round_up(columns, grad_columns(ranks_a_pass(R))); }
 
-/// With a WIDTH of 16 each warp takes rows of its own, and their sums meet; with RANKS it takes columns of its own, a third of the tile's, and all
-/// read the same of p. MASKS: whether `keep` may be given.
-template <class T, int WIDTH, bool MASKS, class G>
-__device__ void gradient_tile(const Gradient<T, G>& task, int number, int block, int first_rank, unsigned char* queue, int barrier) {
+/// With a WIDTH of 16 each warp takes rows of its own, and their sums meet; with RANKS it takes columns of its own, an eighth of the tile's, and all
+/// read the same of p.
+template <class T, int WIDTH, class G>
+__device__ void gradient_tile(const Gradient<T, G>& task, int number, int block, int first_rank, unsigned char* queue) {
   constexpr bool MEET = WIDTH == 16;
   constexpr int COLUMNS = grad_columns(WIDTH), MINE = (MEET ? COLUMNS : COLUMNS / WARPS) / 8;  // of a tile; a lane's in a row
-  constexpr int STEP = MEET ? 16 * WARPS : 16;                                                 // rows that the team takes at a time
-  // Bytes of a step: four rows of each lane's, their bits, and sixteen rows of p, 512 bytes for sixteen ranks.
-  constexpr int X = 4 * TEAM * MINE * 2, BITS = TEAM * 16, P = 512 * (MEET ? WARPS : WIDTH / 16), STAGES = MEET ? 3 : 4;
-  static_assert(STAGES * (X + BITS + P) <= QUEUE);
-  const int thread = anew(threadIdx.x % TEAM), warp = thread / 32, g = thread % 32 / 4, t = thread % 4, lane = thread % 32;
-  const int own = block * COLUMNS + (MEET ? 0 : warp * 8 * MINE), column = own + g * MINE;  // the warp's first; the lane's
-  const int bytes = bytes_inside<MINE>(task.columns - column);
+  constexpr int STEP = MEET ? 16 * WARPS : 16;                                                 // rows that the block takes at a time
+  // Bytes of a step: four rows of each lane's; sixteen rows' bits, a warp's; sixteen rows of p, 512 bytes for sixteen ranks.
+  constexpr int X = 4 * TEAM * MINE * 2, BITS = 16 * MINE, P = 512 * (MEET ? WARPS : WIDTH / 16);
+  constexpr int STAGE = X + WARPS * BITS + P, STAGES = QUEUE / STAGE;
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, g = thread % 32 / 4, t = thread % 4, lane = thread % 32;
+  const int own = block * COLUMNS + (MEET ? 0 : warp * 8 * MINE);  // the first of the warp's columns
   const Piece part = task.groups.piece(number, task.span);
   const Adapter& adapter = task.groups.of(part.group);
   const int ranks = min(WIDTH, adapter.R - first_rank);
-  if (ranks <= 0 || part.begin >= part.end) return team_sync(barrier, TEAM);
+  if (ranks <= 0 || part.begin >= part.end) return;
   const int begin = part.begin, end = part.end, steps = divide_up(end - begin, STEP), keep_stride = divide_up(task.columns, 64) * 8;
   uint32_t sums_begin = static_cast<uint32_t>(sums_row(adapter, part.number, part.slot, task.ranks, round_up(task.R, WIDTH)));
   forget(sums_begin);  // or what it is made of keeps more registers all along
-  const bool masks = MASKS && task.keep && task.groups.drops(adapter);
-  const auto x_place = [&](int step, int i) { return queue + step % STAGES * (X + BITS + P) + (i * TEAM + thread) * MINE * 2; };
-  const auto bits_place = [&](int step, int i) { return queue + step % STAGES * (X + BITS + P) + X + thread * 16 + i * 4; };
-  const auto p_place = [&](int step, int i) { return queue + step % STAGES * (X + BITS + P) + X + BITS + (MEET ? warp : i) * 512; };
+  const bool masks = task.keep && task.groups.drops(adapter);
+  // Where 16 bytes lie, columns 8 c to 8 c + 7 of the warp's in row r of its sixteen: those that lanes copy, and read, at a time are in different banks.
+  const auto x_place = [&](int step, int r, int c) {
+    const int place = MINE == 8 ? r * 8 + (c + r / 4 * 2) % 8 : (r ^ r / 4 % 2) * 4 + (c + r / 8 * 2) % 4;
+    return queue + step % STAGES * STAGE + (warp * 16 * MINE + place) * 16;
+  };
+  const auto bits_place = [&](int step) { return queue + step % STAGES * STAGE + X + warp * BITS; };
+  const auto p_place = [&](int step, int i) { return queue + step % STAGES * STAGE + X + WARPS * BITS + (MEET ? warp : i) * 512; };
   const auto row_of = [&](int step) { return begin + step * STEP + (MEET ? warp * 16 : 0); };  // the first of sixteen
   const T* const p = task.p + static_cast<int64_t>(first_rank + lane / 2) * task.places + (part.padded - begin) + lane % 2 * 8;
-  typename G::FourRows rows;  // of the step that is fetched next: their numbers may have to come from memory first
-  const auto fetch = [&](int step) {
-    const int first = anew(row_of(step)) + t * 4;
-    const T* const x = task.x + first * task.x_stride + column;  // of one adapter's rows, which follow one another
-    const uint8_t* const keep = task.keep + static_cast<int64_t>(first) * keep_stride + column / 32 * 4;  // the lane's bits are in four bytes
-    const int there = bytes ? end - first : 0;
+  // A row of the warp's columns is MINE copies of x, which lanes after one another make, and of MINE bytes of bits, four of them a copy.
+  constexpr int COPIES = MINE / 2, WORDS = MINE / 4;
+  int rows[COPIES], bits_row;  // of the step that is fetched next: their numbers may have to come from memory first
+  const auto look = [&](int first) {
+    const auto row = [&](int place) { return place < end ? task.groups.row(part, place) : task.M; };
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int k = 0; k < COPIES; ++k) rows[k] = row(first + (k * 32 + lane) / MINE);
+    bits_row = row(first + lane / WORDS);
+  };
+  const int copied = own + lane % MINE * 8, bits_at = own / 8 + lane % WORDS * 4, bytes = bytes_inside(task.columns - copied);
+  const auto fetch = [&](int step) {
+#pragma unroll
+    for (int k = 0; k < COPIES; ++k) {
       if (step >= steps) break;
-      const int64_t ahead = G::MANY ? rows.row(first, i) - first : i;
-      const bool inside = i < there && (!G::MANY || rows.row(first, i) < task.M);
-      copy_async<MINE * 2>(x_place(step, i), x + ahead * task.x_stride, inside ? bytes : 0);
-      if (masks) copy_async<4>(bits_place(step, i), keep + ahead * keep_stride, inside ? 4 : 0);
+      const int r = (k * 32 + lane) / MINE;
+      copy_async<16>(x_place(step, r, lane % MINE), task.x + rows[k] * task.x_stride + copied, rows[k] < task.M ? bytes : 0);
+    }
+    if (masks && step < steps && lane < 16 * WORDS) {
+      const bool inside = bits_row < task.M && bits_at < keep_stride;
+      copy_async<4>(bits_place(step) + lane * 4, task.keep + (inside ? static_cast<int64_t>(bits_row) * keep_stride + bits_at : 0), inside ? 4 : 0);
     }
 #pragma unroll
     for (int k = 0; k < divide_up(WIDTH / 16, WARPS); ++k) {
@@ -367,27 +391,27 @@ __device__ void gradient_tile(const Gradient<T, G>& task, int number, int block,
       copy_async<16>(p_place(step, i) + lane * 16, sixteen, !MEET || row_of(step) < end ? 16 : 0);
     }
     commit_copies();
-    rows.look(task.groups, part, first + STEP);
+    look(row_of(step + 1));
   };
   float sum[WIDTH / 16][MINE][4] = {};
 
-  rows.look(task.groups, part, row_of(0) + t * 4);
+  look(row_of(0));
 #pragma unroll
   for (int step = 0; step < STAGES - 1; ++step) fetch(step);
   for (int step = 0; step < steps; ++step) {
     wait_copies<STAGES - 2>();
-    if constexpr (MEET) {
+    if constexpr (MEET) {  // all of p is there for this step, and the step before is read
       __syncwarp();
     } else {
-      team_sync(barrier, TEAM);  // all of p is there for this step, and the step before is read
+      __syncthreads();
     }
     fetch(step + STAGES - 1);
     if (MEET && row_of(step) >= end) break;
     Numbers<MINE> right[4];  // rows 4 t to 4 t + 3, columns MINE g to MINE g + MINE - 1
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      right[i] = *reinterpret_cast<const Numbers<MINE>*>(x_place(step, i));
-      if (masks) drop(right[i], *reinterpret_cast<const uint32_t*>(bits_place(step, i)) >> column % 32);
+      right[i] = *reinterpret_cast<const Numbers<MINE>*>(x_place(step, t * 4 + i, g * MINE / 8) + g * MINE % 8 * 2);
+      if (masks) drop(right[i], bits_place(step)[(t * 4 + i) * MINE + g * MINE / 8] >> g * MINE % 8);
     }
 #pragma unroll
     for (int i = 0; i < WIDTH / 16; ++i) {
@@ -403,7 +427,7 @@ __device__ void gradient_tile(const Gradient<T, G>& task, int number, int block,
       }
     }
   }
-  if constexpr (MEET) team_sync(barrier, TEAM);  // the queue becomes the place where the warps' sums meet
+  if constexpr (MEET) __syncthreads();  // the queue becomes the place where the warps' sums meet
 
   // sum[i][j] holds ranks 16 i + g and 16 i + g + 8, columns 2 MINE t + j and 2 MINE t + MINE + j of the warp's.
   const int64_t stride = round_up(task.columns, COLUMNS);
@@ -414,20 +438,16 @@ __device__ void gradient_tile(const Gradient<T, G>& task, int number, int block,
     const int rank = i / 4 * 16 + i % 4 / 2 * 8 + g;
     if (i / 4 * 16 >= ranks) break;
     float* const to = (MEET ? meeting + rank * COLUMNS : sums + rank * stride) + t * 2 * MINE + i % 2 * MINE;
-    using Some = std::conditional_t<MEET, float4, float2>;
-    constexpr int SOME = sizeof(Some) / sizeof(float);
 #pragma unroll
-    for (int j = 0; j < MINE; j += SOME) {
-      alignas(Some) float some[SOME];
-#pragma unroll
-      for (int k = 0; k < SOME; ++k) some[k] = sum[i / 4][j + k][i % 4];
-      *reinterpret_cast<Some*>(to + j) = *reinterpret_cast<const Some*>(some);
+    for (int j = 0; j < MINE; j += 4) {
+      *reinterpret_cast<float4*>(to + j) = make_float4(sum[i / 4][j][i % 4], sum[i / 4][j + 1][i % 4], sum[i / 4][j + 2][i % 4], sum[i / 4][j + 3][i % 4]);
     }
   }
   if constexpr (MEET) {
-    team_sync(barrier, TEAM);
+    __syncthreads();
     for (int i = thread; i < 16 * COLUMNS; i += TEAM) {
       float total = 0;
+#pragma unroll
       for (int from = 0; from < WARPS; ++from) total += reinterpret_cast<const float*>(queue)[from * 16 * COLUMNS + i];
       sums[i / COLUMNS * stride + i % COLUMNS] = total;
     }
@@ -451,32 +471,21 @@ struct Sides {
     grads = parts * blocks, grads_a_turn = parts_a_turn * blocks;
   }
 
-  __host__ __device__ int shrink_tiles() const { return shrinks * passes; }
   __host__ __device__ int tiles() const { return (shrinks + grads) * passes; }
 };
 
-/// What a launch may be asked for: the less, the fewer registers.
-enum Kinds { SHRINKS = 1, GRADS = 2, DROPS = 4 };
-
-/// Computes tile `number`. Whether it has shrunk rows. The team meets within it, and must meet again before the queue is filled for another.
-template <class T, int WIDTH, int KINDS, class G>
-__device__ bool side_tile(const Sides<T, G>& sides, int number, unsigned char* queue, int barrier) {
+/// Computes tile `number`.
+template <class T, int WIDTH, class G>
+__device__ void side_tile(const Sides<T, G>& sides, int number, unsigned char* queue) {
   const int first_rank = number % sides.passes * WIDTH, all = number / sides.passes;
-  const int shrinks_a_turn = KINDS & SHRINKS ? sides.shrinks_a_turn : 0, grads_a_turn = KINDS & GRADS ? sides.grads_a_turn : 0;
-  const int turn = all / (shrinks_a_turn + grads_a_turn), within = all % (shrinks_a_turn + grads_a_turn);
-  const int shrinks = shrinks_a_turn ? min(shrinks_a_turn, sides.shrinks - turn * shrinks_a_turn) : 0;
-  if constexpr (KINDS & GRADS) {
-    if (within >= shrinks) {
-      const int gradient = turn * grads_a_turn + within - shrinks;
-      gradient_tile<T, WIDTH, (KINDS & DROPS) != 0>(
-          sides.gradient, gradient / sides.blocks, gradient % sides.blocks, first_rank, queue, barrier);
-      return false;
-    }
+  const int turn = all / (sides.shrinks_a_turn + sides.grads_a_turn), within = all % (sides.shrinks_a_turn + sides.grads_a_turn);
+  const int shrinks = max(0, min(sides.shrinks_a_turn, sides.shrinks - turn * sides.shrinks_a_turn));
+  if (within >= shrinks) {
+    const int gradient = turn * sides.grads_a_turn + within - shrinks;
+    gradient_tile<T, WIDTH>(sides.gradient, gradient / sides.blocks, gradient % sides.blocks, first_rank, queue);
+  } else {
+    shrink_tile<T, WIDTH>(sides.shrink, turn * sides.shrinks_a_turn + within, first_rank, queue);
   }
-  if constexpr (KINDS & SHRINKS) {
-    shrink_tile<T, WIDTH, (KINDS & DROPS) != 0>(sides.shrink, turn * shrinks_a_turn + within, first_rank, queue, barrier);
-  }
-  return true;
 }
 
 }  // namespace fastlora
