@@ -252,7 +252,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("-k", dest="expression", default="", help="pytest's: which tests of the files")
     parser.add_argument("--seconds", type=float, default=300, help="for all")
     parser.add_argument("--test-seconds", type=float, default=40, help="for a test")
-    parser.add_argument("--processes", type=int, default=max(1, min(8, (os.cpu_count() or 2) // 2)), help="at a time")
+    parser.add_argument("--processes", type=int, default=max(1, min(14, (os.cpu_count() or 2) - 2)), help="at a time")
     parser.add_argument("--piece", type=int, default=12, help="tests that a process runs")
     arguments = parser.parse_args(argv)
     arguments.files = [str(Path(file).resolve()) for file in arguments.files]

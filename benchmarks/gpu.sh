@@ -89,9 +89,9 @@ bare() {
 counters() {
   local tool
   tool=$(PATH=$PATH:/usr/local/cuda/bin command -v ncu) || { echo "ncu was not found: left out"; return 0; }
-  # The clocks are left alone. The last of three calls: two kernels forward, three backward.
+  # The clocks are left alone. The last of three calls: three kernels forward, five backward.
   "$tool" --clock-control none --set basic --section MemoryWorkloadAnalysis --section WarpStateStats --section SchedulerStats \
-    --kernel-name 'regex:product|side|round_kernel|sum_kernel' --launch-skip 10 --launch-count 5 "$PYTHON" -m benchmarks.probe call >"$out/counters.txt" || return
+    --kernel-name 'regex:product|side|round_kernel|sum_kernel' --launch-skip 16 --launch-count 8 "$PYTHON" -m benchmarks.probe call >"$out/counters.txt" || return
   grep -E '_kernel|Duration|Throughput' "$out/counters.txt" | head -60
 }
 

@@ -238,6 +238,9 @@ OLDEST_CARD = (8, 0)
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """What the compiled implementations compute in; float64 is the reference's."""
 
+HOPPER = (9, 0)
+"""The compute capability on which CUDA C++ has been checked and timed (benchmarks/results), and runs where nothing was measured."""
+
 SIXTEEN_BITS = {
     (op, "cuda") for stem in ("lora_linear", "lora_linear_shared", "multi_lora") for op in (stem, f"{stem}_backward")
 }
@@ -305,7 +308,7 @@ def _is_copied(weight: Tensor) -> bool:
 
 
 def _decide(op: str, device: torch.device, dtype: torch.dtype, rows: int, elements: int, dropout: bool) -> Choice:
-    """The fastest of plain PyTorch and the candidates that were measured; where none was, the native extension on a CPU."""
+    """The fastest of plain PyTorch and the candidates that were measured; where none was, the native extension on a CPU, CUDA C++ on Hopper."""
     if device.type not in ("cpu", "cuda"):
         return Choice("reference", f"plain PyTorch, since there are no kernels for {device.type} devices")
     obstacle = obstacle_of(op, "cpu", device, dtype) if device.type == "cpu" else None
@@ -316,6 +319,9 @@ def _decide(op: str, device: torch.device, dtype: torch.dtype, rows: int, elemen
     if not found:
         if device.type == "cpu":
             return Choice("cpu", "native C++, not measured on this kind of CPU")
+        if (op, "cuda") in SIXTEEN_BITS and "cuda" in candidates(op, device, dtype):
+            if torch.cuda.get_device_capability(device) == HOPPER:
+                return Choice("cuda", "CUDA C++, not measured on this kind of GPU")
         return Choice(
             "reference", "plain PyTorch, not measured on this kind of GPU: `fastlora tune --device cuda` does it"
         )

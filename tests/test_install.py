@@ -1,6 +1,7 @@
 """What gets installed, and that it runs without the native extension, without Triton and without a compiler."""
 
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -165,6 +166,17 @@ def make_toolkit(home: Path) -> Path:
         (home / file).parent.mkdir(parents=True)
         (home / file).touch()
     return home
+
+
+LATER = {
+    "STABLE_TORCH_ERROR_CODE_CHECK",
+    "nativeHandle",
+}  # of torch's stable interface, what 2.11 has not, or has by another name
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc").rglob("*.*")), ids=lambda path: path.name)
+def test_sources_name_nothing_that_the_oldest_torch_lacks(path: Path) -> None:
+    assert not LATER & set(re.findall(r"\w+", path.read_text()))
 
 
 def test_where_cuda_is_looked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

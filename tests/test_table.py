@@ -103,7 +103,7 @@ def test_the_fastest_of_several_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     triton, cuda = (
         entry(ratio, dtype="bfloat16", implementation=name) for ratio, name in ((0.7, "triton"), (0.6, "cuda"))
     )
-    assert decide() == "reference"
+    assert decide() == "cuda"  # a card of this generation has run it; nothing was measured on this kind
     assert decide(triton) == "triton"
     assert decide(triton, cuda) == "cuda"
     assert decide(triton, cuda._replace(checked=False, ratio=None)) == "triton"
@@ -113,6 +113,24 @@ def test_the_fastest_of_several_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert ops.candidates("lora_linear", torch.device("cuda"), torch.bfloat16) == ["triton"]
     assert decide(triton, cuda) == "triton"
+    assert decide() == "reference"
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("op", ["lora_linear", "multi_lora_backward", "prefix_concat"])
+def test_what_runs_unmeasured_on_a_gpu(
+    op: str, dtype: torch.dtype, capability: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ops.availability()
+    monkeypatch.setattr(ops, "forced", None)
+    monkeypatch.setattr(ops, "implementations", ops.implementations | {(op, "cuda"): max})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    hold(device_type="cuda")
+    found = ops._decide(op, torch.device("cuda"), dtype, 64, 2**20, False)
+    checked = capability == (9, 0) and dtype is torch.bfloat16 and op != "prefix_concat"
+    assert found.implementation == ("cuda" if checked else "reference")
+    assert "not measured on this kind of GPU" in found.reason
 
 
 @pytest.mark.parametrize(

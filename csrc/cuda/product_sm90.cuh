@@ -25,7 +25,7 @@ constexpr int LEFT = HEIGHT * DEPTH * 2, RIGHT = WIDTH * DEPTH * 2;  // bytes of
 constexpr int TOLD = 256;  // bytes of barriers, and what is told of stages
 constexpr int SHARED = STAGES * (LEFT + RIGHT) + TOLD;
 // Registers a thread. At the start all have 168; the producer's warpgroup leaves most of its own to the consumers.
-constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+constexpr int PRODUCER_REGISTERS = 40, CONSUMER_REGISTERS = 232;
 static_assert(PRODUCER_REGISTERS + 2 * CONSUMER_REGISTERS <= 3 * 168);
 
 /// One launch.

@@ -167,7 +167,7 @@ __device__ void shrink_tile(const Shrink<T, G>& task, int tile, int first_rank, 
   constexpr int ROWS = SHRINK_ROWS, EIGHTS = ROWS / 8, SHARE = shrink_columns(WIDTH) / WARPS;  // columns that a warp brings in a step
   constexpr int COPIES = EIGHTS * SHARE / 32, STAGES = QUEUE / (COPIES * TEAM * 16);            // a lane's in a step
   constexpr int CHUNKS = MEET ? SHARE / 32 : WARPS, BLOCKS = MEET ? WIDTH / 8 : 1;              // of 32 columns, of 8 ranks, that a warp multiplies
-  static_assert(MEET || WARPS * 8 == WIDTH);
+  static_assert(MEET || (WARPS * 8 == WIDTH && SHARE == 32));
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, g = thread % 32 / 4, t = thread % 4, lane = thread % 32;
   const Piece piece = task.groups.piece(tile, ROWS);
   const Adapter& adapter = task.groups.of(piece.group);
@@ -184,9 +184,9 @@ __device__ void shrink_tile(const Shrink<T, G>& task, int tile, int first_rank, 
   const auto share = [&](int step) { return (step * WARPS + warp) * SHARE; };  // its first column
   // Eight lanes after one another copy as much of a row as lies side by side: what is asked for in pieces costs the cache more.
   constexpr int SIDE_BY_SIDE = SHARE / 8, ROWS_A_COPY = 32 / SIDE_BY_SIDE;
-  int copied[COPIES];  // rows
+  int copied[COPIES];  // rows, those that the lane multiplies where four lanes copy one
 #pragma unroll
-  for (int k = 0; k < COPIES; ++k) copied[k] = task.groups.row(piece, piece.begin + k * ROWS_A_COPY + lane / SIDE_BY_SIDE);
+  for (int k = 0; k < COPIES; ++k) copied[k] = MEET ? task.groups.row(piece, piece.begin + k * ROWS_A_COPY + lane / SIDE_BY_SIDE) : row[k];
   const auto fetch = [&](int step) {
     const int column = share(step) + lane % SIDE_BY_SIDE * 8;
 #pragma unroll
@@ -208,7 +208,8 @@ __device__ void shrink_tile(const Shrink<T, G>& task, int tile, int first_rank, 
 #pragma unroll
     for (int i = 0; i < EIGHTS; ++i) {
       const int m = anew(row[i]);
-      const uint32_t bits = draw(seed, m * calls + column / 8 + t, adapter.threshold);
+      uint32_t bits = draw(seed, m * calls + column / 8 + t, adapter.threshold);
+      if (G::MANY && i % 2) forget(bits);  // two are drawn together: of four there are no registers for all that is between
       drop(numbers[i], bits);
       uint32_t word = bits << 8 * t;
       word |= __shfl_xor_sync(~0u, word, 1);
@@ -371,8 +372,9 @@ __device__ void gradient_tile(const Gradient<T, G>& task, int number, int block,
     for (int k = 0; k < COPIES; ++k) rows[k] = row(first + (k * 32 + lane) / MINE);
     bits_row = row(first + lane / WORDS);
   };
-  const int copied = own + lane % MINE * 8, bits_at = own / 8 + lane % WORDS * 4, bytes = bytes_inside(task.columns - copied);
   const auto fetch = [&](int step) {
+    const int first = anew(own), copied = first + lane % MINE * 8, bits_at = first / 8 + lane % WORDS * 4;
+    const int bytes = bytes_inside(task.columns - copied);
 #pragma unroll
     for (int k = 0; k < COPIES; ++k) {
       if (step >= steps) break;
