@@ -75,11 +75,17 @@ def products() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
         "baddbmm": lambda x, w: torch.baddbmm(into(x, w)[None].zero_(), x[None], w.t()[None])[0],
         "einsum": lambda x, w: torch.einsum("mk,nk->mn", x, w),
         "a module": lambda x, w: torch.nn.Linear(w.shape[1], len(w), bias=False, dtype=x.dtype).requires_grad_(False)(x),
+    } | (of_onednn() if torch.ops.mkldnn._is_mkldnn_bf16_supported() else {})  # fmt: skip
+
+
+def of_onednn() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """Its own products, which there are of bfloat16 on a CPU with AVX-512 only."""
+    return {
         "oneDNN": lambda x, w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], ""),
         "oneDNN, packed": lambda x, w: torch.ops.mkldnn._linear_pointwise(
             x, torch.ops.mkldnn._reorder_linear_weight(w), None, "none", [], ""
         ),
-    }  # fmt: skip
+    }
 
 
 def check_products() -> None:

@@ -228,7 +228,8 @@ def test_a_storage_that_was_cut_is_no_place(dtype: torch.dtype) -> None:
     if always_packed(dtype):
         check_now(weight)
         assert budget.held == 2 * packed.copy_bytes(weight)
-    assert packed.find(weight) is packed.find(weight.t()) is not None
+    found = packed.find(weight)
+    assert found is packed.find(weight.t()) and (found is not None) == always_packed(dtype)
     memory.untyped_storage().resize_(last * dtype.itemsize)
     assert packed.find(weight) is None and budget.held == 0
 
