@@ -308,16 +308,17 @@ def test_the_fastest_way(times: dict[str, float], expected: tuple[str, str]) -> 
 def test_torchs_way_is_neither_checked_nor_timed(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """And only what can run with these rows and dtype is, forward and backward apart."""
     seen: list[list[str]] = []
+    dtype_of_16 = torch.bfloat16 if packed.suits_onednn(torch.bfloat16) else torch.float16  # without AVX-512
 
     def ratios(functions: dict[str, Callable[..., Any]], *_: Any) -> dict[str, float]:
         seen.append(list(functions))
         return {"cpu product": 1.1, "cpu few_rows": 0.6, "cpu plain": 1.2, "cpu packed": 0.9}
 
     monkeypatch.setattr(measure, "ratios", ratios)
-    monkeypatch.setattr(packed, "packs", lambda dtype: dtype is torch.bfloat16)
-    monkeypatch.setattr(packed, "suits_onednn", lambda dtype: dtype is torch.bfloat16)
+    monkeypatch.setattr(packed, "packs", lambda dtype: dtype is dtype_of_16)
+    monkeypatch.setattr(packed, "suits_onednn", lambda dtype: dtype is dtype_of_16)
     found, told = [], []
-    for dtype, rows in ((torch.float32, 8), (torch.bfloat16, 8), (torch.bfloat16, 64)):
+    for dtype, rows in ((torch.float32, 8), (dtype_of_16, 8), (dtype_of_16, 64)):
         problem = problems.Problem("frozen_linear", dtype, rows, "small", False)
         found += measure.one_class(problem, torch.device("cpu"), 0.0, trying=lambda op, runs: told.extend(runs))
     assert all(one.checked for one in found) and "cpu torch" not in told
