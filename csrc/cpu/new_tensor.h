@@ -15,7 +15,7 @@ inline torch::stable::Tensor new_tensor(const torch::stable::Tensor& like, const
   // torch's own macro for this has one name in 2.11 and another one later.
   const bool failed = aoti_torch_aten_new_empty(
       like.get(), sizes.data(), static_cast<int64_t>(sizes.size()), &number, nullptr, nullptr, 0, nullptr, &made);
-  STD_TORCH_CHECK(!failed, "no memory for a tensor of a call's results");
+  STD_TORCH_CHECK(!failed, "torch could not make a tensor of a call's results");
   return torch::stable::Tensor(made);
 }
 
