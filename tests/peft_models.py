@@ -1,6 +1,7 @@
 """Small PEFT models of four families, what they compute, and what `report` says of their layers."""
 
 import copy
+from statistics import geometric_mean
 
 import pytest
 import torch
@@ -71,9 +72,9 @@ def bert():
 FAMILIES = {"llama": llama, "gpt2": gpt2, "t5": t5, "bert": bert}
 
 
-def peft_model(family="llama", dtype=torch.float32, autocast_adapter_dtype=True, **options):
+def peft_model(family="llama", dtype=torch.float32, autocast_adapter_dtype=True, seed=0, **options):
     """A random small PEFT model whose adapters change something, and the labels that it takes."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     base, labels, targets = FAMILIES[family]()
     if family == "bert":
         options["modules_to_save"] = ["classifier"]
@@ -107,17 +108,65 @@ def assert_as_near_as(ours, eager, exact):
 
     One vector, because a 16-bit network turns rounding into noise that favours now one tensor, now another.
     """
-    assert ours.keys() == eager.keys() == exact.keys()
-    for name in exact:
-        assert ours[name].dtype == eager[name].dtype and ours[name].isfinite().all(), name
+    assert_as_near_over_models([(ours, eager, exact)])
 
-    def distance(results, names):
-        return sum((results[name].double() - exact[name]).square().sum().item() for name in names) ** 0.5
 
-    for names in (["logits"], [name for name in exact if name != "logits"]):
-        tiny = torch.finfo(eager[names[0]].dtype).eps * sum(exact[name].square().sum().item() for name in names) ** 0.5
-        errors = Errors(distance(ours, names), distance(eager, names), tiny)
-        assert errors.within, f"{names[0]}: error {errors.error:.3g}, bound {errors.bound:.3g}"
+def assert_as_near_over_models(results):
+    """The same of several models' results (ours, eager, exact), by the geometric mean of error over bound.
+
+    A network amplifies its first roundings, so that two ways to compute its gradients, equally good, can be three times as far off one
+    as the other, on one model; on the next it is the other way round.
+    """
+    found = {"logits": [], "gradients": []}
+    for ours, eager, exact in results:
+        assert ours.keys() == eager.keys() == exact.keys()
+        for name in exact:
+            assert ours[name].dtype == eager[name].dtype and ours[name].isfinite().all(), name
+
+        def distance(results, names):
+            return sum((results[name].double() - exact[name]).square().sum().item() for name in names) ** 0.5  # noqa: B023
+
+        for part, names in (("logits", ["logits"]), ("gradients", [name for name in exact if name != "logits"])):
+            norm = sum(exact[name].square().sum().item() for name in names) ** 0.5
+            tiny = torch.finfo(eager[names[0]].dtype).eps * norm
+            found[part].append(Errors(distance(ours, names), distance(eager, names), tiny))
+    for part, errors in found.items():
+        # No luckier than tiny, or one model that is exact would hide all others.
+        ratio = geometric_mean(max(each.error, each.tiny) / each.bound for each in errors)
+        assert ratio <= 1, f"{part}: the error is {ratio:.3g} of the bound, over {len(errors)} models"
+
+
+in_each_precision = pytest.mark.parametrize(
+    ("dtype", "adapters_float32", "autocast"),
+    [
+        (torch.float32, True, None),
+        (torch.bfloat16, False, None),
+        (torch.bfloat16, True, None),
+        (torch.float32, True, torch.bfloat16),
+        (torch.bfloat16, True, torch.bfloat16),
+    ],
+    ids=["float32", "bfloat16", "float32-on-bfloat16", "autocast", "autocast-bfloat16-base"],
+)
+
+
+def assert_equal_to_peft(make, dtype, autocast):
+    """The model, accelerated, of `make(seed)` gives PEFT's logits and gradients; in 16 bits over four models.
+
+    Returns:
+        The first of them, accelerated, and its results.
+    """
+    models, results = [], []
+    for seed in range(1 if dtype is torch.float32 and autocast is None else 4):
+        model, labels = make(seed)
+        exact = run(copy.deepcopy(model).double(), labels)
+        eager = run(model, labels, autocast)
+        names = set(model.state_dict())
+        assert fastlora.accelerate(model) is model
+        models.append(model)
+        results.append((run(model, labels, autocast), eager, exact))
+        assert set(model.state_dict()) == names
+    assert_as_near_over_models(results)
+    return models[0], results[0][0]
 
 
 def logits(model, **options):

@@ -6,7 +6,19 @@ import pytest
 import torch
 from bounds import assert_within_bound
 from peft import LoraConfig, PeftModel
-from peft_models import FAMILIES, IDS, assert_as_near_as, llama, logits, peft_model, q_proj, reason_of, run
+from peft_models import (
+    FAMILIES,
+    IDS,
+    assert_as_near_as,
+    assert_equal_to_peft,
+    in_each_precision,
+    llama,
+    logits,
+    peft_model,
+    q_proj,
+    reason_of,
+    run,
+)
 
 import fastlora
 from fastlora import operators
@@ -24,21 +36,16 @@ def dora_model(family="llama", **options):
     return model, labels
 
 
-@pytest.mark.parametrize(
-    ("dtype", "adapters_float32", "autocast"),
-    [(FLOAT32, True, None), (BFLOAT16, False, None), (BFLOAT16, True, None), (FLOAT32, True, BFLOAT16)],
-    ids=["float32", "bfloat16", "float32-on-bfloat16", "autocast"],
-)
+@in_each_precision
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_and_gradients_equal_peft(family, dtype, adapters_float32, autocast):
-    model, labels = dora_model(family, dtype=dtype, autocast_adapter_dtype=adapters_float32)
-    exact = run(copy.deepcopy(model).double(), labels)
-    eager = run(model, labels, autocast)
-    assert any("magnitude" in name for name in eager)
-    fastlora.accelerate(model)
+    model, ours = assert_equal_to_peft(
+        lambda seed: dora_model(family, dtype=dtype, autocast_adapter_dtype=adapters_float32, seed=seed),
+        dtype,
+        autocast,
+    )
+    assert any("magnitude" in name for name in ours)
     assert all(not entry.reason.startswith("PEFT") for entry in fastlora.report(model))
-    ours = run(model, labels, autocast)
-    assert_as_near_as(ours, eager, exact)
     assert {entry.implementation for entry in fastlora.report(model)} <= {"cpu", "reference"}
     assert not any("forward" in entry.reason for entry in fastlora.report(model))
 

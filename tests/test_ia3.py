@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 from peft import IA3Config, PeftModel, get_peft_model
-from peft_models import FAMILIES, IDS, assert_as_near_as, llama, logits, run
+from peft_models import FAMILIES, IDS, assert_equal_to_peft, in_each_precision, llama, logits, run
 from torch import nn
 
 import fastlora
@@ -23,8 +23,8 @@ TARGETS = {
 }
 
 
-def ia3_model(family="llama", dtype=FLOAT32, autocast_adapter_dtype=True):
-    torch.manual_seed(0)
+def ia3_model(family="llama", dtype=FLOAT32, autocast_adapter_dtype=True, seed=0):
+    torch.manual_seed(seed)
     base, labels, _ = FAMILIES[family]()
     targets, feedforward = TARGETS[family]
     config = IA3Config(
@@ -48,23 +48,12 @@ def reasons_of(model):
     return [entry.reason for entry in fastlora.report(model) if "ia3" not in entry.name]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "adapters_float32", "autocast"),
-    [(FLOAT32, True, None), (BFLOAT16, False, None), (BFLOAT16, True, None), (FLOAT32, True, BFLOAT16)],
-    ids=["float32", "bfloat16", "float32-on-bfloat16", "autocast"],
-)
+@in_each_precision
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outputs_and_gradients_equal_peft(family, dtype, adapters_float32, autocast):
-    model, labels = ia3_model(family, dtype, adapters_float32)
-    exact = run(copy.deepcopy(model).double(), labels)
-    eager = run(model, labels, autocast)
-    assert any("ia3_l" in name for name in eager)
-    names = set(model.state_dict())
-    fastlora.accelerate(model)
+    model, ours = assert_equal_to_peft(lambda seed: ia3_model(family, dtype, adapters_float32, seed), dtype, autocast)
+    assert any("ia3_l" in name for name in ours)
     assert len(layers_of(model)) == len(fastlora.report(model)) > 0
-    ours = run(model, labels, autocast)
-    assert_as_near_as(ours, eager, exact)
-    assert set(model.state_dict()) == names
     assert all(
         entry.implementation in ops.IMPLEMENTATIONS and "PEFT" not in entry.reason for entry in fastlora.report(model)
     )

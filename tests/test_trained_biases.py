@@ -5,18 +5,14 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig
-from peft_models import IDS, assert_as_near_as, logits, peft_model, q_proj, reason_of, run
+from peft_models import IDS, assert_equal_to_peft, in_each_precision, logits, peft_model, q_proj, reason_of, run
 
 import fastlora
 
 FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 
 
-@pytest.mark.parametrize(
-    ("dtype", "adapters_float32", "autocast"),
-    [(FLOAT32, True, None), (BFLOAT16, False, None), (BFLOAT16, True, None), (FLOAT32, True, BFLOAT16)],
-    ids=["float32", "bfloat16", "float32-on-bfloat16", "autocast"],
-)
+@in_each_precision
 @pytest.mark.parametrize(
     "options",
     [{"bias": "lora_only"}, {"bias": "all"}, {"lora_bias": True}, {"bias": "lora_only", "use_dora": True},
@@ -25,18 +21,17 @@ FLOAT32, BFLOAT16 = torch.float32, torch.bfloat16
 )  # fmt: skip
 @pytest.mark.parametrize("family", ["gpt2", "bert"])
 def test_outputs_and_gradients_equal_peft(family, options, dtype, adapters_float32, autocast):
-    init = {"init_lora_weights": True} if "lora_bias" in options else {}
-    model, labels = peft_model(family, dtype, adapters_float32, **init, **options)
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and ("bias" in name or "lora_B" in name):
-            parameter.data.normal_()
-    exact = run(copy.deepcopy(model).double(), labels)
-    eager = run(model, labels, autocast)
-    assert any("bias" in name for name in eager)
-    fastlora.accelerate(model)
-    ours = run(model, labels, autocast)
+    def make(seed):
+        init = {"init_lora_weights": True} if "lora_bias" in options else {}
+        model, labels = peft_model(family, dtype, adapters_float32, seed, **init, **options)
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ("bias" in name or "lora_B" in name):
+                parameter.data.normal_()
+        return model, labels
+
+    model, ours = assert_equal_to_peft(make, dtype, autocast)
+    assert any("bias" in name for name in ours)
     assert not any("forward" in entry.reason for entry in fastlora.report(model))
-    assert_as_near_as(ours, eager, exact)
 
 
 def test_layers_that_share_x_have_their_own():
