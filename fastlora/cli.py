@@ -496,9 +496,18 @@ def generate(
         list[str] | None, typer.Option(help="Adapter folder, or name=folder; may be given several times.")
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Send each prompt through the chat template, as the user's message.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            help="Send each prompt through the chat template, as the user's message. [default: where training did]"
+        ),
+    ] = None,
     max_new_tokens: NewTokensOption = 64,
+    temperature: Annotated[float, typer.Option(help="Of the tokens' chances; 0: the likeliest is taken.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this chance together.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="Draw from so many likeliest tokens; 0: from all.")] = 0,
+    num_beams: Annotated[int, typer.Option(help="Answers that are followed at once.")] = 1,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: what has been said is less likely.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Of the tokens that are drawn.")] = 0,
     max_length: Annotated[
         int | None,
         typer.Option(
@@ -510,14 +519,16 @@ def generate(
     allow_missing: AllowMissingOption = False,
     allow_noop: AllowNoopOption = False,
 ) -> None:
-    """Greedy answers; with several adapters, each one's, swapped on one base."""
+    """Answers; with several adapters, each one's, swapped on one base."""
     _quiet()
     from fastlora.data.examples import Prompt, parse_columns
     from fastlora.data.rows import row_length
     from fastlora.data.tasks import read_rows
-    from fastlora.generation import generate
+    from fastlora.generation import Sampling, generate
     from fastlora.models import load_model, positions
+    from fastlora.summary import is_of_chat
 
+    sampling = Sampling(temperature, top_p, top_k, num_beams, repetition_penalty, seed)
     if bool(prompt) == bool(data):
         raise ValueError("expected either --prompt or --data")
     if columns is not None and not data:
@@ -534,6 +545,15 @@ def generate(
                 "data: rows of plain text have no prompt, and those with tools are for training and eval alone"
             )
         prompts = [example.prompt for example in examples]
+    if chat is None:
+        trained_on = [is_of_chat(folder) for folder in (adapters.values() if adapters else [Path(model or "")])]
+        chat = any(trained_on)
+        if chat and not all(trained_on):
+            raise ValueError(
+                "chat: some of the adapters were trained on conversations, and some not: expected --chat or --no-chat"
+            )
+        if chat and any(isinstance(text, str) for text in prompts):
+            _say("trained on conversations: each prompt is a user's message (--no-chat: as it is)")
     if chat:
         prompts = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
     names: list[str | None] = [*adapters] or [None]
@@ -546,6 +566,7 @@ def generate(
             batch_size=batch_size,
             max_length=max_length,
             adapter_name=name,
+            sampling=sampling,
         )
         for name in names
     ]

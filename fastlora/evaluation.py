@@ -98,7 +98,7 @@ def evaluate(
     )
     # Before anything is computed: there may be no room for an answer.
     ids = [row.input_ids[: row.prompt_length] for row in encoded.rows]
-    ids = leave_room(model, tokenizer, ids, max_new_tokens) if generations else ids
+    ids = leave_room(model, tokenizer, ids, encoded.examples, max_new_tokens) if generations else ids
     mean = mean_loss(model, tokenizer, encoded.rows, batch_size)
     perplexity = math.exp(mean) if mean < 700 else math.inf  # exp(710) overflows
     scored: dict[str, float] = {}

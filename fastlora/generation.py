@@ -1,22 +1,77 @@
-"""Greedy answers of a model, and of each of its adapters: to the very prompt tokens that training saw."""
+"""Answers of a model, and of each of its adapters: to the very prompt tokens that training saw."""
 
 import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from torch.nn.utils.rnn import pad_sequence
 
-from fastlora.data.examples import BadLine, Message, Prompt
-from fastlora.data.rows import batches, cut_prompt, encode_prompt, pad_token_id, require_count, turn_end
+from fastlora.data.examples import BadLine, Example, Message, Prompt
+from fastlora.data.prompts import cut_prompt, encode_prompt
+from fastlora.data.rows import batches, pad_token_id, require_count, turn_end
 from fastlora.language_model_loss import evaluating
 from fastlora.layers import BASE
 from fastlora.models import positions
+from fastlora.typed import check_fields
 
 logger = logging.getLogger("fastlora")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How an answer's tokens are chosen, in transformers' terms; from one seed the same answers to the same prompts in the same batches.
+
+    Raises:
+        ValueError: a value is out of range, or of no use beside the others.
+    """
+
+    temperature: float = 0.0  # what logits are divided by before a token is drawn; 0: the likeliest is taken
+    top_p: float = 1.0  # drawn from the likeliest tokens that have this probability together
+    top_k: int = 0  # drawn from so many likeliest tokens; 0: from all
+    num_beams: int = 1  # answers that are followed at once, the likeliest of which is taken
+    repetition_penalty: float = 1.0  # what lowers the logits of tokens that have been; 1: nothing
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        ranges = {
+            "temperature": (0 <= self.temperature < math.inf, "0 or more"),
+            "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
+            "top_k": (self.top_k >= 0, "0 or more"),
+            "num_beams": (self.num_beams >= 1, "1 or more"),
+            "repetition_penalty": (0 < self.repetition_penalty < math.inf, "above 0"),
+            "seed": (0 <= self.seed < 1 << 64, "0 or more, below 2**64"),
+        }
+        for name, (holds, expected) in ranges.items():
+            if not holds:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
+        for name, is_set in (("top_p", self.top_p < 1), ("top_k", self.top_k > 0)):
+            if is_set and not self.temperature:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: expected temperature as well, without it no token is drawn"
+                )
+        if self.num_beams > 1 and self.temperature:
+            raise ValueError(f"num_beams={self.num_beams} and temperature={self.temperature} exclude each other")
+
+    def options(self) -> dict[str, Any]:
+        """As `generate` of transformers takes them."""
+        drawn = self.temperature > 0
+        return {
+            "do_sample": drawn,
+            "temperature": self.temperature if drawn else None,
+            "top_p": self.top_p if drawn else None,
+            "top_k": self.top_k if drawn else None,
+            "num_beams": self.num_beams,
+            "repetition_penalty": self.repetition_penalty,
+        }
+
+
+GREEDY = Sampling()
 
 
 def generate(
@@ -28,8 +83,9 @@ def generate(
     batch_size: int = 8,
     max_length: int | None = None,
     adapter_name: str | None = None,
+    sampling: Sampling | None = None,
 ) -> list[str]:
-    """Greedy answers, one a prompt, in the prompts' order.
+    """Answers, one a prompt, in the prompts' order.
 
     A prompt that leaves no room for the answer loses its oldest tokens, as in training, with a warning.
 
@@ -37,6 +93,7 @@ def generate(
         prompts: texts, or lists of messages for the chat template.
         max_length: tokens that a prompt and its answer may have together, an encoder-decoder's each; None: as many as the model has positions for.
         adapter_name: who answers: a loaded adapter, "__base__" for none of them, None for the one that is active.
+        sampling: how each token is chosen; None: the likeliest is taken.
 
     Raises:
         ValueError: a bad option, or one that leaves nothing to the prompt; a prompt that has no tokens, or that the chat
@@ -50,8 +107,9 @@ def generate(
         require_count("max_length", max_length)
     pairs = model.config.is_encoder_decoder
     ids = [_prompt_tokens(tokenizer, prompt, f"prompts[{i}]", pairs) for i, prompt in enumerate(prompts)]
-    ids = leave_room(model, tokenizer, ids, max_new_tokens, max_length)
-    return answer(model, tokenizer, prompts, ids, max_new_tokens, batch_size, adapter_name)
+    asked = [Example(prompt, "") for prompt in prompts]
+    ids = leave_room(model, tokenizer, ids, asked, max_new_tokens, max_length)
+    return answer(model, tokenizer, prompts, ids, max_new_tokens, batch_size, adapter_name, sampling)
 
 
 def _prompt_tokens(tokenizer: Any, prompt: Prompt, name: str, encoder_decoder: bool) -> list[int]:
@@ -75,14 +133,18 @@ def answer(
     max_new_tokens: int,
     batch_size: int,
     adapter_name: str | None = None,
+    sampling: Sampling | None = None,
 ) -> list[str]:
     """Answers to `prompts`, whose tokens are `ids`."""
+    sampling = sampling or GREEDY
     by_length = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # rows of like length share a batch: less padding
     answers, pad = [""] * len(ids), pad_token_id(tokenizer)
-    options = _greedy(model, tokenizer, max_new_tokens, prompts)
+    options = _options(model, tokenizer, max_new_tokens, prompts) | sampling.options()
     pairs = model.config.is_encoder_decoder
     side = "right" if pairs else "left"
-    with evaluating(model), _answering_as(model, adapter_name):
+    devices = [model.device] if model.device.type == "cuda" else []
+    with evaluating(model), _answering_as(model, adapter_name), torch.random.fork_rng(devices):
+        torch.manual_seed(sampling.seed)
         for batch in batches(by_length, batch_size):
             rows = [torch.tensor(ids[i], device=model.device) for i in batch]
             inputs = pad_sequence(rows, batch_first=True, padding_value=pad, padding_side=side)
@@ -95,9 +157,19 @@ def answer(
 
 
 def leave_room(
-    model: Any, tokenizer: Any, ids: list[list[int]], max_new_tokens: int, max_length: int | None = None
+    model: Any,
+    tokenizer: Any,
+    ids: list[list[int]],
+    examples: Sequence[Example],
+    max_new_tokens: int,
+    max_length: int | None = None,
 ) -> list[list[int]]:
-    """The prompts' tokens without the oldest of those that leave no room for an answer; an encoder-decoder's answer takes none of a prompt's."""
+    """The prompts' tokens without the oldest of those that leave no room for an answer; an encoder-decoder's answer takes none of a prompt's.
+
+    Args:
+        ids: each prompt's tokens, some of which training may have cut already.
+        examples: what they are the prompts of.
+    """
     limits = {"max_length": max_length, "the number of the model's positions": positions(model)}
     name, limit = min(limits.items(), key=lambda item: item[1] or math.inf)
     if limit is None:
@@ -110,7 +182,11 @@ def leave_room(
     if cut:
         text = "cut the oldest tokens of %d of %d prompts (the first: prompts[%d]): %s is %d, max_new_tokens %d"
         logger.warning(text, len(cut), len(ids), cut[0], name, limit, max_new_tokens)
-    return [cut_prompt(tokenizer, row, room) for row in ids]
+    left = [*ids]
+    for i in cut:
+        prompt, tools = examples[i].prompt, examples[i].tools
+        left[i] = cut_prompt(tokenizer, encode_prompt(tokenizer, prompt, pairs, tools), room, prompt, tools)
+    return left
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
@@ -125,18 +201,13 @@ def turn_ends(tokenizer: Any, messages: list[Message]) -> set[int]:
     return set() if end is None else {end}
 
 
-def _greedy(model: Any, tokenizer: Any, max_new_tokens: int, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def _options(model: Any, tokenizer: Any, max_new_tokens: int, prompts: Sequence[Prompt]) -> dict[str, Any]:
     ends = end_tokens(model, tokenizer)
     chat = next((prompt for prompt in prompts if not isinstance(prompt, str)), None)
     if chat:
         ends |= turn_ends(tokenizer, chat)  # training may have taught no other end
     return {
         "max_new_tokens": max_new_tokens,
-        "do_sample": False,
-        "num_beams": 1,
-        "temperature": None,
-        "top_p": None,
-        "top_k": None,
         "pad_token_id": pad_token_id(tokenizer),
         "eos_token_id": sorted(ends) or None,
     }

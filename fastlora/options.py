@@ -68,7 +68,8 @@ INSTEAD = {
     **dict.fromkeys(("chat_template", "template"), "the tokenizer's own chat template is what counts"),
     **dict.fromkeys(("use_wandb", "wandb_project"), "report_to: wandb"),
     **dict.fromkeys(("hub_model_id", "push_to_hub"), "the output folder is what `hf upload` takes"),
-    **dict.fromkeys(("do_sample", "temperature", "top_p"), "answers are greedy; `fastlora serve` draws them, too"),
+    "do_sample": "temperature above 0 draws",
+    **dict.fromkeys(("max_eval_samples", "max_predict_samples"), "of eval and compare limit: the first so many rows"),
     "iters": "max_steps",
     "do_train": "`fastlora train` trains and `fastlora eval` measures",
 }

@@ -11,7 +11,7 @@ from typing import Any
 import accelerate
 import torch
 
-from fastlora import __version__
+from fastlora import __version__, reading
 from fastlora.config import TrainConfig
 from fastlora.data.examples import Example
 from fastlora.data.rows import Encoded
@@ -30,6 +30,7 @@ class TrainResult:
     tasks: dict[
         str, dict[str, float]
     ]  # a mixture's, by name: rows that were trained on, and the mean of the last ten losses
+    chat_rows: int  # those of `rows` that went through the chat template
     dropped_rows: int  # too long for max_length
     prompt_cut_rows: int  # those of `rows` whose prompt lost its oldest tokens
     completion_cut_rows: int  # those whose completion lost its end
@@ -71,6 +72,7 @@ def result(records: Sequence[Mapping[str, Any]], data: Encoded, **more: Any) -> 
         tokens=tokens,
         tokens_per_second=tokens / seconds,
         rows=len(data.rows),
+        chat_rows=sum(not isinstance(one.prompt, str) for one in data.examples),
         dropped_rows=len(data.dropped),
         prompt_cut_rows=len(data.prompt_cut),
         completion_cut_rows=len(data.completion_cut),
@@ -111,6 +113,16 @@ def origins() -> dict[str, Any]:
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "versions": {"fastlora": __version__, **{one.__name__: one.__version__ for one in packages}},
     }
+
+
+def is_of_chat(folder: Path) -> bool:
+    """Whether what lies in a folder was trained on conversations, by its summary; not where there is none that can be read."""
+    try:
+        found = reading.json_file(folder / "summary.json")
+    except (OSError, ValueError):
+        return False
+    rows, of_chat = found.get("rows"), found.get("chat_rows")
+    return isinstance(rows, int) and isinstance(of_chat, int) and 2 * of_chat > rows
 
 
 def changed_options(config: Mapping[str, Any]) -> dict[str, Any]:

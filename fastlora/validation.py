@@ -183,7 +183,8 @@ class Validation:
                 require_positions(model, one.rows)
         if self.held_out and (self.config.eval_generate or self.sampled):
             ids = [row.input_ids[: row.prompt_length] for row in self.held_out.rows]
-            self.prompts = leave_room(model, self.tokenizer, ids, self.config.eval_max_new_tokens)
+            examples = self.held_out.examples
+            self.prompts = leave_room(model, self.tokenizer, ids, examples, self.config.eval_max_new_tokens)
 
     def claim_output(self) -> None:
         """Leave in validation.jsonl and samples.jsonl what this run goes on from, and nothing else."""

@@ -10,7 +10,8 @@ from transformers import LlamaForCausalLM
 
 from fastlora import evaluation, generation
 from fastlora.data.examples import DataError, Example
-from fastlora.data.rows import encode, encode_prompt
+from fastlora.data.prompts import encode_prompt
+from fastlora.data.rows import encode
 from fastlora.evaluation import evaluate
 from fastlora.generation import generate
 from fastlora.models import load_model
@@ -96,9 +97,9 @@ def test_an_answer_ends_where_the_template_ends_a_turn(loaded):
         "{% else %}{{ m.content }}{% endif %}<|user|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     try:
-        options = generation._greedy(model, words, 4, ["The cat", chat])
+        options = generation._options(model, words, 4, ["The cat", chat])
         assert options["eos_token_id"] == sorted([words.eos_token_id, words.convert_tokens_to_ids("<|user|>")])
-        assert generation._greedy(model, words, 4, ["The cat"])["eos_token_id"] == [words.eos_token_id]
+        assert generation._options(model, words, 4, ["The cat"])["eos_token_id"] == [words.eos_token_id]
     finally:
         words.chat_template = template
 

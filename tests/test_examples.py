@@ -12,7 +12,8 @@ import torch
 from tokenizers import processors
 
 from fastlora.data.examples import BadLine, DataError, Example, parse_line, read_examples
-from fastlora.data.rows import TRUNCATIONS, Row, collate, cut_prompt, encode, encode_prompt
+from fastlora.data.prompts import cut_prompt, encode_prompt
+from fastlora.data.rows import TRUNCATIONS, Row, collate, encode
 from fastlora.language_model_loss import IGNORE
 
 GOOD = b'{"prompt": "a", "completion": "b"}\n'
@@ -137,11 +138,24 @@ def test_bytes_that_are_no_text_are_named(tmp_path):
 
 
 def test_all_bad_lines_are_found_and_twenty_listed(tmp_path):
-    path = write(tmp_path / "data.jsonl", *["{"] * 25)
+    path = write(tmp_path / "data.jsonl", *[f'{{"field {n}": ""}}' for n in range(25)])
     with pytest.raises(DataError) as caught:
         read_examples(path)
     assert [problem.split(": ")[0] for problem in caught.value.problems] == [f"{path}:{n}" for n in range(1, 26)]
     assert str(caught.value).count("data.jsonl:") == 20 and str(caught.value).endswith("and 5 more")
+
+
+def test_lines_with_one_fault_are_told_as_one(tmp_path):
+    lines = [line for _ in range(30) for line in ("{", '{"text": ""}')]
+    path = write(tmp_path / "data.jsonl", *lines, '{"text": 1}', '{"text": ""}')
+    with pytest.raises(DataError) as caught:
+        read_examples(path)
+    heading, *told = str(caught.value).splitlines()
+    assert heading == "62 bad lines in the data:" and len(caught.value.problems) == 62 and len(told) == 3
+    assert told[0].startswith(f"{path}:1: ")
+    assert told[0].endswith(f" (and 29 like it: {path}:3, {path}:5, {path}:7, ...)")
+    assert told[1].startswith(f"{path}:2: ") and "(and 30 like it: " in told[1]
+    assert told[2].startswith(f"{path}:61: ") and "like it" not in told[2]
 
 
 def test_files_that_cannot_be_read_are_named(tmp_path):
@@ -307,9 +321,10 @@ def test_messages_are_cut_alike_and_what_follows_the_end_token_goes_first(words)
         assert encoded.rows[0].input_ids == whole.input_ids[:-last]
         assert not encoded.prompt_cut + encoded.completion_cut + encoded.dropped
     (row,) = encode([Example(DIALOGUE[:-1], "sings")], words, 10).rows
-    assert row.input_ids == [words.bos_token_id, *whole.input_ids[total - last - 9 : total - last]]
+    later = encode([Example(DIALOGUE[2:-1], "sings")], words, 64).rows[0]
+    assert len(row.input_ids) == 10 and row.input_ids == [*later.input_ids[:2], *later.input_ids[3:-last]]
     assert row.input_ids[: row.prompt_length] == cut_prompt(
-        words, encode_prompt(words, DIALOGUE[:-1]), row.prompt_length
+        words, encode_prompt(words, DIALOGUE[:-1]), row.prompt_length, DIALOGUE[:-1]
     )
 
 

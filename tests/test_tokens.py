@@ -10,7 +10,8 @@ import tokenizer_kinds as kinds
 from chat_templates import TEMPLATES, chat_template
 
 from fastlora.data.examples import DataError, Example
-from fastlora.data.rows import Row, encode, encode_prompt, turn_end
+from fastlora.data.prompts import encode_prompt
+from fastlora.data.rows import Row, encode, turn_end
 from fastlora.language_model_loss import IGNORE
 
 KINDS = {

@@ -12,7 +12,8 @@ from test_tokens import CHATTING, KINDS, random_pair
 
 from fastlora.data.examples import DataError, Example
 from fastlora.data.formats import example
-from fastlora.data.rows import TURNS, Row, encode, encode_prompt, reference, turn_end
+from fastlora.data.prompts import encode_prompt
+from fastlora.data.rows import TURNS, Row, encode, reference, turn_end
 from fastlora.evaluation import evaluate
 from fastlora.language_model_loss import IGNORE
 

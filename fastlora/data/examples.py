@@ -26,18 +26,32 @@ __all__ = [
 ]
 
 LISTED_PROBLEMS = 20
+LISTED_LIKE = 3  # places of one problem, behind the first
 
 
 class DataError(ValueError):
-    """Rows that cannot be used: `problems` holds all of them, the message the first twenty, each with FILE:LINE."""
+    """Rows that cannot be used: `problems` holds all of them, each with FILE:LINE; the message twenty, of each kind the first and how many more."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
-        listed = problems[:LISTED_PROBLEMS]
-        if len(problems) > len(listed):
-            listed.append(f"... and {len(problems) - LISTED_PROBLEMS} more")
+        places: dict[str, list[str]] = {}
+        for problem in problems:
+            place, _, reason = problem.partition(": ")
+            places.setdefault(reason, []).append(place)
+        listed = [f"{first}: {reason}{_others(rest)}" for reason, (first, *rest) in places.items()]
+        if len(listed) > LISTED_PROBLEMS:
+            told = sum(map(len, list(places.values())[:LISTED_PROBLEMS]))
+            listed = [*listed[:LISTED_PROBLEMS], f"... and {len(problems) - told} more"]
         count = f"{len(problems)} bad line" + ("s" if len(problems) > 1 else "")
         super().__init__("\n".join([f"{count} in the data:", *listed]))
+
+
+def _others(places: list[str]) -> str:
+    """Of the rows that have the same fault as one that is told."""
+    if not places:
+        return ""
+    more = ", ..." if len(places) > LISTED_LIKE else ""
+    return f" (and {len(places)} like it: {', '.join(places[:LISTED_LIKE])}{more})"
 
 
 def read_examples(

@@ -17,8 +17,8 @@ turns count, each with its end:
 With `completion_only_loss=False` the prompt counts as well. Of plain text all does.
 
 A row of more than `max_length` tokens is cut as `truncation` says:
-- prompt: the prompt loses its oldest tokens. What the tokenizer opens every text with stays, and so do the completion and
-  its end token. A completion that leaves no room for the prompt loses its end, and the prompt keeps half of max_length.
+- prompt: the prompt loses its oldest tokens, and messages their oldest turns; what stays is told in prompts.py. The
+  completion and its end token stay. A completion that leaves no room for the prompt loses its end, and the prompt keeps half of max_length.
   A row of plain text has no prompt, and loses its end.
 - completion: the row loses its end. It trains all the same, if a part of its completion is left: TRL's keep_start.
 - drop: the row is left out.
@@ -31,6 +31,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from os.path import commonprefix
 from typing import Any, Literal, get_args
@@ -40,8 +41,9 @@ from jinja2 import TemplateError, TemplateSyntaxError
 from torch import Tensor
 
 from fastlora.data import pairs
-from fastlora.data.examples import BadLine, DataError, Example, Message, Prompt
+from fastlora.data.examples import BadLine, DataError, Example, Message
 from fastlora.data.mixture import Order
+from fastlora.data.prompts import decode, kept_first, opening_of, render, stays, template_of, tokens_of
 from fastlora.language_model_loss import IGNORE
 from fastlora.typed import shown
 
@@ -148,7 +150,7 @@ def encode(
         )
     if not examples:
         raise ValueError("data: expected at least one row")
-    opening, special = _opening(tokenizer), _special_ids(tokenizer)
+    opening, special = opening_of(tokenizer), _special_ids(tokenizer)
     encoded, problems, unended = Encoded([], [], [], [], []), [], []
     for example in examples:
         try:
@@ -165,8 +167,11 @@ def encode(
             unended.append((example, whole))
         if not completion_only_loss:
             whole = _counting_all(whole)
-        first = _kept_first(whole.input_ids, tokenizer, opening)
-        row = (_fit_pair if isinstance(whole, Pair) else _fit)(whole, max_length, truncation, first)
+        first = kept_first(whole.input_ids, tokenizer, opening)
+        if isinstance(whole, Pair):
+            row: Row | None = _fit_pair(whole, max_length, truncation, first)
+        else:
+            row = _fit(whole, max_length, truncation, first, partial(_stays, example, tokenizer))
         if row is None:
             encoded.dropped.append(example)
             continue
@@ -216,7 +221,7 @@ def check_counting(train_on_turns: str, completion_only_loss: bool) -> None:
 
 def row_length(tokenizer: Any, encoder_decoder: bool = False) -> Callable[[Example], int]:
     """What counts the tokens of an example's row, or its longer side, before anything is cut; it raises BadLine where there is no row."""
-    opening, special = _opening(tokenizer), _special_ids(tokenizer)
+    opening, special = opening_of(tokenizer), _special_ids(tokenizer)
 
     def length(example: Example) -> int:
         if encoder_decoder:
@@ -244,7 +249,7 @@ def _warn_of_thoughts(examples: Sequence[Example], tokenizer: Any) -> None:
     """What the assistant thought decides what it says, and a template that knows it by another name leaves it out."""
     for name in THOUGHTS:
         with_it = [one for one in examples if any(name in message for message in one.messages)]
-        left_out = [one for one in with_it if not re.search(rf"\b{name}\b", _template(tokenizer, one.tools))]
+        left_out = [one for one in with_it if not re.search(rf"\b{name}\b", template_of(tokenizer, one.tools))]
         if left_out:
             text = "the tokenizer's chat template does not read %s: left out in %d of %d rows (the first: %s)"
             logger.warning(text, name, len(left_out), len(examples), left_out[0].source)
@@ -275,7 +280,7 @@ def _warn_of_turns(examples: Sequence[Example], tokenizer: Any) -> None:
         for one in examples
         if one.turns is None
         and sum(message["role"] == "assistant" for message in one.messages) > 1
-        and not _marks_turns(_template(tokenizer, one.tools))
+        and not _marks_turns(template_of(tokenizer, one.tools))
     ]
     if several:
         logger.warning(
@@ -304,14 +309,14 @@ def _encode(
     """The whole row, and whether its last label is an end token, as far as it has one. whole_prompt: every message must be written."""
     if isinstance(example.prompt, str):
         before, whole = example.prompt, example.prompt + example.completion
-        prompt = _tokens(tokenizer, before)
+        prompt = tokens_of(tokenizer, before)
         completion = _continue(tokenizer, before, prompt, whole)
         return _end(opening + prompt, completion, tokenizer), True
-    template = _template(tokenizer, example.tools)
+    template = template_of(tokenizer, example.tools)
     _require_read(template, example)
-    before = _render(tokenizer, example.prompt, example.tools, add_generation_prompt=True)
-    whole = _render(tokenizer, example.messages, example.tools)
-    prompt = _tokens(tokenizer, before)
+    before = render(tokenizer, example.prompt, example.tools, add_generation_prompt=True)
+    whole = render(tokenizer, example.messages, example.tools)
+    prompt = tokens_of(tokenizer, before)
     marked = _marks_turns(template)
     counted = _counted(example, train_on_turns, marked)
     if not marked and not whole.startswith(before):
@@ -391,13 +396,13 @@ def _turn(position: int, row: Row, example: Example, whole: str, tokenizer: Any,
         raise BadLine("messages[0] is the assistant's: nothing stands before it")
     borders = []
     for count, opened in ((position, True), (position + 1, False)):
-        text = _render(tokenizer, example.messages[:count], example.tools, add_generation_prompt=opened)
+        text = render(tokenizer, example.messages[:count], example.tools, add_generation_prompt=opened)
         if not whole.startswith(text):
             raise ValueError(
                 f"{example.source}: the chat template renders messages[{position}] otherwise where more follows, so that"
                 " its tokens cannot be told: expected a template with {% generation %}, or train_on_turns='last'"
             )
-        borders.append(_tokens(tokenizer, text))
+        borders.append(tokens_of(tokenizer, text))
     before, tokens = borders
     tokens = (
         tokens[: _last_end(tokens, special, tokenizer) + 1] or tokens
@@ -413,10 +418,10 @@ def _border(ids: list[int], tokens: list[int], tokenizer: Any) -> int:
     same = len(commonprefix((ids, tokens)))
     if same == len(tokens):
         return same
-    text = _decode(tokenizer, tokens)
+    text = decode(tokenizer, tokens)
     # White space before a word is cut otherwise than at the end of a text: the row's tokens may differ, and end there all the same.
     ends = range(same + 1, min(len(ids), len(tokens) + WIDEST) + 1)
-    return next((end for end in ends if _decode(tokenizer, ids[:end]) == text), -1)
+    return next((end for end in ends if decode(tokenizer, ids[:end]) == text), -1)
 
 
 def _counting_all(row: Row) -> Row:
@@ -427,18 +432,18 @@ def _counting_all(row: Row) -> Row:
 
 def _continue(tokenizer: Any, before: str, prompt: list[int], whole: str) -> list[int]:
     """The tokens that take `prompt`, those of the text `before`, to the text `whole`."""
-    tokens, completion = _tokens(tokenizer, whole), whole[len(before) :]
+    tokens, completion = tokens_of(tokenizer, whole), whole[len(before) :]
     if not prompt and (before or not tokens):
         raise BadLine(f"{'prompt' if before else 'text'}: the tokenizer has no token for it")
     if tokens[: len(prompt)] == prompt and len(tokens) > len(prompt):
         return tokens[len(prompt) :]
     # A merge across the border. Tokenised apart the completion may get a space in front, or lose what continues a word.
-    right = (_decode(tokenizer, prompt) + completion, _decode(tokenizer, tokens))
+    right = (decode(tokenizer, prompt) + completion, decode(tokenizer, tokens))
     best: list[int] = []
     reached = (-1, 0)
     for anchor in ("", *ANCHORS, before[-1]):
         tokens = _behind(anchor, completion, tokenizer)
-        text = _decode(tokenizer, prompt + tokens) if tokens else ""
+        text = decode(tokenizer, prompt + tokens) if tokens else ""
         if text in right:
             return tokens
         agreement = len(commonprefix((text, right[0]))), -len(tokens)
@@ -451,7 +456,7 @@ def _continue(tokenizer: Any, before: str, prompt: list[int], whole: str) -> lis
 
 def _behind(anchor: str, text: str, tokenizer: Any) -> list[int]:
     """The tokens of a text that stands behind another; none where the two merge."""
-    first, both = _tokens(tokenizer, anchor) if anchor else [], _tokens(tokenizer, anchor + text)
+    first, both = tokens_of(tokenizer, anchor) if anchor else [], tokens_of(tokenizer, anchor + text)
     return both[len(first) :] if both[: len(first)] == first else []
 
 
@@ -468,14 +473,14 @@ def _end(prompt: list[int], completion: list[int], tokenizer: Any) -> Row:
 def _last_end(ids: list[int], ends: set[int], tokenizer: Any) -> int:
     """Where the last end token stands, if nothing but white space follows it; else -1."""
     at = next((i for i in reversed(range(len(ids))) if ids[i] in ends), -1)
-    return -1 if at < 0 or _decode(tokenizer, ids[at + 1 :]).strip() else at
+    return -1 if at < 0 or decode(tokenizer, ids[at + 1 :]).strip() else at
 
 
 def _encode_marked(
     example: Example, chosen: set[int], before: str, prompt: list[int], whole: str, tokenizer: Any, special: set[int]
 ) -> tuple[Row, bool]:
     """What the template marks of the chosen turns counts, and the end of each with it."""
-    ids, counted = _tokens(tokenizer, whole), _marks(example, whole, tokenizer)
+    ids, counted = tokens_of(tokenizer, whole), _marks(example, whole, tokenizer)
     if ids[: len(prompt)] != prompt and whole.startswith(before):
         # A merge across the border of the last turn.
         completion = _continue(tokenizer, before, prompt, whole)
@@ -526,7 +531,7 @@ def _marks(example: Example, whole: str, tokenizer: Any) -> list[bool]:
     rendered: Any = render_jinja_template(
         conversations=[example.messages],
         tools=tools,
-        chat_template=_template(tokenizer, example.tools),
+        chat_template=template_of(tokenizer, example.tools),
         return_assistant_tokens_mask=True,
         **tokenizer.special_tokens_map,
     )
@@ -551,20 +556,31 @@ def _special_ids(tokenizer: Any) -> set[int]:
 def marked(row: Row, tokenizer: Any) -> str:
     """A row's text as its tokens have it, with [[ ]] around what counts in the loss; an encoder-decoder's with each side on a line of its own."""
     if isinstance(row, Pair):
-        return f"encoder: {_decode(tokenizer, row.input_ids)}\ndecoder: [[{_decode(tokenizer, row.labels)}]]"
+        return f"encoder: {decode(tokenizer, row.input_ids)}\ndecoder: [[{decode(tokenizer, row.labels)}]]"
     text, position = "", 0
     for start, stop in _runs([label != IGNORE for label in row.labels]):
-        text += _decode(tokenizer, row.input_ids[position:start])
-        text, position = f"{text}[[{_decode(tokenizer, row.input_ids[start:stop])}]]", stop
-    return text + _decode(tokenizer, row.input_ids[position:])
+        text += decode(tokenizer, row.input_ids[position:start])
+        text, position = f"{text}[[{decode(tokenizer, row.input_ids[start:stop])}]]", stop
+    return text + decode(tokenizer, row.input_ids[position:])
 
 
 def _labels_end(row: Row) -> int:
     return next((i + 1 for i in reversed(range(len(row.labels))) if row.labels[i] != IGNORE), 0)
 
 
-def _fit(row: Row, max_length: int, truncation: str, first: int) -> Row | None:
-    """The row in `max_length` tokens, of which its `first` tokens are to stay; None: it is dropped."""
+def _stays(example: Example, tokenizer: Any, ids: list[int], length: int) -> tuple[int, int]:
+    return stays(tokenizer, ids, length, example.prompt, example.tools)
+
+
+def _fit(
+    row: Row, max_length: int, truncation: str, first: int, stays: Callable[[list[int], int], tuple[int, int]]
+) -> Row | None:
+    """The row in `max_length` tokens; None: it is dropped.
+
+    Args:
+        first: the tokens that open it, which the prompt's own come behind.
+        stays: of a prompt's tokens and a length, which of them stay.
+    """
     if len(row.input_ids) > max_length:
         # What follows the last label trains nothing, and goes before anything else.
         end = _labels_end(row)
@@ -578,12 +594,9 @@ def _fit(row: Row, max_length: int, truncation: str, first: int) -> Row | None:
                 length = min(row.prompt_length, max_length // 2)
             if length <= first:
                 return None
-            # Of ids and labels the same.
-            ids, labels = (
-                _cut_oldest(tokens[: row.prompt_length], length, first) + tokens[row.prompt_length :]
-                for tokens in (row.input_ids, row.labels)
-            )
-            row = Row(ids, labels, length)
+            until, start = stays(row.input_ids[: row.prompt_length], length)
+            ids, labels = (tokens[:until] + tokens[start:] for tokens in (row.input_ids, row.labels))
+            row = Row(ids, labels, until + row.prompt_length - start)
         row = Row(row.input_ids[:max_length], row.labels[:max_length], min(row.prompt_length, max_length))
     return row if row.labelled else None
 
@@ -595,33 +608,10 @@ def _fit_pair(row: Row, max_length: int, truncation: str, first: int) -> Pair | 
         prompt and (truncation == "completion" or max_length <= first + 1)  # nothing of the prompt itself would stay
     ):
         return None
-    ids = _cut_oldest(row.input_ids, max_length, first)
+    ids = row.input_ids
+    if prompt:
+        ids = ids[:first] + ids[len(ids) - (max_length - first) :]
     return Pair(ids, row.labels[:max_length], len(ids))
-
-
-def _cut_oldest(tokens: list[int], length: int, first: int) -> list[int]:
-    """The first `first` tokens and the last ones, `length` in all."""
-    return tokens if len(tokens) <= length else tokens[:first] + tokens[len(tokens) - (length - first) :]
-
-
-def _kept_first(ids: list[int], tokenizer: Any, opening: list[int]) -> int:
-    """How many tokens at the start are not the prompt's own: a chat template may write the begin token itself, or not."""
-    if opening and ids[: len(opening)] == opening:
-        return len(opening)
-    return int(bool(ids) and ids[0] == tokenizer.bos_token_id)
-
-
-def encode_prompt(tokenizer: Any, prompt: Prompt, encoder_decoder: bool = False) -> list[int]:
-    """The tokens before the completion, or an encoder's, in training as in generation.
-
-    Text gets the tokenizer's own first tokens; messages go through the chat template, which opens the assistant's turn. A
-    tokenizer that closes every text, with the end token or another, does not close a prompt, but of an encoder.
-    """
-    if encoder_decoder:
-        return pairs.encode_prompt(tokenizer, prompt)
-    if isinstance(prompt, str):
-        return _opening(tokenizer) + _tokens(tokenizer, prompt)
-    return _tokens(tokenizer, _render(tokenizer, prompt, add_generation_prompt=True))
 
 
 def reference(example: Example, row: Row, tokenizer: Any) -> str:
@@ -629,13 +619,6 @@ def reference(example: Example, row: Row, tokenizer: Any) -> str:
     if example.turn is None:
         return example.completion
     return tokenizer.decode(row.input_ids[row.prompt_length : _labels_end(row)], skip_special_tokens=True)
-
-
-def cut_prompt(tokenizer: Any, ids: list[int], length: int) -> list[int]:
-    """A prompt's tokens without the oldest of those beyond `length`, as `encode` cuts; what opens every text stays."""
-    if len(ids) <= length:
-        return ids
-    return _cut_oldest(ids, length, min(_kept_first(ids, tokenizer, _opening(tokenizer)), length - 1))
 
 
 def turn_end(tokenizer: Any, messages: list[Message]) -> int | None:
@@ -646,55 +629,6 @@ def turn_end(tokenizer: Any, messages: list[Message]) -> int | None:
         return None
     last = row.labels[_labels_end(row) - 1]
     return last if last in special else None
-
-
-def _opening(tokenizer: Any) -> list[int]:
-    """The tokens that the tokenizer puts before every text."""
-    plain, framed = _tokens(tokenizer, "a"), tokenizer("a", verbose=False)["input_ids"]
-    for start in range(len(framed) - len(plain) + 1):
-        if plain and framed[start : start + len(plain)] == plain:
-            return framed[:start]
-    return [token for token in framed if token == tokenizer.bos_token_id][:1]
-
-
-def _tokens(tokenizer: Any, text: str) -> list[int]:
-    try:
-        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    except TypeError:
-        text.encode("utf-8")  # names half of a surrogate pair, which is no character
-        raise
-
-
-def _decode(tokenizer: Any, ids: list[int]) -> str:
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-
-def _render(
-    tokenizer: Any,
-    messages: list[Message],
-    tools: list[dict[str, Any]] | None = None,
-    add_generation_prompt: bool = False,
-) -> str:
-    _template(tokenizer, tools)
-    for position, message in enumerate(messages):
-        # A template renders what is not there as nothing; who calls a tool need not say anything.
-        names = ("role",) if isinstance(message, dict) and message.get("tool_calls") else ("role", "content")
-        if not isinstance(message, dict) or not all(isinstance(message.get(name), str) for name in names):
-            raise BadLine(f"messages[{position}]: expected an object whose role and content are strings")
-    try:
-        return tokenizer.apply_chat_template(
-            messages, tools=tools, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    except TypeError as error:  # one that adds an object to a text, say
-        raise BadLine(f"the chat template cannot write it: {error}") from error
-
-
-def _template(tokenizer: Any, tools: list[dict[str, Any]] | None = None) -> str:
-    if not tokenizer.chat_template:
-        raise ValueError(
-            "messages need a chat template and the model's tokenizer has none: expected prompt and completion"
-        )
-    return tokenizer.get_chat_template(tools=tools)
 
 
 def count_tokens(rows: Sequence[Row]) -> int:

@@ -26,7 +26,7 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
-from fastlora.data.rows import encode_prompt
+from fastlora.data.prompts import encode_prompt
 from fastlora.generation import turn_ends
 from fastlora.serving import bodies
 from fastlora.serving.bodies import Answer, BodyError, Wanted
