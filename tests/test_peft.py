@@ -12,6 +12,7 @@ from peft_models import (
     ATTENDED,
     FAMILIES,
     IDS,
+    a_pair,  # noqa: F401  (a fixture)
     assert_equal_to_peft,
     in_each_precision,
     llama,
