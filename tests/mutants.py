@@ -59,9 +59,12 @@ OF_FROZEN = ("packed*", "frozen*", "product*", "native*", "quantised", "composed
 MODULES = {
     "fastlora/peft/__init__.py": (
         "accelerate",
-        *OF_PEFT,
-        "unload*",
-        "ia3*",
+        "peft",
+        "report",
+        "siblings",
+        "unloading",
+        "packed_models",
+        "ia3",
         "mixed_batches",
         "prompt_models",
         "embeddings",
@@ -71,7 +74,6 @@ MODULES = {
         "quantised_models",
         "experts",
         "fused_prefixes",
-        "methods_on_devices",
     ),
     "fastlora/peft/obstacles.py": ("obstacles*", "known", "layer_calls", "layers", "dora", "unloading"),
     "fastlora/peft/siblings.py": (*OF_PEFT, "dora"),

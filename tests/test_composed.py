@@ -26,7 +26,7 @@ import fastlora
 from fastlora import ops, reference
 from fastlora.choice import table, trial
 from fastlora.choice.table import Measurement
-from fastlora.frozen import composed
+from fastlora.frozen import composed, packed
 from fastlora.operators.lora_linear import group_rows
 
 pytestmark = needs_native
@@ -46,6 +46,12 @@ NUMBERS = [
 ]
 EACH = pytest.mark.parametrize(("way", "dtype", "adapter"), NUMBERS)
 SHAPES = ((9, 330, 170, 1), (37, 100, 75, 5), (64, 48, 130, 40), (130, 64, 65, 256))  # M, K, N, R
+
+
+@pytest.fixture(autouse=True)
+def libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where torch multiplies in 16 bits by a library."""
+    monkeypatch.setattr(packed, "has_library", lambda dtype: True)
 
 
 @pytest.fixture
@@ -182,7 +188,7 @@ def test_what_drops_nothing_keeps_no_bits(way: str, layers: int, monkeypatch: py
 
 
 def test_what_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The passes always, the others from nine rows on, and csrc's products in float32."""
+    """The passes always, the others from nine rows on, torch's products where a library has them, and csrc's in float32."""
 
     def offered(dtype: torch.dtype, rows: int) -> list[str]:
         op = table.rank_case(16)
@@ -191,6 +197,8 @@ def test_what_is_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     assert offered(torch.float32, 9) == ["passes", "composed", "blocked"]
     assert offered(torch.bfloat16, 9) == ["passes", "composed"]
     assert offered(torch.float32, 8) == ["passes"]
+    monkeypatch.setattr(packed, "has_library", lambda dtype: dtype is torch.float32)
+    assert offered(torch.bfloat16, 9) == ["passes"] and offered(torch.float32, 9) == ["passes", "composed", "blocked"]
     monkeypatch.setattr(composed, "_draw_dropout", None)
     assert offered(torch.float32, 9) == ["passes"]
 

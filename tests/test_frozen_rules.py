@@ -24,6 +24,7 @@ def everything(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", True)
     monkeypatch.setattr(packed, "packs", lambda dtype: True)
     monkeypatch.setattr(packed, "suits_onednn", lambda dtype: True)
+    monkeypatch.setattr(packed, "has_library", lambda dtype: True)
 
 
 def weight_of(N: int, K: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -50,11 +51,40 @@ def test_a_few_rows(dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("op", [FORWARD, BACKWARD])
-def test_the_product_is_in_float32(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert products.offers(op, "product", torch.float32, 1) and products.offers(op, "product", torch.float32, 512)
-    assert not any(products.offers(op, "product", dtype, 64) for dtype in (torch.bfloat16, HALF, WIDE))
+def test_the_native_product(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for dtype in (torch.float32, torch.bfloat16, HALF):
+        assert all(products.offers(op, "product", dtype, rows) is True for rows in (1, 512))
+    assert products.offers(op, "product", WIDE, 64) is False
     monkeypatch.setattr(products, "_product", None)
-    assert not products.offers(op, "product", torch.float32, 64)
+    assert products.offers(op, "product", torch.float32, 64) is False
+
+
+def test_what_torch_has_no_library_for_is_the_native_products_until_it_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packed, "has_library", lambda dtype: dtype is torch.float32)
+    for dtype, way in ((torch.float32, "torch"), (torch.bfloat16, "product"), (HALF, "product"), (WIDE, "torch")):
+        for weight in (weight_of(64, 64, dtype), weight_of(64, 64, dtype).t()):
+            assert way_of(64, weight) == way
+            assert products._way(dtype, 64, weight, without_copy=True) == way
+        assert way_of(64, weight_of(64, 128, dtype)[:, ::2]) == "torch"  # it has gaps
+    told = products.describe(torch.zeros(64, 64), torch.bfloat16, 64)
+    assert told == "native C++, since torch has no library's product of bfloat16 here"
+    hold(measured("torch", dtype="bfloat16"))
+    assert way_of(64, weight_of(64, 64, torch.bfloat16)) == "torch"
+    monkeypatch.setattr(products, "_product", None)
+    assert way_of(64, weight_of(64, 64, HALF)) == "torch"
+
+
+@pytest.mark.parametrize("available", [False, True])
+@pytest.mark.parametrize("supported", [False, True])
+def test_what_torch_has_a_library_for(available: bool, supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: available)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported, raising=False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_fp16_supported", lambda: not supported, raising=False)
+    found = {dtype for dtype in (torch.float32, torch.bfloat16, HALF, WIDE) if packed.has_library.__wrapped__(dtype)}
+    assert found == {torch.float32, WIDE} | ({torch.bfloat16 if supported else HALF} if available else set())
 
 
 @pytest.mark.parametrize(("way", "rule"), [("plain", "suits_onednn"), ("packed", "packs")])

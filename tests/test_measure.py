@@ -323,7 +323,8 @@ def test_torchs_way_is_neither_checked_nor_timed(machine: Path, monkeypatch: pyt
         found += measure.one_class(problem, torch.device("cpu"), 0.0, trying=lambda op, runs: told.extend(runs))
     assert all(one.checked for one in found) and "cpu torch" not in told
     onednn = ["cpu plain", "cpu packed"] if torch.backends.mkldnn.is_available() else []
-    others = [["cpu product", "cpu few_rows"], ["cpu product"], *[[*onednn, "cpu few_rows"]] * 2, *[onednn] * 2]
+    many = [*onednn, "cpu product"]
+    others = [["cpu product", "cpu few_rows"], ["cpu product"], *[[*many, "cpu few_rows"]] * 2, *[many] * 2]
     assert [names[1:] for names in seen] == others
     ways = [("few_rows", ""), ("torch", ""), *[("few_rows", "")] * 2, *[("packed", "torch")] * 2]
     assert [(one.way, one.without_copy) for one in found] == ways

@@ -20,8 +20,9 @@ M, K, N, CPU = 70, 48, 40, torch.device("cpu")
 DROPOUT = pytest.mark.parametrize("dropout", [False, True], ids=["no dropout", "dropout"])
 
 
-def test_the_classes_of_a_layer() -> None:
+def test_the_classes_of_a_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Dropout in training only, which has many rows; and what takes torch seconds on a CPU has another class stand for it."""
+    monkeypatch.setattr(packed, "has_library", lambda dtype: True)
     few, many = [(1, "small", False), (8, "small", False)], [(64, "small", False), (64, "small", True)]
     most = [(512, "small", False), (512, "small", True)]
     assert problems.linear_classes("cpu", torch.float32, ["small"]) == [*few, *many, *most]
@@ -30,6 +31,9 @@ def test_the_classes_of_a_layer() -> None:
         classes = problems.linear_classes(device, dtype, sizes)
         assert sorted({one[0] for one in classes}) == list(problems.LINEAR_ROWS[device])
         assert {one[1] for one in classes} == set(sizes)
+    monkeypatch.setattr(packed, "has_library", lambda dtype: dtype is not torch.bfloat16)
+    assert problems.linear_classes("cpu", torch.bfloat16, ["small"]) == [*few, *many]
+    assert problems.linear_classes("cuda", torch.bfloat16, ["small"])[-1][0] == problems.LINEAR_ROWS["cuda"][-1]
 
 
 def test_the_classes_of_what_is_computed_row_by_row() -> None:
@@ -46,6 +50,7 @@ def test_the_classes_of_a_frozen_product(monkeypatch: pytest.MonkeyPatch) -> Non
         return way == "torch" or (way == "few_rows" and dtype is torch.bfloat16 and rows <= 8)
 
     monkeypatch.setattr(products, "offers", offers)
+    monkeypatch.setattr(packed, "has_library", lambda dtype: True)
     classes = operators.frozen_linear.classes
     assert classes("cpu", torch.bfloat16, ["small"]) == [(rows, "small", False) for rows in (1, 8)]
     assert classes("cpu", torch.float32, ["small"]) == classes("cuda", torch.bfloat16, ["small"]) == []

@@ -1,4 +1,4 @@
-"""product_cpu: the float32 product of many rows, against float64, and the same whatever the number of threads."""
+"""product_cpu: the product of many rows in float32 and in 16 bits, against float64, and the same whatever the number of threads."""
 
 import pytest
 import torch
@@ -23,6 +23,8 @@ SHAPES = (
     (13, 2049, 64),
     (12, 4200, 70),
 )
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 pytestmark = pytest.mark.skipif(
     not ops.availability()[1].present,
@@ -49,13 +51,18 @@ def check_shapes() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)  # uninitialised memory is NaN
     for M, K, N in SHAPES:
         torch.manual_seed(M + K + N)
-        inputs = [(torch.randn(M, K), torch.randn(N, K), torch.randn(N)) for _ in range(INPUTS)]
-        check(*inputs)
-        check(*((x, transposed(weight), None) for x, weight, _ in inputs))
-        check(*((gapped(x), gapped(weight), gapped(bias)) for x, weight, bias in inputs))
-        check(*((transposed(x), gapped(weight.T).T, bias) for x, weight, bias in inputs))
-        x, weight, bias = inputs[0]
-        torch.testing.assert_close(product(x, transposed(weight), bias), product(x, weight, bias), rtol=0, atol=0)
+        wide = [(torch.randn(M, K), torch.randn(N, K), torch.randn(N)) for _ in range(INPUTS)]
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            check_layouts([(x.to(dtype), weight.to(dtype), bias.to(dtype)) for x, weight, bias in wide])
+
+
+def check_layouts(inputs: list[tuple[Tensor, Tensor, Tensor]]) -> None:
+    check(*inputs)
+    check(*((x, transposed(weight), None) for x, weight, _ in inputs))
+    check(*((gapped(x), gapped(weight), gapped(bias)) for x, weight, bias in inputs))
+    check(*((transposed(x), gapped(weight.T).T, bias) for x, weight, bias in inputs))
+    x, weight, bias = inputs[0]
+    torch.testing.assert_close(product(x, transposed(weight), bias), product(x, weight, bias), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("K", [1536, 2048])
@@ -66,8 +73,19 @@ def test_long_sums_are_as_near_as_torch(K: int) -> None:
     check((x, transposed(weight), None))
 
 
-def test_threads_change_nothing() -> None:
-    x, weight, bias = torch.randn(100, 300), torch.randn(200, 300), torch.randn(200)
+@DTYPES
+def test_blocks_of_rows_change_nothing(dtype: torch.dtype) -> None:
+    """Many rows of 16 bits are widened a block at a time: the row at each border is as it is alone."""
+    x, weight, bias = torch.randn(1500, 4000).to(dtype), torch.randn(2000, 4000).to(dtype), torch.randn(2000).to(dtype)
+    few = weight[:40], bias[:40]
+    y = product(x, weight, bias)
+    for row in (0, 697, 698, 1395, 1396, 1499):
+        torch.testing.assert_close(y[row : row + 1, :40], product(x[row : row + 1], *few), rtol=0, atol=0)
+
+
+@DTYPES
+def test_threads_change_nothing(dtype: torch.dtype) -> None:
+    x, weight, bias = torch.randn(100, 300).to(dtype), torch.randn(200, 300).to(dtype), torch.randn(200).to(dtype)
     threads = torch.get_num_threads()
     results = []
     try:
@@ -94,11 +112,18 @@ def test_wrong_arguments_are_refused_by_name(capsys: pytest.CaptureFixture[str])
     right = {"x": torch.randn(6, 40), "weight": torch.randn(70, 40), "bias": torch.randn(70)}
     wrong = {
         "three dimensions": ("x", {"x": torch.randn(1, 6, 40)}),
-        "bfloat16": ("x", {name: tensor.bfloat16() for name, tensor in right.items()}),
+        "float64": ("x", {name: tensor.double() for name, tensor in right.items()}),
+        "bfloat16 alone": ("weight", {"x": right["x"].bfloat16()}),
         "another K": ("weight", {"weight": torch.randn(70, 41)}),
         "another dtype": ("weight", {"weight": torch.randn(70, 40).double()}),
         "gaps both ways": ("weight", {"weight": torch.randn(140, 80)[::2, ::2]}),
         "another N": ("bias", {"bias": torch.randn(71)}),
     }
     print_accepted("product_cpu", right, wrong)
+    y = torch.zeros(6, 70)
+    wrong = {
+        "bfloat16": ("x", {"y": y.bfloat16(), "x": right["x"].bfloat16(), "weight": right["weight"].bfloat16()}),
+        "another shape": ("y", {"y": torch.zeros(6, 71)}),
+    }
+    print_accepted("add_product_cpu", {"y": y, "x": right["x"], "weight": right["weight"]}, wrong)
     assert capsys.readouterr().out == ""

@@ -188,7 +188,7 @@ struct Coefficients {
     parallel_for(0, rows, GRAIN / R + 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         uint16_t* row = narrow.as<uint16_t>() + i * stride;
-        kernels().narrow(floats(wide) + i * R, R, row);
+        kernels().narrow(Kind::BFLOAT16, floats(wide) + i * R, R, row);
         std::fill_n(row + R, COEFFICIENT_UNIT, uint16_t{0});
       }
     });

@@ -10,6 +10,7 @@
 #include "quantised.h"
 #include "rms_norm.h"
 #include "rotary.h"
+#include "rows.h"
 #include "scale_columns.h"
 #include "swiglu.h"
 #include "vector.h"
@@ -17,11 +18,17 @@
 namespace fastlora::FASTLORA_ISA {
 namespace {
 
-void narrow(const float* from, int64_t count, uint16_t* to) {
-  BFloat16* numbers = reinterpret_cast<BFloat16*>(to);
-  int64_t i = 0;
-  for (; i + WIDTH <= count; i += WIDTH) store(numbers + i, load(from + i));
-  if (i < count) store_some(numbers + i, load_some(from + i, count - i), count - i);
+template <class From, class To>
+void convert(const From* from, int64_t count, To* to) {
+  for_each_vector(count, [&](int64_t i, int64_t left) { store_up_to(to + i, load_up_to(from + i, left), left); });
+}
+
+void widen(Kind kind, const void* from, int64_t count, float* to) {
+  with_kind(kind, [&](auto* of) { convert(static_cast<const std::remove_pointer_t<decltype(of)>*>(from), count, to); });
+}
+
+void narrow(Kind kind, const float* from, int64_t count, void* to) {
+  with_kind(kind, [&](auto* of) { convert(from, count, static_cast<decltype(of)>(to)); });
 }
 
 }  // namespace
@@ -30,8 +37,8 @@ void narrow(const float* from, int64_t count, uint16_t* to) {
 #define FASTLORA_NAME_OF(name) FASTLORA_TEXT(name)
 extern const Kernels passes;
 const Kernels passes = {
-    FASTLORA_NAME_OF(FASTLORA_ISA), HAS_DOTS, false, draw, read_pass, add_pass, narrow, dropout, few_rows, few_rows_update, product_tiles, product,
-    dequantise, few_rows_quantised, rms_norm, rms_norm_backward, swiglu, swiglu_backward, scale_columns, scale_columns_backward, dora_norm,
+    FASTLORA_NAME_OF(FASTLORA_ISA), HAS_DOTS, false, draw, read_pass, add_pass, widen, narrow, dropout, few_rows, few_rows_update, product_tiles,
+    product, dequantise, few_rows_quantised, rms_norm, rms_norm_backward, swiglu, swiglu_backward, scale_columns, scale_columns_backward, dora_norm,
     QUERIES, attention_room, attention, attention_backward, attention_sum, rotary};
 
 }  // namespace fastlora::FASTLORA_ISA

@@ -135,12 +135,13 @@ struct FewRowsUpdate {
   int64_t rank;        // R
 };
 
-/// y [M, N] = x Wᵀ + b for many rows, or y += x Wᵀ, in float32.
+/// y [M, N] = x Wᵀ + b for many rows, or y += x Wᵀ, in float32, whatever the kind of W.
 struct Product {
+  Kind kind;              // of weight
   int64_t rows, in, out;  // M, K, N
   const float* x;         // a row every x_stride elements
   int64_t x_stride;
-  const float* weight;    // [N, K], a row every weight_stride elements; or a column, where `by_column`
+  const void* weight;     // [N, K], a row every weight_stride elements; or a column, where `by_column`
   int64_t weight_stride;
   bool by_column;
   const float* bias;      // [N] or null
@@ -292,7 +293,8 @@ struct Kernels {
   void (*draw)(const Draw&, const Segments&, const Cell&);
   void (*read)(const Read&, const Segments&, const Cell&);
   void (*add)(const Add&, const Segments&, const Cell&);
-  void (*narrow)(const float* from, int64_t count, uint16_t* to);                       // to bfloat16
+  void (*widen)(Kind, const void* from, int64_t count, float* to);
+  void (*narrow)(Kind, const float* from, int64_t count, void* to);
   void (*dropout)(const Dropout&, int64_t row_begin, int64_t row_end);
   void (*few_rows)(const FewRows&, int64_t column_begin, int64_t column_end);           // columns of y
   void (*few_rows_update)(const FewRowsUpdate&, int64_t column_begin, int64_t column_end);

@@ -1,12 +1,13 @@
 // y = x Wᵀ + b, or y += x Wᵀ, in float32 for many rows. Compiled once per instruction set, as vector.h.
 //
-// The columns of y are computed in panels: the panel's rows of W are copied to [K, TILE_COLUMNS], which stays in the second-level cache while
+// The columns of y are computed in panels: the panel's rows of W are copied to [K, TILE_COLUMNS], widened to float32 on the way, which stays in the second-level cache while
 // the rows of x stream by, TILE_ROWS at a time, and a tile of y stays in registers. (Goto and van de Geijn, Anatomy of High-Performance
 // Matrix Multiplication, 2008.) An element is the sum of the sums of DEPTH_BLOCK products each, one block after the other, whoever computes it.
 #pragma once
 
 #include "kernels.h"
 #include "few_rows.h"
+#include "rows.h"
 #include "vector.h"
 
 namespace fastlora::FASTLORA_ISA {
@@ -25,8 +26,9 @@ constexpr int64_t DEPTH_BLOCK = 128;  // products summed by themselves, so that 
 static_assert(PRODUCT_DEPTH % DEPTH_BLOCK == 0 && PRODUCT_DEPTH % WIDTH == 0 && TILE_COLUMNS <= PANEL_COLUMNS);
 
 /// panel[l][c] = W[n + c][k + l] for `depth` products; zeros for the columns of y that are not there. Writes whole vectors of l.
+template <class T>
 void pack_panel(const Product& task, int64_t n, int64_t k, int64_t depth, float* panel) {
-  const float* w = task.weight + (task.by_column ? k * task.weight_stride + n : n * task.weight_stride + k);
+  const T* w = static_cast<const T*>(task.weight) + (task.by_column ? k * task.weight_stride + n : n * task.weight_stride + k);
   const int64_t columns = task.out - n;
   if (task.by_column) {
     for (int64_t l = 0; l < depth; ++l, w += task.weight_stride, panel += TILE_COLUMNS) {
@@ -42,7 +44,7 @@ void pack_panel(const Product& task, int64_t n, int64_t k, int64_t depth, float*
       Floats rows[WIDTH];
       if (c + WIDTH <= columns && l + WIDTH <= depth) {
         for_each<WIDTH>([&](auto i) __attribute__((always_inline)) {
-          const float* from = w + (c + i()) * task.weight_stride + l;
+          const T* from = w + (c + i()) * task.weight_stride + l;
           rows[i()] = load(from);
           __builtin_prefetch(from + 8 * WIDTH);
         });
@@ -125,7 +127,7 @@ void product(const Product& task, int64_t begin, int64_t end, float* panel) {
     int64_t k = 0;
     do {
       const int64_t depth = task.in - k < PRODUCT_DEPTH ? task.in - k : PRODUCT_DEPTH;
-      pack_panel(task, n, k, depth, panel);
+      with_kind(task.kind, [&](auto* of) { pack_panel<std::remove_pointer_t<decltype(of)>>(task, n, k, depth, panel); });
       product_panel(task, n, first, last, k, depth, panel);
       k += depth;
     } while (k < task.in);

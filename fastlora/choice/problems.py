@@ -56,8 +56,9 @@ class Measured(NamedTuple):
 
 def linear_classes(device_type: str, dtype: torch.dtype, sizes: Sequence[str]) -> Iterable[tuple[int, str, bool]]:
     """Those of a product with a weight."""
-    # torch's float16 product with a transposed weight takes seconds on a CPU: the nearest class stands for the largest.
-    rows = LINEAR_ROWS[device_type][: -1 if (device_type, dtype) == ("cpu", torch.float16) else None]
+    # The plain product with a transposed weight takes seconds where no library has it: the nearest class stands for the largest.
+    slow = device_type == "cpu" and (dtype is torch.float16 or not packed.has_library(dtype))
+    rows = LINEAR_ROWS[device_type][: -1 if slow else None]
     every = product(rows, sizes, (False, True))
     return [one for one in every if not one[2] or one[0] >= FEWEST_ROWS_DROPPED]
 

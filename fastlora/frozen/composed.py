@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastlora import ops, reference
 from fastlora.choice import table
+from fastlora.frozen import packed
 
 PASSES = "passes"
 TITLES = {"composed": "torch's products", "blocked": "native C++ products"}
@@ -81,7 +82,7 @@ def offers(op: str, way: str, dtype: torch.dtype, rows: int) -> bool:
         return True
     if _draw_dropout is None or rows < FEWEST_ROWS:
         return False
-    return way == "composed" or (way == "blocked" and dtype is torch.float32)
+    return (way == "composed" and packed.has_library(dtype)) or (way == "blocked" and dtype is torch.float32)
 
 
 def choose(x: Tensor, weight: Tensor, rank: int, dropout: bool, backward: bool) -> str:

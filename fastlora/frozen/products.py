@@ -8,12 +8,13 @@ weights that lie by row, as `nn.Linear`'s do in the forward, and by column, as t
     torch      what F.linear does
     plain      oneDNN on the weight as it lies
     packed     oneDNN on a packed copy (packed.py)
-    product    csrc's product_cpu, in float32
+    product    csrc's product_cpu, in float32; of 16 bits by way of float32, which rounds once
     few_rows   csrc's few_rows_cpu: 1 to 8 rows, bound by reading W once
 
 Two are never gone in float32, since they sum a dot product in one chain of roundings, with errors beyond our bound: oneDNN's, 2 to 5 times MKL's
 from K 256 on, and few_rows by column, 4 to 10 times from K 1024 on (AMD Zen 5, torch 2.13, 2026-11-29). Where nothing was measured, torch
-multiplies. A weight in 4 bits or 8 is one more: panels of it are dequantised, and multiplied by in one of these (quantised.py).
+multiplies; but where it has no library for a dtype, as for bfloat16 on a CPU without AVX-512, product does. A weight in 4 bits or 8 is one more:
+panels of it are dequantised, and multiplied by in one of these (quantised.py).
 """
 
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ def offers(op: str, way: str, dtype: torch.dtype, rows: int) -> bool:
         exact = op == "frozen_linear" or dtype is not torch.float32
         return exact and _few_rows is not None and 1 <= rows <= FEW_ROWS and dtype in ops.KERNEL_DTYPES
     if way == "product":
-        return _product is not None and dtype is torch.float32
+        return _product is not None and dtype in ops.KERNEL_DTYPES
     if way == "plain":
         return packed.suits_onednn(dtype) and bool(torch.backends.mkldnn.enabled)
     if way == "packed":
@@ -73,10 +74,12 @@ def _takes(way: str, dtype: torch.dtype, rows: int, weight: Tensor) -> bool:
 
 
 def _way(dtype: torch.dtype, rows: int, weight: Tensor, without_copy: bool = False) -> str:
-    """The fastest way that was measured, where this weight can be multiplied by so; else torch's."""
+    """The fastest way that was measured, where this weight can be multiplied by so; else torch's, where that is a library's."""
     like = _class_of(rows)
     way = table.way("cpu", _measured_as(weight), "cpu", dtype, like, weight.numel(), False, without_copy)
-    return way if _takes(way, dtype, rows, weight) else "torch"
+    if _takes(way, dtype, rows, weight):
+        return way
+    return "product" if not packed.has_library(dtype) and _takes("product", dtype, rows, weight) else "torch"
 
 
 def _find_way(x: Tensor, weight: Tensor) -> tuple[str, Tensor | None]:
@@ -199,7 +202,10 @@ def describe(weight: Tensor, dtype: torch.dtype, rows: int, fused: bool = False)
     way = _way(dtype, rows, weight)
     why = ""
     if found is None or not found.way:
-        why = ", not measured on this kind of CPU" if way == "torch" else ""
+        if way == "torch":
+            why = ", not measured on this kind of CPU"
+        elif way == "product" and not packed.has_library(dtype):
+            why = f", since torch has no library's product of {table.name_of(dtype)} here"
     elif found.way == way:
         why = ", nothing was measured to be faster" if way == "torch" else f", {found.ratio:.2f}x of torch's time"
     if way != "packed":
