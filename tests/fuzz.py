@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -442,14 +442,20 @@ def read_checkpoint(folder: Path, files: Files) -> None:
 # What an optimiser, its schedule and a float16 loss's scale were
 
 
+@cache
+def training_by(optim: str) -> Any:
+    from fastlora.config import TrainConfig
+
+    return TrainConfig(model="m", data="d", output="o", optim=optim)  # type: ignore[arg-type]
+
+
 def updates(optim: str) -> tuple[Any, dict[str, Any], Any, Any, Any]:
     """A training of two weights: its options, weights, optimiser, schedule and scale."""
     import torch
 
     from fastlora import optimisers
-    from fastlora.config import TrainConfig
 
-    config = TrainConfig(model="m", data="d", output="o", optim=optim)  # type: ignore[arg-type]
+    config = training_by(optim)
     trained = {name: torch.nn.Parameter(torch.ones(shape)) for name, shape in (("a", (2, 3)), ("b", (3,)))}
     optimizer = optimisers.build(config, None, trained.values())
     scaler = optimisers.scaler(torch.device("cpu"), torch.float16, trained)
@@ -464,6 +470,7 @@ def update(trained: dict[str, Any], optimizer: Any, scheduler: Any, scaler: Any)
     optimizer.zero_grad()
 
 
+@cache
 def optimiser_files() -> Files:
     import torch
 
@@ -502,7 +509,8 @@ def change_optimiser(random: Random, files: Files) -> Files:
 def read_optimiser(folder: Path, files: Files) -> None:
     from fastlora import checkpoint, optimisers
 
-    for name in files:
+    good = optimiser_files()
+    for name in [name for name in files if files[name] != good[name]] or files:  # the others would be read as ever
         config, *parts = updates(name.removesuffix(".pt"))
         trained, optimizer, scheduler, scaler = parts
         path, before = folder / name, repr((optimizer.state_dict(), scheduler.state_dict()))

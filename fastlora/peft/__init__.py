@@ -137,9 +137,9 @@ def accelerate(
     copy is made by the first product for which it was measured to pay on this kind of machine; `report` names those that did not fit. A write to
     a frozen weight is seen, by whatever hand (packed.py). A weight that another module has, too, such as a tied embedding, has no copies.
 
-    On a kind of CPU or GPU that nobody has measured, it first measures, once: for a few seconds on a CPU, for a minute or two on a GPU, whose
-    kernels are compiled meanwhile (`fastlora.choice.trial.try_out`; FASTLORA_TRIAL=0: never). A model that is on a CPU may yet be moved: where
-    there is a card, that is measured as well.
+    On a kind of CPU or GPU that nobody has measured, it first measures, once: for seconds to half a minute on a CPU, for a minute or two on a GPU,
+    whose kernels are compiled meanwhile (`fastlora.choice.trial.try_out`; FASTLORA_TRIAL=0: never). A model that is on a CPU may yet be moved:
+    where there is a card, that is measured as well.
     Under torch.distributed every process calls it, and all choose as rank 0 does.
 
     What torch keeps for 16-bit products of ever new numbers of rows on a CPU is bounded by two variables of the environment, unless they are set
