@@ -501,6 +501,7 @@ def generate(
             help="Send each prompt through the chat template, as the user's message. [default: where training did]"
         ),
     ] = None,
+    system: Annotated[str | None, typer.Option(help="What the system's message before it says, with --chat.")] = None,
     max_new_tokens: NewTokensOption = 64,
     temperature: Annotated[float, typer.Option(help="Of the tokens' chances; 0: the likeliest is taken.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this chance together.")] = 1.0,
@@ -554,8 +555,11 @@ def generate(
             )
         if chat and any(isinstance(text, str) for text in prompts):
             _say("trained on conversations: each prompt is a user's message (--no-chat: as it is)")
+    if system is not None and not chat:
+        raise ValueError(f"system={system!r}: expected chat as well, a bare prompt has no system's message")
     if chat:
-        prompts = [[{"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
+        before = [] if system is None else [{"role": "system", "content": system}]
+        prompts = [[*before, {"role": "user", "content": text}] if isinstance(text, str) else text for text in prompts]
     names: list[str | None] = [*adapters] or [None]
     answers = [
         generate(

@@ -8,6 +8,7 @@ import tiny
 import torch
 from typer.testing import CliRunner
 
+from fastlora import generation
 from fastlora.cli import app
 from fastlora.generation import Sampling, generate
 from fastlora.models import load_model
@@ -111,6 +112,13 @@ def test_the_command_draws(folder):
     assert code == 2 and "--top-p 0.5: expected temperature as well" in error
 
 
+def test_a_system_message_goes_before_the_users(folder, monkeypatch):
+    seen: list[Any] = []
+    monkeypatch.setattr(generation, "generate", lambda _, __, prompts, **___: seen.extend(prompts) or ["x"])
+    assert said("generate", "--model", folder, "--prompt", "a", "--chat", "--system", "Be brief.")[0] == 0
+    assert seen == [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]]
+
+
 def test_who_was_trained_on_conversations_is_asked_as_in_one(folder, tmp_path):
     """By what training left beside the adapter; --no-chat asks as ever."""
     chat = [{"role": "user", "content": "The cat runs."}, {"role": "assistant", "content": "It runs."}]
@@ -127,6 +135,10 @@ def test_who_was_trained_on_conversations_is_asked_as_in_one(folder, tmp_path):
     assert same[1] == output and "trained on conversations" not in same[2]
     for options in (("--adapter", tmp_path / "plain"), ("--adapter", tmp_path / "chat", "--no-chat")):
         assert "trained on conversations" not in said("generate", *options, *asked)[2]
+    told = said("generate", "--adapter", tmp_path / "chat", *asked, "--system", "Be brief.")
+    assert told[0] == 0 and told[1].startswith("> The cat\n")
+    code, _, error = said("generate", "--adapter", tmp_path / "plain", *asked, "--system", "Be brief.")
+    assert code == 2 and "--system 'Be brief.': expected chat as well" in error
     both = ("--adapter", tmp_path / "chat", "--adapter", tmp_path / "plain")
     code, _, error = said("generate", *both, *asked)
     assert code == 2 and "expected --chat or --no-chat" in error
