@@ -7,15 +7,18 @@ import peft
 import pytest
 import tiny
 import torch
-from peft_models import llama
+from peft_models import FAMILIES, llama
 from quantised_weights import weight as quantised_weight
 from test_bottleneck import adapted as with_bottlenecks
 from torch import nn
 
 import fastlora
-from fastlora import memory, model_loss
+from fastlora import fusion, memory, model_loss, ops, sharing
 from fastlora.bottleneck import BottleneckLayer
-from fastlora.peft import FrozenLinear, FusedLinear, quantised
+from fastlora.choice import trial
+from fastlora.frozen import packed
+from fastlora.peft import FrozenLinear, FusedLinear, experts, mixed, prompts, quantised, siblings
+from fastlora.peft.layers import FrozenQuantised
 
 K, N = 8, 6
 
@@ -117,3 +120,140 @@ def test_unloading_restores_first() -> None:
         assert type(plain[0]) is nn.Linear and method not in model.base_model.__dict__
     model = fastlora.accelerate(lone(peft.LoraConfig(target_modules=["0"])))
     assert fastlora.restore(model) is model and not {*fastlora.peft.UNLOADING} & model.base_model.__dict__.keys()
+
+
+class Derived(FrozenLinear):
+    """As a hook of another library makes one."""
+
+
+def test_what_is_a_frozen_product() -> None:
+    plain = nn.Linear(K, N).requires_grad_(False)
+    assert fastlora.peft._is_frozen_product(plain)
+    for kind, frozen in ((FrozenLinear, True), (Derived, False), (FrozenQuantised, True)):
+        layer = nn.Linear(K, N).requires_grad_(False)
+        layer.__class__ = kind if kind is not FrozenQuantised else type("Both", (FrozenQuantised, nn.Linear), {})
+        assert fastlora.peft._is_frozen_product(layer) is frozen
+    assert not fastlora.peft._is_frozen_product(nn.LayerNorm(K))
+
+
+def test_the_environment_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lone(peft.LoraConfig(target_modules=["0"]))
+    for name in ("forced", "_environment"):
+        monkeypatch.setattr(ops, name, getattr(ops, name))
+    monkeypatch.setenv("FASTLORA_IMPL", "none of them")
+    with pytest.raises(ops.ImplementationError, match="none of them"):
+        fastlora.accelerate(model)
+    assert type(model.base_model.model[0]) is not FusedLinear
+
+
+PARTS = {
+    "sharing.attach": (sharing, "attach"),
+    "sharing.detach": (sharing, "detach"),
+    "loss": (model_loss, "attach"),
+    "fuse": (fusion, "attach"),
+    "segments": (fusion, "attach_segments"),
+    "prompt": (prompts, "attach"),
+    "experts": (experts, "attach"),
+}
+
+
+@pytest.fixture
+def parts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What is asked to do its part, in turn."""
+    asked: list[str] = []
+    for name, (module, attribute) in PARTS.items():
+        monkeypatch.setattr(module, attribute, lambda *_, name=name: asked[-1:] == [name] or asked.append(name))
+    return asked
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["loss"], ["loss"]),
+        (["fuse"], ["fuse"]),
+        (["share_prefix"], ["sharing.attach", "segments"]),
+        (["loss", "fuse", "share_prefix"], ["loss", "sharing.attach", "fuse", "segments"]),
+    ],
+    ids=str,
+)
+def test_each_part_has_its_place(parts: list[str], options: list[str], expected: list[str]) -> None:
+    model = tiny.llama()
+    fastlora.accelerate(model, **dict.fromkeys(options, True))
+    assert parts == [*expected, "experts"]
+    parts.clear()
+    model.__dict__[sharing.KEY] = None  # has shared since an earlier call
+    fastlora.accelerate(model, **dict.fromkeys(options, True))
+    again = [one for one in expected if one in ("loss", "fuse")]
+    again.insert(again.index("loss") + 1 if "loss" in again else 0, "sharing.attach")
+    assert parts == ["sharing.detach", *again, "segments", "experts"]
+
+
+@pytest.mark.parametrize(("family", "causal"), [("llama", True), ("t5", False)])
+def test_a_causal_models_prompt_is_a_segment_of_its_own(parts: list[str], family: str, causal: bool) -> None:
+    base, *_ = FAMILIES[family]()
+    task = "CAUSAL_LM" if causal else "SEQ_2_SEQ_LM"
+    fastlora.accelerate(peft.get_peft_model(base, peft.PromptTuningConfig(num_virtual_tokens=2, task_type=task)))
+    assert parts == ["prompt", *(["segments"] if causal else []), "experts"]
+
+
+def test_a_layer_that_got_its_adapter_since_is_no_frozen_one() -> None:
+    base = nn.Sequential(nn.Linear(K, N)).requires_grad_(False)
+    fastlora.accelerate(base, frozen=True)
+    assert type(base[0]) is FrozenLinear
+    model = fastlora.accelerate(peft.get_peft_model(base, peft.LoraConfig(target_modules=["0"])))
+    layer = model.base_model.model[0]
+    assert type(layer) is FusedLinear and type(layer.base_layer) is nn.Linear
+
+
+def test_what_is_swapped_is_not_swapped_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fastlora.accelerate(lone(peft.LoraConfig(target_modules=["0"])))
+    swapped: list[Any] = []
+    monkeypatch.setattr(fastlora.peft, "become", lambda module, kind: swapped.append(module))
+    monkeypatch.setattr(fastlora.peft.obstacles, "swap_obstacle", lambda layer: None)
+    fastlora.accelerate(model)
+    assert swapped == []
+
+
+def test_every_base_of_four_bits_or_eight_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapted layer's, and a plain one's, which keeps its class when it has been swapped."""
+    base = nn.Sequential(nn.Linear(K, N), nn.Linear(N, N))
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["0"]))
+    stored = quantised_weight("int8", N, N, torch.float32).stored
+    found = quantised.Base(None, stored, "int8", None)  # type: ignore[arg-type]
+    plain, adapted = base[1], base[0]
+    held: list[Any] = []
+    monkeypatch.setattr(quantised, "base_of", lambda one: found if one is plain else None)
+    monkeypatch.setattr(quantised, "hold", held.append)
+    monkeypatch.setattr(fastlora.peft, "frozen_base", lambda one: None)
+    monkeypatch.setattr(trial, "try_out", lambda weights: None)
+    fastlora.accelerate(model, frozen=True)
+    assert held == [adapted.base_layer, plain] and isinstance(plain, FrozenQuantised)
+    kind = type(plain)
+    held.clear()
+    fastlora.accelerate(model, frozen=True)
+    assert held == [plain] and type(plain) is kind
+
+
+def test_a_weight_that_another_module_has_gets_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = llama()
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.requires_grad_(False)
+    copies: dict[str, list[Any]] = {"attach": [], "detach": []}
+    monkeypatch.setattr(packed, "attach", lambda layer, budget: copies["attach"].append(layer))
+    monkeypatch.setattr(packed, "detach", copies["detach"].append)
+    fastlora.accelerate(model, frozen=True)
+    linears = [one for one in model.modules() if isinstance(one, nn.Linear)]
+    assert copies == {"attach": [one for one in linears if one is not model.lm_head], "detach": [model.lm_head]}
+
+
+def test_groups_are_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what the model has become since: every module leaves its own before any is made, and every tuner knows of names."""
+    model = lone(peft.LoraConfig(target_modules=["0"]))
+    seen: list[tuple[str, Any]] = []
+    monkeypatch.setattr(siblings, "leave", lambda module: seen.append(("leave", module)))
+    monkeypatch.setattr(mixed, "attach", lambda module: seen.append(("names", module)))
+    monkeypatch.setattr(siblings, "find_families", lambda *_: seen.append(("families", None)) or [])
+    fastlora.accelerate(model)
+    assert [module for what, module in seen if what == "leave"] == list(model.modules())
+    assert [module for what, module in seen if what == "names"] == [model.base_model]
+    assert seen[-1] == ("families", None)
