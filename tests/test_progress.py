@@ -80,6 +80,17 @@ def test_the_rate_is_measured_without_a_draw_from_any_generator():
     assert rate > 1e6 and torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("library", [True, False])
+def test_a_dtype_without_a_library_is_measured_by_way_of_float32(monkeypatch, library):
+    monkeypatch.setattr(limits.packed, "has_library", lambda dtype: library)
+    monkeypatch.setattr(limits.packed, "suits_onednn", lambda dtype: False)
+    seen = set()
+    monkeypatch.setattr(limits.torch, "mm", lambda x, w, out: seen.update((x.dtype, w.dtype, out.dtype)))
+    monkeypatch.setattr(limits, "packs", lambda dtype, device: False)
+    limits.fastest_product(CPU, torch.bfloat16, HostClock(CPU), 0.01, 8)
+    assert seen == {torch.bfloat16 if library else torch.float32}
+
+
 def test_percent_is_of_one_process_among_those_that_are_alike():
     from fastlora.data.rows import Row
 
