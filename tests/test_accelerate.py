@@ -17,7 +17,7 @@ from fastlora import fusion, memory, model_loss, ops, sharing
 from fastlora.bottleneck import BottleneckLayer
 from fastlora.choice import trial
 from fastlora.frozen import packed
-from fastlora.peft import FrozenLinear, FusedLinear, experts, mixed, prompts, quantised, siblings
+from fastlora.peft import FrozenLinear, FusedLinear, embeddings, experts, mixed, prompts, quantised, siblings
 from fastlora.peft.layers import FrozenQuantised
 
 K, N = 8, 6
@@ -257,3 +257,76 @@ def test_groups_are_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [module for what, module in seen if what == "leave"] == list(model.modules())
     assert [module for what, module in seen if what == "names"] == [model.base_model]
     assert seen[-1] == ("families", None)
+
+
+def test_a_layer_whose_call_does_more_is_no_frozen_product() -> None:
+    for hook in (lambda one: one.register_forward_hook(lambda *_: None), lambda one: vars(one).update(forward=print)):
+        layer = nn.Linear(K, N).requires_grad_(False)
+        hook(layer)
+        assert not fastlora.peft._is_frozen_product(layer)
+
+
+def test_plain_layers_stay_what_they_are_unless_they_are_asked_for() -> None:
+    base = nn.Sequential(nn.Linear(K, N), nn.Linear(N, N))
+    model = fastlora.accelerate(peft.get_peft_model(base, peft.LoraConfig(target_modules=["0"])))
+    assert type(base[1]) is nn.Linear
+    fastlora.accelerate(model, frozen=True)
+    assert type(base[1]) is FrozenLinear
+
+
+def test_every_lora_layer_may_be_an_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(embeddings, "attach", asked.append)
+    base = nn.Sequential(nn.Embedding(K, N), nn.Linear(N, N))
+    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["0", "1"]))
+    fastlora.accelerate(model)
+    assert asked == [base[0], base[1]]
+
+
+def test_one_swapped_embedding_is_a_fused_layer_enough() -> None:
+    model = peft.get_peft_model(nn.Sequential(nn.Embedding(K, N)), peft.LoraConfig(target_modules=["0"]))
+    assert said(model) == []
+
+
+@pytest.mark.parametrize("option", ["frozen", "loss", "fuse"])
+def test_what_would_help_is_not_said_to_who_has_it(option: str) -> None:
+    model = peft.get_peft_model(tiny.llama(), peft.LNTuningConfig(target_modules=["norm"]))
+    (words,) = said(model, **{option: True})
+    assert words.startswith("fastlora.accelerate left") and not words.endswith(fastlora.peft.LEFT)
+
+
+def test_who_leaves_some_layers_to_peft_but_not_all_does_not_say_so() -> None:
+    """LoRA and norms in one model."""
+    base = nn.Sequential(nn.Linear(K, N), nn.LayerNorm(N))
+    inner = peft.get_peft_model(base, peft.LoraConfig(target_modules=["0"]))
+    model = peft.get_peft_model(inner.base_model.model, peft.LNTuningConfig(target_modules=["1"]))
+    assert said(model) == []
+
+
+def test_what_is_measured_are_the_weights_that_each_operator_is_called_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[dict[str, Any]] = []
+    monkeypatch.setattr(trial, "try_out", tried.append)
+    monkeypatch.setattr(fusion, "weights", lambda model: {"rms_norm": ["a norm's"]})
+    base, _, _ = llama()
+    model = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["q_proj", "k_proj", "o_proj"]))
+    model.add_adapter("other", peft.LoraConfig(r=200, target_modules=["k_proj", "o_proj"]))
+    fastlora.accelerate(model)
+    of = {name: one for name, one in model.named_modules() if isinstance(one, FusedLinear)}
+    q, k, o = ([one.base_layer.weight for name, one in of.items() if name.endswith(f"{x}_proj")] for x in "qko")
+    qko = [weight for three in zip(q, k, o, strict=True) for weight in three]
+    ko = [weight for two in zip(k, o, strict=True) for weight in two]
+    qk = [weight for two in zip(q, k, strict=True) for weight in two]
+    expected = {
+        "frozen_linear": qko,
+        "lora_linear_rank_16": qko,
+        "lora_linear_rank_256": ko,
+        "lora_linear": qko,
+        "lora_linear_shared": qk,
+        "multi_lora": ko,
+        "multi_lora_shared": k,
+    }
+    found = tried[0]
+    assert found.pop("rms_norm") == ["a norm's"] and found.keys() == expected.keys()
+    for name, weights in expected.items():
+        assert len(found[name]) == len(weights), name
+        assert all(one is other for one, other in zip(found[name], weights, strict=True)), name
