@@ -57,24 +57,7 @@ OF_OPERATORS = (
 OF_ANY_OPERATOR = ("gradients", "derivatives", "problems")
 OF_FROZEN = ("packed*", "frozen*", "product*", "native*", "quantised", "composed", "lora_linear", "multi_lora")
 MODULES = {
-    "fastlora/peft/__init__.py": (
-        "accelerate",
-        "peft",
-        "report",
-        "siblings",
-        "unloading",
-        "packed_models",
-        "ia3",
-        "mixed_batches",
-        "prompt_models",
-        "embeddings",
-        "trial",
-        "fusion",
-        "sharing",
-        "quantised_models",
-        "experts",
-        "fused_prefixes",
-    ),
+    "fastlora/peft/__init__.py": ("accelerate", "unloading"),
     "fastlora/peft/obstacles.py": ("obstacles*", "known", "layer_calls", "layers", "dora", "unloading"),
     "fastlora/peft/siblings.py": (*OF_PEFT, "dora"),
     "fastlora/peft/reporting.py": ("report*", "layers", "quantised_layers"),

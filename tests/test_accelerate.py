@@ -13,7 +13,7 @@ from test_bottleneck import adapted as with_bottlenecks
 from torch import nn
 
 import fastlora
-from fastlora import fusion, memory, model_loss, ops, sharing
+from fastlora import fusion, memory, model_loss, ops, packing, sharing
 from fastlora.bottleneck import BottleneckLayer
 from fastlora.choice import trial
 from fastlora.frozen import packed
@@ -330,3 +330,29 @@ def test_what_is_measured_are_the_weights_that_each_operator_is_called_with(monk
     for name, weights in expected.items():
         assert len(found[name]) == len(weights), name
         assert all(one is other for one, other in zip(found[name], weights, strict=True)), name
+
+
+def test_restoring_asks_every_module_for_all_that_it_may_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = fastlora.accelerate(lone(peft.LoraConfig(target_modules=["0"])))
+    parts = ((siblings, "leave"), *((part, "detach") for part in (prompts, sharing, model_loss, fusion, embeddings)))
+    parts = (*parts, (experts, "detach"), (fastlora.peft, "restore_layer"))
+    asked: dict[Any, list[Any]] = {one: [] for one in parts}
+    for one, modules in asked.items():
+        monkeypatch.setattr(*one, modules.append)
+    tuners: list[Any] = []
+    monkeypatch.setattr(mixed, "detach", tuners.append)
+    fastlora.restore(model)
+    assert all(modules == list(model.modules()) for modules in asked.values()) and tuners == [model.base_model]
+
+
+def test_who_knows_whose_the_rows_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a call with names is under way, and by what any module has been told; a sweep's names go with the rows."""
+    model = nn.Sequential(nn.Linear(K, N), nn.Linear(N, N))
+    rows = mixed.RowNames(["a"], [3])
+    for under_way, names, mixes, knows in (
+        (1, ["a"], True, True), (0, ["a"], False, False), (1, None, False, False), (2, rows, True, False),
+    ):  # fmt: skip
+        monkeypatch.setattr(mixed, "under_way", under_way)
+        monkeypatch.setattr(mixed, "names_of", lambda one, names=names: names if one is model[1] else None)
+        assert fastlora.peft._has_mixed_rows(model) is mixes and fastlora.peft._knows_examples(model) is knows
+    assert fastlora.peft._has_mixed_rows in sharing.TELLERS and fastlora.peft._knows_examples in packing.TELLERS
