@@ -70,6 +70,9 @@ def test_what_torch_has_no_library_for_is_the_native_products_until_it_is_measur
         assert way_of(64, weight_of(64, 128, dtype)[:, ::2]) == "torch"  # it has gaps
     told = products.describe(torch.zeros(64, 64), torch.bfloat16, 64)
     assert told == "native C++, since torch has no library's product of bfloat16 here"
+    with monkeypatch.context() as forced:
+        forced.setattr(table, "forced_way", "few_rows")
+        assert products.describe(torch.zeros(64, 64), torch.bfloat16, 8) == "native C++, a few rows"
     hold(measured("torch", dtype="bfloat16"))
     assert way_of(64, weight_of(64, 64, torch.bfloat16)) == "torch"
     monkeypatch.setattr(products, "_product", None)
