@@ -34,12 +34,13 @@ def row_of(words: Any, messages: list[Any], max_length: int = 4096, tools: Any =
     return row
 
 
-@pytest.mark.parametrize("system", [[], [SYSTEM]], ids=["", "system"])
-@pytest.mark.parametrize("name", TEMPLATES)
+# Llama 2's templates write what the system says into the first user's message; this small one does not.
+WITH_SYSTEM = [(name, system) for name in TEMPLATES for system in ([], [SYSTEM]) if not system or name != "Llama 2"]
+
+
+@pytest.mark.parametrize(("name", "system"), WITH_SYSTEM, ids=str)
 def test_a_row_is_as_if_the_conversation_had_begun_later(words, name, system):
     words.chat_template = chat_template(name)
-    if system and name == "Llama 2":
-        pytest.skip("its templates write what the system says into the first user's message")
     later = [row_of(words, system + PROMPT[start:]) for start in (0, 2, 4)]
     lengths = [len(row.input_ids) for row in later]
     assert lengths[0] > lengths[1] > lengths[2]
@@ -91,6 +92,20 @@ def test_a_template_that_refuses_words_leaves_the_oldest_to_go(words):
     words.chat_template = refusal + chat_template("ChatML")
     whole = row_of(words, PROMPT)
     assert row_of(words, PROMPT, 60).input_ids == whole.input_ids[-60:]
+    later = "{% if messages[2:] and messages[2].content == '0' %}{{ raise_exception('no') }}{% endif %}"
+    words.chat_template = later + chat_template("ChatML")
+    assert row_of(words, PROMPT, 60).input_ids == whole.input_ids[-60:]
+
+
+def test_a_call_of_tools_says_nothing(words):
+    """The last message before the answer may be one."""
+    words.chat_template = (
+        "{% for m in messages %}<|user|>{{ m.role }} {{ m.content or m.tool_calls }}</s>{% endfor %}"
+        "{% if add_generation_prompt %}<|user|>assistant {% endif %}"
+    )
+    call = {"role": "assistant", "content": None, "tool_calls": [{"name": "look"}]}
+    later = row_of(words, [*PROMPT[2:], call])
+    assert row_of(words, [*PROMPT, call], len(later.input_ids)).input_ids == later.input_ids
 
 
 def test_generation_cuts_as_training_does(words):

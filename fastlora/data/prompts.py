@@ -54,7 +54,10 @@ def stays(
         return len(ids), len(ids)
     first = min(kept_first(ids, tokenizer, opening_of(tokenizer)), length - 1)
     if not isinstance(prompt, str):
-        in_turns = _stays_of_messages(tokenizer, ids, length, prompt, tools)
+        try:
+            in_turns = _stays_of_messages(tokenizer, ids, length, prompt, tools)
+        except (TemplateError, BadLine):  # a template may refuse the words that it is asked for
+            in_turns = None
         if in_turns is not None:
             return in_turns
     return first, len(ids) - (length - first)
@@ -72,13 +75,10 @@ def _stays_of_messages(
 
     def around(place: int) -> tuple[int, int]:
         """How many tokens stand before a message's words, and how many behind: those that do not change with the words."""
-        words = messages[place].get("content", "").lstrip()
+        words = (messages[place].get("content") or "").lstrip()
         other = {**messages[place], "content": "a" if words.startswith("0") else "0"}
         changed = [*messages[:place], other, *messages[place + 1 :]]
-        try:
-            tokens = tokens_of(tokenizer, render(tokenizer, changed, tools, add_generation_prompt=True))
-        except (TemplateError, BadLine):  # a template may refuse words
-            return len(ids), 0
+        tokens = tokens_of(tokenizer, render(tokenizer, changed, tools, add_generation_prompt=True))
         return len(commonprefix((ids, tokens))), len(commonprefix((ids[::-1], tokens[::-1])))
 
     first = around(begins[0])[0]
