@@ -11,7 +11,7 @@
 namespace fastlora {
 namespace {
 
-constexpr int64_t WIDENED = 1 << 22;      // floats of x and y at a time, where these are in 16 bits
+constexpr int64_t WIDENED = 1 << 22;  // floats of x and y at a time, where these are in 16 bits
 constexpr int64_t LEAST_WIDENED = 256;  // rows: a panel of W is copied once for so many
 
 void multiply_in_float32(const Product& task) {

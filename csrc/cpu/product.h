@@ -1,7 +1,7 @@
 // y = x Wᵀ + b, or y += x Wᵀ, in float32 for many rows. Compiled once per instruction set, as vector.h.
 //
-// The columns of y are computed in panels: the panel's rows of W are copied to [K, TILE_COLUMNS], widened to float32 on the way, which stays in the second-level cache while
-// the rows of x stream by, TILE_ROWS at a time, and a tile of y stays in registers. (Goto and van de Geijn, Anatomy of High-Performance
+// The columns of y are computed in panels: the panel's rows of W are copied to [K, TILE_COLUMNS], and widened to float32 on the way; the copy stays in
+// the second-level cache while the rows of x stream by, TILE_ROWS at a time, and a tile of y stays in registers. (Goto and van de Geijn, Anatomy of High-Performance
 // Matrix Multiplication, 2008.) An element is the sum of the sums of DEPTH_BLOCK products each, one block after the other, whoever computes it.
 #pragma once
 
