@@ -220,9 +220,9 @@ void add_part_in_tiles(Tiles& tiles, const Add& pass, const Part& part) {
 }
 
 /// Calls body(tiles, whether elements are dropped, part) for the parts that are tiled, and `others` for all segments if none is, or for each that is not.
-template <int64_t BLOCK, class Pass, class Body>
+template <class Pass, class Body>
 void in_tiles(
-    const Pass& pass, const Segments& segments, const Cell& cell, void (*others)(const Pass&, const Segments&, const Cell&), const Body& body) {
+    const Pass& pass, const Segments& segments, const Cell& cell, int64_t rows_at_once, void (*others)(const Pass&, const Segments&, const Cell&), const Body& body) {
   int64_t tiled = 0;
   for (int64_t i = 0; i < segments.count; ++i) tiled += segments.first[i].tiled;
   if (tiled == 0) return others(pass, segments, cell);
@@ -230,7 +230,7 @@ void in_tiles(
     if (!segments.first[i].tiled) others(pass, {segments.first + i, 1}, cell);
   }
   Tiles tiles;
-  for_each_part<BLOCK>(segments, cell, [&](const Part& part) {
+  for_each_part(segments, cell, rows_at_once, COLUMN_BLOCK, [&](const Part& part) {
     if (!part.segment.tiled) return;
     if (pass.keep && part.segment.threshold != 0) return body(tiles, std::true_type{}, part);
     body(tiles, std::false_type{}, part);
@@ -238,13 +238,13 @@ void in_tiles(
 }
 
 void read_in_tiles(const Read& pass, const Segments& segments, const Cell& cell) {
-  in_tiles<PART_ROWS>(pass, segments, cell, avx512bf16::passes.read, [&](Tiles& tiles, auto drops, const Part& part) {
+  in_tiles(pass, segments, cell, PART_ROWS, avx512bf16::passes.read, [&](Tiles& tiles, auto drops, const Part& part) {
     read_part_in_tiles<drops()>(tiles, pass, part);
   });
 }
 
 void add_in_tiles(const Add& pass, const Segments& segments, const Cell& cell) {
-  in_tiles<PAIR>(pass, segments, cell, avx512bf16::passes.add, [&](Tiles& tiles, auto drops, const Part& part) {
+  in_tiles(pass, segments, cell, PAIR, avx512bf16::passes.add, [&](Tiles& tiles, auto drops, const Part& part) {
     add_part_in_tiles<drops()>(tiles, pass, part);
   });
 }

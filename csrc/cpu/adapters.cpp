@@ -56,16 +56,35 @@ struct Source {
   bool tiled;
 };
 
-/// to[r][l] = from[r][l] in To; zeros up to the stride.
-template <class T, class To>
-void pack_rows(const Source& from, To* to, int64_t stride) {
+/// As a float32 panel: of a read, whose lanes are ranks, or of an add, whose lanes are columns.
+void pack_lanes(const Source& from, bool of_read, float* to, int64_t stride) {
+  constexpr int64_t PIECE = 512;  // of a chunk
+  const int64_t lanes = of_read ? from.rank : from.columns, lane_stride = of_read ? from.rank_stride : from.column_stride;
+  const int64_t depth = of_read ? from.columns : from.rank, depth_stride = of_read ? from.column_stride : from.rank_stride;
+  const int64_t chunk = (of_read ? stride : padded_rank(from.rank)) * PANEL_LANES, pieces = (depth + PIECE - 1) / PIECE;
+  const int64_t units = (lanes + PANEL_LANES - 1) / PANEL_LANES * pieces;
+  const char* values = static_cast<const char*>(from.matrix.const_data_ptr());
+  const int64_t size = static_cast<int64_t>(from.matrix.element_size());
+  parallel_for(0, units, GRAIN / (PANEL_LANES * std::min(depth, PIECE) + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t unit = begin; unit < end; ++unit) {
+      const int64_t lane = unit / pieces * PANEL_LANES, k = unit % pieces * PIECE;
+      kernels().pack(
+          kind_of(from.matrix), values + (lane * lane_stride + k * depth_stride) * size, lane_stride, depth_stride, std::min(PANEL_LANES, lanes - lane),
+          std::min(PIECE, depth - k), to + unit / pieces * chunk + k * PANEL_LANES);
+    }
+  });
+}
+
+/// In bfloat16, by row: to[r][l] = from[r][l]; zeros up to the stride.
+template <class T>
+void pack_rows(const Source& from, BFloat16* to, int64_t stride) {
   const T* values = static_cast<const T*>(from.matrix.const_data_ptr());
   for_column_tiles(from.columns, from.rank, [&](int64_t begin, int64_t end) {
     const int64_t limit = end == from.columns ? stride : end;
     for (int64_t r = 0; r < from.rank; ++r) {
       const T* row = values + r * from.rank_stride;
-      for (int64_t l = begin; l < end; ++l) to[r * stride + l] = static_cast<To>(static_cast<float>(row[l * from.column_stride]));
-      for (int64_t l = end; l < limit; ++l) to[r * stride + l] = To(0.0f);
+      for (int64_t l = begin; l < end; ++l) to[r * stride + l] = BFloat16(static_cast<float>(row[l * from.column_stride]));
+      for (int64_t l = end; l < limit; ++l) to[r * stride + l] = BFloat16(0.0f);
     }
   });
 }
@@ -111,16 +130,15 @@ void pack_tiles(const Source& from, bool of_read, uint32_t* to, int64_t stride) 
   });
 }
 
-enum class Panels { FLOATS, DOTS, PAIRS };  // what kernels.h asks for: float32; bfloat16 by row; bfloat16 with two ranks beside
+enum class Panels { RANKS, COLUMNS, DOTS, PAIRS };  // what kernels.h asks for: float32, side by side; bfloat16 by row; bfloat16 with two ranks beside
 
-Panels read_format(const Tensor& v) { return takes_dots(v) ? Panels::DOTS : Panels::FLOATS; }
-Panels add_format(const Tensor& v) { return takes_dots(v) ? Panels::PAIRS : Panels::FLOATS; }
+Panels read_format(const Tensor& v) { return takes_dots(v) ? Panels::DOTS : Panels::RANKS; }
+Panels add_format(const Tensor& v) { return takes_dots(v) ? Panels::PAIRS : Panels::COLUMNS; }
 
-int64_t rows_of_panel(int64_t rank, bool tiled) { return tiled ? round_up(rank, TILE_LANES) : rank; }
 int64_t rows_of_pairs(int64_t rank, bool tiled) { return round_up(rank, tiled ? TILE_DEPTH : 2) / 2; }
 
 int64_t panel_rows(const Source& from, Panels format) {
-  return format == Panels::PAIRS ? rows_of_pairs(from.rank, from.tiled) : rows_of_panel(from.rank, from.tiled);
+  return format == Panels::PAIRS ? rows_of_pairs(from.rank, from.tiled) : padded_rank(from.rank);
 }
 
 /// The panels of all adapters, one below the other, each row of `stride` numbers.
@@ -141,7 +159,8 @@ Stack pack(const std::vector<Source>& sources, Panels format) {
       BFloat16* const numbers = stack.memory.as<BFloat16>() + row * stride;
       uint32_t* const pairs = stack.memory.as<uint32_t>() + row * stride;
       switch (format) {
-        case Panels::FLOATS: return pack_rows<T>(from, stack.memory.as<float>() + row * stride, stride);
+        case Panels::RANKS: return pack_lanes(from, true, stack.memory.as<float>() + row * stride, stride);
+        case Panels::COLUMNS: return pack_lanes(from, false, stack.memory.as<float>() + row * stride, stride);
         case Panels::DOTS:
           if (from.tiled) return pack_tiles<T>(from, true, reinterpret_cast<uint32_t*>(numbers), stride);
           return pack_rows<T>(from, numbers, stride);
@@ -195,42 +214,36 @@ struct Coefficients {
   }
 };
 
-/// to[r · rank_stride + l · column_stride] = factor · from[r][l].
-template <class T>
-void unpack(
-    const float* from, int64_t stride, int64_t rank, int64_t columns, float factor, T* to, int64_t rank_stride, int64_t column_stride) {
-  for_column_tiles(columns, rank, [&](int64_t begin, int64_t end) {
-    for (int64_t r = 0; r < rank; ++r) {
-      for (int64_t l = begin; l < end; ++l) to[r * rank_stride + l * column_stride] = static_cast<T>(factor * from[r * stride + l]);
-    }
-  });
-}
-
 /// Gradients of A_i [R_i, K] from their panels, flat, in lora_a's dtype.
 Tensor unpack_a(const Adapters& adapters, const Stack& panels) {
-  const int64_t K = adapters.a[0].size(1);
-  const Tensor flat = new_tensor(adapters.a[0], {adapters.all_ranks() * K}, adapters.a[0].scalar_type());
-  with_type(flat, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    unpack(panels.memory.as<float>(), panels.stride, adapters.all_ranks(), K, 1.0f, static_cast<T*>(flat.mutable_data_ptr()), K, 1);
+  const int64_t K = adapters.a[0].size(1), R = adapters.all_ranks();
+  const Tensor flat = new_tensor(adapters.a[0], {R * K}, adapters.a[0].scalar_type());
+  char* to = static_cast<char*>(flat.mutable_data_ptr());
+  parallel_for(0, R, GRAIN / (K + 1) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      kernels().narrow(kind_of(flat), panels.memory.as<float>() + r * panels.stride, K, to + r * K * static_cast<int64_t>(flat.element_size()));
+    }
   });
   return flat;
 }
 
 /// Gradients of a layer's B_i [N, R_i] from panels that hold them transposed and without s_i, one after the other at `out`, in lora_b's dtype.
 void unpack_b(const Adapters& adapters, const Stack& panels, void* out) {
-  const int64_t N = adapters.b[0].size(0);
-  with_type(adapters.b[0], [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    const float* from = panels.memory.as<float>();
-    T* to = static_cast<T*>(out);
-    for (size_t i = 0; i < adapters.b.size(); ++i) {
-      const int64_t rank = adapters.b[i].size(1);
-      unpack(from, panels.stride, rank, N, static_cast<float>(adapters.scale[i]), to, 1, rank);
-      from += rank * panels.stride;
-      to += rank * N;
-    }
-  });
+  constexpr int64_t TILE = 64;  // columns of a panel
+  const int64_t N = adapters.b[0].size(0), size = static_cast<int64_t>(adapters.b[0].element_size());
+  const float* from = panels.memory.as<float>();
+  char* to = static_cast<char*>(out);
+  for (size_t i = 0; i < adapters.b.size(); ++i) {
+    const int64_t rank = adapters.b[i].size(1);
+    parallel_for(0, (N + TILE - 1) / TILE, GRAIN / (TILE * rank) + 1, [&](int64_t begin, int64_t end) {
+      for (int64_t n = begin * TILE; n < std::min(end * TILE, N); n += TILE) {
+        kernels().turn(
+            kind_of(adapters.b[i]), from + n, panels.stride, rank, std::min(TILE, N - n), static_cast<float>(adapters.scale[i]), to + n * rank * size);
+      }
+    });
+    from += rank * panels.stride;
+    to += rank * N * size;
+  }
 }
 
 /// How a pass is cut into cells: row parts x column parts.
@@ -492,7 +505,7 @@ Batch split_rows(const Tensor& x, const Adapters& adapters, const std::vector<in
     batch.segments.push_back(segment);
     batch.is_whole = batch.is_whole && segment.rank == batch.ranks;
     gradient_row += segment.rank;
-    panel_row += rows_of_panel(segment.rank, segment.tiled);
+    panel_row += padded_rank(segment.rank);
     pair_row += rows_of_pairs(segment.rank, segment.tiled);
   }
   return batch;

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "few_rows.h"
-#include "product.h"
+#include "register_tile.h"
 #include "rows.h"
 
 namespace fastlora::FASTLORA_ISA {
@@ -36,14 +36,9 @@ inline void multiply(int64_t count, int64_t columns, int64_t depth, const float*
       with_count<TILE_VECTORS>(fewer(TILE_VECTORS, (columns - column + WIDTH - 1) / WIDTH), [&](auto vectors) {
         constexpr int R = rows(), V = vectors();
         Floats total[R * V] = {};
-        for (int64_t l = 0; l < depth; ++l) {
-          Floats values[V];
-          for_each<V>([&](auto j) __attribute__((always_inline)) { values[j()] = load(b.row(l) + column + j() * WIDTH); });
-          for_each<R>([&](auto i) __attribute__((always_inline)) {
-            const float coefficient = a[i() * down + l * right];
-            for_each<V>([&](auto j) __attribute__((always_inline)) { total[i() * V + j()] += coefficient * values[j()]; });
-          });
-        }
+        const auto left = [&](auto i, int64_t l) __attribute__((always_inline)) { return a[i() * down + l * right]; };
+        const auto values = [&](int64_t l, auto j) __attribute__((always_inline)) { return load(b.row(l) + column + j() * WIDTH); };
+        add_products<R, V>(0, depth, left, values, total);
         for_each<R * V>([&](auto n) __attribute__((always_inline)) {
           float* to = c.row(n() / V) + column + n() % V * WIDTH;
           store(to, add ? load(to) + total[n()] : total[n()]);

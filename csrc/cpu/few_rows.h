@@ -208,7 +208,7 @@ template <class T>
 void few_rows_of(const FewRows& task, int64_t begin, int64_t end) {
   if (task.by_column) return few_rows_by_column<T>(task, begin, end);
   with_count<FEW_ROWS>(task.rows, [&](auto rows) {
-    constexpr int AT_ONCE = WIDTH == 16 ? (rows() <= 6 ? 4 : 3) : (rows() <= 2 ? 4 : 2);  // rows of W at once: rows x AT_ONCE sums in registers
+    constexpr int AT_ONCE = REGISTERS == 32 ? (rows() <= 6 ? 4 : 3) : (rows() <= 2 ? 4 : 2);  // rows of W at once: rows x AT_ONCE sums in registers
     int64_t n = begin;
     for (; n + AT_ONCE <= end; n += AT_ONCE) few_rows_tile<rows(), AT_ONCE, T>(task, n);
     for (; n < end; ++n) few_rows_tile<rows(), 1, T>(task, n);

@@ -9,9 +9,10 @@
 // with a panel P [R, L] (A, or Bᵀ), coefficients c [M, R], and dropout's mask as one bit an element, which `draw` draws. The rows of v may each
 // have an adapter of their own, and v may be shared by several layers. A cell is a range of rows and a range of columns.
 //
-// Panels and coefficients are float32; or, where v is bfloat16 and the instruction set has dot products of it (`dots`), bfloat16: a read's
-// panel by row, an add's with two ranks side by side (pairs [ceil(R / 2), L] of 32 bits). COEFFICIENT_UNIT bfloat16 coefficients are read at a
-// time. The bfloat16 panels of a segment that is `tiled` are right operands of tiles instead (tiles.h), each TILE_DEPTH numbers along what is summed
+// Panels and coefficients are float32, and a panel lies in chunks of PANEL_LANES, zeros beyond: a read's [R / lanes, L, lanes], L rounded up to
+// COLUMN_UNIT, an add's [L / lanes, R, lanes], R rounded up to lanes. Or, where v is bfloat16 and the instruction set has dot products of it (`dots`),
+// both are bfloat16: a read's panel by row, an add's with two ranks side by side (pairs [ceil(R / 2), L] of 32 bits). COEFFICIENT_UNIT bfloat16
+// coefficients are read at a time. The bfloat16 panels of a segment that is `tiled` are right operands of tiles instead (tiles.h), each TILE_DEPTH numbers along what is summed
 // by TILE_LANES, two of the former side by side, zeros beyond: a read's [R / TILE_LANES, L / TILE_DEPTH], an add's [L / TILE_LANES, R / TILE_DEPTH].
 #pragma once
 
@@ -27,7 +28,7 @@ struct Segment {
   int64_t rank;
   int64_t first_row;   // of its layer, in coefficients, projections and bits of several
   int64_t gradient_row;  // its first row in the gradients [sum R_i, L]
-  int64_t panel_row;   // in the stacked panels [sum R_i, L], where R_i is rounded up to TILE_LANES if it is tiled
+  int64_t panel_row;   // in the stacked panels [sum R_i, L], R_i being rounded up to PANEL_LANES
   int64_t pair_row;    // and where ranks lie in pairs [sum R_i / 2, L], R_i being rounded up to 2, or to TILE_DEPTH
   bool tiled;          // v is bfloat16, and multiplied in tiles
   uint64_t seed;
@@ -91,10 +92,13 @@ struct Dropout {
   int64_t y_stride;
 };
 
+constexpr int64_t PANEL_LANES = 16;      // of a float32 panel, side by side
 constexpr int64_t COLUMN_UNIT = 64;      // cells begin at a multiple of this; panels and rows of bits are padded to one
 constexpr int64_t COEFFICIENT_UNIT = 8;
 constexpr int64_t TILE_LANES = 16, TILE_DEPTH = 32;
 constexpr int64_t TILED_RANK = 512;  // at most
+
+inline int64_t padded_rank(int64_t rank) { return (rank + PANEL_LANES - 1) / PANEL_LANES * PANEL_LANES; }
 
 struct Cell {
   int64_t begin, end;  // places
@@ -293,13 +297,17 @@ struct Kernels {
   void (*draw)(const Draw&, const Segments&, const Cell&);
   void (*read)(const Read&, const Segments&, const Cell&);
   void (*add)(const Add&, const Segments&, const Cell&);
+  // to [depth, PANEL_LANES] = from[lane · lane_stride + k · depth_stride]; zeros for lanes that are not there.
+  void (*pack)(Kind, const void* from, int64_t lane_stride, int64_t depth_stride, int64_t lanes, int64_t depth, float* to);
+  // to [columns, rows] = factor · fromᵀ, of rows `stride` apart whose last vector may be read whole.
+  void (*turn)(Kind, const float* from, int64_t stride, int64_t rows, int64_t columns, float factor, void* to);
   void (*widen)(Kind, const void* from, int64_t count, float* to);
   void (*narrow)(Kind, const float* from, int64_t count, void* to);
   void (*dropout)(const Dropout&, int64_t row_begin, int64_t row_end);
   void (*few_rows)(const FewRows&, int64_t column_begin, int64_t column_end);           // columns of y
   void (*few_rows_update)(const FewRowsUpdate&, int64_t column_begin, int64_t column_end);
   int64_t (*product_tiles)(const Product&);  // down the first columns of y, then the next
-  void (*product)(const Product&, int64_t tile_begin, int64_t tile_end, float* panel);  // room for PANEL_COLUMNS · min(K + 15, PRODUCT_DEPTH)
+  void (*product)(const Product&, int64_t tile_begin, int64_t tile_end, float* panel);  // room for PANEL_COLUMNS · min(K, PRODUCT_DEPTH)
   void (*dequantise)(const Dequantise&, int64_t row_begin, int64_t row_end);                                      // rows of the weight
   void (*few_rows_quantised)(const FewRows&, const Quantised&, int64_t column_begin, int64_t column_end);  // its weight is the other; no adapters
   void (*rms_norm)(const RmsNorm&, int64_t row_begin, int64_t row_end);

@@ -18,7 +18,7 @@ void multiply_in_float32(const Product& task) {
   const int64_t tiles = kernels().product_tiles(task);
   const int64_t work = task.rows * task.in * task.out / (tiles + 1) + 1;  // multiplications of a tile
   torch::stable::parallel_for(0, tiles, GRAIN / work + 1, [&](int64_t begin, int64_t end) {
-    const Memory panel(PANEL_COLUMNS * std::min(task.in + 15, PRODUCT_DEPTH) * sizeof(float));
+    const Memory panel(PANEL_COLUMNS * std::min(task.in, PRODUCT_DEPTH) * sizeof(float));
     kernels().product(task, begin, end, panel.as<float>());
   });
 }

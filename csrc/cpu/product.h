@@ -7,75 +7,28 @@
 
 #include "kernels.h"
 #include "few_rows.h"
+#include "register_tile.h"
 #include "rows.h"
 #include "vector.h"
 
 namespace fastlora::FASTLORA_ISA {
 namespace {
 
-#if defined(__AVX512F__)
-constexpr int TILE_ROWS = 6, TILE_VECTORS = 4;  // 32 registers
-#elif defined(__AVX2__)
-constexpr int TILE_ROWS = 6, TILE_VECTORS = 2;  // 16 registers
-#else
-constexpr int TILE_ROWS = 4, TILE_VECTORS = 2;  // 16 registers, and products that take one before they are added
-#endif
-constexpr int TILE_COLUMNS = TILE_VECTORS * WIDTH;
-
 constexpr int64_t DEPTH_BLOCK = 128;  // products summed by themselves, so that rounding grows with the blocks, not with K
 static_assert(PRODUCT_DEPTH % DEPTH_BLOCK == 0 && PRODUCT_DEPTH % WIDTH == 0 && TILE_COLUMNS <= PANEL_COLUMNS);
 
-/// panel[l][c] = W[n + c][k + l] for `depth` products; zeros for the columns of y that are not there. Writes whole vectors of l.
-template <class T>
-void pack_panel(const Product& task, int64_t n, int64_t k, int64_t depth, float* panel) {
-  const T* w = static_cast<const T*>(task.weight) + (task.by_column ? k * task.weight_stride + n : n * task.weight_stride + k);
-  const int64_t columns = task.out - n;
-  if (task.by_column) {
-    for (int64_t l = 0; l < depth; ++l, w += task.weight_stride, panel += TILE_COLUMNS) {
-      for (int64_t c = 0; c < TILE_COLUMNS; c += WIDTH) {
-        __builtin_prefetch(w + 8 * task.weight_stride + c);
-        store(panel + c, c + WIDTH <= columns ? load(w + c) : c < columns ? load_some(w + c, columns - c) : Floats{});
-      }
-    }
-    return;
-  }
-  for (int64_t c = 0; c < TILE_COLUMNS; c += WIDTH) {
-    for (int64_t l = 0; l < depth; l += WIDTH) {
-      Floats rows[WIDTH];
-      if (c + WIDTH <= columns && l + WIDTH <= depth) {
-        for_each<WIDTH>([&](auto i) __attribute__((always_inline)) {
-          const T* from = w + (c + i()) * task.weight_stride + l;
-          rows[i()] = load(from);
-          __builtin_prefetch(from + 8 * WIDTH);
-        });
-      } else {
-        for (int64_t i = 0; i < WIDTH; ++i) {
-          const int64_t count = depth - l < WIDTH ? depth - l : WIDTH;
-          rows[i] = c + i < columns ? load_some(w + (c + i) * task.weight_stride + l, count) : Floats{};
-        }
-      }
-      transpose(rows);
-      for_each<WIDTH>([&](auto i) __attribute__((always_inline)) { store(panel + (l + i()) * TILE_COLUMNS + c, rows[i()]); });
-    }
-  }
-}
-
 /// y[i][c] = start[i][c] + sum over l of x[i][l] panel[l][c], for I rows and TILE_COLUMNS columns; the start of every row start_stride apart.
 template <int I>
-void product_tile(
+[[gnu::noinline]] void product_tile(
     const float* x, int64_t x_stride, const float* panel, int64_t depth, const float* start, int64_t start_stride, float* y, int64_t y_stride) {
   int64_t l = 0;
   do {
     const int64_t end = depth - l < DEPTH_BLOCK ? depth : l + DEPTH_BLOCK;
     Floats total[I * TILE_VECTORS] = {};
-    for (; l < end; ++l) {
-      Floats p[TILE_VECTORS];
-      for_each<TILE_VECTORS>([&](auto j) __attribute__((always_inline)) { p[j()] = load(panel + l * TILE_COLUMNS + j() * WIDTH); });
-      for_each<I>([&](auto i) __attribute__((always_inline)) {
-        const float value = x[i() * x_stride + l];
-        for_each<TILE_VECTORS>([&](auto j) __attribute__((always_inline)) { total[i() * TILE_VECTORS + j()] += value * p[j()]; });
-      });
-    }
+    const auto left = [&](auto i, int64_t k) __attribute__((always_inline)) { return x[i() * x_stride + k]; };
+    const auto right = [&](int64_t k, auto j) __attribute__((always_inline)) { return load(panel + k * TILE_COLUMNS + j() * WIDTH); };
+    add_products<I, TILE_VECTORS>(l, end, left, right, total);
+    l = end;
     for_each<I>([&](auto i) __attribute__((always_inline)) {
       for_each<TILE_VECTORS>([&](auto j) __attribute__((always_inline)) {
         store(y + i() * y_stride + j() * WIDTH, load(start + i() * start_stride + j() * WIDTH) + total[i() * TILE_VECTORS + j()]);
@@ -127,7 +80,12 @@ void product(const Product& task, int64_t begin, int64_t end, float* panel) {
     int64_t k = 0;
     do {
       const int64_t depth = task.in - k < PRODUCT_DEPTH ? task.in - k : PRODUCT_DEPTH;
-      with_kind(task.kind, [&](auto* of) { pack_panel<std::remove_pointer_t<decltype(of)>>(task, n, k, depth, panel); });
+      with_kind(task.kind, [&](auto* of) {
+        using T = std::remove_pointer_t<decltype(of)>;
+        const int64_t row_stride = task.by_column ? 1 : task.weight_stride, column_stride = task.by_column ? task.weight_stride : 1;
+        const T* w = static_cast<const T*>(task.weight) + n * row_stride + k * column_stride;
+        pack_panel<TILE_COLUMNS>(w, row_stride, column_stride, task.out - n, depth, panel);
+      });
       product_panel(task, n, first, last, k, depth, panel);
       k += depth;
     } while (k < task.in);

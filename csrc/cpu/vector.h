@@ -10,6 +10,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace fastlora {
@@ -29,6 +31,13 @@ constexpr int WIDTH = 16;
 constexpr int WIDTH = 8;
 #else
 constexpr int WIDTH = 4;
+#endif
+
+// What register tiles are sized by.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int REGISTERS = 32;
+#else
+constexpr int REGISTERS = 16;
 #endif
 
 typedef float Floats __attribute__((vector_size(WIDTH * 4)));
@@ -79,6 +88,9 @@ inline void store(Float16* to, Floats value) { write(to, _mm512_cvtps_ph((__m512
 #elif defined(__F16C__)
 inline Floats load(const Float16* from) { return (Floats)_mm256_cvtph_ps(read<__m128i>(from)); }
 inline void store(Float16* to, Floats value) { write(to, _mm256_cvtps_ph((__m256)value, _MM_FROUND_TO_NEAREST_INT)); }
+#elif defined(__aarch64__)
+inline Floats load(const Float16* from) { return (Floats)vcvt_f32_f16((float16x4_t)read<Halves>(from)); }
+inline void store(Float16* to, Floats value) { write(to, vcvt_f16_f32((float32x4_t)value)); }
 #else
 inline Floats load(const Float16* from) {
   const Words half = __builtin_convertvector(read<Halves>(from), Words);
