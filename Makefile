@@ -4,6 +4,7 @@
 # make gpu     on a machine with a CUDA card, offline, in twelve minutes: build, device tests, first figures; tuning, benchmarks, sanitizer
 # make sanitize    the native extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer (about 20 minutes)
 # make emulate     the same on emulated CPUs without AVX-512 and without AVX2, where there is a qemu-x86_64 (about a minute)
+# make emulate-avx512    the bounds of what is compiled for AVX-512, and its tiles, on a CPU that has AVX2 alone (about ten minutes on 2 cores)
 # make fuzz    a million hostile files for each reader: adapters, checkpoints, data, tables (about 35 minutes)
 # make wheel   in dist/, a source archive and a CPU wheel for this Python that needs no compiler, tried out by a demo (a minute on 2 cores, and the demo)
 # make docs    the public modules' documentation, as HTML in build/docs
@@ -21,8 +22,10 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constr
 OF_OPERATORS := lora_linear lora_linear_shared multi_lora multi_lora_shared
 OF_BLOCKS := attention dora_factor rms_norm rotary scale_columns swiglu
 FROZEN := frozen_products packed packed_freshness packed_models
+BOUNDED := $(OF_OPERATORS) $(OF_BLOCKS) linear_cross_entropy language_model_loss native product $(FROZEN)
+BOUNDS = not triton and not opcheck and (bound or layout or gaps or strides or tiles or share_x or near or instruction_set and $(or $(ISA),nothing))
 
-.PHONY: demo test mutants fuzz sanitize emulate imitate gpu wheel docs lint bench base clean
+.PHONY: demo test mutants fuzz sanitize emulate emulate-avx512 imitate gpu wheel docs lint bench base clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m fastlora demo --output demo
@@ -53,6 +56,13 @@ emulate: $(VENV)/test-ready
 	@test -n "$(QEMU)" || { echo "make emulate needs qemu-x86_64, as in Debian's qemu-user: none was found (set QEMU=...)"; exit 1; }
 	QEMU=$(QEMU) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_native.py -k emulated
 
+emulate-avx512: $(VENV)/test-ready
+	@grep -q avx2 /proc/cpuinfo || { echo "make emulate-avx512 needs a CPU with AVX2"; exit 1; }
+	FASTLORA_EMULATED_AVX512=1 FASTLORA_CUDA=0 FASTLORA_REQUIRE_NATIVE=1 $(BIN)/python setup.py -q build --build-lib build/emulated
+	cd build/emulated && for isa in avx512 avx512bf16 amx_emulated; do \
+		FASTLORA_ISA=$$isa OMP_NUM_THREADS=1 $(abspath $(BIN)/python) -m pytest -q -n auto -p no:cacheprovider -k '$(BOUNDS)' \
+			$(addprefix ../../tests/test_,$(addsuffix .py,$(BOUNDED))) || exit; done
+
 # What torch, oneDNN, MKL and fastlora take the machine for: each can be told of less than there is.
 IMITATED := imitate-portable imitate-avx2 imitate-avx512 imitate-amx
 imitate-portable: export ATEN_CPU_CAPABILITY = default
@@ -81,8 +91,7 @@ imitate: $(VENV)/test-ready
 $(IMITATED): $(VENV)/test-ready
 	@echo "$@"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -p no:cacheprovider \
-		-k 'not triton and not opcheck and (bound or layout or gaps or strides or tiles or share_x or near or instruction_set and $(ISA))' \
-		$(addprefix tests/test_,$(addsuffix .py,$(OF_OPERATORS) $(OF_BLOCKS) linear_cross_entropy language_model_loss native product $(FROZEN) $(MORE)))
+		-k '$(BOUNDS)' $(addprefix tests/test_,$(addsuffix .py,$(BOUNDED) $(MORE)))
 
 gpu:
 	PYTHON=$(or $(PYTHON),python3) bash benchmarks/gpu.sh

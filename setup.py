@@ -8,6 +8,7 @@ csrc/cuda is compiled in; where there is none, or it fails, the extension is bui
     FASTLORA_CUDA=0              leave csrc/cuda out
     FASTLORA_REQUIRE_NATIVE=1    fail where the extension cannot be built, or csrc/cuda not compiled by the nvcc that is there
     FASTLORA_SANITIZE=1          compile it for AddressSanitizer and UndefinedBehaviorSanitizer: `make sanitize`
+    FASTLORA_EMULATED_AVX512=1   AVX-512's instructions by others, slow, for tests on a CPU that has AVX2 alone: `make emulate-avx512`
     FASTLORA_CUDA_CHECKS=1       kernels that wait in vain stop the card and say for what: for tests, not in place
     CXX=clang++                  the compiler, g++ unless told
 """
@@ -33,6 +34,7 @@ from setuptools.errors import CompileError, OptionError
 ROOT = Path(__file__).resolve().parent
 REQUIRED = os.environ.get("FASTLORA_REQUIRE_NATIVE") == "1"
 SANITIZED = os.environ.get("FASTLORA_SANITIZE") == "1"
+EMULATED = os.environ.get("FASTLORA_EMULATED_AVX512") == "1"
 CHECKED = os.environ.get("FASTLORA_CUDA_CHECKS") == "1"
 OLDEST_TORCH = (2, 11)
 LINKED = ("benchmarks", "kernels")  # folders beside fastlora that are links in it
@@ -54,6 +56,10 @@ if platform.machine() in ("x86_64", "AMD64"):
     # csrc/cpu/adapter_tiles.cpp, which replaces some of avx512bf16's kernels where there are tiles: real ones, or emulated ones for tests.
     TILES["amx"] = [*INSTRUCTION_SETS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
     TILES["amx_emulated"] = [*INSTRUCTION_SETS["avx512bf16"], "-DFASTLORA_EMULATED_TILES"]
+    if EMULATED:
+        INSTRUCTION_SETS["avx512"] = [*INSTRUCTION_SETS["avx2"], "-include", "tests/emulated_avx512.h", "-Wno-psabi"]
+        INSTRUCTION_SETS["avx512bf16"] = [*INSTRUCTION_SETS["avx512"], "-D__AVX512BF16__"]
+        TILES = dict.fromkeys(TILES, [*INSTRUCTION_SETS["avx512bf16"], "-DFASTLORA_EMULATED_TILES"])
 
 # Machine code for sm_80 (and 86, 89) and for sm_90 with the instructions of Hopper alone; PTX for cards to come, compiled by their driver.
 CUDA_TARGETS = {"sm_80": "compute_80", "sm_90a": "compute_90a", "compute_90": "compute_90"}
@@ -159,7 +165,7 @@ def objects(folder: Path, torch: Path, cuda: Cuda | str) -> Iterator[Unit]:
             for isa, flags in often[name].items():
                 yield Unit("compile", folder / f"{name}_{isa}.o", source, [f"-DFASTLORA_ISA={isa}", *flags])
         else:
-            yield Unit("compile", folder / f"{name}.o", source, [])
+            yield Unit("compile", folder / f"{name}.o", source, ["-DFASTLORA_EMULATED_AVX512"] if EMULATED else [])
     if with_cuda:
         for source in sources("csrc/cuda/*.cu"):
             yield Unit("compile_cuda", folder / f"{Path(source).stem}.cuda.o", source, [])
@@ -177,6 +183,8 @@ class BuildNative(build_ext):
     def run(self) -> None:
         if SANITIZED and self.inplace:
             raise OptionError("FASTLORA_SANITIZE=1 with --inplace: every import would need the sanitizers' library")
+        if EMULATED and self.inplace:
+            raise OptionError("FASTLORA_EMULATED_AVX512=1 with --inplace: a CPU without AVX-512 would run it, slowly, as if it had it")
         if CHECKED and self.inplace:
             raise OptionError("FASTLORA_CUDA_CHECKS=1 with --inplace: what is measured later would be slower")
         self.into_source = self.inplace  # setuptools clears it while it builds, and copies afterwards
@@ -229,7 +237,7 @@ class BuildNative(build_ext):
                 "-lpthread",
             ]
             libraries += ["-Wl,--no-as-needed", "-ltorch"]
-        kind = "sanitized" if SANITIZED else "checked" if CHECKED else "native"
+        kind = "sanitized" if SANITIZED else "emulated" if EMULATED else "checked" if CHECKED else "native"
         folder = ROOT / "build" / f"{kind}-{sysconfig.get_config_var('SOABI')}"
         folder.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -61,9 +61,13 @@ Kernels pick() {
   STD_TORCH_CHECK(known, "FASTLORA_ISA=", name, ": expected portable, avx2, avx512, avx512bf16, amx or amx_emulated");
 #if defined(__x86_64__)
   const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+#if defined(FASTLORA_EMULATED_AVX512)
+  const bool has_avx512 = has_avx2, has_dots = has_avx2;  // tests/emulated_avx512.h
+#else
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
   const bool has_dots = has_avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
   if (has_dots && name == "amx_emulated") return amx_emulated::with_tiles();  // slow, for tests: never unasked
   if (has_dots && name == "amx" && has_tiles()) return amx::with_tiles();
   if (has_dots && (name.empty() || name == "avx512bf16")) return avx512bf16::passes;
