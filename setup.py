@@ -57,7 +57,13 @@ if platform.machine() in ("x86_64", "AMD64"):
     TILES["amx"] = [*INSTRUCTION_SETS["avx512bf16"], "-mamx-tile", "-mamx-bf16"]
     TILES["amx_emulated"] = [*INSTRUCTION_SETS["avx512bf16"], "-DFASTLORA_EMULATED_TILES"]
     if EMULATED:
-        INSTRUCTION_SETS["avx512"] = [*INSTRUCTION_SETS["avx2"], "-include", "tests/emulated_avx512.h", "-Wno-psabi"]
+        INSTRUCTION_SETS["avx512"] = [
+            *INSTRUCTION_SETS["avx2"],
+            "-O1",
+            "-include",
+            "tests/emulated_avx512.h",
+            "-Wno-psabi",
+        ]
         INSTRUCTION_SETS["avx512bf16"] = [*INSTRUCTION_SETS["avx512"], "-D__AVX512BF16__"]
         TILES = dict.fromkeys(TILES, [*INSTRUCTION_SETS["avx512bf16"], "-DFASTLORA_EMULATED_TILES"])
 
@@ -184,7 +190,9 @@ class BuildNative(build_ext):
         if SANITIZED and self.inplace:
             raise OptionError("FASTLORA_SANITIZE=1 with --inplace: every import would need the sanitizers' library")
         if EMULATED and self.inplace:
-            raise OptionError("FASTLORA_EMULATED_AVX512=1 with --inplace: a CPU without AVX-512 would run it, slowly, as if it had it")
+            raise OptionError(
+                "FASTLORA_EMULATED_AVX512=1 with --inplace: a CPU without AVX-512 would run it, slowly, as if it had it"
+            )
         if CHECKED and self.inplace:
             raise OptionError("FASTLORA_CUDA_CHECKS=1 with --inplace: what is measured later would be slower")
         self.into_source = self.inplace  # setuptools clears it while it builds, and copies afterwards

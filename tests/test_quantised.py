@@ -56,12 +56,21 @@ def check_products() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_few_rows_with_an_adapter(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by the kernel that adds an adapter to a few rows in one pass: for it the weight would be dequantised as a whole."""
-    one, x, a, b = weight(kind, 20, 64, torch.float32), torch.randn(2, 64), torch.randn(3, 64), torch.randn(20, 3)
     monkeypatch.setattr(quantised, "_dense", None)
-    (y,), xa, keep = products.lora_linear(x, [one], [None], [a], [b], [2.0], [0.0], None, None, None)
-    torch.testing.assert_close(xa[0], x @ a.T)
-    torch.testing.assert_close(y, x @ dense(one).T + 2 * (x @ a.T) @ b.T)
-    assert keep.numel() == 0
+    xas, ys = [], []
+    for _ in range(INPUTS):
+        one = weight(kind, 20, 64, torch.float32)
+        x, a, b = torch.randn(2, 64), torch.randn(3, 64), torch.randn(20, 3)
+        (y,), xa, keep = products.lora_linear(x, [one], [None], [a], [b], [2.0], [0.0], None, None, None)
+        (eager, eager_xa), (exact, exact_xa) = (
+            (x @ w.T + 2 * (x @ a.T) @ b.T, x @ a.T)
+            for x, w, a, b in ((x, dense(one), a, b), (x.double(), dense(one).double(), a.double(), b.double()))
+        )
+        xas.append((xa[0], eager_xa, exact_xa))
+        ys.append((y, eager, exact))
+        assert keep.numel() == 0
+    assert_within_bound_over_inputs("xa", xas)
+    assert_within_bound_over_inputs("y", ys)
 
 
 def test_elements_are_the_references_bit_for_bit() -> None:

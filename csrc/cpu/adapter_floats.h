@@ -17,6 +17,7 @@ namespace fastlora::FASTLORA_ISA {
 namespace {
 
 constexpr int64_t STRIP = COLUMN_UNIT;   // columns: of 64 rows, they fill half of the first-level cache
+constexpr int64_t FEW_COLUMNS = 8;       // whose products are summed by themselves: where K is small, every rounding counts
 constexpr int64_t RANKS_AT_ONCE = 256;   // of a read
 constexpr int64_t RANK_BLOCK = 128;      // ranks whose products are summed by themselves, for the same reason as rows
 constexpr int64_t PANEL_FLOATS = 1 << 15;  // of a panel that stay in the second-level cache
@@ -46,9 +47,14 @@ template <int I, int V>
     constexpr int64_t LANE = j() * WIDTH;
     return load(panel + LANE / PANEL_LANES * chunk + l * PANEL_LANES + LANE % PANEL_LANES);
   };
-  Floats total[I * V] = {};
-  add_products<I, V>(0, count, left, right, total);
-  for_each<I * V>([&](auto n) __attribute__((always_inline)) { store(sums[n() / V] + n() % V * WIDTH, total[n()]); });
+  for (int64_t l = 0; l < count; l += FEW_COLUMNS) {
+    Floats total[I * V] = {};
+    add_products<I, V>(l, at_most(l + FEW_COLUMNS, count), left, right, total);
+    for_each<I * V>([&](auto n) __attribute__((always_inline)) {
+      float* sum = sums[n() / V] + n() % V * WIDTH;
+      store(sum, l == 0 ? total[n()] : load(sum) + total[n()]);
+    });
+  }
 }
 
 /// projected[i][r] (+)= factor · sum over the strip's columns of strip[i][l] P[r][l].
