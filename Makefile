@@ -5,6 +5,7 @@
 # make sanitize    the native extension's tests under AddressSanitizer and UndefinedBehaviorSanitizer (about 20 minutes)
 # make emulate     the same on emulated CPUs without AVX-512 and without AVX2, where there is a qemu-x86_64 (about a minute)
 # make emulate-avx512    the bounds of what is compiled for AVX-512, and its tiles, on a CPU that has AVX2 alone (about ten minutes on 2 cores)
+# make emulate-arm64 ROOT=...    the bounds on an emulated 64-bit ARM, in a folder that has its Python (`.ci/arm64`; about an hour)
 # make fuzz    a million hostile files for each reader: adapters, checkpoints, data, tables (about 35 minutes)
 # make wheel   in dist/, a source archive and a CPU wheel for this Python that needs no compiler, tried out by a demo (a minute on 2 cores, and the demo)
 # make docs    the public modules' documentation, as HTML in build/docs
@@ -25,7 +26,7 @@ FROZEN := frozen_products packed packed_freshness packed_models
 BOUNDED := $(OF_OPERATORS) $(OF_BLOCKS) linear_cross_entropy language_model_loss native product $(FROZEN)
 BOUNDS = not triton and not opcheck and (bound or layout or gaps or strides or tiles or share_x or near or instruction_set and $(or $(ISA),nothing))
 
-.PHONY: demo test mutants fuzz sanitize emulate emulate-avx512 imitate gpu wheel docs lint bench base clean
+.PHONY: demo test mutants fuzz sanitize emulate emulate-avx512 emulate-arm64 imitate gpu wheel docs lint bench base clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m fastlora demo --output demo
@@ -62,6 +63,10 @@ emulate-avx512: $(VENV)/test-ready
 	cd build/emulated && for isa in avx512 avx512bf16 amx_emulated; do \
 		FASTLORA_ISA=$$isa OMP_NUM_THREADS=1 $(abspath $(BIN)/python) -m pytest -q -n auto -p no:cacheprovider -k '$(BOUNDS)' \
 			$(addprefix ../../tests/test_,$(addsuffix .py,$(BOUNDED))) || exit; done
+
+emulate-arm64:
+	@test -n "$(ROOT)" || { echo "make emulate-arm64 needs ROOT=..., an aarch64 Linux as a folder: .ci/arm64 says what is in it"; exit 1; }
+	bash .ci/arm64 $(ROOT) -k '$(BOUNDS)' $(addprefix ../../tests/test_,$(addsuffix .py,$(BOUNDED)))
 
 # What torch, oneDNN, MKL and fastlora take the machine for: each can be told of less than there is.
 IMITATED := imitate-portable imitate-avx2 imitate-avx512 imitate-amx

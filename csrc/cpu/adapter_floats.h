@@ -16,16 +16,16 @@
 namespace fastlora::FASTLORA_ISA {
 namespace {
 
-constexpr int64_t STRIP = COLUMN_UNIT;   // columns: of 64 rows, they fill half of the first-level cache
-constexpr int64_t FEW_COLUMNS = 8;       // whose products are summed by themselves: where K is small, every rounding counts
-constexpr int64_t RANKS_AT_ONCE = 256;   // of a read
-constexpr int64_t RANK_BLOCK = 128;      // ranks whose products are summed by themselves, for the same reason as rows
+constexpr int64_t STRIP = COLUMN_UNIT;     // columns: of 64 rows, they fill half of the first-level cache
+constexpr int64_t FEW_COLUMNS = 8;         // whose products are summed by themselves: where K is small, every rounding counts
+constexpr int64_t RANKS_AT_ONCE = 256;     // of a read
+constexpr int64_t RANK_BLOCK = 128;        // ranks whose products are summed by themselves, so that rounding grows with the blocks, not the ranks
 constexpr int64_t PANEL_FLOATS = 1 << 15;  // of a panel that stay in the second-level cache
 
 /// Columns that a pass takes of v before it goes on to the next rows: a multiple of STRIP.
 inline int64_t columns_at_once(int64_t rank) {
   const int64_t columns = PANEL_FLOATS / (rank + 1) / STRIP * STRIP;
-  return columns < STRIP ? STRIP : at_most(columns, 2048);
+  return columns < STRIP ? STRIP : at_most(columns, COLUMN_BLOCK);
 }
 
 /// d(v) of a block of rows and `count` columns from l on, without the factor; zeros up to a whole vector.
@@ -39,14 +39,18 @@ void widen_strip(const Block<const T, ROW_BLOCK>& block, int64_t rows, int64_t l
   }
 }
 
+/// Vector J of row k of a panel, from the chunk on that `panel` is in.
+template <int J>
+inline Floats vector_of(const float* panel, int64_t chunk, int64_t k) {
+  constexpr int64_t LANE = J * WIDTH;
+  return load(panel + LANE / PANEL_LANES * chunk + k * PANEL_LANES + LANE % PANEL_LANES);
+}
+
 /// sums[i][r] = the sum over `count` columns of strip[i][l] P[r][l], for I rows and V vectors of ranks.
 template <int I, int V>
 [[gnu::noinline]] void project_tile(const float (*strip)[STRIP], int64_t count, const float* panel, int64_t chunk, float (*sums)[TILE_COLUMNS]) {
   const auto left = [&](auto i, int64_t l) __attribute__((always_inline)) { return strip[i()][l]; };
-  const auto right = [&](int64_t l, auto j) __attribute__((always_inline)) {
-    constexpr int64_t LANE = j() * WIDTH;
-    return load(panel + LANE / PANEL_LANES * chunk + l * PANEL_LANES + LANE % PANEL_LANES);
-  };
+  const auto right = [&](int64_t l, auto j) __attribute__((always_inline)) { return vector_of<j()>(panel, chunk, l); };
   for (int64_t l = 0; l < count; l += FEW_COLUMNS) {
     Floats total[I * V] = {};
     add_products<I, V>(l, at_most(l + FEW_COLUMNS, count), left, right, total);
@@ -144,10 +148,7 @@ template <int I, int V>
   const float* own[I];
   for_each<I>([&](auto i) __attribute__((always_inline)) { own[i()] = coefficients[i()]; });
   const auto left = [&](auto i, int64_t r) __attribute__((always_inline)) { return own[i()][r]; };
-  const auto right = [&](int64_t r, auto j) __attribute__((always_inline)) {
-    constexpr int64_t LANE = j() * WIDTH;
-    return load(panel + LANE / PANEL_LANES * chunk + r * PANEL_LANES + LANE % PANEL_LANES);
-  };
+  const auto right = [&](int64_t r, auto j) __attribute__((always_inline)) { return vector_of<j()>(panel, chunk, r); };
   Floats total[I * V] = {};
   add_products<I, V>(0, at_most(RANK_BLOCK, rank), left, right, total);
   for (int64_t r = RANK_BLOCK; r < rank; r += RANK_BLOCK) {

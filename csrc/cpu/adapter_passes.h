@@ -10,9 +10,6 @@
 namespace fastlora::FASTLORA_ISA {
 namespace {
 
-constexpr int64_t COLUMN_BLOCK = 2048;  // 64 rows of so many bfloat16 stay in the second-level cache
-static_assert(COLUMN_BLOCK % COLUMN_UNIT == 0 && COLUMN_UNIT % DECISIONS == 0);
-
 inline int64_t row_at(const int64_t* order, int64_t place) { return order ? order[place] : place; }
 
 /// The places begin to end of one adapter, and columns of v.
@@ -93,13 +90,11 @@ void add_part(const Add& pass, const Part& part) {
   }
 }
 
-/// Calls body(whether elements are dropped, a null pointer of v's type).
-template <class Pass, class Body>
-void with_types(const Pass& pass, const Segment& segment, const Body& body) {
-  with_kind(pass.kind, [&](auto* type) {
-    if (pass.keep && segment.threshold != 0) return body(std::true_type{}, type);
-    body(std::false_type{}, type);
-  });
+/// Calls body(whether elements are dropped).
+template <class Body>
+void with_drops(const Rows& pass, const Segment& segment, const Body& body) {
+  if (pass.keep && segment.threshold != 0) return body(std::true_type{});
+  body(std::false_type{});
 }
 
 /// Calls body(part) for every adapter's share of every block of the cell, so many rows and columns. What adapters share of a block is still in the cache.
@@ -139,13 +134,14 @@ void read_pass(const Read& pass, const Segments& segments, const Cell& cell) {
   if constexpr (HAS_DOTS) {
     if (pass.dots) {
       return for_each_part(segments, cell, ROW_BLOCK, COLUMN_BLOCK, [&](const Part& part) {
-        if (pass.keep && part.segment.threshold != 0) return read_part<true, true, BFloat16>(pass, part);
-        read_part<false, true, BFloat16>(pass, part);
+        with_drops(pass, part.segment, [&](auto drops) { read_part<drops(), true, BFloat16>(pass, part); });
       });
     }
   }
   for_each_part(segments, cell, ROW_BLOCK, columns_at_once(most_ranks(segments)), [&](const Part& part) {
-    with_types(pass, part.segment, [&](auto drops, auto* type) { read_part<drops(), false, std::remove_pointer_t<decltype(type)>>(pass, part); });
+    with_kind(pass.kind, [&](auto* type) {
+      with_drops(pass, part.segment, [&](auto drops) { read_part<drops(), false, std::remove_pointer_t<decltype(type)>>(pass, part); });
+    });
   });
 }
 
@@ -153,13 +149,14 @@ void add_pass(const Add& pass, const Segments& segments, const Cell& cell) {
   if constexpr (HAS_DOTS) {
     if (pass.dots) {
       return for_each_part(segments, cell, added_rows<true>(), COLUMN_BLOCK, [&](const Part& part) {
-        if (pass.keep && part.segment.threshold != 0) return add_part<true, true, BFloat16>(pass, part);
-        add_part<false, true, BFloat16>(pass, part);
+        with_drops(pass, part.segment, [&](auto drops) { add_part<drops(), true, BFloat16>(pass, part); });
       });
     }
   }
   for_each_part(segments, cell, added_rows<false>(), columns_at_once(most_ranks(segments)), [&](const Part& part) {
-    with_types(pass, part.segment, [&](auto drops, auto* type) { add_part<drops(), false, std::remove_pointer_t<decltype(type)>>(pass, part); });
+    with_kind(pass.kind, [&](auto* type) {
+      with_drops(pass, part.segment, [&](auto drops) { add_part<drops(), false, std::remove_pointer_t<decltype(type)>>(pass, part); });
+    });
   });
 }
 

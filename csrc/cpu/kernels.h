@@ -12,8 +12,9 @@
 // Panels and coefficients are float32, and a panel lies in chunks of PANEL_LANES, zeros beyond: a read's [R / lanes, L, lanes], L rounded up to
 // COLUMN_UNIT, an add's [L / lanes, R, lanes], R rounded up to lanes. Or, where v is bfloat16 and the instruction set has dot products of it (`dots`),
 // both are bfloat16: a read's panel by row, an add's with two ranks side by side (pairs [ceil(R / 2), L] of 32 bits). COEFFICIENT_UNIT bfloat16
-// coefficients are read at a time. The bfloat16 panels of a segment that is `tiled` are right operands of tiles instead (tiles.h), each TILE_DEPTH numbers along what is summed
-// by TILE_LANES, two of the former side by side, zeros beyond: a read's [R / TILE_LANES, L / TILE_DEPTH], an add's [L / TILE_LANES, R / TILE_DEPTH].
+// coefficients are read at a time. The bfloat16 panels of a segment that is `tiled` are right operands of tiles instead (tiles.h), each TILE_DEPTH
+// numbers along what is summed by TILE_LANES, two of the former side by side, zeros beyond: a read's [R / TILE_LANES, L / TILE_DEPTH], an add's
+// [L / TILE_LANES, R / TILE_DEPTH].
 #pragma once
 
 #include <cstdint>
@@ -98,6 +99,9 @@ constexpr int64_t COEFFICIENT_UNIT = 8;
 constexpr int64_t TILE_LANES = 16, TILE_DEPTH = 32;
 constexpr int64_t TILED_RANK = 512;  // at most
 
+static_assert(PANEL_LANES % TILE_LANES == 0);
+
+/// Rows of a panel in memory, whatever its form.
 inline int64_t padded_rank(int64_t rank) { return (rank + PANEL_LANES - 1) / PANEL_LANES * PANEL_LANES; }
 
 struct Cell {
