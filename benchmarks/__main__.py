@@ -65,6 +65,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="only print benchmarks/README.md's table of the newest result file, of goals or families",
     )
+    add("--matching", default="", metavar="TEXT", help="only the lines whose title has this in it, as float32")
     add("--seconds", type=float, default=math.inf, help="goals: begin nothing after that long")
     add("--bare", action="store_true", help="goals on a card: three, of fastlora alone, as CUDA graphs")
     add(
@@ -196,6 +197,11 @@ def _measure(name: str, command: Command) -> int:
     arguments, machine, record = command.arguments, command.machine, Record()
     lines_of, table = VERBS[name]
     lines = lines_of(command)
+    matching = {title: line for title, line in lines.items() if arguments.matching in title}
+    if lines and not matching:
+        _say(f"--matching: got {arguments.matching!r}, which no line of {name} has: {', '.join(lines)}")
+        return 2
+    lines = matching
     if not lines:
         why = "--quick" if arguments.quick else "measured on a CPU only"
         print(f"{name}: left out ({why})", flush=True)

@@ -376,6 +376,21 @@ def test_command_writes_the_goals_and_makes_the_readme_of_them(monkeypatch, tmp_
     assert capsys.readouterr().out == table.goals_markdown(GOALS) + "\n"
 
 
+def test_lines_can_be_chosen_by_their_titles(monkeypatch, capsys) -> None:
+    def line(said: str):
+        return lambda _: iter([replace(GOALS[0], what=said)])
+
+    monkeypatch.setattr(command, "model_step_lines", lambda _: {})
+    monkeypatch.setattr(command, "layer_lines", lambda: {f"all, {one}": line(one) for one in ("float32", "bfloat16")})
+    assert command.main(["goals", "--no-gate", "--matching", "float32"]) == 0
+    printed = capsys.readouterr().out
+    assert "float32" in printed and "bfloat16" not in printed
+    assert command.main(["goals", "--no-gate", "--matching", "float8"]) == 2
+    assert (
+        "--matching: got 'float8', which no line of goals has: all, float32, all, bfloat16" in capsys.readouterr().err
+    )
+
+
 def test_the_readme_has_the_newest_goals_and_every_file(capsys) -> None:
     folder = Path(command.__file__).parent
     text = (folder / "README.md").read_text()

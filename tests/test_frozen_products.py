@@ -1,11 +1,12 @@
 """frozen/products.py: products with frozen weights, within the bound by every way that there is on a CPU, and wrong arguments by name."""
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
-from bounds import INPUTS, assert_within_bound, dense, double, gapped, gradients, transposed
+from bounds import assert_within_bound, dense, double, gapped, gradients, transposed
 from packed_weights import (  # noqa: F401  (a fixture)
     FLOATS,
     NEEDS_COPIES,
@@ -32,6 +33,11 @@ def go(way: str, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(products, "_few_rows", few_rows)
 
 
+def draw_x(M: int, K: int, dtype: torch.dtype, layout: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    x = torch.randn(M, K).to(dtype)
+    return x if layout is None else layout(x)
+
+
 EACH_WAY = pytest.mark.parametrize("way", table.WAYS["cpu", "frozen_linear"])
 
 
@@ -43,8 +49,8 @@ def test_bound(way: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
     for number, (M, K, N) in enumerate(shapes):
         weight = nn.Parameter((torch.randn(N, K) / max(K, 1) ** 0.5).to(dtype), requires_grad=False)
         packed.register(weight, Budget())
-        x, *more = (torch.randn(M, K).to(dtype) for _ in range(INPUTS))
-        check(x, weight, None if number % 2 else torch.randn(N).to(dtype), more)
+        draw = partial(draw_x, M, K, dtype)
+        check(draw, weight, None if number % 2 else torch.randn(N).to(dtype))
 
 
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -61,10 +67,10 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 def test_layouts(way: str, layout: Callable[[Tensor], Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     go(way, monkeypatch)
     for dtype in ops.KERNEL_DTYPES:
-        x, weight = torch.randn(7, 33).to(dtype), (torch.randn(24, 33) / 6).to(dtype)
-        for left, right in ((layout(x), weight), (x, layout(weight)), (layout(x), layout(weight))):
+        weight = (torch.randn(24, 33) / 6).to(dtype)
+        for of_x, right in ((layout, weight), (None, layout(weight)), (layout, layout(weight))):
             packed.register(right, Budget())
-            check(left, right, torch.randn(48).to(dtype)[::2])
+            check(partial(draw_x, 7, 33, dtype, of_x), right, torch.randn(48).to(dtype)[::2])
 
 
 def test_dy_of_any_layout() -> None:

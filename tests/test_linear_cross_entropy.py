@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from bounds import INPUTS, assert_within_bound_over_inputs, dense, double, gapped, gradients
+from bounds import Compared, assert_within_bound_over_inputs, dense, double, gapped, gradients
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -53,10 +53,11 @@ def raw(n: int, D: int, V: int, dtype: torch.dtype, with_bias: bool = True) -> t
 @pytest.mark.parametrize(("n", "D", "V"), [(7, 33, 101), (19, 33, 101), (1, 16, 5), (0, 8, 11)])
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_bound(chosen, n, D, V, dtype, with_bias):
-    inputs = [head(n, D, V, dtype) for _ in range(INPUTS)]
-    assert_as_near_as_eager(
-        [(gapped(h), gapped(w), gapped(b) if with_bias else None, labels) for h, w, b, labels in inputs]
-    )
+    def draw():
+        hidden, weight, bias, labels = head(n, D, V, dtype)
+        return gapped(hidden), gapped(weight), gapped(bias) if with_bias else None, labels
+
+    assert_as_near_as_eager(draw)
 
 
 def loss_and_gradients(
@@ -70,17 +71,19 @@ def loss_and_gradients(
     return {"loss": loss.detach(), **dict(zip(trained, found, strict=True))}
 
 
-def assert_as_near_as_eager(inputs: list[tuple[Tensor | None, ...]], autocast: bool = False) -> None:
-    """Over all the inputs: hidden, weight, bias or None, labels."""
-    runs = []
-    for *given, labels in inputs:
+def assert_as_near_as_eager(draw: Callable[[], tuple[Tensor | None, ...]], autocast: bool = False) -> None:
+    """Over the inputs that are drawn: hidden, weight, bias or None, labels."""
+
+    def compute() -> dict[str, Compared]:
+        *given, labels = draw()
         copies, wide = ([copied(value) for value in given] for copied in (dense, double))
         wide = [None if value is None else value.requires_grad_() for value in wide]
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             near = [loss_and_gradients(linear_cross_entropy, given, labels), loss_and_gradients(eager, copies, labels)]
-        runs.append([*near, loss_and_gradients(eager, wide, labels)])
-    for name in runs[0][0]:
-        assert_within_bound_over_inputs(name, [[results[name] for results in run] for run in runs])
+        runs = [*near, loss_and_gradients(eager, wide, labels)]
+        return {name: tuple(results[name] for results in runs) for name in runs[0]}
+
+    assert_within_bound_over_inputs(compute)
 
 
 @pytest.mark.usefixtures("in_blocks")
@@ -126,7 +129,7 @@ def test_no_tensor_has_a_row_for_each_token_and_a_column_for_each_word(monkeypat
 
 @pytest.mark.usefixtures("in_blocks")
 def test_autocast_casts_as_the_head_would(chosen):
-    assert_as_near_as_eager([head(9, 16, 31, torch.float32) for _ in range(INPUTS)], autocast=True)
+    assert_as_near_as_eager(lambda: head(9, 16, 31, torch.float32), autocast=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -141,11 +144,12 @@ def test_autocast_is_the_same_as_casting_by_hand(chosen, dtype):
 @pytest.mark.usefixtures("in_blocks")
 def test_narrow_logits_are_summed_in_float32(chosen):
     """What stands out where bfloat16 has the logits exactly: whole numbers."""
-    inputs = []
-    for _ in range(INPUTS):
+
+    def draw():
         values = torch.randint(-1, 2, (19, 4)), torch.randint(-1, 2, (101, 4)), torch.randint(-1, 2, (101,))
-        inputs.append((*(one.bfloat16().requires_grad_() for one in values), torch.randint(101, (19,))))
-    assert_as_near_as_eager(inputs)
+        return *(one.bfloat16().requires_grad_() for one in values), torch.randint(101, (19,))
+
+    assert_as_near_as_eager(draw)
 
 
 def test_a_block_has_as_many_columns_as_fit(monkeypatch):
@@ -212,8 +216,9 @@ def test_state(chosen, dtype):
     Both backwards get the exact state, rounded once, so that the bound is of their own roundings alone.
     """
     forward, backward = (ops.implementations[op, chosen] for op in (OPERATOR, f"{OPERATOR}_backward"))
-    dloss, runs = torch.tensor(0.37), []
-    for _ in range(INPUTS):
+    dloss = torch.tensor(0.37)
+
+    def compute():
         *given, labels = raw(19, 33, 101, dtype)
         wide = [one.double() for one in given]
         found, near = (run(*given, labels, True) for run in (forward, reference.linear_cross_entropy))
@@ -224,9 +229,10 @@ def test_state(chosen, dtype):
         found += backward(dloss, *given, labels, *state)
         near += reference.linear_cross_entropy_backward(dloss, *given, labels, *state)
         exact += reference.linear_cross_entropy_backward(dloss.double(), *wide, labels, *exact[1:3])
-        runs.append(zip(found, near, exact, strict=True))
-    for name, *results in zip(("loss", "highest", "total", "dhidden", "dweight", "dbias"), *runs, strict=True):
-        assert_within_bound_over_inputs(name, results)
+        names = ("loss", "highest", "total", "dhidden", "dweight", "dbias")
+        return dict(zip(names, zip(found, near, exact, strict=True), strict=True))
+
+    assert_within_bound_over_inputs(compute)
 
 
 @pytest.mark.usefixtures("in_blocks")

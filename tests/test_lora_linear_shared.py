@@ -5,7 +5,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from bounds import Layer, assert_within_bound_over_inputs, double, flip_unread, make_layer, next_seed
+from bounds import (
+    Compared,
+    assert_within_bound,
+    assert_within_bound_over_inputs,
+    double,
+    flip_unread,
+    make_layer,
+    next_seed,
+)
 from lora_arguments import Arguments, as_wide_as, detached
 from test_lora_linear import SCALE, eagerly, exactly, inputs_of
 from torch import Tensor
@@ -39,16 +47,13 @@ SHARED = (
 
 @pytest.mark.parametrize("case", SHARED, ids=str)
 def test_layers_that_share_x(case: Shared, device: str, implementation: str) -> None:
-    inputs = [
-        [make_layer(case.M, case.K, N, R, case.dtype, case.adapter_dtype, case.bias, device) for N, R in case.layers]
-        for _ in inputs_of(implementation)
-    ]
-    for number, results in enumerate(zip(*(compare_shared(case, layers, device) for layers in inputs), strict=True)):
-        assert_within_bound_over_inputs(f"result {number}", results)
+    assert_within_bound_over_inputs(lambda: compare_shared(case, device), inputs_of(implementation))
 
 
-def compare_shared(case: Shared, layers: list[Layer], device: str) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Every y, dx, every da and db: the value, eager's and the exact one."""
+def compare_shared(case: Shared, device: str) -> dict[str, Compared]:
+    """Every y, dx, every da and db, of layers that are drawn."""
+    sizes = case.dtype, case.adapter_dtype, case.bias, device
+    layers = [make_layer(case.M, case.K, N, R, *sizes) for N, R in case.layers]
     x = layers[0].x
     layers = [layer._replace(x=x) for layer in layers]
     p = case.dropout_p if isinstance(case.dropout_p, list) else [case.dropout_p] * len(layers)
@@ -67,7 +72,7 @@ def compare_shared(case: Shared, layers: list[Layer], device: str) -> list[tuple
 
     values = [*(y.detach() for y in ys), *grads]
     near = [one.detach() for one in arranged(eager)]
-    return list(zip(values, near, arranged(exact), strict=True))
+    return {f"result {i}": of_one for i, of_one in enumerate(zip(values, near, arranged(exact), strict=True))}
 
 
 def arguments_of_three(device: str) -> tuple[Arguments, list[Tensor]]:
@@ -87,7 +92,7 @@ def test_xa_of_layers_that_share_x(device: str, implementation: str) -> None:
     _, eager, _ = arguments.forward("reference")
     assert xa.shape == (3, 13, 8) and not xa[0, :, 3:].any() and not xa[1, :, 5:].any()
     for one, near, right in zip(xa, eager, exact, strict=True):
-        assert_within_bound_over_inputs("xa", [(one, near, right)])
+        assert_within_bound("xa", one, near, right)
 
 
 def test_keep_of_layers_that_share_x(device: str, implementation: str) -> None:

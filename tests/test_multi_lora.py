@@ -1,6 +1,6 @@
 """multi_lora: each row its own adapter, every implementation against the float64 reference, forward and backward."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from bounds import (
     INPUTS,
+    Compared,
+    assert_within_bound,
     assert_within_bound_over_inputs,
     dense,
     double,
@@ -108,22 +110,23 @@ def exactly(mixed: Mixed, seed: Tensor | None) -> list[Tensor]:
     return [y, *grads]
 
 
-def inputs_of(implementation: str) -> range:
-    """One for each input over which errors are taken: Triton's interpreter would take minutes for as many as the others."""
-    return range(1 if implementation == "triton" else INPUTS)
+def inputs_of(implementation: str) -> int:
+    """Over how many errors are taken at first: Triton's interpreter would take minutes for as many as the others."""
+    return 1 if implementation == "triton" else INPUTS
 
 
-def check(batches: Sequence[Mixed]) -> None:
-    """Of each result, the errors over all these batches, which differ in their numbers alone."""
-    S = len(batches[0].lora_a)
-    names = ["y", "dx", *(f"da[{i}]" for i in range(S)), *(f"db[{i}]" for i in range(S))]
-    runs = []
-    for mixed in batches:
+def check(draw: Callable[[], Mixed], inputs: int = INPUTS) -> None:
+    """Of each result, the errors over the batches that are drawn, which differ in their numbers alone."""
+
+    def compute() -> dict[str, Compared]:
+        mixed = draw()
+        S = len(mixed.lora_a)
+        names = ["y", "dx", *(f"da[{i}]" for i in range(S)), *(f"db[{i}]" for i in range(S))]
         seed = next_seed(mixed.x.device.type, 1) if any(mixed.dropout_p) else None
         values, eager = ([one.detach() for one in results] for results in (fused(mixed), eagerly(mixed, seed)))
-        runs.append(zip(values, eager, exactly(mixed, seed), strict=True))
-    for name, *results in zip(names, *runs, strict=True):
-        assert_within_bound_over_inputs(name, results)
+        return dict(zip(names, zip(values, eager, exactly(mixed, seed), strict=True), strict=True))
+
+    assert_within_bound_over_inputs(compute, inputs)
 
 
 SHUFFLED = [2, -1, 0, 3, 3, 0, 2, -1, 2, 0, 0, 3, -1, 2, 2, 0, 3]  # adapter 1 has no row
@@ -157,15 +160,18 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_bound(device: str, implementation: str, case: dict[str, Any]) -> None:
-    check([make_mixed(**case, device=device) for _ in inputs_of(implementation)])
+    check(lambda: make_mixed(**case, device=device), inputs_of(implementation))
 
 
 @pytest.mark.parametrize("layout", [gapped, transposed], ids=["gaps", "transposed"])
 def test_layouts(device: str, implementation: str, layout: Any) -> None:
-    mixed = make_mixed(SHUFFLED, [1, 8, 3, 17], device=device)
-    tensors = {name: layout(getattr(mixed, name)) for name in ("x", "weight", "dy")}
-    lists = {name: [layout(tensor) for tensor in getattr(mixed, name)] for name in ("lora_a", "lora_b")}
-    check([mixed._replace(**tensors, **lists)])
+    def draw() -> Mixed:
+        mixed = make_mixed(SHUFFLED, [1, 8, 3, 17], device=device)
+        tensors = {name: layout(getattr(mixed, name)) for name in ("x", "weight", "dy")}
+        lists = {name: [layout(tensor) for tensor in getattr(mixed, name)] for name in ("lora_a", "lora_b")}
+        return mixed._replace(**tensors, **lists)
+
+    check(draw, inputs_of(implementation))
 
 
 def test_equals_lora_linear_where_all_rows_share_an_adapter(device: str, implementation: str) -> None:
@@ -278,7 +284,7 @@ def test_xa(device: str, implementation: str) -> None:
     for row, i in enumerate(SHUFFLED):
         assert not xa[0, row, (1, 8, 3, 17)[i] if i >= 0 else 0 :].any()
     _, exact, _ = arguments.mapped(double).forward("reference")
-    assert_within_bound_over_inputs("xa", [(xa, arguments.forward("reference")[1], exact)])
+    assert_within_bound("xa", xa, arguments.forward("reference")[1], exact)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: only there an index is not read back")

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from bounds import assert_within_bound_over_inputs, double, flip_unread, next_seed
+from bounds import Compared, assert_within_bound, assert_within_bound_over_inputs, double, flip_unread, next_seed
 from lora_arguments import Arguments, detached
 from test_multi_lora import SHUFFLED, Mixed, eagerly, exactly, inputs_of, make_mixed
 from torch import Tensor
@@ -66,12 +66,14 @@ SHARED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", SHARED.values(), ids=SHARED)
 def test_layers_that_share_x(device: str, implementation: str, case: dict[str, Any]) -> None:
-    inputs = [make_shared(**case, device=device) for _ in inputs_of(implementation)]
-    for number, results in enumerate(zip(*(compare_shared(layers, device) for layers in inputs), strict=True)):
-        assert_within_bound_over_inputs(f"result {number}", results)
+    def compute() -> dict[str, Compared]:
+        compared = compare_shared(make_shared(**case, device=device), device)
+        return {f"result {i}": of_one for i, of_one in enumerate(compared)}
+
+    assert_within_bound_over_inputs(compute, inputs_of(implementation))
 
 
-def compare_shared(layers: list[Mixed], device: str) -> list[tuple[Tensor, Tensor, Tensor]]:
+def compare_shared(layers: list[Mixed], device: str) -> list[Compared]:
     """Each result of `fused_shared`, with eager's and the exact one."""
     S, drops = len(layers[0].scale), any(p for layer in layers for p in layer.dropout_p)
     seeds = list(next_seed(device, 1, len(layers)).split(1)) if drops else [None] * len(layers)
@@ -121,7 +123,7 @@ def test_xa_of_layers_that_share_x(device: str, implementation: str) -> None:
         for row, i in enumerate(SHUFFLED):
             assert not xa[g, row, ranks[i] if i >= 0 else 0 :].any()
     _, exact, _ = arguments.mapped(double).forward("reference")
-    assert_within_bound_over_inputs("xa", [(xa, arguments.forward("reference")[1], exact)])
+    assert_within_bound("xa", xa, arguments.forward("reference")[1], exact)
 
 
 def test_keep_of_layers_that_share_x(device: str, implementation: str) -> None:

@@ -4,7 +4,9 @@ Which instruction set runs is decided once a process, so each is checked in a pr
 have no wider one. The equations themselves are tested, for every implementation, by test_<operator>.py.
 """
 
+import functools
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +14,9 @@ import pytest
 import torch
 from bounds import (
     INPUTS,
+    Compared,
     Layer,
+    assert_within_bound,
     assert_within_bound_over_inputs,
     dense,
     double,
@@ -49,15 +53,19 @@ def run(
 
 
 def assert_near_reference(layer: tuple, p: float, got: list[Tensor], seed: Tensor) -> None:
-    assert_near_reference_over_inputs([beside_reference(layer, p, got, seed)])
+    for name, results in beside_reference(layer, p, got, seed).items():
+        assert_within_bound(name, *results)
 
 
-def assert_near_reference_over_inputs(runs: list[list[tuple[Tensor, Tensor, Tensor]]]) -> None:
-    for name, *results in zip(("y", "xa", "dx", "da", "db", "db of the exact xa"), *runs, strict=True):
-        assert_within_bound_over_inputs(name, results)
+def assert_near_reference_over_inputs(draw: Callable[[], Layer], p: float, seed: Tensor, inputs: int = INPUTS) -> None:
+    def compute() -> dict[str, Compared]:
+        layer = draw()
+        return beside_reference(layer, p, run(layer, 1.5, p, seed), seed)
+
+    assert_within_bound_over_inputs(compute, inputs)
 
 
-def beside_reference(layer: tuple, p: float, got: list[Tensor], seed: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+def beside_reference(layer: tuple, p: float, got: list[Tensor], seed: Tensor) -> dict[str, Compared]:
     """What `run` got, each result with eager's and the exact one."""
     dtype = layer[0].dtype
     exact = run(Layer(*map(double, layer)), 1.5, p, seed, "reference")
@@ -68,7 +76,8 @@ def beside_reference(layer: tuple, p: float, got: list[Tensor], seed: Tensor) ->
     # And the backward by itself: both are given the exact xa, so that the bound is of its own roundings alone.
     got_given = run(layer, 1.5, p, seed, xa=exact[1].to(got[1].dtype))
     values, near, right = ([*one, last[-1]] for one, last in ((got, got_given), (eager, eager_given), (exact, exact)))
-    return [(value, n.to(value.dtype), r) for value, n, r in zip(values, near, right, strict=True)]
+    compared = ((value, n.to(value.dtype), r) for value, n, r in zip(values, near, right, strict=True))
+    return dict(zip(("y", "xa", "dx", "da", "db", "db of the exact xa"), compared, strict=True))
 
 
 def update(y: list[Tensor], *args: Any) -> tuple[Tensor, Tensor]:
@@ -132,11 +141,9 @@ def check_layers() -> None:
     seed = torch.tensor([20_000_000_000])
     for M, K, N, R in SHAPES:
         for dtype, adapter in ((torch.float32, None), (torch.bfloat16, torch.float32), (torch.float16, None)):
-            layers = [make_layer(M, K, N, R, dtype, adapter) for _ in range(inputs)]
+            draw = functools.partial(make_layer, M, K, N, R, dtype, adapter)
             for p in (0.0, 0.1):
-                assert_near_reference_over_inputs(
-                    [beside_reference(one, p, run(one, 1.5, p, seed), seed) for one in layers]
-                )
+                assert_near_reference_over_inputs(draw, p, seed, inputs)
 
 
 def check_far_rows() -> None:
@@ -223,12 +230,10 @@ def threads():
 
 def assert_right_twice(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Within the bound, and equal to the bit when computed again."""
-    seed, layers = torch.tensor([99]), [make_layer(*shape, dtype) for _ in range(INPUTS if shape[0] == 1 else 1)]
-    results = [run(layer, 1.5, 0.2, seed) for layer in layers]
-    assert_near_reference_over_inputs(
-        [beside_reference(layer, 0.2, got, seed) for layer, got in zip(layers, results, strict=True)]
-    )
-    for once, again in zip(results[0], run(layers[0], 1.5, 0.2, seed), strict=True):
+    seed, draw = torch.tensor([99]), functools.partial(make_layer, *shape, dtype)
+    assert_near_reference_over_inputs(draw, 0.2, seed, INPUTS if shape[0] == 1 else 1)
+    layer = draw()
+    for once, again in zip(*(run(layer, 1.5, 0.2, seed) for _ in range(2)), strict=True):
         assert torch.equal(once, again)
 
 

@@ -1,9 +1,12 @@
 """product_cpu: the product of many rows in float32 and in 16 bits, against float64, and the same whatever the number of threads."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
-from bounds import INPUTS, assert_within_bound_over_inputs, dense, double, gapped, print_accepted, transposed
+from bounds import Compared, assert_within_bound_over_inputs, dense, double, gapped, print_accepted, transposed
 from torch import Tensor
 
 from fastlora import ops
@@ -36,14 +39,19 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.ops.fastlora.product_cpu(x, weight, bias)
 
 
-def check(*inputs: tuple[Tensor, Tensor, Tensor | None]) -> None:
-    """x, weight and bias of one layout: the errors over all these."""
-    runs = []
-    for given in inputs:
+Given = tuple[Tensor, Tensor, Tensor | None]  # x, weight and bias
+
+
+def check(draw: Callable[[], Given], layout: Callable[..., Given] = lambda *given: given) -> None:
+    """The errors over what is drawn, in one layout."""
+
+    def compute() -> dict[str, Compared]:
+        given = layout(*draw())
         y = product(*given)
         assert y.is_contiguous()
-        runs.append((y, F.linear(*map(dense, given)), F.linear(*map(double, given))))
-    assert_within_bound_over_inputs("y", runs)
+        return {"y": (y, F.linear(*map(dense, given)), F.linear(*map(double, given)))}
+
+    assert_within_bound_over_inputs(compute)
 
 
 def check_shapes() -> None:
@@ -51,26 +59,32 @@ def check_shapes() -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)  # uninitialised memory is NaN
     for M, K, N in SHAPES:
         torch.manual_seed(M + K + N)
-        wide = [(torch.randn(M, K), torch.randn(N, K), torch.randn(N)) for _ in range(INPUTS)]
         for dtype in (torch.bfloat16, torch.float16, torch.float32):
-            check_layouts([(x.to(dtype), weight.to(dtype), bias.to(dtype)) for x, weight, bias in wide])
+            check_layouts(partial(draw_of, M, K, N, dtype))
 
 
-def check_layouts(inputs: list[tuple[Tensor, Tensor, Tensor]]) -> None:
-    check(*inputs)
-    check(*((x, transposed(weight), None) for x, weight, _ in inputs))
-    check(*((gapped(x), gapped(weight), gapped(bias)) for x, weight, bias in inputs))
-    check(*((transposed(x), gapped(weight.T).T, bias) for x, weight, bias in inputs))
-    x, weight, bias = inputs[0]
+def draw_of(M: int, K: int, N: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.randn(M, K).to(dtype), torch.randn(N, K).to(dtype), torch.randn(N).to(dtype)
+
+
+def check_layouts(draw: Callable[[], tuple[Tensor, Tensor, Tensor]]) -> None:
+    check(draw)
+    check(draw, lambda x, weight, _: (x, transposed(weight), None))
+    check(draw, lambda *given: tuple(map(gapped, given)))
+    check(draw, lambda x, weight, bias: (transposed(x), gapped(weight.T).T, bias))
+    x, weight, bias = draw()
     torch.testing.assert_close(product(x, transposed(weight), bias), product(x, weight, bias), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("K", [1536, 2048])
 def test_long_sums_are_as_near_as_torch(K: int) -> None:
     """A single chain of additions over all of K would not be."""
-    x, weight = torch.randn(256, K), torch.randn(192, K) / K**0.5
-    check((x, weight, None))
-    check((x, transposed(weight), None))
+
+    def draw() -> Given:
+        return torch.randn(256, K), torch.randn(192, K) / K**0.5, None
+
+    check(draw)
+    check(draw, lambda x, weight, bias: (x, transposed(weight), bias))
 
 
 @DTYPES

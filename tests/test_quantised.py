@@ -1,9 +1,11 @@
 """frozen/quantised.py and csrc/cpu/quantised.h: weights in 4 bits and 8, bit for bit the reference's, and products with them within the bound."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
-from bounds import INPUTS, assert_within_bound_over_inputs, gapped, print_accepted
+from bounds import Compared, assert_within_bound, assert_within_bound_over_inputs, gapped, print_accepted
 from quantised_weights import KINDS, dense, stored, weight
 
 from fastlora import functional, ops
@@ -40,25 +42,26 @@ def check_products() -> None:
                 for M in (0, 1, 2, 3, 5, 8, 9, 33):
                     torch.manual_seed(M + N + K)
                     one = weight(kind, N, K, dtype)
-                    forward, backward = [], []
-                    for _ in range(INPUTS):
-                        x, bias, dy = (torch.randn(*size).to(dtype) for size in ((M, K), (N,), (M, N)))
-                        w = dense(one)
-                        y = products.frozen_linear(gapped(x), one, gapped(bias))
-                        forward.append((y, F.linear(x, w, bias), F.linear(x.double(), w.double(), bias.double())))
-                        backward.append(
-                            (products.frozen_linear_backward(gapped(dy), one), dy @ w, dy.double() @ w.double())
-                        )
-                    assert_within_bound_over_inputs("y", forward)
-                    assert_within_bound_over_inputs("dx", backward)
+                    assert_within_bound_over_inputs(partial(products_of, one, M))
+
+
+def products_of(one: quantised.QuantisedWeight, M: int) -> dict[str, Compared]:
+    """Of M random rows, each way."""
+    w = dense(one)
+    x, bias, dy = (torch.randn(*size).to(w.dtype) for size in ((M, w.shape[1]), (len(w),), (M, len(w))))
+    y, dx = products.frozen_linear(gapped(x), one, gapped(bias)), products.frozen_linear_backward(gapped(dy), one)
+    return {
+        "y": (y, F.linear(x, w, bias), F.linear(x.double(), w.double(), bias.double())),
+        "dx": (dx, dy @ w, dy.double() @ w.double()),
+    }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_few_rows_with_an_adapter(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by the kernel that adds an adapter to a few rows in one pass: for it the weight would be dequantised as a whole."""
     monkeypatch.setattr(quantised, "_dense", None)
-    xas, ys = [], []
-    for _ in range(INPUTS):
+
+    def compute() -> dict[str, Compared]:
         one = weight(kind, 20, 64, torch.float32)
         x, a, b = torch.randn(2, 64), torch.randn(3, 64), torch.randn(20, 3)
         (y,), xa, keep = products.lora_linear(x, [one], [None], [a], [b], [2.0], [0.0], None, None, None)
@@ -66,11 +69,10 @@ def test_a_few_rows_with_an_adapter(kind: str, monkeypatch: pytest.MonkeyPatch) 
             (x @ w.T + 2 * (x @ a.T) @ b.T, x @ a.T)
             for x, w, a, b in ((x, dense(one), a, b), (x.double(), dense(one).double(), a.double(), b.double()))
         )
-        xas.append((xa[0], eager_xa, exact_xa))
-        ys.append((y, eager, exact))
         assert keep.numel() == 0
-    assert_within_bound_over_inputs("xa", xas)
-    assert_within_bound_over_inputs("y", ys)
+        return {"xa": (xa[0], eager_xa, exact_xa), "y": (y, eager, exact)}
+
+    assert_within_bound_over_inputs(compute)
 
 
 def test_elements_are_the_references_bit_for_bit() -> None:
@@ -102,10 +104,8 @@ def test_panels_go_every_way(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert quantised.panels(one, 1) == [(0, 64), (64, 64), (128, 2)]
     x, bias, dy = torch.randn(20, 130), torch.randn(200), torch.randn(20, 200)
     y = products.frozen_linear(x, one, bias), F.linear(x, w, bias), F.linear(x.double(), w.double(), bias.double())
-    assert_within_bound_over_inputs("y", [y])
-    assert_within_bound_over_inputs(
-        "dx", [(products.frozen_linear_backward(dy, one), dy @ w, dy.double() @ w.double())]
-    )
+    assert_within_bound("y", *y)
+    assert_within_bound("dx", products.frozen_linear_backward(dy, one), dy @ w, dy.double() @ w.double())
 
 
 @pytest.fixture

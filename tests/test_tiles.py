@@ -5,6 +5,7 @@ The equations are tested with emulated tiles by `make imitate` too, on all input
 
 import functools
 import os
+from functools import partial
 from itertools import product
 
 import pytest
@@ -12,7 +13,7 @@ import test_lora_linear_shared
 import test_multi_lora
 import torch
 from bounds import INPUTS, assert_within_bound_over_inputs, gapped, make_layer, run_apart, transposed
-from test_native import ISAS, assert_near_reference_over_inputs, beside_reference, name_instruction_set, run, update
+from test_native import ISAS, assert_near_reference_over_inputs, name_instruction_set, run, update
 from torch import Tensor
 
 from fastlora import ops, reference
@@ -55,12 +56,10 @@ def check_bounds() -> None:
     seed = torch.tensor([20_000_000_000])
     for threads, shape, adapter, p in product((1, 3), SHAPES + UNTILED, (torch.float32, torch.bfloat16), (0.0, 0.1)):
         torch.set_num_threads(threads)
-        layers = [make_layer(*shape, torch.bfloat16, adapter) for _ in range(INPUTS if shape[1] == 1 else 1)]
-        results = [run(layer, 1.5, p, seed) for layer in layers]
-        assert_near_reference_over_inputs(
-            [beside_reference(layer, p, got, seed) for layer, got in zip(layers, results, strict=True)]
-        )
-        for once, again in zip(results[0], run(layers[0], 1.5, p, seed), strict=True):
+        draw = partial(make_layer, *shape, torch.bfloat16, adapter)
+        assert_near_reference_over_inputs(draw, p, seed, INPUTS if shape[1] == 1 else 1)
+        layer = draw()
+        for once, again in zip(*(run(layer, 1.5, p, seed) for _ in range(2)), strict=True):
             assert torch.equal(once, again)
 
 
@@ -74,21 +73,12 @@ def check_mixed_rows() -> None:
     index = [(0, 1, 1, 2, -1, 3, 1)[i % 7] if i % 11 else 4 for i in range(180)]  # adapter 4 has 17 rows, 5 has none
     ranks = [16, 40, 4, 8, 33, 16]
     for dtype in (torch.float32, torch.bfloat16):
-        batches = [
-            test_multi_lora.make_mixed(index, ranks, K=300, N=70, dtype=torch.bfloat16, adapter_dtype=dtype)
-            for _ in range(INPUTS)
-        ]
-        test_multi_lora.check(batches)
+        sizes = {"K": 300, "N": 70, "dtype": torch.bfloat16, "adapter_dtype": dtype}
+        test_multi_lora.check(partial(test_multi_lora.make_mixed, index, ranks, **sizes))
         case = test_lora_linear_shared.Shared(
             70, 129, ((64, 16), (31, 5), (257, 40)), torch.bfloat16, dtype, [0.0, 0.5, 0.1]
         )
-        layers = [
-            [make_layer(case.M, case.K, N, R, case.dtype, case.adapter_dtype) for N, R in case.layers]
-            for _ in range(INPUTS)
-        ]
-        runs = [test_lora_linear_shared.compare_shared(case, one, "cpu") for one in layers]
-        for number, results in enumerate(zip(*runs, strict=True)):
-            assert_within_bound_over_inputs(f"result {number}", results)
+        assert_within_bound_over_inputs(partial(test_lora_linear_shared.compare_shared, case, "cpu"))
 
 
 def test_mixed_rows() -> None:
