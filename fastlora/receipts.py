@@ -180,6 +180,23 @@ def receipt(model: nn.Module, folders: Mapping[str, str | Path] | None = None) -
     )
 
 
+def silent_adapters(model: nn.Module) -> list[str]:
+    """LoRA adapters that PEFT has loaded for inference, and whose every B is zero: a fresh one's, or a file's whose keys matched nothing."""
+    configs: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
+    return [name for name, config in configs.items() if config.inference_mode and _is_silent(model, name, config)]
+
+
+def _is_silent(model: nn.Module, adapter: str, config: Any) -> bool:
+    from peft.tuners.lora import LoraLayer
+
+    more = ("modules_to_save", "trainable_token_indices", "use_dora", "lora_bias")
+    if str(getattr(config.peft_type, "value", "")) != "LORA" or any(getattr(config, one, None) for one in more):
+        return False
+    layers: list[Any] = [one for one in model.modules() if isinstance(one, LoraLayer) and adapter in one.r]
+    held = [one.lora_B[adapter].weight if adapter in one.lora_B else one.lora_embedding_B[adapter] for one in layers]
+    return bool(layers) and not any(one.is_meta or bool(one.any()) for one in held)
+
+
 def _look(model: Any, name: str, folder: Path) -> Source:
     from peft import get_peft_model_state_dict
     from safetensors import safe_open
@@ -219,7 +236,7 @@ def _layers(model: nn.Module, adapter: str, config: Any, weights: "_Norms") -> I
                 yield _of_ia3(name, one, adapter, weights)
         elif isinstance(module, LNTuningLayer):
             if adapter in one.ln_tuning_layers:
-                yield _of_copy(name, "norm", one.base_layer, one.ln_tuning_layers[adapter])
+                yield _of_copy(name, "norm", *_norms_of(one, adapter))
         elif isinstance(module, TrainableTokensLayer):
             if adapter in one.trainable_tokens_delta:
                 yield _of_tokens(name.removesuffix(".token_adapter"), one, adapter, weights)
@@ -260,7 +277,8 @@ def _of_lora(name: str, layer: Any, adapter: str, weights: "_Norms") -> LayerRec
         return told(None, note=f"not measured: a {kind} variant")
     if a.is_meta or b.is_meta:
         return told(None, note="the adapter has no values (on the meta device)")
-    notes = ["merged: W holds the update"] if adapter in layer.merged_adapters else []
+    held = list(layer.merged_adapters)
+    notes = [f"merged: W holds {listed(held)}; what rounding lost is not known any more"] if held else []
     if bias is not None:
         notes.append(f"with a bias of norm {abs(layer.scaling[adapter]) * _square(bias) ** 0.5:.3g}")
     scale, matrices = layer.scaling[adapter], _matrices(layer, a, b)
@@ -273,6 +291,12 @@ def _of_lora(name: str, layer: Any, adapter: str, weights: "_Norms") -> LayerRec
         notes.append(obstacle or f"not measured: the weight has shape {list(weight.shape)}")
         known = kind == "LoRA"  # a DoRA is nothing without its W
         return told(changes if known else None, norm if known else None, note="; ".join(notes))
+    if held:
+        merged = [_merged_part(layer, weight, one, embedded) for one in held]
+        if kind != "LoRA" or any(one is None for one in merged):
+            notes.append("not measured: W as it was is not known")
+            return told(changes if kind == "LoRA" else None, norm if kind == "LoRA" else None, note="; ".join(notes))
+        return told(changes, norm, _norm_without([one for one in merged if one is not None]), None, "; ".join(notes))
     error = None
     if kind == "Dora":
         magnitude = layer.lora_magnitude_vector[adapter].weight.flatten()
@@ -283,6 +307,38 @@ def _of_lora(name: str, layer: Any, adapter: str, weights: "_Norms") -> LayerRec
     elif norm and weight.dtype.itemsize == 2:
         error = _walk(parts, lambda start, rows, update: rows + update, scale)[1]
     return told(changes, norm, weights.of(weight), error if weight.dtype.itemsize == 2 else None, "; ".join(notes))
+
+
+def _norms_of(layer: Any, adapter: str) -> tuple[nn.Module, nn.Module]:
+    """The base's norm, and the adapter's: PEFT merges one by exchanging the two."""
+    for merged in layer.merged_adapters:
+        base = layer.ln_tuning_layers[merged]
+        return base, layer.base_layer if adapter == merged else layer.ln_tuning_layers[adapter]
+    return layer.base_layer, layer.ln_tuning_layers[adapter]
+
+
+def _merged_part(layer: Any, weight: Tensor, adapter: str, embedded: bool) -> tuple[float, list[Part]] | None:
+    """The scale and matrices that a merged adapter has added to W; None where it has done something else."""
+    if layer.lora_variant.get(adapter) is not None:
+        return None
+    a = layer.lora_embedding_A[adapter] if embedded else layer.lora_A[adapter].weight
+    b = layer.lora_embedding_B[adapter] if embedded else layer.lora_B[adapter].weight
+    parts = _parts(layer, weight, _matrices(layer, a, b), embedded)
+    return None if parts is None else (layer.scaling[adapter], parts)
+
+
+def _norm_without(merged: list[tuple[float, list[Part]]]) -> float:
+    """‖W‖ less what the merged adapters have added to it, a block of rows at a time."""
+    total = 0.0
+    for same in zip(*(parts for _, parts in merged), strict=True):
+        weight = same[0].weight
+        rows = max(1, BLOCK // weight.shape[1])
+        for start in range(0, len(weight), rows):
+            block = weight[start : start + rows].double()
+            for (scale, _), part in zip(merged, same, strict=True):
+                block -= scale * (part.lora_b[start : start + rows].double() @ part.lora_a.double())
+            total += block.square().sum().item()
+    return total**0.5
 
 
 def _matrices(layer: Any, a: Tensor, b: Tensor) -> list[tuple[Tensor, Tensor]]:
@@ -334,6 +390,8 @@ def _of_ia3(name: str, layer: Any, adapter: str, weights: "_Norms") -> LayerRece
     told = functools.partial(LayerReceipt, name, "IA3", None, _dtypes([factors]), bool((factors != 1).any()))
     weight: Any = getattr(layer.get_base_layer(), "weight", None)
     obstacle = _obstacle(weight)
+    if not obstacle and layer.merged_adapters:
+        obstacle = f"not measured: merged, W holds the factors of {listed(list(layer.merged_adapters))}"
     if obstacle:
         return told(note=obstacle)
     matrix = weight.flatten(1).t() if getattr(layer, "fan_in_fan_out", False) else weight.flatten(1)
@@ -369,8 +427,10 @@ def _of_tokens(name: str, layer: Any, adapter: str, weights: "_Norms") -> LayerR
     obstacle = _obstacle(weight)
     if obstacle:
         return told(None, note=f"{len(tokens)} tokens; {obstacle}")
-    norm = _square(rows, weight[tokens]) ** 0.5
-    return told(norm != 0, norm, weights.of(weight), note=f"{len(tokens)} tokens")
+    merged = adapter in layer.merged_adapters
+    before = layer.trainable_tokens_original[adapter] if merged else weight[tokens]
+    norm = _square(rows, before) ** 0.5
+    return told(norm != 0, norm, weights.of(weight), note=f"{len(tokens)} tokens{', merged' if merged else ''}")
 
 
 def _obstacle(weight: Any) -> str | None:

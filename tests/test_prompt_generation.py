@@ -153,3 +153,9 @@ def test_another_cache_is_left_to_peft() -> None:
         one(input_ids=IDS, past_key_values=past)
     assert "past_key_values" in model.__dict__[prompts.KEY].last[1]
     assert torch.equal(cache[0].layers[0].keys, cache[1].layers[0].keys)
+
+
+def test_an_unknown_name_lists_those_that_are_loaded() -> None:
+    model = fastlora.accelerate(prompted("prompt tuning").eval())
+    with pytest.raises(ValueError, match=r"adapter_names: got \['typo'\], expected some of \['__base__', 'default'\]"):
+        model.generate(input_ids=IDS, attention_mask=MASK, adapter_names=["default", "typo", "default"], **GREEDY)

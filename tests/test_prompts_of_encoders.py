@@ -227,3 +227,27 @@ def test_hidden_states_are_without_kinds_of_tokens_as_pefts_are() -> None:
         warnings.simplefilter("ignore")  # PEFT says that it leaves them out
         expected = plain(input_ids=IDS, attention_mask=ones, token_type_ids=IDS % 2).last_hidden_state
     assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["t5 prefix", "bert prefix", "t5 multitask"])
+def test_rows_cannot_have_prompts_of_their_own_where_a_prompt_stands_elsewhere(kind: str) -> None:
+    """They would all have the active adapter's, in silence: a name that is another's is an error, as one that is nobody's."""
+    if kind == "bert prefix":
+        model, _ = pair(BertForSequenceClassification, BERT, "prefix tuning", "SEQ_CLS")
+    else:
+        model, _ = t5("prefix tuning" if kind == "t5 prefix" else "multitask prompts", None)
+    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
+    of_t5 = kind.startswith("t5")
+    given: dict[str, Any] = {"input_ids": IDS, "attention_mask": MASK} | ({"labels": ANSWERS} if of_t5 else {})
+    given |= {"task_ids": TASKS} if kind == "t5 multitask" else {}
+    expected = model(**given).logits
+    assert torch.equal(model(**given, adapter_names=["default"] * 3).logits, expected)
+    calls = [lambda names: model(**given, adapter_names=names)]
+    if of_t5:
+        rest = {name: value for name, value in given.items() if name != "labels"}
+        calls.append(lambda names: model.generate(**rest, adapter_names=names, max_new_tokens=2))
+    for call in calls:
+        with pytest.raises(ValueError, match=r"got \['other'\], expected 'default' for each row"):
+            call(["other", "default", "default"])
+        with pytest.raises(ValueError, match=r"got \['typo'\], expected some of \['__base__', 'default', 'other'\]"):
+            call(["typo"] * 3)

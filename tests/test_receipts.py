@@ -290,3 +290,62 @@ def test_the_config_decides_whether_a_file_changes_anything(tmp_path):
     with pytest.raises(AdapterError, match="changes nothing"):
         adapters.load(tiny.llama(), {"default": adapters.read(other)})
     assert json.loads((other / adapters.CONFIG).read_text())["lora_alpha"] == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["linear", "rslora", "by column", "an embedding"])
+def test_what_is_merged_has_the_change_that_it_had(kind, dtype):
+    """W is told as it was, whichever adapter is asked for; what rounding lost is not known any more."""
+    config, make = KINDS[kind]
+    model = wrapped(config, make, dtype)
+    model.add_adapter("other", copy.deepcopy(config))
+    for name, parameter in model.named_parameters():
+        if ".other" in name:
+            nn.init.normal_(parameter.data, std=0.2)
+    before = fastlora.receipt(model)
+    model.merge_adapter(["default"])
+    after = fastlora.receipt(model)
+    for old, new in zip(before.adapters, after.adapters, strict=True):
+        for one, other in zip(old.layers, new.layers, strict=True):
+            assert other.changes and other.norm == one.norm and other.merge_error is None
+            assert other.weight_norm == pytest.approx(one.weight_norm, rel=1e-4 if dtype is torch.float32 else 5e-2)
+            assert other.note == "merged: W holds default; what rounding lost is not known any more"
+    assert "changes nothing" not in str(after)
+    model.unmerge_adapter()
+    assert [one.changes_nothing for one in fastlora.receipt(model).adapters] == [False, False]
+
+
+@pytest.mark.parametrize("kind", ["dora", "ia3"])
+def test_what_is_merged_otherwise_is_not_measured(kind):
+    model = wrapped(*KINDS[kind])
+    model.merge_adapter()
+    (found,) = fastlora.receipt(model).adapters
+    assert all(one.norm is None and one.weight_norm is None and "not measured" in one.note for one in found.layers)
+    assert not found.changes_nothing
+
+
+def test_merged_norms_and_tokens_are_told_as_they_were():
+    config = LoraConfig(**LORA, target_modules=["q_proj"], trainable_token_indices=[1, 5])
+    for model in (wrapped(config), wrapped(LNTuningConfig(target_modules=["input_layernorm"], task_type="CAUSAL_LM"))):
+        before = {
+            one.name: one for one in fastlora.receipt(model).adapters[0].layers if one.method in ("norm", "tokens")
+        }
+        model.merge_adapter()
+        after = {one.name: one for one in fastlora.receipt(model).adapters[0].layers if one.name in before}
+        assert before and after.keys() == before.keys()
+        for name, one in before.items():
+            assert after[name].changes and after[name].norm == pytest.approx(one.norm, rel=1e-5)
+
+
+def test_an_adapter_for_inference_that_changes_nothing_is_told_of(tmp_path):
+    """As PEFT loads it: of a fresh adapter's file, or one whose keys match nothing. One that is trained begins so."""
+    fresh = get_peft_model(tiny.llama(), LoraConfig(**LORA, target_modules=["q_proj"]))
+    fresh.save_pretrained(tmp_path / "fresh")
+    wrapped(LoraConfig(**LORA, target_modules=["q_proj"])).save_pretrained(tmp_path / "good")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fastlora.accelerate(fresh)
+        fastlora.accelerate(PeftModel.from_pretrained(tiny.llama(), tmp_path / "good"))
+        fastlora.accelerate(PeftModel.from_pretrained(tiny.llama(), tmp_path / "fresh", is_trainable=True))
+    with pytest.warns(UserWarning, match="adapter 'default' is loaded for inference and changes nothing"):
+        fastlora.accelerate(PeftModel.from_pretrained(tiny.llama(), tmp_path / "fresh"))

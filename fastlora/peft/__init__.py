@@ -51,6 +51,7 @@ from fastlora.peft.layers import (
 from fastlora.peft.merging import merged
 from fastlora.peft.prompts import ensemble
 from fastlora.peft.reporting import LayerReport, Report, report
+from fastlora.receipts import silent_adapters
 from fastlora.swap import become, is_derived
 
 __all__ = [
@@ -151,7 +152,8 @@ def accelerate(
         ValueError: the model has nothing to accelerate, or no head where its loss is to be, or pack_budget is no number of bytes.
         fastlora.ops.ImplementationError: FASTLORA_IMPL names nothing that this machine can run.
     Warns:
-        UserWarning: not one of the LoRA layers could be fused, or the model has layers of PEFT's other methods alone.
+        UserWarning: not one of the LoRA layers could be fused, or the model has layers of PEFT's other methods alone; a LoRA adapter that PEFT has
+            loaded for inference changes nothing.
     """
     ops.read_environment()
     memory.bound_product_caches()
@@ -223,6 +225,12 @@ def accelerate(
     if left and len(left) == len(adapted):
         warnings.warn(
             f"fastlora.accelerate left {len(left)} layers to PEFT: {left[0]}{LEFT * (not (frozen or loss or fuse))}",
+            stacklevel=2,
+        )
+    for name in silent_adapters(model):
+        warnings.warn(
+            f"fastlora.accelerate: adapter {name!r} is loaded for inference and changes nothing, as all its B are zero:"
+            " its file may be a fresh adapter's, or have keys that match nothing (fastlora.receipt tells)",
             stacklevel=2,
         )
     trial.try_out({**_weights_by_operator(model), **fusion.weights(model)})

@@ -140,12 +140,10 @@ def find_prompts(model: Any, count: int, names: Sequence[str] | None, tasks: Ten
         ValueError: there are more or fewer names or tasks than rows, a name is not an adapter's, or a prompt wants tasks and there are none.
     """
     names = [model.active_adapter] * count if names is None else list(names)
+    _require_known(model, names)
     for value, what in ((names, "adapter_names"), (tasks, "task_ids")):
         if value is not None and len(value) != count:
             raise ValueError(f"{what}: got {len(value)}, expected one for each of {count} rows")
-    unknown = {*names} - {BASE, *model.peft_config}
-    if unknown:
-        raise ValueError(f"adapter_names: got {sorted(unknown)}, expected some of {[BASE, *model.peft_config]}")
     kinds = {name: model.peft_config[name].peft_type for name in names if name != BASE}
     numbers = [0] * count if tasks is None else tasks.tolist()
     pairs = [
@@ -167,6 +165,33 @@ def find_prompts(model: Any, count: int, names: Sequence[str] | None, tasks: Ten
     lengths = [model.peft_config[name].num_virtual_tokens for name, _ in found]
     places = {pair: i for i, pair in enumerate(found)}
     return Prompts(lengths, [places.get(pair, -1) for pair in pairs], embedded, keys, found)
+
+
+def _require_known(model: Any, names: Sequence[str]) -> None:
+    """
+    Raises:
+        ValueError: a name is not an adapter's.
+    """
+    unknown = {*names} - {BASE, *model.peft_config}
+    if unknown:
+        raise ValueError(f"adapter_names: got {sorted(unknown)}, expected some of {[BASE, *model.peft_config]}")
+
+
+def _require_active(model: Any, names: Sequence[str] | None) -> None:
+    """Of rows that cannot have prompts of their own.
+
+    Raises:
+        ValueError: a name is not an adapter's, or another's than the active one's.
+    """
+    if names is None:
+        return
+    _require_known(model, names)
+    others = sorted({*names} - {model.active_adapter})
+    if others:
+        raise ValueError(
+            f"adapter_names: got {others}, expected {model.active_adapter!r} for each row, the active adapter: its prompt does not"
+            " stand before an encoder's input alone, where rows may have prompts of their own"
+        )
 
 
 def ensemble(model: Any, adapter_names: Sequence[str], **given: Tensor) -> Tensor:  # [B, T, V]
@@ -543,6 +568,7 @@ def _generating(plain: Any) -> Any:
             return plain.generate(self, *args, **kwargs)
         if KEY not in self.__dict__ or not _is_ours(self):
             return plain.generate(self, *args, adapter_names=adapter_names, **kwargs)
+        _require_known(self, adapter_names)
         known = [*self.peft_config]
         index = [known.index(name) if name != BASE else -1 for name in adapter_names]
         return plain.generate(self, *args, prompt_index=torch.tensor(index, device=self.device), **kwargs)
@@ -600,6 +626,7 @@ def _generating_seq2seq(plain: Any) -> Any:
         apart = Apart(batch, trees.find_rows(batch.real, None))
         rest = {name: value for name, value in kwargs.items() if name not in LAID_OUT}
         if _stands_elsewhere(self):
+            _require_active(self, names)
             return plain.generate(self, **_without_gaps(self, batch, apart), **rest)
         found = find_prompts(self, batch.shape[0], names, tasks)
         rows = _concatenate(self, batch, apart, found, apart.spread(torch.ones_like(batch.real)))
@@ -629,6 +656,7 @@ def _encoder(model: Any, plain: Any, state: State, given: dict[str, Any]) -> Any
     """The output of a model in which the prompt sees the input, or whose output is of rows; each row has its prompt for itself."""
     base = model.base_model
     if given.get("encoder_outputs") is not None:
+        _require_active(model, given.pop("adapter_names", None))
         state.last = APART, "PEFT's own forward: encoder_outputs was given"
         return plain.forward(model, **given)
     names, tasks = given.pop("adapter_names", None), given.get("task_ids")
@@ -637,6 +665,7 @@ def _encoder(model: Any, plain: Any, state: State, given: dict[str, Any]) -> Any
     texts = trees.find_rows(batch.real, None)
     per_token = plain is PeftModelForTokenClassification
     if _stands_elsewhere(model):
+        _require_active(model, names)
         apart = Apart(batch, texts)
         state.last = (
             APART,
