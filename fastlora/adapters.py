@@ -17,7 +17,7 @@ import types
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from hashlib import sha256
 from itertools import chain
@@ -39,7 +39,14 @@ logger = logging.getLogger("fastlora")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 LARGEST_RANK, MOST_LAYERS = 1 << 16, 1 << 12  # what a config may ask to be allocated
-DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8}  # bytes an element; I64 is a saved BatchNorm's count
+DTYPES = {
+    "F64": 8,
+    "F32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I64": 8,
+    "I32": 4,
+}  # bytes an element; whole numbers are a BatchNorm's count, or SHiRA's places
 WRAPPERS = re.compile(r"\.(base_layer|original_module|modules_to_save)(?=\.)")  # PEFT's, in a name of the base's
 PATIENCE = 10.0  # seconds that a config's regular expressions may take on a model's names
 
@@ -58,7 +65,7 @@ class AdapterError(ValueError):
 @dataclass(frozen=True)
 class Adapter:
     folder: Path
-    config: Any  # PEFT's, of one of METHODS
+    config: Any  # PEFT's
     tensors: dict[str, Tensor]  # by PEFT's keys, on the CPU
     hashes: Mapping[str, str]  # SHA-256 of the two files, by name
 
@@ -69,7 +76,7 @@ class Adapter:
 
 
 def read(folder: str | Path) -> Adapter:
-    """The adapter in a folder, of one of METHODS.
+    """The adapter in a folder, of any of PEFT's methods.
 
     Raises:
         FileNotFoundError: the folder, or one of the two files, is not there.
@@ -127,7 +134,9 @@ METHODS = (
     *("LORA", "IA3", "LN_TUNING", "TRAINABLE_TOKENS", "BOTTLENECK"),
     *("PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "P_TUNING", "CARTRIDGE"),
 )
-"""PEFT's names of what is read here, and that of bottleneck.py's adapters, which PEFT has none of."""
+"""PEFT's names of what this library knows, and that of bottleneck.py's adapters, which PEFT has none of; PEFT's others are read as it has them."""
+
+LARGEST_NUMBER = 10_000_000  # of others' whole numbers: some are sizes that PEFT counts up to
 
 
 def read_config(file: Path) -> Any:
@@ -135,7 +144,7 @@ def read_config(file: Path) -> Any:
 
     Raises:
         OSError: it is not there.
-        AdapterError: it is none of one of METHODS, or has a value of the wrong type or out of range.
+        AdapterError: it is none of PEFT's methods, or has a value of the wrong type or out of range.
     """
     try:
         values = reading.json_file(file)
@@ -143,14 +152,14 @@ def read_config(file: Path) -> Any:
         raise AdapterError(file, None, str(error)) from error
     values.pop("runtime_config", None)  # PEFT writes none, and ignores one
     method = values.get("peft_type")
-    if method not in METHODS:
-        wanted = ", ".join(map(repr, METHODS))
-        raise AdapterError(file, "peft_type", f"expected one of {wanted}, got {shown(method)}")
     from peft import PEFT_TYPE_TO_CONFIG_MAPPING  # takes seconds to import
 
     import fastlora.bottleneck  # noqa: F401  (enters its adapters there)
 
     by_name: dict[str, Any] = {one.value: config for one, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    if not isinstance(method, str) or method not in by_name:
+        wanted = ", ".join(map(repr, METHODS))
+        raise AdapterError(file, "peft_type", f"expected {wanted} or another of PEFT's methods, got {shown(method)}")
     config_class = by_name[method]
     types_of = _json_types(config_class)
     unknown = sorted(values.keys() - types_of.keys())
@@ -163,8 +172,11 @@ def read_config(file: Path) -> Any:
         is_usable, wanted = RANGES.get(name, (lambda _: True, ""))
         if not fits(value, types_of[name]):
             raise AdapterError(file, name, f"expected {spelt(types_of[name])}, got {shown(value)}")
-        if not is_usable(value):
+        # PEFT's own default may lie beyond, as OFT's r of 0: it has a size of blocks in its place.
+        if not is_usable(value) and value != getattr(config_class, name, ...):
             raise AdapterError(file, name, f"expected {wanted}, got {shown(value)}")
+        if method not in METHODS and isinstance(value, int) and abs(value) > LARGEST_NUMBER:
+            raise AdapterError(file, name, f"expected a number up to {LARGEST_NUMBER:,}, got {shown(value)}")
     try:
         return config_class(**values)
     except Exception as error:  # PEFT checks little: AttributeError, KeyError, ...
@@ -178,6 +190,8 @@ WIDER: dict[str, Any] = {"lora_alpha": float, "init_lora_weights": bool | str}
 def _json_types(config_class: type) -> dict[str, Any]:
     """The type that every field of one of PEFT's configurations has in JSON."""
     types_of = {name: _in_json(hint) for name, hint in get_type_hints(config_class).items()}
+    # What PEFT finds out from the model, as a prompt's token_dim, is null in a file that knows no model yet.
+    types_of |= {one.name: types_of[one.name] | None for one in fields(config_class) if one.default is None}
     # PEFT's own annotations are too narrow for what it writes: alphas with a fraction, "pissa_niter_16".
     return types_of | {name: hint for name, hint in WIDER.items() if name in types_of}
 

@@ -27,7 +27,7 @@ import torch
 
 from fastlora import __version__, memory, reading, writing
 from fastlora.config import DEFAULT_LR, DEFAULT_R, PROMPTS, RANKED, WHOLE, Method, TrainConfig, as_train, option
-from fastlora.course import Diverged
+from fastlora.course import Diverged, UnsuitableError
 from fastlora.data.rows import Truncation, Turns
 from fastlora.data.tasks import files_of
 from fastlora.typed import check_fields, fits, shown
@@ -216,14 +216,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Failure:
-    """A run that came to nothing: it diverged, at too high a rate, say."""
+    """A run that came to nothing: it diverged, at too high a rate, say, or the model has nothing for its method, as biases for bitfit."""
 
     name: str
     kind: str
     method: str
     r: int | None
     lr: float | None
-    step: int  # that made its loss, a gradient or a weight infinite or NaN; or the last, where that shows on held-out rows only
+    step: int  # that made its loss, a gradient or a weight infinite or NaN; or the last, where that shows on held-out rows only; 0: it never began
     failed: str  # what was said of it
 
 
@@ -375,7 +375,7 @@ def _begin(filters: list[Any], begin: Callable[[], object] | None) -> None:
 
 
 def _find(run: Run | None, given: Comparison, folder: Path) -> dict[str, Any]:
-    """All that is told of a run, or of the base, in this process; of one that diverged, in which step, and what was said of it.
+    """All that is told of a run, or of the base, in this process; of one that came to nothing, in which step, and what was said of it.
 
     Raises:
         ValueError: the base has no finite loss.
@@ -384,6 +384,8 @@ def _find(run: Run | None, given: Comparison, folder: Path) -> dict[str, Any]:
         trained = _train(run, given, folder) if run else {}
     except Diverged as error:
         return {"step": error.step, "failed": str(error)}
+    except UnsuitableError as error:
+        return {"step": 0, "failed": str(error)}
     gc.collect()  # the model that was trained, which lies on the disk now
     measured = _measure(given, *((run.name, run.method) if run else (BASE, BASE)))
     losses = {name: measured[name] for name in ("eval_loss", "loss", "retained_loss") if measured[name] is not None}
@@ -560,7 +562,8 @@ def rows(found: Iterable[Outcome], failed: Iterable[Failure] = ()) -> Iterator[M
         blank = dict.fromkeys(row, "-")
         yield row
     for bad in failed:
-        yield blank | {"method": bad.kind, "lr": shown_as(bad.lr, "g"), "held-out loss": f"failed in step {bad.step}"}
+        said = f"failed in step {bad.step}" if bad.step else "not for this model"
+        yield blank | {"method": bad.kind, "lr": shown_as(bad.lr, "g"), "held-out loss": said}
 
 
 def _where_any(found: Sequence[Outcome], one: Outcome, heading: str, name: str) -> dict[str, str]:

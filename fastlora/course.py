@@ -36,6 +36,10 @@ class Diverged(TrainingError):
         return str(self.args[1])
 
 
+class UnsuitableError(ValueError):
+    """The model has nothing that the method trains."""
+
+
 class TrainingInterrupted(KeyboardInterrupt):
     """Ctrl-C or SIGTERM; a checkpoint was written first."""
 

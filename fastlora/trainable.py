@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastlora import adapters, checkpoint, ops, warm_start
 from fastlora.config import OPTIONS_OF, RANKED, WHOLE, TrainConfig
+from fastlora.course import UnsuitableError
 from fastlora.models import blocks, load_base
 from fastlora.peft import accelerate, quantised
 from fastlora.typed import listed
@@ -145,10 +146,14 @@ def _examples(model: Any) -> str:
 
 
 def _train_biases(model: Any) -> None:
-    """Freeze all but the biases (Ben Zaken et al. 2022, BitFit)."""
+    """Freeze all but the biases (Ben Zaken et al. 2022, BitFit).
+
+    Raises:
+        UnsuitableError: the model has none.
+    """
     biases = [p for name, p in model.named_parameters() if name.rpartition(".")[2] == "bias"]
     if not biases:
-        raise ValueError(f"method=bitfit: {type(model).__name__} has no biases; norm trains its norms' weights")
+        raise UnsuitableError(f"method=bitfit: {type(model).__name__} has no biases; norm trains its norms' weights")
     model.requires_grad_(False)
     for parameter in biases:
         parameter.requires_grad_(True)
@@ -167,7 +172,8 @@ def _add_adapter(model: Any, config: TrainConfig, resume_from: Path | None) -> A
         try:
             model = get_peft_model(model, new)
         except ValueError as error:  # a module that is no layer, say
-            raise ValueError(f"{_blamed(config)}: {error}") from error
+            blamed = ValueError if config.target_modules is not None else UnsuitableError
+            raise blamed(f"{_blamed(config)}: {error}") from error
     if config.accelerate:
         accelerate(model, frozen=True, fuse=True, share_prefix=config.share_prefix, pack_budget=config.pack_budget)
     return model
@@ -180,18 +186,37 @@ def _blamed(config: TrainConfig) -> str:
     return f"peft_config={config.peft_config}" if config.method == "peft" else f"method={config.method}"
 
 
+UNTRAINED = {
+    "ADALORA": "its ranks are dealt out anew after every step, by a call that this loop does not make",
+    **dict.fromkeys(("POLY", "MULTITASK_PROMPT_TUNING"), "its rows need task_ids, which rows of text do not have"),
+    "CPT": "its loss is of its context's tokens, too",
+    "XLORA": "it mixes adapters that were trained before",
+    "SHADOW": "its layers return more than the model's blocks take",
+    **dict.fromkeys(
+        ("FROD", "SHIRA"),
+        "it is made of the weights' values, without which adapters are checked here before they are loaded",
+    ),
+}
+"""PEFT's methods that need more than a loop over rows gives, and why."""
+
+
 def peft_config(model: Any, config: TrainConfig) -> Any:
     """PEFT's configuration of the method.
 
     Raises:
         ValueError: a name in target_modules matches nothing; no sublayer has a name that is known; a token has no row in the model's embedding;
-            peft_config is no file of PEFT's.
+            peft_config is no file of PEFT's, or one of UNTRAINED.
         OSError: peft_config is not there.
     """
     import peft
 
     if config.method == "peft":
         new = adapters.read_config(Path(str(config.peft_config)))
+        method = str(getattr(new.peft_type, "value", new.peft_type))
+        if method in UNTRAINED:
+            raise ValueError(
+                f"peft_config={config.peft_config}: peft_type: {method} is not trained here: {UNTRAINED[method]}"
+            )
         new.inference_mode, new.task_type = False, _task(model)
         return new
     options: dict[str, Any] = {"task_type": _task(model)}
@@ -249,7 +274,7 @@ def _norms(model: Any) -> list[str]:
         name.rpartition(".")[2] for name, module in model.named_modules() if "norm" in type(module).__name__.lower()
     }
     if not found:
-        raise ValueError(f"method=norm: {type(model).__name__} has no norms; target_modules names them")
+        raise UnsuitableError(f"method=norm: {type(model).__name__} has no norms; target_modules names them")
     return sorted(found)
 
 

@@ -121,6 +121,19 @@ def test_a_rate_that_diverges_is_told_and_the_others_go_on(
         compare(given)
 
 
+def test_a_method_that_the_model_has_nothing_for_is_told_and_the_others_go_on(
+    files: dict[str, Path], tmp_path: Path, in_this_process: None, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    given = Comparison(**files, output=tmp_path / "out", methods=["bitfit", "lora"], lr=[1e-3], **SMALL)
+    monkeypatch.setattr(comparison, "_answer_rate", lambda *_: 1.0)
+    found = compare(given)
+    assert [one.name for one in found] == [BASE, "lora-r2-lr0.001"]
+    (bitfit,) = failures(given)
+    assert (bitfit.method, bitfit.step) == ("bitfit", 0) and bitfit.failed.startswith("method=bitfit: ")
+    assert "bitfit-lr0.001 came to nothing: method=bitfit: LlamaForCausalLM has no biases" in capsys.readouterr().out
+    assert list(comparison.rows(found, [bitfit]))[-1]["held-out loss"] == "not for this model"
+
+
 def test_what_diverges_on_held_out_rows_only_is_a_failure_and_of_the_base_an_error(
     files: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,6 +116,54 @@ def test_any_configuration_of_peft_is_trained(base: Path, tmp_path: Path) -> Non
         train(replace(config, output=tmp_path / "other", peft_config=tmp_path / "nowhere.json"), progress=False)
 
 
+OTHERS: dict[str, dict[str, Any]] = {
+    "VERA": {"r": 4},
+    "OFT": {"oft_block_size": 4},
+    "BOFT": {"boft_block_size": 4},
+    "LOHA": {"r": 4},
+    "LOKR": {"r": 4},
+    "HRA": {"r": 4},
+    "FOURIERFT": {"n_frequency": 20},
+    "ROAD": {"group_size": 8},
+    "RANDLORA": {"r": 4},
+    "PROMPT_TUNING": {"num_virtual_tokens": 3},
+    "P_TUNING": {"num_virtual_tokens": 3},
+    "PREFIX_TUNING": {"num_virtual_tokens": 3},
+    "CARTRIDGE": {"num_virtual_tokens": 3},
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_any_method_of_pefts_is_trained_and_loaded(kind: str, base: Path, tmp_path: Path) -> None:
+    """By a configuration as PEFT writes it before it knows a model: with nulls, and defaults that would be out of range for LoRA."""
+    own = {} if "num_virtual_tokens" in OTHERS[kind] else {"target_modules": ["q_proj", "v_proj"]}
+    written = peft.PEFT_TYPE_TO_CONFIG_MAPPING[kind](task_type="CAUSAL_LM", **own, **OTHERS[kind])
+    written.save_pretrained(tmp_path / "written")
+    config = make(base, tmp_path / "out", "peft", peft_config=tmp_path / "written" / adapters.CONFIG)
+    result = train(config, progress=False)
+    assert result.loss < result.first_loss
+    first = load_file(tmp_path / "out" / adapters.WEIGHTS)
+    train(replace(config, resume_from=3), progress=False)
+    assert_same_bits(load_file(tmp_path / "out" / adapters.WEIGHTS), first)
+    ids = torch.randint(5, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    before = logits(plain, ids)
+    ours = load_model(str(base), {"default": tmp_path / "out"}, dtype="float32")[0]
+    theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path / "out")).eval()
+    torch.testing.assert_close(logits(ours, ids), logits(theirs, ids), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits(ours, ids), before, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", trainable.UNTRAINED)
+def test_what_needs_more_than_rows_is_refused_with_the_reason(kind: str, base: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(
+        json.dumps({"peft_type": kind, **({"total_step": 9} if kind == "ADALORA" else {})})
+    )
+    config = make(base, tmp_path / "out", "peft", peft_config=tmp_path / "config.json")
+    with pytest.raises(ValueError, match=rf"peft_type: {kind} is not trained here: |PEFT does not take it"):
+        train(config, progress=False)
+
+
 def test_a_prompt_begins_as_it_is_told(base: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base)
     tokenizer: Any = tiny.tokenizer()

@@ -251,3 +251,16 @@ def test_rows_cannot_have_prompts_of_their_own_where_a_prompt_stands_elsewhere(k
             call(["other", "default", "default"])
         with pytest.raises(ValueError, match=r"got \['typo'\], expected some of \['__base__', 'default', 'other'\]"):
             call(["typo"] * 3)
+
+
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_a_prefix_that_sees_the_input_cannot_be_checkpointed(family: str) -> None:
+    if family == "t5":
+        model, _ = t5("prefix tuning", None)
+    else:
+        model, _ = pair(BertForSequenceClassification, BERT, "prefix tuning", "SEQ_CLS")
+    given = {"input_ids": IDS, "attention_mask": MASK} | ({"labels": ANSWERS} if family == "t5" else {})
+    model.train().gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="^gradient_checkpointing: a prefix needs a cache"):
+        model(**given)
+    assert model.eval()(**given).logits.isfinite().all()

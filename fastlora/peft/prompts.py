@@ -666,6 +666,10 @@ def _encoder(model: Any, plain: Any, state: State, given: dict[str, Any]) -> Any
     per_token = plain is PeftModelForTokenClassification
     if _stands_elsewhere(model):
         _require_active(model, names)
+        if model.active_peft_config.peft_type in KEYED and sharing.checkpoints(base):
+            raise ValueError(
+                "gradient_checkpointing: a prefix needs a cache in a model whose prompt sees the input, and checkpointing drops it; turn it off"
+            )
         apart = Apart(batch, texts)
         state.last = (
             APART,
