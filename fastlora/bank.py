@@ -113,6 +113,7 @@ class Entry:
     config: Any
     template: Template
     pinned: bool = False
+    holds: int = 0  # who wants its weights as they are
     resident: Layers | None = None
     jobs: list[Job] = field(default_factory=list)
     used: int = 0  # when last
@@ -270,8 +271,8 @@ class AdapterBank:
             return job.future
 
     def swap(self, name: str, folder: str | Path) -> "Future[None]":
-        """Have another folder's weights take the place of an adapter's, in all layers between two forwards. Until then, and if the new files
-        cannot be used, the old ones serve.
+        """Have another folder's weights take the place of an adapter's, in all layers between two forwards, and not before all have ended who
+        `hold` it. Until then, and if the new files cannot be used, the old ones serve.
 
         Raises:
             ValueError, FileNotFoundError, AdapterError: as `register`'s; there is none of that name.
@@ -295,6 +296,28 @@ class AdapterBank:
     def unpin(self, name: str) -> None:
         with self._changed:
             self._entry(name).pinned = False
+
+    def hold(self, name: str) -> None:
+        """Have no swap change an adapter until it is let go as often as it was held: an answer of many forwards is of the same weights throughout.
+
+        Raises:
+            ValueError: there is none of that name.
+        """
+        with self._changed:
+            self._entry(name).holds += 1
+
+    def let_go(self, name: str) -> None:
+        """Undo a `hold`; nothing where the adapter was unregistered since."""
+        with self._changed:
+            if name in self._entries:
+                self._entries[name].holds -= 1
+                self._insert_when_idle()
+                self._changed.notify_all()
+
+    def swap_waits(self, name: str) -> bool:
+        """Whether a swap is ready, and waits for those who hold the adapter: who begins now would be one more."""
+        with self._changed:
+            return any(one == name and self._is_held(one, job) for one, job in self._ready)
 
     @contextmanager
     def use(self, adapter_names: Iterable[str]) -> Iterator[list[str]]:
@@ -411,7 +434,10 @@ class AdapterBank:
 
     def _insertable(self) -> bool:
         """Whether what is ready could go into the model if no forward ran."""
-        return any(self._has_room(name, job) for name, job in self._ready)
+        return any(self._has_room(name, job) and not self._is_held(name, job) for name, job in self._ready)
+
+    def _is_held(self, name: str, job: Job) -> bool:
+        return job.is_swap and name in self._entries and self._entries[name].holds > 0
 
     def _has_room(self, name: str, job: Job) -> bool:
         assert job.layers is not None
@@ -438,6 +464,8 @@ class AdapterBank:
                 continue  # unregistered meanwhile
             if entry.resident is not None and not job.is_swap:
                 self._end(name, job)  # a swap has come before it
+            elif self._is_held(name, job):
+                left.append((name, job))
             elif self._has_room(name, job):
                 self._insert(name, job)
                 self._end(name, job)

@@ -254,6 +254,20 @@ def test_health_and_metrics(port: int, engine: Engine) -> None:
     assert values['fastlora_responses_total{status="200"}'] >= 2
     assert values["fastlora_answer_tokens_total"] == engine.counts.answer_tokens > 0
     assert values["fastlora_rows"] == values["fastlora_waiting"] == 0
+    assert not any("adapters" in name for name in values), "there is no bank"
+
+
+def test_metrics_of_a_bank(folder: Path) -> None:
+    with served.listening(served.load(folder, max_adapter_bytes=1 << 30, max_rows=2, max_length=200)) as port:
+        for _ in range(2):
+            assert served.call(port, "/v1/completions", BODY)[0] == 200
+        text = served.call(port, "/metrics")[2]
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("fastlora_adapter"))
+    assert values["fastlora_adapters_registered"] == str(len(served.RANKS))
+    assert values["fastlora_adapters_resident"] == values["fastlora_adapter_loads_total"] == "1"
+    assert int(values["fastlora_adapter_bytes"]) > 0 and int(values["fastlora_adapter_hits_total"]) > 0
+    for what in ("swaps", "evictions", "failures"):
+        assert values[f"fastlora_adapter_{what}_total"] == "0"
 
 
 def test_the_end_answers_first_who_is_there(folder: Path) -> None:

@@ -240,3 +240,35 @@ def test_adapters_come_and_go_and_are_swapped_under_a_mixture(
     assert wrong == []
     assert bank.stats.evictions > 0 and bank.stats.swaps > 0 and bank.stats.pinned == 0
     assert engine.load == (0, 0)
+
+
+def test_an_answer_is_of_one_version_of_its_adapter(folder: Path, tmp_path: Path) -> None:
+    """A swap waits for those who have begun with the old weights, and who comes after it waits for the swap."""
+    other = shutil.copytree(folder / "adapters" / "red", tmp_path / "red")
+    file = other / "adapter_model.safetensors"
+    save_file({name: value * (-1 if "lora_B" in name else 1) for name, value in load_file(file).items()}, file)
+    asked = [Request([5, 6 + i], "red", 40) for i in range(6)]
+    with served.running(served.load(folder, max_adapter_bytes=1 << 30, max_rows=4, max_length=64)) as engine:
+        bank, versions = bank_of(engine), []
+        for source in (folder / "adapters" / "red", other):
+            bank.swap("adapter-3", source).result()
+            versions.append(served.answers(engine, asked))
+        assert all(one != two for one, two in zip(*versions, strict=True))
+        seen, swaps = set(), []
+        for turn in range(12):
+            heard = [served.Heard() for _ in asked]
+            for one, request in zip(heard, asked, strict=True):
+                engine.submit(request, one)
+            first = heard[0].news.get(timeout=60)  # it is under way
+            swaps.append(bank.swap("adapter-3", (folder / "adapters" / "red", other)[turn % 2]))
+            texts = [one.answer() for one in heard]
+            for i, (text, finish) in enumerate(texts):
+                whole = (first.text if i == 0 else "") + text, finish
+                of = [number for number, version in enumerate(versions) if version[i] == whole]
+                assert len(of) == 1, f"turn {turn}, answer {i}: of neither version"
+                seen.add((turn % 2, of[0]))
+        assert seen == {(0, 0), (0, 1), (1, 0), (1, 1)}, "each turn's first rows have the old weights, its last the new"
+        for one in swaps:
+            one.result(60)
+        assert bank.stats.swaps == 14 and bank.stats.pinned == 0
+        assert all(entry.holds == 0 for entry in bank._entries.values())

@@ -98,7 +98,7 @@ class Adapters:
             self._kept[name] += 1
 
     def is_there(self, name: str) -> bool:
-        """Whether an adapter that is kept is in the model yet.
+        """Whether an adapter that is kept is in the model yet, and not about to be swapped once those have ended who have begun with it.
 
         Raises:
             NoRoom: it did not fit beside others that were kept: once released, it may be kept again.
@@ -107,7 +107,7 @@ class Adapters:
         coming = self._coming.get(name)
         if coming is None:
             return True
-        if not coming.done():
+        if not coming.done() or (self.bank is not None and self.bank.swap_waits(self._inner[name])):
             return False
         error = coming.exception()
         # Not an AdapterError: the bank's, of its budget. Who was in the way then, may have been released since.
@@ -128,6 +128,15 @@ class Adapters:
                 del self._coming[name]
                 self._alone.discard(name)
                 self.bank.unpin(self._inner[name])
+
+    def hold(self, name: str) -> None:
+        """No swap changes an adapter that a row has begun with, until `let_go`."""
+        if self.bank is not None and name != BASE:
+            self.bank.hold(self._inner[name])
+
+    def let_go(self, name: str) -> None:
+        if self.bank is not None and name != BASE:
+            self.bank.let_go(self._inner[name])
 
     def _are_all(self, layer_class: type) -> bool:
         """Whether every adapted layer is one of ours: else PEFT hands out the names, a hook a layer, to modules that were saved whole, too."""

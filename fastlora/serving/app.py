@@ -285,6 +285,23 @@ def metrics(engine: Engine, statuses: Counter[int]) -> str:
         ("rows", "gauge", "requests under way", {"": rows}),
         ("waiting", "gauge", "requests in the queue", {"": waiting}),
     ]
+    if (bank := engine.adapters.bank) is not None:
+        stats = bank.stats
+        found += [
+            ("adapters_registered", "gauge", "adapters that may be asked for", {"": stats.registered}),
+            ("adapters_resident", "gauge", "adapters in the model", {"": stats.resident}),
+            ("adapter_bytes", "gauge", "what those take", {"": stats.bytes}),
+            ("adapter_hits_total", "counter", "adapters of a step's rows that were there", {"": stats.hits}),
+            (
+                "adapter_loads_total",
+                "counter",
+                "adapters that came into the model, swaps among them",
+                {"": stats.loads},
+            ),
+            ("adapter_swaps_total", "counter", "adapters whose weights were exchanged", {"": stats.swaps}),
+            ("adapter_evictions_total", "counter", "adapters that left for others", {"": stats.evictions}),
+            ("adapter_failures_total", "counter", "adapters whose files could not be used", {"": stats.failures}),
+        ]
     lines = []
     for name, kind, help_, values in found:
         lines += [f"# HELP fastlora_{name} {help_}", f"# TYPE fastlora_{name} {kind}"]

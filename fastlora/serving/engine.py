@@ -99,6 +99,7 @@ class Row:
     last: int = 0  # the newest token, which does not yet
     count: int = 0  # tokens of the answer
     gone: bool = False  # nobody waits for it any more
+    held: bool = False  # it has begun, and its adapter is not swapped until it has ended
     kept: bool = False  # its adapter is on its way into the model, or there, where it stays until the row ends
     tried: int = -1  # how many rows had ended when there was no room for its adapter
     passed: int = 0  # rows behind it in the queue that went before it since
@@ -340,6 +341,9 @@ class Engine:
         begun = time.perf_counter()
         try:
             for slot, row in enumerate(rows, first):
+                if not row.held:
+                    self.adapters.hold(row.name)
+                    row.held = True
                 row.filled = row.filled or self._batch.begin(slot, row.name)
             logits = self._batch.step(first, tokens, [row.filled for row in rows], [row.name for row in rows])
         except Exception as error:  # of any kind: out of memory, an adapter that went away
@@ -405,6 +409,9 @@ class Engine:
     def _end(self, row: Row, finish: str) -> None:
         self.counts.answers[row.request.adapter, finish] += 1
         self._ended += 1
+        if row.held:
+            row.held = False
+            self.adapters.let_go(row.name)
         if row.kept:
             row.kept = False
             self.adapters.release(row.name)
