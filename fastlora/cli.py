@@ -330,7 +330,8 @@ def train(**options: Any) -> None:
 
     _parse_data(options)
     options["target_modules"] = _module_names(options["target_modules"])
-    options["token_indices"] = _numbers("token_indices", options["token_indices"], int)
+    for name in ("token_indices", "layers_to_transform"):
+        options[name] = _numbers(name, options[name], int)
     options["interleave_probs"] = _numbers("interleave_probs", options["interleave_probs"], float)
     dry_run, config = options.pop("dry_run"), TrainConfig(**options)
     result = plan(config) if dry_run else train(config)

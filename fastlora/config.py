@@ -48,6 +48,7 @@ CombinationType = Literal[
 ]
 MajoritySignMethod = Literal["total", "frequency"]
 PromptInit = Literal["RANDOM", "SAMPLE_VOCAB", "TEXT"]
+InitLoraWeights = Literal["gaussian", "orthogonal", "olora", "pissa"]
 NonLinearity = Literal["relu", "gelu", "swish", "tanh"]
 DEFAULT_LR: dict[Method, float] = {
     **{"lora": 2e-4, "dora": 2e-4, "peft": 2e-4, "full": 2e-5},
@@ -69,6 +70,8 @@ OPTIONS_OF: dict[str, tuple[Method, ...]] = {
     **dict.fromkeys(
         ("r", "lora_alpha", "lora_dropout", "use_rslora"), (*RANKED, "full")
     ),  # full has always taken them, and has no use for them
+    "init_lora_weights": RANKED,
+    "layers_to_transform": (*RANKED, "full"),
     "target_modules": (*RANKED, "ia3", "adapter", "norm"),
     **dict.fromkeys(("reduction_factor", "non_linearity", "is_parallel", "scaling"), ("adapter",)),
     "num_virtual_tokens": PROMPTS,
@@ -163,6 +166,13 @@ class TrainConfig:
         None,
     )
     use_rslora: bool = option("Scale by lora_alpha / sqrt(r).", False)
+    init_lora_weights: InitLoraWeights | None = option(
+        "How A and B begin, as PEFT has it; olora and pissa take what they begin as out of the base. [default: B of zeros]",
+        None,
+    )
+    layers_to_transform: list[int] | None = option(
+        "Train in these blocks only, counted from 0: numbers with commas; of full, those blocks alone.", None, typed=str
+    )
     target_modules: str | list[str] = option(  # as PEFT: a str is all-linear or a regular expression
         "all-linear, names with commas (q_proj,v_proj), or a regular expression.", "all-linear", typed=str
     )
@@ -367,6 +377,12 @@ class TrainConfig:
             other = f"method={self.method}" if self.method in WHOLE else f"peft_config={self.peft_config}"
             raise ValueError(
                 f"init_adapter={self.init_adapter}: expected none beside {other}, it has a method of its own"
+            )
+        if self.layers_to_transform is not None and not all(number >= 0 for number in self.layers_to_transform or [-1]):
+            raise ValueError(f"layers_to_transform={shown(self.layers_to_transform)}: expected blocks, 0 or more")
+        if self.init_lora_weights in ("olora", "pissa") and self.bits is not None:
+            raise ValueError(
+                f"init_lora_weights={self.init_lora_weights}: it changes the base's weights, which are in {self.bits} bits"
             )
         if self.token_indices and not all(0 <= token <= MOST for token in self.token_indices):
             raise ValueError(f"token_indices={shown(self.token_indices)}: expected tokens, 0 or more")

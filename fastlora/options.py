@@ -41,6 +41,8 @@ ALIASES = {
     "datasets": "data",
     "lora_model_dir": "init_adapter",
     "peft_use_rslora": "use_rslora",
+    "peft_init_lora_weights": "init_lora_weights",
+    "peft_layers_to_transform": "layers_to_transform",
     "num_epochs": "epochs",
     "micro_batch_size": "batch_size",
     "sequence_len": "max_length",

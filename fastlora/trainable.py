@@ -39,8 +39,10 @@ def build(
         model = load(str(resume_from or config.model), torch.float32, device)
         if config.method == "bitfit":
             _train_biases(model)
+        elif config.layers_to_transform is not None:
+            _train_blocks(model, config.layers_to_transform)
         if config.accelerate:
-            accelerate(model, frozen=config.method == "bitfit", fuse=True, share_prefix=config.share_prefix)
+            accelerate(model, frozen=has_frozen(config), fuse=True, share_prefix=config.share_prefix)
     else:
         base = load(str(config.model), dtype, device, config.bits)
         for module in base.modules():
@@ -159,6 +161,31 @@ def _train_biases(model: Any) -> None:
         parameter.requires_grad_(True)
 
 
+def has_frozen(config: TrainConfig) -> bool:
+    """Whether a part of a base that is trained is not."""
+    return config.method == "bitfit" or config.layers_to_transform is not None
+
+
+def _train_blocks(model: Any, numbers: list[int]) -> None:
+    """Freeze all but some blocks."""
+    _require_blocks(model, numbers)
+    model.requires_grad_(False)
+    for number in numbers:
+        blocks(model)[number].requires_grad_(True)
+
+
+def _require_blocks(model: Any, numbers: list[int]) -> None:
+    """
+    Raises:
+        ValueError: the model has no block of a number, or transformers does not say what its blocks are.
+    """
+    count = len(blocks(model))
+    beyond = [number for number in numbers if number >= count]
+    if beyond:
+        there = f"{type(model).__name__} has blocks 0 to {count - 1}" if count else "its blocks are not known"
+        raise ValueError(f"layers_to_transform: got {beyond}, but {there}")
+
+
 def _add_adapter(model: Any, config: TrainConfig, resume_from: Path | None) -> Any:
     """A new adapter on the model, or a checkpoint's. LoRA's own file holds all that is trained; of the others the run restores it by name."""
     from peft import get_peft_model
@@ -223,7 +250,20 @@ def peft_config(model: Any, config: TrainConfig) -> Any:
     if config.method in RANKED:
         options |= {name: getattr(config, name) for name in ("r", "lora_alpha", "lora_dropout", "use_rslora")}
         wanted = targets(model, config.target_modules)
-        return peft.LoraConfig(target_modules=wanted, use_dora=config.method == "dora", **options)
+        if config.layers_to_transform is not None:
+            _require_blocks(model, config.layers_to_transform)
+            if config.target_modules == "all-linear":
+                wanted = targets(model, ["all-linear"])
+            if isinstance(wanted, str):
+                raise ValueError(
+                    f"layers_to_transform={config.layers_to_transform}: expected names in target_modules beside it,"
+                    f" got the regular expression {wanted!r}, which can tell blocks apart itself"
+                )
+            options["layers_to_transform"] = config.layers_to_transform
+        begun = config.init_lora_weights or True
+        return peft.LoraConfig(
+            target_modules=wanted, use_dora=config.method == "dora", init_lora_weights=begun, **options
+        )
     if config.method in ("ia3", "norm"):
         named = None if config.target_modules == "all-linear" else targets(model, config.target_modules)
         if config.method == "norm":

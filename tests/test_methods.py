@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from fastlora import adapters, checkpoint, trainable
 from fastlora.adapters import AdapterError
 from fastlora.checkpoint import CheckpointError
-from fastlora.config import Method, TrainConfig
+from fastlora.config import InitLoraWeights, Method, TrainConfig
 from fastlora.evaluation import evaluate
 from fastlora.generation import generate
 from fastlora.models import load_model, positions
@@ -114,6 +114,63 @@ def test_any_configuration_of_peft_is_trained(base: Path, tmp_path: Path) -> Non
     assert_same_bits(load_file(tmp_path / "out" / adapters.WEIGHTS), first)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         train(replace(config, output=tmp_path / "other", peft_config=tmp_path / "nowhere.json"), progress=False)
+
+
+@pytest.mark.parametrize("begun", get_args(InitLoraWeights))
+@pytest.mark.parametrize("method", ["lora", "dora"])
+def test_however_an_adapter_begins_it_is_loaded_by_peft(method: str, begun: str, base: Path, tmp_path: Path) -> None:
+    """Of olora and pissa the file holds what is trained, and the base's weights are changed anew as it is loaded."""
+    config = make(base, tmp_path / "out", method, init_lora_weights=begun, r=4)
+    result = train(config, progress=False)
+    assert result.loss < result.first_loss
+    assert json.loads((tmp_path / "out" / adapters.CONFIG).read_text())["init_lora_weights"] == begun
+    ids = torch.randint(5, 40, (2, 9), generator=torch.Generator().manual_seed(0))
+    ours = load_model(str(base), {"default": tmp_path / "out"}, dtype="float32")[0]
+    plain = AutoModelForCausalLM.from_pretrained(base)
+    before = logits(plain, ids)
+    theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path / "out")).eval()
+    torch.testing.assert_close(logits(ours, ids), logits(theirs, ids), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits(ours, ids), before, atol=1e-3)
+    first = load_file(tmp_path / "out" / adapters.WEIGHTS)
+    train(replace(config, resume_from=3), progress=False)
+    assert_same_bits(load_file(tmp_path / "out" / adapters.WEIGHTS), first)
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+def test_chosen_blocks_alone_are_trained(method: str, base: Path, tmp_path: Path) -> None:
+    config = make(base, tmp_path / "out", method, layers_to_transform=[1], lr=1e-3 if method == "full" else 1e-2)
+    result = train(config, progress=False)
+    assert result.loss < result.first_loss
+    whole = method == "full"
+    file = tmp_path / "out" / ("model.safetensors" if whole else adapters.WEIGHTS)
+    found = load_file(file)
+    if whole:
+        before = load_file(base / "model.safetensors")
+        changed = {name for name, value in found.items() if not torch.equal(value, before[name])}
+        assert changed == {name for name in before if ".layers.1." in name}
+        assert result.trainable_parameters == sum(before[name].numel() for name in changed)
+    else:
+        assert found and all(".layers.1." in name for name in found)
+    train(replace(config, resume_from=3), progress=False)
+    assert_same_bits(load_file(file), found)
+
+
+def test_blocks_that_are_not_there_and_bases_that_cannot_change_are_errors(base: Path, tmp_path: Path) -> None:
+    for method in ("lora", "full"):
+        config = make(base, tmp_path / "out", method, layers_to_transform=[0, 7])
+        with pytest.raises(ValueError, match=r"layers_to_transform: got \[7\], but LlamaForCausalLM has blocks 0 to 1"):
+            train(config, progress=False)
+    config = make(base, tmp_path / "out", "lora", layers_to_transform=[0], target_modules=".*q_proj")
+    with pytest.raises(ValueError, match="layers_to_transform=.*expected names in target_modules beside it"):
+        train(config, progress=False)
+    for wrong in ([], [-1]):
+        with pytest.raises(ValueError, match="layers_to_transform=.*: expected blocks, 0 or more"):
+            make(base, tmp_path / "out", "lora", layers_to_transform=wrong)
+    with pytest.raises(ValueError, match="init_lora_weights=pissa: it changes the base's weights, which are in 4 bits"):
+        make(base, tmp_path / "out", "lora", init_lora_weights="pissa", load_in_4bit=True)
+    for options in ({"init_lora_weights": "pissa"}, {"layers_to_transform": [0]}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))}=.*method=ia3 has no"):
+            make(base, tmp_path / "out", "ia3", **options)
 
 
 OTHERS: dict[str, dict[str, Any]] = {
