@@ -253,7 +253,8 @@ def peft_config(model: Any, config: TrainConfig) -> Any:
         if config.layers_to_transform is not None:
             _require_blocks(model, config.layers_to_transform)
             if config.target_modules == "all-linear":
-                wanted = targets(model, ["all-linear"])
+                # By the last parts of their names: PEFT takes a whole name for what it is, whatever its block.
+                wanted = sorted({name.rpartition(".")[2] for name in targets(model, ["all-linear"])})
             if isinstance(wanted, str):
                 raise ValueError(
                     f"layers_to_transform={config.layers_to_transform}: expected names in target_modules beside it,"
