@@ -126,6 +126,34 @@ def test_a_file_and_a_grid_exclude_each_other(tmp_path):
         Sweep(**GIVEN, jobs=tmp_path / "none.yaml")
 
 
+def test_jobs_have_schedules_and_optimisers_of_their_own(given, tmp_path):
+    """And go on from a checkpoint with them, to the same bits."""
+    from sweeps import adapter, alone, distance
+    from training import assert_same_bits
+
+    from fastlora import checkpoint
+    from fastlora.sweep import sweep
+    from fastlora.sweep.saved import NAME
+
+    text = """
+- {name: sgd, r: 3, lr: 1e-1, optim: sgd, lr_scheduler_type: polynomial, lr_scheduler_kwargs: {power: 2.0, lr_end: 1e-4}}
+- {name: warm, r: 4, lr: 5e-3, warmup_steps: 2, adam_beta2: 0.9, adam_epsilon: 1e-6}
+- {name: factors, r: 4, lr: 1e-2, optim: adafactor, lr_scheduler_type: constant}
+"""
+    (tmp_path / "jobs.yaml").write_text(text)
+    given = replace(given, r=None, lr=None, jobs=tmp_path / "jobs.yaml", max_steps=6, save_steps=3)
+    found = {}
+    for job, one in zip(jobs_of(given), sweep(given, progress=False), strict=True):
+        found[job.name] = adapter(Path(one.output))
+        expected = alone(job, tmp_path / "alone")
+        zeros = {name: 0 * value for name, value in expected.items()}
+        assert distance(found[job.name], expected) <= 1e-5 * distance(expected, zeros)
+    checkpoint.clear(Path(given.output), after=3)
+    (Path(given.output) / NAME).unlink()
+    for one in sweep(replace(given, resume=True), progress=False):
+        assert_same_bits(adapter(Path(one.output)), found[one.name])
+
+
 def test_jobs_of_a_file_train_on_rows_of_their_own(given, files, tmp_path):
     import tiny
     from sweeps import adapter, alone, distance

@@ -24,7 +24,11 @@ COMMON = (
 """Of all jobs, but for those that say otherwise in a file."""
 OWN = ("eval_data", "patience")
 """What a job of a file may have besides an option of `fastlora train`."""
-OF_JOBS = (*GRID, *COMMON, "gradient_accumulation_steps")
+OF_JOBS = (
+    *(*GRID, *COMMON, "gradient_accumulation_steps"),
+    *("warmup_steps", "lr_scheduler_kwargs", "optim", "adam_beta1", "adam_beta2", "adam_epsilon"),
+)
+"""Of `fastlora train`, what a job of a file may have."""
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=-]{0,99}")
 
 
