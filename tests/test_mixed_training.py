@@ -89,10 +89,39 @@ def test_what_somebody_else_checkpoints_is_not_computed_without_its_names(pair: 
         y.sum().backward()
 
 
-def test_a_model_that_is_not_all_fused_is_refused_as_peft_refuses_it() -> None:
-    model, _ = peft_model(modules_to_save=["lm_head"], target_modules=["q_proj"])
+OTHERS: dict[str, dict[str, Any]] = {
+    "a module that is saved whole": {"modules_to_save": ["lm_head"], "target_modules": ["q_proj", "down_proj"]},
+    "an embedding": {"target_modules": ["embed_tokens", "q_proj", "down_proj"]},
+    "tokens": {"trainable_token_indices": list(range(5, 60)), "target_modules": ["q_proj", "down_proj"]},
+}
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings")
+@pytest.mark.parametrize("kind", OTHERS)
+def test_what_is_left_to_peft_has_its_rows_in_training_too(kind: str) -> None:
+    """PEFT refuses the names there, though its modules take them."""
+    model, _ = peft_model(**OTHERS[kind])
+    torch.manual_seed(3)
+    other = {"trainable_token_indices": list(range(60, 90))} if kind == "tokens" else {}
+    model.add_adapter("other", LoraConfig(r=3, **{**OTHERS[kind], **other}, init_lora_weights=False))
+    for name, parameter in model.named_parameters():
+        if "modules_to_save" in name or "trainable_tokens_delta" in name:
+            torch.nn.init.normal_(parameter.data, std=0.3)
+    peer = copy.deepcopy(model).train()
+    expected = row_by_row(peer)
+    model.set_requires_grad(["default", "other"])
     fastlora.accelerate(model.train())
-    with pytest.raises(ValueError, match="training mode"):
+    tuner = model.base_model
+    all_at_once(model, [2, 1, 0])
+    found = gradients(model)
+    assert tuner.training and found.keys() == expected.keys() and len(found) > 2 * 2 * 2 * 2
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * max(1.0, gradient.abs().max().item()))
+    with pytest.raises(ValueError, match="typo"):
+        model(input_ids=IDS, adapter_names=["default", "typo", "other"])
+    assert tuner.training
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="^adapter_names: .* has no names once a block is computed again"):
         model(input_ids=IDS, adapter_names=["default"] * 3)
 
 

@@ -15,7 +15,7 @@ hands them out itself, by `training`: with `RowNames`, which also know a batch w
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any, Self
 
@@ -141,6 +141,8 @@ def enable(tuner: Any, *args: Any, **kwargs: Any) -> AbstractContextManager[None
         if isinstance(names, (list, tuple)) and _are_known(names, layers):
             given = _given(tuner.model, layers, tuple(names), _times(kwargs))
             return _remembering(tuner.model, given) if tuner.training else _handing_out(given)
+        if tuner.training and own is LoraModel._enable_peft_forward_hooks and isinstance(names, (list, tuple)):
+            return _hooked(tuner, *args, **kwargs)
     if own is None:
         return nullcontext() if names is None else _refuse(tuner)
     context: AbstractContextManager[None] = own(tuner, *args, **kwargs)
@@ -228,6 +230,28 @@ def _are_known(names: Sequence[str], layers: Sequence[Any]) -> bool:
         if not wanted:
             return True
     return False
+
+
+@contextmanager
+def _hooked(tuner: Any, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """PEFT's own context in training, which it refuses though its modules take names there, as they do in evaluation: embeddings, modules that are
+    saved whole, tokens that are trained, and layers left to PEFT.
+
+    Raises:
+        ValueError: a block is checkpointed, which would be computed again without its names; or as PEFT's own.
+    """
+    if any(getattr(block, "gradient_checkpointing", False) for block in tuner.model.modules()):
+        other = next(name for name, one in tuner.model.named_modules() if _is_other(one, ByRow))
+        raise ValueError(
+            f"adapter_names: {other} has no names once a block is computed again; in training they go without gradient checkpointing here"
+        )
+    with ExitStack() as stack:
+        tuner.training = False  # as PEFT asks of the tuner alone
+        try:
+            stack.enter_context(LoraModel._enable_peft_forward_hooks(tuner, *args, **kwargs))
+        finally:
+            tuner.training = True
+        yield
 
 
 @contextmanager
