@@ -292,7 +292,9 @@ def test_a_quantised_weight_follows_x_and_not_autocast(monkeypatch: pytest.Monke
         plan = scaled._plan_call(layer, X.to(dtype))
         assert isinstance(plan, scaled.Scaling) and plan.weight is found.weight(dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        assert scaled._plan_call(layer, X) == "autocast is on, and the weight quantised"
+        assert scaled._plan_call(layer, X) == "autocast is on, the weight quantised, and x float32"
+        of_narrow = scaled._plan_call(layer, X.bfloat16())
+        assert isinstance(of_narrow, scaled.Scaling) and of_narrow.weight.dtype is torch.bfloat16
 
 
 def test_pefts_layers_over_bitsandbytes_are_known_by_name_and_held(monkeypatch: pytest.MonkeyPatch) -> None:

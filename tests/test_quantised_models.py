@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peft_models import ATTENDED, IDS, assert_as_near_as
 from quantised_models import (  # noqa: F401  (a fixture)
     EACH_KIND,
@@ -48,6 +48,22 @@ def test_a_compute_dtype_of_its_own(folder: str) -> None:
     exact, eager = run(unquantised(model)), run(model)
     fastlora.accelerate(model)
     assert_as_near_as(run(model), eager, exact)
+
+
+@EACH_KIND
+@pytest.mark.parametrize("method", ["LoRA", "IA3"])
+def test_a_step_under_autocast(folder: str, kind: str, method: str) -> None:
+    """As Trainer's bf16=True has it, over a model in bfloat16: autocast has nothing to cast but the adapters."""
+    targets = {"target_modules": r".*proj", "feedforward_modules": r".*down_proj"}
+    config = None if method == "LoRA" else IA3Config(**targets, init_ia3_weights=False)
+    model = load(folder, kind, torch.bfloat16, method=config)
+    exact = run(unquantised(model))
+    with torch.autocast("cpu", torch.bfloat16):
+        eager = run(model)
+        fastlora.accelerate(model, frozen=True)
+        assert_as_near_as(run(model), eager, exact)
+        assert_all_fused(model)
+        assert fastlora.report(model)[-1].implementation == "cpu", "the head"
 
 
 @EACH_KIND
@@ -221,7 +237,7 @@ def test_what_stands_in_the_way_is_told(folder: str) -> None:
     layer = fastlora.accelerate(load(folder, "nf4")).base_model.model.model.layers[0].mlp.up_proj
     base = layer.base_layer
     with torch.autocast("cpu", torch.bfloat16):
-        assert "autocast is on, and the weight quantised" in words_of(layer)
+        assert "autocast is on, the weight quantised, and x float32" in words_of(layer)
     handle = base.register_forward_hook(lambda *_: None)
     assert "the base layer carries a hook" in words_of(layer)
     handle.remove()

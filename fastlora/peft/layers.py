@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from fastlora import checks, swap
+from fastlora.choice.table import name_of
 from fastlora.frozen import packed
 from fastlora.operators import frozen_linear, lora_linear
 from fastlora.peft import composed, known, mixed, obstacles, probing, quantised, siblings
@@ -308,8 +309,8 @@ class FrozenQuantised(_Layer):
         obstacle = obstacles.input_obstacle(x)
         if obstacle is not None:
             return obstacle
-        if checks.autocast_dtype(x) is not None:
-            return "autocast is on, and the weight quantised"
+        if checks.autocast_dtype(x) not in (None, x.dtype):
+            return f"autocast is on, the weight quantised, and x {name_of(x.dtype)}"
         if x.dtype not in checks.FLOATS or x.device.type != "cpu" or x.shape[-1] != self.in_features:
             return f"x is {checks.shown(x)}, and the weight [{self.out_features}, {self.in_features}]"
         return found.weight(x.dtype)

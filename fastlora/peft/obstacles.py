@@ -252,8 +252,8 @@ def plan_call(layer: Any, x: Any, used: Sequence[str], is_mixed: bool) -> Plan |
         return obstacle
     cast = checks.autocast_dtype(x) if torch._C._is_any_autocast_enabled() else None
     if type(plan.weight) is QuantisedWeight:
-        if cast is not None:
-            return "autocast is on, and the weight quantised"
+        if cast not in (None, x.dtype):
+            return f"autocast is on, the weight quantised, and x {name_of(x.dtype)}"
         plan = plan._replace(weight=multiplied(layer._modules["base_layer"], x.dtype))
     dtype, device, weight = cast or x.dtype, x.device, plan.weight
     K, N = weight.shape if plan.transposed else reversed(weight.shape)

@@ -76,8 +76,8 @@ def _plan_call(layer: Any, x: Any, names: Sequence[str] | None = None) -> Scalin
         return obstacle
     cast, weight = checks.autocast_dtype(x), plan.weight
     if type(weight) is QuantisedWeight:
-        if cast is not None:
-            return "autocast is on, and the weight quantised"
+        if cast not in (None, x.dtype):
+            return f"autocast is on, the weight quantised, and x {name_of(x.dtype)}"
         weight = obstacles.multiplied(layer._modules["base_layer"], x.dtype)
         plan = plan._replace(weight=weight)
     if x.shape[-1] != weight.shape[1] or x.device != weight.device or (cast is None and x.dtype != weight.dtype):
