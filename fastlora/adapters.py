@@ -39,14 +39,8 @@ logger = logging.getLogger("fastlora")
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 LARGEST_HEADER = 100_000_000  # bytes; safetensors' own limit
 LARGEST_RANK, MOST_LAYERS = 1 << 16, 1 << 12  # what a config may ask to be allocated
-DTYPES = {
-    "F64": 8,
-    "F32": 4,
-    "F16": 2,
-    "BF16": 2,
-    "I64": 8,
-    "I32": 4,
-}  # bytes an element; whole numbers are a BatchNorm's count, or SHiRA's places
+DTYPES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
+"""Bytes an element. Whole numbers are a BatchNorm's count, or where a sparse adapter's values belong."""
 WRAPPERS = re.compile(r"\.(base_layer|original_module|modules_to_save)(?=\.)")  # PEFT's, in a name of the base's
 PATIENCE = 10.0  # seconds that a config's regular expressions may take on a model's names
 

@@ -311,10 +311,9 @@ def _of_lora(name: str, layer: Any, adapter: str, weights: "_Norms") -> LayerRec
 
 def _norms_of(layer: Any, adapter: str) -> tuple[nn.Module, nn.Module]:
     """The base's norm, and the adapter's: PEFT merges one by exchanging the two."""
-    for merged in layer.merged_adapters:
-        base = layer.ln_tuning_layers[merged]
-        return base, layer.base_layer if adapter == merged else layer.ln_tuning_layers[adapter]
-    return layer.base_layer, layer.ln_tuning_layers[adapter]
+    merged = next(iter(layer.merged_adapters), None)  # there is one at most
+    base = layer.base_layer if merged is None else layer.ln_tuning_layers[merged]
+    return base, layer.base_layer if adapter == merged else layer.ln_tuning_layers[adapter]
 
 
 def _merged_part(layer: Any, weight: Tensor, adapter: str, embedded: bool) -> tuple[float, list[Part]] | None:

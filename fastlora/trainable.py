@@ -199,8 +199,7 @@ def _add_adapter(model: Any, config: TrainConfig, resume_from: Path | None) -> A
         try:
             model = get_peft_model(model, new)
         except ValueError as error:  # a module that is no layer, say
-            blamed = ValueError if config.target_modules is not None else UnsuitableError
-            raise blamed(f"{_blamed(config)}: {error}") from error
+            raise ValueError(f"{_blamed(config)}: {error}") from error
     if config.accelerate:
         accelerate(model, frozen=True, fuse=True, share_prefix=config.share_prefix, pack_budget=config.pack_budget)
     return model
