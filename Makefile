@@ -7,6 +7,7 @@
 # make emulate-avx512    the bounds of what is compiled for AVX-512, and its tiles, on a CPU that has AVX2 alone (about ten minutes on 2 cores)
 # make emulate-arm64 ROOT=...    the bounds on an emulated 64-bit ARM, in a folder that has its Python (`.ci/arm64`; about an hour)
 # make fuzz    a million hostile files for each reader: adapters, checkpoints, data, tables (about 35 minutes)
+# make soak    ten minutes of a server under mixed load, adapters loaded, swapped and evicted under it: every answer is compared with the same one alone
 # make wheel   in dist/, a source archive and a CPU wheel for this Python that needs no compiler, tried out by a demo (a minute on 2 cores, and the demo)
 # make docs    the public modules' documentation, as HTML in build/docs
 # make mutants    changes to operators, siblings, obstacles and measurements that no test notices, a sample of 300 (about half an hour); MUTANTS: other options
@@ -26,7 +27,7 @@ FROZEN := frozen_products packed packed_freshness packed_models
 BOUNDED := $(OF_OPERATORS) $(OF_BLOCKS) linear_cross_entropy language_model_loss native product $(FROZEN)
 BOUNDS = not triton and not opcheck and (bound or layout or gaps or strides or tiles or share_x or near or instruction_set and $(or $(ISA),nothing))
 
-.PHONY: demo test mutants fuzz sanitize emulate emulate-avx512 emulate-arm64 imitate gpu wheel docs lint bench base clean
+.PHONY: demo test mutants fuzz soak sanitize emulate emulate-avx512 emulate-arm64 imitate gpu wheel docs lint bench base clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m fastlora demo --output demo
@@ -40,6 +41,9 @@ mutants: $(VENV)/test-ready
 
 fuzz: $(VENV)/test-ready
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py
+
+soak: $(VENV)/test-ready
+	SOAK=600 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_serving_bank.py -k under_a_mixture
 
 # Beside the checkout's own package, never in its place. The sanitizers' library must be loaded before Python, and libstdc++ with it, which it
 # looks into as it starts. Python itself leaks by design.

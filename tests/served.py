@@ -7,7 +7,7 @@ import random
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -140,8 +140,19 @@ def begin(port: int, body: dict[str, Any]) -> socket.socket:
     return one
 
 
-def mixture(port: int, names: Sequence[str], seconds: float) -> list[Any]:
-    """What went wrong while a dozen clients asked for answers of these models that are known from before, gave up, and sent what is no request."""
+def mixture(
+    port: int,
+    names: Sequence[str],
+    seconds: float,
+    versions: Sequence[Callable[[], object]] = (lambda: None,),
+    then: Callable[[], object] = lambda: None,
+    damaged: Sequence[str] = (),
+) -> list[Any]:
+    """What went wrong while a dozen clients asked for answers of these models that are known from before, gave up, and sent what is no request.
+
+    versions: what makes the models be of each of their versions; an answer is right that is one of theirs. then: called when these are
+    known, before the clients begin. damaged: names whose files are no good.
+    """
     draw, wrong = random.Random(1), list[Any]()
     options: list[Any] = [
         {
@@ -155,13 +166,18 @@ def mixture(port: int, names: Sequence[str], seconds: float) -> list[Any]:
         for _ in range(30)
     ]
 
-    def ask(client: openai.OpenAI, mine: random.Random, alone: Sequence[str]) -> None:
+    refused: list[tuple[dict[str, Any], int]] = [
+        *(({"n": 3}, 422), ({"prompt": ""}, 422), ({"model": "yellow"}, 404), ({"max_tokens": 10_000}, 413)),
+        *(({"model": name}, 500) for name in damaged),
+    ]
+
+    def ask(client: openai.OpenAI, mine: random.Random, alone: Sequence[Sequence[str]]) -> None:
         i = mine.randrange(len(options))
         match mine.randrange(5):
             case 0:
-                bad = mine.choice(({"n": 3}, {"prompt": ""}, {"model": "yellow"}, {"max_tokens": 10_000}))
+                bad, expected = mine.choice(refused)
                 status = call(port, "/v1/completions", {**options[i], **bad})[0]
-                if status not in (404, 413, 422):
+                if status not in (expected, 429):  # a queue may be full
                     wrong.append((bad, status))
                 return
             case 1:
@@ -172,10 +188,10 @@ def mixture(port: int, names: Sequence[str], seconds: float) -> list[Any]:
                 text = "".join(part.choices[0].text for part in parts)
             case _:
                 text = client.completions.create(**options[i]).choices[0].text
-        if text != alone[i]:
-            wrong.append((options[i], text, alone[i]))
+        if text not in [version[i] for version in alone]:
+            wrong.append((options[i], text, [version[i] for version in alone]))
 
-    def keep_asking(client: openai.OpenAI, seed: int, alone: Sequence[str], until: float) -> None:
+    def keep_asking(client: openai.OpenAI, seed: int, alone: Sequence[Sequence[str]], until: float) -> None:
         mine = random.Random(seed)
         while time.monotonic() < until:
             try:
@@ -186,7 +202,11 @@ def mixture(port: int, names: Sequence[str], seconds: float) -> list[Any]:
                 wrong.append(error)
 
     with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=60) as client:
-        alone = [client.completions.create(**one).choices[0].text for one in options]
+        alone = []
+        for begin_version in versions:
+            begin_version()
+            alone.append([client.completions.create(**one).choices[0].text for one in options])
+        then()
         until = time.monotonic() + seconds
         threads = [threading.Thread(target=keep_asking, args=(client, seed, alone, until)) for seed in range(12)]
         for thread in threads:

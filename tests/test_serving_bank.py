@@ -185,6 +185,14 @@ def test_one_that_finds_no_room_is_not_passed_for_ever(folder: Path, sizes: dict
     assert place < len(ended) - MOST_PASSED, "many reds are left"
 
 
+def negated(adapter: Path, to: Path) -> Path:
+    """A copy whose update is the opposite."""
+    shutil.copytree(adapter, to)
+    file = to / "adapter_model.safetensors"
+    save_file({name: value * (-1 if "lora_B" in name else 1) for name, value in load_file(file).items()}, file)
+    return to
+
+
 def wait_until(is_so: Any) -> None:
     for _ in range(600):
         if is_so():
@@ -217,26 +225,28 @@ def test_nobody_else_waits_for_a_file(engine: Engine, monkeypatch: pytest.Monkey
 def test_adapters_come_and_go_and_are_swapped_under_a_mixture(
     folder: Path, sizes: dict[str, int], tmp_path: Path
 ) -> None:
-    """SOAK: seconds of it. No answer is lost, or another adapter's; a swap is to a copy, so that answers stay what they were."""
-    shutil.copytree(folder / "adapters" / "red", tmp_path / "red")
+    """SOAK: seconds of it. No answer is lost, or another adapter's, or of two versions of one."""
+    sources = folder / "adapters" / "red", negated(folder / "adapters" / "red", tmp_path / "red")
     engine = served.load(folder, max_adapter_bytes=sizes["blue"] + sizes["green"], max_rows=6, max_length=200)
     bank, ended = bank_of(engine), threading.Event()
     swaps: list[Any] = []
 
     def swap() -> None:
-        for source in itertools.cycle((tmp_path, folder / "adapters")):
-            swaps.append(bank.swap("adapter-3", source / "red"))
+        for source in itertools.cycle(sources):
             if ended.wait(0.3):
                 return
+            swaps.append(bank.swap("adapter-3", source))
 
+    swapping = threading.Thread(target=swap)
+    versions = [lambda source=one: bank.swap("adapter-3", source).result(60) for one in sources]
+    names, seconds = [served.BASE, *served.RANKS], float(os.environ.get("SOAK", 4))
     with served.listening(engine) as port:
-        swapping = threading.Thread(target=swap)
-        swapping.start()
         try:
-            wrong = served.mixture(port, [served.BASE, *served.RANKS], seconds=float(os.environ.get("SOAK", 4)))
+            wrong = served.mixture(port, names, seconds, versions, swapping.start, damaged=["cut"])
         finally:
             ended.set()
-            swapping.join()
+            if swapping.ident is not None:
+                swapping.join()
     assert wrong == []
     assert bank.stats.evictions > 0 and bank.stats.swaps > 0 and bank.stats.pinned == 0
     assert engine.load == (0, 0)
@@ -244,9 +254,7 @@ def test_adapters_come_and_go_and_are_swapped_under_a_mixture(
 
 def test_an_answer_is_of_one_version_of_its_adapter(folder: Path, tmp_path: Path) -> None:
     """A swap waits for those who have begun with the old weights, and who comes after it waits for the swap."""
-    other = shutil.copytree(folder / "adapters" / "red", tmp_path / "red")
-    file = other / "adapter_model.safetensors"
-    save_file({name: value * (-1 if "lora_B" in name else 1) for name, value in load_file(file).items()}, file)
+    other = negated(folder / "adapters" / "red", tmp_path / "red")
     asked = [Request([5, 6 + i], "red", 40) for i in range(6)]
     with served.running(served.load(folder, max_adapter_bytes=1 << 30, max_rows=4, max_length=64)) as engine:
         bank, versions = bank_of(engine), []
