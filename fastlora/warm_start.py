@@ -22,7 +22,13 @@ METHOD_OF: Mapping[str, Method] = {
     "CARTRIDGE": "cartridge",
 }
 """Our name of each of PEFT's methods; method peft takes them all, and those that have none."""
-BEGINNINGS = ("prompt_tuning_init", "prompt_tuning_init_text", "prefix_projection", "encoder_hidden_size")
+BEGINNINGS = (
+    "init_lora_weights",
+    "prompt_tuning_init",
+    "prompt_tuning_init_text",
+    "prefix_projection",
+    "encoder_hidden_size",
+)
 """What makes a prompt's first values: of no use where they are there."""
 
 

@@ -149,7 +149,7 @@ def test_a_folder_that_holds_none_is_told(config, first, base, tmp_path):
     with pytest.raises(ValueError, match="^init_adapter=.*broken: adapter_model.safetensors: no safetensors file"):
         train(second(config, broken, "lora"), progress=False)
     (broken / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match="^init_adapter=.*broken: adapter_config.json: peft_type: expected one of"):
+    with pytest.raises(ValueError, match="^init_adapter=.*broken: adapter_config.json: peft_type: expected 'LORA'"):
         train(second(config, broken, "lora"), progress=False)
 
 
