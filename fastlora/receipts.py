@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from fastlora.peft import silent
 from fastlora.typed import listed
 
 BLOCK = 1 << 22  # elements of a weight that are looked at once: a copy in float64 is large
@@ -137,11 +138,13 @@ _sources: "weakref.WeakKeyDictionary[nn.Module, dict[str, Source]]" = weakref.We
 
 def note(model: nn.Module, adapter_name: str, source: Source | None) -> None:
     """Remember from which files an adapter came; None: it has gone."""
-    sources = _sources.setdefault(model, {})
+    sources, judged = _sources.setdefault(model, {}), silent.judged.setdefault(model, set())
     if source is None:
         sources.pop(adapter_name, None)
+        judged.discard(adapter_name)
     else:
         sources[adapter_name] = source
+        judged.add(adapter_name)
 
 
 def file_hash(file: Path) -> str:
@@ -178,23 +181,6 @@ def receipt(model: nn.Module, folders: Mapping[str, str | Path] | None = None) -
         type(wrapped.get_base_model() if hasattr(wrapped, "get_base_model") else wrapped).__name__,
         tuple(_of_adapter(model, name, config, sources.get(name), weights) for name, config in configs.items()),
     )
-
-
-def silent_adapters(model: nn.Module) -> list[str]:
-    """LoRA adapters that PEFT has loaded for inference, and whose every B is zero: a fresh one's, or a file's whose keys matched nothing."""
-    configs: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
-    return [name for name, config in configs.items() if config.inference_mode and _is_silent(model, name, config)]
-
-
-def _is_silent(model: nn.Module, adapter: str, config: Any) -> bool:
-    from peft.tuners.lora import LoraLayer
-
-    more = ("modules_to_save", "trainable_token_indices", "use_dora", "lora_bias")
-    if str(getattr(config.peft_type, "value", "")) != "LORA" or any(getattr(config, one, None) for one in more):
-        return False
-    layers: list[Any] = [one for one in model.modules() if isinstance(one, LoraLayer) and adapter in one.r]
-    held = [one.lora_B[adapter].weight if adapter in one.lora_B else one.lora_embedding_B[adapter] for one in layers]
-    return bool(layers) and not any(one.is_meta or bool(one.any()) for one in held)
 
 
 def _look(model: Any, name: str, folder: Path) -> Source:

@@ -34,7 +34,8 @@ WRONG = {
 def test_every_option_is_held_to_its_type(name):
     """From the annotations themselves: an option that is added later is checked, too."""
     hint = TrainConfig.__annotations__[name]
-    choice = next(iter(get_args(hint)), None) if get_origin(hint) is Literal else "a"
+    choices = [get_args(one) for one in (hint, *get_args(hint)) if get_origin(one) is Literal]  # or None, it may be
+    choice = choices[0][0] if choices else "a"
     right = {int: 1, float: 1.5, bool: True, str: choice, list: [1], dict: {"text": "a"}}
     kinds = [kind for kind in WRONG if fits(right[kind], hint)]
     assert kinds, f"{name} takes none of the types that this test knows"

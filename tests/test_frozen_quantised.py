@@ -132,7 +132,7 @@ def test_what_runs_the_layers_own_forward_is_told(folder):
     expected = layer(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(x)
-    assert reason().startswith("its own forward: autocast is on, and the weight quantised")
+    assert reason().startswith("its own forward: autocast is on, the weight quantised, and x float32")
     with pytest.raises((RuntimeError, ValueError)):
         layer(torch.randn(3, layer.in_features + 64))
     assert torch.allclose(torch.func.vmap(layer)(x), expected, rtol=1e-4, atol=1e-5)
@@ -158,6 +158,6 @@ def test_ia3s_layers_say_what_stands_in_the_way(folder):
     x = torch.randn(3, layer.base_layer.in_features)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         layer(x)
-    assert scaled.describe(layer)[1] == "PEFT's own forward: autocast is on, and the weight quantised"
+    assert scaled.describe(layer)[1] == "PEFT's own forward: autocast is on, the weight quantised, and x float32"
     assert obstacles.plan_of_base(layer).weight.title == "NF4"
     assert ATTENDED.shape == IDS.shape

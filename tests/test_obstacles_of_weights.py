@@ -108,7 +108,9 @@ def test_a_quantised_weight_follows_x_and_not_autocast(monkeypatch: pytest.Monke
         plan = plan_of(layer, ROWS.to(dtype))
         assert isinstance(plan, Plan) and plan.weight is found.weight(dtype)
     with torch.autocast("cpu", torch.bfloat16):
-        assert plan_of(layer) == "autocast is on, and the weight quantised"
+        assert plan_of(layer) == "autocast is on, the weight quantised, and x float32"
+        plan = plan_of(layer, ROWS.to(torch.bfloat16))
+        assert isinstance(plan, Plan) and plan.weight is found.weight(torch.bfloat16)
 
 
 def test_pefts_layers_over_quantised_bases_are_known_by_name() -> None:

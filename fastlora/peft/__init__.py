@@ -51,7 +51,7 @@ from fastlora.peft.layers import (
 from fastlora.peft.merging import merged
 from fastlora.peft.prompts import ensemble
 from fastlora.peft.reporting import LayerReport, Report, report
-from fastlora.receipts import silent_adapters
+from fastlora.peft.silent import silent_adapters
 from fastlora.swap import become, is_derived
 
 __all__ = [
