@@ -11,7 +11,7 @@ MORE = ("modules_to_save", "trainable_token_indices", "use_dora", "lora_bias")
 """Of a config: what an adapter may change beside A and B."""
 
 judged: "weakref.WeakKeyDictionary[nn.Module, set[str]]" = weakref.WeakKeyDictionary()
-"""By model, the adapters whose loader has refused, or was told to take, what changes nothing; outside of it, as no copy or pickle should have them."""
+"""By model, the adapters whose loader refuses what changes nothing, or was told to take it; kept beside it, so that no copy or pickle has them."""
 
 
 def silent_adapters(model: nn.Module) -> list[str]:
