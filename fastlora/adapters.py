@@ -440,8 +440,15 @@ def _check_patterns(adapter: Adapter, model: nn.Module) -> None:
 
 
 def without_memory(model: nn.Module) -> nn.Module:
-    """A copy on the meta device."""
+    """A copy on the meta device, in which quantised linear layers are plain ones: their libraries know little of it, and adapters are as large."""
     memo: dict[int, Any] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if isinstance(module, nn.Linear) and weight is not None and type(weight) is not nn.Parameter:
+            dtype = weight.dtype if weight.is_floating_point() else None
+            has_bias = module.bias is not None
+            plain = nn.Linear(module.in_features, module.out_features, has_bias, device="meta", dtype=dtype)
+            memo[id(module)] = plain.requires_grad_(False).train(module.training)
     for tensor in chain(model.parameters(), model.buffers()):
         if is_traceable_wrapper_subclass(tensor):  # torchao's, which know no meta device
             empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
@@ -449,9 +456,6 @@ def without_memory(model: nn.Module) -> nn.Module:
             empty = torch.empty_like(tensor, device="meta")
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, tensor.requires_grad)
-            if issubclass(type(tensor), nn.Parameter):  # PEFT asks bitsandbytes' of how they were quantised
-                empty = torch.Tensor._make_subclass(type(tensor), empty.detach(), tensor.requires_grad)
-                vars(empty).update(vars(tensor))
         memo[id(tensor)] = empty
     return copy.deepcopy(model, memo)
 

@@ -61,10 +61,7 @@ RANKED: tuple[Method, ...] = ("lora", "dora")
 PROMPTS: tuple[Method, ...] = ("prompt", "prefix", "ptuning", "cartridge")
 WHOLE: tuple[Method, ...] = ("bitfit", "full")
 """What is saved as a model, not as an adapter: PEFT has no file for biases alone."""
-UNQUANTISED: dict[Method, str] = {
-    **dict.fromkeys(WHOLE, "it trains parameters of the base, and saves it as a model"),
-    "dora": "its norms are those of the base's own weights",
-}
+UNQUANTISED: dict[Method, str] = dict.fromkeys(WHOLE, "it trains parameters of the base, and saves it as a model")
 """Why not."""
 OPTIONS_OF: dict[str, tuple[Method, ...]] = {
     **dict.fromkeys(

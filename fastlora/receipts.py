@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from fastlora.peft import silent
+from fastlora.peft import quantised, silent
 from fastlora.typed import listed
 
 BLOCK = 1 << 22  # elements of a weight that are looked at once: a copy in float64 is large
@@ -270,7 +270,8 @@ def _of_lora(name: str, layer: Any, adapter: str, weights: "_Norms") -> LayerRec
     scale, matrices = layer.scaling[adapter], _matrices(layer, a, b)
     norm: float = abs(scale) * sum(_square_of_product(*one) for one in matrices) ** 0.5
     changes = norm != 0 or (bias is not None and bool(bias.any()))
-    weight: Any = layer.get_param() if hasattr(layer, "get_param") else getattr(layer.get_base_layer(), "weight", None)
+    own: Any = layer.get_param() if hasattr(layer, "get_param") else getattr(layer.get_base_layer(), "weight", None)
+    weight = own if hasattr(layer, "get_param") else _dequantised(layer)
     obstacle = _obstacle(weight)
     parts = None if obstacle else _parts(layer, weight, matrices, embedded)
     if parts is None:
@@ -288,11 +289,12 @@ def _of_lora(name: str, layer: Any, adapter: str, weights: "_Norms") -> LayerRec
         magnitude = layer.lora_magnitude_vector[adapter].weight.flatten()
         norm, error = _walk(parts, functools.partial(_with_magnitudes, magnitude), scale)
         # Magnitudes begin as W's norms, rounded: that is no change.
-        short = any(one.dtype.itemsize == 2 for one in (magnitude, weight))
-        changes = changes or norm > (1e-2 if short else 1e-5) * weights.of(weight)
-    elif norm and weight.dtype.itemsize == 2:
+        short = weight is not own or any(one.dtype.itemsize == 2 for one in (magnitude, weight))
+        changes = changes or norm > (1e-2 if short else 1e-5) * weights.of(own, weight)
+    elif norm and own.dtype.itemsize == 2:
         error = _walk(parts, lambda start, rows, update: rows + update, scale)[1]
-    return told(changes, norm, weights.of(weight), error if weight.dtype.itemsize == 2 else None, "; ".join(notes))
+    rounds = weight is own and own.dtype.itemsize == 2  # what is merged into a quantised weight is quantised anew
+    return told(changes, norm, weights.of(own, weight), error if rounds else None, "; ".join(notes))
 
 
 def _norms_of(layer: Any, adapter: str) -> tuple[nn.Module, nn.Module]:
@@ -373,7 +375,8 @@ def _with_magnitudes(magnitude: Tensor, start: int, rows: Tensor, update: Tensor
 def _of_ia3(name: str, layer: Any, adapter: str, weights: "_Norms") -> LayerReceipt:
     factors: Tensor = layer.ia3_l[adapter]
     told = functools.partial(LayerReceipt, name, "IA3", None, _dtypes([factors]), bool((factors != 1).any()))
-    weight: Any = getattr(layer.get_base_layer(), "weight", None)
+    own: Any = getattr(layer.get_base_layer(), "weight", None)
+    weight = _dequantised(layer)
     obstacle = _obstacle(weight)
     if not obstacle and layer.merged_adapters:
         obstacle = f"not measured: merged, W holds the factors of {listed(list(layer.merged_adapters))}"
@@ -389,7 +392,7 @@ def _of_ia3(name: str, layer: Any, adapter: str, weights: "_Norms") -> LayerRece
 
     nothing = matrix.new_zeros(0, matrix.shape[1]), matrix.new_zeros(matrix.shape[0], 0)
     norm, error = _walk([Part(matrix, *nothing)], scaled, 1.0)
-    return told(norm, weights.of(weight), error if weight.dtype.itemsize == 2 else None)
+    return told(norm, weights.of(own, weight), error if weight is own and own.dtype.itemsize == 2 else None)
 
 
 def _of_copy(name: str, method: str, original: nn.Module, own: nn.Module) -> LayerReceipt:
@@ -416,6 +419,13 @@ def _of_tokens(name: str, layer: Any, adapter: str, weights: "_Norms") -> LayerR
     before = layer.trainable_tokens_original[adapter] if merged else weight[tokens]
     norm = _square(rows, before) ** 0.5
     return told(norm != 0, norm, weights.of(weight), note=f"{len(tokens)} tokens{', merged' if merged else ''}")
+
+
+def _dequantised(layer: Any) -> Any:
+    """The weight of the layer's base; a copy in memory of a quantised one, where its elements can be read on a CPU."""
+    base = layer.get_base_layer()
+    found = quantised.base_of(base)
+    return found.weight() + 0 if isinstance(found, quantised.Base) else getattr(base, "weight", None)
 
 
 def _obstacle(weight: Any) -> str | None:
@@ -453,10 +463,11 @@ class _Norms:
     def __init__(self) -> None:
         self._found: dict[int, float] = {}
 
-    def of(self, weight: Tensor) -> float:
-        if id(weight) not in self._found:
-            self._found[id(weight)] = _square(weight) ** 0.5
-        return self._found[id(weight)]
+    def of(self, own: Tensor, weight: Tensor | None = None) -> float:
+        """weight: what is measured in its place, of a quantised one."""
+        if id(own) not in self._found:
+            self._found[id(own)] = _square(own if weight is None else weight) ** 0.5
+        return self._found[id(own)]
 
 
 def _name(dtype: torch.dtype) -> str:

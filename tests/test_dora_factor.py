@@ -3,13 +3,16 @@
 from typing import Any
 
 import pytest
+import quantised_weights
 import torch
 from bounds import assert_within_bound_over_inputs, dense, double, gapped, transposed
 from torch import Tensor
 
 from fastlora import ops, reference
+from fastlora.frozen import quantised
 from fastlora.functional import dora_factor
 from fastlora.operators import dora_factor as operator
+from fastlora.ops import Choice
 
 SCALE = 1.5
 Case = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -88,6 +91,29 @@ def test_an_adapter_that_takes_away_what_the_weight_has(chosen):
     found = dora_factor(magnitude, weight, lora_a, lora_b, SCALE)
     exact = eager(*(one.double() for one in (magnitude, weight, lora_a, lora_b)))
     assert torch.allclose(found.double(), exact, rtol=1e-3)
+
+
+@pytest.mark.parametrize("panel", [2**21, 64 * 72])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", quantised_weights.KINDS)
+def test_bound_of_a_quantised_weight(chosen, monkeypatch, kind, compute, panel):
+    """Of what the product multiplies by; in panels of 64 rows as in one."""
+    monkeypatch.setattr(quantised, "PANEL", panel)
+
+    def bound():
+        magnitude, _, lora_a, lora_b = draw(150, 72, 5, torch.float32)
+        weight = quantised_weights.weight(kind, 150, 72, torch.float32, compute)
+        whole = quantised_weights.dense(weight)
+        given = magnitude, whole, lora_a, lora_b
+        found = operator.apply(magnitude.requires_grad_(), weight, lora_a, lora_b, SCALE)
+        assert found.dtype == torch.float32
+        return {"factor": (found.detach(), eager(*given).detach(), eager(*map(double, given)).detach())}
+
+    assert_within_bound_over_inputs(bound)
+    if chosen != "reference":
+        weight = quantised_weights.weight(kind, 150, 72, torch.float32)
+        assert operator.choose(weight) == Choice("panels", f"{kind} dequantised a panel at a time")
+        assert len(quantised.panels(weight, 0)) == (1 if panel > 150 * 72 else 3)
 
 
 def test_gradcheck(chosen):

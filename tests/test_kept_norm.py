@@ -8,12 +8,14 @@ from typing import Any
 
 import peft
 import pytest
+import quantised_weights
 import torch
 from bounds import gapped
 from torch import Tensor, nn
 
 import fastlora
 from fastlora import ops
+from fastlora.frozen.quantised import QuantisedWeight
 from fastlora.operators import dora_factor
 from fastlora.peft import known
 
@@ -169,6 +171,32 @@ def test_what_is_kept_goes_with_what_the_layer_knows() -> None:
     known.forget(layer)
     gc.collect()
     assert norm() is None
+
+
+@pytest.mark.parametrize("kind", quantised_weights.KINDS)
+def test_of_a_quantised_weight_they_are_kept_until_it_is_written_to(kind: str, computed: list[int]) -> None:
+    """Past any count, in its elements or in any of their factors; and each dtype of x has its own, as W is rounded to it."""
+    stored = quantised_weights.stored(kind, N, K)
+    weight, wide = (QuantisedWeight(stored, kind, dtype, dtype) for dtype in (torch.bfloat16, torch.float32))
+    given = torch.rand(N), weight, torch.randn(3, K), torch.randn(N, 3), 0.5
+    kept = dora_factor.KeptNorm()
+
+    @torch.no_grad()
+    def factor(of: Any = given) -> Tensor:
+        return dora_factor.apply_kept(kept, *of)
+
+    def expected() -> Tensor:
+        return dora_factor.run(*given)[0]
+
+    first = factor()
+    assert torch.equal(factor(), first) and torch.equal(first, expected()) and len(computed) == 1
+    assert not torch.equal(factor((given[0], wide, *given[2:])), first) and len(computed) == 2
+    factor()
+    for part in (one for one in stored if isinstance(one, Tensor)):
+        before, count = factor(), len(computed)
+        part.data.add_(1)
+        assert torch.equal(factor(), expected()) and len(computed) == count + 1
+        assert not torch.equal(expected(), before)
 
 
 @pytest.mark.parametrize("without", ["the extension", "float32 or less"])

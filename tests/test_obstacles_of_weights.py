@@ -132,12 +132,13 @@ def test_a_layer_of_another_class_is_probed_before_it_is_swapped(monkeypatch: py
     assert obstacles.swap_obstacle(layer) == "the base layer is a Own" and probed == [layer.base_layer]
 
 
-def test_a_dora_over_a_quantised_weight_is_pefts_and_a_plain_one_is_not() -> None:
+def test_a_dora_over_a_quantised_weight_is_taken_as_a_plain_one_is() -> None:
     plan = plan_of_base(make_layer())
     assert isinstance(plan, Plan)
     plan = plan._replace(weight=a_base().weight())
-    assert obstacles.add_adapter(plan, make_dora(), "default") == "adapter 'default' is a DoRA on a quantised weight"
-    assert obstacles.add_adapter(plan, make_layer(), "default") is None and len(plan.lora_a) == 1
+    assert obstacles.add_adapter(plan, make_dora(), "default") is None
+    assert obstacles.add_adapter(plan, make_layer(), "default") is None
+    assert len(plan.lora_a) == 2 and list(plan.magnitude) == list(plan.norm) == [0]
 
 
 def test_plans_with_fewer_tensors_at_the_end_are_others() -> None:

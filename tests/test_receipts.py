@@ -165,16 +165,45 @@ def test_what_cannot_be_measured_says_why():
 @NATIVE
 @EACH_KIND
 @pytest.mark.parametrize("accelerated", [False, True], ids=["plain", "accelerated"])
-def test_over_a_quantised_weight_the_update_has_a_norm_and_no_share(kind, accelerated, folder):
-    model = quantised_models.load(folder, kind)
+@pytest.mark.parametrize("method", ["LoRA", "DoRA", "IA3"])
+def test_over_a_quantised_weight_the_share_is_of_what_it_stands_for(kind, accelerated, method, folder):
+    """And what merging would lose is not known: the library quantises the sum anew."""
+    targets = {"target_modules": r".*proj", "feedforward_modules": r".*down_proj"}
+    config = IA3Config(**targets, init_ia3_weights=False) if method == "IA3" else None
+    model = quantised_models.load(folder, kind, method=config, **({} if config else {"use_dora": method == "DoRA"}))
+    whole = quantised_models.unquantised(model)
     if accelerated:
         fastlora.accelerate(model)
-    (found,) = fastlora.receipt(model).adapters
-    assert len(found.layers) == 14 and not found.changes_nothing and found.change is found.merge_error is None
-    for one in found.layers:
-        assert one.changes and one.norm and one.change is None and "the weight is quantised" in one.note
+    (found,), (expected,) = (fastlora.receipt(one).adapters for one in (model, whole))
+    assert len(found.layers) == 14 and not found.changes_nothing and found.merge_error is None
+    assert found.change == pytest.approx(expected.change, rel=1e-4)
+    for one, other in zip(found.layers, expected.layers, strict=True):
+        assert one.changes and one.merge_error is None and one.norm == pytest.approx(other.norm, rel=1e-4)
+        assert one.change == pytest.approx(other.change, rel=1e-4)
+    if method == "IA3":
+        return
     with pytest.raises(TypeError, match="expected one weight of 16 bits or more"), fastlora.merged(model):
         pass
+
+
+@NATIVE
+@EACH_KIND
+def test_a_fresh_dora_over_a_quantised_weight_changes_nothing(kind, folder):
+    model = quantised_models.load(folder, kind, torch.bfloat16, use_dora=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    layers = [one for one in model.modules() if hasattr(one, "lora_magnitude_vector")]
+    for layer in layers:  # as PEFT begins it where B is zero
+        given = {one: getattr(layer, one)["default"].weight for one in ("lora_A", "lora_B")}
+        given |= {"base_layer": layer.base_layer, "scaling": layer.scaling["default"]}
+        layer.lora_magnitude_vector["default"].update_layer(**given)
+    (found,) = fastlora.receipt(model).adapters
+    assert found.changes_nothing
+    layers[3].lora_magnitude_vector["default"].weight.data.mul_(1.1)
+    (found,) = fastlora.receipt(model).adapters
+    assert [one.changes for one in found.layers].count(True) == 1
 
 
 def test_names_that_match_nothing_are_told():

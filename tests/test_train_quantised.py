@@ -45,6 +45,7 @@ def test_it_trains_by_fused_layers_and_resumes_to_the_same_bits(config, tmp_path
 
 
 METHODS = {
+    "dora": {"r": 4},
     "prompt": {"num_virtual_tokens": 5},
     "prefix": {"num_virtual_tokens": 3},
     "ptuning": {"num_virtual_tokens": 5, "encoder_hidden_size": 16},
@@ -90,7 +91,6 @@ def test_left_to_bitsandbytes_it_trains_as_well(data, tmp_path):
     [
         ("full", "it trains parameters of the base, and saves it as a model"),
         ("bitfit", "it trains parameters of the base, and saves it as a model"),
-        ("dora", "its norms are those of the base's own weights"),
     ],
 )
 @BITS

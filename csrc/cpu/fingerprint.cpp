@@ -80,7 +80,7 @@ uint64_t hash_all(const char* data, int64_t bytes) {
 int64_t fingerprint_cpu(const Tensor& weight, bool whole) {  // [N, K]
   check_cpu(weight, "weight");
   check_shape(weight, "weight", {ANY, ANY});
-  check_dtype(weight, "weight", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+  check_dtype(weight, "weight", {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Byte, ScalarType::Char});
   if (weight.numel() == 0) return 0;
   Matrix matrix{weight.const_data_ptr(), weight.size(0), weight.size(1), weight.stride(0), weight.stride(1)};
   if (matrix.row_stride < matrix.column_stride) {  // a weight and its transpose have one fingerprint
@@ -92,7 +92,11 @@ int64_t fingerprint_cpu(const Tensor& weight, bool whole) {  // [N, K]
     const Tensor all = dense(weight);
     return static_cast<int64_t>(hash_all(static_cast<const char*>(all.const_data_ptr()), all.numel() * all.element_size()));
   }
-  return static_cast<int64_t>(weight.element_size() == 4 ? hash<uint32_t>(matrix) : hash<uint16_t>(matrix));
+  switch (weight.element_size()) {
+    case 4: return static_cast<int64_t>(hash<uint32_t>(matrix));
+    case 2: return static_cast<int64_t>(hash<uint16_t>(matrix));
+    default: return static_cast<int64_t>(hash<uint8_t>(matrix));  // a quantised one
+  }
 }
 
 }  // namespace

@@ -6,6 +6,8 @@ cancellation where an adapter takes away what W has.
 
 A layer that answers one token after the other asks for the same norms each time, and keeps them where it runs without gradients on a CPU. Before each
 use W is looked at as frozen/packed.py looks at a weight that has a copy, and A and B, which are what training writes to, in every element.
+
+Of a quantised W it is the norms of what the product multiplies by, in the dtype that it is computed in: a panel at a time is dequantised.
 """
 
 from typing import Any
@@ -16,6 +18,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from fastlora import checks, ops
 from fastlora.checks import wrong
+from fastlora.frozen import quantised
+from fastlora.frozen.quantised import QuantisedWeight
 from fastlora.gradients import differentiable_once, is_eager
 from fastlora.ops import Choice
 
@@ -27,6 +31,8 @@ def choose(weight: Tensor) -> Choice:
     """Which implementation runs `dora_factor` on a weight like this [N, K]."""
     if ops.forced == "reference":
         return Choice("reference", "FASTLORA_IMPL")
+    if type(weight) is QuantisedWeight:
+        return Choice("panels", f"{weight.title} dequantised a panel at a time")
     if weight.stride(1) == 1 and ops.obstacle_of("dora_factor", "cpu", weight.device, weight.dtype) is None:
         return Choice("cpu", "native C++, a few rows of the weight at a time")
     return Choice("blocks", "a few rows of the weight at a time")
@@ -92,6 +98,7 @@ def apply(magnitude: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, sca
             return compute(magnitude, weight, lora_a, lora_b, scale)[0]
 
 
+SEEN_DTYPES = (*ops.KERNEL_DTYPES, torch.uint8, torch.int8)
 _fingerprint = ops.native("fingerprint_cpu")
 _steps = 0
 
@@ -117,13 +124,17 @@ class KeptNorm:
 
 def _state_of(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float) -> tuple[Any, ...] | None:
     """What shows that one of them was written to; None where nothing would."""
-    tensors = weight, lora_a, lora_b
+    if type(weight) is QuantisedWeight:
+        parts = [one.view(1, -1) for one in weight.stored if isinstance(one, Tensor)]
+    else:
+        parts = [weight]
+    tensors = *parts, lora_a, lora_b
     if _fingerprint is None or not is_eager(*tensors) or any(one.is_inference() for one in tensors):
         return None
-    if any(one.device.type != "cpu" or one.dtype not in ops.KERNEL_DTYPES for one in tensors):
+    if any(one.device.type != "cpu" or one.dtype not in SEEN_DTYPES for one in tensors):
         return None
     seen = *((one.data_ptr(), one._version) for one in tensors), *(_fingerprint(one, True) for one in (lora_a, lora_b))
-    return _steps, ops.forced, scale, seen, _fingerprint(weight)
+    return _steps, ops.forced, scale, weight.dtype, seen, tuple(map(_fingerprint, parts))
 
 
 def apply_kept(
@@ -188,6 +199,15 @@ def _in_blocks(
     return magnitude.to(wide) / norm, norm
 
 
+def _in_panels(magnitude: Tensor, weight: Any, lora_a: Tensor, lora_b: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(weight.compute, torch.float32)
+    norm = magnitude.new_empty(weight.shape[0], dtype=wide)
+    for first, count in quantised.panels(weight, 0):
+        rows, panel = slice(first, first + count), weight.panel(first, count, 0, weight.shape[1])
+        norm[rows] = run(magnitude[rows], panel, lora_a, lora_b[rows], scale)[1]
+    return magnitude.to(wide) / norm, norm
+
+
 _norm = ops.native("dora_norm_cpu")
 
 
@@ -199,5 +219,6 @@ def _by_native_code(
 
 
 ops.implement("dora_factor", "blocks", _in_blocks)
+ops.implement("dora_factor", "panels", _in_panels)
 if _norm is not None:
     ops.implement("dora_factor", "cpu", _by_native_code)

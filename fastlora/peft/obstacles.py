@@ -155,8 +155,6 @@ def add_adapter(plan: Plan, layer: Any, adapter: str) -> str | None:
     variant = layer.lora_variant.get(adapter)
     if variant is not None and type(variant) is not DoraLinearVariant:
         return f"adapter {adapter!r} is a {type(variant).__name__.removesuffix('LinearVariant')} variant"
-    if variant is not None and type(plan.weight) is QuantisedWeight:
-        return f"adapter {adapter!r} is a DoRA on a quantised weight"
     lora_a, lora_b, dropout = adapter_of(layer, adapter)
     if type(lora_a) is not nn.Linear or type(lora_b) is not nn.Linear or type(dropout) not in (nn.Dropout, nn.Identity):
         return (

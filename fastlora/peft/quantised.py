@@ -154,7 +154,7 @@ def _look_at_int8(layer: Any, weight: Any) -> Source | str:
     state = layer.state
     if state.has_fp16_weights:
         return "bitsandbytes quantises the weight in every call"
-    elements, factor = (weight.CB, weight.SCB) if weight.CB is not None else (state.CB, state.SCB)
+    elements, factor = _int8_of(layer)
     if elements is None or factor is None:
         return "the weight has not been quantised yet"
     if not layer.training and (ops.forced == "reference" or not quantised.is_native()):
@@ -162,9 +162,15 @@ def _look_at_int8(layer: Any, weight: Any) -> Source | str:
     return Source((factor,), (elements.data_ptr(), factor._version, layer.training))
 
 
+def _int8_of(layer: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The elements and the factors. PEFT's own forward of a DoRA moves the weight within the CPU, and the weight loses its factors thereby."""
+    weight, state = layer.weight, layer.state
+    return (state.CB if weight.CB is None else weight.CB), (state.SCB if weight.SCB is None else weight.SCB)
+
+
 def _read_int8(layer: Any, weight: Any, source: Source) -> Base:
     (factor,) = source.objects
-    elements = weight.CB if weight.CB is not None else layer.state.CB
+    elements: Any = _int8_of(layer)[0]
     stored = _by_row(_plain(elements), _plain(factor) * (1.0 / 127.0), layer)
     return Base(source, stored, "int8", None, None if layer.training else partial(_multiply_int8, weakref.ref(layer)))
 
@@ -182,6 +188,7 @@ def _multiply_int8(layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:  # [M,
     base = layer()
     base.state.is_training = False
     if base.weight.CB is not None:
+        base.weight.CB, base.weight.SCB = _int8_of(base)
         base.init_8bit_state()
     return bitsandbytes.matmul(x, base.weight, bias=None if bias is None else bias.to(x.dtype), state=base.state)
 
