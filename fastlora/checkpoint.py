@@ -49,6 +49,7 @@ class Training:
     config: dict[str, Any]  # TrainConfig's
     data: str  # SHA-256 of the token rows
     held_out: str  # SHA-256 of those that are measured on
+    peft_config: str  # SHA-256 of the file of that name; of nothing where there is none
     validations: int  # how many were done
     processes: int
     threads: int
@@ -61,7 +62,7 @@ class Training:
                 raise ValueError(f"{name}={shown(getattr(self, name))}: expected 1 to {MOST}")
         if not 0 <= self.validations <= self.step + 1:  # one a step, and one before the first
             raise ValueError(f"validations={shown(self.validations)}: expected 0 to {self.step + 1}")
-        for name in ("data", "held_out"):
+        for name in ("data", "held_out", "peft_config"):
             if not re.fullmatch("[0-9a-f]{64}", getattr(self, name)):
                 raise ValueError(f"{name}={shown(getattr(self, name))}: expected 64 hexadecimal digits")
 

@@ -323,6 +323,8 @@ class TrainConfig:
             self.model = str(Path(self.model).resolve())  # the adapter's files name it
         if self.init_adapter is not None:
             self.init_adapter = str(Path(self.init_adapter).resolve())  # a resumed run may begin in another folder
+        if self.peft_config is not None:
+            self.peft_config = str(Path(self.peft_config).resolve())
 
     @property
     def files(self) -> list[str]:
@@ -335,7 +337,7 @@ class TrainConfig:
             raise ValueError(f"{given}: expected data or mixture, and not both")
         if self.data is not None:
             check_reading(self.data, self.columns, self.max_samples, self.streaming)
-            check_asking(self.data, self.columns, self.max_samples, self.streaming)
+            check_asking(self.data, self.columns)
         elif self.columns is not None or self.max_samples is not None or self.streaming:
             given = next(name for name in ("columns", "max_samples", "streaming") if getattr(self, name))
             raise ValueError(f"{given}={shown(getattr(self, given))}: expected none beside mixture, whose tasks say it")

@@ -72,6 +72,9 @@ class LanguageModelLoss:
 
     Compile a model's layers, not the whole model: its forward must stay Python's, so that the head can be told its rows.
 
+    In training mode a mixture of experts whose config has output_router_logits adds its routers' loss (Fedus et al. 2021, Switch Transformers,
+    section 2.2), times router_aux_loss_coef and once a labelled token, as the model adds it to its own mean.
+
     Args:
         model: what is called; DistributedDataParallel may stand around it.
 
@@ -111,8 +114,12 @@ class LanguageModelLoss:
             batch: as of the sum.
 
         Raises:
-            ValueError: the head has an adapter, or is trained.
+            ValueError: the head has an adapter, or is trained; the routers' loss is wanted, which is no token's.
         """
+        if router_loss_coefficient(self._inner):
+            raise ValueError(
+                "model: its config has output_router_logits, whose loss is no single row's: expected false"
+            )
         return self._compute(batch, cross_entropy_by_row, _head_cross_entropy_by_row)
 
     def choose(self, batch: Mapping[str, Tensor]) -> None:
@@ -146,12 +153,21 @@ class LanguageModelLoss:
         real = packing.real_tokens(self._inner, inputs) if self.packs else None
         if real is not None and not bool((counted & ~real).any()):
             inputs, counted = packing.pack(inputs, real), counted[real][None]
+        out: list[Any] = []
+
+        def model(**given: Any) -> Any:
+            out.append(self.model(**given))
+            return out[0]
+
         if self.path == ALL:
-            return of_logits(_own_logits(self.model, inputs, counted), labels)
-        rows = _rows_of(self.model, head, inputs, counted, without_head=self.path == FUSED)
-        if self.path == FUSED:
-            return of_head(head, rows, labels)
-        return of_logits(rows, labels)
+            loss = of_logits(_own_logits(model, inputs, counted), labels)
+        else:
+            rows = _rows_of(model, head, inputs, counted, without_head=self.path == FUSED)
+            loss = of_head(head, rows, labels) if self.path == FUSED else of_logits(rows, labels)
+        of_routers, coefficient = getattr(out[0], "aux_loss", None), router_loss_coefficient(self._inner)
+        if of_routers is None or not coefficient or not self._inner.training:
+            return loss
+        return loss + coefficient * len(labels) * of_routers.to(loss)
 
     def _inputs(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Any], Tensor, Tensor]:
         """What the model is called with; the positions that count, bool [B, T]; their labels [n]."""
@@ -180,6 +196,13 @@ class LanguageModelLoss:
                 self.packs = packing.is_exact(lambda **given: self._inner(**given).logits, own.shape[1])
             path, reason = choose_path(head, own, functools.partial(_rows_of, self._inner, head, probe, counted))
             return (LABELLED, before) if path == FUSED and before is not None else (path, reason)
+
+
+def router_loss_coefficient(model: Any) -> float:
+    """What a model's routers' loss is multiplied by before it is added to the tokens'; 0 where the model has none, or its config wants none of it."""
+    config = model.config.get_text_config()
+    wanted = getattr(config, "output_router_logits", False) is True
+    return float(getattr(config, "router_aux_loss_coef", 0.0)) if wanted else 0.0
 
 
 def _own_logits(model: Any, inputs: Mapping[str, Any], counted: Tensor) -> Tensor:

@@ -69,13 +69,15 @@ KINDS: dict[str, Kind] = {
 def build(config: TrainConfig, model: Any, trained: Iterable[Tensor]) -> Any:
     """The optimiser of the trained weights; under LoRA+ (Hayou et al. 2024) B's rate is a multiple of A's, in PEFT's groups.
 
+    Norms and biases do not decay, as in transformers' Trainer.
+
     Args:
         model: whose weights they are.
     """
     kind, lr = KINDS[config.optim], config.lr or 0.0
     options = kind.options(config)
     if config.loraplus_lr_ratio is None:
-        return kind.of()(list(trained), lr=lr, weight_decay=config.weight_decay, **options)
+        return kind.of()(_groups(model, list(trained), config.weight_decay), lr=lr, **options)
     from peft.optimizers import create_loraplus_optimizer
 
     return create_loraplus_optimizer(
@@ -87,6 +89,22 @@ def build(config: TrainConfig, model: Any, trained: Iterable[Tensor]) -> Any:
         loraplus_weight_decay=config.weight_decay,
         **options,
     )
+
+
+UNDECAYED = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
+"""In the names, in small letters, of what transformers' Trainer keeps from decaying, beside torch's LayerNorms."""
+
+
+def _groups(model: Any, trained: list[Tensor], weight_decay: float) -> list[dict[str, Any]]:
+    from transformers.trainer_pt_utils import get_parameter_names
+
+    if not weight_decay:
+        return [{"params": trained, "weight_decay": 0.0}]
+    names = {*get_parameter_names(model, [torch.nn.LayerNorm], [*UNDECAYED])}
+    decayed = {id(weight) for name, weight in model.named_parameters(remove_duplicate=False) if name in names}
+    parts = [(weight_decay, [one for one in trained if id(one) in decayed])]
+    parts.append((0.0, [one for one in trained if id(one) not in decayed]))
+    return [{"params": weights, "weight_decay": decay} for decay, weights in parts if weights]
 
 
 def scheduler(config: TrainConfig, optimizer: torch.optim.Optimizer, steps: int) -> Any:

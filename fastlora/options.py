@@ -207,6 +207,6 @@ def write(output: Path, config: Any) -> None:
 def _plain(value: Any, is_path: bool) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(one, is_path) for one in value]
-    if isinstance(value, Path) or (is_path and isinstance(value, str) and not value.startswith(HUB)):
-        return os.path.abspath(value)
+    if isinstance(value, Path) or (is_path and isinstance(value, str)):
+        return str(value) if str(value).startswith(HUB) else os.path.abspath(value)
     return value

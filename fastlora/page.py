@@ -84,7 +84,7 @@ def html(
         _losses(records),
         *_tasks(records),
         *_validation(validations),
-        *_samples(samples),
+        *_samples(samples, (summary.get("validation") or {}).get("step")),
         "<h2>What ran in each layer</h2>",
         *_layers(layers),
         "<h2>Data</h2>",
@@ -179,8 +179,8 @@ def _validation(validations: Sequence[Mapping[str, Any]]) -> list[str]:
     return [*parts, table([[_shown(one.get(name, "")) for name in heads] for one in validations], heads)]
 
 
-def _samples(samples: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Each sample's first answer and its last."""
+def _samples(samples: Sequence[Mapping[str, Any]], step: Any) -> list[str]:
+    """Each sample's first answer, and that of the weights that are left, which are of that step; else its last."""
     found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
     for one in samples:
         found.setdefault((_shown(one.get("source")), _shown(one.get("prompt"))), []).append(one)
@@ -188,7 +188,7 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     parts = ["<h2>Answers before and after</h2>"]
     for (source, prompt), answers in list(found.items())[:SHOWN]:
-        first, last = answers[0], answers[-1]
+        first, last = answers[0], next((one for one in answers if one.get("step") == step), answers[-1])
         lines = [("prompt", prompt), ("expected", _shown(last.get("reference", "")))]
         lines.append((f"step {_shown(first.get('step'))}", _shown(first.get("answer", ""))))
         if last is not first:

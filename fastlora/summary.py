@@ -15,7 +15,8 @@ from fastlora import __version__, reading
 from fastlora.config import TrainConfig
 from fastlora.data.examples import Example
 from fastlora.data.rows import Encoded
-from fastlora.data.sources import each, local_files
+from fastlora.data.sources import each
+from fastlora.data.tasks import files_of
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,10 @@ class TrainResult:
     )  # tokens over those that ran, what fills lines up among them; None without packing, as of loss_path
     best_step: int | None  # of the validations after the first step
     best_eval_loss: float | None  # that step's
-    validation: dict[str, Any] | None  # the last, as validation.jsonl has it
+    validation: (
+        dict[str, Any] | None
+    )  # that of the weights that are left, as validation.jsonl has it: the last, or with load_best_model_at_end the best
+    last_validation: dict[str, Any] | None  # the last, where that is another
     stopped_early: bool
     stop_reason: str | None  # why
     output: str
@@ -81,21 +85,31 @@ def result(records: Sequence[Mapping[str, Any]], data: Encoded, **more: Any) -> 
     )
 
 
-def data_files(config: TrainConfig, examples: Iterable[Example]) -> list[dict[str, Any]]:
-    """The files that a training reads rows from: option, file, bytes, sha256; and how many rows it trains on.
+TRAINED = ("data", "rehearse_data")
+"""The options whose rows are trained on."""
 
-    An option that is called data, or ends in _data, names them, and so do the examples' sources. What is no file has neither bytes nor SHA-256.
+
+def data_files(config: TrainConfig, examples: Iterable[Example]) -> list[dict[str, Any]]:
+    """The files that a training reads rows from: option, file, bytes, sha256; and how many rows it trains on, once a file.
+
+    An option that is called data, or ends in _data, names them, and so do the tasks among them and the examples' sources. What is no file has
+    neither bytes nor SHA-256.
     """
     rows = Counter(one.source.rpartition(":")[0] for one in examples)
-    named: dict[str, str] = {}
+    named: list[tuple[str, str]] = []
     for field in fields(config):
         value = getattr(config, field.name)
         if value is not None and (field.name == "data" or field.name.endswith("_data")):
-            for file in local_files(value) or each(value):
-                named.setdefault(str(file), field.name)
+            named += [(field.name, str(file)) for file in files_of(value) or each(value)]
+    trained = [file for option, file in named if option in TRAINED]
+    named += [("data", file) for file in rows if file not in trained]
     found = []
-    for file, option in {**named, **{file: "data" for file in rows if file not in named}}.items():
-        one: dict[str, Any] = {"option": option, "file": file, "rows": rows.get(file)}
+    for option, file in dict.fromkeys(named):
+        one: dict[str, Any] = {
+            "option": option,
+            "file": file,
+            "rows": rows.pop(file, None) if option in TRAINED else None,
+        }
         if Path(file).is_file():
             with Path(file).open("rb") as content:
                 one |= {"bytes": Path(file).stat().st_size, "sha256": file_digest(content, "sha256").hexdigest()}

@@ -198,6 +198,7 @@ class _Run:
             "config": {name: str(value) if isinstance(value, Path) else value for name, value in options},
             "data": digest(self.data.rows, self.data.order.fingerprint() if self.data.order else b""),
             "held_out": self.validation.digest,
+            "peft_config": trainable.peft_config_digest(self.config),
             "processes": self.accelerator.num_processes,
             "threads": torch.get_num_threads(),
             "device": self.accelerator.device.type,
@@ -227,6 +228,7 @@ class _Run:
             "device": f"{self.accelerator.device}, {table.name_of(self.dtype)}, {self.setup['threads']} thread{'s' * (self.setup['threads'] > 1)}"
             + (f", {self.setup['processes']} processes" if self.setup["processes"] > 1 else ""),
         }
+        lines |= warm_start.told(config)
         if self.steps_before != course.steps:
             lines["extended"] = resuming.extended(config, self.steps_before, course.steps, self.step)
         if config.packing:
@@ -500,14 +502,15 @@ def _require_same(saved: Checkpoint, now: dict[str, Any], course: Course) -> int
             )
     if then.data != now["data"]:
         name = "mixture" if now["config"]["mixture"] else "data"
-        raise ValueError(
-            f"{name}={now['config'][name]}: its token rows are not those that {saved.folder} was trained on, or are mixed otherwise"
-        )
+        what = f"{name}={now['config'][name]}: its token rows are not those that {saved.folder} was trained on"
+        raise ValueError(f"{what}, or are mixed otherwise")
+    if then.peft_config != now["peft_config"]:
+        what = f"peft_config={now['config']['peft_config']}: expected the file as {saved.folder} began with it"
+        raise ValueError(f"{what}, or overwrite=True")
     for name in ("processes", "device"):
         if getattr(then, name) != now[name]:
-            raise ValueError(
-                f"{saved.folder} was written with {name} {getattr(then, name)}, expected the same, got {now[name]}"
-            )
+            what = f"{saved.folder} was written with {name} {getattr(then, name)}"
+            raise ValueError(f"{what}, expected the same, got {now[name]}")
     steps = resuming.steps_before(then.config, saved.folder, course)
     if then.step > steps:
         raise CheckpointError(f"{path}: step={then.step}: expected at most {steps}, the steps of the whole run")

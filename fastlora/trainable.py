@@ -5,6 +5,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,12 @@ UNTRAINED = {
     ),
 }
 """PEFT's methods that need more than a loop over rows gives, and why."""
+
+
+def peft_config_digest(config: TrainConfig) -> str:
+    """SHA-256 of the file that peft_config names, of nothing where there is none."""
+    path = None if config.peft_config is None else Path(config.peft_config)
+    return sha256(path.read_bytes() if path is not None and path.is_file() else b"").hexdigest()
 
 
 def peft_config(model: Any, config: TrainConfig) -> Any:

@@ -46,7 +46,7 @@ def mixture_of(config: TrainConfig) -> Mixture | None:
     else:
         return None
     if config.rehearse_data is not None:
-        mixed = mixture.with_rehearsal(mixed, config.rehearse_data, config.rehearse)
+        mixed = mixture.with_rehearsal(mixed, config.rehearse_data, config.rehearse, config.max_samples)
     return mixed
 
 

@@ -86,9 +86,11 @@ class Validation:
         kept = min(kept, len(rows))
         self.sampled = [i * len(rows) // kept for i in range(kept)]
         known = {tuple(map(tuple, row.sides)) for row in data}
-        if leaked := sum(tuple(map(tuple, row.sides)) in known for row in rows):
-            text = "eval_data: %d of its %d rows are also in data: what is measured on those is memory"
-            logger.warning(text, leaked, len(rows))
+        for option, one in (("eval_data", self.held_out), ("retain_data", self.retained)):
+            measured = one.rows if one else []
+            if leaked := sum(tuple(map(tuple, row.sides)) in known for row in measured):
+                text = "%s: %d of its %d rows are also trained on: what is measured on those is memory"
+                logger.warning(text, option, leaked, len(measured))
         self.references: list[str] = []
         self.prompts: list[list[int]] = []  # where they are answered, once there is a model
         if self.held_out and (config.eval_generate or kept):
@@ -335,10 +337,14 @@ class Validation:
         """What the summary says of it, after the last step that was done."""
         best = self.verdict().best_step
         reason = self.stop_reason if step < self.steps else None
+        of_best = next((one for one in self.records if one["step"] == best), None)
+        last = self.records[-1] if self.records else None
+        left = of_best if self.config.load_best_model_at_end and of_best is not None else last
         return {
             "best_step": best,
-            "best_eval_loss": next((one.get("eval_loss") for one in self.records if one["step"] == best), None),
-            "validation": self.records[-1] if self.records else None,
+            "best_eval_loss": None if of_best is None else of_best.get("eval_loss"),
+            "validation": left,
+            "last_validation": last if last is not left else None,
             "stopped_early": reason is not None,
             "stop_reason": reason,
         }

@@ -65,6 +65,17 @@ def resolved(config: TrainConfig, checkpoint: Path | None) -> TrainConfig:
     return replace(config, **found)
 
 
+def told(config: TrainConfig) -> dict[str, str]:
+    """What the banner says of it: the adapter's options that are not as they are unless told. config: as `resolved` gives it."""
+    if config.init_adapter is None:
+        return {}
+    unsaid = TrainConfig(model="m", data="d", output="o", method=config.method, init_adapter=config.init_adapter)
+    names = [name for name in OPTIONS_OF if name not in BEGINNINGS and config.method in OPTIONS_OF[name]]
+    own = {name: getattr(config, name) for name in names if getattr(config, name) != getattr(unsaid, name)}
+    words = ", ".join(f"{name}={shown(value)}" for name, value in own.items())
+    return {"begins": f"with {config.init_adapter}" + f", whose {words} hold{'s' * (len(own) == 1)}" * bool(own)}
+
+
 def _is_same(value: Any, theirs: Any) -> bool:
     return sorted(value) == sorted(theirs) if isinstance(value, list) and isinstance(theirs, list) else value == theirs
 

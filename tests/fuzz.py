@@ -398,6 +398,7 @@ def checkpoint_files() -> Files:
         "config": {"r": 16, "data": "x"},
         "data": "0" * 64,
         "held_out": "0" * 64,
+        "peft_config": "0" * 64,
         "validations": 3,
         "processes": 1,
         "threads": 2,

@@ -17,6 +17,7 @@ from fastlora.choice import table
 
 TRAINING = {
     **{"config": {"r": 4}, "data": "0" * 64, "held_out": "f" * 64, "validations": 2},
+    "peft_config": "e" * 64,
     **{"processes": 1, "threads": 2, "device": "cpu"},
 }
 
@@ -154,6 +155,10 @@ ABSURD = {
     "threads": ({"threads": -1}, "threads=-1"),
     "data": ({"data": "abc"}, "data='abc': expected 64 hexadecimal digits"),
     "held-out data": ({"held_out": "F" * 64}, "held_out='F.*': expected 64 hexadecimal digits"),
+    "the file of PEFT's configuration": (
+        {"peft_config": "E" * 64},
+        "peft_config='E.*': expected 64 hexadecimal digits",
+    ),
     "validations below 0": ({"validations": -1}, "validations=-1: expected 0 to 4"),
     "more validations than steps": ({"validations": 5}, "validations=5: expected 0 to 4"),
     "device": ({"device": 0}, "device=0: expected str"),

@@ -22,6 +22,8 @@ from transformers import (
     GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     T5Config,
@@ -142,6 +144,31 @@ def test_a_fully_trained_model_has_them_too(name):
     model = build(name).train()
     assert assert_as_transformers(model).path == MODELS[name][1]
     assert model.get_output_embeddings().weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["adapted", "full"])
+def test_a_mixture_of_experts_whose_config_wants_it_adds_its_routers_loss(full):
+    """In training; what is measured is of the tokens alone, and so is a row's own."""
+    sizes = {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 1.0}
+    torch.manual_seed(0)
+    model: Any = MixtralForCausalLM(MixtralConfig(**sizes, output_router_logits=True)).float()
+    if not full:
+        lora = LoraConfig(r=3, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        model = fastlora.accelerate(get_peft_model(model, lora))
+    out, parameters = model.train()(**batch(), use_cache=False), trained(model)
+    count = (batch()["labels"][:, 1:] != -100).sum()
+    expected = torch.autograd.grad(out.loss * count, list(parameters.values()))
+    loss = LanguageModelLoss(model)
+    ours = loss(batch())
+    assert loss.path == "fused" and torch.allclose(ours, out.loss * count) and out.aux_loss > 1
+    for mine, theirs in zip(torch.autograd.grad(ours, list(parameters.values())), expected, strict=True):
+        assert torch.allclose(mine, theirs, rtol=1e-3, atol=1e-4 * theirs.abs().max().item())
+    alone = loss(batch(), torch.empty(int(count)))
+    assert torch.equal(alone, ours)
+    with pytest.raises(ValueError, match="output_router_logits, whose loss is no single row's"):
+        loss.by_token(batch())
+    model.eval()
+    assert torch.allclose(loss(batch()), (out.loss - out.aux_loss) * count)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2-softcap"])

@@ -112,6 +112,10 @@ def test_any_configuration_of_peft_is_trained(base: Path, tmp_path: Path) -> Non
     assert len(first) == 4 and all("q_proj" in name for name in first)
     train(replace(config, resume_from=3), progress=False)
     assert_same_bits(load_file(tmp_path / "out" / adapters.WEIGHTS), first)
+    file = tmp_path / "written" / adapters.CONFIG
+    file.write_text(file.read_text().replace('"lora_alpha": 8', '"lora_alpha": 80'))
+    with pytest.raises(ValueError, match=f"^peft_config={file}: expected the file as .*step-3 began with it"):
+        train(replace(config, resume_from=3), progress=False)
     with pytest.raises(FileNotFoundError, match="nowhere"):
         train(replace(config, output=tmp_path / "other", peft_config=tmp_path / "nowhere.json"), progress=False)
 

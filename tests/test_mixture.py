@@ -1,6 +1,7 @@
 """Mixture: rates by hand, every stretch of draws with its shares, every row before any again, and any draw without those before it."""
 
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -193,8 +194,17 @@ def test_files_and_rehearsal(folder):
     mixture = with_rehearsal(of_files([str(folder / "a.jsonl")], {}), folder / "task.yaml", 0.25)
     assert [one.task for one in mixture.examples()] == ["a", "a", "a", "rehearsal"]
     assert mixture.rates({"a": 3, "rehearsal": 1}) == {"a": 0.75, "rehearsal": 0.25}
+    cut = of_files([str(folder / "a.jsonl"), str(folder / "task.yaml")], {"max_samples": 2})
+    cut = with_rehearsal(cut, folder / "b.jsonl", 0.25, 1)
+    assert [one.task for one in cut.examples()] == ["a", "a", "own", "rehearsal"]
     alike = of_files(["x/train.jsonl", "y/train.jsonl", "y/test.jsonl"], {})
     assert [one.name for one in alike.tasks] == ["x/train.jsonl", "y/train.jsonl", "test"]
+    absolute = of_files([os.path.abspath(str(one.data)) for one in alike.tasks], {})
+    assert [one.name for one in absolute.tasks] == [one.name for one in alike.tasks], "whose orders follow from them"
+    both = of_files(["x/a.jsonl", "x/a.csv", "y/b/a.csv", "hf:one/rows", "hf:two/rows"], {})
+    assert [one.name for one in both.tasks] == ["a.jsonl", "x/a.csv", "b/a.csv", "hf:one/rows", "hf:two/rows"]
+    with pytest.raises(ValueError, match=r"^data=\./x\.jsonl: is given twice|^data=x\.jsonl: is given twice"):
+        of_files(["x.jsonl", "./x.jsonl"], {})
     with pytest.raises(ValueError, match="^data=y.jsonl: is given twice, expected each once; mixing says how often"):
         of_files(["x.jsonl", "y.jsonl", "z.jsonl", "y.jsonl"], {})
 

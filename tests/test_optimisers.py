@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from training import (  # noqa: F401  (fixtures)
     a_base,
@@ -18,6 +19,7 @@ from training import (  # noqa: F401  (fixtures)
     records,
     some_data,
 )
+from transformers import Trainer, TrainingArguments
 from transformers.optimization import Adafactor
 from transformers.training_args import OptimizerNames
 
@@ -70,9 +72,9 @@ def test_a_run_learns_and_one_that_was_stopped_goes_on_to_the_same_bits(config, 
 
 def test_names_are_transformers_own_and_make_its_optimisers(config):
     assert set(optimisers.KINDS) <= {one.value for one in OptimizerNames}
-    trained = [torch.nn.Parameter(torch.ones(2, 3))]
+    model = torch.nn.Linear(3, 2, bias=False)
     made = {
-        name: optimisers.build(replace(config, optim=name, weight_decay=0.5), None, trained)
+        name: optimisers.build(replace(config, optim=name, weight_decay=0.5), model, model.parameters())
         for name in optimisers.KINDS
     }
     kinds = {name: type(one) for name, one in made.items()}
@@ -86,6 +88,22 @@ def test_names_are_transformers_own_and_make_its_optimisers(config):
     assert all(group["lr"] == config.lr and group["weight_decay"] == 0.5 for group in groups.values())
     assert groups["adamw_torch_fused"]["fused"] and not groups["adamw_torch"]["fused"]
     assert not groups["adafactor"]["relative_step"] and not groups["adafactor"]["scale_parameter"]
+
+
+def test_what_decays_is_what_decays_in_transformers_trainer(tmp_path):
+    """Neither norms nor biases, in a model that is trained as a whole."""
+    for sizes in ({}, {"attention_bias": True}):
+        model = tiny.llama(**sizes)
+        model.append = torch.nn.LayerNorm(4)
+        trainer = Trainer(model, TrainingArguments(str(tmp_path), weight_decay=0.1, report_to="none", use_cpu=True))
+        theirs = trainer.create_optimizer()
+        config = TrainConfig(model="m", data="d", output="o", method="full", weight_decay=0.1)
+        ours = optimisers.build(config, model, model.parameters())
+
+        def decays(optimizer):
+            return {id(one): group["weight_decay"] for group in optimizer.param_groups for one in group["params"]}
+
+        assert decays(ours) == decays(theirs) and {*decays(ours).values()} == {0.0, 0.1}
 
 
 def test_every_optimiser_keeps_what_its_line_says(config):

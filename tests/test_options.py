@@ -100,6 +100,16 @@ def test_other_files_that_are_none_are_told(tmp_path, name, text, message):
         read(write(tmp_path, text, name), KNOWN)
 
 
+def test_paths_are_written_whole_and_the_hubs_names_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    given = {"data": ["rows.jsonl", "hf:one/rows"], "rehearse": 0.1, "rehearse_data": "hf:two/rows"}
+    config = TrainConfig(model="m", output="out", method="peft", peft_config="c.json", **given)
+    options.write(tmp_path, config)
+    found = yaml.safe_load((tmp_path / options.NAME).read_text())
+    assert found["data"] == [str(tmp_path / "rows.jsonl"), "hf:one/rows"] and found["rehearse_data"] == "hf:two/rows"
+    assert found["peft_config"] == str(tmp_path / "c.json") == config.peft_config
+
+
 def test_lines_are_those_that_editors_show(tmp_path):
     with pytest.raises(ValueError, match="run.json:2: there is no option 'zzz'"):
         read(write(tmp_path, '{"run_name": "a\u2028b",\n "zzz": 1}', "run.json"), KNOWN)

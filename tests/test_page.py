@@ -144,6 +144,12 @@ def test_tasks_validation_and_samples_are_shown_where_there_are_any(finished):
     assert "Plain PyTorch in all of them." in outline.words
 
 
+def test_the_answers_after_are_those_of_the_weights_that_are_left(finished):
+    text = page.html(summary_of(finished) | {"validation": {"step": 4}}, records_of(6), VALIDATIONS, SAMPLES, [])
+    words = assert_alone(text).words
+    assert {"first", "middle"} <= set(words) and "last" not in words
+
+
 def test_whatever_strangers_wrote_is_shown_and_does_nothing(finished):
     summary = summary_of(finished)
     summary["config"] |= dict.fromkeys(("model", "output", "method", "dtype", "truncation"), HOSTILE)

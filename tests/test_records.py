@@ -189,6 +189,20 @@ def test_files_are_those_of_options_and_of_rows(config, tmp_path):
     ]
 
 
+def test_a_tasks_own_file_is_told_and_rows_are_counted_once(config, tmp_path):
+    rows, task = tmp_path / "rows.jsonl", tmp_path / "task.yaml"
+    rows.write_text('{"q": "a", "a": "b"}\n')
+    task.write_text("name: own\ndata: rows.jsonl\ncolumns: {prompt: q, completion: a}\n")
+    given = replace(config, data=rows, columns={"prompt": "q", "completion": "a"}, eval_data=task)
+    found = data_files(given, [Example("a", "b", f"{rows}:1")])
+    assert [(one["option"], one["file"], one["rows"]) for one in found] == [
+        ("data", str(rows), 1),
+        ("eval_data", str(task), None),
+        ("eval_data", str(rows), None),
+    ]
+    assert all(len(one["sha256"]) == 64 for one in found)
+
+
 def test_tokens_are_counted_on_in_a_resumed_run(again, finished):
     import shutil
 

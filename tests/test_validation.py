@@ -154,6 +154,9 @@ def test_the_best_is_kept_and_written_at_the_end_and_training_stops_when_it_gets
     losses = {one["step"]: one["eval_loss"] for one in lines(config.output)}
     assert list(losses) == [2, 4, 6, 8] and max(losses, key=losses.__getitem__) == 2
     assert (result.steps, result.best_step, result.best_eval_loss) == (8, 2, losses[2])
+    first, *_, last = lines(config.output)
+    assert (result.validation, result.last_validation) == (first, last), "of the weights that are left"
+    assert f"| eval_loss | {losses[2]:.4f} |" in (config.output / "README.md").read_text()
     assert result.stopped_early
     reason = f"eval_loss has not become higher in 3 validations: the best is {losses[2]:.6g}, of step 2"
     assert json.loads((config.output / "summary.json").read_text())["stop_reason"] == result.stop_reason == reason
@@ -169,6 +172,7 @@ def test_a_step_that_is_not_the_best_keeps_no_checkpoint_and_the_last_is_written
     options = {"eval_data": held_out, "eval_steps": 2, "greater_is_better": True, "save_steps": 4, "max_steps": 10}
     result = train(replace(config, save_total_limit=1, **options), progress=False)
     assert result.best_step == 2 and not result.stopped_early
+    assert (result.validation, result.last_validation) == (lines(config.output)[-1], None)
     assert checkpoint.steps(config.output) == [10]
     assert_same_bits(adapter(config.output), adapter(checkpoint.folder(config.output, 10)))
     again = replace(config, overwrite=True, save_total_limit=3, **{**options, "save_steps": 2})
@@ -274,8 +278,20 @@ def test_rows_that_are_trained_on_and_rows_that_are_cut_are_told(config, data, t
     config = replace(config, eval_data=path, max_length=64, truncation="drop", max_steps=1)
     with caplog.at_level(logging.WARNING, "fastlora"):
         train(config, progress=False)
-    assert "eval_data: 48 of its 49 rows are also in data" in caplog.text
+    assert "eval_data: 48 of its 49 rows are also trained on" in caplog.text
     assert f"max_length=64: dropped 1 of 50 rows (the first: {path}:50)" in caplog.text
+
+
+def test_rows_that_are_rehearsed_tell_of_no_forgetting(config, other, caplog):
+    with caplog.at_level(logging.WARNING, "fastlora"):
+        train(replace(config, rehearse=0.5, rehearse_data=other, retain_data=other, max_steps=1), progress=False)
+    assert "retain_data: 9 of its 9 rows are also trained on: what is measured on those is memory" in caplog.text
+    told = json.loads((config.output / "summary.json").read_text())["data"]
+    assert [(one["option"], one["file"], one["rows"]) for one in told] == [
+        ("data", str(config.data), 48),
+        ("rehearse_data", str(other), 9),
+        ("retain_data", str(other), None),
+    ]
 
 
 def test_the_banner_and_the_bar_tell_of_it(measured, capsys):

@@ -131,6 +131,12 @@ def test_an_option_that_says_otherwise_is_named(config, first, of, options, mess
     assert not config.output.exists()
 
 
+def test_what_the_adapter_says_in_the_place_of_what_nobody_said_is_told(config, first, capsys):
+    train(second(config, first["lora"], "lora", max_steps=1))
+    told = f"with {first['lora']}, whose r=3, lora_alpha=5, "
+    assert told in capsys.readouterr().err
+
+
 def test_the_adapters_own_values_may_be_said_too(config, first):
     train(
         second(config, first["lora"], "lora", r=3, target_modules=["down_proj", "q_proj"], max_steps=1), progress=False

@@ -258,18 +258,34 @@ def of_files(files: Sequence[str], read: Mapping[str, Any], **options: Any) -> M
     Raises:
         ValueError: a source is given twice; or as Mixture.
     """
-    twice = next((file for file in files if files.count(file) > 1), None)
+    whole = [file if file.startswith(HUB) else os.path.abspath(file) for file in files]
+    twice = next((file for file, path in zip(files, whole, strict=True) if whole.count(path) > 1), None)
     if twice is not None:
         raise ValueError(f"data={twice}: is given twice, expected each once; mixing says how often its rows come")
-    stems = [Path(file).stem for file in files]
-    names = [file if stems.count(stem) > 1 else stem for file, stem in zip(files, stems, strict=True)]
-    return Mixture([_of_file(file, name, **read) for file, name in zip(files, names, strict=True)], **options)
+    return Mixture([_of_file(file, name, **read) for file, name in zip(files, _names(whole), strict=True)], **options)
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+    """What tells each from the others, which is the same from whatever folder they are named: the stem, or as many last parts as it takes."""
+    stems = [Path(path).stem for path in paths]
+    if len({*stems}) == len(stems):
+        return stems
+    found = []
+    for stem, path in zip(stems, paths, strict=True):
+        ends = ["/".join(Path(path).parts[-count:]) for count in range(1, len(Path(path).parts) + 1)]
+        others = [other for other in paths if other != path]
+        own = (end for end in ends if not any(f"/{other}".endswith(f"/{end}") for other in others))
+        found.append(stem if stems.count(stem) == 1 else next(own, path))
+    return found
 
 
 def _of_file(source: str, name: str | None = None, **read: Any) -> Task:
-    """A task's file, or rows of a format of their own."""
+    """A task's file, or rows of a format of their own; max_samples holds for both."""
     path = Path(source)
-    return Task.read(path) if is_task(path) else Task(name or path.stem, source, **read)
+    if not is_task(path):
+        return Task(name or path.stem, source, **read)
+    task, most = Task.read(path), read.get("max_samples")
+    return task if most is None else replace(task, max_samples=min(most, task.max_samples or most))
 
 
 def _beside(folder: Path, source: str) -> str:
@@ -277,9 +293,9 @@ def _beside(folder: Path, source: str) -> str:
     return source if not source or source.startswith(HUB) else str(folder / source)
 
 
-def with_rehearsal(mixture: Mixture, file: str | Path, share: float) -> Mixture:
-    """The mixture in which a share of the draws is a file's."""
-    task = replace(_of_file(str(file)), name=REHEARSAL)
+def with_rehearsal(mixture: Mixture, file: str | Path, share: float, max_samples: int | None = None) -> Mixture:
+    """The mixture in which a share of the draws is a file's; of its first so many rows."""
+    task = replace(_of_file(str(file), max_samples=max_samples), name=REHEARSAL)
     return replace(mixture, rehearsal=task, rehearse=share)
 
 

@@ -128,17 +128,13 @@ def is_task(source: str | Path) -> bool:
     return Path(source).suffix.lower() in sources.YAML
 
 
-def check_asking(
-    data: sources.Sources, columns: sources.Columns | None, max_samples: int | None = None, streaming: bool = False
-) -> None:
+def check_asking(data: sources.Sources, columns: sources.Columns | None) -> None:
     """
     Raises:
-        ValueError: one of these options is given where all of the data are tasks' files; the message names it.
+        ValueError: columns are given where all of the data are tasks' files.
     """
-    given = {"columns": columns, "max_samples": max_samples, "streaming": streaming}
-    name = next((name for name, value in given.items() if value), None)
-    if name is not None and all(map(is_task, sources.each(data))):
-        raise ValueError(f"{name}={shown(given[name])}: expected none beside a task's file, which says it itself")
+    if columns and all(map(is_task, sources.each(data))):
+        raise ValueError(f"columns={shown(columns)}: expected none beside a task's file, which says it itself")
 
 
 def files_of(data: sources.Sources) -> list[Path]:
