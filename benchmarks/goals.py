@@ -1,6 +1,6 @@
 """The goals on a CPU, and how near fastlora comes to each, on whatever machine this is.
 
-a layer, forward and backward     1.15 of the machine's limit: its FLOPs at the best product rate here, and one more read of x at the copy rate
+a layer, forward and backward     1.15 of the machine's limit: its FLOPs at the best product rate here, and one more read of x at the read rate
 one row of 4096 to 4096           bfloat16 0.75 of the frozen layer's time, float32 0.95
 any cell                          none is slower than the best of torch's products in the manner of Unsloth and of PEFT
 a whole training step             model_steps.py's, which come first

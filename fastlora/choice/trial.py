@@ -3,7 +3,8 @@
 On a GPU this happens in a process of its own. A kernel that has never run on such a card may end the process, or never end: it is refused
 then, as one is whose results are wrong, and another process goes on with the rest.
 
-    FASTLORA_TRIAL=0   no trial: what nobody has measured runs native C++ on a CPU, frozen products apart, and plain PyTorch on a GPU
+    FASTLORA_TRIAL=0   no trial: what nobody has measured runs native C++ on a CPU (frozen products only where torch has no library for their dtype),
+                       and plain PyTorch on a GPU
 """
 
 import json
