@@ -1,4 +1,5 @@
 # make demo    set up .venv, then compare LoRA and full fine-tuning of the shipped base model on summaries (4 to 5 minutes on 2 cores)
+# make demo-real    the same comparison of a real model on real dialogues, which it downloads from the hub (more than half an hour on 2 cores); MODEL, DATA, HELD_OUT: others
 # make test    set up .venv, then run every test that needs no GPU (about 15 minutes on 2 cores with an nvcc, less without, after the set-up)
 # make imitate     the bounds on the machines that this one can pass for: no AVX2, AVX2, AVX-512, AMX with its fault and its tiles (about a minute on 2 cores)
 # make gpu     on a machine with a CUDA card, offline, in twelve minutes: build, device tests, first figures; tuning, benchmarks, sanitizer
@@ -27,10 +28,20 @@ FROZEN := frozen_products packed packed_freshness packed_models
 BOUNDED := $(OF_OPERATORS) $(OF_BLOCKS) linear_cross_entropy language_model_loss native product $(FROZEN)
 BOUNDS = not triton and not opcheck and (bound or layout or gaps or strides or tiles or share_x or near or instruction_set and $(or $(ISA),nothing))
 
-.PHONY: demo test mutants fuzz soak sanitize emulate emulate-avx512 emulate-arm64 imitate gpu wheel docs lint bench base clean
+.PHONY: demo demo-real test mutants fuzz soak sanitize emulate emulate-avx512 emulate-arm64 imitate gpu wheel docs lint bench base clean
 
 demo: $(VENV)/ready
 	$(BIN)/python -m fastlora demo --output demo
+
+demo-real: MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
+demo-real: DATA ?= hf:knkarthick/dialogsum:train[:400]
+demo-real: HELD_OUT ?= hf:knkarthick/dialogsum:validation[:64]
+demo-real: COLUMNS ?= prompt=dialogue,completion=summary
+demo-real: STEPS ?= 50
+demo-real: $(VENV)/ready
+	@$(PIP) datasets
+	$(BIN)/python -m fastlora compare --model '$(MODEL)' --methods lora,full --lr-factors 1,3,10 --max-steps $(STEPS) --max-length 384 \
+		--data '$(DATA)' --eval-data '$(HELD_OUT)' $(if $(COLUMNS),--columns '$(COLUMNS)') --output demo-real
 
 test: $(VENV)/test-ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile tests
