@@ -45,7 +45,16 @@ def begin(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
         if os.environ.get("FSDP_VERSION") != "2":
             raise ValueError("FSDP_VERSION: the launcher says FSDP of the first version: expected fsdp_version 2")
         config = replace(config, fsdp=True)
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and not torch.accelerator.is_available():
+        # accelerate joins processes on CPUs, by gloo, where this says so and nowhere else.
+        os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     accelerator = tracking.accelerator(config)
+    if several and accelerator.num_processes == 1:
+        raise ValueError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: accelerate has not joined these processes, and each would train alone:"
+            " expected a card for each, or ACCELERATE_USE_CPU=true for CPUs, set before the first training"
+        )
     if config.fsdp and accelerator.num_processes == 1:
         raise ValueError("fsdp=True: expected several processes (torchrun or accelerate launch), got one")
     return accelerator, config

@@ -1,9 +1,6 @@
 """A training on several tasks: each step's rows and losses by task, rehearsal, and a resumed run's same bits."""
 
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +17,7 @@ from training import (  # noqa: F401  (fixtures)
     on_cpu,
     one_thread,
     records,
+    train_on_two_processes,
 )
 from typer.testing import CliRunner
 
@@ -205,11 +203,7 @@ def test_two_processes_tell_tasks_apart_as_one_does(config, tmp_path):
     }
     options |= {"max-steps": 2, "lora-dropout": 0, "batch-size": 4}
     arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*command, "--", "fastlora", "train", *arguments], env=environment, capture_output=True, text=True
-    )
+    done = train_on_two_processes(*arguments)
     assert done.returncode == 0, done.stderr
     train(replace(config, max_steps=2, lora_dropout=0.0), progress=False)
     for two, one in zip(records(tmp_path / "two"), records(config.output), strict=True):

@@ -170,6 +170,7 @@ def test_weights_in_pieces_are_left_to_peft(two: Any, name: str) -> None:
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, r"ACCELERATE_USE_MEGATRON_LM=true: .*expected DDP"),
         ({"ACCELERATE_USE_FSDP": "true"}, r"FSDP_VERSION: .* expected fsdp_version 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, r"fsdp=True: expected several processes .*, got one"),
+        ({"WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "false"}, r"WORLD_SIZE=2: .* each would train alone: .*ACCELERATE_USE_CPU=true for CPUs"),
     ],
 )  # fmt: skip
 def test_what_a_launcher_asks_for_and_cannot_be(

@@ -4,8 +4,6 @@ import gc
 import json
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -25,6 +23,7 @@ from training import (  # noqa: F401  (fixtures)
     one_thread,
     records,
     some_data,
+    train_on_two_processes,
 )
 from transformers import AutoModelForCausalLM
 
@@ -172,11 +171,7 @@ def test_two_processes_of_one_run_share_a_folder_and_train_as_one(again):
     options = {"model": again.model, "data": again.data, "output": again.output.parent / "two", "r": 2, "lr": 1e-2}
     options |= {"max-steps": 2, "lora-dropout": 0, "batch-size": 4}
     arguments = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*command, "--", "fastlora", "train", *arguments], env=environment, capture_output=True, text=True
-    )
+    done = train_on_two_processes(*arguments)
     assert done.returncode == 0, done.stderr
     assert "2, of 8 rows each" in done.stderr and "2 processes" in done.stderr
     alone = replace(

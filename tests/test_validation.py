@@ -2,10 +2,7 @@
 
 import json
 import logging
-import os
 import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +20,7 @@ from training import (  # noqa: F401  (fixtures)
     one_thread,
     records,
     some_data,
+    train_on_two_processes,
 )
 from transformers import EarlyStoppingCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -249,11 +247,7 @@ def test_two_processes_measure_as_one(measured, tmp_path, sharding):
     for name in ("model", "data", "r", "lora_alpha", "lr", "max_steps", "lora_dropout", "eval_data", "eval_steps"):
         options += [f"--{name.replace('_', '-')}", str(getattr(measured, name))]
     options += ["--eval-samples", "3", "--eval-max-new-tokens", "8", "--eval-batch-size", "3", "--batch-size", "4"]
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "--"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(
-        [*command, "fastlora", "train", *options, "--output", str(two)], env=environment, capture_output=True, text=True
-    )
+    done = train_on_two_processes(*options, "--output", str(two))
     assert done.returncode == 0, done.stderr
     assert "20 rows of eval_data, every 2 steps" in done.stderr
     train(replace(measured, eval_batch_size=3), progress=False)

@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -65,6 +67,14 @@ def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tenso
     assert left.keys() == right.keys()
     for name, value in left.items():
         assert torch.equal(value, right[name]), name
+
+
+def train_on_two_processes(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`fastlora train` as torchrun starts it on a machine without cards: no variable tells accelerate of that."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "--"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment.pop("ACCELERATE_USE_CPU", None)  # `on_cpu` has set it
+    return subprocess.run([*command, "fastlora", "train", *arguments], env=environment, capture_output=True, text=True)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
