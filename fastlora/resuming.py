@@ -108,6 +108,15 @@ def steps_before(then: Mapping[str, Any], folder: Path, course: Course) -> int:
     )
 
 
+def require_unstopped(config: TrainConfig, before: int, steps: int, reason: str | None) -> None:
+    """Raise ValueError where a run is to be longer that would train nothing more. reason: why it has stopped early, if it has."""
+    if steps > before and reason is not None:
+        raise ValueError(
+            f"early_stopping_patience={config.early_stopping_patience}: a run of {steps} steps would end where the one of {before} did:"
+            f" {reason}; expected more patience, or none, to go on"
+        )
+
+
 def extended(config: TrainConfig, before: int, steps: int, done: int) -> str:
     """What a run of so many steps says that was to have other ones before, for people."""
     schedule = f"whose {config.lr_scheduler_type} schedule is followed from step {done + 1:,} on"

@@ -67,6 +67,7 @@ MAY_DIFFER_ON_RESUME = {
     *("data", "columns", "max_samples", "streaming", "mixture", "rehearse_data", "eval_data", "retain_data"),
     *("truncation", "train_on_turns", "completion_only_loss", "report_to", "run_name", *resuming.LENGTH),
     *("output", "save_steps", "save_total_limit", "resume", "resume_from", "overwrite"),
+    *("early_stopping_patience", "early_stopping_threshold", "eval_batch_size"),
 }
 
 
@@ -154,6 +155,7 @@ class _Run:
             self.steps_before = _require_same(saved, self.setup, self.course)
             self.records = metrics.read(self.output, saved.training.step)
             self.validation.resume(saved)
+            resuming.require_unstopped(config, self.steps_before, self.course.steps, self.validation.stop_reason)
             table.load_state(saved.state["tuned"])
         set_seed(config.seed)
         self.model = trainable.build(config, self.dtype, accelerator.device, saved.folder if saved else None, load)

@@ -124,6 +124,22 @@ def test_a_run_that_has_ended_early_stays_ended_and_one_may_go_back(given, finis
         assert (again.output / "validation.jsonl").read_bytes() == (finished / "validation.jsonl").read_bytes()
 
 
+def test_a_run_that_has_ended_early_goes_on_with_more_patience_and_otherwise_says_why_not(given, finished, tmp_path):
+    again = replace(given, output=tmp_path / "again", max_steps=14, resume=True)
+    shutil.copytree(finished, again.output)
+    before = contents(again.output)
+    for stopped in (again, replace(again, early_stopping_patience=2)):
+        patience = stopped.early_stopping_patience
+        text = f"a run of 14 steps would end where the one of 12 did: eval_loss has not become higher in {patience} val"
+        with pytest.raises(ValueError, match=f"early_stopping_patience={patience}: {text}"):
+            train(stopped, progress=False)
+        assert contents(again.output) == before
+    options = {"early_stopping_patience": 5, "early_stopping_threshold": 1e-9, "eval_batch_size": 3}
+    assert train(replace(again, **options), progress=False).steps == 7
+    free = {"early_stopping_patience": None, "early_stopping_threshold": 0.0}
+    assert train(replace(again, **free), progress=False).steps == 14
+
+
 @pytest.fixture(name="again")
 def a_run_to_go_on(given, finished, tmp_path) -> TrainConfig:
     shutil.copytree(finished, tmp_path / "again")
