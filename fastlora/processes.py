@@ -21,14 +21,17 @@ from torch import Tensor, nn
 from fastlora import tracking, writing
 from fastlora.config import TrainConfig
 from fastlora.course import TrainingError
-from fastlora.models import blocks
+from fastlora.models import blocks, resolve_dtype
 
-FOREIGN = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed keeps weights in pieces that only a layer of its own puts together",
-    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM trains models of its own",
-}
-"""What `accelerate launch` may have been told and this loop cannot do, by its variable; and why."""
 INSTEAD = "expected DDP (torchrun, or accelerate launch without it), or fsdp=True, which shards the base over the processes as ZeRO-3 does"
+FOREIGN = {
+    "ACCELERATE_USE_DEEPSPEED": f"DeepSpeed keeps weights in pieces that only a layer of its own puts together: {INSTEAD}",
+    "ACCELERATE_USE_MEGATRON_LM": f"Megatron-LM trains models of its own: {INSTEAD}",
+    "FSDP_OFFLOAD_PARAMS": "a share stays on its device: expected false; more processes, or gradient_checkpointing=True, take less memory",
+}
+"""What `accelerate launch` may have been told and this loop cannot do, by its variable; why, and what it can."""
+PRECISIONS = {"bf16": "bfloat16", "fp16": "float16"}
+"""What the launcher's mixed precision is as a dtype of ours."""
 
 
 def begin(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
@@ -40,7 +43,9 @@ def begin(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
     """
     for name, why in FOREIGN.items():
         if _is_set(name):
-            raise ValueError(f"{name}=true: {why}: {INSTEAD}")
+            raise ValueError(f"{name}=true: {why}")
+    if _is_set("FSDP_ACTIVATION_CHECKPOINTING") and not config.gradient_checkpointing:
+        raise ValueError("FSDP_ACTIVATION_CHECKPOINTING=true: expected gradient_checkpointing=True, which does it here")
     if _is_set("ACCELERATE_USE_FSDP"):
         if os.environ.get("FSDP_VERSION") != "2":
             raise ValueError("FSDP_VERSION: the launcher says FSDP of the first version: expected fsdp_version 2")
@@ -57,11 +62,24 @@ def begin(config: TrainConfig) -> tuple[Accelerator, TrainConfig]:
         )
     if config.fsdp and accelerator.num_processes == 1:
         raise ValueError("fsdp=True: expected several processes (torchrun or accelerate launch), got one")
+    _require_precision(config, accelerator.device)
     return accelerator, config
 
 
 def _is_set(name: str) -> bool:
     return os.environ.get(name, "false").lower() == "true"
+
+
+def _require_precision(config: TrainConfig, device: torch.device) -> None:
+    """Raise ValueError where the launcher says a mixed precision that is not what this run computes in."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    meant = PRECISIONS.get(asked)
+    if asked != "no" and (meant is None or resolve_dtype(meant, device) != resolve_dtype(config.dtype, device)):
+        wanted = f"dtype={meant}, or " if meant else ""
+        raise ValueError(
+            f"ACCELERATE_MIXED_PRECISION={asked}: this run computes in what dtype={config.dtype} says:"
+            f" expected {wanted}mixed precision no of the launcher"
+        )
 
 
 def around(accelerator: Accelerator, model: nn.Module, trained: Iterable[Tensor], fsdp: bool) -> Any:

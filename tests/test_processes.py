@@ -171,6 +171,11 @@ def test_weights_in_pieces_are_left_to_peft(two: Any, name: str) -> None:
         ({"ACCELERATE_USE_FSDP": "true"}, r"FSDP_VERSION: .* expected fsdp_version 2"),
         ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, r"fsdp=True: expected several processes .*, got one"),
         ({"WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "false"}, r"WORLD_SIZE=2: .* each would train alone: .*ACCELERATE_USE_CPU=true for CPUs"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, r"FSDP_OFFLOAD_PARAMS=true: .* stays on its device: .*gradient_checkpointing=True"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, r"FSDP_ACTIVATION_CHECKPOINTING=true: expected gradient_checkpointing=True"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, r"ACCELERATE_MIXED_PRECISION=fp16: .* dtype=auto says: expected dtype=float16, or mixed"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, r"ACCELERATE_MIXED_PRECISION=bf16: .* dtype=auto says: expected dtype=bfloat16, or mixed"),
+        ({"ACCELERATE_MIXED_PRECISION": "fp8"}, r"ACCELERATE_MIXED_PRECISION=fp8: .* dtype=auto says: expected mixed precision no"),
     ],
 )  # fmt: skip
 def test_what_a_launcher_asks_for_and_cannot_be(
@@ -182,6 +187,24 @@ def test_what_a_launcher_asks_for_and_cannot_be(
     with pytest.raises(ValueError, match=message):
         train(replace(config(folder, "refused"), output=output), progress=False)
     assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "options"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "no", "FSDP_OFFLOAD_PARAMS": "false"}, {}),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, {"dtype": "bfloat16"}),
+        ({"ACCELERATE_MIXED_PRECISION": "fp16"}, {"dtype": "float16"}),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, {"gradient_checkpointing": True}),
+    ],
+)
+def test_what_a_launcher_asks_for_and_the_options_say_as_well(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], options: dict[str, Any]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    given = config(folder, "asked", **options)
+    assert processes.begin(given)[1] == given
 
 
 def test_fsdp_takes_a_frozen_plain_base(folder: Path) -> None:
