@@ -31,6 +31,7 @@ from fastlora.config import CombinationType, Dtype, MajoritySignMethod, TrainCon
 from fastlora.data.rows import Truncation, Turns
 from fastlora.options import Given, hint, own_name, read
 from fastlora.sweep.jobs import Sweep
+from fastlora.typed import shown
 
 
 def _own_name(name: str) -> str:
@@ -345,9 +346,24 @@ def _parse_data(options: dict[str, Any]) -> None:
     from fastlora.data.sources import one_or_several
 
     for name in {"data", "eval_data", "test_data", "retain_data"} & options.keys():
+        _require_sources(name, options[name])
         options[name] = one_or_several(options[name]) or None
     if isinstance(options["columns"], str):
         options["columns"] = parse_columns(options["columns"])
+
+
+def _require_sources(name: str, given: Any) -> None:
+    """Raise ValueError for data sets as axolotl's files have them, an object with a path and a type each."""
+    from fastlora.data.sources import HUB, of_hub
+
+    for one in given if isinstance(given, list) else [given]:
+        if isinstance(one, dict):
+            path = one.get("path")
+            here = f", here {HUB * (of_hub(path) and not os.path.exists(path))}{path}" if isinstance(path, str) else ""
+            raise ValueError(
+                f"{name}={shown(one)}: expected FILE or {HUB}OWNER/NAME:CONFIG:SPLIT{here}, or a list of such;"
+                " what format a row has, its fields say"
+            )
 
 
 def _numbers(name: str, text: Any, kind: Callable[[str], Any]) -> Any:
@@ -373,7 +389,7 @@ def _module_names(text: Any) -> Any:
     names = [name.strip() for name in text.split(",")]
     if not all(names):
         raise ValueError(f"target_modules={text!r} has an empty name: expected all-linear or module names with commas")
-    return "all-linear" if names == ["all-linear"] else names
+    return "all-linear" if names in (["all-linear"], ["all"]) else names  # LLaMA-Factory's all
 
 
 @command

@@ -169,6 +169,30 @@ def test_what_is_typed_overrides_the_file_and_either_may_use_others_names(base, 
     assert found["target_modules"] == ["q_proj"] and found["epochs"] == 2
 
 
+def test_llama_factorys_all_is_all_linear(base, data, tmp_path):
+    text = f"model: {base}\ndataset: {data}\noutput: {tmp_path / 'out'}\nmax_steps: 1\nlora_target: all\n"
+    run("train", "--config", write(tmp_path, text))
+    run("train", "--config", tmp_path / "run.yaml", "--target-modules", "all", "--output", tmp_path / "typed")
+    for name in ("out", "typed"):
+        config = json.loads((tmp_path / name / "summary.json").read_text())["config"]
+        assert config["target_modules"] == "all-linear"
+
+
+@pytest.mark.parametrize(
+    ("given", "here"),
+    [("tatsu-lab/alpaca", "hf:tatsu-lab/alpaca"), ("rows.jsonl", "rows.jsonl"), ("there/rows", "there/rows")],
+)
+def test_axolotls_data_sets_are_told_what_they_are_here(tmp_path, monkeypatch, given, here):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "there" / "rows").mkdir(parents=True)
+    path = write(tmp_path, f"base_model: m\noutput: out\ndatasets:\n  - path: {given}\n    type: alpaca\n")
+    told = run("train", "--config", path, code=2).splitlines()[-1]
+    assert told == (
+        f"fastlora train: {path}:3: --data {{'path': '{given}', 'type': 'alpaca'}}: expected FILE or hf:OWNER/NAME:CONFIG:SPLIT,"
+        f" here {here}, or a list of such; what format a row has, its fields say"
+    )
+
+
 def test_eval_takes_a_file_too(base, data, tmp_path):
     path = write(tmp_path, f"model: {base}\ndata: {data}\nlimit: 3\ngenerations: false\njson: true\n")
     assert json.loads(run("eval", "--config", path).splitlines()[-1])["rows"] == 3

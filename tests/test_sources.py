@@ -153,6 +153,28 @@ def test_folders_and_patterns_are_their_files_in_order(tmp_path):
         read_examples(tmp_path / "empty")
 
 
+@pytest.mark.parametrize(
+    ("data", "meant"),
+    [
+        ("tatsu-lab/alpaca", "; of the hub: hf:tatsu-lab/alpaca"),
+        ("openai/gsm8k:main:test[:10]", "; of the hub: hf:openai/gsm8k:main:test[:10]"),
+        ("a.jsonl,b.jsonl", ": several sources are given by repeating the option, and in a file of options or in Python as a list"),
+        ("identity,alpaca_en", ": several sources are given by repeating the option, and in a file of options or in Python as a list"),
+        ("rows/a.jsonl", ""),
+        ("rows/a.csv.gz", ""),
+        ("../rows", ""),
+        ("/rows/a", ""),
+        ("a/b/c", ""),
+        ("rows", ""),
+    ],
+)  # fmt: skip
+def test_a_file_that_there_is_not_names_what_may_have_been_meant(tmp_path, monkeypatch, data, meant):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as raised:
+        read_examples(data)
+    assert str(raised.value) == f"data: there is no file {data}{meant}"
+
+
 def test_no_file_of_a_folder_is_left_out_without_a_word(tmp_path, caplog):
     write(tmp_path / "set" / "a.jsonl", lines(ROWS))
     for name in ("b.jsonl.zst", "c.csv.zip", "notes.zip", "d.txt.xz"):

@@ -152,11 +152,26 @@ def _file(path: Path, columns: Columns | None) -> Iterator[Found]:
             else:
                 yield from _text(file, path, columns)
     except FileNotFoundError:
-        raise FileNotFoundError(f"data: there is no file {path}") from None
+        raise FileNotFoundError(f"data: there is no file {path}{_meant(str(path))}") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise ValueError(f"data: {path} is damaged gzip ({error})") from None
     except OSError as error:
         raise type(error)(f"data: {path} cannot be read: {error.strerror or error}") from error
+
+
+def of_hub(name: str) -> bool:
+    """Whether a source looks like a data set of the hub without its hf:, and not like a file that is read here."""
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(:[^/]+)?", name) is not None and _ending(Path(name)) not in (
+        *ENDINGS,
+        *YAML,
+    )
+
+
+def _meant(name: str) -> str:
+    """What may have been meant by the name of a file that there is not, as the end of a message."""
+    if "," in name:
+        return ": several sources are given by repeating the option, and in a file of options or in Python as a list"
+    return f"; of the hub: {HUB}{name}" if of_hub(name) else ""
 
 
 def _text(file: Iterable[bytes], path: Path, columns: Columns | None) -> Iterator[Found]:
