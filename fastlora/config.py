@@ -232,6 +232,10 @@ class TrainConfig:
         "auto: computes in bfloat16 on a GPU that has it, else in float32, and saves a whole model as its base is stored.",
         "auto",
     )
+    attn_implementation: str | None = option(
+        "What attention runs by, as transformers names it: eager, sdpa, flash_attention_2, ... [default: the model's]",
+        None,
+    )
     load_in_4bit: bool = option("Keep the base's linear layers in 4 bits (QLoRA: NF4, double quantisation).", False)
     load_in_8bit: bool = option("Keep the base's linear layers in int8.", False)
     gradient_checkpointing: bool = option("Compute activations twice to save memory.", False)

@@ -1,5 +1,6 @@
 """A model, its tokenizer and its adapters from disk: whatever is not there, or not what it should be, is one error that names it."""
 
+import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -33,20 +34,30 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype | None:
     return DTYPES[name]
 
 
-def load_base(path: str, dtype: torch.dtype | None, device: torch.device, bits: int | None = None) -> Any:
+def load_base(
+    path: str,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    bits: int | None = None,
+    attn_implementation: str | None = None,
+) -> Any:
     """The causal language model or encoder-decoder saved in a folder, or known to the hub by that id.
 
     Args:
         dtype: None: the one that its config names, or else the one that its first weights are stored in.
         bits: 4 or 8: its linear layers are quantised by bitsandbytes, lm_head aside: to NF4 with double quantisation (Dettmers et al. 2023, QLoRA),
             or to int8; it must be there (`require_bitsandbytes`). None: they are as they are stored.
+        attn_implementation: what its attention runs by, as transformers names it; None: what transformers takes for it.
 
     Raises:
-        ValueError: the folder holds an adapter, the model is no language model, or its files are damaged, or lack weights that it has.
+        ValueError: the folder holds an adapter, the model is no language model, or its files are damaged, or lack weights that it has;
+            transformers has no such attention for it.
+        ImportError: a package of that attention is missing.
         OSError: there is no such model.
     """
     kind = _class_of(_base_config(path))
     options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told below
+    options |= _attention(path, dtype, attn_implementation)
     if bits is not None:
         options |= {"quantization_config": _quantisation(bits, dtype), "device_map": {"": device}}
     with _named(path, "the model"), _without_report():
@@ -65,7 +76,13 @@ def load_base(path: str, dtype: torch.dtype | None, device: torch.device, bits: 
     return model if bits is not None else model.to(device)
 
 
-def empty_base(path: str, dtype: torch.dtype | None, device: torch.device, bits: int | None = None) -> Any:
+def empty_base(
+    path: str,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    bits: int | None = None,
+    attn_implementation: str | None = None,
+) -> Any:
     """`load_base`'s model with the files of its weights unread: for a look at its parts. Its matrices are memory that nobody has written to, and
     that the system therefore has not given yet; its vectors are ones.
 
@@ -73,14 +90,11 @@ def empty_base(path: str, dtype: torch.dtype | None, device: torch.device, bits:
         device, bits: unused: it is on the CPU, and its layers are plain.
 
     Raises:
-        OSError, ValueError: as `load_base`, as far as config.json tells.
+        OSError, ValueError, ImportError: as `load_base`, as far as config.json tells.
     """
-    from accelerate import init_empty_weights
-
-    config = _base_config(path)
-    chosen = dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
-    with _named(path, "the model"), init_empty_weights(include_buffers=False):
-        model: Any = _class_of(config).from_config(config, dtype=chosen, trust_remote_code=False)
+    config, attention = _base_config(path), _attention(path, dtype, attn_implementation)
+    with _named(path, "the model"):
+        model = _without_weights(config, dtype, **attention)
     for module in model.modules():
         for name, weight in module._parameters.items():
             if weight is not None:
@@ -92,6 +106,30 @@ def empty_base(path: str, dtype: torch.dtype | None, device: torch.device, bits:
                 module._parameters[name] = torch.nn.Parameter(values, requires_grad=weight.requires_grad)
     model.tie_weights()
     return model
+
+
+def _without_weights(config: Any, dtype: torch.dtype | None, **attention: str) -> Any:
+    """A model of that config, whose parameters have no memory."""
+    from accelerate import init_empty_weights
+
+    chosen = dtype or getattr(config.get_text_config(), "dtype", None) or torch.float32
+    with init_empty_weights(include_buffers=False):
+        return _class_of(config).from_config(config, dtype=chosen, trust_remote_code=False, **attention)
+
+
+def _attention(path: str, dtype: torch.dtype | None, name: str | None) -> dict[str, str]:
+    """What transformers is told of a model's attention, once it takes that: no weight is read for an error of a name."""
+    if name is None:
+        return {}
+    config, told = _base_config(path), {"attn_implementation": name}
+    try:
+        _without_weights(copy.deepcopy(config), dtype, **told)  # transformers writes it into the config
+    except Exception as error:  # of many kinds, as a kernel of the hub has
+        with _named(path, "the model"):
+            _without_weights(config, dtype)  # what is wrong with the model is no fault of the attention
+        kind = ImportError if isinstance(error, ImportError) else ValueError
+        raise kind(f"attn_implementation={name}: transformers does not take it for {path}: {error}") from error
+    return told
 
 
 def is_encoder_decoder(path: str) -> bool:

@@ -70,6 +70,9 @@ INSTEAD = {
     **dict.fromkeys(("chat_template", "template"), "the tokenizer's own chat template is what counts"),
     **dict.fromkeys(("use_wandb", "wandb_project"), "report_to: wandb"),
     **dict.fromkeys(("hub_model_id", "push_to_hub"), "the output folder is what `hf upload` takes"),
+    **dict.fromkeys(
+        ("flash_attn", "flash_attention", "sdp_attention"), "attn_implementation: flash_attention_2, sdpa, ..."
+    ),
     "do_sample": "temperature above 0 draws",
     **dict.fromkeys(("max_eval_samples", "max_predict_samples"), "of eval and compare limit: the first so many rows"),
     "iters": "max_steps",

@@ -88,7 +88,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         ValueError: the output is the base model's folder; resume was asked for with other options or data than the
             checkpoint's; a name in target_modules matches nothing; compile, and there is no C++ compiler; the model's files are damaged; what
             started the processes asks for what cannot be done (processes.py).
-        ImportError: load_in_4bit or load_in_8bit, and there is no bitsandbytes; a package of report_to's is missing.
+        ImportError: load_in_4bit or load_in_8bit, and there is no bitsandbytes; a package of report_to's or attn_implementation's is missing.
         OSError: the data or the model is not there, or the output folder cannot be written into.
         TrainingError: no gradient reaches any trained weight, the disk is full, or another process has ended; Diverged, which is one: the loss,
             the gradient or what a validation measured is not finite.
@@ -123,6 +123,7 @@ def begin(config: TrainConfig, accelerator: Accelerator, load: Callable[..., Any
         config = warm_start.resolved(config, saved.folder if saved else None)
         tokenizer = load_tokenizer(str(config.model))
         data = training_data.read(config, tokenizer)
+    load = partial(load, attn_implementation=config.attn_implementation)
     return _Run(config, data, tokenizer, accelerator, saved, load)
 
 

@@ -5,20 +5,24 @@ import json
 import re
 import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
 import torch
+from accelerate import Accelerator
 from peft import LNTuningConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from fastlora import adapters, merge
+from fastlora import train as training
 from fastlora.cli import _quiet
 from fastlora.config import TrainConfig
-from fastlora.models import base_of, load_model, load_tokenizer
+from fastlora.models import base_of, empty_base, load_base, load_model, load_tokenizer
 from fastlora.train import train
 
 ROOT = Path(__file__).parent.parent
@@ -250,3 +254,57 @@ def test_a_name_that_peft_takes_for_part_of_a_key_is_loaded_exactly_and_without_
     for name in names:
         loaded.set_adapter(name)
         assert torch.allclose(loaded(input_ids=ids).logits, expected, atol=1e-5), name
+
+
+@pytest.mark.parametrize("load", [load_base, empty_base])
+def test_the_attention_is_the_one_that_is_asked_for_or_an_error_names_it(base, load):
+    def attention(name: str | None) -> str:
+        model = load(str(base), torch.float32, torch.device("cpu"), attn_implementation=name)
+        return model.model.layers[0].self_attn.config._attn_implementation
+
+    assert [attention(name) for name in (None, "eager", "sdpa")] == ["sdpa", "eager", "sdpa"]
+    with pytest.raises(
+        ValueError, match=rf"^attn_implementation=nope: transformers does not take it for {base}: .*eager"
+    ):
+        attention("nope")
+    change(base / "config.json", hidden_act="nope")
+    with pytest.raises(ValueError, match=rf"^model={base}: the model cannot be loaded"):
+        attention("eager")
+    shutil.rmtree(base)
+    with pytest.raises(FileNotFoundError, match=rf"^model: there is no folder {base}$"):
+        attention("eager")
+
+
+def test_an_attention_whose_package_is_missing_names_it(base, monkeypatch):
+    """As transformers says it of flash attention, wherever that is installed."""
+
+    plain = LlamaForCausalLM.get_correct_attn_implementation
+
+    def refuse(self: Any, requested: str | None, *rest: Any, **more: Any) -> str:
+        if requested == "sdpa":
+            raise ImportError("the package is missing")
+        return plain(self, requested, *rest, **more)
+
+    monkeypatch.setattr(LlamaForCausalLM, "get_correct_attn_implementation", refuse)
+    with pytest.raises(
+        ImportError, match="^attn_implementation=sdpa: transformers does not take it for .*: the package is"
+    ):
+        load_base(str(base), None, torch.device("cpu"), attn_implementation="sdpa")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_training_has_the_attention_that_it_is_told_and_goes_on_with_it(base, tmp_path, method):
+    data = tiny.save_data(tmp_path / "data.jsonl", 8)
+    given = TrainConfig(model=base, data=data, output=tmp_path / "out", method=method, max_steps=1, save_steps=1)
+    given = replace(given, attn_implementation="eager")
+    run = training.begin(given, Accelerator(cpu=True), load_base)
+    assert run.model.config._attn_implementation == "eager"
+    train(given, progress=False)
+    saved = json.loads((given.output / "checkpoints" / "step-1" / "training.json").read_text())["config"]
+    assert saved["attn_implementation"] == "eager"
+    assert "attn_implementation: eager" in (given.output / "config.yaml").read_text()
+    longer = replace(given, resume=True, max_steps=2)
+    with pytest.raises(ValueError, match="attn_implementation='sdpa': expected 'eager' as in"):
+        train(replace(longer, attn_implementation="sdpa"), progress=False)
+    run = training.begin(longer, Accelerator(cpu=True), load_base)
+    assert run.step == 1 and run.model.config._attn_implementation == "eager"
