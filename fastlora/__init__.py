@@ -24,10 +24,12 @@ except ImportError as error:
     _C = None
 
 from fastlora import functional, native
+from fastlora.choice import table
 from fastlora.layers import LoRAConv1D, LoRALinear, MultiLoRALinear, SoftPrompt
 
 if _C is not None:
     native.enter("cpu")
+    table.instruction_set = _C.isa
     if _C.cuda:
         native.enter("cuda")
         ops.note("cuda", f"; compiled for {', '.join(_C.cuda)}")

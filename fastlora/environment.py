@@ -129,11 +129,15 @@ def _measurements() -> list[Finding]:
     """What the choice of implementation rests on."""
     found = []
     for device_type in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-        held = Counter(one.origin for one in table.entries(device_type))
+        try:
+            held = Counter(one.origin for one in table.entries(device_type))
+        except RuntimeError as error:  # of FASTLORA_ISA
+            found.append(Finding("measurements", device_type, False, str(error).splitlines()[0]))
+            continue
         without = f"none for {table.kind_of(device_type)}: `fastlora tune --device {device_type}` makes them"
         detail = ", ".join(f"{count} {origin}" for origin, count in held.items()) or without
         found.append(Finding("measurements", device_type, bool(held), detail))
     what = "accelerate measures what a model needs and nobody has measured on such a machine, and keeps it in"
-    where = table.cache_path("cpu").parent
+    where = table.cache_folder()
     on = trial.trials_are_on()
     return [*found, Finding("measurements", "trial", on, f"{what} {where}" if on else f"switched off; cache: {where}")]

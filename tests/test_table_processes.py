@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from filelock import FileLock, Timeout
-from measurements import a_machine, choose, entry, hold, needs_native  # noqa: F401  (a fixture)
+from measurements import a_machine, choose, entry, half_times, hold, needs_native, small_weights  # noqa: F401  (fixtures)
 
-from fastlora.choice import table
+import fastlora
+from fastlora.choice import table, trial
 
 
 def test_what_another_process_kept_meanwhile_is_known(machine: Path) -> None:
@@ -85,6 +86,35 @@ def test_the_caches_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"-threads{torch.get_num_threads()}.json" in table.cache_path("cpu").name
     monkeypatch.setattr(table, "kind_of", lambda device_type: f"a-{device_type}")
     assert table.cache_path("cuda").name.startswith("a-cuda-torch") and "threads" not in table.cache_path("cuda").name
+
+
+def test_each_instruction_set_has_a_cache_of_its_own(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial under FASTLORA_ISA=portable says nothing of what the machine does without."""
+    table.keep("cpu", [entry(0.5)], "a test")
+    with monkeypatch.context() as patch:
+        patch.setattr(table, "instruction_set", lambda: "another")
+        table.load_state(None)
+        assert table.entries("cpu") == [] and "-isaanother-" in table.cache_path("cpu").name
+        table.keep("cpu", [entry(7.0)], "a test")
+    table.load_state(None)
+    assert [one.ratio for one in table.entries("cpu")] == [0.5]
+
+
+def test_an_instruction_set_that_there_is_not_is_told_before_anything_is_measured(
+    machine: Path, timed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse() -> str:
+        raise RuntimeError("FASTLORA_ISA=avx1024: expected portable")
+
+    monkeypatch.setattr(table, "instruction_set", refuse)
+    with pytest.raises(RuntimeError, match="FASTLORA_ISA=avx1024"):
+        trial.try_out(small_weights())
+    assert timed == [] and not machine.parent.exists()
+
+
+@needs_native
+def test_the_instruction_set_is_native_cpps() -> None:
+    assert table.instruction_set() == fastlora._C.isa()
 
 
 def test_what_a_machine_calls_itself(monkeypatch: pytest.MonkeyPatch) -> None:

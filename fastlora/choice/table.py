@@ -16,7 +16,7 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -73,6 +73,9 @@ products, or by csrc's."""
 
 forced_way = ""
 """The way that must be taken by whatever has it, whatever was measured: for those who measure it."""
+
+instruction_set: Callable[[], str] = lambda: "none"
+"""What native C++ runs with here, where it is built: FASTLORA_ISA may name another than the machine's best, whose times are others."""
 
 Table = dict[tuple[Hashable, ...], Measurement]  # by every field before `checked`
 
@@ -337,23 +340,31 @@ def _today() -> str:
 
 
 def _identity(device_type: str) -> dict[str, Any]:
-    """What a cache must have in common with the process that reads it."""
-    threads = {"threads": torch.get_num_threads()} if device_type == "cpu" else {}
+    """What a cache must have in common with the process that reads it.
+
+    Raises:
+        RuntimeError: FASTLORA_ISA names an instruction set that there is not, here or at all.
+    """
+    on_a_cpu = {"isa": instruction_set(), "threads": torch.get_num_threads()} if device_type == "cpu" else {}
     return {
         "schema": SCHEMA,
         "kind": kind_of(device_type),
         "torch": torch.__version__,
         "fastlora": __version__,
-        **threads,
+        **on_a_cpu,
     }
 
 
-def cache_path(device_type: str) -> Path:
-    """The cache of this machine for this version of torch and of fastlora, and this number of threads."""
+def cache_folder() -> Path:
+    """Where the caches lie."""
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folder = os.environ.get("FASTLORA_CACHE") or os.path.join(folder, "fastlora")
+    return Path(os.environ.get("FASTLORA_CACHE") or os.path.join(folder, "fastlora"))
+
+
+def cache_path(device_type: str) -> Path:
+    """The cache of this machine for this version of torch and of fastlora, this instruction set and this number of threads."""
     _, kind, *versions = _identity(device_type).items()
-    return Path(folder, "-".join([kind[1], *(f"{name}{value}" for name, value in versions)]) + ".json")
+    return Path(cache_folder(), "-".join([kind[1], *(f"{name}{value}" for name, value in versions)]) + ".json")
 
 
 def kind_of(device_type: str) -> str:
