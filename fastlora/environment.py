@@ -138,6 +138,9 @@ def _measurements() -> list[Finding]:
         detail = ", ".join(f"{count} {origin}" for origin, count in held.items()) or without
         found.append(Finding("measurements", device_type, bool(held), detail))
     what = "accelerate measures what a model needs and nobody has measured on such a machine, and keeps it in"
-    where = table.cache_folder()
+    try:
+        where = str(table.cache_folder())
+    except FileNotFoundError as error:
+        where = f"no folder ({error})"
     on = trial.trials_are_on()
     return [*found, Finding("measurements", "trial", on, f"{what} {where}" if on else f"switched off; cache: {where}")]

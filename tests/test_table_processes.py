@@ -11,6 +11,7 @@ from filelock import FileLock, Timeout
 from measurements import a_machine, choose, entry, half_times, hold, needs_native, small_weights  # noqa: F401  (fixtures)
 
 import fastlora
+from fastlora import environment
 from fastlora.choice import table, trial
 
 
@@ -86,6 +87,24 @@ def test_the_caches_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"-threads{torch.get_num_threads()}.json" in table.cache_path("cpu").name
     monkeypatch.setattr(table, "kind_of", lambda device_type: f"a-{device_type}")
     assert table.cache_path("cuda").name.startswith("a-cuda-torch") and "threads" not in table.cache_path("cuda").name
+
+
+def test_a_user_without_a_home_has_no_cache(
+    machine: Path, timed: list[list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container under a number that has no name: a folder called ~ would lie wherever one works."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("FASTLORA_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # KeyError, as where there is none
+    with pytest.warns(UserWarning, match="measurements of this machine cannot be kept: the user has no home") as told:
+        trial.try_out(small_weights())
+    assert len(told) == 1 and len(table.entries("cpu")) == len(timed)
+    assert table.keep("cpu", [], "a test") is None
+    assert list(tmp_path.iterdir()) == []
+    assert "no folder (the user has no home folder" in environment._measurements()[-1].detail
+    table.load_state(None)
+    assert table.entries("cpu") == []
 
 
 def test_each_instruction_set_has_a_cache_of_its_own(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

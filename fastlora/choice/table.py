@@ -170,9 +170,9 @@ def learn(device_type: str, found: Iterable[Measurement]) -> None:
 
 def keep(device_type: str, found: Iterable[Measurement], command: str) -> Path | None:
     """Use these measurements from now on, and add them to this machine's cache; returns its path, None where it cannot be written."""
-    path = cache_path(device_type)
     learn(device_type, found)
     try:
+        path = cache_path(device_type)
         write(path, device_type, (_read_cache(device_type) | _by_class(found)).values(), command)
     except OSError as error:
         warnings.warn(f"fastlora: the measurements of this machine cannot be kept: {error}", stacklevel=2)
@@ -182,8 +182,12 @@ def keep(device_type: str, found: Iterable[Measurement], command: str) -> Path |
 
 @contextmanager
 def alone(device_type: str) -> Iterator[None]:
-    """One process of this machine at a time; one that had to wait finds what the one before has kept."""
-    path = cache_path(device_type)
+    """One process of this machine at a time; one that had to wait finds what the one before has kept. Without a folder for that each is alone."""
+    try:
+        path = cache_path(device_type)
+    except FileNotFoundError:
+        yield
+        return
     lock = FileLock(path.with_suffix(".lock"))
     try:
         lock.acquire()  # makes the folder, too
@@ -356,13 +360,26 @@ def _identity(device_type: str) -> dict[str, Any]:
 
 
 def cache_folder() -> Path:
-    """Where the caches lie."""
+    """Where the caches lie.
+
+    Raises:
+        FileNotFoundError: nowhere: no variable names a folder, and the user has no home, as in a container under a number without a name.
+    """
+    named = os.environ.get("FASTLORA_CACHE")
+    if named:
+        return Path(named)
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(os.environ.get("FASTLORA_CACHE") or os.path.join(folder, "fastlora"))
+    if folder.startswith("~"):  # else it would lie in the working directory, whose owner may be another
+        raise FileNotFoundError("the user has no home folder, and FASTLORA_CACHE names none")
+    return Path(folder, "fastlora")
 
 
 def cache_path(device_type: str) -> Path:
-    """The cache of this machine for this version of torch and of fastlora, this instruction set and this number of threads."""
+    """The cache of this machine for this version of torch and of fastlora, this instruction set and this number of threads.
+
+    Raises:
+        FileNotFoundError: there is no folder for it.
+    """
     _, kind, *versions = _identity(device_type).items()
     return Path(cache_folder(), "-".join([kind[1], *(f"{name}{value}" for name, value in versions)]) + ".json")
 
