@@ -1,5 +1,6 @@
 """choice/measure.py: what is wrong is refused for good, what is right passes, and times are taken in turn. No test depends on a real time."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ from measurements import ON_A_CPU, a_machine, choose, entry, half_times, needs_n
 from torch import Tensor
 
 from fastlora import functional, ops
+from fastlora.bounds import Errors
 from fastlora.choice import measure, problems, table, trial
 from fastlora.frozen import packed
 from fastlora.operators import lora_linear
@@ -251,14 +253,75 @@ def test_a_fault_that_the_device_finds_late_is_one(late: int, machine: Path, mon
     assert len(waits) == 2
 
 
-@pytest.mark.parametrize("fault", [torch.OutOfMemoryError("full"), RuntimeError("[CUDA]: out of memory")], ids=repr)
-def test_a_full_card_is_no_flaw(fault: Exception, machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("found", "flaw"),
+    [
+        ([(2.0, 1.0)], None),
+        ([(3.0, 1.0), *[(2.0, 1.0)] * 6, (1.0, 1.5)], None),
+        ([(3.0, 1.0), *[(2.0, 1.0)] * 7], "the error of result 0 is 3, its bound 2"),
+        ([(3.0, 1.0), *[(1.0, 1.5)] * 6, (4.0, 1.0)], "the error of result 0 is 4, its bound 3"),
+        ([(3.0, 1.0), *[(2.0, 2.0)] * 6, (math.nan, 1.0)], "the error of result 0 is nan"),
+    ],
+    ids=["right", "bad luck", "wrong", "wrong in another", "NaN in another"],
+)
+def test_one_bad_draw_refuses_nothing(
+    found: list[tuple[float, float]], flaw: str | None, machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The largest errors of eight inputs count, eager's too; only where the first is outside its bound are there seven more."""
+    errors = iter(found)
+    monkeypatch.setattr(measure.bounds, "compare", lambda *_: Errors(*next(errors), 0.0))
+    call = call_of("swiglu")
+    told = measure.find_flaw("swiglu", "reference", call, others=[call] * 7)
+    assert told is None if flaw is None else told is not None and flaw in told
+    assert next(errors, None) is None
+
+
+@needs_native
+def test_seven_more_inputs_are_other_ones(
+    machine: Path, timed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the same sizes; and what is drawn later is what was drawn before."""
+    seen: list[Tensor] = []
+
+    def wrong(x: Tensor, *args: Any) -> Any:
+        seen.append(x)
+        return wrong_value(x, *args)
+
+    monkeypatch.setattr(ops, "implementations", ops.implementations | {("lora_linear", "cpu"): wrong})
+    with pytest.warns(UserWarning, match="cpu is refused for lora_linear"):
+        one_class()
+    assert len(seen) == 8 and {one.shape for one in seen} == {(37, 100)}
+    assert len({one[0, 0].item() for one in seen}) == 8
+    first = call_of("swiglu")[0]
+    assert torch.equal(first, call_of("swiglu")[0]) and problems.seed == 0
+
+
+FULL = [torch.OutOfMemoryError("full"), RuntimeError("[CUDA]: out of memory")]
+
+
+@pytest.mark.parametrize("fault", [*FULL, RuntimeError("FASTLORA_ISA=avx1024: expected portable")], ids=repr)
+def test_a_full_memory_or_a_wrong_option_is_no_flaw(
+    fault: Exception, machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run(*args: Any) -> Any:
         raise fault
 
     monkeypatch.setattr(ops, "implementations", ops.implementations | {("lora_linear", "cpu"): run})
     with pytest.raises(type(fault)):
         measure.find_flaw("lora_linear", "cpu", call_of("lora_linear"))
+
+
+@needs_native
+def test_what_nobody_expects_ends_a_trial(
+    machine: Path, timed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("FASTLORA_ISA=avx1024: expected portable")
+
+    monkeypatch.setattr(ops, "implementations", ops.implementations | {("lora_linear", "cpu"): refuse})
+    with pytest.raises(RuntimeError, match="avx1024"):
+        trial.try_out(small_weights())
+    assert not machine.exists()
 
 
 def test_what_failed_in_a_way_that_is_not_known_failed_in_all() -> None:

@@ -65,6 +65,7 @@ def test_what_ends_its_process_is_refused_and_the_rest_is_measured(
     [
         ("raise torch.OutOfMemoryError('the card is full')", "the card is full"),
         ("raise RuntimeError('Triton Error [CUDA]: out of memory')", "out of memory"),
+        ("raise RuntimeError('FASTLORA_ISA=avx1024: expected portable')", "RuntimeError: FASTLORA_ISA=avx1024"),
         ("os.kill(os.getpid(), signal.SIGKILL)", "SIGKILL"),
         ("...\nraise OSError('no driver')", "no driver"),
     ],

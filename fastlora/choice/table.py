@@ -16,7 +16,7 @@ import os
 import platform
 import re
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,9 +74,6 @@ products, or by csrc's."""
 forced_way = ""
 """The way that must be taken by whatever has it, whatever was measured: for those who measure it."""
 
-instruction_set: Callable[[], str] = lambda: "none"
-"""What native C++ runs with here, where it is built: FASTLORA_ISA may name another than the machine's best, whose times are others."""
-
 Table = dict[tuple[Hashable, ...], Measurement]  # by every field before `checked`
 
 choices: dict[Hashable, Any] = {}
@@ -84,6 +81,11 @@ choices: dict[Hashable, Any] = {}
 
 _tables: dict[str, Table] = {}  # by device type
 _loaded = False  # whether the tables came from `load_state`
+
+
+def instruction_set() -> str:
+    """What native C++ runs with, which puts its own in this place where it is built: FASTLORA_ISA may name another, whose times are others."""
+    return "none"
 
 
 def class_of(rows: int, elements: int) -> tuple[int, str]:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from fastlora import ops
 from fastlora.choice import problems, table
-from fastlora.choice.measure import Refusal, is_out_of_memory, is_refused, one_class, refused_before
+from fastlora.choice.measure import Refusal, blames_nobody, is_refused, one_class, refused_before
 from fastlora.choice.problems import Problem
 from fastlora.choice.table import Measurement
 
@@ -300,7 +300,7 @@ def answer() -> None:
             found = one_class(problem, torch.device(device), seconds, refused, lambda *what: say("trying", what))
             say("found", [found, list(refused)])
     except Exception as fault:
-        if is_out_of_memory(fault):
+        if blames_nobody(fault):
             say("trying", ("", []))  # the fault of none
         say("ended", f"{type(fault).__name__}: {fault}".splitlines()[0])
         sys.exit(1)
