@@ -296,7 +296,15 @@ def test_seven_more_inputs_are_other_ones(
     assert torch.equal(first, call_of("swiglu")[0]) and problems.seed == 0
 
 
-FULL = [torch.OutOfMemoryError("full"), RuntimeError("[CUDA]: out of memory")]
+FULL = [
+    torch.OutOfMemoryError("full"),
+    RuntimeError("[CUDA]: out of memory"),
+    RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:128] err == 0. DefaultCPUAllocator: can't allocate memory: you tried ..."
+    ),
+    RuntimeError("std::bad_alloc"),
+    MemoryError(),
+]
 
 
 @pytest.mark.parametrize("fault", [*FULL, RuntimeError("FASTLORA_ISA=avx1024: expected portable")], ids=repr)
@@ -309,6 +317,27 @@ def test_a_full_memory_or_a_wrong_option_is_no_flaw(
     monkeypatch.setattr(ops, "implementations", ops.implementations | {("lora_linear", "cpu"): run})
     with pytest.raises(type(fault)):
         measure.find_flaw("lora_linear", "cpu", call_of("lora_linear"))
+
+
+@needs_native
+@pytest.mark.parametrize("fault", FULL, ids=repr)
+def test_where_memory_is_full_a_trial_ends_with_a_warning(
+    fault: Exception, machine: Path, timed: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what was measured before is kept: the model goes on with that."""
+    native = ops.implementations["lora_linear", "cpu"]
+
+    def run(x: Tensor, *args: Any) -> Any:
+        if len(x) == 64:
+            raise fault
+        return native(x, *args)
+
+    monkeypatch.setattr(ops, "implementations", ops.implementations | {("lora_linear", "cpu"): run})
+    with pytest.warns(UserWarning, match=f"no more is measured on cpu: {type(fault).__name__}: ") as told:
+        trial.try_out(small_weights())
+    assert len(told) == 1
+    restart()
+    assert {one.rows for one in table.entries("cpu")} == {1, 8} and all(one.checked for one in table.entries("cpu"))
 
 
 @needs_native

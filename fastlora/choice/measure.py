@@ -114,8 +114,9 @@ def refused_before(known: Iterable[Measurement]) -> set[Refusal]:
 
 
 def is_out_of_memory(fault: Exception) -> bool:
-    """Whether the card was full, of which nothing follows: torch has a type for it, CUDA and Triton have words."""
-    return isinstance(fault, torch.OutOfMemoryError) or "out of memory" in str(fault)
+    """Whether memory was full: torch has a type for it on a card, CUDA, Triton, torch on a CPU and C++ have words."""
+    full = isinstance(fault, (torch.OutOfMemoryError, MemoryError))
+    return full or any(words in str(fault) for words in ("out of memory", "can't allocate memory", "bad_alloc"))
 
 
 def blames_nobody(fault: Exception) -> bool:

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from fastlora import ops
 from fastlora.choice import problems, table
-from fastlora.choice.measure import Refusal, blames_nobody, is_refused, one_class, refused_before
+from fastlora.choice.measure import Refusal, blames_nobody, is_out_of_memory, is_refused, one_class, refused_before
 from fastlora.choice.problems import Problem
 from fastlora.choice.table import Measurement
 
@@ -182,8 +182,19 @@ def _measured(
 def _here(
     todo: list[Problem], device: torch.device, seconds: float, refused: set[Refusal]
 ) -> Iterator[list[Measurement]]:
+    """One class after the other.
+
+    Warns:
+        UserWarning: memory is full, and the rest is not measured.
+    """
     for problem in todo:
-        found = one_class(problem, device, seconds, refused)
+        try:
+            found = one_class(problem, device, seconds, refused)
+        except Exception as fault:
+            if not is_out_of_memory(fault):
+                raise
+            warnings.warn(f"fastlora: no more is measured on {device}: {_told(fault)}", stacklevel=2)
+            return
         if ("cpu", problem.op) in table.WAYS:
             table.learn(device.type, found)  # the other operators are measured with it
         yield found
@@ -276,6 +287,10 @@ def _run_apart(
     yield "ended", last or f"its process ended with code {code}"
 
 
+def _told(fault: Exception) -> str:
+    return f"{type(fault).__name__}: {fault}".splitlines()[0]
+
+
 ANSWER = "from fastlora.choice import trial; trial.answer()"
 
 
@@ -302,5 +317,5 @@ def answer() -> None:
     except Exception as fault:
         if blames_nobody(fault):
             say("trying", ("", []))  # the fault of none
-        say("ended", f"{type(fault).__name__}: {fault}".splitlines()[0])
+        say("ended", _told(fault))
         sys.exit(1)
