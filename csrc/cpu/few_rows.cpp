@@ -30,7 +30,7 @@ FewRows task_of(const Tensor& x, const Tensor& weight) {
   task.x = x.const_data_ptr();
   task.x_stride = x.stride(0);
   task.weight = weight.const_data_ptr();
-  task.by_column = weight.stride(1) != 1;
+  task.by_column = weight.size(1) > 1 && weight.stride(1) != 1;  // one column lies by row, however far its elements are apart
   task.weight_stride = weight.stride(task.by_column ? 1 : 0);
   return task;
 }
