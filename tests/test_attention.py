@@ -175,6 +175,32 @@ def test_later_tokens_are_not_seen(device: str, implementation: str) -> None:
     assert torch.equal(attention(q, k, v, starts_of((150,)))[:100], expected)
 
 
+@pytest.mark.parametrize("tokens", [6, 200])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_later_tokens_are_not_seen_beside_the_lowest_scores(
+    dtype: torch.dtype, tokens: int, device: str, implementation: str
+) -> None:
+    """No score is so low that what is masked counts beside it."""
+    q = torch.full((tokens, 1, 1), 1e16, dtype=dtype, device=device)
+    v = torch.arange(tokens, device=device).view(-1, 1, 1).to(dtype) / tokens
+    assert nearly_equal(
+        attention(q, -q, v, starts_of((tokens,))),
+        v.float().cumsum(0).div(torch.arange(1, tokens + 1, device=device).view(-1, 1, 1)).to(dtype),
+    )
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])
+@pytest.mark.parametrize("place", [slice(5, 6), slice(130), slice(None)], ids=["one key", "a block and more", "all"])
+def test_what_is_no_number(value: float, place: slice, device: str, implementation: str) -> None:
+    """As by torch: -inf alone counts nothing beside other scores, and gives NaN where there are none; inf and NaN do where they are seen."""
+    case = Case((200,), 1, 1, 1)
+    q, k, v = draw(case, device=device)
+    q, k[place] = q.abs() + 0.1, value
+    found, expected = ours(case)(q, k, v), eager(case)(q, k, v)
+    assert torch.equal(found.isnan(), expected.isnan())
+    assert nearly_equal(found.nan_to_num(), expected.nan_to_num())
+
+
 def test_a_scale_of_ones_own(device: str, implementation: str) -> None:
     """None is 1 / 4 here."""
     case = Case((5, 9), D=16)

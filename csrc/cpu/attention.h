@@ -13,9 +13,9 @@
 namespace fastlora::FASTLORA_ISA {
 namespace {
 
-constexpr int64_t QUERIES = 8 * TILE_ROWS;   // of a block
-constexpr int64_t KEYS = 2 * PANEL_COLUMNS;  // of a block
-constexpr float NOWHERE = -1e30f;            // a masked score; what differs from the largest by more than 87 counts nothing
+constexpr int64_t QUERIES = 8 * TILE_ROWS;    // of a block
+constexpr int64_t KEYS = 2 * PANEL_COLUMNS;   // of a block
+constexpr float NOWHERE = -__builtin_inff();  // a masked score: below all that are seen; what differs from the largest by more than 87 counts nothing
 
 inline int64_t padded(int64_t count, int64_t unit) { return (count + unit - 1) / unit * unit; }
 
@@ -205,15 +205,16 @@ void attention_of(const Attention& task, const AttentionPart& part, int64_t kv_h
               }
               float now = most[0];
               for (int n = 1; n < WIDTH; ++n) now = most[n] > now ? most[n] : now;
+              const float base = now == NOWHERE ? 0 : now;  // nothing counts yet, and -inf less itself would be NaN for good
               Floats sums{};
               for (int64_t j = 0; j < depth; j += WIDTH) {
-                const Floats p = probability(load(row + j) - now);
+                const Floats p = probability(load(row + j) - base);
                 store(row + j, p);
                 sums += p;
               }
               float added = 0;
               for (int n = 0; n < WIDTH; ++n) added += sums[n];
-              const float before = met ? probability(Floats{} + (highest[i] - now))[0] : 0;
+              const float before = met ? probability(Floats{} + (highest[i] - base))[0] : 0;
               highest[i] = now;
               sum[i] = sum[i] * before + added;
               if (met) {
