@@ -50,6 +50,18 @@ def test_far_from_zero(device: str, implementation: str) -> None:
     assert torch.allclose(y.double(), expected, rtol=1e-6, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_at_the_ends_of_float32(dtype: torch.dtype, device: str, implementation: str) -> None:
+    """What eager gives: -0 for the lowest gate, NaN for -inf; and gradients of those."""
+    gate = torch.tensor([-torch.inf, -3e38, -1e30, -89.0, 3e38, torch.inf, torch.nan], device=device, dtype=dtype)
+    gate, up = gate.requires_grad_(), torch.full_like(gate, 0.5).requires_grad_()
+    y, expected = swiglu(gate, up), eager(gate, up)
+    assert torch.equal(y.signbit() | y.isnan(), expected.signbit() | expected.isnan())
+    assert torch.allclose(y, expected, rtol=0, atol=1e-37, equal_nan=True)
+    for found, right in zip(*(torch.autograd.grad(one.sum(), (gate, up)) for one in (y, expected)), strict=True):
+        assert torch.allclose(found[:4], right[:4], rtol=0, atol=1e-37, equal_nan=True)
+
+
 def test_gradcheck(device: str) -> None:
     gate, up = draw((3, 6), torch.float64, device)
     assert torch.autograd.gradcheck(swiglu, [gate.requires_grad_(), up.requires_grad_()])

@@ -154,18 +154,21 @@ inline void store_some(T* to, Floats value, int64_t count) {
 #endif
 }
 
-/// e^x to about an ulp: 2^n e^r with |r| <= ln(2) / 2, e^r by its Taylor series, whose eighth term is 5e-9. Held between 2^-126 and 2^127.
+/// e^x to about an ulp: 2^n e^r with |r| <= ln(2) / 2, e^r by its Taylor series, whose eighth term is 5e-9. Not below e^-87; infinity where float32
+/// holds no more.
 inline Floats exponential(Floats x) {
-  constexpr float LOWEST = -87.0f, HIGHEST = 88.0f, TO_INTEGER = 12582912.0f;  // 1.5 2^23: its last bit is worth 1
-  constexpr float LN2_HIGH = 0x1.62e4p-1f, LN2_LOW = 0x1.7f7d1cp-20f;          // n LN2_HIGH is exact
-  x = (Floats)choose(x < LOWEST, (Words)(Floats{} + LOWEST), (Words)x);        // NaN is neither
-  x = (Floats)choose(x > HIGHEST, (Words)(Floats{} + HIGHEST), (Words)x);
+  constexpr float LOWEST = -87.0f, HIGHEST = 88.72f, TO_INTEGER = 12582912.0f;  // 1.5 2^23: its last bit is worth 1
+  constexpr float LN2_HIGH = 0x1.62e4p-1f, LN2_LOW = 0x1.7f7d1cp-20f;             // n LN2_HIGH is exact
+  x = (Floats)choose(x < LOWEST, (Words)(Floats{} + LOWEST), (Words)x);           // NaN is neither
+  const Integers beyond = x > HIGHEST;
+  x = (Floats)choose(beyond, (Words)(Floats{} + HIGHEST), (Words)x);
   const Floats shifted = x * 0x1.715476p+0f + TO_INTEGER, n = shifted - TO_INTEGER;
   const Floats r = x - n * LN2_HIGH - n * LN2_LOW;
   constexpr float TERMS[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 1.0f / 2, 1.0f, 1.0f};
   Floats series = Floats{} + 1.0f / 5040;
   for (const float term : TERMS) series = series * r + term;
-  return (Floats)((Words)series + ((Words)shifted << 23));  // the low bits of TO_INTEGER are 0: n lands in the exponent
+  const Words power = (Words)series + ((Words)shifted << 23);  // the low bits of TO_INTEGER are 0: n lands in the exponent
+  return (Floats)choose(beyond, Words{} + 0x7f800000, power);
 }
 
 /// Which lane of (a, b) goes to `lane` of the lower or upper operand where blocks of 2 STEP lanes are folded in two and added.
