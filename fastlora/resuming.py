@@ -5,9 +5,10 @@ run's. Under a constant learning rate that is the run which was as long from the
 run's end.
 """
 
+import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,18 @@ from fastlora.course import Course
 from fastlora.data.sources import local_files
 from fastlora.typed import listed
 
+logger = logging.getLogger("fastlora")
+
 LENGTH = ("epochs", "max_steps")
 """The options that say how long a run is."""
+
+# Data and how it is cut are compared by the rows' tokens.
+MAY_DIFFER_ON_RESUME = {
+    *("data", "columns", "max_samples", "streaming", "mixture", "rehearse_data", "eval_data", "retain_data"),
+    *("truncation", "train_on_turns", "completion_only_loss", "report_to", "run_name", *LENGTH),
+    *("output", "save_steps", "save_total_limit", "resume", "resume_from", "overwrite"),
+    *("early_stopping_patience", "early_stopping_threshold", "eval_batch_size"),
+}
 
 
 def require_free(config: TrainConfig) -> None:
@@ -82,6 +93,47 @@ def newest(config: TrainConfig) -> Checkpoint | None:
                 checkpoint.verify(checkpoint.folder(output, step))
                 way_out = f"the one before it is whole: resume_from={step} goes on from there"
         raise CheckpointError(f"{error}; {way_out}") from error
+
+
+def require_same(saved: Checkpoint, now: dict[str, Any], course: Course) -> int:
+    """The steps that the run was to have that a checkpoint is of.
+
+    Raises:
+        ValueError: it belongs to no run like this one, or to a longer one.
+    """
+    then, path = saved.training, saved.folder / "training.json"
+    names = {field.name for field in fields(TrainConfig)}
+    for name in sorted(then.config.keys() ^ names):
+        what = "lacks" if name in names else "has the unknown option"
+        raise CheckpointError(f"{path}: config {what} {name}: it is of another version of fastlora")
+    try:
+        TrainConfig(**then.config)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: config: {error}") from None
+    for name in sorted(names - MAY_DIFFER_ON_RESUME):
+        before, value = then.config[name], now["config"][name]
+        if before != value:
+            raise ValueError(
+                f"{name}={value!r}: expected {before!r} as in {saved.folder}, or overwrite=True to start again"
+            )
+    if then.data != now["data"]:
+        name = "mixture" if now["config"]["mixture"] else "data"
+        what = f"{name}={now['config'][name]}: its token rows are not those that {saved.folder} was trained on"
+        raise ValueError(f"{what}, or are mixed otherwise")
+    if then.peft_config != now["peft_config"]:
+        what = f"peft_config={now['config']['peft_config']}: expected the file as {saved.folder} began with it"
+        raise ValueError(f"{what}, or overwrite=True")
+    for name in ("processes", "device"):
+        if getattr(then, name) != now[name]:
+            what = f"{saved.folder} was written with {name} {getattr(then, name)}"
+            raise ValueError(f"{what}, expected the same, got {now[name]}")
+    steps = steps_before(then.config, saved.folder, course)
+    if then.step > steps:
+        raise CheckpointError(f"{path}: step={then.step}: expected at most {steps}, the steps of the whole run")
+    if then.threads != now["threads"]:
+        text = "%s was written with %d threads, this run has %d: the last bits may differ from an uninterrupted run's"
+        logger.warning(text, saved.folder, then.threads, now["threads"])
+    return steps
 
 
 def steps_before(then: Mapping[str, Any], folder: Path, course: Course) -> int:

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ from fastlora import (
     writing,
 )
 from fastlora.batching import Batching
-from fastlora.checkpoint import Checkpoint, CheckpointError
+from fastlora.checkpoint import Checkpoint
 from fastlora.choice import table
 from fastlora.config import RANKED, SEEDS, WHOLE, TrainConfig
 from fastlora.course import Course, Diverged, TrainingError, TrainingInterrupted, digest, named_writing, stop_signals
@@ -61,14 +61,6 @@ from fastlora.typed import lined_up
 from fastlora.validation import Validation
 
 logger = logging.getLogger("fastlora")
-
-# Data and how it is cut are compared by the rows' tokens.
-MAY_DIFFER_ON_RESUME = {
-    *("data", "columns", "max_samples", "streaming", "mixture", "rehearse_data", "eval_data", "retain_data"),
-    *("truncation", "train_on_turns", "completion_only_loss", "report_to", "run_name", *resuming.LENGTH),
-    *("output", "save_steps", "save_total_limit", "resume", "resume_from", "overwrite"),
-    *("early_stopping_patience", "early_stopping_threshold", "eval_batch_size"),
-}
 
 
 def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
@@ -153,7 +145,7 @@ class _Run:
         self.records: list[dict[str, Any]] = []  # of the steps that were done before this run
         self.steps_before = self.course.steps  # as many as the run was to have that this one goes on with
         if saved:
-            self.steps_before = _require_same(saved, self.setup, self.course)
+            self.steps_before = resuming.require_same(saved, self.setup, self.course)
             self.records = metrics.read(self.output, saved.training.step)
             self.validation.resume(saved)
             resuming.require_unstopped(config, self.steps_before, self.course.steps, self.validation.stop_reason)
@@ -480,44 +472,3 @@ class _Run:
 
 def _count(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters)
-
-
-def _require_same(saved: Checkpoint, now: dict[str, Any], course: Course) -> int:
-    """The steps that the run was to have that a checkpoint is of.
-
-    Raises:
-        ValueError: it belongs to no run like this one, or to a longer one.
-    """
-    then, path = saved.training, saved.folder / "training.json"
-    names = {field.name for field in fields(TrainConfig)}
-    for name in sorted(then.config.keys() ^ names):
-        what = "lacks" if name in names else "has the unknown option"
-        raise CheckpointError(f"{path}: config {what} {name}: it is of another version of fastlora")
-    try:
-        TrainConfig(**then.config)
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: config: {error}") from None
-    for name in sorted(names - MAY_DIFFER_ON_RESUME):
-        before, value = then.config[name], now["config"][name]
-        if before != value:
-            raise ValueError(
-                f"{name}={value!r}: expected {before!r} as in {saved.folder}, or overwrite=True to start again"
-            )
-    if then.data != now["data"]:
-        name = "mixture" if now["config"]["mixture"] else "data"
-        what = f"{name}={now['config'][name]}: its token rows are not those that {saved.folder} was trained on"
-        raise ValueError(f"{what}, or are mixed otherwise")
-    if then.peft_config != now["peft_config"]:
-        what = f"peft_config={now['config']['peft_config']}: expected the file as {saved.folder} began with it"
-        raise ValueError(f"{what}, or overwrite=True")
-    for name in ("processes", "device"):
-        if getattr(then, name) != now[name]:
-            what = f"{saved.folder} was written with {name} {getattr(then, name)}"
-            raise ValueError(f"{what}, expected the same, got {now[name]}")
-    steps = resuming.steps_before(then.config, saved.folder, course)
-    if then.step > steps:
-        raise CheckpointError(f"{path}: step={then.step}: expected at most {steps}, the steps of the whole run")
-    if then.threads != now["threads"]:
-        text = "%s was written with %d threads, this run has %d: the last bits may differ from an uninterrupted run's"
-        logger.warning(text, saved.folder, then.threads, now["threads"])
-    return steps
