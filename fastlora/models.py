@@ -57,7 +57,7 @@ def load_base(
     """
     kind = _class_of(_base_config(path))
     options: dict[str, Any] = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # told below
-    options |= _attention(path, dtype, attn_implementation)
+    options |= _attention(path, dtype, device, attn_implementation)
     if bits is not None:
         options |= {"quantization_config": _quantisation(bits, dtype), "device_map": {"": device}}
     with _named(path, "the model"), _without_report():
@@ -87,12 +87,12 @@ def empty_base(
     that the system therefore has not given yet; its vectors are ones.
 
     Args:
-        device, bits: unused: it is on the CPU, and its layers are plain.
+        device: where it is to run; it is on the CPU. bits: unused, its layers are plain.
 
     Raises:
         OSError, ValueError, ImportError: as `load_base`, as far as config.json tells.
     """
-    config, attention = _base_config(path), _attention(path, dtype, attn_implementation)
+    config, attention = _base_config(path), _attention(path, dtype, device, attn_implementation)
     with _named(path, "the model"):
         model = _without_weights(config, dtype, **attention)
     for module in model.modules():
@@ -117,10 +117,12 @@ def _without_weights(config: Any, dtype: torch.dtype | None, **attention: str) -
         return _class_of(config).from_config(config, dtype=chosen, trust_remote_code=False, **attention)
 
 
-def _attention(path: str, dtype: torch.dtype | None, name: str | None) -> dict[str, str]:
+def _attention(path: str, dtype: torch.dtype | None, device: torch.device, name: str | None) -> dict[str, str]:
     """What transformers is told of a model's attention, once it takes that: no weight is read for an error of a name."""
     if name is None:
         return {}
+    if name == "flex_attention" and device.type == "cpu":
+        raise ValueError(f"attn_implementation={name}: torch has no gradient of it on a CPU, expected sdpa or eager")
     config, told = _base_config(path), {"attn_implementation": name}
     try:
         _without_weights(copy.deepcopy(config), dtype, **told)  # transformers writes it into the config

@@ -267,6 +267,8 @@ def test_the_attention_is_the_one_that_is_asked_for_or_an_error_names_it(base, l
         ValueError, match=rf"^attn_implementation=nope: transformers does not take it for {base}: .*eager"
     ):
         attention("nope")
+    with pytest.raises(ValueError, match="^attn_implementation=flex_attention: torch has no gradient of it on a CPU"):
+        attention("flex_attention")
     change(base / "config.json", hidden_act="nope")
     with pytest.raises(ValueError, match=rf"^model={base}: the model cannot be loaded"):
         attention("eager")
