@@ -201,6 +201,7 @@ def _exit_code(error: Exception) -> int | None:
     """2 for wrong options, data or files, 1 for what went wrong underway; None for what nobody expects, which keeps its traceback."""
     from safetensors import SafetensorError
 
+    from fastlora.choice.measure import is_out_of_memory
     from fastlora.ops import ImplementationError
 
     expected = (ValueError, TypeError, OSError, ImportError, ImplementationError, SafetensorError)
@@ -208,12 +209,7 @@ def _exit_code(error: Exception) -> int | None:
     if isinstance(error, expected) or str(error).startswith("Symlink loop"):
         return 2
     ours = type(error).__module__.partition(".")[0] == "fastlora"
-    return 1 if ours or _is_out_of_memory(error) else None
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # On a CPU torch raises a plain RuntimeError.
-    return type(error).__name__ in ("OutOfMemoryError", "MemoryError") or "can't allocate memory" in str(error)
+    return 1 if ours or is_out_of_memory(error) else None
 
 
 def _fail(name: str, message: str, code: int) -> None:
@@ -223,10 +219,11 @@ def _fail(name: str, message: str, code: int) -> None:
 
 def _message(error: Exception) -> str:
     """The error's own words; hub and file errors spread theirs over many lines, only data errors with reason."""
+    from fastlora.choice.measure import is_out_of_memory
     from fastlora.data.examples import DataError
 
     text = str(error) or type(error).__name__
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         text = f"out of memory: fewer rows a batch, shorter rows or a smaller r need less ({text})"
     return _as_options(text if isinstance(error, DataError) else " ".join(text.split()))
 

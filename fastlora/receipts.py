@@ -16,7 +16,6 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from fastlora.peft import quantised, silent
 from fastlora.typed import listed
 
 BLOCK = 1 << 22  # elements of a weight that are looked at once: a copy in float64 is large
@@ -138,6 +137,8 @@ _sources: "weakref.WeakKeyDictionary[nn.Module, dict[str, Source]]" = weakref.We
 
 def note(model: nn.Module, adapter_name: str, source: Source | None) -> None:
     """Remember from which files an adapter came; None: it has gone."""
+    from fastlora.peft import silent  # PEFT is imported by those who need it: a command first makes it silent
+
     sources, judged = _sources.setdefault(model, {}), silent.judged.setdefault(model, set())
     if source is None:
         sources.pop(adapter_name, None)
@@ -423,6 +424,8 @@ def _of_tokens(name: str, layer: Any, adapter: str, weights: "_Norms") -> LayerR
 
 def _dequantised(layer: Any) -> Any:
     """The weight of the layer's base; a copy in memory of a quantised one, where its elements can be read on a CPU."""
+    from fastlora.peft import quantised
+
     base = layer.get_base_layer()
     found = quantised.base_of(base)
     return found.weight() + 0 if isinstance(found, quantised.Base) else getattr(base, "weight", None)
