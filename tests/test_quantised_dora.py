@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
 from peft_models import IDS, assert_as_near_as
 from quantised_models import EACH_KIND, NATIVE, NEEDS_BITSANDBYTES, a_folder, load, run, unquantised  # noqa: F401
 from test_quantised_models import assert_all_fused, run_forward
@@ -47,17 +46,6 @@ def test_dropout_is_pefts_own(folder: str, kind: str) -> None:
 
 
 @EACH_KIND
-def test_checkpointing_replays_the_dropout(folder: str, kind: str) -> None:
-    model = fastlora.accelerate(dora(folder, kind, lora_dropout=0.25))
-    expected = run(model)
-    model.enable_input_require_grads()
-    model.base_model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    found = run(model)
-    for name in expected:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
-
-
-@EACH_KIND
 def test_answers_token_by_token(folder: str, kind: str) -> None:
     given = {"input_ids": IDS, "max_new_tokens": 4 if kind != "int8" else 1, "do_sample": False, "output_logits": True}
     given |= {"return_dict_in_generate": True, "pad_token_id": 0}
@@ -66,31 +54,6 @@ def test_answers_token_by_token(folder: str, kind: str) -> None:
     ours = torch.stack(model.generate(**given).logits)
     assert (ours - expected).abs().max() <= (1e-4 if kind != "int8" else 5e-2) * expected.abs().max()
     assert_all_fused(model)
-
-
-@EACH_KIND
-def test_a_mixed_batch_has_rows_with_and_without(folder: str, kind: str) -> None:
-    model = dora(folder, kind).eval()
-    model.add_adapter("plain", LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
-    fastlora.accelerate(model)
-    names = ["plain", "__base__", "default"]
-    with torch.no_grad():
-        mixed = model(input_ids=IDS, adapter_names=names).logits
-        for row, name in enumerate(names):
-            model.set_adapter("default" if name == "__base__" else name)
-            own = IDS[row : row + 1] if kind != "int8" else IDS  # what int8 does to x depends on its other rows
-            alone = model(input_ids=own, adapter_names=[name] * len(own)).logits[row if kind == "int8" else 0]
-            torch.testing.assert_close(mixed[row], alone, rtol=1e-3, atol=1e-3)
-    assert_all_fused(model)
-
-
-@EACH_KIND
-def test_adapter_files_go_through_plain_peft(folder: str, kind: str, tmp_path) -> None:
-    model = fastlora.accelerate(dora(folder, kind))
-    expected = run(model)["logits"]
-    model.save_pretrained(tmp_path)
-    plain = PeftModel.from_pretrained(load(folder, kind).unload(), tmp_path).train()
-    torch.testing.assert_close(run_forward(plain), expected, rtol=1e-4, atol=1e-4)
 
 
 @NEEDS_BITSANDBYTES

@@ -26,6 +26,9 @@ from fastlora.peft import quantised
 pytestmark = NATIVE
 
 
+EACH_ADAPTER = pytest.mark.parametrize("use_dora", [False, True], ids=["LoRA", "DoRA"])
+
+
 def assert_all_fused(model) -> None:
     layers = [row for row in fastlora.report(model) if "proj" in row.name]
     assert len(layers) == 14 and {row.implementation for row in layers} == {"cpu"}, fastlora.report(model)
@@ -139,8 +142,9 @@ def test_siblings_share_x(folder: str, kind: str) -> None:
 
 
 @EACH_KIND
-def test_gradient_checkpointing(folder: str, kind: str) -> None:
-    model = fastlora.accelerate(load(folder, kind, lora_dropout=0.25))
+@EACH_ADAPTER
+def test_gradient_checkpointing(folder: str, kind: str, use_dora: bool) -> None:
+    model = fastlora.accelerate(load(folder, kind, lora_dropout=0.25, use_dora=use_dora))
     expected = run(model)
     model.enable_input_require_grads()
     model.base_model.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -150,8 +154,9 @@ def test_gradient_checkpointing(folder: str, kind: str) -> None:
 
 
 @EACH_KIND
-def test_a_mixed_batch(folder: str, kind: str) -> None:
-    model = load(folder, kind).eval()
+@EACH_ADAPTER
+def test_a_mixed_batch(folder: str, kind: str, use_dora: bool) -> None:
+    model = load(folder, kind, use_dora=use_dora).eval()
     model.add_adapter("other", LoraConfig(r=3, target_modules="all-linear", init_lora_weights=False))
     fastlora.accelerate(model)
     names = ["other", "__base__", "default"]
@@ -194,8 +199,9 @@ def test_copies_and_pickles_find_their_class(folder: str, kind: str) -> None:
 
 
 @EACH_KIND
-def test_adapter_files_go_through_plain_peft(folder: str, kind: str, tmp_path) -> None:
-    model = fastlora.accelerate(load(folder, kind))
+@EACH_ADAPTER
+def test_adapter_files_go_through_plain_peft(folder: str, kind: str, use_dora: bool, tmp_path) -> None:
+    model = fastlora.accelerate(load(folder, kind, use_dora=use_dora))
     expected = run(model)["logits"]
     model.save_pretrained(tmp_path)
     base = load(folder, kind).unload()
