@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft_models import IDS, assert_as_near_as
 from quantised_models import EACH_KIND, NATIVE, NEEDS_BITSANDBYTES, a_folder, load, run, unquantised  # noqa: F401
-from test_quantised_models import assert_all_fused, run_forward
+from test_quantised_models import assert_all_fused, assert_merges_alike, run_forward
 
 import fastlora
 
@@ -72,12 +72,4 @@ def test_after_pefts_own_forward_over_int8(folder: str) -> None:
 
 @NEEDS_BITSANDBYTES
 def test_merging_is_pefts_and_is_seen(folder: str) -> None:
-    results = []
-    for model in (fastlora.accelerate(dora(folder, "nf4")), dora(folder, "nf4")):
-        run(model)
-        model.merge_adapter()
-        merged = run_forward(model)
-        model.unmerge_adapter()
-        results.append((merged, run_forward(model)))
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+    assert_merges_alike(fastlora.accelerate(dora(folder, "nf4")), dora(folder, "nf4"))
