@@ -32,7 +32,7 @@ from transformers import (
 )
 
 import fastlora
-from fastlora.peft import prompts
+from fastlora.peft import grouped, prompts
 
 IDS = torch.randint(5, 90, (3, 11), generator=torch.Generator().manual_seed(3))
 MASK = torch.tensor([[0] * 4 + [1] * 7, [1] * 11, [1] * 9 + [0] * 2])
@@ -229,28 +229,150 @@ def test_hidden_states_are_without_kinds_of_tokens_as_pefts_are() -> None:
     assert torch.allclose(found, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["t5 prefix", "bert prefix", "t5 multitask"])
-def test_rows_cannot_have_prompts_of_their_own_where_a_prompt_stands_elsewhere(kind: str) -> None:
-    """They would all have the active adapter's, in silence: a name that is another's is an error, as one that is nobody's."""
-    if kind == "bert prefix":
-        model, _ = pair(BertForSequenceClassification, BERT, "prefix tuning", "SEQ_CLS")
+OWN = ["other", "__base__", "default"]
+ELSEWHERE = {
+    "t5 prefix": ("prefix tuning", 2),
+    "t5 multitask": ("multitask prompts", 3),
+    "bert prefix": (BertForSequenceClassification, BERT, "SEQ_CLS", "prefix tuning"),
+    "bert prefix, each token": (BertForTokenClassification, BERT, "TOKEN_CLS", "prefix tuning"),
+    "roberta prompt, its head of two layers": (RobertaForSequenceClassification, ROBERTA, "SEQ_CLS", "prompt tuning"),
+    "bert prompt": (BertForSequenceClassification, BERT, "SEQ_CLS", "prompt tuning"),
+    "llama prompt": (LlamaForSequenceClassification, LLAMA, "SEQ_CLS", "prompt tuning"),
+    "llama prompt, each token": (LlamaForTokenClassification, LLAMA, "TOKEN_CLS", "prompt tuning"),
+}
+
+
+def two_adapters(kind: str) -> tuple[Any, Any, dict[str, Tensor]]:
+    """Accelerated, PEFT's own, each with a second adapter whose prompt is longer and whose head is another; and a batch."""
+    own = ELSEWHERE[kind]
+    if len(own) == 2:
+        model, plain = t5(own[0], None)
     else:
-        model, _ = t5("prefix tuning" if kind == "t5 prefix" else "multitask prompts", None)
-    model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
-    of_t5 = kind.startswith("t5")
-    given: dict[str, Any] = {"input_ids": IDS, "attention_mask": MASK} | ({"labels": ANSWERS} if of_t5 else {})
-    given |= {"task_ids": TASKS} if kind == "t5 multitask" else {}
-    expected = model(**given).logits
-    assert torch.equal(model(**given, adapter_names=["default"] * 3).logits, expected)
-    calls = [lambda names: model(**given, adapter_names=names)]
-    if of_t5:
-        rest = {name: value for name, value in given.items() if name != "labels"}
-        calls.append(lambda names: model.generate(**rest, adapter_names=names, max_new_tokens=2))
-    for call in calls:
-        with pytest.raises(ValueError, match=r"got \['other'\], expected 'default' for each row"):
-            call(["other", "default", "default"])
-        with pytest.raises(ValueError, match=r"got \['typo'\], expected some of \['__base__', 'default', 'other'\]"):
-            call(["typo"] * 3)
+        model, plain = pair(own[0], own[1], own[3], own[2])
+    longer = copy.deepcopy(plain.peft_config["default"])
+    longer.num_virtual_tokens = P + 3
+    plain.add_adapter("other", longer)
+    model.add_adapter("other", copy.deepcopy(longer))
+    with torch.no_grad():
+        for name, weight in plain.named_parameters():
+            if ".other." in name or name.startswith("prompt_encoder.other"):
+                weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(len(name))), alpha=0.3)
+    model.load_state_dict(plain.state_dict())
+    given = {"input_ids": IDS, "attention_mask": MASK}
+    if len(own) == 2:
+        given["labels"] = ANSWERS
+    else:
+        given["labels"] = (IDS % 2).masked_fill(MASK == 0, IGNORE) if own[2] == "TOKEN_CLS" else torch.tensor([0, 1, 1])
+    return model, plain, given | ({"task_ids": TASKS} if kind == "t5 multitask" else {})
+
+
+def alone(plain: Any, given: dict[str, Tensor], row: int, name: str) -> tuple[Tensor, Tensor]:
+    """The logits and the loss that PEFT has for a row, unpadded, with its own adapter; or the base model's."""
+    there, one = MASK[row] == 1, slice(row, row + 1)
+    own = {what: value[one] for what, value in given.items()}
+    own |= {what: own[what][:, there] for what in ("input_ids", "attention_mask")}
+    per_token = given["labels"].shape == IDS.shape
+    labels = own.pop("labels")[:, there] if per_token else own["labels"]
+    if name == "__base__":
+        own.pop("task_ids", None)
+        for module in grouped.wholes(plain):
+            module._disable_adapters = True
+        out = plain.get_base_model()(**own)
+        for module in grouped.wholes(plain):
+            module._disable_adapters = False
+    else:
+        plain.set_adapter(name)
+        out = plain(**own)
+    if not per_token:
+        return out.logits[0], out.loss
+    logits = out.logits[0, -labels.shape[1] :]  # PEFT's are of the prompt's columns, too, which it has no labels for
+    return logits, torch.nn.functional.cross_entropy(logits, labels[0], ignore_index=IGNORE)
+
+
+@pytest.mark.filterwarnings("ignore:adapter ")
+@pytest.mark.parametrize("kind", ELSEWHERE)
+def test_rows_have_prompts_and_heads_of_their_own(kind: str) -> None:
+    """Also where a prompt cannot stand in front of the encoder's input, or the head is more than a layer: an adapter's rows at a time."""
+    model, plain, given = two_adapters(kind)
+    out = model(**given, adapter_names=OWN)
+    per_token = given["labels"].shape == IDS.shape
+    labels = [int((one != IGNORE).sum()) for one in given["labels"]]
+    losses = []
+    for row, name in enumerate(OWN):
+        logits, loss = alone(plain, given, row, name)
+        found = out.logits[row, MASK[row] == 1] if per_token else out.logits[row]
+        assert torch.allclose(found, logits[-len(found) :], atol=1e-5), row
+        losses.append(loss * labels[row])
+    expected = torch.stack(losses).sum() / sum(labels)
+    assert torch.allclose(out.loss, expected, rtol=1e-5)
+    out.loss.backward()
+    expected.backward()
+    theirs = dict(plain.named_parameters())
+    trained = {name: one for name, one in model.named_parameters() if one.grad is not None}
+    assert any("default" in name for name in trained) and any("other" in name for name in trained)
+    for name, weight in trained.items():
+        grad = theirs[name].grad
+        assert grad is not None and torch.allclose(weight.grad, grad, atol=1e-5, rtol=1e-4), name
+    as_tuple = model(**given, adapter_names=OWN, return_dict=False)
+    assert type(as_tuple) is tuple and torch.equal(as_tuple[0], out.loss) and torch.equal(as_tuple[1], out.logits)
+    assert torch.equal(model(**given, adapter_names=["default"] * 3).logits, model(**given).logits)
+    with pytest.raises(ValueError, match=r"got \['typo'\], expected some of \['__base__', 'default', 'other'\]"):
+        model(**given, adapter_names=["typo"] * 3)
+    with pytest.raises(ValueError, match="adapter_names: got 2, expected one for each of 3 rows"):
+        model(**given, adapter_names=OWN[:2])
+
+
+@pytest.mark.filterwarnings("ignore:adapter ")
+@pytest.mark.parametrize("kind", ["t5 prefix", "t5 multitask"])
+def test_rows_with_prompts_of_their_own_generate(kind: str) -> None:
+    model, plain, given = (one.eval() if isinstance(one, torch.nn.Module) else one for one in two_adapters(kind))
+    del given["labels"]
+    options = {"max_new_tokens": 5, "do_sample": False, "num_beams": 2, "num_return_sequences": 2, "eos_token_id": 7}
+    out = model.generate(**given, adapter_names=OWN, **options)
+    assert len(out) == 6
+    for row, name in enumerate(OWN):
+        one = {"input_ids": text(row), **({"task_ids": TASKS[row : row + 1]} if "task_ids" in given else {})}
+        if name == "__base__":
+            own = plain.get_base_model().generate(input_ids=text(row), **options)
+        else:
+            plain.set_adapter(name)
+            own = plain.generate(**one, **options)
+        found = out[2 * row : 2 * row + 2]
+        assert torch.equal(found[:, : own.shape[1]], own) and not found[:, own.shape[1] :].any()
+    for what in ({"return_dict_in_generate": True}, {"prefix_allowed_tokens_fn": lambda batch, ids: [5]}):
+        with pytest.raises(
+            ValueError, match=f"^{next(iter(what))}: expected none where rows have prompts of their own"
+        ):
+            model.generate(**given, adapter_names=OWN, **what)
+
+
+def test_what_is_not_of_rows_is_refused_where_they_run_an_adapter_at_a_time() -> None:
+    model, _, given = two_adapters("bert prefix")
+    with pytest.raises(ValueError, match="^output_hidden_states: expected none where rows have prompts of their own"):
+        model(**given, adapter_names=OWN, output_hidden_states=True)
+    with pytest.raises(ValueError, match="^gradient_checkpointing: a prefix needs a cache"):
+        model.train().gradient_checkpointing_enable()
+        model(**given, adapter_names=OWN)
+
+
+@pytest.mark.filterwarnings("ignore:adapter ")
+def test_what_an_encoder_has_made_is_of_one_adapter() -> None:
+    model, _, given = two_adapters("t5 prefix")
+    made = model.base_model.get_encoder()(input_ids=IDS, attention_mask=MASK)
+    given = {**given, "encoder_outputs": made}
+    assert torch.equal(model(**given, adapter_names=["default"] * 3).logits, model(**given).logits)
+    with pytest.raises(ValueError, match=r"adapter_names: got \['__base__', 'default', 'other'\], expected 'default'"):
+        model(**given, adapter_names=OWN)
+
+
+def test_a_batch_without_a_label_in_some_rows_has_the_loss_of_the_others() -> None:
+    model, plain, given = two_adapters("bert prefix, each token")
+    given["labels"][0] = IGNORE
+    out = model(**given, adapter_names=OWN)
+    own = [alone(plain, given, row, OWN[row])[1] * int((given["labels"][row] != IGNORE).sum()) for row in (1, 2)]
+    assert torch.allclose(out.loss, sum(own) / int((given["labels"] != IGNORE).sum()), rtol=1e-5)
+    given["labels"][:] = IGNORE
+    assert model(**given, adapter_names=OWN).loss.isnan()  # as torch has it
 
 
 @pytest.mark.parametrize("family", ["t5", "bert"])

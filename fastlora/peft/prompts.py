@@ -28,6 +28,8 @@ from transformers import DynamicCache
 
 from fastlora import ops, sharing, trees
 from fastlora.operators.prefix_concat import Prefixed, prefix_concat
+from fastlora.peft import grouped
+from fastlora.peft.grouped import BASE
 from fastlora.sharing import APART, MASK, Keys
 from fastlora.swap import become, derive, undo
 from fastlora.trees import IGNORE, Root, Rows
@@ -36,7 +38,6 @@ KEY = "_fastlora_prompts"
 """Under which a PeftModel's `__dict__` has its State, and a cache's what stands before its rows."""
 EMBEDDED = (PeftType.PROMPT_TUNING, PeftType.P_TUNING, PeftType.MULTITASK_PROMPT_TUNING)
 KEYED = (PeftType.PREFIX_TUNING, PeftType.CARTRIDGE)
-BASE = "__base__"  # PEFT's name for rows without an adapter
 _fingerprint = ops.native("fingerprint_cpu")
 
 
@@ -139,11 +140,9 @@ def find_prompts(model: Any, count: int, names: Sequence[str] | None, tasks: Ten
     Raises:
         ValueError: there are more or fewer names or tasks than rows, a name is not an adapter's, or a prompt wants tasks and there are none.
     """
-    names = [model.active_adapter] * count if names is None else list(names)
-    _require_known(model, names)
-    for value, what in ((names, "adapter_names"), (tasks, "task_ids")):
-        if value is not None and len(value) != count:
-            raise ValueError(f"{what}: got {len(value)}, expected one for each of {count} rows")
+    names = _named(model, names, count)
+    if tasks is not None and len(tasks) != count:
+        raise ValueError(f"task_ids: got {len(tasks)}, expected one for each of {count} rows")
     kinds = {name: model.peft_config[name].peft_type for name in names if name != BASE}
     numbers = [0] * count if tasks is None else tasks.tolist()
     pairs = [
@@ -177,21 +176,17 @@ def _require_known(model: Any, names: Sequence[str]) -> None:
         raise ValueError(f"adapter_names: got {sorted(unknown)}, expected some of {[BASE, *model.peft_config]}")
 
 
-def _require_active(model: Any, names: Sequence[str] | None) -> None:
-    """Of rows that cannot have prompts of their own.
+def _named(model: Any, names: Sequence[str] | None, count: int) -> list[str]:
+    """Of each row its adapter's name.
 
     Raises:
-        ValueError: a name is not an adapter's, or another's than the active one's.
+        ValueError: a name is not an adapter's, or there are more or fewer than rows.
     """
-    if names is None:
-        return
+    names = [model.active_adapter] * count if names is None else list(names)
     _require_known(model, names)
-    others = sorted({*names} - {model.active_adapter})
-    if others:
-        raise ValueError(
-            f"adapter_names: got {others}, expected {model.active_adapter!r} for each row, the active adapter: its prompt does not"
-            " stand before an encoder's input alone, where rows may have prompts of their own"
-        )
+    if len(names) != count:
+        raise ValueError(f"adapter_names: got {len(names)}, expected one for each of {count} rows")
+    return names
 
 
 def ensemble(model: Any, adapter_names: Sequence[str], **given: Tensor) -> Tensor:  # [B, T, V]
@@ -625,9 +620,12 @@ def _generating_seq2seq(plain: Any) -> Any:
         batch = Batch(self, {name: kwargs[name] for name in LAID_OUT if kwargs.get(name) is not None})
         apart = Apart(batch, trees.find_rows(batch.real, None))
         rest = {name: value for name, value in kwargs.items() if name not in LAID_OUT}
-        if _stands_elsewhere(self):
-            _require_active(self, names)
-            return plain.generate(self, **_without_gaps(self, batch, apart), **rest)
+        names = _named(self, names, batch.shape[0])
+        if any(_stands_elsewhere(self, name) for name in names):
+            given = {**_without_gaps(self, batch, apart), **rest}
+            if {*names} == {self.active_adapter}:
+                return plain.generate(self, **given)
+            return grouped.generate(functools.partial(_generate_alone, self, plain), given, names, _pad(self))
         found = find_prompts(self, batch.shape[0], names, tasks)
         rows = _concatenate(self, batch, apart, found, apart.spread(torch.ones_like(batch.real)))
         rest.pop("task_ids", None)
@@ -636,74 +634,134 @@ def _generating_seq2seq(plain: Any) -> Any:
     return generate
 
 
-def _stands_elsewhere(model: Any) -> bool:
-    """Whether the prompt does not stand before an encoder's input, or not there alone: a prefix, and what has a half before the decoder's input."""
-    config = model.active_peft_config
+def _generate_alone(model: Any, plain: Any, name: str, given: dict[str, Any]) -> Tensor:
+    """The answers of rows of one adapter."""
+    if name == BASE:
+        answers: Tensor = model.base_model.generate(**_of_the_base(given))
+    else:
+        answers = plain.generate(_as_if_active(model, name), **given)
+    return answers
+
+
+def _of_the_base(given: dict[str, Any]) -> dict[str, Any]:
+    """What a model without prompts is given."""
+    return {name: value for name, value in given.items() if name != "task_ids"}
+
+
+def _stands_elsewhere(model: Any, name: str) -> bool:
+    """Whether a prompt does not stand before an encoder's input, or not there alone: a prefix, and what has a half before the decoder's input."""
+    if name == BASE:
+        return False
+    config = model.peft_config[name]
     before_both = config.peft_type == PeftType.MULTITASK_PROMPT_TUNING and config.num_transformer_submodules != 1
     return config.peft_type in KEYED or before_both
 
 
 def _without_gaps(model: Any, batch: Batch, apart: Apart, per_token: bool = False) -> dict[str, Tensor]:
     """What has a value for each token, with the padding at the right."""
-    pad = getattr(model.base_model.config, "pad_token_id", None) or 0
+    pad = _pad(model)
     tokens = "input_ids" if batch.embeds is None else "inputs_embeds"
     fills = {tokens: pad, "token_type_ids": 0, **({"labels": IGNORE} if per_token else {})}
     laid = {name: apart.spread(batch.given[name], fill) for name, fill in fills.items() if name in batch.given}
     return {**laid, "attention_mask": apart.spread(torch.ones_like(batch.real)).long()}
 
 
+def _pad(model: Any) -> int:
+    return getattr(model.base_model.config, "pad_token_id", None) or 0
+
+
 def _encoder(model: Any, plain: Any, state: State, given: dict[str, Any]) -> Any:
     """The output of a model in which the prompt sees the input, or whose output is of rows; each row has its prompt for itself."""
-    base = model.base_model
+    names, tasks = given.pop("adapter_names", None), given.get("task_ids")
     if given.get("encoder_outputs") is not None:
-        _require_active(model, given.pop("adapter_names", None))
+        if names is not None and {*names} != {model.active_adapter}:
+            raise ValueError(
+                f"adapter_names: got {sorted({*names})}, expected {model.active_adapter!r}, the active adapter, for each row where"
+                " encoder_outputs is given: it was made behind one adapter's prompt"
+            )
         state.last = APART, "PEFT's own forward: encoder_outputs was given"
         return plain.forward(model, **given)
-    names, tasks = given.pop("adapter_names", None), given.get("task_ids")
     as_tuple = given.pop("return_dict", True) is False
     batch = Batch(model, given)
-    texts = trees.find_rows(batch.real, None)
-    per_token = plain is PeftModelForTokenClassification
-    if _stands_elsewhere(model):
-        _require_active(model, names)
-        if model.active_peft_config.peft_type in KEYED and sharing.checkpoints(base):
-            raise ValueError(
-                "gradient_checkpointing: a prefix needs a cache in a model whose prompt sees the input, and checkpointing drops it; turn it off"
-            )
-        apart = Apart(batch, texts)
-        state.last = (
-            APART,
-            "PEFT's own forward, without gaps: the prompt does not stand before the encoder's input alone",
-        )
-        shift = torch.zeros(apart.count, dtype=torch.long, device=batch.device)
-        laid = [name for name in LAID_OUT if name != "labels" or per_token]
-        rest = {name: value for name, value in given.items() if name not in laid}
-        out = plain.forward(model, **rest, **_without_gaps(model, batch, apart, per_token))
+    names = _named(model, names, batch.shape[0])
+    if any(_stands_elsewhere(model, name) for name in names) or not (
+        len({*names}) == 1 or grouped.takes_names(model.base_model)
+    ):
+        out = _by_adapter(model, plain, state, batch, names)
     else:
-        found = find_prompts(model, batch.shape[0], names, tasks)
-        causal = not base.config.is_encoder_decoder and any(getattr(one, "is_causal", False) for one in base.modules())
-        left = causal and plain is PeftModelForSequenceClassification  # such a model looks at the last column
-        apart = Apart(batch, texts, left=left)
-        state.last = APART, "each row has its prompt for itself, which sees the input"
-        rows = _concatenate(model, batch, apart, found, apart.spread(torch.ones_like(batch.real)))
-        row: dict[str, Any] = {"inputs_embeds": rows.embeds, "attention_mask": rows.attention_mask}
-        before = _before(found, batch.device)
-        shift = torch.full_like(before.lengths, before.mask.shape[1]) if left else before.lengths
-        if causal and "position_ids" in _parameters(base):
-            row["position_ids"] = rows.position_ids
-        fills = {"token_type_ids": 0, **({"labels": IGNORE} if per_token else {})}
-        if plain is PeftModelForFeatureExtraction:
-            del fills["token_type_ids"]  # as PEFT has it
-        for name, fill in fills.items():
-            if name in given:
-                row[name] = given[name].new_full(rows.position_ids.shape, fill)
-                row[name][apart.row, apart.column + shift[apart.row]] = given[name].flatten()[apart.tokens]
-        if "labels" in given and not per_token:
-            row["labels"] = given["labels"]
-        out = base(**batch.rest("task_ids"), **row)
+        with grouped.wholes_of(model.base_model, names):
+            out = _in_front(model, plain, state, batch, find_prompts(model, batch.shape[0], names, tasks))
+    return out.to_tuple() if as_tuple else out
+
+
+def _by_adapter(model: Any, plain: Any, state: State, batch: Batch, names: Sequence[str]) -> Any:
+    """Each adapter's rows for themselves, without gaps; logits of the batch's own tokens."""
+    base, per_token = model.base_model, plain is PeftModelForTokenClassification
+    if sharing.checkpoints(base) and any(name != BASE and model.peft_config[name].peft_type in KEYED for name in names):
+        raise ValueError(
+            "gradient_checkpointing: a prefix needs a cache in a model whose prompt sees the input, and checkpointing drops it; turn it off"
+        )
+    apart = Apart(batch, trees.find_rows(batch.real, None))
+
+    def run(name: str, own: dict[str, Any]) -> Any:
+        with grouped.wholes_of(base, [name]):
+            if name == BASE:
+                return base(**_of_the_base(own))
+            if _stands_elsewhere(model, name):
+                alone = _as_if_active(model, name)
+                return _own_logits(alone, plain.forward(alone, **own))
+            rows = Batch(model, own)
+            found = find_prompts(model, rows.shape[0], [name] * rows.shape[0], own.get("task_ids"))
+            return _in_front(model, plain, state, rows, found)
+
+    laid = [name for name in LAID_OUT if name != "labels" or per_token]
+    rest = {name: value for name, value in batch.given.items() if name not in laid}
+    given = {**rest, **_without_gaps(model, batch, apart, per_token)}
+    out = run(names[0], given) if len({*names}) == 1 else grouped.forward(run, given, names)
+    state.last = (
+        APART,
+        "without gaps, an adapter's rows at a time: its prompt does not stand before the encoder's input alone, or its head is not one layer",
+    )
+    if per_token:
+        unmoved = torch.zeros(apart.count, dtype=torch.long, device=batch.device)
+        out = type(out)(**{**out, "logits": apart.gather(out.logits, unmoved)})
+    return out
+
+
+def _own_logits(model: Any, out: Any) -> Any:
+    """An encoder-decoder's output without the logits of a prompt before the decoder's input."""
+    config = model.active_peft_config
+    if config.peft_type != PeftType.MULTITASK_PROMPT_TUNING:
+        return out
+    return type(out)(**{**out, "logits": out.logits[:, config.num_virtual_tokens :]})
+
+
+def _in_front(model: Any, plain: Any, state: State, batch: Batch, found: Prompts) -> Any:
+    """The rows with their prompts in front of the encoder's input."""
+    base, given, per_token = model.base_model, batch.given, plain is PeftModelForTokenClassification
+    causal = not base.config.is_encoder_decoder and any(getattr(one, "is_causal", False) for one in base.modules())
+    left = causal and plain is PeftModelForSequenceClassification  # such a model looks at the last column
+    apart = Apart(batch, trees.find_rows(batch.real, None), left=left)
+    state.last = APART, "each row has its prompt for itself, which sees the input"
+    rows = _concatenate(model, batch, apart, found, apart.spread(torch.ones_like(batch.real)))
+    row: dict[str, Any] = {"inputs_embeds": rows.embeds, "attention_mask": rows.attention_mask}
+    before = _before(found, batch.device)
+    shift = torch.full_like(before.lengths, before.mask.shape[1]) if left else before.lengths
+    if causal and "position_ids" in _parameters(base):
+        row["position_ids"] = rows.position_ids
+    fills = {"token_type_ids": 0, **({"labels": IGNORE} if per_token else {})}
+    if plain is PeftModelForFeatureExtraction:
+        del fills["token_type_ids"]  # as PEFT has it
+    for name, fill in fills.items():
+        if name in given:
+            row[name] = given[name].new_full(rows.position_ids.shape, fill)
+            row[name][apart.row, apart.column + shift[apart.row]] = given[name].flatten()[apart.tokens]
+    if "labels" in given and not per_token:
+        row["labels"] = given["labels"]
+    out = base(**batch.rest("task_ids"), **row)
     if per_token:
         out = type(out)(**{**out, "logits": apart.gather(out.logits, shift)})
-    return out.to_tuple() if as_tuple else out
+    return out
 
 
 FORWARDS = {
