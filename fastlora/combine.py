@@ -30,8 +30,12 @@ class CombineReport:
     sum_relative_error: (
         float | None
     )  # ‖merged - Σ wᵢ sᵢ Bᵢ Aᵢ‖ / ‖Σ wᵢ sᵢ Bᵢ Aᵢ‖ over all layers; None: no sum was wanted
+    distance_from_sum: float | None  # the same measure of what leaves values out on purpose
     largest_layer_error: float | None
     layer_errors: dict[str, float]  # by layer
+    cosines: list[
+        float
+    ]  # of the merged update with each adapter's, over all layers: how much of each is in it, as to direction
     output: str
 
 
@@ -109,6 +113,7 @@ def combine(
             )
         ranks = _settle(peft_model)
         errors = _errors(peft_model, list(named), weights)
+        cosines = [_cosine(peft_model, name) for name in named]
         if not allow_noop and not _changes_something(peft_model, list(named), weights):
             raise ValueError(
                 f"weights={list(weights)}: the combined adapter changes nothing (allow_noop=True takes it)"
@@ -125,14 +130,17 @@ def combine(
     is_sum = combination_type in SUMS
     by_layer = {name: (lost / wanted) ** 0.5 if wanted else 0.0 for name, (lost, wanted) in errors.items()}
     whole = sum(wanted for _, wanted in errors.values())
+    distance = (sum(lost for lost, _ in errors.values()) / whole) ** 0.5 if whole else None
     return CombineReport(
         combination_type,
         len(read),
         max(ranks.values()),
         len(ranks),
-        (sum(lost for lost, _ in errors.values()) / whole) ** 0.5 if is_sum and whole else None,
+        distance if is_sum else None,
+        None if is_sum else distance,
         max(by_layer.values()) if is_sum else None,
         by_layer if is_sum else {},
+        cosines,
         str(output),
     )
 
@@ -243,6 +251,19 @@ def _errors(peft_model: Any, names: Sequence[str], weights: Sequence[float]) -> 
         wanted = [(a, weight * b) for weight, a, b in own]
         found[path] = (_square_of_sum([*merged, *((a, -b) for a, b in wanted)]), _square_of_sum(wanted))
     return found
+
+
+def _cosine(peft_model: Any, name: str) -> float:
+    """⟨merged, s B A⟩ / (‖merged‖ ‖s B A‖) over all layers of both updates; 0 where one of them is zero."""
+    product = merged = own = 0.0
+    for _, layer in _layers(peft_model):
+        found = {one: _factors(layer, one) for one in ("default", name) if one in layer.r}
+        merged += _square_of_sum([found["default"]]) if "default" in found else 0.0
+        own += _square_of_sum([found[name]]) if name in found else 0.0
+        if len(found) == 2:
+            (a, b), (other_a, other_b) = found.values()
+            product += ((b.t() @ other_b) * (a @ other_a.t())).sum().item()
+    return product / (merged * own) ** 0.5 if merged and own else 0.0
 
 
 def _square_of_sum(terms: Sequence[Factors]) -> float:

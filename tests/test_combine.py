@@ -69,6 +69,19 @@ def error(got, expected):
     return (lost / sum(one.square().sum() for one in expected.values())).sqrt().item()
 
 
+def cosines(base, folders, merged):
+    """Of the merged update with each adapter's, on whole matrices, zeros in the layers that one of them has not."""
+    whole = updates(base, merged)
+
+    def flat(found):
+        return torch.cat([found.get(name, torch.zeros_like(whole[name])).flatten().double() for name in sorted(whole)])
+
+    assert all(updates(base, one).keys() <= whole.keys() for one in folders)
+    return [
+        torch.nn.functional.cosine_similarity(flat(whole), flat(updates(base, one)), dim=0).item() for one in folders
+    ]
+
+
 def test_every_name_of_pefts_is_taken():
     theirs = inspect.signature(LoraModel.add_weighted_adapter).parameters["combination_type"].annotation
     names = set(re.findall(r"'(\w+)'", str(theirs)))
@@ -83,6 +96,7 @@ def test_the_error_is_that_of_what_is_read_back(combination_type, base, pair, tm
     assert report.sum_relative_error == pytest.approx(error(updates(base, out), expected), rel=1e-3, abs=1e-6)
     assert report.layer_errors.keys() == expected.keys() and report.layers == 6 and report.adapters == 2
     assert max(report.layer_errors.values()) == report.largest_layer_error
+    assert report.distance_from_sum is None and report.cosines == pytest.approx(cosines(base, pair, out), rel=1e-4)
     if combination_type == "cat":
         assert report.sum_relative_error < 1e-6 and report.r == 8
     else:
@@ -102,6 +116,9 @@ def test_what_leaves_values_out_wants_no_sum_and_is_the_same_each_time(combinati
         for name in ("a", "b")
     ]
     assert all(one.sum_relative_error is None and one.layer_errors == {} for one in reports)
+    distance = error(updates(base, tmp_path / "a"), wanted(base, pair))
+    assert reports[0].distance_from_sum == pytest.approx(distance, rel=1e-4) and distance > 0.01
+    assert reports[0].cosines == pytest.approx(cosines(base, pair, tmp_path / "a"), rel=1e-4)
     one, other = (adapters.read(tmp_path / name).tensors for name in ("a", "b"))
     assert all(torch.equal(one[key], other[key]) for key in one) and one.keys() == other.keys()
     load_model(str(base), {"default": tmp_path / "a"})

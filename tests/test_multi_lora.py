@@ -130,6 +130,7 @@ def check(draw: Callable[[], Mixed], inputs: int = INPUTS) -> None:
 
 
 SHUFFLED = [2, -1, 0, 3, 3, 0, 2, -1, 2, 0, 0, 3, -1, 2, 2, 0, 3]  # adapter 1 has no row
+MANY = [1, 4, 7, 8, 9, 16, 31, 64, 100]  # below, at and beyond a vector's lanes and their multiples
 CASES: dict[str, dict[str, Any]] = {
     "one adapter, all rows": {"index": [0] * 19, "ranks": [8]},
     "no row with an adapter": {"index": [-1] * 5, "ranks": [4, 2]},
@@ -141,6 +142,17 @@ CASES: dict[str, dict[str, Any]] = {
     "an adapter a row": {"index": list(range(9)), "ranks": list(range(1, 10))},
     "large ranks": {"index": [0, 1, 1, 0, 1], "ranks": [64, 129], "K": 65, "N": 48},
     "many rows": {"index": [i % 4 - 1 for i in range(90)], "ranks": [16, 8, 5], "K": 130, "N": 70},
+    "a few rows of each of many": {
+        "index": [i % 9 for i in range(25)],
+        "ranks": MANY,
+        "K": 70,
+        "N": 133,
+        "dropout": False,
+    },
+    "a few rows of many, bfloat16": {
+        **{"index": [i % 9 for i in range(25)], "ranks": MANY, "K": 70, "N": 133, "dropout": False},
+        "dtype": torch.bfloat16,
+    },
     "bfloat16": {"index": SHUFFLED, "ranks": [1, 8, 3, 17], "dtype": torch.bfloat16},
     "bfloat16, float32 adapters": {
         "index": SHUFFLED,

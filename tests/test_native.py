@@ -173,6 +173,36 @@ def name_instruction_set() -> None:
     print(fastlora._C.isa())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_few_rows_of_each_adapter_are_the_same_on_any_threads(dtype: torch.dtype) -> None:
+    """Threads share ranks and columns evenly, whatever the ranks: where one begins changes no sum."""
+    draw = torch.Generator().manual_seed(3)
+    ranks = (1, 4, 7, 8, 9, 16, 31, 64, 100)
+    a, b = ([torch.randn(shape, generator=draw).to(dtype) for shape in shapes] for shapes in
+            ([(r, 700) for r in ranks], [(1030, r) for r in ranks]))  # fmt: skip
+    x, order = torch.randn(30, 700, generator=draw).to(dtype), torch.randperm(30, generator=draw)
+    offsets = torch.tensor([0, 2, *(2 + 3 * i for i in range(1, 9)), 30, 30])
+    before, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 5):
+            torch.set_num_threads(count)
+            y = torch.ones(30, 1030, dtype=dtype)
+            xa, _ = torch.ops.fastlora.lora_update_cpu([y], x, a, b, [0.5] * 9, [0.0] * 9, None, order, offsets)
+            results.append((y, xa))
+    finally:
+        torch.set_num_threads(before)
+    for y, xa in results[1:]:
+        assert torch.equal(y, results[0][0]) and torch.equal(xa, results[0][1])
+    exact = torch.ones(30, 1030, dtype=torch.double)
+    for i, (one, other) in enumerate(zip(a, b, strict=True)):
+        rows = order[offsets[i + 1] : offsets[i + 2]]
+        exact[rows] += 0.5 * x[rows].double() @ one.double().t() @ other.double().t()
+    assert torch.equal(results[0][0][order[:2]], torch.ones(2, 1030, dtype=dtype))  # rows without an adapter
+    torch.testing.assert_close(
+        results[0][0].double(), exact, rtol=8 * torch.finfo(dtype).eps, atol=8e-3 if dtype != torch.float32 else 1e-3
+    )
+
+
 @pytest.mark.parametrize("isa", [*ISAS, *NEEDED])
 def test_every_instruction_set(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTLORA_ISA", raising=False)

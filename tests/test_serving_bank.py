@@ -5,6 +5,7 @@ import os
 import shutil
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,14 @@ def test_answers_are_those_of_adapters_that_stay(engine: Engine, folder: Path) -
     stats = bank_of(engine).stats
     assert stats.evictions > 0 and stats.bytes <= (stats.budget_bytes or 0) and stats.pinned == 0
     assert [served.answers(engine, [one])[0] for one in asked[:8]] == expected[:8]
+
+
+def test_nobody_hears_of_the_banks_own_adapter(folder: Path) -> None:
+    """It holds the layers, and nobody asks for it: that it changes nothing is no news."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        served.load(folder, max_adapter_bytes=1 << 30, max_length=64)
+    assert not [one for one in told if "fastlora" in str(one.message)]
 
 
 def test_a_damaged_file_is_the_error_of_who_asked(engine: Engine) -> None:

@@ -1,5 +1,6 @@
 """serving/picking.py draws as it is told, serving/words.py hands out what stays, and serving/server.py loads what can be served."""
 
+import gc
 import http.client
 import json
 import os
@@ -150,9 +151,10 @@ def test_an_engine_is_loaded_by_its_own_thread(folder: Path, tmp_path: Path) -> 
         with pytest.raises(FileNotFoundError, match="nowhere"):
             server.start_engine(str(folder / served.BASE), tmp_path / "nowhere")
     assert engine.is_alive
+    assert gc.get_freeze_count() > 100_000  # a full collection would let all rows wait for it
     assert served.answers(engine, [Request([5, 6], "red", 4)])[0][1] == "length"
     engine.close()
-    assert not engine.is_alive
+    assert not engine.is_alive and gc.get_freeze_count() == 0
 
 
 def test_sigterm_lets_an_answer_end(folder: Path) -> None:

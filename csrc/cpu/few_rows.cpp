@@ -203,27 +203,51 @@ std::tuple<Tensor, Tensor> few_rows_lora_cpu(
   return few_rows_mixed_cpu(x, weight, bias, {lora_a}, {lora_b}, {scale}, std::nullopt, std::nullopt);
 }
 
-/// xa_i = x A_iᵀ of at most FEW_ROWS rows of one adapter, which lie apart in x and in xa.
-void project_some(const Tensor& x, const Tensor& a, const int64_t* row, int64_t count, float* xa, int64_t ranks) {
-  const int64_t K = x.size(1), R = a.size(0), size = static_cast<int64_t>(x.element_size());
-  const Memory gathered(count * K * size), projected(count * R * sizeof(float));
-  for (int64_t i = 0; i < count; ++i) {
-    const char* from = static_cast<const char*>(x.const_data_ptr()) + row[i] * x.stride(0) * size;
-    std::copy_n(from, K * size, gathered.as<char>() + i * K * size);
-  }
+/// The ranks begin to end of xa_i = x A_iᵀ, of at most FEW_ROWS rows of one adapter, which lie apart in x and in xa.
+void project_some(const Tensor& x, const Tensor& a, const int64_t* row, int64_t count, float* xa, int64_t ranks, int64_t begin, int64_t end) {
+  const int64_t K = x.size(1), size = static_cast<int64_t>(x.element_size());
+  const auto row_of_x = [&](int64_t i) { return static_cast<const char*>(x.const_data_ptr()) + row[i] * x.stride(0) * size; };
   FewRows task{};
   task.kind = kind_of(x);
   task.rows = count;
   task.in = K;
-  task.x = gathered.as<void>();
-  task.x_stride = K;
   task.weight = a.const_data_ptr();
   task.weight_stride = a.stride(0);
   task.wide = true;
+  if (count == 1) {
+    task.x = row_of_x(0);
+    task.y = xa + row[0] * ranks;
+    return kernels().few_rows(task, begin, end);
+  }
+  const Memory gathered(count * K * size), projected(count * a.size(0) * sizeof(float));
+  for (int64_t i = 0; i < count; ++i) std::copy_n(row_of_x(i), K * size, gathered.as<char>() + i * K * size);
+  task.x = gathered.as<void>();
+  task.x_stride = K;
   task.y = projected.as<void>();
-  task.y_stride = R;
-  kernels().few_rows(task, 0, R);
-  for (int64_t i = 0; i < count; ++i) std::copy_n(projected.as<float>() + i * R, R, xa + row[i] * ranks);
+  task.y_stride = a.size(0);
+  kernels().few_rows(task, begin, end);
+  for (int64_t i = 0; i < count; ++i) std::copy(projected.as<float>() + i * a.size(0) + begin, projected.as<float>() + i * a.size(0) + end, xa + row[i] * ranks + begin);
+}
+
+/// What an adapter has to do: so many units, each at that cost, at least 1.
+struct Share {
+  int64_t units, cost;
+};
+
+/// Calls body(i, begin, end) for runs of each adapter's units; threads have alike to do, whatever the ranks.
+template <class Body>
+void for_even_parts(const std::vector<Share>& shares, const Body& body) {
+  int64_t all = 0;
+  for (const Share& share : shares) all += share.units * share.cost;
+  torch::stable::parallel_for(0, all, GRAIN, [&](int64_t first, int64_t last) {
+    int64_t at = 0;  // where the adapter's units begin
+    for (size_t i = 0; i < shares.size(); ++i) {
+      const auto [units, cost] = shares[i];
+      const auto below = [&](int64_t limit) { return limit <= at ? 0 : std::min((limit - at + cost - 1) / cost, units); };  // units that begin before
+      if (below(first) < below(last)) body(i, below(first), below(last));
+      at += units * cost;
+    }
+  });
 }
 
 }  // namespace
@@ -240,30 +264,37 @@ std::tuple<Tensor, Tensor> add_updates_of_few_rows(const std::vector<Tensor>& y,
   std::vector<Tensor> a, b;
   for (const Tensor& one : adapters.a) a.push_back(with_dense_rows(one));
   for (const Tensor& one : adapters.b) b.push_back(dense(one));
-  const int64_t count = static_cast<int64_t>(a.size()), ranks = batch.ranks;
-  const int64_t work = batch.rows * ranks * (x.size(1) + y[0].size(1)) / count;  // of an adapter, about
-  torch::stable::parallel_for(0, count, GRAIN / (work + 1) + 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) {
-      const Segment& segment = batch.segments[i];
-      if (segment.begin == segment.end) continue;
-      const int64_t layer = i / adapters.each();
-      const int64_t* const order = batch.order + segment.begin;
-      float* const own = floats(xa) + layer * batch.rows * ranks;
-      const Tensor& to = y[layer];
-      FewRowsUpdate task{};
-      task.kind = kind_of(to);
-      task.rows = segment.end - segment.begin;
-      project_some(rows, a[i], order, task.rows, own, ranks);
-      for (int64_t place = 0; place < task.rows; ++place) {
-        task.y[place] = static_cast<char*>(to.mutable_data_ptr()) + order[place] * to.stride(0) * static_cast<int64_t>(to.element_size());
-        task.xa[place] = own + order[place] * ranks;
-      }
-      task.scale = static_cast<float>(adapters.scale[i]);
-      task.adapter_kind = kind_of(b[i]);
-      task.lora_b = b[i].const_data_ptr();
-      task.rank = segment.rank;
-      kernels().few_rows_update(task, 0, to.size(1));
+  constexpr int64_t COLUMNS = 64;  // of a unit
+  const int64_t K = x.size(1), ranks = batch.ranks;
+  const auto layer_of = [&](size_t i) { return static_cast<int64_t>(i) / adapters.each(); };
+  const auto xa_of = [&](size_t i) { return floats(xa) + layer_of(i) * batch.rows * ranks; };
+  std::vector<Share> projections, additions;
+  for (size_t i = 0; i < a.size(); ++i) {
+    const Segment& segment = batch.segments[i];
+    const int64_t count = segment.end - segment.begin, N = y[layer_of(i)].size(1);
+    projections.push_back({count ? segment.rank : 0, count * K + 1});
+    additions.push_back({count ? (N + COLUMNS - 1) / COLUMNS : 0, count * COLUMNS * segment.rank + 1});
+  }
+  for_even_parts(projections, [&](size_t i, int64_t begin, int64_t end) {
+    const Segment& segment = batch.segments[i];
+    project_some(rows, a[i], batch.order + segment.begin, segment.end - segment.begin, xa_of(i), ranks, begin, end);
+  });
+  for_even_parts(additions, [&](size_t i, int64_t begin, int64_t end) {
+    const Segment& segment = batch.segments[i];
+    const Tensor& to = y[layer_of(i)];
+    FewRowsUpdate task{};
+    task.kind = kind_of(to);
+    task.rows = segment.end - segment.begin;
+    for (int64_t place = 0; place < task.rows; ++place) {
+      const int64_t row = batch.order[segment.begin + place];
+      task.y[place] = static_cast<char*>(to.mutable_data_ptr()) + row * to.stride(0) * static_cast<int64_t>(to.element_size());
+      task.xa[place] = xa_of(i) + row * ranks;
     }
+    task.scale = static_cast<float>(adapters.scale[i]);
+    task.adapter_kind = kind_of(b[i]);
+    task.lora_b = b[i].const_data_ptr();
+    task.rank = segment.rank;
+    kernels().few_rows_update(task, begin * COLUMNS, std::min(end * COLUMNS, to.size(1)));
   });
   for (const Tensor& one : y) batch.poison_invalid(one);
   return {xa, new_tensor(x, {0}, ScalarType::Byte)};

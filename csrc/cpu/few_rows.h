@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "kernels.h"
+#include "rows.h"
 #include "vector.h"
 
 namespace fastlora::FASTLORA_ISA {
@@ -157,27 +158,33 @@ void few_rows_by_column(const FewRows& task, int64_t begin, int64_t end) {
 }
 
 /// Rows n to n + count of B_i, the ranks from r on: lane c of ranks[d] is B[n + c][r + d]; zeros for what is not there.
-template <class B>
-inline void load_ranks(const B* lora_b, int64_t rank, int64_t n, int64_t count, int64_t r, Floats* ranks) {
+template <bool WHOLE, class B>
+__attribute__((always_inline)) inline void load_ranks(const B* lora_b, int64_t rank, int64_t n, int64_t count, int64_t r, Floats* ranks) {
+  const B* from = lora_b + n * rank + r;
   const int64_t depth = rank - r;
-  for (int c = 0; c < WIDTH; ++c) {
-    const B* from = lora_b + (n + c) * rank + r;
-    ranks[c] = c >= count ? Floats{} : depth >= WIDTH ? load(from) : load_some(from, depth);
-  }
+  for_each<WIDTH>([&](auto c) __attribute__((always_inline)) {
+    const bool there = WHOLE || c() < count;
+    ranks[c()] = !there ? Floats{} : depth >= WIDTH ? load(from + c() * rank) : load_some(from + c() * rank, depth);
+  });
   transpose(ranks);
 }
 
-/// The columns n to n + count of y's rows, at most a vector of them.
-template <int M, class T>
-inline void few_rows_update_of(const FewRowsUpdate& task, int64_t n, int64_t count) {
+/// y[n : n + count] += s part, of one row.
+template <bool WHOLE, class T>
+inline void add_update(const FewRowsUpdate& task, int64_t i, int64_t n, int64_t count, Floats part) {
+  T* to = static_cast<T*>(task.y[i]) + n;
+  if (WHOLE) return store(to, load(to) + task.scale * part);
+  store_some(to, load_some(to, count) + task.scale * part, count);
+}
+
+/// The columns n to n + count of y's rows, a vector of them or, where not WHOLE, fewer; lanes are columns.
+template <int M, bool WHOLE, class T, class B>
+void few_rows_update_together(const FewRowsUpdate& task, int64_t n, int64_t count) {
+  const B* lora_b = static_cast<const B*>(task.lora_b);
   Floats total[M] = {};
   for (int64_t r = 0; r < task.rank; r += WIDTH) {
     Floats ranks[WIDTH];
-    switch (task.adapter_kind) {
-      case Kind::FLOAT32: load_ranks(static_cast<const float*>(task.lora_b), task.rank, n, count, r, ranks); break;
-      case Kind::BFLOAT16: load_ranks(static_cast<const BFloat16*>(task.lora_b), task.rank, n, count, r, ranks); break;
-      case Kind::FLOAT16: load_ranks(static_cast<const Float16*>(task.lora_b), task.rank, n, count, r, ranks); break;
-    }
+    load_ranks<WHOLE>(lora_b, task.rank, n, count, r, ranks);
     const int64_t depth = task.rank - r < WIDTH ? task.rank - r : WIDTH;
     Floats part[M] = {};  // summed by itself, so that rounding grows with the parts, not with R
     for (int64_t d = 0; d < depth; ++d) {
@@ -185,22 +192,52 @@ inline void few_rows_update_of(const FewRowsUpdate& task, int64_t n, int64_t cou
     }
     for (int i = 0; i < M; ++i) total[i] += part[i];
   }
-  for (int i = 0; i < M; ++i) {
-    T* to = static_cast<T*>(task.y[i]) + n;
-    store_some(to, load_some(to, count) + task.scale * total[i], count);
+  for (int i = 0; i < M; ++i) add_update<WHOLE, T>(task, i, n, count, total[i]);
+}
+
+/// The same a row at a time; lanes are ranks, and sums over them are made once for all ranks.
+template <bool WHOLE, class T, class B>
+void few_rows_update_by_row(const FewRowsUpdate& task, int64_t n, int64_t count) {
+  const B* from = static_cast<const B*>(task.lora_b) + n * task.rank;
+  const int64_t whole = task.rank / WIDTH * WIDTH;
+  for (int64_t i = 0; i < task.rows; ++i) {
+    const float* xa = task.xa[i];
+    Floats total[WIDTH] = {};
+    const auto add = [&](int64_t r, auto load_at) __attribute__((always_inline)) {
+      const Floats values = load_at(xa + r);
+      for_each<WIDTH>([&](auto c) __attribute__((always_inline)) {
+        if (WHOLE || c() < count) total[c()] += values * load_at(from + c() * task.rank + r);
+        __builtin_prefetch(from + (WIDTH + c()) * task.rank + r, 0, 2);
+      });
+    };
+    for (int64_t r = 0; r < whole; r += WIDTH) add(r, [](const auto* at) __attribute__((always_inline)) { return load(at); });
+    if (whole < task.rank) add(whole, [&](const auto* at) __attribute__((always_inline)) { return load_some(at, task.rank - whole); });
+    add_update<WHOLE, T>(task, i, n, count, sums(total));
   }
 }
 
-void few_rows_update(const FewRowsUpdate& task, int64_t begin, int64_t end) {
+/// Whether rows are better taken one at a time: a transposition of B costs four times its products with a row, sums over lanes as much once a row.
+inline bool is_by_row(const FewRowsUpdate& task) { return 5 * task.rows < task.rank; }
+
+template <class T, class B>
+void few_rows_update_of(const FewRowsUpdate& task, int64_t begin, int64_t end) {
+  const int64_t whole = begin + (end - begin) / WIDTH * WIDTH;
+  if (is_by_row(task)) {
+    for (int64_t n = begin; n < whole; n += WIDTH) few_rows_update_by_row<true, T, B>(task, n, WIDTH);
+    if (whole < end) few_rows_update_by_row<false, T, B>(task, whole, end - whole);
+    return;
+  }
   with_count<FEW_ROWS>(task.rows, [&](auto rows) {
-    for (int64_t n = begin; n < end; n += WIDTH) {
-      const int64_t count = end - n < WIDTH ? end - n : WIDTH;
-      switch (task.kind) {
-        case Kind::FLOAT32: few_rows_update_of<rows(), float>(task, n, count); break;
-        case Kind::BFLOAT16: few_rows_update_of<rows(), BFloat16>(task, n, count); break;
-        case Kind::FLOAT16: few_rows_update_of<rows(), Float16>(task, n, count); break;
-      }
-    }
+    for (int64_t n = begin; n < whole; n += WIDTH) few_rows_update_together<rows(), true, T, B>(task, n, WIDTH);
+    if (whole < end) few_rows_update_together<rows(), false, T, B>(task, whole, end - whole);
+  });
+}
+
+void few_rows_update(const FewRowsUpdate& task, int64_t begin, int64_t end) {
+  with_kind(task.kind, [&](auto* type) {
+    with_kind(task.adapter_kind, [&](auto* adapter_type) {
+      few_rows_update_of<std::remove_pointer_t<decltype(type)>, std::remove_pointer_t<decltype(adapter_type)>>(task, begin, end);
+    });
   });
 }
 

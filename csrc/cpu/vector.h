@@ -117,6 +117,12 @@ inline void store(Float16* to, Floats value) {
 #if defined(__AVX512F__)
 /// The first `count` lanes of a vector, at most all.
 inline __mmask16 first_lanes(int64_t count) { return static_cast<__mmask16>((uint32_t{1} << count) - 1); }
+#elif defined(__AVX2__)
+/// The first `count` lanes of a vector, at most all.
+inline __m256i first_lanes(int64_t count) {
+  alignas(64) static constexpr int32_t LANES[2 * WIDTH] = {-1, -1, -1, -1, -1, -1, -1, -1};
+  return read<__m256i>(LANES + WIDTH - count);
+}
 #endif
 
 /// The first `count` elements of a vector; zeros beyond, where nothing is read.
@@ -131,6 +137,10 @@ inline Floats load_some(const T* from, int64_t count) {
     return load(buffer);
   }
 #else
+#if defined(__AVX2__)
+  // Not by way of memory: a vector that is read where its lanes have just been written waits for all of them.
+  if constexpr (sizeof(T) == sizeof(float)) return (Floats)_mm256_maskload_ps(from, first_lanes(count));
+#endif
   T buffer[WIDTH] = {};
   for (int64_t i = 0; i < count; ++i) buffer[i] = from[i];
   return load(buffer);
