@@ -75,6 +75,7 @@ MODULES = {
     "fastlora/peft/probing.py": ("probing",),
     "fastlora/peft/known.py": ("known", "layer_calls", "mixed_batches"),
     "fastlora/peft/mixed.py": ("mixed*", "sweep_gradients"),
+    "fastlora/peft/grouped.py": ("prompts_*",),
     "fastlora/peft/prompts.py": ("prompt_[!b]*", "prompts_*"),
     "fastlora/peft/quantised.py": ("quantised_layers",),
     "fastlora/trees.py": ("trees",),

@@ -142,7 +142,8 @@ def test_an_encoder_decoders_generation(how: str, monkeypatch: pytest.MonkeyPatc
 )
 def test_where_a_prompt_stands(kind: PeftType, submodules: int, expected: bool) -> None:
     config = SimpleNamespace(peft_type=kind, num_transformer_submodules=submodules)
-    assert prompts._stands_elsewhere(SimpleNamespace(active_peft_config=config)) == expected
+    assert prompts._stands_elsewhere(SimpleNamespace(peft_config={"own": config}), "own") == expected
+    assert not prompts._stands_elsewhere(SimpleNamespace(peft_config={"own": config}), "__base__")
 
 
 @pytest.mark.parametrize(("pad", "fill"), [(3, 3), (None, 0)])

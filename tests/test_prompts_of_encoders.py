@@ -242,6 +242,9 @@ ELSEWHERE = {
 }
 
 
+TOGETHER = ("bert prompt", "llama prompt", "llama prompt, each token")
+
+
 def two_adapters(kind: str) -> tuple[Any, Any, dict[str, Tensor]]:
     """Accelerated, PEFT's own, each with a second adapter whose prompt is longer and whose head is another; and a batch."""
     own = ELSEWHERE[kind]
@@ -305,6 +308,7 @@ def test_rows_have_prompts_and_heads_of_their_own(kind: str) -> None:
         losses.append(loss * labels[row])
     expected = torch.stack(losses).sum() / sum(labels)
     assert torch.allclose(out.loss, expected, rtol=1e-5)
+    assert model.__dict__[prompts.KEY].last[1].startswith("an adapter's rows at a time") is (kind not in TOGETHER)
     out.loss.backward()
     expected.backward()
     theirs = dict(plain.named_parameters())

@@ -717,11 +717,13 @@ def _by_adapter(model: Any, plain: Any, state: State, batch: Batch, names: Seque
     laid = [name for name in LAID_OUT if name != "labels" or per_token]
     rest = {name: value for name, value in batch.given.items() if name not in laid}
     given = {**rest, **_without_gaps(model, batch, apart, per_token)}
-    out = run(names[0], given) if len({*names}) == 1 else grouped.forward(run, given, names)
-    state.last = (
-        APART,
-        "without gaps, an adapter's rows at a time: its prompt does not stand before the encoder's input alone, or its head is not one layer",
-    )
+    if len({*names}) == 1:
+        out = run(names[0], given)
+        told = "PEFT's own forward, without gaps: the prompt does not stand before the encoder's input alone"
+    else:
+        out = grouped.forward(run, given, names)
+        told = "an adapter's rows at a time: its prompt does not stand before the encoder's input alone, or its head is more than a layer"
+    state.last = APART, told
     if per_token:
         unmoved = torch.zeros(apart.count, dtype=torch.long, device=batch.device)
         out = type(out)(**{**out, "logits": apart.gather(out.logits, unmoved)})
