@@ -30,6 +30,7 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import fastlora
 from fastlora.peft import grouped, prompts
@@ -297,7 +298,10 @@ def alone(plain: Any, given: dict[str, Tensor], row: int, name: str) -> tuple[Te
 def test_rows_have_prompts_and_heads_of_their_own(kind: str) -> None:
     """Also where a prompt cannot stand in front of the encoder's input, or the head is more than a layer: an adapter's rows at a time."""
     model, plain, given = two_adapters(kind)
+    active = model(**given).logits
     out = model(**given, adapter_names=OWN)
+    assert model.__dict__[prompts.KEY].last[1].startswith("an adapter's rows at a time") is (kind not in TOGETHER)
+    assert torch.equal(model(**given).logits, active)  # nothing is left of it
     per_token = given["labels"].shape == IDS.shape
     labels = [int((one != IGNORE).sum()) for one in given["labels"]]
     losses = []
@@ -308,7 +312,6 @@ def test_rows_have_prompts_and_heads_of_their_own(kind: str) -> None:
         losses.append(loss * labels[row])
     expected = torch.stack(losses).sum() / sum(labels)
     assert torch.allclose(out.loss, expected, rtol=1e-5)
-    assert model.__dict__[prompts.KEY].last[1].startswith("an adapter's rows at a time") is (kind not in TOGETHER)
     out.loss.backward()
     expected.backward()
     theirs = dict(plain.named_parameters())
@@ -367,6 +370,34 @@ def test_what_an_encoder_has_made_is_of_one_adapter() -> None:
     assert torch.equal(model(**given, adapter_names=["default"] * 3).logits, model(**given).logits)
     with pytest.raises(ValueError, match=r"adapter_names: got \['__base__', 'default', 'other'\], expected 'default'"):
         model(**given, adapter_names=OWN)
+
+
+def test_hidden_states_of_rows_with_prefixes_of_their_own() -> None:
+    """An output without a loss, of a batch without labels."""
+    model, plain = pair(BertModel, BERT, "prefix tuning", "FEATURE_EXTRACTION")
+    for one in (plain, model):
+        one.add_adapter("other", copy.deepcopy(one.peft_config["default"]))
+    model.load_state_dict(plain.state_dict())
+    out = model(input_ids=IDS, attention_mask=MASK, adapter_names=["other", "default", "other"])
+    for row, name in enumerate(("other", "default", "other")):
+        plain.set_adapter(name)
+        own = plain(input_ids=text(row), attention_mask=torch.ones_like(text(row))).last_hidden_state[0]
+        assert torch.allclose(out.last_hidden_state[row, : len(own)], own, atol=1e-5)
+
+
+def test_what_rows_are_given_an_adapter_at_a_time() -> None:
+    """Of rows is what has as many; numbers that are no rows' go to all. A mean over numbers is one over all of them, whatever they are."""
+    seen: list[dict[str, Any]] = []
+
+    def run(name: str, own: dict[str, Any]) -> Any:
+        seen.append(own)
+        return SequenceClassifierOutput(loss=own["labels"].mean(), logits=own["labels"])
+
+    given = {"labels": torch.tensor([1.0, -100.0, 4.0]), "factor": torch.tensor(2.0), "table": torch.ones(5, 2)}
+    out = grouped.forward(run, given, ["a", "b", "a"])
+    assert torch.equal(out.logits, given["labels"]) and torch.allclose(out.loss, given["labels"].mean())
+    assert [one["labels"].tolist() for one in seen] == [[1.0, 4.0], [-100.0]]
+    assert all(one["factor"] is given["factor"] and one["table"] is given["table"] for one in seen)
 
 
 def test_a_batch_without_a_label_in_some_rows_has_the_loss_of_the_others() -> None:

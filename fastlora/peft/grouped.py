@@ -43,8 +43,7 @@ def wholes_of(base: nn.Module, names: Sequence[str]) -> Iterator[None]:
 
     names: of each row its adapter's.
     """
-    one = names[0] if len({*names}) == 1 else None
-    modules = [module for module in wholes(base) if module.disable_adapters or module.active_adapters != [one]]
+    modules, one = wholes(base), names[0] if len({*names}) == 1 else None
     before = [(module._active_adapter, module._disable_adapters) for module in modules]
     hooks = []
     try:
@@ -52,8 +51,7 @@ def wholes_of(base: nn.Module, names: Sequence[str]) -> Iterator[None]:
             if one is None:
                 hooks.append(module.register_forward_pre_hook(_naming(names), with_kwargs=True))
             else:
-                module._disable_adapters = one == BASE
-                module._active_adapter = [one] if one != BASE else module._active_adapter
+                module._disable_adapters, module._active_adapter = one == BASE, [one]
         yield
     finally:
         for hook in hooks:
@@ -104,16 +102,15 @@ def forward(run: Run, given: Mapping[str, Any], names: Sequence[str]) -> Any:
             losses.append(out.loss * count)
             labels.append(count)
     back = torch.tensor(order).argsort()
-    first = parts[0]
     together = {
         what: torch.cat([part[what] for part in parts])[back.to(value.device)]
-        for what, value in first.items()
+        for what, value in out.items()
         if isinstance(value, Tensor) and value.dim() and len({part[what].shape[1:] for part in parts}) == 1
     }
-    if "loss" in first:
+    if "loss" in out:
         # A batch without a label has the loss that the model gives it.
-        together = {"loss": torch.stack(losses).sum() / sum(labels) if labels else first.loss, **together}
-    return type(first)(**together)
+        together = {"loss": torch.stack(losses).sum() / sum(labels) if labels else out.loss, **together}
+    return type(out)(**together)
 
 
 def _labels(labels: Tensor | None) -> int:
