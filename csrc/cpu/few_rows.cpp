@@ -226,7 +226,10 @@ void project_some(const Tensor& x, const Tensor& a, const int64_t* row, int64_t 
   task.y = projected.as<void>();
   task.y_stride = a.size(0);
   kernels().few_rows(task, begin, end);
-  for (int64_t i = 0; i < count; ++i) std::copy(projected.as<float>() + i * a.size(0) + begin, projected.as<float>() + i * a.size(0) + end, xa + row[i] * ranks + begin);
+  for (int64_t i = 0; i < count; ++i) {
+    const float* const own = projected.as<float>() + i * a.size(0);
+    std::copy(own + begin, own + end, xa + row[i] * ranks + begin);
+  }
 }
 
 /// What an adapter has to do: so many units, each at that cost, at least 1.
