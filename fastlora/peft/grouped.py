@@ -12,11 +12,11 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from fastlora.layers import BASE
 from fastlora.trees import IGNORE
 
 Run = Callable[[str, dict[str, Any]], Any]
 """An adapter's rows through the model: its name, and what they are given."""
-BASE = "__base__"  # PEFT's name for rows without an adapter
 OF_ONE_BATCH = (
     "output_attentions",
     "output_hidden_states",

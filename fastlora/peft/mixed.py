@@ -26,6 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from fastlora.layers import BASE
 from fastlora.operators.lora_linear import RowGroups, group_rows
 
 METHOD = "_enable_peft_forward_hooks"
@@ -33,9 +34,6 @@ METHOD = "_enable_peft_forward_hooks"
 
 CHECKPOINT = "_gradient_checkpointing_func"
 """Of a transformers block that is checkpointed: (forward, *its inputs)."""
-
-BASE = "__base__"
-"""PEFT's name for an example without an adapter."""
 
 under_way = 0
 """How many contexts are open, in all threads: a layer asks for no names where there are none, and a compiler knows by it when to trace anew."""

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from fastlora import ops, sharing, trees
+from fastlora.layers import BASE
 from fastlora.operators.prefix_concat import Prefixed, prefix_concat
 from fastlora.peft import grouped
-from fastlora.peft.grouped import BASE
 from fastlora.sharing import APART, MASK, Keys
 from fastlora.swap import become, derive, undo
 from fastlora.trees import IGNORE, Root, Rows
@@ -684,9 +684,8 @@ def _encoder(model: Any, plain: Any, state: State, given: dict[str, Any]) -> Any
     as_tuple = given.pop("return_dict", True) is False
     batch = Batch(model, given)
     names = _named(model, names, batch.shape[0])
-    if any(_stands_elsewhere(model, name) for name in names) or not (
-        len({*names}) == 1 or grouped.takes_names(model.base_model)
-    ):
+    heads_apart = len({*names}) > 1 and not grouped.takes_names(model.base_model)
+    if heads_apart or any(_stands_elsewhere(model, name) for name in names):
         out = _by_adapter(model, plain, state, batch, names)
     else:
         with grouped.wholes_of(model.base_model, names):
