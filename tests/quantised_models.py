@@ -76,6 +76,14 @@ def load(
     return get_peft_model(base, config).train()
 
 
+def never_packed(model):
+    """The model itself, whose 4-bit layers would round their factors to bfloat16 in eval mode on a CPU with AVX512-BF16, and now do not."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
+
+
 def unquantised(model):
     """A copy in float64 whose base weights are what the quantised ones stand for."""
     exact = LlamaForCausalLM(LlamaConfig(**model.config.to_dict())).double()

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,20 @@ def draw(trained: dict[str, torch.nn.Parameter]) -> None:
 
 def assert_a_step_within_bound(found: Any, eager: Any, exact: Any) -> None:
     """A step's loss, "loss", and its gradients by name: each in units of its largest value, and all gradients as one result."""
-    assert found.keys() == eager.keys() == exact.keys() and len(exact) > 1
+    assert_steps_within_bound([found], [eager], [exact])
 
-    def errors(name: str) -> Errors:
-        one, size = compare(found[name], eager[name], exact[name]), largest_value(exact[name])
-        return Errors(*(value / size for value in one))
 
-    loss, gradients = errors("loss"), over_inputs(errors(name) for name in exact if name != "loss")
-    assert loss.within, loss
-    assert gradients.within, gradients
+def assert_steps_within_bound(found: Sequence[Any], eager: Sequence[Any], exact: Sequence[Any]) -> None:
+    """The same of several inputs' steps: a loss is one number, which eager may have exactly by luck."""
+    losses, gradients = [], []
+    for one, theirs, right in zip(found, eager, exact, strict=True):
+        assert one.keys() == theirs.keys() == right.keys() and len(right) > 1
+        for name in right:
+            size = largest_value(right[name])
+            errors = Errors(*(value / size for value in compare(one[name], theirs[name], right[name])))
+            (losses if name == "loss" else gradients).append(errors)
+    assert over_inputs(losses).within, losses
+    assert over_inputs(gradients).within, gradients
 
 
 if __name__ == "__main__":

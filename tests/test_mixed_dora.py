@@ -94,7 +94,7 @@ def test_dropout_of_a_row_is_what_it_would_be_alone() -> None:
     expected.square().sum().backward()
     for kind in ("lora_A", "lora_B", "lora_magnitude_vector"):
         ours, theirs = (getattr(one, kind)["small"].weight.grad for one in (layer, alone))
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max(), kind
     torch.testing.assert_close(y[2], alone.base_layer(x[2]), rtol=1e-4, atol=1e-5)
 
 

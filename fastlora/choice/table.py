@@ -3,6 +3,7 @@
 Measurements of a kind of machine are shipped in fastlora/assets/tuned/<kind>.json (`fastlora tune --output`). Those of this very machine lie in
 its cache folder (`fastlora tune`, or the trial in `accelerate`) and go before the shipped ones. A state that was loaded (a checkpoint's, or
 rank 0's) stands in the place of both: a resumed run chooses as the run before did, and all processes choose alike.
+What was shipped for another number of threads or another instruction set than this process has holds only until a trial here.
 
     FASTLORA_CACHE   the folder of the cache; without it $XDG_CACHE_HOME/fastlora or ~/.cache/fastlora
     FASTLORA_TABLE   a file made by `fastlora tune --output`, in the place of both: it must be right, and nothing is added to it
@@ -80,6 +81,9 @@ choices: dict[Hashable, Any] = {}
 """What `ops` has chosen so far, emptied whenever the measurements change."""
 
 _tables: dict[str, Table] = {}  # by device type
+_borrowed: dict[
+    str, Table
+] = {}  # the same, shipped for such a machine in another `_setting`: for the classes that are not in _tables
 _loaded = False  # whether the tables came from `load_state`
 
 
@@ -103,7 +107,7 @@ def lookup(
         apart = abs(one.rows.bit_length() - wanted.bit_length())
         return one.checked, one.dropout is not dropout, one.size != size, apart
 
-    ours = [one for one in _table(device_type).values() if (one.op, one.dtype) == (op, name_of(dtype))]
+    ours = [one for one in _known(device_type).values() if (one.op, one.dtype) == (op, name_of(dtype))]
     return {one.implementation: one for one in sorted(ours, key=distance, reverse=True)}
 
 
@@ -137,14 +141,14 @@ def way(
 
 
 def has(device_type: str, op: str, dtype: torch.dtype, rows: int, size: str, dropout: bool) -> bool:
-    """Whether anything is known of exactly this class."""
+    """Whether exactly this class was measured in this setting."""
     wanted = (op, name_of(dtype), rows, size, dropout)
     return any(key[: len(wanted)] == wanted for key in _table(device_type))
 
 
 def entries(device_type: str) -> list[Measurement]:
     """All that holds for this machine."""
-    return list(_table(device_type).values())
+    return list(_known(device_type).values())
 
 
 def record(
@@ -224,7 +228,7 @@ def write(path: Path, device_type: str, found: Iterable[Measurement], command: s
 def state() -> dict[str, list[list[Any]]]:
     """What the choices follow from, in plain types: for a checkpoint, or for other processes."""
     device_types = ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
-    return {device_type: [list(one) for one in _table(device_type).values()] for device_type in device_types}
+    return {device_type: [list(one) for one in _known(device_type).values()] for device_type in device_types}
 
 
 def load_state(state: Mapping[str, Iterable[Iterable[Any]]] | None) -> None:
@@ -232,6 +236,7 @@ def load_state(state: Mapping[str, Iterable[Iterable[Any]]] | None) -> None:
     global _loaded
     _loaded = state is not None
     _tables.clear()
+    _borrowed.clear()
     for device_type, entries in (state or {}).items():
         _tables[device_type] = _by_class(checked(Measurement(*entry)) for entry in entries)
     choices.clear()
@@ -249,6 +254,11 @@ def name_of(dtype: torch.dtype) -> str:
 
 def _by_class(found: Iterable[Measurement]) -> Table:
     return {one[: Measurement._fields.index("checked")]: one for one in found}
+
+
+def _known(device_type: str) -> Table:
+    own = _table(device_type)  # fills _borrowed, too
+    return _borrowed.get(device_type, {}) | own
 
 
 def _table(device_type: str) -> Table:
@@ -271,6 +281,10 @@ def _read_files(device_type: str) -> Table:
     kind = kind_of(device_type)
     path = SHIPPED / f"{kind}.json"
     shipped = _read(path, {"schema": SCHEMA, "kind": kind}) if path.is_file() else {}
+    if shipped:
+        of_shipped = reading.json_file(path)
+        if any(of_shipped.get(name) != value for name, value in _setting(device_type).items()):
+            _borrowed[device_type], shipped = shipped, {}
     return shipped | _read_cache(device_type)
 
 
@@ -351,14 +365,22 @@ def _identity(device_type: str) -> dict[str, Any]:
     Raises:
         RuntimeError: FASTLORA_ISA names an instruction set that there is not, here or at all.
     """
-    on_a_cpu = {"isa": instruction_set(), "threads": torch.get_num_threads()} if device_type == "cpu" else {}
     return {
         "schema": SCHEMA,
         "kind": kind_of(device_type),
         "torch": torch.__version__,
         "fastlora": __version__,
-        **on_a_cpu,
+        **_setting(device_type),
     }
+
+
+def _setting(device_type: str) -> dict[str, Any]:
+    """What the user may change about a machine of one kind, and its times with it.
+
+    Raises:
+        RuntimeError: FASTLORA_ISA names an instruction set that there is not, here or at all.
+    """
+    return {"isa": instruction_set(), "threads": torch.get_num_threads()} if device_type == "cpu" else {}
 
 
 def cache_folder() -> Path:
