@@ -27,6 +27,51 @@ inline __mmask32 lanes_of(const Block<const BFloat16, COUNT>& block, int64_t i, 
   return lanes;
 }
 
+/// 32 numbers that lie together, or the `count` that are there.
+template <class T>
+inline __m512i load_depth(const T* from, int64_t count) {
+  if constexpr (std::is_same_v<T, BFloat16>) return load_pairs(from, lanes_below(count));
+  const Floats low = load_up_to(from, count), high = count > WIDTH ? load_up_to(from + WIDTH, count - WIDTH) : Floats{};
+  return (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low);
+}
+
+/// Number 2 p of 16 lanes that lie together beside number 2 p + 1 of each.
+template <class T>
+inline __m512i load_lanes(const Pairs& pairs, int64_t p) {
+  const auto of_number = [&](int64_t k) {
+    const T* from = static_cast<const T*>(pairs.from) + k * pairs.depth_stride;
+    if constexpr (std::is_same_v<T, BFloat16>) {
+      return k < pairs.depth ? _mm256_maskz_loadu_epi16(first_lanes(pairs.lanes), from) : __m256i{};
+    } else {
+      return k < pairs.depth ? (__m256i)_mm512_cvtneps_pbh((__m512)load_up_to(from, pairs.lanes)) : __m256i{};
+    }
+  };
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(of_number(2 * p)), _mm512_slli_epi32(_mm512_cvtepu16_epi32(of_number(2 * p + 1)), 16));
+}
+
+template <class T>
+void pack_pairs_of(const Pairs& pairs) {
+  const bool lanes_lie_together = pairs.lane_stride == 1 && pairs.depth_stride != 1;
+  Floats block[WIDTH];
+  for (int64_t i = 0; i < WIDTH; ++i) {
+    if (lanes_lie_together) {
+      block[i] = (Floats)load_lanes<T>(pairs, i);
+    } else if (i >= pairs.lanes) {
+      block[i] = Floats{};
+    } else {
+      const T* lane = static_cast<const T*>(pairs.from) + i * pairs.lane_stride;
+      T together[TILE_DEPTH];
+      if (pairs.depth_stride != 1) {
+        for (int64_t k = 0; k < pairs.depth; ++k) together[k] = lane[k * pairs.depth_stride];
+        lane = together;
+      }
+      block[i] = (Floats)load_depth(lane, pairs.depth);
+    }
+  }
+  if (lanes_lie_together == pairs.by_lane) transpose(block);
+  for (int64_t i = 0; i < pairs.rows; ++i) write(pairs.to + i * pairs.row_stride, block[i]);
+}
+
 template <int I, int R, bool DROPS, int COUNT>
 void project_tile(
     const Block<const BFloat16, COUNT>& block, int64_t row, const BFloat16* panel, int64_t stride, int64_t columns, float factor, bool first,

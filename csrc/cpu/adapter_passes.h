@@ -166,6 +166,12 @@ void pack(Kind kind, const void* from, int64_t lane_stride, int64_t depth_stride
   });
 }
 
+void pack_pairs([[maybe_unused]] const Pairs& pairs) {
+#if defined(__AVX512BF16__)
+  with_kind(pairs.kind, [&](auto* type) { pack_pairs_of<std::remove_pointer_t<decltype(type)>>(pairs); });
+#endif
+}
+
 void turn(Kind kind, const float* from, int64_t stride, int64_t rows, int64_t columns, float factor, void* to) {
   with_kind(kind, [&](auto* type) {
     auto* turned = static_cast<decltype(type)>(to);

@@ -19,32 +19,12 @@ using torch::stable::parallel_for;
 
 int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
 
-/// Calls body with a null pointer of the tensor's element type.
-template <class Body>
-void with_type(const Tensor& tensor, const Body& body) {
-  switch (kind_of(tensor)) {
-    case Kind::FLOAT32: return body(static_cast<float*>(nullptr));
-    case Kind::BFLOAT16: return body(static_cast<torch::headeronly::BFloat16*>(nullptr));
-    case Kind::FLOAT16: return body(static_cast<torch::headeronly::Half*>(nullptr));
-  }
-}
-
 /// Whether the passes over v take bfloat16 panels and coefficients. With a few rows that saves nothing, and A and B are better not rounded.
 bool takes_dots(const Tensor& v) { return kernels().dots && kind_of(v) == Kind::BFLOAT16 && v.size(0) > FEW_ROWS; }
 
 /// Whether so many rows of one adapter are multiplied in tiles. A tile is of 16 rows, of which fewer are padded with zeros, and of 16 or 32 ranks.
 bool takes_tiles(const Tensor& v, int64_t rows, int64_t rank) {
   return kernels().tiles && takes_dots(v) && rows >= TILE_LANES && rank >= TILE_LANES / 2 && rank <= TILED_RANK;
-}
-
-/// Calls body(begin, end) for runs of at most TILE columns, so that what a transposition touches stays in the first-level cache.
-template <class Body>
-void for_column_tiles(int64_t columns, int64_t rank, const Body& body) {
-  constexpr int64_t TILE = 32;
-  const int64_t tiles = (columns + TILE - 1) / TILE;
-  parallel_for(0, tiles, GRAIN / (TILE * rank) + 1, [&](int64_t first, int64_t last) {
-    for (int64_t tile = first; tile < last; ++tile) body(tile * TILE, std::min((tile + 1) * TILE, columns));
-  });
 }
 
 using torch::headeronly::BFloat16;
@@ -75,56 +55,28 @@ void pack_lanes(const Source& from, bool of_read, float* to, int64_t stride) {
   });
 }
 
-/// In bfloat16, by row: to[r][l] = from[r][l]; zeros up to the stride.
-template <class T>
-void pack_rows(const Source& from, BFloat16* to, int64_t stride) {
-  const T* values = static_cast<const T*>(from.matrix.const_data_ptr());
-  for_column_tiles(from.columns, from.rank, [&](int64_t begin, int64_t end) {
-    const int64_t limit = end == from.columns ? stride : end;
-    for (int64_t r = 0; r < from.rank; ++r) {
-      const T* row = values + r * from.rank_stride;
-      for (int64_t l = begin; l < end; ++l) to[r * stride + l] = BFloat16(static_cast<float>(row[l * from.column_stride]));
-      for (int64_t l = end; l < limit; ++l) to[r * stride + l] = BFloat16(0.0f);
-    }
-  });
-}
-
-/// Ranks 2 p and 2 p + 1 of each column beside one another: to[p][l]; zeros where there is no rank, and up to the stride.
-template <class T>
-void pack_pairs(const Source& from, uint32_t* to, int64_t stride) {
-  const T* values = static_cast<const T*>(from.matrix.const_data_ptr());
-  const auto bits = [&](int64_t r, int64_t l) -> uint32_t {
-    return r < from.rank ? BFloat16(static_cast<float>(values[r * from.rank_stride + l * from.column_stride])).x : 0;
-  };
-  for_column_tiles(from.columns, from.rank, [&](int64_t begin, int64_t end) {
-    const int64_t limit = end == from.columns ? stride : end;
-    for (int64_t r = 0; r < from.rank; r += 2) {
-      uint32_t* row = to + r / 2 * stride;
-      for (int64_t l = begin; l < end; ++l) row[l] = bits(r, l) | bits(r + 1, l) << 16;
-      for (int64_t l = end; l < limit; ++l) row[l] = 0;
-    }
-  });
-}
-
-/// As right operands of tiles: of a read, which sums along columns, or of an add, along ranks. Zeros beyond the ranks and the columns.
-template <class T>
-void pack_tiles(const Source& from, bool of_read, uint32_t* to, int64_t stride) {
-  const T* values = static_cast<const T*>(from.matrix.const_data_ptr());
-  const auto bits = [&](int64_t r, int64_t l) -> uint32_t {
-    return r < from.rank && l < from.columns ? BFloat16(static_cast<float>(values[r * from.rank_stride + l * from.column_stride])).x : 0;
-  };
+/// In bfloat16: of a read, whose lanes are ranks and whose pairs run along columns, or of an add, the other way round. Zeros up to the stride.
+void pack_dots(const Source& from, bool of_read, uint32_t* to, int64_t stride) {
   constexpr int64_t WORDS = TILE_LANES * TILE_DEPTH / 2;
-  const int64_t columns = of_read ? TILE_DEPTH : TILE_LANES, ranks = of_read ? TILE_LANES : TILE_DEPTH;  // of a tile
-  const int64_t steps = of_read ? stride / columns : (from.rank + ranks - 1) / ranks;
-  for_column_tiles(stride, from.rank, [&](int64_t begin, int64_t end) {
-    for (int64_t l = begin; l < end; l += columns) {
-      for (int64_t r = 0; r < from.rank; r += ranks) {
-        const auto at = [&](int64_t depth, int64_t lane) { return of_read ? bits(r + lane, l + depth) : bits(r + depth, l + lane); };
-        uint32_t* tile = to + (of_read ? r / ranks * steps + l / columns : l / columns * steps + r / ranks) * WORDS;
-        for (int64_t i = 0; i < WORDS; ++i) {
-          const int64_t depth = i / TILE_LANES * 2, lane = i % TILE_LANES;
-          tile[i] = at(depth, lane) | at(depth + 1, lane) << 16;
-        }
+  const int64_t column_unit = of_read ? TILE_DEPTH : TILE_LANES, rank_unit = of_read ? TILE_LANES : TILE_DEPTH;
+  const int64_t blocks = stride / column_unit, rank_blocks = (from.rank + rank_unit - 1) / rank_unit;
+  const int64_t lane_stride = of_read ? from.rank_stride : from.column_stride, depth_stride = of_read ? from.column_stride : from.rank_stride;
+  const char* values = static_cast<const char*>(from.matrix.const_data_ptr());
+  const int64_t size = static_cast<int64_t>(from.matrix.element_size());
+  parallel_for(0, blocks, GRAIN / (column_unit * from.rank) + 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t l = block * column_unit, columns = std::clamp(from.columns - l, int64_t{0}, column_unit);
+      for (int64_t rank_block = 0; rank_block < rank_blocks; ++rank_block) {
+        const int64_t r = rank_block * rank_unit, ranks = std::min(rank_unit, from.rank - r);
+        Pairs pairs{kind_of(from.matrix), values + (l * from.column_stride + r * from.rank_stride) * size, lane_stride, depth_stride};
+        pairs.lanes = of_read ? ranks : columns;
+        pairs.depth = of_read ? columns : ranks;
+        pairs.by_lane = of_read && !from.tiled;
+        pairs.rows = of_read || from.tiled ? TILE_LANES : (ranks + 1) / 2;
+        pairs.row_stride = from.tiled ? TILE_LANES : of_read ? stride / 2 : stride;
+        pairs.to = to + (!from.tiled ? (of_read ? (r * stride + l) / 2 : r / 2 * stride + l)
+                                     : (of_read ? rank_block * blocks + block : block * rank_blocks + rank_block) * WORDS);
+        kernels().pack_pairs(pairs);
       }
     }
   });
@@ -154,21 +106,13 @@ Stack pack(const std::vector<Source>& sources, Panels format) {
   Stack stack{Memory(rows * stride * (format == Panels::DOTS ? sizeof(BFloat16) : sizeof(float))), stride};
   int64_t row = 0;
   for (const Source& from : sources) {
-    with_type(from.matrix, [&](auto* type) {
-      using T = std::remove_pointer_t<decltype(type)>;
-      BFloat16* const numbers = stack.memory.as<BFloat16>() + row * stride;
-      uint32_t* const pairs = stack.memory.as<uint32_t>() + row * stride;
-      switch (format) {
-        case Panels::RANKS: return pack_lanes(from, true, stack.memory.as<float>() + row * stride, stride);
-        case Panels::COLUMNS: return pack_lanes(from, false, stack.memory.as<float>() + row * stride, stride);
-        case Panels::DOTS:
-          if (from.tiled) return pack_tiles<T>(from, true, reinterpret_cast<uint32_t*>(numbers), stride);
-          return pack_rows<T>(from, numbers, stride);
-        case Panels::PAIRS:
-          if (from.tiled) return pack_tiles<T>(from, false, pairs, stride);
-          return pack_pairs<T>(from, pairs, stride);
-      }
-    });
+    uint32_t* const words = stack.memory.as<uint32_t>() + row * stride / (format == Panels::DOTS ? 2 : 1);
+    switch (format) {
+      case Panels::RANKS: pack_lanes(from, true, stack.memory.as<float>() + row * stride, stride); break;
+      case Panels::COLUMNS: pack_lanes(from, false, stack.memory.as<float>() + row * stride, stride); break;
+      case Panels::DOTS: pack_dots(from, true, words, stride); break;
+      case Panels::PAIRS: pack_dots(from, false, words, stride); break;
+    }
     row += panel_rows(from, format);
   }
   return stack;

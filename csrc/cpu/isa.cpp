@@ -1,5 +1,4 @@
-// Which of the compiled instruction sets runs: the widest that the machine has, or the one that FASTLORA_ISA names. Tiles run only where they are named:
-// no machine that has them has run them yet.
+// Which of the compiled instruction sets runs: the widest that the machine has, or the one that FASTLORA_ISA names.
 #include "kernels.h"
 
 #include <torch/headeronly/util/Exception.h>
@@ -69,7 +68,7 @@ Kernels pick() {
   const bool has_dots = has_avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   if (has_dots && name == "amx_emulated") return amx_emulated::with_tiles();  // slow, for tests: never unasked
-  if (has_dots && name == "amx" && has_tiles()) return amx::with_tiles();
+  if (has_dots && (name.empty() || name == "amx") && has_tiles()) return amx::with_tiles();
   if (has_dots && (name.empty() || name == "avx512bf16")) return avx512bf16::passes;
   if (has_avx512 && (name.empty() || name == "avx512")) return avx512::passes;
   if (has_avx2 && (name.empty() || name == "avx2")) return avx2::passes;

@@ -37,7 +37,7 @@ void narrow(Kind kind, const float* from, int64_t count, void* to) {
 #define FASTLORA_NAME_OF(name) FASTLORA_TEXT(name)
 extern const Kernels passes;
 const Kernels passes = {
-    FASTLORA_NAME_OF(FASTLORA_ISA), HAS_DOTS, false, draw, read_pass, add_pass, pack, turn, widen, narrow, dropout, few_rows, few_rows_update, product_tiles,
+    FASTLORA_NAME_OF(FASTLORA_ISA), HAS_DOTS, false, draw, read_pass, add_pass, pack, pack_pairs, turn, widen, narrow, dropout, few_rows, few_rows_update, product_tiles,
     product, dequantise, few_rows_quantised, rms_norm, rms_norm_backward, swiglu, swiglu_backward, scale_columns, scale_columns_backward, dora_norm,
     QUERIES, attention_room, attention, attention_backward, attention_sum, rotary};
 

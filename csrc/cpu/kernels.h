@@ -68,6 +68,18 @@ struct Add : Rows {
   void* v;
 };
 
+/// A block of a bfloat16 panel: TILE_LANES lanes of TILE_DEPTH numbers, two of them side by side, zeros beyond those that are there.
+struct Pairs {
+  Kind kind;
+  const void* from;  // number k of lane l is at l lane_stride + k depth_stride
+  int64_t lane_stride, depth_stride;
+  int64_t lanes, depth;  // that are there
+  bool by_lane;          // a row of `to` is a lane, else a pair of every lane
+  int64_t rows;          // of `to`
+  uint32_t* to;
+  int64_t row_stride;
+};
+
 /// The mask of reference.py::keep_mask for rows of `width` columns.
 struct Draw {
   int64_t width;
@@ -303,6 +315,7 @@ struct Kernels {
   void (*add)(const Add&, const Segments&, const Cell&);
   // to [depth, PANEL_LANES] = from[lane · lane_stride + k · depth_stride]; zeros for lanes that are not there.
   void (*pack)(Kind, const void* from, int64_t lane_stride, int64_t depth_stride, int64_t lanes, int64_t depth, float* to);
+  void (*pack_pairs)(const Pairs&);  // where there are dots
   // to [columns, rows] = factor · fromᵀ, of rows `stride` apart whose last vector may be read whole.
   void (*turn)(Kind, const float* from, int64_t stride, int64_t rows, int64_t columns, float factor, void* to);
   void (*widen)(Kind, const void* from, int64_t count, float* to);
