@@ -52,6 +52,7 @@ inline void mask_storeu_ps(void* to, __mmask16 mask, __m512 value) { store_lanes
 inline void mask_storeu_epi16_of_half(void* to, __mmask16 mask, __m256i value) { store_lanes<uint16_t>(to, mask, value); }
 inline __m512 loadu_ps(const void* from) { return load_lanes<__m512, float>(0xffff, from); }
 inline __m512i loadu_si512(const void* from) { return load_lanes<__m512i, uint32_t>(0xffff, from); }
+inline void mask_storeu_epi16(void* to, __mmask32 mask, __m512i value) { store_lanes<uint16_t>(to, mask, value); }
 inline __m512 maskz_mov_ps(__mmask16 mask, __m512 value) { return load_lanes<__m512, float>(mask, &value); }
 
 // Integers.
@@ -198,6 +199,7 @@ inline __m512 dpbf16_ps(__m512 total, __m512bh a, __m512bh b) {
 #define _mm512_fmadd_ps emulated_avx512::fmadd_ps
 #define _mm512_loadu_ps emulated_avx512::loadu_ps
 #define _mm512_loadu_si512 emulated_avx512::loadu_si512
+#define _mm512_mask_storeu_epi16 emulated_avx512::mask_storeu_epi16
 #define _mm512_mask_storeu_ps emulated_avx512::mask_storeu_ps
 #define _mm512_maskz_loadu_epi16 emulated_avx512::maskz_loadu_epi16
 #define _mm512_maskz_loadu_ps emulated_avx512::maskz_loadu_ps

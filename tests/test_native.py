@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastlora import environment, functional, ops, reference
 
-ISAS = ("portable", "avx2", "avx512", "avx512bf16")  # each machine that has one has those before it
+ISAS = ("portable", "avx2", "avx512", "avx512bf16", "amx")  # each machine that has one has those before it
 NEEDED = {"amx_emulated": "avx512bf16"}
 SHAPES = ((1, 8, 8, 1), (5, 17, 33, 3), (3, 64, 2000, 40), (33, 1030, 77, 7), (70, 600, 130, 16))  # M, K, N, R
 EMULATED = {"Nehalem": "portable", "Haswell": "avx2"}  # a CPU that QEMU knows -> the widest of ISAS that it has

@@ -4,7 +4,6 @@ The equations are tested with emulated tiles by `make imitate` too, on all input
 """
 
 import functools
-import os
 from functools import partial
 from itertools import product
 
@@ -13,7 +12,7 @@ import test_lora_linear_shared
 import test_multi_lora
 import torch
 from bounds import INPUTS, assert_within_bound_over_inputs, gapped, make_layer, run_apart, transposed
-from test_native import ISAS, assert_near_reference_over_inputs, name_instruction_set, run, update
+from test_native import ISAS, NEEDED, assert_near_reference_over_inputs, name_instruction_set, run, update
 from torch import Tensor
 
 from fastlora import ops, reference
@@ -42,13 +41,14 @@ def widest() -> str:
     return run_apart("test_native", name_instruction_set).strip()
 
 
-@pytest.fixture(autouse=True)
-def tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Emulated ones, in processes that are started; on a machine that has tiles TILES=amx runs its own."""
+@pytest.fixture(autouse=True, params=["amx_emulated", "amx"])
+def tiles(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Emulated ones, and the machine's own, in processes that are started."""
     monkeypatch.delenv("FASTLORA_ISA", raising=False)
-    if ISAS.index(widest()) < ISAS.index("avx512bf16"):
-        pytest.skip("this machine has no avx512bf16, which emulated tiles stand beside")
-    monkeypatch.setenv("FASTLORA_ISA", os.environ.get("TILES", "amx_emulated"))
+    needed = NEEDED.get(request.param, request.param)  # emulated tiles stand beside its kernels
+    if ISAS.index(widest()) < ISAS.index(needed):
+        pytest.skip(f"this machine has no {needed}")
+    monkeypatch.setenv("FASTLORA_ISA", request.param)
 
 
 def check_bounds() -> None:

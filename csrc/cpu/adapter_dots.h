@@ -16,8 +16,8 @@ constexpr int ROWS = 4, RANKS = 4, VECTORS = 4;
 constexpr int PAIR_RANKS = 8;  // of a gradient tile, beside two vectors of 16 columns
 
 /// Which of the 32 columns from l on are there and kept.
-template <bool DROPS, int COUNT>
-inline __mmask32 lanes_of(const Block<const BFloat16, COUNT>& block, int64_t i, int64_t l, int64_t count) {
+template <bool DROPS, class T, int COUNT>
+inline __mmask32 lanes_of(const Block<T, COUNT>& block, int64_t i, int64_t l, int64_t count) {
   __mmask32 lanes = lanes_below(count);
   if (DROPS) {
     uint32_t bits;

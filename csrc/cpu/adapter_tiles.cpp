@@ -185,6 +185,23 @@ void read_part_in_tiles(Tiles& tiles, const Read& pass, const Part& part) {
   if (pass.coefficients) sum_gradient<DROPS>(tiles, pass, part, block);
 }
 
+inline Floats widened(__m256i values) { return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(values), 16); }
+
+/// v[i][l .. l + 31] += (low, high) where kept, in the `count` columns that are there.
+template <bool DROPS>
+inline void add_pair(const Block<BFloat16, PAIR>& block, int64_t i, int64_t l, int64_t count, Floats low, Floats high) {
+  const __mmask32 there = lanes_below(count);
+  if constexpr (DROPS) {
+    const __mmask32 kept = lanes_of<true>(block, i, l, count);
+    low = (Floats)_mm512_maskz_mov_ps(static_cast<__mmask16>(kept), (__m512)low);
+    high = (Floats)_mm512_maskz_mov_ps(static_cast<__mmask16>(kept >> 16), (__m512)high);
+  }
+  BFloat16* to = block.v[i] + l;
+  low += widened(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(there), to));
+  high += widened(_mm256_maskz_loadu_epi16(static_cast<__mmask16>(there >> 16), to + WIDTH));
+  _mm512_mask_storeu_epi16(to, there, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+}
+
 template <bool DROPS>
 void add_part_in_tiles(Tiles& tiles, const Add& pass, const Part& part) {
   const Segment& segment = part.segment;
@@ -208,13 +225,12 @@ void add_part_in_tiles(Tiles& tiles, const Add& pass, const Part& part) {
     }
   }
   const Operand left{coefficients[0], TILED_RANK / TILE_DEPTH, tiles_of(rows, TILE_LANES)};
+  const float factor = segment.factor;
   Sums sums;
   for (int64_t column = 0; column < part.columns; column += PAIR) {
     multiply(tiles, left, {panel + column / TILE_LANES * steps, steps, 2}, steps, sums);
     for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t l = column; l < at_most(column + PAIR, part.columns); l += WIDTH) {
-        add_to<DROPS>(block, i, l, part.columns - l, segment.factor * sums.row(i, (l - column) / WIDTH));
-      }
+      add_pair<DROPS>(block, i, column, part.columns - column, factor * sums.row(i, 0), factor * sums.row(i, 1));
     }
   }
 }
