@@ -25,6 +25,7 @@ import torch
 
 from fastlora.bounds import nearly_equal
 from fastlora.choice.clock import time_in_turn
+from fastlora.config import Dtype
 
 from . import serve, sweep
 from .device import clock_of
@@ -38,7 +39,7 @@ from .step import own_process
 from .table import render, seconds
 
 SECONDS = 4.0  # of timing, a forward
-DTYPES = ("float32", "bfloat16")
+DTYPES: tuple[Dtype, ...] = ("float32", "bfloat16")
 MEMORY, PRODUCTS = "memory bound", "product bound"
 REGISTERED, RESIDENT, ASKED = (
     1000,
@@ -92,7 +93,9 @@ def adapter_lines(material: Material, quick: bool) -> dict[str, Line]:
     for title, gains in sweep.sweep_lines(True).items():
         lines[f"sweep, {title}"] = partial(_sweep, line=gains)
     if not quick and material.model is not None and material.data is not None:
-        lines[f"sweep, {len(RANKS) * len(RATES)} jobs with halving"] = partial(_halving, material=material)
+        for dtype in DTYPES:
+            title = f"sweep, {len(RANKS) * len(RATES)} jobs with halving, {dtype}"
+            lines[title] = partial(_halving, material=material, dtype=dtype)
     return {title: partial(_telling, line=line) for title, line in lines.items()}
 
 
@@ -189,7 +192,7 @@ def _sweep(session: Session, line: Line) -> Iterator[Goal]:
                       seconds={"fastlora": gain.sweep, "peft": sweep.JOBS * gain.peft})  # fmt: skip
 
 
-def _halving(session: Session, material: Material) -> Iterator[Goal]:
+def _halving(session: Session, material: Material, dtype: Dtype) -> Iterator[Goal]:
     """Twelve jobs with halving, against each alone to its end: a job's rate changes nothing of its time, so one of each rank is timed."""
     from fastlora.sweep.jobs import Sweep
     from fastlora.sweep.run import sweep as run
@@ -206,14 +209,14 @@ def _halving(session: Session, material: Material) -> Iterator[Goal]:
         def timed(output: str, r: Sequence[int], lr: Sequence[float], halving: bool) -> float:
             begun = time.perf_counter()
             run(Sweep(model=str(material.model), data=folder / "train.jsonl", eval_data=folder / "eval.jsonl", output=folder / output,
-                      r=[*r], lr=[*lr], halving=halving, epochs=1, batch_size=8, max_length=512), progress=False)  # fmt: skip
+                      r=[*r], lr=[*lr], halving=halving, dtype=dtype, epochs=1, batch_size=8, max_length=512), progress=False)  # fmt: skip
             return time.perf_counter() - begun
 
         together = timed("all", RANKS, RATES, True)
         alone = len(RATES) * sum(timed(f"r{r}", [r], RATES[:1], False) for r in RANKS)
     case = f"{len(RANKS) * len(RATES)} jobs, {len(rows)} dialogues, {Path(str(material.model)).name}"
     yield Goal(
-        "a sweep with halving: times the speed of ours in turn", case, "float32", HALVED, alone / together, None, at_least=True,
+        "a sweep with halving: times the speed of ours in turn", case, dtype, HALVED, alone / together, None, at_least=True,
         seconds={"fastlora": together, "in turn": alone},
     )  # fmt: skip
 

@@ -25,7 +25,7 @@ def test_the_lines_are_the_issues_table(tmp_path: Path) -> None:
     assert len(quick) == 1 + len(adapters.FORWARDS) + 1 and not any("serve" in title for title in quick)
     assert len(whole) == 1 + 2 + 2 * len(adapters.FORWARDS) + 1
     twelve = Material("M", tmp_path / "rows.jsonl")
-    assert list(adapters.adapter_lines(twelve, False))[-1] == "sweep, 12 jobs with halving"
+    assert list(adapters.adapter_lines(twelve, False))[-1] == "sweep, 12 jobs with halving, bfloat16"
     ranks = adapters.FORWARDS[-1].ranks
     assert len(ranks) == 32 and (min(ranks), max(ranks)) == (4, 64) and len(set(ranks)) == 32
     wanted = {(one.rows, one.tokens, one.goal) for one in adapters.FORWARDS}
@@ -82,7 +82,7 @@ def test_sweeps_are_told_as_goals(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in tiny.rows(40)))
     with tiny.on_cpu():
-        [goal] = adapters._halving(SESSION, Material(str(model), data))
+        [goal] = adapters._halving(SESSION, Material(str(model), data), "float32")
     assert goal.case == "4 jobs, 20 dialogues, model" and goal.goal == 2.0 and goal.at_least and goal.ours > 0
 
 
