@@ -228,13 +228,14 @@ def _measure(name: str, command: Command) -> int:
 
 
 def _print_readme(name: str, device: torch.device, folder: Path) -> int:
-    """Print benchmarks/README.md's table of the newest result file of that verb on this kind of device; returns the exit code."""
+    """Print benchmarks/README.md's tables of that verb, of each kind of machine with such a device the newest; returns the exit code."""
     contents = [json.loads(path.read_text()) for path in sorted(folder.glob(f"*-{name}.json"))]
-    found = [content for content in contents if content["machine"].get("device", "cpu") == device.type]
+    found = {one["machine"]["kind"]: one for one in contents if one["machine"].get("device", "cpu") == device.type}
     if not found:
         _say(f"{folder} holds no {name}: run python -m benchmarks {name} --device {device.type} --json")
         return 1
-    print(goals_markdown([Goal(**row) for row in found[-1]["rows"]]))
+    for kind, content in found.items():
+        print(f"{kind}, {content['machine']['date']}:\n\n{goals_markdown([Goal(**row) for row in content['rows']])}\n")
     return 0
 
 

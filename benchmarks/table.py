@@ -163,7 +163,7 @@ def _legend(goals: Sequence[Goal]) -> list[str]:
 
 
 def goals_markdown(goals: Sequence[Goal]) -> str:
-    """The goals for benchmarks/README.md: a line a kind, the best and the worst of its cases."""
+    """The goals for benchmarks/README.md: a line a kind, the best and the worst of its cases; of what has no goal, the tokens a second."""
 
     def between(values: Iterable[float | None], unit: str) -> str:
         known = sorted(value for value in values if value is not None)
@@ -172,12 +172,12 @@ def goals_markdown(goals: Sequence[Goal]) -> str:
 
     kinds: dict[str, list[Goal]] = {}
     for one in goals:
-        if one.goal is not None:
+        if one.goal is not None or one.unit == "tokens/s":
             kinds.setdefault(one.what, []).append(one)
     lines = ["| | goal | fastlora | PEFT | met |", "|---|---|---|---|---|"]
     for what, found in kinds.items():
         sign, unit = "≥" if found[0].at_least else "≤", found[0].unit
         goal, ours, peft = (between((vars(one)[name] for one in found), unit) for name in ("goal", "ours", "peft"))
-        met = f"{sum(bool(one.is_met()) for one in found)} of {len(found)}"
-        lines.append(f"| {what} | {sign} {goal} | {ours} | {peft} | {met} |")
+        met = f"{sum(bool(one.is_met()) for one in found)} of {len(found)}" if goal else ""
+        lines.append(f"| {what} | {sign + ' ' + goal if goal else ''} | {ours} | {peft} | {met} |")
     return "\n".join(lines)
