@@ -219,9 +219,8 @@ LEFT_TO_THE_TRIAL = {
 @pytest.mark.parametrize("path", shipped_tables(), ids=lambda path: path.stem)
 def test_shipped_tables_are_whole(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each covers every class of its kind of machine, and everything in it passed its check."""
-    if (
-        json.loads(path.read_text())["isa"] == "avx2"
-    ):  # torch has no library for 16 bits there, and fewer classes are measured
+    if json.loads(path.read_text())["isa"] == "avx2":
+        # Torch has no library for 16 bits there, and fewer classes are measured.
         monkeypatch.setattr(packed, "has_library", lambda dtype: dtype is torch.float32)
     covered = [op for op in ON_A_CPU if op not in LEFT_TO_THE_TRIAL.get(path.stem, [])]
     shipped = table._read(path, {"schema": table.SCHEMA, "kind": path.stem})
